@@ -1,0 +1,1 @@
+"""hfquant: calibrated post-training quantization for Hugging Face models."""

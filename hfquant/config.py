@@ -1,0 +1,397 @@
+"""What to quantize and how: the enums, the per-layer config and its validation.
+
+A config is a plain JSON-able dict, ``{"default": {...}, "<glob>": {...}}``. :func:`parse` validates it once,
+:meth:`QuantRules.resolve` gives the :class:`LayerConfig` of one module. The Hugging Face facing class that carries
+such a dict through ``from_pretrained`` is :class:`hfquant.integrations.config.HfQuantConfig`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, ValidationInfo
+from pydantic import field_validator, model_validator
+
+_E = TypeVar("_E", bound="_NamedEnum")
+
+
+class _NamedEnum(str, Enum):
+    """A string enum whose value is its name in lower case, accepted in any case."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Enum | None:
+        return cls.__members__.get(value.upper()) if isinstance(value, str) else None
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class DType(_NamedEnum):
+    """Number formats for weights and activations. FP8 as in the OCP spec (E4M3 without infinities: "fn")."""
+
+    INT4 = "int4"
+    INT6 = "int6"
+    INT8 = "int8"
+    INT16 = "int16"
+    FP8E4M3 = "fp8e4m3"
+    FP8E5M2 = "fp8e5m2"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+    @property
+    def bits(self) -> int:
+        """Bits that one code takes on disk."""
+        return {"int4": 4, "int6": 6, "int16": 16, "fp16": 16, "bf16": 16}.get(self.value, 8)
+
+    @property
+    def is_integer(self) -> bool:
+        """INT4, INT6, INT8 or INT16."""
+        return self.value.startswith("int")
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether codes carry a scale: all but FP16 and BF16, which are plain casts."""
+        return self not in (DType.FP16, DType.BF16)
+
+
+class Optimum(_NamedEnum):
+    """How a layer is transformed before it is quantized."""
+
+    DEFAULT = "default"
+    SMOOTH = "smooth"
+    SVD = "svd"
+
+
+class Calibrate(_NamedEnum):
+    """How weight codes are chosen."""
+
+    AMAX = "amax"
+    GPTQ = "gptq"
+
+
+class SegPattern(_NamedEnum):
+    """Dataflow around a linear that :mod:`hfquant.patterns` looks for."""
+
+    LINEAR2CHUNK = "linear2chunk"
+    LINEAR2SPLIT = "linear2split"
+    CONCAT2LINEAR = "concat2linear"
+    STACK2LINEAR = "stack2linear"
+    RESHAPE2LINEAR = "reshape2linear"
+    ACTIVATION2LINEAR = "activation2linear"
+
+    @classmethod
+    def all(cls) -> list[SegPattern]:
+        """Every pattern: segments and dual scale."""
+        return list(cls)
+
+    @classmethod
+    def seg(cls) -> list[SegPattern]:
+        """The patterns that split a layer into segments: all but ACTIVATION2LINEAR."""
+        return [p for p in cls if p is not cls.ACTIVATION2LINEAR]
+
+
+class ConfigError(ValueError):
+    """A quantization config that cannot be used. The message names the key, the value and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def _reject(self, names: Sequence[str], why: str) -> None:
+        for name in names:
+            if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={getattr(self, name)!r} {why}")
+
+
+def _is_patch(info: ValidationInfo) -> bool:
+    """A glob's entry is a patch: its fields are checked alone, combinations once it is merged for a layer."""
+    return bool(info.context and info.context.get("patch"))
+
+
+class SearchAlpha(_Section):
+    """Grid of smoothing strengths tried for each layer: ``min, min + step, ... max``."""
+
+    enable: StrictBool = False
+    min: float = Field(0.0, ge=0.0, le=1.0)
+    max: float = Field(1.0, ge=0.0, le=1.0)
+    step: float = Field(0.1, gt=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _ordered(self, info: ValidationInfo) -> SearchAlpha:
+        if not _is_patch(info) and self.min > self.max:
+            raise ValueError(f"min={self.min} is above max={self.max}")
+        return self
+
+    def grid(self) -> list[float]:
+        """The alphas to try, in ascending order; ``max`` is included even where ``step`` does not hit it."""
+        steps = int((self.max - self.min) / self.step + 1e-9)
+        alphas = [round(self.min + i * self.step, 10) for i in range(steps + 1)]
+        return alphas if alphas[-1] >= self.max - 1e-9 else [*alphas, self.max]
+
+
+class OptConfig(_Section):
+    """Transformation before quantization: SmoothQuant (arXiv 2211.10438) or SVDQuant (arXiv 2411.05007)."""
+
+    type: Optimum = Optimum.SMOOTH
+    alpha: float = Field(0.5, ge=0.0, le=1.0)
+    low_rank: StrictInt = Field(32, ge=1)
+    search_alpha_config: SearchAlpha = SearchAlpha()
+
+    @model_validator(mode="after")
+    def _fields_fit_type(self, info: ValidationInfo) -> OptConfig:
+        if not _is_patch(info):
+            if self.type is Optimum.DEFAULT:
+                self._reject(["alpha", "low_rank", "search_alpha_config"], 'needs type "smooth" or "svd"')
+            elif self.type is Optimum.SMOOTH:
+                self._reject(["low_rank"], 'needs type "svd"')
+        return self
+
+
+class CalibConfig(_Section):
+    """How codes are chosen: round to nearest on the amax grid, or GPTQ (arXiv 2210.17323)."""
+
+    type: Calibrate = Calibrate.AMAX
+    block_size: StrictInt = Field(128, ge=1)
+    damp: float = Field(0.01, gt=0.0, le=1.0)
+    act_order: StrictBool = False
+    group_size: StrictInt | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _fields_fit_type(self, info: ValidationInfo) -> CalibConfig:
+        if not _is_patch(info) and self.type is Calibrate.AMAX:
+            self._reject(["block_size", "damp", "act_order", "group_size"], 'needs type "gptq"')
+        return self
+
+
+class InputQuant(_Section):
+    """Activations. ``axis``: None = one scale a tensor (a segment), -1 = one scale a token (dynamic only)."""
+
+    type: DType = DType.INT8
+    axis: Literal[None, -1] = None
+    dynamic: StrictBool = False
+
+    @model_validator(mode="after")
+    def _static_per_token(self, info: ValidationInfo) -> InputQuant:
+        if not _is_patch(info) and self.type.is_scaled and self.axis == -1 and not self.dynamic:
+            raise ValueError("axis=-1 (one scale a token) needs dynamic=True: a static scale cannot know the tokens")
+        return self
+
+
+class WeightQuant(_Section):
+    """Weights. ``axis``: None = one scale a tensor, 1 or -1 = one an output channel; ``group_size`` overrides it."""
+
+    type: DType = DType.INT8
+    axis: Literal[None, 1, -1] = None
+    group_size: StrictInt | None = Field(None, ge=1)
+    symmetric: StrictBool = True
+    clip: Literal["amax", "mse"] = "amax"
+
+    @model_validator(mode="after")
+    def _fields_fit_type(self, info: ValidationInfo) -> WeightQuant:
+        if not _is_patch(info):
+            if not self.type.is_integer:
+                self._reject(["symmetric"], f"needs an integer type, not {self.type}")
+            if not self.type.is_scaled:
+                self._reject(["axis", "group_size", "clip"], f"has no meaning for {self.type}, which has no scale")
+        return self
+
+
+class LayerConfig(_Section):
+    """Everything decided for one linear before its data is seen. Defaults are the reference's."""
+
+    enable: StrictBool = True
+    seglinear: StrictBool = True
+    search_patterns: tuple[SegPattern, ...] = tuple(SegPattern.all())
+    real_quant: StrictBool = False
+    opt: OptConfig = OptConfig()
+    calib: CalibConfig = CalibConfig()
+    input_quant: InputQuant | None = InputQuant()
+    weight_quant: WeightQuant = WeightQuant()
+
+    @field_validator("search_patterns")
+    @classmethod
+    def _unique(cls, value: tuple[SegPattern, ...]) -> tuple[SegPattern, ...]:
+        return tuple(dict.fromkeys(value))
+
+    @model_validator(mode="after")
+    def _combinations(self, info: ValidationInfo) -> LayerConfig:
+        if _is_patch(info):
+            return self
+        weight = self.weight_quant
+        if self.calib.type is Calibrate.GPTQ:
+            if not weight.type.is_scaled:
+                raise ValueError(f'calib.type "gptq" needs an integer or FP8 weight_quant.type, not {weight.type}')
+            if self.calib.group_size and weight.group_size and self.calib.group_size != weight.group_size:
+                raise ValueError(
+                    f"calib.group_size={self.calib.group_size} contradicts weight_quant.group_size={weight.group_size}"
+                )
+        return self
+
+    @property
+    def group_size(self) -> int | None:
+        """Input channels that share a weight scale: ``weight_quant.group_size``, or GPTQ's own."""
+        return self.weight_quant.group_size or self.calib.group_size
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration data is needed: static activations, smoothing, a low-rank branch, GPTQ."""
+        static = self.input_quant is not None and self.input_quant.type.is_scaled and not self.input_quant.dynamic
+        return self.enable and (static or self.opt.type is not Optimum.DEFAULT or self.calib.type is not Calibrate.AMAX)
+
+
+class QuantRules:
+    """A validated config: the default and the overrides, in the order they were listed.
+
+    An entry overrides only the fields it names; a sub-dict that names another ``type`` replaces the whole sub-dict.
+    Where several globs match a module they are applied in the order listed, so the last one wins.
+    """
+
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        raw = {} if config is None else copy.deepcopy(_plain(config, ""))
+        if not isinstance(raw, dict):
+            raise TypeError(f"a quantization config is a dict, got {type(config).__name__}")
+        for key, entry in raw.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"config key {key!r}: keys are 'default' or glob patterns on module names (strings)")
+            if not isinstance(entry, dict):
+                raise ConfigError(f"config[{key!r}]: expected a dict of fields, got {entry!r}")
+            _validate(entry, f"config[{key!r}]", patch=key != "default")
+        self.raw: dict[str, dict[str, Any]] = raw
+        self.patterns = [k for k in raw if k != "default"]
+        self.default = self.resolve()
+        self._resolved: dict[tuple[str, ...], LayerConfig] = {}
+
+    def matching(self, *names: str) -> tuple[str, ...]:
+        """The globs that match any of a module's names, in the order listed (``fnmatchcase``)."""
+        return tuple(p for p in self.patterns if any(fnmatchcase(n, p) for n in names))
+
+    def resolve(self, *names: str) -> LayerConfig:
+        """The config of the module called ``names[0]`` (the others are aliases, e.g. without the base-model prefix).
+
+        Raises:
+            ConfigError: the merged entries are an impossible combination; the message names the layer.
+        """
+        matches = self.matching(*names)
+        if names and matches in self._resolved:
+            return self._resolved[matches]
+        merged = self.raw.get("default", {})
+        for pattern in matches:
+            merged = _merge(merged, self.raw[pattern])
+        where = " + ".join(f"config[{k!r}]" for k in ("default", *matches))
+        resolved = _validate(merged, where + (f" for layer {names[0]!r}" if matches else ""))
+        if names:
+            self._resolved[matches] = resolved
+        return resolved
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Enums to their strings, tuples to lists, mappings to dicts: what JSON can carry."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, Mapping):
+        return {k: _plain(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ConfigError(f"config{where}: {value!r} of type {type(value).__name__} cannot be stored in JSON")
+
+
+def _merge(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in patch.items():
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and not _other_type(key, old, value):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _other_type(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether ``new`` names another type than ``old`` has (``old`` may leave it to the field's default)."""
+    if "type" not in new:
+        return False
+    default = {"opt": OptConfig, "calib": CalibConfig, "input_quant": InputQuant, "weight_quant": WeightQuant}.get(key)
+    old_type = old.get("type", default.model_fields["type"].default if default else None)
+    return str(getattr(old_type, "value", old_type)).lower() != str(new["type"]).lower()
+
+
+def _validate(entry: Mapping[str, Any], where: str, patch: bool = False) -> LayerConfig:
+    try:
+        return LayerConfig.model_validate(entry, context={"patch": patch})
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, where) for e in error.errors())) from None
+
+
+def _explain(error: Any, where: str) -> str:
+    """One pydantic error as one line that names the key, the value and what is allowed."""
+    path = [str(p) for p in error["loc"]]
+    key = ".".join([where, *path])
+    if error["type"] == "extra_forbidden":
+        section: Any = LayerConfig
+        for part in path[:-1]:
+            annotation = section.model_fields[part].annotation
+            options = [annotation, *getattr(annotation, "__args__", ())]
+            section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        return f"{key}: unknown key; allowed are {', '.join(section.model_fields)}"
+    if error["type"] in ("value_error", "assertion_error"):
+        return f"{key}: {error['ctx']['error']}"
+    return f"{key}: {error['msg']}, got {error['input']!r}"
+
+
+_INT8_TOKEN = {"type": "int8", "axis": -1, "dynamic": True}
+_FP8_TOKEN = {"type": "fp8e4m3", "axis": -1, "dynamic": True}
+_INT4_TOKEN = {"type": "int4", "axis": -1, "dynamic": True}
+_INT4_GROUP = {"type": "int4", "group_size": 64}
+_ROUND = {"opt": {"type": "default"}, "calib": {"type": "amax"}}
+_SVD = {"opt": {"type": "svd", "low_rank": 32, "alpha": 0.5}, "calib": {"type": "amax"}}
+
+
+def _channel(dtype: str) -> dict[str, Any]:
+    return {"type": dtype, "axis": -1}
+
+
+#: Named configs. Those whose ``needs_data`` is False quantize while the weights are loaded.
+PRESETS: dict[str, dict[str, Any]] = {
+    name: {"default": entry}
+    for name, entry in {
+        "w8a8": {"weight_quant": _channel("int8"), "input_quant": {"type": "int8"}},
+        "w8a8-dynamic": {**_ROUND, "weight_quant": _channel("int8"), "input_quant": _INT8_TOKEN},
+        "w8a16": {**_ROUND, "weight_quant": _channel("int8"), "input_quant": None},
+        "w6a16": {**_ROUND, "weight_quant": {"type": "int6", "group_size": 64}, "input_quant": None},
+        "w4a16": {**_ROUND, "weight_quant": _INT4_GROUP, "input_quant": None},
+        "w4a16-gptq": {
+            "opt": {"type": "default"},
+            "calib": {"type": "gptq"},
+            "weight_quant": {**_INT4_GROUP, "symmetric": False, "clip": "mse"},
+            "input_quant": None,
+        },
+        "w4a8": {"weight_quant": _INT4_GROUP, "input_quant": {"type": "int8"}},
+        "w4a8-dynamic": {**_ROUND, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
+        "w4a8-svd": {**_SVD, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
+        "w4a4-svd": {**_SVD, "weight_quant": _INT4_GROUP, "input_quant": _INT4_TOKEN},
+        "fp8": {"opt": {"type": "default"}, "weight_quant": _channel("fp8e4m3"), "input_quant": {"type": "fp8e4m3"}},
+        "fp8-dynamic": {**_ROUND, "weight_quant": _channel("fp8e4m3"), "input_quant": _FP8_TOKEN},
+    }.items()
+}
+
+
+def parse(config: str | Mapping[str, Any] | None) -> QuantRules:
+    """Validate a config dict, the name of a preset, or None (the reference's defaults: W8A8, SMOOTH, static).
+
+    Raises:
+        ConfigError: unknown preset, key or value, or an impossible combination.
+        TypeError: ``config`` is neither.
+    """
+    if isinstance(config, str):
+        if config not in PRESETS:
+            raise ConfigError(f"unknown preset {config!r}; there are {', '.join(PRESETS)}")
+        return QuantRules(PRESETS[config])
+    return QuantRules(config)
