@@ -25,13 +25,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         ValueError: ``codes`` are not int8, or ``bits`` is neither 4 nor 6.
     """
     _check(codes, bits)
-    columns = codes.shape[-1]
-    per_block, bytes_per_block = lcm(bits, 8) // bits, lcm(bits, 8) // 8
-    codes = pad(codes, (0, -columns % per_block)).unflatten(-1, (-1, per_block)).to(torch.int32) & (2**bits - 1)
-    shifts = torch.arange(0, per_block * bits, bits, device=codes.device, dtype=torch.int32)
-    words = (codes << shifts).sum(-1, keepdim=True, dtype=torch.int32)
-    byte_shifts = torch.arange(0, bytes_per_block * 8, 8, device=codes.device, dtype=torch.int32)
-    packed = ((words >> byte_shifts) & 0xFF).to(torch.uint8).view(torch.int8)
+    columns, per_block = codes.shape[-1], lcm(bits, 8) // bits
+    codes = pad(codes, (0, -columns % per_block)).unflatten(-1, (-1, per_block)) & (2**bits - 1)
+    packed = codes.new_zeros(*codes.shape[:-1], per_block * bits // 8)
+    for j in range(per_block):
+        byte, shift = divmod(j * bits, 8)
+        packed[..., byte] |= codes[..., j] << shift
+        if shift + bits > 8:
+            packed[..., byte + 1] |= codes[..., j] >> (8 - shift)
     return packed.flatten(-2)[..., : packed_width(columns, bits)].contiguous()
 
 
@@ -46,16 +47,20 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         raise ValueError(
             f"{columns} codes of {bits} bits take {packed_width(columns, bits)} bytes a row, got {packed.shape[-1]}"
         )
-    per_block, bytes_per_block = lcm(bits, 8) // bits, lcm(bits, 8) // 8
-    blocks = pad(packed.view(torch.uint8), (0, -packed.shape[-1] % bytes_per_block)).unflatten(
-        -1, (-1, bytes_per_block)
-    )
-    byte_shifts = torch.arange(0, bytes_per_block * 8, 8, device=packed.device, dtype=torch.int32)
-    words = (blocks.to(torch.int32) << byte_shifts).sum(-1, keepdim=True, dtype=torch.int32)
-    shifts = torch.arange(0, per_block * bits, bits, device=packed.device, dtype=torch.int32)
-    # Shift the code's top bit to bit 31 and back, so that the sign is extended.
-    codes = ((words >> shifts) << (32 - bits)) >> (32 - bits)
-    return codes.to(torch.int8).flatten(-2)[..., :columns].contiguous()
+    per_block = lcm(bits, 8) // bits
+    bytes_per_block = per_block * bits // 8
+    blocks = pad(packed, (0, -packed.shape[-1] % bytes_per_block)).unflatten(-1, (-1, bytes_per_block))
+    codes = packed.new_empty(*blocks.shape[:-1], per_block)
+    for j in range(per_block):
+        byte, shift = divmod(j * bits, 8)
+        low, free = blocks[..., byte], 8 - bits
+        if shift + bits <= 8:
+            # Up to the byte's top and back down: the arithmetic shift extends the sign.
+            codes[..., j] = (low << (free - shift)) >> free
+        else:
+            low = (low >> shift) & (2 ** (8 - shift) - 1)
+            codes[..., j] = ((low | (blocks[..., byte + 1] << (8 - shift))) << free) >> free
+    return codes.flatten(-2)[..., :columns].contiguous()
 
 
 def _check(tensor: Tensor, bits: int) -> None:
