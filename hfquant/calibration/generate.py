@@ -1,0 +1,183 @@
+"""Making a calibration set: run the sampler over the data, write what it records, go on where a killed run stopped."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from torch import nn
+from tqdm.auto import tqdm
+
+from hfquant.calibration import storage
+from hfquant.calibration.calibset import BaseCalibSet, open_stored
+from hfquant.calibration.provenance import differences, provenance, update
+from hfquant.calibration.recorder import Recording, find_layer
+from hfquant.calibration.samplers import BaseSampler, seeded
+from hfquant.calibration.storage import CalibSetError, Cursor, Index
+
+logger = logging.getLogger(__name__)
+
+
+def generate_calibrate_set(
+    model: Any,
+    sampler: BaseSampler,
+    sample_dataloader: Iterable[Any],
+    calib_layer: nn.Module | str,
+    dump_path: str | os.PathLike[str] | None = None,
+    chunk_size: int = 400,
+    compress: bool = True,
+    **kwargs: Any,
+) -> BaseCalibSet:
+    """Runs a pipeline or model over data and collects the inputs of one layer.
+
+    With `dump_path`, a run that was killed goes on where it stopped when called again with the same arguments, and ends
+    with the same files byte for byte; a finished set is simply opened. Both need data that comes in the same order
+    again: shuffling by torch's global random state does (it is seeded from the sampler's seed), Python's and numpy's
+    does not, and a source that changed is noticed.
+
+    Args:
+        model: A diffusers pipeline or a torch module; put back as it was afterwards.
+        sampler: Which timesteps to keep, and how to run the model.
+        sample_dataloader: Inputs of the pipeline or model: each batch a mapping of keyword arguments, a tuple of
+            positional ones, a list of such, or the one positional argument (a list of prompts, a tensor).
+        calib_layer: Layer whose inputs are collected, or its name ("transformer", "unet.mid_block", ...).
+        dump_path: Directory to write to; None keeps the set in memory.
+        chunk_size: Samples a stored chunk; while generating, one chunk at most is held in memory.
+        compress: Compress chunks with zstd.
+        **kwargs: Arguments of the pipeline's or model's call (guidance_scale, num_inference_steps, ...).
+
+    Raises:
+        TypeError: `model` is neither pipeline nor module, or the layer is called with something that cannot be stored.
+        ValueError: Unknown layer or bad argument; a `generator` (seed the sampler instead); the layer never ran.
+        CalibSetError: `dump_path` holds another set, or a damaged one.
+    """
+    return generate_shard(model, sampler, sample_dataloader, calib_layer, dump_path, chunk_size, compress, kwargs)
+
+
+def generate_shard(
+    model: Any,
+    sampler: BaseSampler,
+    sample_dataloader: Iterable[Any],
+    calib_layer: nn.Module | str,
+    dump_path: str | os.PathLike[str] | None,
+    chunk_size: int,
+    compress: bool,
+    call_kwargs: Mapping[str, Any],
+    shard: tuple[int, int] = (0, 1),
+) -> BaseCalibSet:
+    """:func:`generate_calibrate_set` for process `shard[0]` of `shard[1]`, which takes every `shard[1]`-th batch.
+
+    Batches are numbered before they are shared out, and a batch's noise depends on its number, so the samples of all
+    shards together are those of one process.
+    """
+    if not isinstance(sampler, BaseSampler):
+        raise TypeError(f"sampler must be a BaseSampler, got {type(sampler).__name__}.")
+    if type(chunk_size) is not int or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}.")
+    if call_kwargs.get("generator") is not None:
+        raise ValueError(
+            "generator: the noise is drawn from the sampler's seed, so that a run can be repeated; set that."
+        )
+    target = find_layer(model, calib_layer)
+    origin = provenance(model, target, sampler, call_kwargs, shard)
+
+    def runs(start: Cursor) -> Iterator[tuple[Recording, int, Cursor]]:
+        return _samples(model, sampler, sample_dataloader, target.layer, call_kwargs, shard, start)
+
+    if dump_path is None:
+        collected = Recording()
+        for recording, position, _ in runs(Cursor()):
+            collected.take(recording, position)
+        return BaseCalibSet([collected], provenance=origin)
+
+    directory = Path(dump_path) if shard[1] == 1 else Path(dump_path) / storage.shard_name(*shard)
+    directory.mkdir(parents=True, exist_ok=True)
+    with storage.exclusive(directory):
+        index = _resume(directory, Index(chunk_size=chunk_size, compress=compress, provenance=origin))
+        if not index.complete:
+            writer, cursor = storage.Writer(directory, index), index.cursor
+            for recording, position, cursor in runs(index.cursor):
+                writer.add(recording, position, cursor)
+            writer.finish(cursor)
+        return open_stored(directory, index)
+
+
+def _resume(directory: Path, wanted: Index) -> Index:
+    """The index to go on with: that of the set in the directory where it is the one wanted, else a new one."""
+    stored = storage.read_index(directory)
+    if stored is None:
+        storage.write_index(directory, wanted)
+        return wanted
+    reasons = differences(stored.provenance, wanted.provenance) + [
+        f"{name} is {getattr(stored, name)!r} there, {getattr(wanted, name)!r} here"
+        for name in ("chunk_size", "compress")
+        if getattr(stored, name) != getattr(wanted, name)
+    ]
+    if reasons:
+        raise CalibSetError(f"{directory} holds another calibration set ({'; '.join(reasons)}): choose another path.")
+    storage.chunk_files(directory, stored)
+    if stored.complete:
+        logger.info("%s is complete with %d samples: nothing to generate.", directory, stored.length)
+    elif stored.length:
+        logger.info("%s has %d samples: going on from batch %d.", directory, stored.length, stored.cursor.batch)
+    if stored.provenance.get("versions") != wanted.provenance["versions"]:
+        logger.warning("%s was begun with other versions: %s.", directory, stored.provenance.get("versions"))
+    return stored
+
+
+def _samples(
+    model: Any,
+    sampler: BaseSampler,
+    loader: Iterable[Any],
+    layer: nn.Module,
+    call_kwargs: Mapping[str, Any],
+    shard: tuple[int, int],
+    start: Cursor,
+) -> Iterator[tuple[Recording, int, Cursor]]:
+    """Yields the samples after `start`: a recording, the sample's place in it, how far the set has come with it."""
+    rank, world_size = shard
+    source = xxhash.xxh3_128()
+    steps, ran, found = None, False, start.taken > 0
+    progress = tqdm(desc=f"Sampling {type(sampler).__name__}", unit="batch", total=_length(loader))
+    with seeded(sampler.seed):
+        batches = iter(loader)
+    try:
+        for number in itertools.count():
+            # A loader that shuffles by the global random state must do so alike when the run is repeated.
+            with seeded(sampler.seed, number):
+                batch = next(batches, batches)
+            if batch is batches:
+                break
+            update(source, batch)
+            progress.update()
+            if number % world_size != rank or number < start.batch:
+                continue
+            skip = start.taken if number == start.batch else 0
+            if skip and source.hexdigest() != start.source:
+                raise CalibSetError(
+                    "sample_dataloader gives other data than when this set was begun: choose another path."
+                )
+            recording, steps = sampler.sample(model, batch, layer, call_kwargs, index=number, steps=steps)
+            ran, found = True, found or len(recording) > 0
+            for position in range(skip, len(recording)):
+                yield recording, position, Cursor(batch=number, taken=position + 1, source=source.hexdigest())
+    finally:
+        progress.close()
+    if start.taken and number <= start.batch:
+        raise CalibSetError(f"sample_dataloader ends after {number} batches, fewer than when this set was begun.")
+    if ran and not found:
+        raise ValueError("calib_layer was never called with a timestep that is kept: nothing was recorded.")
+    if not number:
+        raise ValueError("sample_dataloader is empty: nothing was recorded.")
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None

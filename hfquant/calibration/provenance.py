@@ -1,0 +1,117 @@
+"""Where a calibration set comes from: enough to refuse to mix two, or to go on with the wrong one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import nn
+
+from hfquant.calibration.recorder import Target, content
+from hfquant.calibration.samplers import BaseSampler
+
+_PACKAGES = ("hfquant", "torch", "transformers", "diffusers", "safetensors", "zstandard")
+_PROBES = 16
+
+
+def provenance(
+    model: Any, target: Target, sampler: BaseSampler, call_kwargs: Mapping[str, Any], shard: tuple[int, int]
+) -> dict[str, Any]:
+    """Describes a set that is about to be generated, as JSON.
+
+    The model's entry holds a digest of a few values of each weight and of the scheduler's config, so a checkpoint under
+    the same name but with other weights is told apart.
+    """
+    parts = model.components if not isinstance(model, nn.Module) else {"": model}
+    weights = xxhash.xxh3_128()
+    for name, part in sorted(parts.items()):
+        weights.update(f"{name}:{type(part).__name__}".encode())
+        if isinstance(part, nn.Module):
+            _update_with_weights(weights, part)
+        elif isinstance(config := getattr(part, "config", None), Mapping):
+            # Keys with an underscore are diffusers' own bookkeeping, in no fixed order.
+            update(weights, {key: value for key, value in config.items() if not key.startswith("_")})
+    return {
+        "model": {
+            "class": type(model).__name__,
+            "name": str(getattr(model, "name_or_path", "")),
+            "weights": weights.hexdigest(),
+        },
+        "layer": target.name,
+        "sampler": {"class": type(sampler).__name__, **{k: _describe(v) for k, v in sorted(vars(sampler).items())}},
+        "call": {key: _describe(value) for key, value in sorted(call_kwargs.items())},
+        "shard": list(shard),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What keeps a stored set from being the wanted one, in words. Versions do not count."""
+    keys = sorted((stored.keys() | wanted.keys()) - {"versions"})
+    return [
+        f"{key} is {stored.get(key)!r} there, {wanted.get(key)!r} here"
+        for key in keys
+        if stored.get(key) != wanted.get(key)
+    ]
+
+
+def update(digest: xxhash.xxh3_128, value: Any) -> None:
+    """Feeds a value to a digest: tensors, arrays and images by content, containers item by item."""
+    if isinstance(value, torch.Tensor):
+        digest.update(f"{value.dtype}{list(value.shape)}".encode())
+        digest.update(content(value.detach().cpu().contiguous()))
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            digest.update(f"{key!r}:".encode())
+            update(digest, item)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{type(value).__name__}{len(value)}".encode())
+        for item in value:
+            update(digest, item)
+    elif value is None or isinstance(value, (bool, int, float, str, bytes)):
+        digest.update(f"{value!r};".encode())
+    elif hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image
+        digest.update(f"{value.mode}{value.size}".encode())
+        digest.update(value.tobytes())
+    else:
+        digest.update(type(value).__qualname__.encode())
+
+
+def _update_with_weights(digest: xxhash.xxh3_128, module: nn.Module) -> None:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+        if tensor.is_meta or not tensor.numel():
+            continue
+        try:
+            flat = tensor.detach().reshape(-1)
+            probes = flat[:: max(1, len(flat) // _PROBES)][:_PROBES]
+            digest.update(content(probes.cpu().contiguous()))
+        except (NotImplementedError, RuntimeError):  # quantized tensor subclasses cannot always be indexed
+            continue
+
+
+def _describe(value: Any) -> Any:
+    """The value itself where JSON can hold it, else its type and a digest."""
+    try:
+        if json.loads(json.dumps(value, allow_nan=False)) == value:
+            return value
+    except (TypeError, ValueError):
+        pass
+    digest = xxhash.xxh3_128()
+    update(digest, value)
+    return f"{type(value).__name__} {digest.hexdigest()}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,306 @@
+"""Samplers run a pipeline or a model and decide which of its steps become calibration samples.
+
+A diffusion run feeds the denoiser inputs that change with the timestep, so calibration must see several timesteps of
+each run, and which ones matters: evenly spread (Q-Diffusion, arXiv 2302.04304), normally distributed (PTQ4DM, arXiv
+2211.15736), or the last ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hfquant.calibration.recorder import Recording, Target, find_layer, is_pipeline, record
+
+_TIME_ARGUMENTS = ("timestep", "timesteps", "t", "timestep_ratio", "r")
+
+
+class BaseSampler:
+    """Keeps the last `timesteps` steps of each run, those nearest the clean image.
+
+    Subclasses override :meth:`select`. In a model that is run by itself, and in a part of a pipeline that takes no
+    timestep (a text encoder, the VAE), every call is kept.
+
+    Args:
+        timesteps: Steps kept of each run; a shorter run is kept whole, and so is every run when None.
+        seed: Fixes both the noise of the runs and the choice of steps; batch i always runs under the same noise.
+    """
+
+    def __init__(self, timesteps: int | None = 10, *, seed: int = 0) -> None:
+        if timesteps is not None and (type(timesteps) is not int or timesteps < 1):
+            raise ValueError(f"timesteps must be a positive integer or None, got {timesteps!r}.")
+        if type(seed) is not int or seed < 0:
+            raise ValueError(f"seed must be an integer from 0 on, got {seed!r}.")
+        self.timesteps = timesteps
+        self.seed = seed
+
+    def select(self, steps: int, count: int, generator: torch.Generator) -> list[int]:
+        """Chooses the steps to keep.
+
+        Args:
+            steps: Steps of the run; step 0 starts from noise. A step is a stretch of calls with one timestep.
+            count: How many to choose, less than `steps`.
+            generator: Source of randomness, a new one for each run.
+
+        Returns:
+            `count` distinct numbers from 0 to `steps - 1`.
+        """
+        return list(range(steps - count, steps))
+
+    def sample(
+        self,
+        model: Any,
+        batch: Any,
+        calib_layer: nn.Module | str,
+        call_kwargs: Mapping[str, Any] | None = None,
+        *,
+        index: int = 0,
+        steps: int | None = None,
+    ) -> tuple[Recording, int | None]:
+        """Runs the model on one batch and records the calls of `calib_layer` in the steps chosen.
+
+        Args:
+            model: A diffusers pipeline or any torch module. It is run in eval mode without gradients; its modules'
+                modes, its hooks and the global random state are put back as they were.
+            batch: Keyword arguments as a mapping, positional arguments as a tuple, several of these or tensors in a
+                list (run one after the other), or the one positional argument: a tensor, a prompt, a list of prompts.
+            calib_layer: Layer to record, or its name.
+            call_kwargs: More keyword arguments for each call; the batch's own win.
+            index: Number of the batch, which the noise depends on.
+            steps: Steps that a run is expected to have; by default the scheduler's. A run that turns out to have
+                another number is done once more.
+
+        Returns:
+            The recording and the number of steps that a run had (None where there is no timestep).
+        """
+        target = find_layer(model, calib_layer)
+        recording = Recording()
+        for i, (args, kwargs) in enumerate(_calls(batch)):
+            kwargs = {**(call_kwargs or {}), **kwargs}
+            run, steps = self._record_run(model, target, args, kwargs, (self.seed, index, i), steps)
+            for j in range(len(run)):
+                recording.take(run, j)
+        return recording, steps
+
+    def run(self, model: Any, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Calls the model once."""
+        if isinstance(model, nn.Module):
+            from accelerate.utils import send_to_device
+
+            device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+            args, kwargs = send_to_device(args, device), send_to_device(kwargs, device)
+        model(*args, **kwargs)
+
+    def _record_run(
+        self,
+        model: Any,
+        target: Target,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        entropy: tuple[int, ...],
+        steps: int | None,
+    ) -> tuple[Recording, int | None]:
+        read_time = _time_reader(target.component) if is_pipeline(model) else None
+        for _ in range(3):
+            recording, clock = Recording(), _Clock(read_time, partial(self._plan, model, entropy, steps))
+            with (
+                record(target, recording, clock.keeps),
+                clock.watch(target.component),
+                _inference(model),
+                seeded(*entropy),
+            ):
+                self.run(model, target, args, kwargs)
+            if clock.step + 1 == clock.steps:
+                return recording, clock.steps or None
+            steps = clock.step + 1
+        raise RuntimeError(f"the number of denoising steps changes from run to run of one batch (now {steps}).")
+
+    def _plan(self, model: Any, entropy: tuple[int, ...], steps: int | None) -> tuple[int, Sequence[int]]:
+        """How many steps the run that begins will have, and which of them to keep."""
+        steps = steps or _scheduled_steps(model)
+        count = steps if self.timesteps is None else min(self.timesteps, steps)
+        if count == steps:
+            return steps, range(steps)
+        return steps, self.select(steps, count, torch.Generator().manual_seed(_seed(*entropy)))
+
+
+class UniformSampler(BaseSampler):
+    """Keeps steps at a fixed interval over the whole run, from a random first one (Q-Diffusion, section 3.3)."""
+
+    def select(self, steps: int, count: int, generator: torch.Generator) -> list[int]:
+        """See :meth:`BaseSampler.select`."""
+        offset = torch.rand((), generator=generator, dtype=torch.float64)
+        return [int((k + offset) * steps / count) for k in range(count)]
+
+
+class NormalSampler(BaseSampler):
+    """Keeps steps drawn from a normal distribution over the diffusion time, PTQ4DM's DNTC (section 4.3).
+
+    Args:
+        mean: Mean of the diffusion time as a fraction of the run, 0 = clean image, 1 = noise. PTQ4DM asks for at most
+            0.5, since inputs near the clean image matter more.
+        timesteps: Steps kept of each run, without repetition.
+        std: Standard deviation, in the same unit.
+        seed: See :class:`BaseSampler`.
+    """
+
+    def __init__(self, mean: float = 0.4, timesteps: int | None = 10, *, std: float = 0.4, seed: int = 0) -> None:
+        super().__init__(timesteps, seed=seed)
+        if not 0 <= mean <= 1:
+            raise ValueError(f"mean is a fraction of the diffusion time, from 0 to 1; got {mean!r}.")
+        if not std > 0:
+            raise ValueError(f"std must be positive, got {std!r}.")
+        self.mean = float(mean)
+        self.std = float(std)
+
+    def select(self, steps: int, count: int, generator: torch.Generator) -> list[int]:
+        """See :meth:`BaseSampler.select`."""
+        time = torch.linspace(1, 0, steps, dtype=torch.float64)
+        # Log weights plus Gumbel noise: the largest `count` are a draw without replacement, and none underflows.
+        uniform = torch.rand(steps, generator=generator, dtype=torch.float64).clamp_min(1e-300)
+        keys = -(((time - self.mean) / self.std) ** 2) / 2 - (-uniform.log()).log()
+        return keys.topk(count).indices.tolist()
+
+
+class LanguageModelSampler(BaseSampler):
+    """Runs a transformers model over token batches and keeps every call.
+
+    A batch is a mapping (input_ids, attention_mask, ...) or a tensor of token ids `[batch, length]`, int64. No
+    key-value cache is filled, and logits that nobody records are not computed.
+
+    Args:
+        seed: Seed of whatever is random in the model.
+    """
+
+    def __init__(self, *, seed: int = 0) -> None:
+        super().__init__(None, seed=seed)
+
+    def run(self, model: Any, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Calls the model once."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"LanguageModelSampler runs a transformers model, got {type(model).__name__}.")
+        accepted = inspect.signature(model.forward).parameters
+        if "use_cache" in accepted:
+            kwargs.setdefault("use_cache", False)
+        base = getattr(model, "base_model", model)
+        if "logits_to_keep" in accepted and base is not model and any(m is target.layer for m in base.modules()):
+            kwargs.setdefault("logits_to_keep", 1)
+        super().run(model, target, args, kwargs)
+
+
+class _Clock:
+    """Counts the denoising steps of one run by the timestep that the denoiser is given.
+
+    Args:
+        read_time: Picks the timestep from a call's arguments; None for a component that takes none.
+        plan: Called at the first step: the steps that the run should have, and those to keep.
+    """
+
+    def __init__(
+        self,
+        read_time: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None,
+        plan: Callable[[], tuple[int, Sequence[int]]],
+    ) -> None:
+        self.read_time = read_time
+        self.plan = plan
+        self.step, self.steps = -1, 0
+        self.time: float | None = None
+        self.kept: Sequence[int] = ()
+
+    def keeps(self) -> bool:
+        """Whether calls are recorded now."""
+        return self.read_time is None or self.step in self.kept
+
+    @contextmanager
+    def watch(self, component: nn.Module) -> Iterator[None]:
+        if self.read_time is None:
+            yield
+            return
+        handle = component.register_forward_pre_hook(self._tick, with_kwargs=True, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _tick(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self.read_time is not None
+        time = self.read_time(args, kwargs)
+        if time is None:
+            return
+        # Some models take a time for each token; the largest is the run's.
+        now = float(time.max()) if isinstance(time, torch.Tensor) else float(time)
+        if self.step < 0:
+            self.steps, self.kept = self.plan()
+        if now != self.time:
+            self.step, self.time = self.step + 1, now
+
+
+def _time_reader(component: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Any] | None:
+    """A function that picks the timestep from a call's arguments; None where the component takes none."""
+    parameters = list(inspect.signature(component.forward).parameters)
+    name = next((name for name in _TIME_ARGUMENTS if name in parameters), None)
+    if name is None:
+        return None
+    position = parameters.index(name)
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return kwargs[name] if name in kwargs else args[position] if position < len(args) else None
+
+    return read
+
+
+def _scheduled_steps(pipeline: Any) -> int:
+    """Distinct timesteps that the scheduler is set to. Only a guess: image-to-image skips some of them."""
+    timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+    return 1 if timesteps is None else len(torch.unique_consecutive(torch.as_tensor(timesteps)))
+
+
+def _calls(batch: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The calls (args, kwargs) that a batch stands for."""
+    if isinstance(batch, list) and batch and all(isinstance(b, (Mapping, tuple, torch.Tensor)) for b in batch):
+        return [call for item in batch for call in _calls(item)]
+    if isinstance(batch, Mapping):
+        return [((), dict(batch))]
+    return [(batch if isinstance(batch, tuple) else (batch,), {})]
+
+
+def _seed(*entropy: int) -> int:
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Within it, torch's global generators start from a seed made of `entropy`; afterwards they are as before."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(_seed(*entropy))
+        yield
+
+
+@contextmanager
+def _inference(model: Any) -> Iterator[None]:
+    """Eval mode, no gradients, no progress bar a run; put back afterwards."""
+    parts = (
+        [model] if isinstance(model, nn.Module) else [p for p in model.components.values() if isinstance(p, nn.Module)]
+    )
+    training = [module for part in parts for module in part.modules() if module.training]
+    bar = getattr(model, "_progress_bar_config", {})
+    try:
+        for module in training:
+            module.training = False
+        if hasattr(model, "set_progress_bar_config"):
+            model.set_progress_bar_config(**{**bar, "disable": True})
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        if hasattr(model, "set_progress_bar_config"):
+            model.set_progress_bar_config(**bar)

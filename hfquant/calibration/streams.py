@@ -1,0 +1,398 @@
+"""Calibration data from wherever it lies to batches of model inputs.
+
+Everything here is lazy and can be walked again: each walk opens its source anew and, for one seed, gives the same
+batches. What is held at a time is one batch and one shuffle buffer, however long the source.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set
+
+logger = logging.getLogger(__name__)
+
+_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
+_COLUMNS = ("text", "prompt", "caption", "input_ids", "image", "latent", "latents")
+_PARAGRAPH_CHARS = 1 << 16
+_MAX_LENGTH = 1 << 20  # tokenizers without a limit report 1e30
+
+_Positive = Annotated[int, Field(gt=0)]
+
+
+def _check_source(value: Any) -> Any:
+    if isinstance(value, (str, os.PathLike)) or _is_datasets_object(value):
+        return value
+    raise ValueError("must be a hub id, a path, or a datasets.Dataset or IterableDataset")
+
+
+class StreamSpec(BaseModel):
+    """A calibration stream as the user writes it: `{"dataset": ..., ...}`.
+
+    Attributes:
+        dataset: Hub id, local file or folder, or a `datasets` object.
+        name: Configuration of a hub dataset.
+        split: Which split to read.
+        column: Column to read, or {argument of the model: column}. By default the first known name: text, prompt,
+            caption, input_ids, image, latent.
+        samples: Sequences (text), or rows (all else), to read; None for all.
+        seqlen: Tokens a sequence, capped by the tokenizer's limit.
+        seed: Seed of the order; None reads the source in its own order.
+        batch_size: Samples a batch.
+        buffer_size: Rows in the shuffle buffer of a stream.
+        pack: Join texts with the end-of-text token and cut them to `seqlen`, instead of one text a sequence. By default
+            where the tokenizer has such a token and marks no beginning of its own (BERT's [CLS]).
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, strict=True)
+
+    dataset: Annotated[Any, BeforeValidator(_check_source)]
+    name: str | None = None
+    split: str = "train"
+    column: str | dict[str, str] | None = None
+    samples: _Positive | None = 128
+    seqlen: _Positive = 512
+    seed: Annotated[int, Field(ge=0)] | None = 0
+    batch_size: _Positive | None = None
+    buffer_size: _Positive = 1000
+    pack: bool | None = None
+
+
+class Batches(Iterable[Any]):
+    """Batches of model inputs that can be walked any number of times."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]], empty: str) -> None:
+        self._make = make
+        self._empty = empty
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = self._make()
+        try:
+            first = next(batches)
+        except StopIteration:
+            raise ValueError(f"the calibration data is empty: {self._empty}.") from None
+        yield first
+        yield from batches
+
+
+def calibration_batches(
+    calibration: Any,
+    *,
+    tokenizer: Any = None,
+    processor: Any = None,
+    model: Any = None,
+    batch_size: int | None = None,
+) -> Iterable[Any]:
+    """Turns what a user gives as calibration data into batches of model inputs.
+
+    Args:
+        calibration: One of
+
+            - a dict, see :class:`StreamSpec`: `{"dataset": "wikitext.parquet", "column": "text", "samples": 128}`;
+            - a `datasets.Dataset` or `IterableDataset`, as if in such a dict;
+            - a list of strings;
+            - a calibration set or its path;
+            - a DataLoader or any other iterable of model inputs that can be walked again, given back as it is.
+        tokenizer: Turns text into tokens; by default the processor's. Without one, text comes as lists of prompts.
+        processor: Image processor; without one, images come as {"image": [...]}.
+        model: Its position limit caps the length of sequences.
+        batch_size: Samples a batch where `calibration` does not say; 1 by default.
+
+    Returns:
+        An iterable of, for text with a tokenizer, {"input_ids", "attention_mask"} int64 `[batch, length]` without any
+        padding; for text without, lists of strings; for images {"pixel_values"}; for latents and numbers a tensor
+        `[batch, ...]`; for several columns a dict of these; for a calibration set lists of samples.
+
+    Raises:
+        TypeError: A generator, which can be walked only once, or something that is no data at all.
+        ValueError: A bad dict (the message names the key), a path that holds no set, or, when walked, no data.
+        FileNotFoundError: A local source that is not there.
+    """
+    tokenizer = tokenizer or getattr(processor, "tokenizer", None)
+    limit = _length_limit(tokenizer, model)
+    if _is_datasets_object(calibration):
+        calibration = {"dataset": calibration}
+    if isinstance(calibration, Mapping):
+        spec = _parse(calibration)
+        size = spec.batch_size or batch_size or 1
+        return Batches(lambda: _from_spec(spec, tokenizer, processor, limit, size), f"{spec.dataset} gives no rows")
+    size = batch_size or 1
+    if isinstance(calibration, (str, os.PathLike)):
+        stored = load_calibrate_set(calibration)
+        if stored is None:
+            advice = f"For a dataset give {{'dataset': {str(calibration)!r}}}."
+            raise ValueError(f"{calibration} holds no finished calibration set. {advice}")
+        calibration = stored
+    if isinstance(calibration, BaseCalibSet):
+        return calibration.get_dataloader(batch_size=size)
+    if isinstance(calibration, Sequence) and calibration and all(isinstance(text, str) for text in calibration):
+        spec = StreamSpec(dataset="", samples=None)
+        return Batches(lambda: _from_texts(calibration, spec, tokenizer, limit, size), "there is no text in the list")
+    if isinstance(calibration, Sequence) and calibration and all(_is_image(image) for image in calibration):
+        return Batches(lambda: (_images(group, processor) for group in _grouped(calibration, size)), "no images")
+    if isinstance(calibration, Iterator):
+        raise TypeError("calibration data is walked more than once: give a list or a DataLoader, not a generator.")
+    if not isinstance(calibration, Iterable) and not hasattr(calibration, "__getitem__"):
+        raise TypeError(
+            "calibration must be a dict with a 'dataset', a datasets object, a list of strings, a calibration set or "
+            f"its path, a DataLoader or an iterable of model inputs; got {type(calibration).__name__}."
+        )
+    if isinstance(calibration, Sequence) and not calibration:
+        raise ValueError("the calibration data is empty: the list has no items.")
+    return calibration
+
+
+def _parse(spec: Mapping[str, Any]) -> StreamSpec:
+    try:
+        return StreamSpec.model_validate(dict(spec))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise ValueError(
+                f"calibration: unknown key {key!r}; allowed are {list(StreamSpec.model_fields)}."
+            ) from None
+        raise ValueError(f"calibration[{key!r}]: {first['msg'].removeprefix('Value error, ')}.") from None
+
+
+def _length_limit(tokenizer: Any, model: Any) -> int:
+    config = getattr(model, "config", None)
+    limits = (getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None))
+    return min([_MAX_LENGTH, *(int(limit) for limit in limits if isinstance(limit, (int, float)) and limit > 0)])
+
+
+def _is_datasets_object(value: Any) -> bool:
+    return type(value).__module__.startswith("datasets.") and hasattr(value, "features")
+
+
+def _is_image(value: Any) -> bool:
+    return type(value).__module__.startswith("PIL.")
+
+
+# ------------------------------------------------------------------------------------------------- rows of a dataset
+
+
+def _from_spec(spec: StreamSpec, tokenizer: Any, processor: Any, limit: int, size: int) -> Iterator[Any]:
+    data, is_lines = _open(spec)
+    names = list(data.features or next(iter(data), {}))
+    columns = spec.column if isinstance(spec.column, dict) else {"": spec.column or _default_column(names)}
+    for column in columns.values():
+        if column not in names:
+            raise ValueError(f"{spec.dataset} has no column {column!r}; it has {names}.")
+    data = data.select_columns(list(dict.fromkeys(columns.values())))
+    if isinstance(spec.column, dict):
+        for group in _grouped(islice(_rows(data, spec), spec.samples), size):
+            yield {argument: _stack([row[name] for row in group]) for argument, name in columns.items()}
+        return
+
+    column = columns[""]
+    if is_lines and tokenizer is not None:
+        # Lines of a text file only make sense in order, so they are joined first and shuffled afterwards.
+        values: Iterator[Any] = _paragraphs(row[column] for row in data)
+        if spec.seed is not None:
+            values = _shuffled(values, spec.buffer_size, spec.seed)
+    else:
+        # A null is no value, and an empty line of a file of prompts no prompt.
+        values = (row[column] for row in _rows(data, spec))
+        values = (value for value in values if value is not None and not (is_lines and not value.strip()))
+    first = next(values, None)
+    if first is None:
+        return
+    values = chain([first], values)
+    if isinstance(first, str) or column == "input_ids":
+        yield from _from_texts(values, spec, tokenizer, limit, size)
+    else:
+        groups = _grouped(islice(values, spec.samples), size)
+        yield from (_images(group, processor) if _is_image(first) else _stack(group) for group in groups)
+
+
+def _open(spec: StreamSpec) -> tuple[Any, bool]:
+    """The dataset, and whether its rows are the lines of text files."""
+    import datasets
+
+    source = spec.dataset
+    if _is_datasets_object(source):
+        return source, False
+    path = Path(source)
+    options: dict[str, Any] = {"split": spec.split, "streaming": True}
+    if path.is_file():
+        builder = _BUILDERS.get(path.suffix.lower())
+        if builder is None:
+            raise ValueError(f"{path}: unknown kind of file; known are {sorted(_BUILDERS)}, and folders of images.")
+        if builder == "text":
+            options["chunksize"] = 1 << 20  # the default of 10 MB, decoded, is most of what calibration would hold
+        return datasets.load_dataset(builder, data_files=str(path), **options), builder == "text"
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(str(path))[spec.split], False
+        if (path / "state.json").is_file():
+            return datasets.load_from_disk(str(path)), False
+        texts = any(file.suffix == ".txt" for file in path.iterdir())
+        return datasets.load_dataset(str(path), spec.name, **options), texts
+    if path.is_absolute() or str(source).startswith(".") or path.suffix.lower() in _BUILDERS:
+        raise FileNotFoundError(f"calibration['dataset']: {source} is not there.")
+    return datasets.load_dataset(str(source), spec.name, **options), False
+
+
+def _default_column(names: list[str]) -> str:
+    found = next((name for name in _COLUMNS if name in names), names[0] if len(names) == 1 else None)
+    if found is None:
+        raise ValueError(f"calibration['column']: choose one of {names}.")
+    return found
+
+
+def _rows(data: Any, spec: StreamSpec) -> Iterator[Mapping[str, Any]]:
+    if hasattr(data, "__len__"):
+        return (data[i] for i in _spread(len(data), spec.seed))
+    if spec.seed is None:
+        return iter(data)
+    # The buffer of `datasets` holds rows before images are decoded; ours would hold the pixels.
+    return iter(data.shuffle(seed=spec.seed, buffer_size=spec.buffer_size))
+
+
+def _spread(count: int, seed: int | None) -> Iterator[int]:
+    """Every number below `count` once, each few of them spread evenly (golden-ratio stride), without a table."""
+    if seed is None or count < 3:
+        yield from range(count)
+        return
+    stride = next(s for s in range(round(count * 0.6180339887498949), 2 * count) if math.gcd(s, count) == 1)
+    start = random.Random(seed).randrange(count)
+    for i in range(count):
+        yield (start + i * stride) % count
+
+
+def _shuffled(items: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
+    """Shuffles with a bounded buffer: each item leaves at random as another comes in."""
+    draw = random.Random(seed)
+    buffer: list[Any] = []
+    for item in items:
+        if len(buffer) < size:
+            buffer.append(item)
+            continue
+        slot = draw.randrange(size)
+        yield buffer[slot]
+        buffer[slot] = item
+    draw.shuffle(buffer)
+    yield from buffer
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """Joins lines up to the next empty one, or to `_PARAGRAPH_CHARS` characters."""
+    held: list[str] = []
+    length = 0
+    for line in lines:
+        line = line.rstrip("\n")
+        if line.strip():
+            held.append(line)
+            length += len(line) + 1
+        if held and (not line.strip() or length > _PARAGRAPH_CHARS):
+            yield "\n".join(held)
+            held, length = [], 0
+    if held:
+        yield "\n".join(held)
+
+
+# --------------------------------------------------------------------------------------------- values to model inputs
+
+
+def _from_texts(values: Iterable[Any], spec: StreamSpec, tokenizer: Any, limit: int, size: int) -> Iterator[Any]:
+    """Texts, or lists of token ids, to token batches; texts without a tokenizer to lists of prompts."""
+    values = iter(values)
+    first = next(values, None)
+    if first is None:
+        return
+    values = chain([first], values)
+    if isinstance(first, str) and tokenizer is None:
+        yield from _grouped(islice(values, spec.samples), size)
+        return
+    seqlen = min(spec.seqlen, limit)
+    eos = getattr(tokenizer, "eos_token_id", None)
+    pack = spec.pack
+    if pack is None:
+        pack = tokenizer is None or (eos is not None and getattr(tokenizer, "cls_token_id", None) is None)
+    if pack:
+        sequences = _packed(_token_ids(values, tokenizer, None), eos, seqlen)
+    else:
+        sequences = (ids for ids in _token_ids(values, tokenizer, seqlen) if ids)
+    yield from _token_batches(_counted(sequences, spec.samples), size)
+
+
+def _token_ids(values: Iterable[Any], tokenizer: Any, seqlen: int | None) -> Iterator[list[int]]:
+    """Tokens of each text: whole texts without special tokens to be packed, or cut to `seqlen` with them."""
+    for value in values:
+        if isinstance(value, str):
+            if seqlen is None:  # verbose=False: a text longer than the model's limit is no mistake here
+                yield tokenizer(value, add_special_tokens=False, verbose=False)["input_ids"]
+            else:
+                yield tokenizer(value, truncation=True, max_length=seqlen)["input_ids"]
+        else:
+            ids = [int(token) for token in value]
+            yield ids if seqlen is None else ids[:seqlen]
+
+
+def _packed(documents: Iterable[list[int]], eos: int | None, seqlen: int) -> Iterator[list[int]]:
+    """Joins documents, an end-of-text token after each, and cuts the result to `seqlen`; the rest comes last."""
+    held: list[int] = []
+    for document in documents:
+        if not document:
+            continue
+        held += document
+        if eos is not None:
+            held.append(eos)
+        start = 0
+        while len(held) - start >= seqlen:
+            yield held[start : start + seqlen]
+            start += seqlen
+        del held[:start]
+    if held:
+        yield held
+
+
+def _counted(items: Iterable[Any], samples: int | None) -> Iterator[Any]:
+    count = 0
+    for item in islice(items, samples):
+        count += 1
+        yield item
+    if samples is not None and count < samples:
+        logger.warning("the calibration data gives %d sequences, not the %d asked for.", count, samples)
+
+
+def _token_batches(sequences: Iterable[list[int]], size: int) -> Iterator[Any]:
+    """Batches without padding: sequences of one length make a tensor, a batch of several lengths a list of them."""
+    for group in _grouped(sequences, size):
+        lengths = dict.fromkeys(map(len, group))
+        tensors = [torch.tensor([ids for ids in group if len(ids) == length]) for length in lengths]
+        inputs = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tensors]
+        yield inputs[0] if len(inputs) == 1 else inputs
+
+
+def _images(images: list[Any], processor: Any) -> Any:
+    if processor is None:
+        return {"image": images}
+    processor = getattr(processor, "image_processor", processor)
+    return dict(processor(images=[image.convert("RGB") for image in images], return_tensors="pt"))
+
+
+def _stack(values: list[Any]) -> Any:
+    """Numbers and arrays of one shape to a tensor `[batch, ...]`, float64 to float32; all else stays a list."""
+    if isinstance(values[0], (str, Mapping)) or _is_image(values[0]):
+        return values
+    tensor = torch.stack([v if isinstance(v, torch.Tensor) else torch.from_numpy(np.asarray(v)) for v in values])
+    return tensor.float() if tensor.dtype is torch.float64 else tensor
+
+
+def _grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    items = iter(items)
+    while group := list(islice(items, size)):
+        yield group
