@@ -1,0 +1,1 @@
+"""Quantization algorithms: pure functions on tensors. Nothing here knows of modules, hooks or Hugging Face."""

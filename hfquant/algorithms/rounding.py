@@ -1,0 +1,101 @@
+"""The grid that weight codes are counted on, and round-to-nearest on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hfquant import formats
+from hfquant.config import DType, WeightQuant
+
+#: Factors of amax that ``clip="mse"`` tries.
+CLIP_FACTORS = tuple(1.0 - 0.02 * i for i in range(21))
+
+
+def weight_grid(
+    weight: Tensor,
+    quant: WeightQuant,
+    columns: Sequence[int],
+    rows: Sequence[int] | None = None,
+    importance: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Scales and zero points of a weight matrix.
+
+    Args:
+        weight: [out, in], any float dtype.
+        quant: format, symmetry and clipping (``axis`` and ``group_size`` are in ``columns`` and ``rows``).
+        columns: sizes of the column blocks (groups or input segments), summing to in.
+        rows: sizes of row blocks that share a scale (per tensor); None: a scale for each row.
+        importance: [in], the weight of each column's squared error under ``clip="mse"`` (the Hessian's diagonal).
+
+    Returns:
+        scale [out, G] float32 and zero_point [out, G] (None where symmetric); (None, None) for FP16 and BF16.
+    """
+    if not quant.type.is_scaled:
+        return None, None
+    low, high = formats.range_columns(weight, columns)
+    if rows is not None:
+        low, high = _over_rows(low, torch.amin, rows), _over_rows(high, torch.amax, rows)
+    if quant.clip == "mse":
+        return _clipped(weight, quant, columns, low, high, importance, rows)
+    return _grid(quant, low, high)
+
+
+def _grid(quant: WeightQuant, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+    if quant.symmetric:
+        return formats.scale_from_amax(torch.maximum(-low, high), quant.type), None
+    return formats.scale_from_range(low, high, quant.type)
+
+
+def _over_rows(values: Tensor, reduce: Callable[..., Tensor], rows: Sequence[int]) -> Tensor:
+    return torch.cat([reduce(b, dim=0, keepdim=True).expand_as(b) for b in values.split(list(rows))])
+
+
+def _clipped(
+    weight: Tensor,
+    quant: WeightQuant,
+    columns: Sequence[int],
+    low: Tensor,
+    high: Tensor,
+    importance: Tensor | None,
+    rows: Sequence[int] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """For each scale the factor of amax whose grid has the least (weighted) squared error."""
+    w = weight.float()
+    best_scale, best_zero = _grid(quant, low, high)
+    best = torch.full_like(best_scale, torch.inf)
+    for factor in CLIP_FACTORS:
+        scale, zero = _grid(quant, low * factor, high * factor)
+        codes = round_to_nearest(w, scale, zero, quant.type, columns)
+        error = (w - dequantize_weight(codes, scale, zero, quant.type, columns)).square_()
+        if importance is not None:
+            error *= importance.to(error)
+        loss = torch.stack([e.sum(-1) for e in error.split(list(columns), dim=-1)], -1)
+        if rows is not None:
+            loss = _over_rows(loss, torch.sum, rows)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        best_scale = torch.where(better, scale, best_scale)
+        if zero is not None and best_zero is not None:
+            best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def round_to_nearest(
+    weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, dtype: DType, columns: Sequence[int]
+) -> Tensor:
+    """Codes [out, in] of ``weight`` [out, in] on a grid from :func:`weight_grid`."""
+    return formats.quantize(weight, _per_column(scale, columns), dtype, _per_column(zero_point, columns))
+
+
+def dequantize_weight(
+    codes: Tensor, scale: Tensor | None, zero_point: Tensor | None, dtype: DType, columns: Sequence[int]
+) -> Tensor:
+    """Float32 weight [out, in] of unpacked codes [out, in]."""
+    return formats.dequantize(codes, _per_column(scale, columns), dtype, _per_column(zero_point, columns))
+
+
+def _per_column(values: Tensor | None, columns: Sequence[int]) -> Tensor | None:
+    return None if values is None else formats.expand_columns(values, columns)

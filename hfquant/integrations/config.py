@@ -1,0 +1,152 @@
+"""HfQuantConfig: a quantization config as transformers and diffusers carry it, in memory and in config.json."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
+
+from hfquant import config as rules
+from hfquant.config import ConfigError, QuantRules
+
+METHOD = "hfquant"
+#: Raised when a reader of this version could not read what a later one writes.
+FORMAT_VERSION = 1
+
+
+class QuantMethod(str, Enum):
+    """diffusers reads ``quant_method.value``, transformers uses the string."""
+
+    HFQUANT = METHOD
+
+
+class HfQuantConfig(TransformersConfigMixin, DiffusersConfigMixin):
+    """Config for ``from_pretrained(quantization_config=...)`` of any transformers or diffusers model.
+
+    Args:
+        config: a dict (README, "Config"), the name of a preset (:data:`hfquant.config.PRESETS`), or None for
+            "w8a8-dynamic".
+        calibration: data for configs that need it (static activations, SMOOTH, SVD, GPTQ): a list of strings, a
+            ``DataLoader`` or any re-iterable of model inputs. Never stored; let go once used.
+        modules_to_not_convert: names (whole, a path component, or globs) to leave alone, beside the defaults
+            (output heads, tied weights, the model's ``_keep_in_fp32_modules``).
+        per_layer_mode: solve layer by layer, each seeing the quantized layers before it.
+
+    Raises:
+        ConfigError: unknown key, wrong value, impossible combination.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any] | str | None = None,
+        calibration: Any = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+        per_layer_mode: bool = False,
+    ) -> None:
+        if isinstance(modules_to_not_convert, str) or not all(isinstance(m, str) for m in modules_to_not_convert or ()):
+            raise ConfigError(f"modules_to_not_convert: expected a list of names, got {modules_to_not_convert!r}")
+        if not isinstance(per_layer_mode, bool):
+            raise ConfigError(f"per_layer_mode: expected True or False, got {per_layer_mode!r}")
+        self.quant_method = QuantMethod.HFQUANT
+        self.rules = rules.parse("w8a8-dynamic" if config is None else config)
+        self.calibration = calibration
+        self.modules_to_not_convert = list(modules_to_not_convert) if modules_to_not_convert else None
+        self.per_layer_mode = per_layer_mode
+        #: What the plan decided for each layer beyond the rules; filled in a model's own copy only.
+        self.layers: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def of(cls, config: Any) -> HfQuantConfig:
+        """``config`` itself, or one made of a dict, a preset's name, or None (the reference's dict)."""
+        if isinstance(config, cls):
+            return config
+        if config is None or isinstance(config, (str, Mapping)):
+            return cls({} if config is None else config)
+        raise TypeError(
+            f"config: expected a dict, a preset's name, an HfQuantConfig or None, got {type(config).__name__}"
+        )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any entry of the config needs calibration data."""
+        entries = [self.rules.default, *(self.rules.resolve(p) for p in self.rules.patterns)]
+        return any(entry.needs_data for entry in entries)
+
+    def for_model(self, layers: dict[str, dict[str, Any]], skipped: Sequence[str]) -> HfQuantConfig:
+        """A model's own copy: with its plan, its skipped linears by name, and without the data."""
+        own = copy.deepcopy(self)
+        own.calibration, own.layers = None, layers
+        own.modules_to_not_convert = sorted(skipped) or None
+        return own
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json stores: enough to build every module without data, and nothing of the user's objects."""
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "config": copy.deepcopy(self.rules.raw),
+            "modules_to_not_convert": self.modules_to_not_convert,
+            "per_layer_mode": self.per_layer_mode,
+            "layers": copy.deepcopy(self.layers),
+        }
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> HfQuantConfig | tuple[HfQuantConfig, dict[str, Any]]:
+        """The inverse of :meth:`to_dict`; ``calibration`` may be given beside the stored keys.
+
+        Raises:
+            ConfigError: unknown keys, or a format version this hfquant cannot read.
+        """
+        values = {**config_dict, **{k: v for k, v in kwargs.items() if k in _ARGUMENTS}}
+        unused = {k: v for k, v in kwargs.items() if k not in _ARGUMENTS}
+        method, version = values.pop("quant_method", METHOD), values.pop("format_version", FORMAT_VERSION)
+        if getattr(method, "value", method) != METHOD:
+            raise ConfigError(f"quant_method: expected {METHOD!r}, got {method!r}")
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+            raise ConfigError(
+                f"format_version: this hfquant reads versions up to {FORMAT_VERSION}, the checkpoint has {version!r}; "
+                "upgrade hfquant to load it"
+            )
+        layers = values.pop("layers", {})
+        if unknown := set(values) - set(_ARGUMENTS):
+            raise ConfigError(f"unknown keys {sorted(unknown)}; allowed are {', '.join((*_ARGUMENTS, 'layers'))}")
+        if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
+            raise ConfigError("layers: expected a dict of dicts, one a layer")
+        config = cls(**values)
+        config.layers = copy.deepcopy(layers)
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Same as :meth:`to_dict`: there are no defaults worth leaving out."""
+        return self.to_dict()
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The stored form as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HfQuantConfig:
+        # transformers deep-copies configs; the data may be large, or not copyable at all.
+        new = copy.copy(self)
+        memo[id(self)] = new
+        new.rules = QuantRules(self.rules.raw)
+        new.modules_to_not_convert = copy.copy(self.modules_to_not_convert)
+        new.layers = copy.deepcopy(self.layers)
+        return new
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HfQuantConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
+
+_ARGUMENTS = ("config", "calibration", "modules_to_not_convert", "per_layer_mode")

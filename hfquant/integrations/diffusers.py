@@ -1,0 +1,160 @@
+"""The quantizer that diffusers' ``from_pretrained`` and ``save_pretrained`` call."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import Tensor, nn
+
+from hfquant import ptq
+from hfquant.integrations.checkpoint import (
+    CheckpointError,
+    dequantized,
+    finish_loading,
+    install_empty,
+    stored_plans,
+    to_disk,
+)
+from hfquant.integrations.config import HfQuantConfig
+from hfquant.linear import QuantLinear, replace_modules
+from hfquant.planner import Plan, plan_layers
+from hfquant.solver import solve
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+logger = logging.getLogger(__name__)
+
+
+class HfQuantDiffusersQuantizer(DiffusersQuantizer):
+    """Quantizes while loading (data-free configs), after loading (configs with data), or loads quantized weights."""
+
+    requires_calibration = False
+    use_keep_in_fp32_modules = True
+    required_packages = None
+    quantization_config: HfQuantConfig
+
+    def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.plan: Plan | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, before any weight is read, a config that needs data and has none."""
+        if not self.pre_quantized:
+            ptq.check_data(self.quantization_config)
+
+    def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if self.pre_quantized:
+            install_empty(model, stored_plans(model, config), on_disk=True)
+        elif not config.needs_data:
+            # The linears stay until their weights arrive: the loader checks float shapes against the model.
+            self.plan = plan_layers(model, config.rules, config.modules_to_not_convert or ())
+
+    def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
+        """Raise where the checkpoint lacks a tensor of a quantized linear."""
+        quantized = [k for k in missing_keys if isinstance(model.get_submodule(k.rpartition(".")[0]), QuantLinear)]
+        if quantized:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(quantized)} tensors of quantized linears: {quantized[:5]}"
+            )
+        return missing_keys
+
+    def check_if_quantized_param(
+        self, model: ModelMixin, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        """Claim float weights that are to be quantized, and every tensor of a quantized linear."""
+        name, _, tensor = param_name.rpartition(".")
+        if self.plan is not None:
+            return tensor == "weight" and name in self.plan.layers
+        return self.pre_quantized and isinstance(model.get_submodule(name), QuantLinear)
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
+        """Codes have one exact shape.
+
+        Raises:
+            CheckpointError: another shape.
+        """
+        raise CheckpointError(
+            f"{param_name}: expected shape {tuple(current_param.shape)}, got {tuple(loaded_param.shape)}"
+        )
+
+    def create_quantized_param(
+        self,
+        model: ModelMixin,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device | str,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Quantize a float weight, or put a stored tensor in its place."""
+        name, _, tensor = param_name.rpartition(".")
+        module = model.get_submodule(name)
+        if self.plan is not None:
+            assert isinstance(module, nn.Linear)
+            layer_plan, tensors = solve(name, param_value.to(target_device), self.plan.layers[name], None)
+            replace_modules(model, {module: QuantLinear.from_tensors(layer_plan, tensors, module.bias)})
+            return
+        assert isinstance(module, QuantLinear)
+        # diffusers has cast param_value to the model's dtype; scales must stay as they are stored.
+        value = param_value if tensor in ("bias", "svd_down", "svd_up") else state_dict[param_name]
+        try:
+            module.set_tensor(tensor, value.to(target_device))
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+
+    def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
+        config = self.quantization_config
+        if not self.pre_quantized and self.plan is None:
+            return ptq.quantize_loaded(model, config)
+        finish_loading(model)
+        if self.plan is not None:
+            attach(model, ptq.own_config(model, config, self.plan))
+            # from_pretrained sets model.hf_quantizer to this object next.
+            self.quantization_config = model.hf_quantizer.quantization_config
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The tensors as they are stored.
+
+        Raises:
+            ValueError: asked for a pickle.
+        """
+        if not safe_serialization:
+            raise ValueError("quantized models are saved as safetensors only; leave safe_serialization=True")
+        return to_disk(state_dict), {}
+
+    def _dequantize(self, model: ModelMixin) -> nn.Module:
+        model = dequantized(model, model.dtype)
+        model.register_to_config(quantization_config=None)
+        return model
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Only for quantized checkpoints: quantizing many weights at once would hold them all."""
+        return self.pre_quantized
+
+    @property
+    def is_serializable(self) -> bool:
+        """Yes, as safetensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """No: rounding has no gradient."""
+        return False
+
+
+def attach(model: ModelMixin, config: HfQuantConfig) -> None:
+    """Make ``model`` one that diffusers knows as quantized by ``config`` (its own copy)."""
+    model.hf_quantizer = HfQuantDiffusersQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.register_to_config(quantization_config=config)

@@ -1,0 +1,1 @@
+"""Matrix products on codes and scales alone: what ``real_quant=True`` runs."""
