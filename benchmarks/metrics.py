@@ -1,0 +1,153 @@
+"""What a quantized model is judged by: perplexity, KL divergence and agreement to full precision, PSNR, SQNR, bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Reference(NamedTuple):
+    """Full precision's answer on the evaluation windows, kept as last hidden states.
+
+    Log-probabilities over a vocabulary of 49 thousand would take eighty times the memory; multiplying the states by
+    the head again gives the same numbers, since no row of a benchmark quantizes the head.
+    """
+
+    windows: list[Tensor]  # [1, tokens] int64 each
+    states: list[Tensor]  # [tokens - 1, hidden] float32 each: the positions that predict a token
+    head: Tensor  # [vocabulary, hidden]
+    perplexity: float
+
+
+class LanguageScores(NamedTuple):
+    """Scores over every token of every window but each window's first, which has nothing to be predicted from."""
+
+    perplexity: float  # exp of the mean negative log-likelihood
+    kl: float  # mean KL(full precision || model) in nats a token
+    kl_error: float  # its standard error over tokens
+    top1: float  # share of tokens for which both models rank the same token first
+    tokens: int
+
+
+def evaluation_windows(tokenizer: Any, texts: Iterable[str], seqlen: int = 512, quick: bool = False) -> list[Tensor]:
+    """Cut each text into non-overlapping windows of at most ``seqlen`` tokens, ``[1, tokens]`` int64 each.
+
+    Windows never span two texts; one with fewer than two tokens has nothing to score and is dropped.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        texts: What to evaluate on.
+        seqlen: Most tokens a window.
+        quick: Only the first window of each text.
+    """
+    windows = []
+    for text in texts:
+        cut = torch.tensor(tokenizer(text, verbose=False)["input_ids"]).unsqueeze(0).split(seqlen, dim=1)
+        windows += [w for w in cut[: 1 if quick else None] if w.shape[1] > 1]
+    return windows
+
+
+@torch.inference_mode()
+def reference(model: nn.Module, windows: list[Tensor]) -> Reference:
+    """Run the full-precision causal language model once and keep what :func:`language_scores` compares to."""
+    head = model.get_output_embeddings().weight.detach()
+    states = [model.base_model(input_ids=w).last_hidden_state[0, :-1].float() for w in windows]
+    loss = sum(
+        nn.functional.cross_entropy(_logits(s, head), w[0, 1:], reduction="sum").item()
+        for s, w in zip(states, windows, strict=True)
+    )
+    return Reference(windows, states, head, math.exp(loss / sum(map(len, states))))
+
+
+@torch.inference_mode()
+def language_scores(model: nn.Module, ref: Reference) -> LanguageScores:
+    """Perplexity, KL divergence and top-1 agreement in one pass over the reference's windows.
+
+    Raises:
+        FloatingPointError: A logit of the model is not finite.
+    """
+    loss, agree, divergences = 0.0, 0, []
+    for window, states in zip(ref.windows, ref.states, strict=True):
+        logits = model(input_ids=window).logits[0, :-1].float()
+        if not logits.isfinite().all():
+            raise FloatingPointError("the model's logits contain NaN or infinity")
+        log_q, log_p = logits.log_softmax(-1), _logits(states, ref.head).log_softmax(-1)
+        loss += nn.functional.nll_loss(log_q, window[0, 1:], reduction="sum").item()
+        divergences.append(nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double())
+        agree += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+    kl = torch.cat(divergences)
+    error = kl.std() / math.sqrt(len(kl))
+    return LanguageScores(math.exp(loss / len(kl)), kl.mean().item(), error.item(), agree / len(kl), len(kl))
+
+
+def sqnr(signal: Tensor, quantized: Tensor) -> float:
+    """Signal to quantization noise ratio in dB over all elements; infinite where both are equal."""
+    signal, noise = signal.double(), quantized.double() - signal.double()
+    return 10 * (signal.square().sum() / noise.square().sum()).log10().item()
+
+
+def psnr(images: Tensor, others: Tensor, value_range: float) -> Tensor:
+    """Peak signal to noise ratio in dB of each image: ``[images, ...]`` twice to ``[images]`` float64.
+
+    Args:
+        images: Images of full precision.
+        others: Images of the quantized model from equal noise.
+        value_range: Largest minus smallest value an image can take, 2 for [-1, 1].
+    """
+    error = (images.double() - others.double()).square().flatten(1).mean(1)
+    return 10 * (value_range**2 / error).log10()
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of independent values and its standard error."""
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+
+
+def linear_bits(model: nn.Module, weights: dict[str, int]) -> dict[str, float]:
+    """Stored bits for each weight of each named linear: every tensor of the module's state dict, counted in bytes.
+
+    Codes, scales, zero points, smoothing vectors, low-rank branches and biases all count; tensor subclasses are taken
+    apart into the plain tensors they hold.
+
+    Args:
+        model: The quantized model.
+        weights: For each linear's name, how many weights it had in full precision.
+    """
+    modules = {name: model.get_submodule(name) for name in weights}
+    return {name: 8 * sum(map(_bytes, m.state_dict().values())) / weights[name] for name, m in modules.items()}
+
+
+def bits_per_weight(model: nn.Module, weights: dict[str, int]) -> float:
+    """Mean of :func:`linear_bits` over all weights.
+
+    Raises:
+        ValueError: A linear is still stored in 16 bits or more a weight: it was skipped, so the row would flatter.
+    """
+    bits = linear_bits(model, weights)
+    if skipped := [name for name, b in bits.items() if b >= 16]:
+        raise ValueError(f"{len(skipped)} of {len(bits)} linears were not quantized, the first is {skipped[0]}")
+    return sum(bits[name] * n for name, n in weights.items()) / sum(weights.values())
+
+
+def greedy_text(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int = 16) -> str:
+    """What a causal language model goes on with, always taking the likeliest token."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _logits(states: Tensor, head: Tensor) -> Tensor:
+    return nn.functional.linear(states, head.float())
+
+
+def _bytes(tensor: Any) -> int:
+    if not isinstance(tensor, Tensor):
+        return 0  # torch stores a module's extra state beside its tensors
+    flatten: Callable[[], tuple[list[str], Any]] | None = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return tensor.numel() * tensor.element_size()
+    return sum(_bytes(getattr(tensor, name)) for name in flatten()[0])

