@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from hfquant import HfQuantConfig, QuantLinear, quantize
-from hfquant.config import PRESETS, parse
+from hfquant import PRESETS, HfQuantConfig, QuantLinear, quantize
 from hfquant.demo import DigitsPipeline, load_digits_pipeline
 from hfquant.demo.classifier import agreement
 
@@ -42,11 +41,11 @@ class Result:
 
 def load_quantized(preset: str) -> DigitsPipeline:
     """The embedded pipeline with its denoiser quantized: while loading, or after it where the preset needs data."""
-    if not parse(preset).default.needs_data:
-        config = PipelineQuantizationConfig(quant_mapping={"transformer": HfQuantConfig(preset)})
-        return load_digits_pipeline(quantization_config=config)
+    config = HfQuantConfig(preset)
+    if not config.needs_data:
+        return load_digits_pipeline(quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": config}))
     pipe = load_digits_pipeline()
-    quantize(pipe.transformer, record_inputs(pipe), PRESETS[preset])
+    quantize(pipe.transformer, record_inputs(pipe), config)
     return pipe
 
 
