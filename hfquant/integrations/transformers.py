@@ -104,7 +104,8 @@ class QuantizeWeight(ConversionOps):
         """``{"x.weight": float}`` to ``{"x.weight": codes, "x.weight_scale": ...}``."""
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
-        assert model is not None and full_layer_name is not None
+        assert model is not None
+        assert full_layer_name is not None
         name = full_layer_name.removesuffix(".weight")
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantLinear)
