@@ -129,9 +129,7 @@ def _leaves(model: nn.Module, example: Any) -> list[Tensor]:
     return found
 
 
-def _watch(
-    model: nn.Module, example: Any, patterns: frozenset[SegPattern], fake: FakeTensorMode | None
-) -> Provenance:
+def _watch(model: nn.Module, example: Any, patterns: frozenset[SegPattern], fake: FakeTensorMode | None) -> Provenance:
     """One forward of a twin of ``model`` under :class:`Provenance`, on fake tensors or (``fake=None``) on real ones."""
 
     def stand_in(t: Tensor) -> Tensor:
@@ -139,7 +137,9 @@ def _watch(
             return t.detach().clone()
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
 
-    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
+    cuda = sorted(
+        {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
+    )
     with torch.random.fork_rng(cuda), torch.no_grad(), fake or contextlib.nullcontext(), _caches_kept_clean():
         twin = _twin(model, fake is not None)
         inputs = tree_map_only(Tensor, stand_in, dict(example) if isinstance(example, Mapping) else example)
@@ -244,7 +244,9 @@ def _caches_kept_clean() -> Iterator[None]:
 
 def _holds_fake(holder: Any, depth: int = 4) -> bool:
     inner = [o for o in gc.get_referents(holder) if not isinstance(o, (type, nn.Module)) and not inspect.isroutine(o)]
-    return any(isinstance(o, FakeTensor) for o in inner) or (depth > 0 and any(_holds_fake(o, depth - 1) for o in inner))
+    return any(isinstance(o, FakeTensor) for o in inner) or (
+        depth > 0 and any(_holds_fake(o, depth - 1) for o in inner)
+    )
 
 
 def _summarize(name: str, order: int, linear: nn.Module, calls: list[Call], functional: bool) -> LinearTrace:
@@ -256,6 +258,8 @@ def _summarize(name: str, order: int, linear: nn.Module, calls: list[Call], func
     inputs, outputs = tuple(b - a for a, b in ins), tuple(b - a for a, b in outs)
     parts = list(dict.fromkeys(p for c in calls for p in c.parts)) if len(inputs) > 1 else []
     splits = list(dict.fromkeys(cut for c in calls for s in _ends(c) for cut in s.cuts))
+    if any(not s.cuts for c in calls for s in _ends(c)):  # used whole as well: rotary embedding and the like
+        splits = splits if len(outputs) > 1 else []
     found = {p.pattern for p in parts} | ({pattern for pattern, _ in splits} if len(outputs) > 1 else set())
     if any(activations):
         found.add(SegPattern.ACTIVATION2LINEAR)

@@ -37,18 +37,59 @@ from hfquant.config import SegPattern
 CHUNKS = frozenset({"chunk", "unbind"})
 SPLITS = frozenset({"split", "split_with_sizes", "tensor_split", "narrow", "select", "__getitem__", "hsplit", "dsplit"})
 MOVES = frozenset(
-    ["transpose", "permute", "squeeze", "unsqueeze", "expand", "expand_as", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "adjoint", "diagonal", "T", "mT", "H", "mH", "broadcast_to"]
+    [
+        "transpose",
+        "permute",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "expand_as",
+        "movedim",
+        "moveaxis",
+        "swapaxes",
+        "swapdims",
+        "t",
+        "adjoint",
+        "diagonal",
+        "T",
+        "mT",
+        "H",
+        "mH",
+        "broadcast_to",
+    ]
 )
 RESHAPES = frozenset(["view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel"])
 COPIES = frozenset(
-    ["to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "cpu", "cuda", "data", "requires_grad_", "alias"]
+    [
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "contiguous",
+        "clone",
+        "detach",
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "cpu",
+        "cuda",
+        "data",
+        "requires_grad_",
+        "alias",
+    ]
 )
-JOINS = dict.fromkeys(("cat", "concat", "concatenate"), SegPattern.CONCAT2LINEAR) | {
-    "stack": SegPattern.STACK2LINEAR
-}
+JOINS = dict.fromkeys(("cat", "concat", "concatenate"), SegPattern.CONCAT2LINEAR) | {"stack": SegPattern.STACK2LINEAR}
 NORMS = frozenset(["layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize"])
 # Functions whose result has a small negative side or none, and those that leave it so.
-ACTIVATIONS = frozenset(["silu", "gelu", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "mish", "softplus", "hardswish", "sigmoid"])
+ACTIVATIONS = frozenset(
+    ["silu", "gelu", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "mish", "softplus", "hardswish", "sigmoid"]
+)
 PRODUCTS = frozenset(["mul", "multiply", "div", "divide", "true_divide"])
 SIGN_KEEPING = PRODUCTS | frozenset(["square", "pow", "clamp", "clamp_min", "clamp_max", "nan_to_num", "rms_norm"])
 
@@ -305,11 +346,11 @@ class Provenance(TorchFunctionMode):
             if SegPattern.ACTIVATION2LINEAR not in self.patterns:
                 return self._labels.get(inputs[0])
             return self._relabel(self._labels.get(inputs[0]), out.shape, lambda part: replace(part, activation=kind))
-        carriers = {id(t): self._labels[t] for t in inputs if t in self._labels}
-        full = {id(t) for t in inputs if t.shape == out.shape and not isinstance(t, nn.Parameter)}
+        full = {id(t): t for t in inputs if t.shape == out.shape and not isinstance(t, nn.Parameter)}
+        carriers = [self._labels[t] for t in full.values() if t in self._labels]
         if not carriers or (kind not in PRODUCTS and len(full) > 1):
             return None
-        labels = functools.reduce(self._combine, (c.expand(out.shape) for c in carriers.values()))
+        labels = functools.reduce(self._combine, carriers)
         if kind in SIGN_KEEPING:
             return labels
         return self._relabel(labels, out.shape, lambda part: replace(part, activation=None))
@@ -341,23 +382,20 @@ class Provenance(TorchFunctionMode):
         return torch.cat([p[keep] for p in pieces], dim).expand(out.shape)
 
     def _merge(self, kind: str, before: torch.Size, after: torch.Size, labels: Tensor | None) -> Tensor | None:
-        """Labels of a reshape that merges trailing dimensions into the last: a part for each index of the outermost."""
-        outer, size = 0, 1
-        for outer in reversed(range(len(before))):
-            size *= before[outer]
-            if size >= (after[-1] if after else 0):
-                break
-        trailing = [n for n in before[outer:] if n > 1]
-        if not after or size != after[-1] or len(trailing) < 2:
-            return None
-        if labels is not None and squash(labels).shape[-1] > 1:
-            return None  # joined by cat or stack along these dimensions: that says more
-        part = Part(SegPattern.RESHAPE2LINEAR, f"{kind} of {tuple(trailing)}")
-        first = len(self._parts)
-        self._parts += [part] * trailing[0]
-        rows = torch.arange(first, first + trailing[0], dtype=torch.int32)
-        merged = rows.repeat_interleave(size // trailing[0]).expand(after)
-        return merged if labels is None else self._combine(merged, labels)
+        """Labels of a reshape that merges dimensions (heads, mostly): a part for each index of the outermost."""
+        for ins, outs in reversed(_groups(before, after)):
+            merged = [n for n in before[ins] if n > 1]
+            made = [d for d in range(outs.start, outs.stop) if after[d] > 1]
+            if len(merged) < 2 or len(made) > 1 or (ins.start == 0 and outs.stop < len(after)):
+                continue  # nothing merged here, or the batch with the tokens
+            if labels is not None and labels.stride(made[0]):
+                return None  # cat or stack joined what is merged here: that says more
+            size, (first, count) = after[made[0]], (len(self._parts), merged[0])
+            self._parts += [Part(SegPattern.RESHAPE2LINEAR, f"{kind} of {tuple(merged)}")] * count
+            row = torch.arange(first, first + count, dtype=torch.int32).repeat_interleave(size // count)
+            fresh = row.view(-1, *(1 for _ in after[made[0] + 1 :])).expand(after)
+            return fresh if labels is None else self._combine(fresh, labels)
+        return None
 
     def _read(
         self, labels: Tensor | None, size: int
@@ -411,13 +449,30 @@ def _is_count(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     )
 
 
+def _groups(before: torch.Size, after: torch.Size) -> list[tuple[slice, slice]]:
+    """The dimensions of a reshape's input and output in groups of equal size, as small as can be."""
+    groups: list[tuple[slice, slice]] = []
+    i = j = 0
+    while i < len(before) and j < len(after):
+        start, size_in, size_out = (i, j), before[i], after[j]
+        i, j = i + 1, j + 1
+        while size_in != size_out:
+            if size_in < size_out:
+                i, size_in = i + 1, size_in * before[i]
+            else:
+                j, size_out = j + 1, size_out * after[j]
+        groups.append((slice(start[0], i), slice(start[1], j)))
+    return groups
+
+
 def _reshape(shadow: Tensor, shape: torch.Size) -> Tensor:
-    """Reshape, without spelling out leading dimensions that stay and that the shadow does not depend on."""
-    same = 0
-    while same < min(shadow.ndim, len(shape)) and shadow.shape[same] == shape[same] and shadow.stride(same) == 0:
-        same += 1
-    small = shadow[(slice(0, 1),) * same]
-    return small.reshape((1,) * same + tuple(shape[same:])).expand(shape)
+    """Reshape group by group of dimensions, so that groups that the shadow does not depend on keep stride 0."""
+    keep, middle = [slice(None)] * shadow.ndim, list(shape)
+    for ins, outs in _groups(shadow.shape, shape):
+        if not any(shadow.stride()[ins]):
+            keep[ins] = [slice(0, 1)] * (ins.stop - ins.start)
+            middle[outs] = [1] * (outs.stop - outs.start)
+    return shadow[tuple(keep)].reshape(middle).expand(shape)
 
 
 def _index_leading(shadow: Tensor, index: Any, out: Tensor) -> list[Tensor] | None:
