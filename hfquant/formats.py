@@ -115,7 +115,7 @@ def expand_columns(scale: Tensor, sizes: Sequence[int]) -> Tensor:
     if len(sizes) == 1:
         return scale.expand(*scale.shape[:-1], sizes[0])
     if all(s == sizes[0] for s in sizes):
-        return scale.repeat_interleave(sizes[0], dim=-1)
+        return scale.unsqueeze(-1).expand(*scale.shape, sizes[0]).flatten(-2)
     return scale.repeat_interleave(torch.tensor(sizes, device=scale.device), dim=-1, output_size=sum(sizes))
 
 
@@ -133,3 +133,10 @@ def range_columns(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         return low, high
     parts = [part.aminmax(dim=-1) for part in x.split(list(sizes), dim=-1)]
     return torch.stack([p.min for p in parts], -1), torch.stack([p.max for p in parts], -1)
+
+
+def sum_columns(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Sum over each column group: [..., K] -> [..., G]."""
+    if all(s == sizes[0] for s in sizes):
+        return x.unflatten(-1, (len(sizes), sizes[0])).sum(-1)
+    return torch.stack([part.sum(-1) for part in x.split(list(sizes), dim=-1)], -1)

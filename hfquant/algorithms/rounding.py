@@ -69,10 +69,10 @@ def _clipped(
     for factor in CLIP_FACTORS:
         scale, zero = _grid(quant, low * factor, high * factor)
         codes = round_to_nearest(w, scale, zero, quant.type, columns)
-        error = (w - dequantize_weight(codes, scale, zero, quant.type, columns)).square_()
+        error = dequantize_weight(codes, scale, zero, quant.type, columns).sub_(w).square_()
         if importance is not None:
             error *= importance.to(error)
-        loss = torch.stack([e.sum(-1) for e in error.split(list(columns), dim=-1)], -1)
+        loss = formats.sum_columns(error, columns)
         if rows is not None:
             loss = _over_rows(loss, torch.sum, rows)
         better = loss < best
