@@ -12,8 +12,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from PIL import Image
+from safetensors.torch import load_file
 
+from hfquant import PRESETS, QuantLinear
 from hfquant.demo import DIGITS_PATH, DigitsPipeline, load_digits_pipeline
+from hfquant.demo import __main__ as demo
 from hfquant.demo.classifier import agreement, classifier, digits_split
 
 ROOT = Path(__file__).parents[1]
@@ -77,12 +81,16 @@ def test_samples_are_recognisable(pipe):
     assert ((drawn / spread > 0.7) & (drawn / spread < 1.3)).all(), drawn / spread
 
 
-@pytest.mark.parametrize("scheduler", sorted(s.name for s in KarrasDiffusionSchedulers))
+# EDM's preconditioning is refused (below); DPMSolverSDE needs a package that hfquant does not depend on.
+SCHEDULERS = sorted({s.name for s in KarrasDiffusionSchedulers} - {"EDMEulerScheduler", "DPMSolverSDEScheduler"})
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_samples_with_every_scheduler(pipe, scheduler):
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
-    labels = list(range(10)) * 4
-    images = pipe(labels, num_inference_steps=50, generator=seeded(), output_type="np").images
-    assert images.shape == (40, 8, 8, 1)
+    labels = LABELS_200[:20]
+    images = pipe(labels, num_inference_steps=30, generator=seeded(), output_type="np").images
+    assert images.shape == (20, 8, 8, 1)
     assert agreement(images, labels) >= 0.9
 
 
@@ -156,7 +164,7 @@ def test_output_types_hold_the_same_images(pipe):
 
 def test_half_precision_denoiser(pipe):
     reference = pipe(LABELS_200[:20], generator=seeded(), output_type="pt").images
-    half = load_digits_pipeline(torch_dtype=torch.bfloat16)
+    half = load_digits_pipeline(dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
     assert half.transformer.dtype == torch.bfloat16
     images = half(LABELS_200[:20], generator=seeded(), output_type="pt").images
@@ -201,7 +209,7 @@ def test_saved_pipeline_loads_through_every_door(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(modules))
     monkeypatch.setattr(sys, "path", list(sys.path))
     custom = DiffusionPipeline.from_pretrained(
-        tmp_path / "pipe", custom_pipeline=str(Path(inspect.getfile(DigitsPipeline)).parent)
+        tmp_path / "pipe", custom_pipeline=str(Path(inspect.getfile(DigitsPipeline)).parent), trust_remote_code=True
     )
     loaded = [
         DigitsPipeline.from_pretrained(tmp_path / "pipe"),
@@ -215,6 +223,48 @@ def test_saved_pipeline_loads_through_every_door(pipe, tmp_path, monkeypatch):
         assert isinstance(again.scheduler, DDIMScheduler)
         images = again([5, 2], num_inference_steps=3, generator=seeded(), output_type="np").images
         assert np.array_equal(images, expected)
+
+
+def test_psnr_of_a_known_error():
+    rng = np.random.default_rng(0)
+    reference = rng.uniform(0.2, 0.8, (5, 8, 8)).astype(np.float32)
+    sign = rng.choice([-0.1, 0.1], reference.shape).astype(np.float32)
+    assert demo.psnr(reference + sign, reference) == pytest.approx(20.0, abs=1e-4)
+    assert demo.psnr(reference, reference) == float("inf")
+
+
+def test_command_quantizes_saves_and_compares(tmp_path, capsys):
+    demo.main(["--out", str(tmp_path), "--steps", "4", "--presets", "w8a8-dynamic,fp8,w4a16"])
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {line[0]: [float(x.rstrip("%")) for x in line[1:]] for line in table if line and line[0] in PRESETS}
+    assert list(rows) == ["w8a8-dynamic", "fp8", "w4a16"]
+
+    names = [name for name, m in load_digits_pipeline().transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+    weights = sum(load_digits_pipeline().transformer.get_submodule(name).weight.numel() for name in names)
+    for preset, (bits, megabytes, psnr, agreed) in rows.items():
+        saved = load_file(tmp_path / preset / "transformer" / "diffusion_pytorch_model.safetensors")
+        stored = sum(t.nbytes for key, t in saved.items() if key.rpartition(".")[0] in names)
+        assert bits == pytest.approx(8 * stored / weights, abs=0.006)
+        assert megabytes == pytest.approx(sum(t.nbytes for t in saved.values()) / 1e6, abs=0.02)
+        assert agreed >= 90
+        assert psnr > 25
+    assert rows["w8a8-dynamic"][2] > rows["w4a16"][2] + 6
+    assert rows["w4a16"][0] < 5 < 8 < rows["fp8"][0] < 9
+
+    full = DigitsPipeline.from_pretrained(tmp_path / "full-precision")
+    assert not any(isinstance(m, QuantLinear) for m in full.transformer.modules())
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.format == "PNG"
+        assert np.asarray(picture.convert("L")).std() > 20
+
+
+@pytest.mark.parametrize("arguments", [["--presets", "w8a8-dynamic,w3a3"], ["--steps", "0"]])
+def test_command_refuses_nonsense(tmp_path, capsys, arguments):
+    with pytest.raises(SystemExit) as exit_:
+        demo.main(["--out", str(tmp_path / "never"), *arguments])
+    assert exit_.value.code == 2
+    assert arguments[1].split(",")[-1] in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
 
 
 def test_imports_stay_light():

@@ -23,7 +23,7 @@ from hfquant.demo import DigitsPipeline, load_digits_pipeline
 from hfquant.demo.classifier import agreement
 
 FULL_PRECISION = "full precision"
-DEFAULT_PRESETS = ("w8a8-dynamic", "fp8-dynamic", "fp8", "w8a16", "w6a16", "w4a16", "w4a8-dynamic")
+DEFAULT_PRESETS = ("w8a16", "w8a8-dynamic", "fp8-dynamic", "fp8", "w6a16", "w4a16", "w4a8-dynamic")
 SEED, CALIBRATION_SEED = 0, 1
 
 
@@ -43,7 +43,9 @@ def load_quantized(preset: str) -> DigitsPipeline:
     """The embedded pipeline with its denoiser quantized: while loading, or after it where the preset needs data."""
     config = HfQuantConfig(preset)
     if not config.needs_data:
-        return load_digits_pipeline(quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": config}))
+        return load_digits_pipeline(
+            quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": config})
+        )
     pipe = load_digits_pipeline()
     quantize(pipe.transformer, record_inputs(pipe), config)
     return pipe
@@ -74,7 +76,7 @@ def bits_per_weight(model: nn.Module) -> float:
 
     A model without quantized linears is counted by its plain ones.
     """
-    linears = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    linears: list[nn.Linear] = [m for m in model.modules() if isinstance(m, QuantLinear)]
     linears = linears or [m for m in model.modules() if isinstance(m, nn.Linear)]
     stored = sum(t.nbytes for m in linears for t in m.state_dict().values())
     return 8 * stored / sum(m.in_features * m.out_features for m in linears)
@@ -126,7 +128,8 @@ def draw_grid(results: Sequence[Result], labels: list[int], path: Path) -> None:
         for axis, digit in zip(row, columns, strict=True):
             axis.imshow(result.images[labels.index(digit)], cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(result.name, rotation=0, ha="right", va="center")
+        figures = f"{result.bits:.1f} bits" + ("" if np.isinf(result.psnr) else f", {result.psnr:.1f} dB")
+        row[0].set_ylabel(f"{result.name}\n{figures}", rotation=0, ha="right", va="center")
     for axis, digit in zip(axes[0], columns, strict=True):
         axis.set_title(str(digit))
     figure.savefig(path, dpi=120)

@@ -2,7 +2,7 @@
 
 diffusers' own `DiTPipeline` needs an autoencoder, which images of a few pixels have no use for. Only diffusers and
 torch are imported here, so the file also serves as a custom pipeline of diffusers by itself:
-`DiffusionPipeline.from_pretrained(folder, custom_pipeline=".../hfquant/demo")`.
+`DiffusionPipeline.from_pretrained(folder, custom_pipeline=".../hfquant/demo", trust_remote_code=True)`.
 """
 
 import inspect
