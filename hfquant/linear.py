@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,8 +20,8 @@ from hfquant.planner import LayerPlan
 
 logger = logging.getLogger(__name__)
 
-#: Buffers that stay float32 whatever dtype the model is cast to.
-_FLOAT32 = ("weight_scale", "input_scale", "input_scale_neg", "smooth")
+#: Tensors of the model's float dtype. Codes, zero points and (float32) scales keep theirs whatever it is cast to.
+_MODEL_FLOATS = ("svd_down", "svd_up", "bias")
 
 
 class QuantLinear(nn.Linear):
@@ -37,6 +38,11 @@ class QuantLinear(nn.Linear):
         bias: whether there is one.
         device, dtype: where to create the (uninitialized) tensors; ``dtype`` is that of bias and low-rank branch.
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None  # type: ignore[assignment]
+    svd_down: Tensor
+    svd_up: Tensor
 
     def __init__(
         self,
@@ -77,13 +83,16 @@ class QuantLinear(nn.Linear):
         Codes may come packed or not, with or without the leading dimension they have on disk.
 
         Raises:
-            ValueError: shape or dtype do not fit the plan.
+            ValueError: there is no such tensor in the plan, or shape or dtype do not fit.
         """
-        current = getattr(self, name)
+        current = self._parameters.get(name, self._buffers.get(name))
+        if current is None:
+            there = [*self._parameters, *self._buffers]
+            raise ValueError(f"{self._get_name()} has no tensor {name!r}; there are {', '.join(there)}")
         if name == "weight":
             value = value.squeeze(0) if value.dim() == 3 and value.shape[0] == 1 else value
             bits = self.plan.config.weight_quant.type.bits
-            if bits < 8 and value.shape[-1] == self.in_features:
+            if bits < 8 and value.dtype == torch.int8 and value.shape == (self.out_features, self.in_features):
                 value = pack(value, bits)
         expected = current.reshape(current.shape[-2:]).shape if name == "weight" else current.shape
         if value.shape != expected or (value.dtype != current.dtype and not _both_model_floats(name, value, current)):
@@ -101,13 +110,18 @@ class QuantLinear(nn.Linear):
 
         Raises:
             TypeError: ``input`` is not floating point (it was cast to the dtype of the codes).
+            ValueError: its last dimension is not ``in_features``.
         """
         if not input.is_floating_point():
             raise TypeError(
                 f"QuantLinear({self.in_features}, {self.out_features}) got an input of {input.dtype}: code that casts "
                 f"to `linear.weight.dtype` sees the dtype of the codes here; cast to the model's dtype instead"
             )
-        with torch.autocast(input.device.type, enabled=False):
+        if input.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"QuantLinear({self.in_features}, {self.out_features}) got an input of shape {tuple(input.shape)}"
+            )
+        with _without_autocast(input.device.type):
             x = input.float()
             product = self._real if self.real_quant else self._fake
             parts = [product(self._smoothed(x, i), rows, i) for i, rows in enumerate(self._row_groups())]
@@ -193,13 +207,14 @@ class QuantLinear(nn.Linear):
         return linear
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        before = {name: self._buffers[name] for name in _FLOAT32 if self._buffers.get(name) is not None}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
+        tensors = {**self._parameters, **self._buffers}
+        fixed = {id(tensor) for name, tensor in tensors.items() if name not in _MODEL_FLOATS}
+
+        def move_only(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device) if id(tensor) in fixed and new.dtype != tensor.dtype else new
+
+        return super()._apply(move_only, recurse)
 
     def reset_parameters(self) -> None:
         """Nothing: there is no random initialization for codes."""
@@ -226,9 +241,15 @@ class QuantLinear(nn.Linear):
         return ", ".join(words)
 
 
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """No autocast within; devices that have none (meta) need no switching off."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _both_model_floats(name: str, value: Tensor, current: Tensor) -> bool:
-    """Bias and low-rank branch come in whatever float dtype the model has."""
-    return name in ("svd_down", "svd_up", "bias") and value.is_floating_point() and current.is_floating_point()
+    return name in _MODEL_FLOATS and value.is_floating_point() and current.is_floating_point()
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
@@ -261,19 +282,20 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
     """Put each value in the place of its key, wherever ``model`` refers to it; accelerate's hooks move along."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in replacements:
+            if child is not None and child in replacements:
                 new = replacements[child]
                 new.training = child.training
                 parent._modules[name] = new
     for old, new in replacements.items():
-        _move_hook(old, new)
+        _copy_hook(old, new)
 
 
-def _move_hook(old: nn.Module, new: nn.Module) -> None:
+def _copy_hook(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` the accelerate hook that ``old`` has. ``old`` keeps its own, so that it can be put back."""
     hook: Any = getattr(old, "_hf_hook", None)
-    if hook is None:
+    if hook is None or hasattr(new, "_hf_hook"):
         return
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     if isinstance(hook, AlignDevicesHook):
         # The old hook's weights_map has the float weights; a fresh one takes the new module's tensors.
@@ -285,5 +307,4 @@ def _move_hook(old: nn.Module, new: nn.Module) -> None:
             place_submodules=hook.place_submodules,
             skip_keys=hook.skip_keys,
         )
-    remove_hook_from_module(old)
     add_hook_to_module(new, hook)

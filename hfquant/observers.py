@@ -1,11 +1,15 @@
-"""What calibration collects: the range of each input channel of each layer, in one pass over the data."""
+"""What calibration collects of each layer's inputs, in one pass: channel ranges, the Hessian, a sample of rows.
+
+Statistics of two sets of rows merge into those of their union, whatever the order, so several processes (or several
+passes) give what one gives.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -14,42 +18,76 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-logger = logging.getLogger(__name__)
+#: Rows kept of each layer's input, for the alpha search and the error report.
+SAMPLE_ROWS = 256
 
 
 class CalibrationError(ValueError):
     """Calibration data that cannot be used. The message names the layer and the batch."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerStats:
     """Statistics of the input of one linear, over all rows (tokens) seen.
 
     Attributes:
         low, high: [in] float32, smallest and largest value of each channel.
-        rows: how many rows were seen.
+        count: how many rows were seen.
+        power: [in] float32, sum of squares of each channel (the Hessian's diagonal).
+        sample: [<= SAMPLE_ROWS, in] float32, rows drawn without regard to their values.
+        keys: [<= SAMPLE_ROWS] float64, their draw; the smallest keys of a union are its sample.
+        hessian: [in, in] float32, ``sum x x^T`` over the rows; None where nothing asked for it.
     """
 
     low: Tensor
     high: Tensor
-    rows: int
+    count: int
+    power: Tensor
+    sample: Tensor
+    keys: Tensor
+    hessian: Tensor | None = None
+
+    def merge(self, other: LayerStats) -> LayerStats:
+        """Statistics of both sets of rows."""
+        keys, sample = torch.cat([self.keys, other.keys]), torch.cat([self.sample, other.sample])
+        if len(keys) > SAMPLE_ROWS:
+            kept = keys.argsort(stable=True)[:SAMPLE_ROWS]
+            keys, sample = keys[kept], sample[kept]
+        both = None if self.hessian is None or other.hessian is None else self.hessian + other.hessian
+        return LayerStats(
+            torch.minimum(self.low, other.low),
+            torch.maximum(self.high, other.high),
+            self.count + other.count,
+            self.power + other.power,
+            sample,
+            keys,
+            both,
+        )
+
+    def to(self, device: torch.device) -> LayerStats:
+        """The same on another device."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     @property
     def amax(self) -> Tensor:
         """[in] float32, largest magnitude of each channel."""
         return torch.maximum(-self.low, self.high)
 
-    def merge(self, other: LayerStats) -> LayerStats:
-        """Statistics of both sets of rows: exact, and independent of the order."""
-        return LayerStats(
-            torch.minimum(self.low, other.low), torch.maximum(self.high, other.high), self.rows + other.rows
-        )
+
+def layer_stats(x: Tensor, keys: Tensor, hessian: bool = False) -> LayerStats:
+    """Statistics of inputs ``x`` [rows, in] (rows >= 1) with one key a row."""
+    x = x.float()
+    low, high = x.aminmax(dim=0)
+    kept = keys.argsort(stable=True)[:SAMPLE_ROWS]
+    second = x.T @ x if hessian else None
+    power = x.square().sum(0) if second is None else second.diagonal().clone()
+    return LayerStats(low, high, len(x), power, x[kept.to(x.device)], keys[kept], second)
 
 
-def layer_stats(x: Tensor) -> LayerStats:
-    """Statistics of inputs ``x`` [rows, in], rows >= 1."""
-    low, high = x.float().aminmax(dim=0)
-    return LayerStats(low, high, x.shape[0])
+def stats_bytes(features: int, hessian: bool) -> int:
+    """Memory that the statistics of a layer with ``features`` inputs take at most."""
+    return 4 * features * (3 + SAMPLE_ROWS + (features if hessian else 0))
 
 
 def batches(loader: Any) -> Iterable[Any]:
@@ -78,31 +116,29 @@ def samples(batch: Any) -> list[Any]:
     return batch if isinstance(batch, list) else [batch]
 
 
-def arguments(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments that a sample stands for.
+def run(model: nn.Module, sample: Any) -> None:
+    """One forward of ``model`` on a sample, moved to the device the model expects.
 
     Raises:
-        TypeError: the sample is not a tensor, a tuple or a mapping.
+        TypeError: the sample is not a tensor, a tuple of positional or a mapping of keyword arguments.
     """
-    if isinstance(sample, Tensor):
-        return (sample,), {}
-    if isinstance(sample, tuple):
-        return sample, {}
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(sample, Mapping):
-        return (), dict(sample)
-    hint = "; tokenize text first" if isinstance(sample, str) else ""
-    raise TypeError(f"calibration data: a sample is a tensor, a tuple or a dict, got {type(sample).__name__}{hint}")
-
-
-def run(model: nn.Module, sample: Any) -> None:
-    """One forward of ``model`` on a sample, moved to the device the model expects."""
-    args, kwargs = send_to_device(arguments(sample), _device(model))
+        kwargs = dict(sample)
+    elif isinstance(sample, tuple):
+        args = sample
+    elif isinstance(sample, Tensor):
+        args = (sample,)
+    else:
+        hint = "; tokenize text first" if isinstance(sample, str) else ""
+        raise TypeError(f"calibration data: a sample is a tensor, a tuple or a dict, got {type(sample).__name__}{hint}")
+    args, kwargs = send_to_device((args, kwargs), _device(model))
     model(*args, **kwargs)
 
 
 def _device(model: nn.Module) -> torch.device | str | int:
-    hook = getattr(model, "_hf_hook", None)
-    execution = getattr(hook, "execution_device", None)
+    execution = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
     if execution is not None:
         return execution
     tensors = (t.device for t in [*model.parameters(), *model.buffers()] if t.device.type != "meta")
@@ -122,8 +158,84 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+class _AllSeen(Exception):
+    """Every observed layer has run: the rest of the forward is of no interest."""
+
+
+class Observer:
+    """Collects the statistics of some layers while batches run through the model."""
+
+    def __init__(self, hessians: Mapping[str, bool], stop_early: bool = False) -> None:
+        self.hessians = hessians
+        self.stop_early = stop_early
+        self.stats: dict[str, LayerStats] = {}
+        self.batch = -1
+        self._mask: Tensor | None = None
+        self._ran: set[str] = set()
+        # q, k and v eat one tensor: it is measured once, and layers with equal histories share their statistics.
+        self._measured: dict[tuple[int, bool], tuple[Callable[[], Tensor | None], int, LayerStats]] = {}
+        self._merged: dict[tuple[int, int], LayerStats] = {}
+        self._keys: dict[int, Tensor] = {}
+
+    def start(self, batch: int, sample: Any, device: torch.device | str | int) -> None:
+        """Before a sample's forward: ``batch`` seeds its draw, its attention mask says which rows are padding."""
+        self.batch = batch
+        mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
+        padded = isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask == 0).any())
+        self._mask = (mask != 0).to(device) if padded and mask is not None else None
+        for memo in (self._ran, self._measured, self._merged):
+            memo.clear()
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Take in one input of layer ``name``.
+
+        Raises:
+            CalibrationError: ``x`` has NaN or Inf.
+        """
+        new = self._measure(name, x)
+        if new is not None:
+            old = self.stats.get(name)
+            key = (id(old), id(new))
+            if key not in self._merged:
+                self._merged[key] = new if old is None else old.merge(new)
+            self.stats[name] = self._merged[key]
+        self._ran.add(name)
+        if self.stop_early and len(self._ran) == len(self.hessians):
+            raise _AllSeen
+
+    def _measure(self, name: str, x: Tensor) -> LayerStats | None:
+        known = self._measured.get((id(x), self.hessians[name]))
+        if known is not None and known[0]() is x and known[1] == x._version:
+            return known[2]
+        flat = self._mask is not None and x.shape[:2] == self._mask.shape
+        rows = x[self._mask] if flat else x.reshape(-1, x.shape[-1])
+        if not rows.shape[0]:
+            return None
+        new = layer_stats(rows, self._draw(len(rows)), self.hessians[name])
+        if not (new.low.isfinite().all() and new.high.isfinite().all()):
+            raise CalibrationError(
+                f"layer {name!r}: {int((~rows.isfinite()).sum())} of {rows.numel()} inputs are NaN or Inf "
+                f"in calibration batch {self.batch}"
+            )
+        self._measured[id(x), self.hessians[name]] = (weakref.ref(x), x._version, new)
+        return new
+
+    def _draw(self, rows: int) -> Tensor:
+        if self._keys.get(-1) is None or int(self._keys[-1]) != self.batch:
+            self._keys = {-1: torch.tensor(self.batch)}
+        if rows not in self._keys:
+            generator = torch.Generator().manual_seed(self.batch)
+            self._keys[rows] = torch.rand(rows, dtype=torch.float64, generator=generator)
+        return self._keys[rows]
+
+
 def observe(
-    model: nn.Module, layers: Mapping[str, nn.Module], loader: Any, progress: bool = True
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    loader: Any,
+    hessians: Mapping[str, bool] | None = None,
+    stop_early: bool = False,
+    description: str = "calibrating",
 ) -> dict[str, LayerStats]:
     """Run ``model`` over the data once and collect the statistics of the inputs of ``layers``.
 
@@ -133,7 +245,9 @@ def observe(
         model: run as it is, in eval mode.
         layers: name -> module (of ``model``).
         loader: batches: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a list of these.
-        progress: whether to show a bar.
+        hessians: name -> whether its Hessian is wanted; default: none.
+        stop_early: cut each forward short once all ``layers`` have run.
+        description: of the progress bar.
 
     Returns:
         name -> statistics; layers that never ran (or saw no rows) are missing.
@@ -142,42 +256,24 @@ def observe(
         CalibrationError: NaN or Inf reached a layer, or the loader is empty.
         TypeError: unusable data.
     """
-    stats: dict[str, LayerStats] = {}
-    context: dict[str, Any] = {"batch": 0, "mask": None}
+    observer = Observer(hessians or dict.fromkeys(layers, False), stop_early)
+    device = _device(model)
 
     def hook(name: str) -> Any:
         def pre_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = (args[0] if args else kwargs["input"]).detach()
-            mask = context["mask"]
-            rows = x[mask] if mask is not None and x.shape[:2] == mask.shape else x.reshape(-1, x.shape[-1])
-            if not rows.shape[0]:
-                return
-            new = layer_stats(rows)
-            if not (new.low.isfinite().all() and new.high.isfinite().all()):
-                raise CalibrationError(
-                    f"layer {name!r}: {int((~rows.isfinite()).sum())} of {rows.numel()} inputs are NaN or Inf "
-                    f"in calibration batch {context['batch']}"
-                )
-            stats[name] = stats[name].merge(new) if name in stats else new
+            observer.see(name, args[0] if args else kwargs["input"])
 
         return pre_forward
 
     handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
     try:
         with evaluating(model):
-            for context["batch"], batch in enumerate(tqdm(batches(loader), "calibrating", disable=not progress)):
+            for index, batch in enumerate(tqdm(batches(loader), description)):
                 for sample in samples(batch):
-                    context["mask"] = _padding_mask(sample, _device(model))
-                    run(model, sample)
+                    observer.start(index, sample, device)
+                    with suppress(_AllSeen):
+                        run(model, sample)
     finally:
         for handle in handles:
             handle.remove()
-    return stats
-
-
-def _padding_mask(sample: Any, device: torch.device | str | int) -> Tensor | None:
-    """The rows to keep, where the sample's attention mask is 2-D and masks something out."""
-    mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool((mask != 0).all()):
-        return None
-    return (mask != 0).to(device)
+    return observer.stats

@@ -6,6 +6,7 @@ checkpoint's config.json is expanded to.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -114,7 +115,12 @@ def layer_plan(name: str, linear: nn.Linear, config: LayerConfig, stored: Mappin
     """
     stored = dict(stored or {})
     if "config" in stored:
-        config = QuantRules({"default": stored.pop("config")}).default
+        try:
+            config = QuantRules({"default": stored.pop("config")}).default
+        except ConfigError as error:
+            raise ConfigError(f"layer {name!r}, stored plan: {error}") from None
+    if odd := {k: v for k, v in stored.items() if not isinstance(v, (list, tuple))}:
+        raise ConfigError(f"layer {name!r}: expected lists in the stored plan, got {odd}")
     inputs = tuple(stored.pop("input_segments", (linear.in_features,)))
     outputs = tuple(stored.pop("output_segments", (linear.out_features,)))
     dual = tuple(stored.pop("dual", (False,) * len(inputs)))
@@ -131,20 +137,31 @@ def layer_plan(name: str, linear: nn.Linear, config: LayerConfig, stored: Mappin
 
 
 def _check_sizes(name: str, layer: LayerPlan) -> None:
-    group, limit = layer.config.group_size, min(layer.in_features, layer.out_features)
+    group, limit = layer.config.group_size, min(layer.in_features, *layer.row_groups)
     if group and any(size % group for size in layer.input_segments):
+        section = "weight_quant" if layer.config.weight_quant.group_size else "calib"
         raise ConfigError(
-            f"layer {name!r}: group_size={group} does not divide in_features={layer.in_features}"
+            f"layer {name!r}: {section}.group_size={group} does not divide in_features={layer.in_features}"
             + (f" (segments {list(layer.input_segments)})" if len(layer.input_segments) > 1 else "")
-            + f'; choose a divisor, or override this layer: {{"{name}": {{"weight_quant": {{"group_size": ...}}}}}}'
+            + f'; choose a divisor, or override this layer: {{"{name}": {{"{section}": {{"group_size": ...}}}}}}'
         )
     if layer.rank > limit:
         raise ConfigError(f"layer {name!r}: opt.low_rank={layer.rank} is over the layer's size, at most {limit}")
+    if any(layer.dual) and not _can_be_dual(layer.config):
+        quant = layer.config.input_quant
+        raise ConfigError(
+            f"layer {name!r}: dual scale needs an input_quant.type of int4, int6 or int8, not {quant and quant.type}"
+        )
+
+
+def _can_be_dual(config: LayerConfig) -> bool:
+    """Both sides' codes are one 16-bit integer, so 16-bit codes leave no room for a second scale."""
+    return config.input_quant is not None and config.input_quant.type.is_integer and config.input_quant.type.bits < 16
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a whole model: ``layers`` in module order, and why each other linear is ``skipped``."""
+    """The plan of a whole model: ``layers`` in order of execution, and why each other linear is ``skipped``."""
 
     layers: dict[str, LayerPlan]
     skipped: dict[str, str]
@@ -194,18 +211,21 @@ def default_skips(model: nn.Module) -> dict[str, str]:
     """Module names that stay in full precision unless asked for, and why: heads, tied weights, fp32 modules."""
     skips: dict[str, str] = {}
     owners: dict[int, list[str]] = {}
+    fp32 = (getattr(model, f"_keep_in_fp32_modules{strict}", None) for strict in ("", "_strict"))
+    keep = [key for keys in fp32 for key in keys or ()]
     for name, module in model.named_modules():
         for param in module._parameters.values():
             if param is not None:
                 owners.setdefault(id(param), []).append(name)
-        if type(module) is nn.Linear and matches([name], getattr(model, "_keep_in_fp32_modules", None) or ()):
+        if type(module) is nn.Linear and matches([name, f"{name}.weight"], keep):
             skips[name] = "in the model's _keep_in_fp32_modules"
     for names in owners.values():
-        if len(names) > 1:
-            skips.update((n, f"its weight is tied to {next(o for o in names if o != n)}") for n in names)
+        for name, other in itertools.permutations(dict.fromkeys(names), 2):
+            skips[name] = f"its weight is tied to {other}"
     for key, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         skips.update({k.removesuffix(".weight"): f"its weight is tied ({key} = {other})" for k in (key, other)})
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
     if head is not None:
         skips.update((n, "the model's output head") for n, m in model.named_modules() if m is head)
     return skips
@@ -234,13 +254,19 @@ def plan_layers(model: nn.Module, rules: QuantRules, not_convert: Collection[str
     skips = default_skips(model)
     chosen: dict[str, LayerConfig] = {}
     skipped: dict[str, str] = {}
+    idle = dict.fromkeys(rules.patterns)
     for name, linear in model.named_modules():
         if type(linear) is not nn.Linear:
             continue
         names = aliases(name, model)
-        asked = any(rules.raw[glob].get("enable") is True for glob in rules.matching(*names))
+        globs = rules.matching(*names)
+        for glob in globs:
+            idle.pop(glob, None)
+        asked = any(rules.raw[glob].get("enable") is True for glob in globs)
         layer = rules.resolve(*names)
-        if matches(names, not_convert):
+        if not name:
+            skipped[name] = "it is the whole model, so nothing can hold its replacement; wrap it in nn.Sequential"
+        elif matches(names, not_convert):
             skipped[name] = "in modules_to_not_convert"
         elif not layer.enable:
             skipped[name] = "enable=False"
@@ -248,11 +274,16 @@ def plan_layers(model: nn.Module, rules: QuantRules, not_convert: Collection[str
             skipped[name] = skips[name]
         else:
             chosen[name] = layer
+    for glob in idle:
+        logger.warning(
+            "%s: config[%r] matches no linear (those of a block are %r)", type(model).__name__, glob, f"{glob}.*"
+        )
     traces = _traces(model, chosen, example)
     for name in [n for n in chosen if n in traces and traces[n].functional]:
         skipped[name] = "its weight is read outside its own forward"
         del chosen[name]
-    layers = {n: _with_trace(n, model.get_submodule(n), layer, traces.get(n)) for n, layer in chosen.items()}
+    order = sorted(chosen, key=lambda n: traces[n].order if n in traces else len(traces))
+    layers = {n: _with_trace(n, model.get_submodule(n), chosen[n], traces.get(n)) for n in order}
     return Plan(layers, skipped)
 
 
@@ -279,17 +310,19 @@ def _with_trace(name: str, linear: nn.Module, config: LayerConfig, found: Linear
     base = layer_plan(name, linear, config)
     if found is None:
         return base
-    quant, group, wanted = config.input_quant, config.group_size, set(config.search_patterns) & set(found.patterns)
+    quant, weight, group = config.input_quant, config.weight_quant, config.group_size
+    wanted = set(config.search_patterns) & set(found.patterns)
     inputs, outputs, dual = base.input_segments, base.output_segments, base.dual
     if config.seglinear:
         # Segments are taken where they change a scale; no scale straddles a segment, so a group must divide each.
-        apart = quant is not None or not group
+        apart = (quant is not None and quant.type.is_scaled) or (weight.type.is_scaled and not group)
         if apart and wanted & _INPUT_PATTERNS and all(size % (group or 1) == 0 for size in found.input_segments):
             inputs = found.input_segments
-        apart = config.opt.type is not Optimum.DEFAULT or (config.weight_quant.axis is None and not group)
-        if apart and wanted & _OUTPUT_PATTERNS:
+        apart = weight.type.is_scaled and weight.axis is None and not group
+        apart = apart or config.opt.type is not Optimum.DEFAULT
+        if apart and wanted & _OUTPUT_PATTERNS and min(found.output_segments) >= base.rank:
             outputs = found.output_segments
-    if SegPattern.ACTIVATION2LINEAR in wanted and quant is not None and quant.type.is_integer:
+    if SegPattern.ACTIVATION2LINEAR in wanted and _can_be_dual(config):
         active = tuple(a is not None for a in found.activations)
         dual = active if len(inputs) == len(active) else (all(active),) * len(inputs)
     return replace(base, input_segments=inputs, output_segments=outputs, dual=dual, evidence=found.evidence)

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
 from tqdm.auto import tqdm
 
 from hfquant import integrations
+from hfquant.config import Calibrate
 from hfquant.integrations.checkpoint import dequantized
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.linear import QuantLinear, log_real_quant, quant_linears, replace_modules
-from hfquant.observers import CalibrationError, LayerStats, batches, observe, samples
+from hfquant.observers import CalibrationError, LayerStats, batches, observe, samples, stats_bytes
 from hfquant.planner import Plan, aliases, plan_layers
-from hfquant.solver import solve
+from hfquant.report.layers import LayerReport, QuantReport, layer_report
+from hfquant.resume import find, fingerprint, store
+from hfquant.solver import Solution, solve
 
 logger = logging.getLogger(__name__)
 
@@ -56,59 +64,133 @@ def quantize(
     config = HfQuantConfig.of(config)
     if quant_linears(model) or getattr(model, "is_quantized", False):
         raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
-    for name, value in (("per_layer_mode", per_layer_mode or config.per_layer_mode), ("resume_dir", resume_dir)):
-        if value:
-            raise NotImplementedError(f"{name} is not built yet")
-    return _quantize(model, calib_data_loader, config, verbose, example)
+    return _quantize(
+        model,
+        calib_data_loader,
+        config,
+        per_layer_mode or config.per_layer_mode,
+        verbose,
+        example,
+        memory_budget,
+        None if resume_dir is None else Path(resume_dir),
+    )
 
 
-def _quantize(model: nn.Module, loader: Any, config: HfQuantConfig, verbose: bool = False, example: Any = None) -> Any:
+def quantize_loaded(model: nn.Module, config: HfQuantConfig) -> Any:
+    """Quantize a model that ``from_pretrained`` has just loaded, with the data its config carries."""
+    return _quantize(model, config.calibration, config, config.per_layer_mode)
+
+
+def _quantize(
+    model: nn.Module,
+    loader: Any,
+    config: HfQuantConfig,
+    per_layer_mode: bool = False,
+    verbose: bool = False,
+    example: Any = None,
+    memory_budget: int | None = None,
+    resume_dir: Path | None = None,
+) -> nn.Module:
     if loader is not None:
         loader = batches(loader)
         example = samples(next(iter(loader)))[0] if example is None else example
     plan = plan_layers(model, config.rules, config.modules_to_not_convert or (), example)
     if not plan.layers:
         raise ValueError(f"{type(model).__name__} has nothing to quantize: {plan.skipped or 'no nn.Linear'}")
-    layers = _solve(model, plan, _statistics(model, plan, loader), verbose)
-    replace_modules(model, {model.get_submodule(name): layer for name, layer in layers.items()})
-    final = Plan({name: layer.plan for name, layer in layers.items()}, plan.skipped)
-    integrations.attach(model, own_config(model, config, final))
+    needy = [name for name, layer in plan.layers.items() if layer.config.needs_data]
+    if needy and loader is None:
+        raise CalibrationError(f"layer {needy[0]!r} (and {len(needy) - 1} more) needs calibration data; none was given")
+    originals = {name: model.get_submodule(name) for name in plan.layers}
+    layers: dict[str, QuantLinear] = {}
+    reports: list[LayerReport] = []
+    try:
+        with tqdm(total=len(plan.layers), desc="quantizing") as progress:
+            for group in _groups(plan, per_layer_mode, memory_budget or _free_memory() // 4):
+                for name, layer, report in _solve_group(model, plan, group, loader, per_layer_mode, resume_dir):
+                    layers[name] = layer
+                    reports.append(report)
+                    progress.update()
+                    if verbose:
+                        logger.info("%s", report)
+                if per_layer_mode:
+                    replace_modules(model, {originals[name]: layers[name] for name in group})
+    except BaseException:
+        if per_layer_mode:
+            replace_modules(model, {layer: originals[name] for name, layer in layers.items()})
+        raise
+    if not per_layer_mode:
+        replace_modules(model, {originals[name]: layer for name, layer in layers.items()})
+    report = QuantReport(reports, plan.skipped)
+    if needy and all(r.fallback for r in reports if r.name in needy):
+        logger.warning("calibration ran none of the layers that need its data")
+    integrations.attach(model, own_config(model, config, Plan({n: x.plan for n, x in layers.items()}, plan.skipped)))
+    model.quant_report = report  # type: ignore[assignment]
+    if verbose:
+        logger.info("\n%s", report)
     log_real_quant(model)
     log_share(model)
     return model
 
 
-def _statistics(model: nn.Module, plan: Plan, loader: Any) -> dict[str, LayerStats]:
-    needy = [name for name, layer in plan.layers.items() if layer.config.needs_data]
-    if not needy:
-        return {}
-    if loader is None:
-        raise CalibrationError(f"layer {needy[0]!r} (and {len(needy) - 1} more) needs calibration data; none was given")
-    stats = observe(model, {name: model.get_submodule(name) for name in needy}, loader)
-    if not stats:
-        raise CalibrationError("calibration data: none of the layers to quantize ran")
-    unseen = [name for name in needy if name not in stats]
-    if unseen:
-        logger.warning(
-            "%d layers never ran during calibration (%s ...): rounded to nearest, activations scaled by token at run time",
-            len(unseen),
-            ", ".join(unseen[:3]),
-        )
-    return stats
-
-
-def _solve(model: nn.Module, plan: Plan, stats: Mapping[str, LayerStats], verbose: bool) -> dict[str, QuantLinear]:
-    layers: dict[str, QuantLinear] = {}
-    for name, layer_plan in tqdm(plan.layers.items(), "quantizing"):
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        # Offloaded weights are fetched for the moment.
+def _solve_group(
+    model: nn.Module, plan: Plan, group: Sequence[str], loader: Any, stop_early: bool, resume_dir: Path | None
+) -> Iterator[tuple[str, QuantLinear, LayerReport]]:
+    """Observe the layers of a group in one pass over the data, then solve them one after the other."""
+    linears = {name: model.get_submodule(name) for name in group}
+    known: dict[str, Solution | None] = {}
+    for name, linear in linears.items():
         with align_module_device(linear):
-            solved, tensors = solve(name, linear.weight.detach(), layer_plan, stats.get(name))
-            layers[name] = QuantLinear.from_tensors(solved, tensors, linear.bias)
-        if verbose:
-            logger.info("%s: %s", name, layers[name].extra_repr())
-    return layers
+            key = fingerprint(linear.weight, plan.layers[name]) if resume_dir is not None else ""
+        known[name] = find(resume_dir, key, plan.layers[name]) if resume_dir is not None else None
+    needy = {n: m for n, m in linears.items() if plan.layers[n].config.needs_data and known[n] is None}
+    stats: dict[str, LayerStats] = {}
+    if needy:
+        hessians = {n: plan.layers[n].config.calib.type is Calibrate.GPTQ for n in needy}
+        stats = observe(model, needy, loader, hessians, stop_early)
+    for name, linear in linears.items():
+        assert isinstance(linear, nn.Linear)
+        seen = stats.pop(name, None)
+        start = time.perf_counter()
+        # Offloaded weights are fetched for the moment.
+        with align_module_device(linear), torch.no_grad():
+            weight = linear.weight.detach()
+            solution = known[name] or solve(name, weight, plan.layers[name], seen)
+            if resume_dir is not None and known[name] is None:
+                store(resume_dir, name, fingerprint(weight, plan.layers[name]), solution)
+            layer = QuantLinear.from_tensors(solution.plan, solution.tensors, linear.bias)
+            seconds = time.perf_counter() - start
+            report = layer_report(name, weight, solution, layer, seen, seconds)
+        if solution.fallback:
+            logger.warning("layer %r never ran during calibration: rounded to nearest, inputs scaled by token", name)
+        yield name, layer, report
+
+
+def _groups(plan: Plan, per_layer_mode: bool, budget: int) -> Iterator[list[str]]:
+    """Layers whose statistics fit the budget together; in per-layer mode those of one block, in order of execution."""
+    blocks = groupby(plan.layers, key=_block) if per_layer_mode else [("", iter(plan.layers))]
+    for _, names in blocks:
+        group: list[str] = []
+        size = 0
+        for name in names:
+            layer = plan.layers[name]
+            needs = stats_bytes(layer.in_features, layer.config.calib.type is Calibrate.GPTQ)
+            needs *= layer.config.needs_data
+            if group and size + needs > budget:
+                yield group
+                group, size = [], 0
+            group.append(name)
+            size += needs
+        yield group
+
+
+def _block(name: str) -> str:
+    """The part of a name up to its first index, ``model.layers.3``; without one, what comes before its last dot."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return found.group() if found else name.rpartition(".")[0]
+
+
+def _free_memory() -> int:
+    return int(psutil.virtual_memory().available)
 
 
 def check_data(config: HfQuantConfig) -> None:
@@ -118,11 +200,6 @@ def check_data(config: HfQuantConfig) -> None:
             "this config needs calibration data (static activations, smoothing, a low-rank branch or GPTQ): pass "
             "HfQuantConfig(..., calibration=[...]), or choose one without, such as 'w8a8-dynamic'"
         )
-
-
-def quantize_loaded(model: nn.Module, config: HfQuantConfig) -> Any:
-    """Quantize a model that ``from_pretrained`` has just loaded, with the data its config carries."""
-    return _quantize(model, config.calibration, config)
 
 
 def own_config(model: nn.Module, config: HfQuantConfig, plan: Plan) -> HfQuantConfig:

@@ -1,20 +1,51 @@
-"""From a linear's weight, its plan and its statistics to the tensors of a QuantLinear."""
+"""From a linear's weight, its plan and its statistics to the tensors of a QuantLinear: smooth -> SVD -> round.
+
+Statistics are of the raw input X; what a smoothed layer sees follows from them: its range is range / s, its Hessian
+``D^-1 H D^-1`` with D = diag(s).
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from hfquant.activations import static_scales
+from hfquant import formats
+from hfquant.activations import quantize_input, static_scales
 from hfquant.algorithms import rounding
-from hfquant.config import CalibConfig, Calibrate, OptConfig, Optimum
+from hfquant.algorithms.gptq import gptq
+from hfquant.algorithms.smooth import smoothing_vector
+from hfquant.algorithms.svd import low_rank
+from hfquant.config import CalibConfig, Calibrate, LayerConfig, OptConfig, Optimum
 from hfquant.observers import CalibrationError, LayerStats
 from hfquant.planner import LayerPlan
 
+logger = logging.getLogger(__name__)
 
-def solve(name: str, weight: Tensor, plan: LayerPlan, stats: LayerStats | None) -> tuple[LayerPlan, dict[str, Tensor]]:
+
+@dataclass
+class Solution:
+    """A solved layer.
+
+    Attributes:
+        plan: as it ended up: the data has the last word on dual scale.
+        tensors: by name, codes unpacked.
+        alphas: smoothing strengths, one list a row group, one value an input segment.
+        fallback: whether data was wanted and there was none.
+    """
+
+    plan: LayerPlan
+    tensors: dict[str, Tensor]
+    alphas: list[list[float]] = field(default_factory=list)
+    fallback: bool = False
+
+
+def solve(
+    name: str, weight: Tensor, plan: LayerPlan, stats: LayerStats | None, dtype: torch.dtype | None = None
+) -> Solution:
     """Quantize one layer.
 
     Args:
@@ -22,50 +53,160 @@ def solve(name: str, weight: Tensor, plan: LayerPlan, stats: LayerStats | None) 
         weight: [out, in], any float dtype.
         plan: what the layer is to become.
         stats: of its inputs; None where the config needs no data or the layer never ran.
-
-    Returns:
-        the plan as it ended up (the data has the last word on dual scale), and the tensors by name, codes unpacked.
+        dtype: of the low-rank branch; default: the weight's.
 
     Raises:
         ValueError: the weight has NaN or Inf.
-        NotImplementedError: an algorithm that is not built yet.
     """
     bad = int((~weight.isfinite()).sum())
     if bad:
         raise ValueError(f"layer {name!r}: {bad} of {weight.numel()} weights are NaN or Inf")
-    config = plan.config
-    if config.opt.type is not Optimum.DEFAULT:
-        raise NotImplementedError(f"layer {name!r}: opt.type {config.opt.type.value!r} is not built yet")
-    if config.calib.type is not Calibrate.AMAX:
-        raise NotImplementedError(f"layer {name!r}: calib.type {config.calib.type.value!r} is not built yet")
-    if config.needs_data and stats is None:
+    fallback = plan.config.needs_data and stats is None
+    if fallback:
         plan = without_data(plan)
-        config = plan.config
-    tensors: dict[str, Tensor] = {}
-    quant = config.weight_quant
-    rows = plan.output_segments if quant.axis is None and not config.group_size else None
-    scale, zero_point = rounding.weight_grid(weight, quant, plan.columns, rows)
-    tensors["weight"] = rounding.round_to_nearest(weight, scale, zero_point, quant.type, plan.columns)
+    dtype = dtype or weight.dtype
+    stats = None if stats is None else stats.to(weight.device)
+    parts = [_solve_rows(weight[rows].float(), plan, stats, dtype) for rows in _blocks(plan.row_groups)]
+    tensors = {key: _joined(key, [p.tensors[key] for p in parts]) for key in parts[0].tensors}
+    if "input_scale_neg" in tensors:
+        dual = (tensors["input_scale"] != tensors["input_scale_neg"]).view(-1, len(plan.input_segments)).any(0)
+        plan = replace(plan, dual=tuple(dual.tolist()))
+        if not any(plan.dual):
+            del tensors["input_scale_neg"]
+    elif any(plan.dual) and stats is not None:
+        plan = replace(plan, dual=_useful_dual(plan, stats, tensors.get("smooth")))
+    return Solution(plan, tensors, [p.alphas[0] for p in parts if p.alphas], fallback)
+
+
+def _joined(key: str, parts: Sequence[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack(list(parts)) if key == "smooth" else torch.cat(list(parts))
+
+
+def _blocks(sizes: Sequence[int]) -> list[slice]:
+    ends = torch.tensor(list(sizes)).cumsum(0).tolist()
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _solve_rows(w: Tensor, plan: LayerPlan, stats: LayerStats | None, dtype: torch.dtype) -> Solution:
+    """Solve the rows that share one view of the input: all of them, or one smoothed output segment."""
+    config, tensors, alphas = plan.config, {}, []
+    smooth = None
+    if config.opt.type is not Optimum.DEFAULT:
+        assert stats is not None
+        smooth, alphas = _smoothing(w, plan, stats, dtype)
+        tensors["smooth"] = smooth
+        w = w * smooth
+    if plan.rank:
+        assert smooth is not None
+        residual, tensors["svd_down"], tensors["svd_up"] = _split_low_rank(w, smooth, plan.rank, dtype)
+        w = residual
+    codes, scale, zero_point = _codes(w, plan, stats, smooth)
+    tensors["weight"] = codes
     if scale is not None:
         tensors["weight_scale"] = scale.contiguous()
     if zero_point is not None:
         tensors["weight_zero_point"] = zero_point.contiguous()
     if plan.static_input:
         if stats is None:
-            raise CalibrationError(f"layer {name!r}: a static input scale needs calibration data")
-        plan, scales = static_input(plan, stats)
-        tensors.update(scales)
-    return plan, tensors
+            raise CalibrationError("a static input scale needs calibration data")
+        scale, negative = _static_input(plan, stats, smooth)
+        tensors["input_scale"] = scale
+        if any(plan.dual):
+            tensors["input_scale_neg"] = negative
+    return Solution(plan, tensors, [alphas] if alphas else [])
 
 
-def static_input(plan: LayerPlan, stats: LayerStats) -> tuple[LayerPlan, dict[str, Tensor]]:
-    """Scales of the activations, a segment each, from the range seen; dual scale is kept where it helps (e >= 1)."""
+def _codes(
+    w: Tensor, plan: LayerPlan, stats: LayerStats | None, smooth: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    config, quant = plan.config, plan.config.weight_quant
+    share_rows = quant.axis is None and not config.group_size
+    rows = None if not share_rows else plan.output_segments if len(plan.row_groups) == 1 else (len(w),)
+    if config.calib.type is Calibrate.GPTQ:
+        assert stats is not None
+        assert stats.hessian is not None
+        hessian = stats.hessian / stats.count
+        hessian = hessian if smooth is None else hessian / smooth / smooth[:, None]
+        return gptq(w, hessian, quant, config.calib, plan.columns, rows)
+    importance = None
+    if stats is not None:
+        importance = stats.power / stats.count if smooth is None else stats.power / stats.count / smooth.square()
+    scale, zero_point = rounding.weight_grid(w, quant, plan.columns, rows, importance)
+    return rounding.round_to_nearest(w, scale, zero_point, quant.type, plan.columns), scale, zero_point
+
+
+def _split_low_rank(w: Tensor, smooth: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Residual of the smoothed weight, and the factors as cast; ``down`` acts on the raw input, so 1/s is in it."""
+    up, down = low_rank(w, rank)
+    up, down = up.to(dtype), (down / smooth).to(dtype)
+    return w - up.float() @ (down.float() * smooth), down, up
+
+
+def _ranges(plan: LayerPlan, stats: LayerStats, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Smallest and largest (smoothed) input of each input segment, two [segments]."""
+    low, high = (stats.low, stats.high) if smooth is None else (stats.low / smooth, stats.high / smooth)
+    low, _ = formats.range_columns(low, plan.input_segments)
+    _, high = formats.range_columns(high, plan.input_segments)
+    return low, high
+
+
+def _static_input(plan: LayerPlan, stats: LayerStats, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     assert plan.config.input_quant is not None
-    low = torch.stack([part.min() for part in stats.low.split(list(plan.input_segments))])
-    high = torch.stack([part.max() for part in stats.high.split(list(plan.input_segments))])
-    scale, negative = static_scales(low, high, plan.config.input_quant.type, plan.dual)
-    plan = replace(plan, dual=tuple((scale != negative).tolist()))
-    return plan, {"input_scale": scale} | ({"input_scale_neg": negative} if any(plan.dual) else {})
+    low, high = _ranges(plan, stats, smooth)
+    return static_scales(low, high, plan.config.input_quant.type, plan.dual)
+
+
+def _useful_dual(plan: LayerPlan, stats: LayerStats, smooth: Tensor | None) -> tuple[bool, ...]:
+    """Segments nominated for dual scale whose negative side is small over all data (e >= 1)."""
+    assert plan.config.input_quant is not None
+    useful = torch.zeros(len(plan.input_segments), dtype=torch.bool)
+    for s in [smooth] if smooth is None or smooth.dim() == 1 else smooth:
+        scale, negative = _static_input(plan, stats, s)
+        useful |= (scale != negative).cpu()
+    return tuple(useful.tolist())
+
+
+def _smoothing(w: Tensor, plan: LayerPlan, stats: LayerStats, dtype: torch.dtype) -> tuple[Tensor, list[float]]:
+    """The smoothing vector [in], and the alpha of each input segment: the config's, or the best on the sampled rows."""
+    opt, x_amax, w_amax = plan.config.opt, stats.amax, w.abs().amax(0)
+    if not opt.search_alpha_config.enable:
+        return smoothing_vector(x_amax, w_amax, opt.alpha), [opt.alpha] * len(plan.input_segments)
+    blocks = _blocks(plan.input_segments)
+    exact = [stats.sample[:, columns] @ w[:, columns].T for columns in blocks]
+    grid = opt.search_alpha_config.grid()
+    vectors = [smoothing_vector(x_amax, w_amax, alpha) for alpha in grid]
+    losses = torch.stack([_segment_losses(w, exact, plan, stats, vector, dtype) for vector in vectors])
+    best = losses.argmin(0).tolist()
+    smooth = torch.cat([vectors[b][columns] for b, columns in zip(best, blocks, strict=True)])
+    return smooth, [grid[b] for b in best]
+
+
+def _segment_losses(
+    w: Tensor, exact: Sequence[Tensor], plan: LayerPlan, stats: LayerStats, smooth: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``||Q(X_i / s) Q(W_i s)^T (+ low rank) - X_i W_i^T||^2`` on the sampled rows, for each input segment i."""
+    # Round to nearest stands in for GPTQ, which would cost a sweep for each alpha.
+    plan = replace(plan, config=_rounded(plan.config))
+    x, ws = stats.sample, w * smooth
+    down = up = None
+    if plan.rank:
+        ws, down, up = _split_low_rank(ws, smooth, plan.rank, dtype)
+    codes, scale, zero_point = _codes(ws, plan, stats, smooth)
+    w_hat = rounding.dequantize_weight(codes, scale, zero_point, plan.config.weight_quant.type, plan.columns)
+    x_hat, quant = x / smooth, plan.config.input_quant
+    if quant is not None:
+        static = _static_input(plan, stats, smooth) if plan.static_input else (None, None)
+        values, x_scale = quantize_input(x_hat, quant, plan.input_segments, plan.dual, *static)
+        x_hat = values if x_scale is None else values * formats.expand_columns(x_scale, plan.input_segments)
+    losses = []
+    for columns, target in zip(_blocks(plan.input_segments), exact, strict=True):
+        output = x_hat[:, columns] @ w_hat[:, columns].T
+        if down is not None and up is not None:
+            output += x[:, columns] @ down.float()[:, columns].T @ up.float().T
+        losses.append(output.sub_(target).square_().sum())
+    return torch.stack(losses)
 
 
 def without_data(plan: LayerPlan) -> LayerPlan:
@@ -76,10 +217,17 @@ def without_data(plan: LayerPlan) -> LayerPlan:
     quant = plan.config.input_quant
     if quant is not None and quant.type.is_scaled:
         quant = quant.model_copy(update={"dynamic": True, "axis": -1})
-    update = {
-        "opt": OptConfig(type=Optimum.DEFAULT),
-        "calib": CalibConfig(),
-        "input_quant": quant,
-        "weight_quant": plan.config.weight_quant.model_copy(update={"group_size": plan.config.group_size}),
-    }
-    return replace(plan, config=plan.config.model_copy(update=update))
+    update = {"opt": OptConfig(type=Optimum.DEFAULT), "input_quant": quant}
+    return replace(plan, config=_rounded(plan.config).model_copy(update=update))
+
+
+def plain(plan: LayerPlan) -> LayerPlan:
+    """The same formats with nothing done to help them: what the report compares with."""
+    config = _rounded(plan.config).model_copy(update={"opt": OptConfig(type=Optimum.DEFAULT)})
+    return replace(plan, config=config, dual=(False,) * len(plan.dual))
+
+
+def _rounded(config: LayerConfig) -> LayerConfig:
+    """The config with round-to-nearest in place of GPTQ, whose group size moves to the weight."""
+    weight = config.weight_quant.model_copy(update={"group_size": config.group_size})
+    return config.model_copy(update={"calib": CalibConfig(), "weight_quant": weight})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -48,14 +48,15 @@ class HfQuantConfig(TransformersConfigMixin, DiffusersConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         per_layer_mode: bool = False,
     ) -> None:
-        if isinstance(modules_to_not_convert, str) or not all(isinstance(m, str) for m in modules_to_not_convert or ()):
+        names = [] if modules_to_not_convert is None else modules_to_not_convert
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"modules_to_not_convert: expected a list of names, got {modules_to_not_convert!r}")
         if not isinstance(per_layer_mode, bool):
             raise ConfigError(f"per_layer_mode: expected True or False, got {per_layer_mode!r}")
         self.quant_method = QuantMethod.HFQUANT
         self.rules = rules.parse("w8a8-dynamic" if config is None else config)
         self.calibration = calibration
-        self.modules_to_not_convert = list(modules_to_not_convert) if modules_to_not_convert else None
+        self.modules_to_not_convert = list(names) or None
         self.per_layer_mode = per_layer_mode
         #: What the plan decided for each layer beyond the rules; filled in a model's own copy only.
         self.layers: dict[str, dict[str, Any]] = {}
@@ -74,8 +75,7 @@ class HfQuantConfig(TransformersConfigMixin, DiffusersConfigMixin):
     @property
     def needs_data(self) -> bool:
         """Whether any entry of the config needs calibration data."""
-        entries = [self.rules.default, *(self.rules.resolve(p) for p in self.rules.patterns)]
-        return any(entry.needs_data for entry in entries)
+        return self.rules.needs_data
 
     def for_model(self, layers: dict[str, dict[str, Any]], skipped: Sequence[str]) -> HfQuantConfig:
         """A model's own copy: with its plan, its skipped linears by name, and without the data."""
@@ -114,6 +114,8 @@ class HfQuantConfig(TransformersConfigMixin, DiffusersConfigMixin):
                 f"format_version: this hfquant reads versions up to {FORMAT_VERSION}, the checkpoint has {version!r}; "
                 "upgrade hfquant to load it"
             )
+        if "format_version" in config_dict and "config" not in values:
+            raise ConfigError("the stored quantization_config lacks its key 'config'")
         layers = values.pop("layers", {})
         if unknown := set(values) - set(_ARGUMENTS):
             raise ConfigError(f"unknown keys {sorted(unknown)}; allowed are {', '.join((*_ARGUMENTS, 'layers'))}")
@@ -139,6 +141,10 @@ class HfQuantConfig(TransformersConfigMixin, DiffusersConfigMixin):
         new.modules_to_not_convert = copy.copy(self.modules_to_not_convert)
         new.layers = copy.deepcopy(self.layers)
         return new
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        # For dict(config). The libraries' own copies every attribute, the data as well.
+        yield from self.to_dict().items()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HfQuantConfig) and self.to_dict() == other.to_dict()

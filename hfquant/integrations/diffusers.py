@@ -98,8 +98,8 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         module = model.get_submodule(name)
         if self.plan is not None:
             assert isinstance(module, nn.Linear)
-            layer_plan, tensors = solve(name, param_value.to(target_device), self.plan.layers[name], None)
-            replace_modules(model, {module: QuantLinear.from_tensors(layer_plan, tensors, module.bias)})
+            solved = solve(name, param_value.to(target_device), self.plan.layers[name], None)
+            replace_modules(model, {module: QuantLinear.from_tensors(solved.plan, solved.tensors, module.bias)})
             return
         assert isinstance(module, QuantLinear)
         # diffusers has cast param_value to the model's dtype; scales must stay as they are stored.

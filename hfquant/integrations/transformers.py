@@ -112,7 +112,7 @@ class QuantizeWeight(ConversionOps):
         if tuple(weight.shape) != (layer.out_features, layer.in_features):
             expected = (layer.out_features, layer.in_features)
             raise CheckpointError(f"{full_layer_name}: expected shape {expected}, got {tuple(weight.shape)}")
-        _, tensors = solve(name, weight, layer.plan, None)
+        tensors = solve(name, weight, layer.plan, None).tensors
         solved = QuantLinear.from_tensors(layer.plan, tensors, None)
         return {f"{name}.{key}": getattr(solved, key) for key in tensors}
 

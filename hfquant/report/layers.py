@@ -1,0 +1,120 @@
+"""Per-layer report of a quantization: what was decided, the error before and after, the time it took."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hfquant.linear import QuantLinear
+from hfquant.observers import LayerStats
+from hfquant.solver import Solution, plain, solve
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer's result.
+
+    Attributes:
+        name: of the module.
+        what: formats and structure, as the module prints them.
+        alphas: smoothing strengths chosen, one a segment; empty without smoothing.
+        rank: of the low-rank branch, 0 without one.
+        plain_error: relative L2 error of the output on the sampled calibration rows if the same formats were used with
+            round-to-nearest alone; None without data.
+        error: the same for the layer as solved.
+        seconds: time to solve it.
+        fallback: whether the layer never ran during calibration and was quantized without data.
+    """
+
+    name: str
+    what: str
+    alphas: tuple[float, ...]
+    rank: int
+    plain_error: float | None
+    error: float | None
+    seconds: float
+    fallback: bool
+
+    @property
+    def sqnr(self) -> float | None:
+        """Signal to quantization noise of the output, in dB."""
+        return None if self.error is None else (-20 * math.log10(self.error) if self.error else math.inf)
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """All layers, in the order they were solved, and the linears that were skipped, with why."""
+
+    layers: list[LayerReport]
+    skipped: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"layers": [asdict(layer) for layer in self.layers], "skipped": dict(self.skipped)}
+
+    def __str__(self) -> str:
+        head = ("layer", "error plain", "error", "SQNR dB", "alpha", "rank", "seconds", "what")
+        rows = [head, *(_row(layer) for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, *(f"{name}  skipped: {why}" for name, why in self.skipped.items())])
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    def number(value: float | None, digits: str) -> str:
+        return "-" if value is None else format(value, digits)
+
+    alphas = "/".join(f"{a:g}" for a in layer.alphas[:4]) + ("/..." if len(layer.alphas) > 4 else "")
+    return (
+        layer.name,
+        number(layer.plain_error, ".5f"),
+        number(layer.error, ".5f"),
+        number(layer.sqnr, ".1f"),
+        alphas or "-",
+        str(layer.rank or "-"),
+        f"{layer.seconds:.2f}",
+        layer.what + (" (never ran: no data)" if layer.fallback else ""),
+    )
+
+
+def layer_report(
+    name: str, weight: Tensor, solution: Solution, layer: QuantLinear, stats: LayerStats | None, seconds: float
+) -> LayerReport:
+    """Measure a solved layer against its float weight [out, in] on the sampled rows of its input."""
+    error = plain_error = None
+    if stats is not None:
+        x = stats.sample.to(weight.device)
+        exact = F.linear(x, weight.float())
+        error = plain_error = _relative_error(layer, x, exact)
+        simple = plain(solution.plan)
+        if simple != solution.plan:
+            tensors = solve(name, weight, simple, stats).tensors
+            plain_error = _relative_error(QuantLinear.from_tensors(simple, tensors, None), x, exact)
+    return LayerReport(
+        name=name,
+        what=layer.extra_repr(),
+        alphas=tuple(a for group in solution.alphas for a in group),
+        rank=solution.plan.rank,
+        plain_error=plain_error,
+        error=error,
+        seconds=seconds,
+        fallback=solution.fallback,
+    )
+
+
+@torch.no_grad()
+def _relative_error(layer: QuantLinear, x: Tensor, exact: Tensor) -> float:
+    output = layer(x) if layer.bias is None else layer(x) - layer.bias.float()
+    norm = exact.norm().item()
+    return (output - exact).norm().item() / norm if norm else float((output - exact).norm())
+
+
+def worst(layers: Sequence[LayerReport], count: int = 5) -> list[LayerReport]:
+    """The layers with the largest error, largest first."""
+    return sorted((r for r in layers if r.error is not None), key=lambda r: -(r.error or 0.0))[:count]
