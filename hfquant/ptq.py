@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -76,9 +76,9 @@ def quantize(
     )
 
 
-def quantize_loaded(model: nn.Module, config: HfQuantConfig) -> Any:
-    """Quantize a model that ``from_pretrained`` has just loaded, with the data its config carries."""
-    return _quantize(model, config.calibration, config, config.per_layer_mode)
+def quantize_loaded(model: nn.Module, config: HfQuantConfig, loader: Any) -> nn.Module:
+    """Quantize a model that ``from_pretrained`` has just loaded, on batches made of its config's calibration data."""
+    return _quantize(model, loader, config, config.per_layer_mode)
 
 
 def _quantize(
@@ -106,12 +106,12 @@ def _quantize(
     try:
         with tqdm(total=len(plan.layers), desc="quantizing") as progress:
             for group in _groups(plan, per_layer_mode, memory_budget or _free_memory() // 4):
-                for name, layer, report in _solve_group(model, plan, group, loader, per_layer_mode, resume_dir):
+                for name, layer, result in _solve_group(model, plan, group, loader, per_layer_mode, resume_dir):
                     layers[name] = layer
-                    reports.append(report)
+                    reports.append(result)
                     progress.update()
                     if verbose:
-                        logger.info("%s", report)
+                        logger.info("%s", result)
                 if per_layer_mode:
                     replace_modules(model, {originals[name]: layers[name] for name in group})
     except BaseException:
@@ -138,11 +138,12 @@ def _solve_group(
     """Observe the layers of a group in one pass over the data, then solve them one after the other."""
     linears = {name: model.get_submodule(name) for name in group}
     known: dict[str, Solution | None] = {}
-    for name, linear in linears.items():
-        with align_module_device(linear):
-            key = fingerprint(linear.weight, plan.layers[name]) if resume_dir is not None else ""
-        known[name] = find(resume_dir, key, plan.layers[name]) if resume_dir is not None else None
-    needy = {n: m for n, m in linears.items() if plan.layers[n].config.needs_data and known[n] is None}
+    if resume_dir is not None:
+        for name, linear in linears.items():
+            with align_module_device(linear):
+                key = fingerprint(linear.get_parameter("weight"), plan.layers[name])
+            known[name] = find(resume_dir, key, plan.layers[name])
+    needy = {n: m for n, m in linears.items() if plan.layers[n].config.needs_data and known.get(n) is None}
     stats: dict[str, LayerStats] = {}
     if needy:
         hessians = {n: plan.layers[n].config.calib.type is Calibrate.GPTQ for n in needy}
@@ -154,8 +155,8 @@ def _solve_group(
         # Offloaded weights are fetched for the moment.
         with align_module_device(linear), torch.no_grad():
             weight = linear.weight.detach()
-            solution = known[name] or solve(name, weight, plan.layers[name], seen)
-            if resume_dir is not None and known[name] is None:
+            solution = known.get(name) or solve(name, weight, plan.layers[name], seen)
+            if resume_dir is not None and known.get(name) is None:
                 store(resume_dir, name, fingerprint(weight, plan.layers[name]), solution)
             layer = QuantLinear.from_tensors(solution.plan, solution.tensors, linear.bias)
             seconds = time.perf_counter() - start
@@ -211,7 +212,10 @@ def own_config(model: nn.Module, config: HfQuantConfig, plan: Plan) -> HfQuantCo
 def log_share(model: nn.Module) -> None:
     """Say what share of the model's matrices was quantized (embeddings and heads aside); warn below 80 %."""
     quantized = sum(layer.in_features * layer.out_features for layer in quant_linears(model).values())
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    heads = [cast(Any, model).get_output_embeddings()] if hasattr(model, "get_output_embeddings") else []
+    embeddings = {
+        id(p) for m in [*model.modules(), *heads] if m in heads or isinstance(m, nn.Embedding) for p in m.parameters()
+    }
     codes = {id(layer.weight) for layer in quant_linears(model).values()}
     kept = [(n, p) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in embeddings | codes]
     share = quantized / (quantized + sum(p.numel() for _, p in kept))
@@ -236,6 +240,6 @@ def dequantize(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized linear")
     if hasattr(model, "hf_quantizer") and hasattr(model, "dequantize"):
-        return model.dequantize()
+        return cast(nn.Module, cast(Any, model).dequantize())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return dequantized(model, dtype)

@@ -25,7 +25,7 @@ def fingerprint(weight: Tensor, plan: LayerPlan) -> str:
     """Digest of a layer's float weight and plan."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr(plan).encode())
-    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -91,7 +91,9 @@ def _blocks(sizes: Sequence[int]) -> list[slice]:
 
 def _solve_rows(w: Tensor, plan: LayerPlan, stats: LayerStats | None, dtype: torch.dtype) -> Solution:
     """Solve the rows that share one view of the input: all of them, or one smoothed output segment."""
-    config, tensors, alphas = plan.config, {}, []
+    config = plan.config
+    tensors: dict[str, Tensor] = {}
+    alphas: list[float] = []
     smooth = None
     if config.opt.type is not Optimum.DEFAULT:
         assert stats is not None

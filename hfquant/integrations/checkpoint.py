@@ -8,9 +8,10 @@ which no plain ``nn.Linear`` accepts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from hfquant.integrations.config import HfQuantConfig
@@ -36,8 +37,15 @@ def _is_codes(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.int8, torch.int16)
 
 
-def stored_plans(model: nn.Module, config: HfQuantConfig) -> dict[str, LayerPlan]:
+def stored_plans(
+    model: nn.Module, config: HfQuantConfig, stored_names: Collection[str] | None = None
+) -> dict[str, LayerPlan]:
     """The plan of each quantized linear of ``model`` (still float, perhaps on meta) by what its checkpoint stored.
+
+    Args:
+        model: the model to load into.
+        config: as read from the checkpoint's config.json.
+        stored_names: of the checkpoint's tensors; a linear with none among them is left out. None: all must be there.
 
     Raises:
         ConfigError: the stored plan does not fit the model.
@@ -48,6 +56,8 @@ def stored_plans(model: nn.Module, config: HfQuantConfig) -> dict[str, LayerPlan
         if type(linear) is not nn.Linear:
             continue
         names = aliases(name, model)
+        if stored_names is not None and not any(f"{n}.weight" in stored_names for n in names):
+            continue
         rule = config.rules.resolve(*names)
         if rule.enable and not skipped.intersection(names):
             stored = next((config.layers[n] for n in names if n in config.layers), None)
@@ -76,6 +86,36 @@ def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: boo
     replace_modules(model, replacements)
 
 
+def check_loaded(model: nn.Module) -> None:
+    """Check that every tensor of every QuantLinear came from the checkpoint, with the shape and dtype of its plan.
+
+    transformers fills missing tensors with garbage and casts to the dtype it expects.
+
+    Raises:
+        CheckpointError: naming the tensors.
+    """
+    missing: list[str] = []
+    for name, layer in quant_linears(model).items():
+        # float64 stands for "the model's dtype".
+        spec = layer.plan.tensors(torch.float64) | {"bias": ((layer.out_features,), torch.float64)}
+        for key, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+            if tensor.device.type == "meta":  # offloaded to disk
+                continue
+            if not getattr(tensor, "_is_hf_initialized", False):
+                missing.append(f"{name}.{key}")
+                continue
+            shape, dtype = spec[key]
+            fits = tensor.is_floating_point() if dtype == torch.float64 else tensor.dtype == dtype
+            if not fits or tuple(tensor.shape) not in (shape, (1, *shape) if key == "weight" else shape):
+                raise CheckpointError(
+                    f"{name}.{key}: expected shape {shape} of {'floats' if dtype == torch.float64 else dtype}, "
+                    f"got {tuple(tensor.shape)} of {tensor.dtype}"
+                )
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise CheckpointError(f"the checkpoint lacks {len(missing)} tensors of quantized linears: {shown}")
+
+
 def finish_loading(model: nn.Module) -> None:
     """Bring codes to their in-memory shape, freeze parameters, and log once how real execution runs."""
     for layer in quant_linears(model).values():
@@ -89,5 +129,10 @@ def finish_loading(model: nn.Module) -> None:
 
 def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Every QuantLinear of ``model`` replaced by a plain ``nn.Linear`` of ``dtype``, in place."""
-    replace_modules(model, {layer: layer.to_linear(dtype) for layer in quant_linears(model).values()})
+    linears: dict[nn.Module, nn.Module] = {}
+    for layer in quant_linears(model).values():
+        # Offloaded weights are fetched for the moment.
+        with align_module_device(layer):
+            linears[layer] = layer.to_linear(dtype)
+    replace_modules(model, linears)
     return model

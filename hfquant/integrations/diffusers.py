@@ -20,6 +20,7 @@ from hfquant.integrations.checkpoint import (
     to_disk,
 )
 from hfquant.integrations.config import HfQuantConfig
+from hfquant.integrations.data import diffusers_batches
 from hfquant.linear import QuantLinear, replace_modules
 from hfquant.planner import Plan, plan_layers
 from hfquant.solver import solve
@@ -112,7 +113,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         config = self.quantization_config
         if not self.pre_quantized and self.plan is None:
-            return ptq.quantize_loaded(model, config)
+            return ptq.quantize_loaded(model, config, diffusers_batches(config.calibration))
         finish_loading(model)
         if self.plan is not None:
             attach(model, ptq.own_config(model, config, self.plan))

@@ -20,6 +20,7 @@ from hfquant.integrations.checkpoint import (
     to_disk,
 )
 from hfquant.integrations.config import HfQuantConfig
+from hfquant.integrations.data import transformers_batches
 from hfquant.linear import QuantLinear, quant_linears
 from hfquant.planner import Plan, plan_layers
 from hfquant.solver import solve
@@ -39,47 +40,105 @@ class HfQuantTransformersQuantizer(HfQuantizer):
     def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.plan: Plan | None = None
+        #: The first failure of :class:`QuantizeWeight`.
+        self.failure: Exception | None = None
+        #: Names of the tensors whose dtype is the format's and not the model's.
+        self.exact: set[str] = set()
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse, before any weight is read, a config that needs data and has none."""
-        if not self.pre_quantized:
-            ptq.check_data(self.quantization_config)
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse, before any weight is read, a config that needs data and has none, and offloading float weights.
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        Raises:
+            CalibrationError: the config needs data and carries none.
+            ValueError: ``device_map`` has "disk": transformers would read the float weights in place of the codes.
+        """
+        if self.pre_quantized:
+            return
+        ptq.check_data(self.quantization_config)
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                'weights cannot be quantized on the way to "disk" in a device_map: quantize without it and save, then '
+                "load the quantized checkpoint with that device_map"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         config = self.quantization_config
         if self.pre_quantized:
-            install_empty(model, stored_plans(model, config), on_disk=True)
+            plans = stored_plans(model, config, _stored_names(model, checkpoint_files))
+            install_empty(model, plans, on_disk=True)
+            self.exact = {
+                f"{name}.{tensor}"
+                for name, plan in plans.items()
+                for tensor, (_, dtype) in plan.tensors(torch.float64).items()
+                if dtype != torch.float64
+            }
         elif not config.needs_data:
             self.plan = plan_layers(model, config.rules, config.modules_to_not_convert or ())
-            install_empty(model, self.plan.layers, on_disk=False)
+            # A tied weight arrives under another name, or not at all: such linears are quantized after loading.
+            tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
+            arriving = {name: plan for name, plan in self.plan.layers.items() if name not in tied}
+            install_empty(model, arriving, on_disk=False)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Whether a checkpoint tensor is a float weight to be quantized as it arrives."""
-        if self.plan is None:
-            return False
+        """Whether a checkpoint tensor is a float weight to be quantized as it arrives.
+
+        Of a quantized checkpoint transformers asks this only where a tensor's shape is not the model's; the answer
+        says who complains, and :func:`check_loaded` does so naming the tensor.
+        """
         name, _, tensor = param_name.rpartition(".")
-        return tensor == "weight" and name in self.plan.layers
+        if self.pre_quantized:
+            return isinstance(model.get_submodule(name), QuantLinear)
+        return tensor == "weight" and isinstance(model.get_submodule(name), QuantLinear)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """No cast for codes and scales: one of the wrong dtype must be seen."""
+        if self.exact.issuperset(getattr(converter, "target_patterns", ("",))):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation run on each weight that :meth:`param_needs_quantization` claims."""
-        return QuantizeWeight()
+        return QuantizeWeight(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
+        if self.failure is not None:
+            raise self.failure
         if not self.pre_quantized and self.plan is None:
             return ptq.quantize_loaded(model, config)
-        _require_loaded(model)
+        if self.plan is not None:
+            self._quantize_tied(model, self.plan)
+        check_loaded(model)
         finish_loading(model)
         if self.plan is not None:
             attach(model, ptq.own_config(model, config, self.plan))
+            ptq.log_share(model)
         return model
+
+    @staticmethod
+    def _quantize_tied(model: PreTrainedModel, plan: Plan) -> None:
+        for name, layer_plan in plan.layers.items():
+            linear = model.get_submodule(name)
+            if isinstance(linear, nn.Linear) and not isinstance(linear, QuantLinear):
+                tensors = solve(name, linear.weight.detach(), layer_plan, None).tensors
+                layer = QuantLinear.from_tensors(layer_plan, tensors, linear.bias)
+                for tensor in [*layer.parameters(), *layer.buffers()]:
+                    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+                replace_modules(model, {linear: layer})
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors as they are stored."""
         return to_disk(model.state_dict()), {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
-        return dequantized(model, dtype or model.dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
+        # transformers passes config.dtype, which is a string once the model has been saved.
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        model = dequantized(model, dtype or model.dtype)
+        model.config._is_quantized = False
+        return model
 
     def is_serializable(self) -> bool:
         """Yes, as safetensors."""
@@ -94,27 +153,42 @@ class HfQuantTransformersQuantizer(HfQuantizer):
 class QuantizeWeight(ConversionOps):
     """One float weight of a checkpoint to the tensors of its QuantLinear (already in the model, on meta)."""
 
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        model: nn.Module | None = None,
-        full_layer_name: str | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """``{"x.weight": float}`` to ``{"x.weight": codes, "x.weight_scale": ...}``."""
-        (value,) = input_dict.values()
-        weight = value[0] if isinstance(value, list) else value
+    def __init__(self, quantizer: HfQuantTransformersQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        """``{"x.weight": float}`` to ``{"x.weight": codes, "x.weight_scale": ...}``.
+
+        Several come at once where the checkpoint has them fused; of these, linears that stay float pass through.
+        """
         assert model is not None
-        assert full_layer_name is not None
-        name = full_layer_name.removesuffix(".weight")
-        layer = model.get_submodule(name)
-        assert isinstance(layer, QuantLinear)
-        if tuple(weight.shape) != (layer.out_features, layer.in_features):
-            expected = (layer.out_features, layer.in_features)
-            raise CheckpointError(f"{full_layer_name}: expected shape {expected}, got {tuple(weight.shape)}")
-        tensors = solve(name, weight, layer.plan, None).tensors
-        solved = QuantLinear.from_tensors(layer.plan, tensors, None)
-        return {f"{name}.{key}": getattr(solved, key) for key in tensors}
+        converted: dict[str, Tensor] = {}
+        for key, value in input_dict.items():
+            name, weight = key.removesuffix(".weight"), value[0] if isinstance(value, list) else value
+            layer = model.get_submodule(name)
+            if not isinstance(layer, QuantLinear):
+                converted[key] = weight
+                continue
+            try:
+                if self.quantizer.failure is None:
+                    converted.update(_quantized(name, layer, weight))
+                    continue
+            except ValueError as error:
+                # transformers turns an exception into a line of its report; it is raised once loading has ended.
+                self.quantizer.failure = error
+            # Placeholders keep that report from calling the rest missing.
+            spec = layer.plan.tensors(weight.dtype).items()
+            converted.update({f"{name}.{t}": torch.zeros((), dtype=dtype).expand(shape) for t, (shape, dtype) in spec})
+        return converted
+
+
+def _quantized(name: str, layer: QuantLinear, weight: Tensor) -> dict[str, Tensor]:
+    expected = (layer.out_features, layer.in_features)
+    if tuple(weight.shape) != expected:
+        raise CheckpointError(f"{name}.weight: expected shape {expected}, got {tuple(weight.shape)}")
+    tensors = solve(name, weight, layer.plan, None).tensors
+    solved = QuantLinear.from_tensors(layer.plan, tensors, None)
+    return {f"{name}.{key}": getattr(solved, key) for key in tensors}
 
 
 def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
@@ -124,16 +198,46 @@ def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
     model.config._is_quantized = True
+    _untie(model)
+    _save_as_named(model)
 
 
-def _require_loaded(model: nn.Module) -> None:
-    """Every tensor of every QuantLinear must come from the checkpoint: transformers fills missing ones with garbage."""
-    missing = [
-        f"{name}.{key}"
-        for name, layer in quant_linears(model).items()
-        for key, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
-        if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False)
-    ]
-    if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise CheckpointError(f"the checkpoint lacks {len(missing)} tensors of quantized linears: {shown}")
+def _untie(model: PreTrainedModel) -> None:
+    """A quantized head is no longer tied to the embedding, and a later ``tie_weights()`` must not tie it again."""
+    tied = model.all_tied_weights_keys
+    kept = {
+        key: other
+        for key, other in tied.items()
+        if not any(isinstance(model.get_submodule(k.rpartition(".")[0]), QuantLinear) for k in (key, other))
+    }
+    # Where other weights stay tied (an encoder's and a decoder's embedding) the switch must stay on.
+    if len(kept) < len(tied) and not kept:
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = kept
+
+
+def _save_as_named(model: PreTrainedModel) -> None:
+    """Save under the model's own names: fusing or splitting the weights of linears, as some architectures'
+
+    original checkpoints have them, cannot be done on codes. Plain renamings stay.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    if any(isinstance(c, WeightConverter) for c in conversions):
+        model._weight_conversions = [c for c in conversions if type(c) is WeightRenaming]
+
+
+def _stored_names(model: PreTrainedModel, checkpoint_files: list[str] | None) -> set[str] | None:
+    """Names of the checkpoint's tensors where it was saved by another class than ``model``'s, else None.
+
+    A base model's checkpoint has nothing for a task's head (and one without a pooler nothing for the pooler): such
+    linears stay float, for transformers to initialize and warn about. The class's own checkpoint must be complete.
+    """
+    if type(model).__name__ in (model.config.architectures or ()) or not checkpoint_files:
+        return None
+    names: set[str] = set()
+    for file in checkpoint_files:
+        with safe_open(file, framework="pt") as opened:
+            names.update(opened.keys())
+    return names
