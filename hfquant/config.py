@@ -7,25 +7,22 @@ such a dict through ``from_pretrained`` is :class:`hfquant.integrations.config.H
 
 from __future__ import annotations
 
-import copy
+import json
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
-    StrictBool,
-    StrictInt,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-
-_E = TypeVar("_E", bound="_NamedEnum")
 
 
 class _NamedEnum(str, Enum):
@@ -108,12 +105,19 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
     def _reject(self, names: Sequence[str], why: str) -> None:
         for name in names:
             if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}={getattr(self, name)!r} {why}")
+
+
+def _int_or_none(value: Any) -> Any:
+    """``Literal`` alone takes True and 1.0 for 1."""
+    if type(value) not in (int, type(None)):
+        raise ValueError(f"expected None, -1 or (weights) 1, got {value!r}")
+    return value
 
 
 def _is_patch(info: ValidationInfo) -> bool:
@@ -124,7 +128,7 @@ def _is_patch(info: ValidationInfo) -> bool:
 class SearchAlpha(_Section):
     """Grid of smoothing strengths tried for each layer: ``min, min + step, ... max``."""
 
-    enable: StrictBool = False
+    enable: bool = False
     min: float = Field(0.0, ge=0.0, le=1.0)
     max: float = Field(1.0, ge=0.0, le=1.0)
     step: float = Field(0.1, gt=0.0, le=1.0)
@@ -147,7 +151,7 @@ class OptConfig(_Section):
 
     type: Optimum = Optimum.SMOOTH
     alpha: float = Field(0.5, ge=0.0, le=1.0)
-    low_rank: StrictInt = Field(32, ge=1)
+    low_rank: int = Field(32, ge=1)
     search_alpha_config: SearchAlpha = SearchAlpha()
 
     @model_validator(mode="after")
@@ -164,10 +168,10 @@ class CalibConfig(_Section):
     """How codes are chosen: round to nearest on the amax grid, or GPTQ (arXiv 2210.17323)."""
 
     type: Calibrate = Calibrate.AMAX
-    block_size: StrictInt = Field(128, ge=1)
+    block_size: int = Field(128, ge=1)
     damp: float = Field(0.01, gt=0.0, le=1.0)
-    act_order: StrictBool = False
-    group_size: StrictInt | None = Field(None, ge=1)
+    act_order: bool = False
+    group_size: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _fields_fit_type(self, info: ValidationInfo) -> CalibConfig:
@@ -180,8 +184,8 @@ class InputQuant(_Section):
     """Activations. ``axis``: None = one scale a tensor (a segment), -1 = one scale a token (dynamic only)."""
 
     type: DType = DType.INT8
-    axis: Literal[None, -1] = None
-    dynamic: StrictBool = False
+    axis: Annotated[Literal[None, -1], BeforeValidator(_int_or_none)] = None
+    dynamic: bool = False
 
     @model_validator(mode="after")
     def _static_per_token(self, info: ValidationInfo) -> InputQuant:
@@ -194,9 +198,9 @@ class WeightQuant(_Section):
     """Weights. ``axis``: None = one scale a tensor, 1 or -1 = one an output channel; ``group_size`` overrides it."""
 
     type: DType = DType.INT8
-    axis: Literal[None, 1, -1] = None
-    group_size: StrictInt | None = Field(None, ge=1)
-    symmetric: StrictBool = True
+    axis: Annotated[Literal[None, 1, -1], BeforeValidator(_int_or_none)] = None
+    group_size: int | None = Field(None, ge=1)
+    symmetric: bool = True
     clip: Literal["amax", "mse"] = "amax"
 
     @model_validator(mode="after")
@@ -212,10 +216,10 @@ class WeightQuant(_Section):
 class LayerConfig(_Section):
     """Everything decided for one linear before its data is seen. Defaults are the reference's."""
 
-    enable: StrictBool = True
-    seglinear: StrictBool = True
+    enable: bool = True
+    seglinear: bool = True
     search_patterns: tuple[SegPattern, ...] = tuple(SegPattern.all())
-    real_quant: StrictBool = False
+    real_quant: bool = False
     opt: OptConfig = OptConfig()
     calib: CalibConfig = CalibConfig()
     input_quant: InputQuant | None = InputQuant()
@@ -252,6 +256,15 @@ class LayerConfig(_Section):
         return self.enable and (static or self.opt.type is not Optimum.DEFAULT or self.calib.type is not Calibrate.AMAX)
 
 
+_SECTIONS: dict[str, type[_Section]] = {
+    "opt": OptConfig,
+    "search_alpha_config": SearchAlpha,
+    "calib": CalibConfig,
+    "input_quant": InputQuant,
+    "weight_quant": WeightQuant,
+}
+
+
 class QuantRules:
     """A validated config: the default and the overrides, in the order they were listed.
 
@@ -260,19 +273,19 @@ class QuantRules:
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
-        raw = {} if config is None else copy.deepcopy(_plain(config, ""))
+        raw = _plain({} if config is None else config, "config")
         if not isinstance(raw, dict):
             raise TypeError(f"a quantization config is a dict, got {type(config).__name__}")
+        #: The entries as given, in JSON's own types and with enum members spelt as their values.
+        self.raw: dict[str, dict[str, Any]] = {}
         for key, entry in raw.items():
-            if not isinstance(key, str):
-                raise ConfigError(f"config key {key!r}: keys are 'default' or glob patterns on module names (strings)")
             if not isinstance(entry, dict):
                 raise ConfigError(f"config[{key!r}]: expected a dict of fields, got {entry!r}")
-            _validate(entry, f"config[{key!r}]", patch=key != "default")
-        self.raw: dict[str, dict[str, Any]] = raw
-        self.patterns = [k for k in raw if k != "default"]
-        self.default = self.resolve()
+            checked = _validate(entry, f"config[{key!r}]", patch=key != "default")
+            self.raw[key] = checked.model_dump(mode="json", exclude_unset=True)
+        self.patterns = [k for k in self.raw if k != "default"]
         self._resolved: dict[tuple[str, ...], LayerConfig] = {}
+        self.default = self.resolve()
 
     def matching(self, *names: str) -> tuple[str, ...]:
         """The globs that match any of a module's names, in the order listed (``fnmatchcase``)."""
@@ -284,17 +297,22 @@ class QuantRules:
         Raises:
             ConfigError: the merged entries are an impossible combination; the message names the layer.
         """
-        matches = self.matching(*names)
-        if names and matches in self._resolved:
-            return self._resolved[matches]
-        merged = self.raw.get("default", {})
-        for pattern in matches:
-            merged = _merge(merged, self.raw[pattern])
-        where = " + ".join(f"config[{k!r}]" for k in ("default", *matches))
-        resolved = _validate(merged, where + (f" for layer {names[0]!r}" if matches else ""))
-        if names:
-            self._resolved[matches] = resolved
-        return resolved
+        return self._merged(self.matching(*names), names[0] if names else None)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any layer could need calibration data: by the default, or by a glob and those that cover it."""
+        covers = [tuple(p for p in self.patterns if p == glob or fnmatchcase(glob, p)) for glob in self.patterns]
+        return any(self._merged(globs).needs_data for globs in [(), *covers])
+
+    def _merged(self, globs: tuple[str, ...], layer: str | None = None) -> LayerConfig:
+        if globs not in self._resolved:
+            merged = self.raw.get("default", {})
+            for glob in globs:
+                merged = _merge(merged, self.raw[glob])
+            where = " + ".join(f"config[{k!r}]" for k in ("default", *globs))
+            self._resolved[globs] = _validate(merged, where + (f" for layer {layer!r}" if layer and globs else ""))
+        return self._resolved[globs]
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -304,12 +322,14 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, Mapping):
-        return {k: _plain(v, f"{where}.{k}") for k, v in value.items()}
+        if odd := [k for k in value if not isinstance(k, str)]:
+            raise ConfigError(f"{where}: key {odd[0]!r} is not a string")
+        return {str(k): _plain(v, f"{where}[{k!r}]") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise ConfigError(f"config{where}: {value!r} of type {type(value).__name__} cannot be stored in JSON")
+    raise ConfigError(f"{where}: {value!r} of type {type(value).__name__} cannot be stored in JSON")
 
 
 def _merge(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,16 +345,13 @@ def _merge(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
 
 def _other_type(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether ``new`` names another type than ``old`` has (``old`` may leave it to the field's default)."""
-    if "type" not in new:
-        return False
-    default = {"opt": OptConfig, "calib": CalibConfig, "input_quant": InputQuant, "weight_quant": WeightQuant}.get(key)
-    old_type = old.get("type", default.model_fields["type"].default if default else None)
-    return str(getattr(old_type, "value", old_type)).lower() != str(new["type"]).lower()
+    return "type" in new and new["type"] != old.get("type", _SECTIONS[key].model_fields["type"].default)
 
 
 def _validate(entry: Mapping[str, Any], where: str, patch: bool = False) -> LayerConfig:
     try:
-        return LayerConfig.model_validate(entry, context={"patch": patch})
+        # Strict, but by JSON's rules: enums come as strings, tuples as lists.
+        return LayerConfig.model_validate_json(json.dumps(entry), context={"patch": patch})
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e, where) for e in error.errors())) from None
 
@@ -344,11 +361,7 @@ def _explain(error: Any, where: str) -> str:
     path = [str(p) for p in error["loc"]]
     key = ".".join([where, *path])
     if error["type"] == "extra_forbidden":
-        section: Any = LayerConfig
-        for part in path[:-1]:
-            annotation = section.model_fields[part].annotation
-            options = [annotation, *getattr(annotation, "__args__", ())]
-            section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        section = _SECTIONS[path[-2]] if len(path) > 1 else LayerConfig
         return f"{key}: unknown key; allowed are {', '.join(section.model_fields)}"
     if error["type"] in ("value_error", "assertion_error"):
         return f"{key}: {error['ctx']['error']}"
