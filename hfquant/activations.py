@@ -28,8 +28,9 @@ def dual_exponent(low: Tensor, high: Tensor, dtype: DType) -> Tensor:
     """
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     most = 15 - (dtype.bits - 1)
-    # log2 is not exact; frexp is: high / -low = mantissa * 2^exponent with mantissa in [0.5, 1).
-    exponent = torch.frexp(high / -low).exponent.float() - 1
+    # log2 and the quotient round; frexp does not: floor(log2(a / b)) for a = m 2^i, b = n 2^j, m and n in [0.5, 1).
+    (m, i), (n, j) = torch.frexp(high), torch.frexp(-low)
+    exponent = (i - j - (m < n).int()).float()
     exponent = torch.where(low == 0, torch.full_like(exponent, most), exponent)
     return torch.where(high == 0, torch.zeros_like(exponent), exponent).clamp(0, most)
 
@@ -41,7 +42,8 @@ def static_scales(low: Tensor, high: Tensor, dtype: DType, dual: Sequence[bool])
         return scale, scale
     flags = torch.tensor(list(dual), device=low.device)
     exponent = torch.where(flags, dual_exponent(low, high, dtype), torch.zeros_like(scale))
-    return scale, (scale / torch.exp2(exponent)).clamp(min=formats.MIN_SCALE)
+    negative = scale / torch.exp2(exponent)
+    return scale, torch.where(negative < formats.MIN_SCALE, scale, negative)
 
 
 def quantize_input(

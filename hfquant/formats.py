@@ -17,6 +17,9 @@ from hfquant.config import DType
 #: Scales below the smallest normal float32 would make ``x / scale`` overflow or flush to zero.
 MIN_SCALE = 2.0**-126
 
+#: Magnitudes above this are clipped (by a millionth at most), or ``qmax * scale`` could round up to Inf.
+_MAX_AMAX = torch.finfo(torch.float32).max * (1 - 2.0**-20)
+
 _FLOAT_TYPES = {
     DType.FP8E4M3: torch.float8_e4m3fn,
     DType.FP8E5M2: torch.float8_e5m2,
@@ -36,9 +39,11 @@ def code_dtype(dtype: DType) -> torch.dtype:
 
 
 def scale_from_amax(amax: Tensor, dtype: DType) -> Tensor:
-    """Symmetric scale ``amax / qmax`` (float32); 1 where amax is 0, never below 2^-126."""
-    scale = (amax.float() / qmax(dtype)).clamp(min=MIN_SCALE)
-    return torch.where(amax == 0, torch.ones_like(scale), scale)
+    """Symmetric scale ``amax / qmax`` (float32); 1 where amax is 0, never below 2^-126. NaN and Inf stay."""
+    amax = amax.float()
+    scale = (amax.clamp(max=_MAX_AMAX) / qmax(dtype)).clamp(min=MIN_SCALE)
+    scale = torch.where(amax == 0, torch.ones_like(scale), scale)
+    return torch.where(amax == torch.inf, amax, scale)
 
 
 def scale_from_range(low: Tensor, high: Tensor, dtype: DType) -> tuple[Tensor, Tensor]:
@@ -49,7 +54,9 @@ def scale_from_range(low: Tensor, high: Tensor, dtype: DType) -> tuple[Tensor, T
         (int8, int16 for INT16). An all-zero range has scale 1 and (unshifted) zero point 0.
     """
     levels, offset = 2.0**dtype.bits - 1, 2.0 ** (dtype.bits - 1)
-    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    # Rounding the zero point moves the range by up to half a step, which must not take it beyond float32.
+    limit = torch.finfo(torch.float32).max * (1 - 1 / offset)
+    low, high = low.float().clamp(-limit, 0), high.float().clamp(0, limit)
     # Halved before subtracting: max - min of float32 extremes overflows.
     scale = ((high / 2 - low / 2) / (levels / 2)).clamp(min=MIN_SCALE)
     scale = torch.where((low == 0) & (high == 0), torch.ones_like(scale), scale)
