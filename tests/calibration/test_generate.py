@@ -1,0 +1,324 @@
+"""Generating sets: what ends up in them, and that a killed run goes on as if nothing had happened."""
+
+import contextlib
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from test_recorder import identical
+from tiny_models import tiny_llama, tiny_pipeline
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hfquant.calibration import (
+    BaseCalibSet,
+    BaseSampler,
+    CalibSetError,
+    LanguageModelSampler,
+    UniformSampler,
+    generate_calibrate_set,
+    load_calibrate_set,
+    storage,
+)
+from hfquant.calibration.generate import generate_shard
+
+PROMPTS = [f"prompt number {'x' * i} of some" for i in range(7)]
+
+
+def generate(
+    directory, prompts=PROMPTS, *, seed=0, chunk_size=4, shard=(0, 1), layer="unet", pipe=None
+) -> BaseCalibSet:
+    """7 prompts in batches of 2, 5 of 9 steps of a scheduler that draws noise at each: 20 samples in 5 chunks."""
+    pipe = pipe or tiny_pipeline(DDPMScheduler())
+    loader = DataLoader(prompts, batch_size=2, shuffle=True)
+    kwargs = {"num_inference_steps": 9, "guidance_scale": 2.0}
+    return generate_shard(pipe, UniformSampler(5, seed=seed), loader, layer, directory, chunk_size, True, kwargs, shard)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("unbroken")
+    assert len(generate(directory)) == 20
+    return directory
+
+
+def test_memory_and_disk_hold_the_same(unbroken):
+    in_memory, on_disk = generate(None), load_calibrate_set(unbroken)
+    assert identical(list(in_memory), list(on_disk))
+    assert in_memory.provenance == on_disk.provenance
+    for sample in on_disk:
+        assert sample["sample"].shape[1:] == (2, 8, 8)
+        assert sample["encoder_hidden_states"].shape[1:] == (3, 12)
+        assert sample["timestep"].ndim == 0
+
+
+def test_provenance(unbroken):
+    origin = json.loads((unbroken / "index.json").read_text())["provenance"]
+    assert origin["layer"] == "unet"
+    assert origin["sampler"] == {"class": "UniformSampler", "seed": 0, "timesteps": 5}
+    assert origin["call"] == {"guidance_scale": 2.0, "num_inference_steps": 9}
+    assert origin["versions"]["torch"] == torch.__version__
+    assert origin["model"]["class"] == "TinyPipeline"
+
+
+def test_global_random_state_plays_no_part(unbroken, tmp_path):
+    pipe = tiny_pipeline(DDPMScheduler())
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    generate(tmp_path, pipe=pipe)
+    assert contents(tmp_path) == contents(unbroken)
+    assert torch.equal(torch.get_rng_state(), state)
+    generate(tmp_path / "other", seed=1, pipe=pipe)
+    assert (
+        contents(tmp_path / "other")["chunk-00000.safetensors.zst"] != contents(unbroken)["chunk-00000.safetensors.zst"]
+    )
+
+
+class Killer:
+    """Kills the process, as kill -9 does, at the n-th of the writer's system calls, somewhere in the file if it can."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+        self.fsync, self.replace = os.fsync, os.replace
+
+    def _count(self) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+    def __enter__(self):
+        def fsync(handle):
+            if self._count():
+                size = os.fstat(handle).st_size
+                with contextlib.suppress(OSError):  # a directory
+                    os.ftruncate(handle, random.Random(size).randrange(size + 1))
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.fsync(handle)
+
+        def replace(source, target):
+            if self._count():
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.replace(source, target)
+            if self._count():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        storage.os.fsync, storage.os.replace = fsync, replace
+        return self
+
+    def __exit__(self, *args):
+        storage.os.fsync, storage.os.replace = self.fsync, self.replace
+
+
+def generate_and_die(directory: Path, at: int) -> bool:
+    """Runs `generate` in a process that is killed at event `at`; whether it was (else it finished)."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            with Killer(at):
+                generate(directory)
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    killed = os.WIFSIGNALED(status)
+    assert killed or os.WEXITSTATUS(status) == 0
+    return killed
+
+
+def count_events(directory: Path) -> int:
+    with Killer(at=0) as counter:
+        generate(directory)
+    return -counter.left
+
+
+def test_killed_at_ten_random_points(unbroken, tmp_path):
+    events = count_events(tmp_path / "count")
+    assert events > 40
+    for at in random.Random(0).sample(range(1, events + 1), 10):
+        directory = tmp_path / str(at)
+        assert generate_and_die(directory, at)
+        loaded = load_calibrate_set(directory) if directory.exists() else None
+        assert loaded is None or identical(list(loaded), list(load_calibrate_set(unbroken)))
+        assert len(generate(directory)) == 20
+        assert contents(directory) == contents(unbroken), f"killed at {at}"
+
+
+def test_killed_again_and_again(unbroken, tmp_path):
+    kills = 0
+    while generate_and_die(tmp_path / "set", at=random.Random(kills).randrange(9, 14)):
+        kills += 1
+        assert kills < 20, "no progress"
+    assert kills >= 4
+    assert contents(tmp_path / "set") == contents(unbroken)
+
+
+@pytest.mark.slow
+def test_killed_from_outside_in_new_processes(unbroken, tmp_path):
+    """Other processes, other hash seeds, killed whenever it happens to be."""
+    code = (
+        "import sys; from test_generate import generate; import torch; torch.set_num_threads(1); generate(sys.argv[1])"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    for attempt in range(20):
+        env = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": str(attempt)}
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "set")], env=env)
+        chunks = len(list((tmp_path / "set").glob("chunk-*.zst")))
+        while process.poll() is None:
+            if len(list((tmp_path / "set").glob("chunk-*.zst"))) > chunks:
+                process.kill()
+                break
+        if process.wait() == 0:
+            break
+    assert attempt >= 2, "never killed"
+    assert contents(tmp_path / "set") == contents(unbroken)
+
+
+def test_batches_that_are_done_are_not_run_again(tmp_path):
+    assert generate_and_die(tmp_path, at=4 + 3 * 8)  # three chunks are in
+    done = json.loads((tmp_path / "index.json").read_text())
+    assert (done["complete"], done["length"]) == (False, 12)
+    pipe = tiny_pipeline(DDPMScheduler())
+    generate(tmp_path, pipe=pipe)
+    assert pipe.runs == 2, "12 of 20 samples were there: batches 2 (in part) and 3 are left"
+
+
+def test_unfinished_set_is_not_loaded(tmp_path, caplog):
+    assert generate_and_die(tmp_path, at=20)
+    with caplog.at_level(logging.WARNING, "hfquant"):
+        assert load_calibrate_set(tmp_path) is None
+    assert "unfinished (8 samples so far)" in caplog.text
+    storage.chunk_files(tmp_path, storage.read_index(tmp_path))[0].path.unlink()
+    with pytest.raises(FileNotFoundError, match="chunk-00000"):
+        generate(tmp_path)
+
+
+def test_finished_set_is_opened(unbroken, caplog):
+    before = contents(unbroken)
+    pipe = tiny_pipeline(DDPMScheduler())
+    with caplog.at_level(logging.INFO, "hfquant"):
+        assert len(generate(unbroken, pipe=pipe)) == 20
+    assert pipe.runs == 0
+    assert contents(unbroken) == before
+    assert "nothing to generate" in caplog.text
+
+
+def other_weights():
+    pipe = tiny_pipeline(DDPMScheduler())
+    nn.init.ones_(pipe.unet.inner.weight)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "sampler is"),
+        ({"chunk_size": 5}, "chunk_size is 4 there, 5 here"),
+        ({"layer": "unet.inner"}, "layer is 'unet' there, 'unet.inner' here"),
+        ({"pipe": tiny_pipeline(DDIMScheduler())}, "model is"),
+        ({"pipe": tiny_pipeline(DDPMScheduler(beta_end=0.03))}, "model is"),
+        ({"pipe": other_weights()}, "model is"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_set_is_in_the_way(tmp_path, changes, message, finished, unbroken):
+    if finished:
+        directory = unbroken
+    else:
+        directory = tmp_path
+        assert generate_and_die(directory, at=20)
+    before = contents(directory)
+    with pytest.raises(CalibSetError, match=f"holds another calibration set.*{message}"):
+        generate(directory, **changes)
+    assert contents(directory) == before
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([*PROMPTS[:-1], "another one"], "gives other data"),
+        (PROMPTS[:2], "ends after 1 batches, fewer"),
+    ],
+)
+def test_data_that_changed_is_noticed(tmp_path, prompts, message):
+    assert generate_and_die(tmp_path, at=4 + 2 * 8)
+    with pytest.raises(CalibSetError, match=message):
+        generate(tmp_path, prompts)
+
+
+def test_only_one_writer(tmp_path):
+    with storage.exclusive(tmp_path), pytest.raises(RuntimeError, match="another process is writing"):
+        generate(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_shards_hold_what_one_process_holds(unbroken, tmp_path, world_size):
+    for rank in reversed(range(world_size)):
+        part = generate(tmp_path, shard=(rank, world_size))
+        assert part.provenance["shard"] == [rank, world_size]
+    whole, expected = load_calibrate_set(tmp_path), load_calibrate_set(unbroken)
+    assert len(whole) == len(expected) == 20
+
+    def in_order(samples):
+        return sorted(samples, key=lambda s: (s["timestep"].item(), s["sample"].sum().item()))
+
+    assert identical(in_order(whole), in_order(expected))
+    (tmp_path / storage.shard_name(1, world_size)).rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="shard-00001"):
+        load_calibrate_set(tmp_path)
+
+
+def test_language_model_set(tmp_path):
+    model = tiny_llama()
+    ids = torch.arange(40).reshape(4, 10)
+    loader = DataLoader([{"input_ids": row} for row in ids], batch_size=2)
+    stored = generate_calibrate_set(
+        model, LanguageModelSampler(), loader, model.model.layers[1].mlp, tmp_path, chunk_size=1
+    )
+    with torch.no_grad():
+        hidden = []
+        handle = model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: hidden.append(output))
+        model(input_ids=ids)
+        handle.remove()
+        again = torch.cat([model.model.layers[1].mlp(*batch[0]) for batch in stored.get_dataloader()])
+    torch.testing.assert_close(again, hidden[0])
+
+
+def test_text_encoder_of_a_pipeline():
+    stored = generate_calibrate_set(tiny_pipeline(DDIMScheduler()), BaseSampler(1), ["a b", "c"], "text_encoder")
+    assert [sample[0].tolist() for sample in stored] == [[[1, 1, 0]], [[0, 0, 0]], [[1, 0, 0]], [[0, 0, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"calib_layer": "transformer"}, ValueError, "no layer 'transformer'"),
+        ({"sample_dataloader": []}, ValueError, "sample_dataloader is empty"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be"),
+        ({"sampler": UniformSampler}, TypeError, "sampler must be a BaseSampler"),
+        ({"generator": torch.Generator()}, ValueError, "generator: "),
+        ({"model": nn.ReLU}, TypeError, "module or a diffusers pipeline"),
+        ({"calib_layer": "unet.unused"}, ValueError, "never called"),
+        ({"no_such": 1}, TypeError, "no_such"),
+    ],
+)
+def test_bad_arguments(arguments, error, message, tmp_path):
+    pipe = tiny_pipeline(DDIMScheduler())
+    pipe.unet.unused = nn.Linear(1, 1)
+    defaults = {"model": pipe, "sampler": UniformSampler(1), "sample_dataloader": ["a"], "calib_layer": "unet"}
+    for dump_path in (None, tmp_path):
+        with pytest.raises(error, match=message):
+            generate_calibrate_set(**{**defaults, "dump_path": dump_path, "num_inference_steps": 2, **arguments})
+    assert load_calibrate_set(tmp_path) is None
