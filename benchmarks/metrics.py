@@ -33,21 +33,19 @@ class LanguageScores(NamedTuple):
     tokens: int
 
 
-def evaluation_windows(tokenizer: Any, texts: Iterable[str], seqlen: int = 512, quick: bool = False) -> list[Tensor]:
-    """Cut each text into non-overlapping windows of at most ``seqlen`` tokens, ``[1, tokens]`` int64 each.
-
-    Windows never span two texts; one with fewer than two tokens has nothing to score and is dropped.
+def evaluation_windows(tokenizer: Any, texts: Iterable[str], seqlen: int = 512, full: bool = False) -> list[Tensor]:
+    """Non-overlapping windows of at most ``seqlen`` tokens, ``[1, tokens]`` int64 each; none spans two texts.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         texts: What to evaluate on.
         seqlen: Most tokens a window.
-        quick: Only the first window of each text.
+        full: Every window of each text instead of its first; one of a single token has nothing to score and is dropped.
     """
     windows = []
     for text in texts:
         cut = torch.tensor(tokenizer(text, verbose=False)["input_ids"]).unsqueeze(0).split(seqlen, dim=1)
-        windows += [w for w in cut[: 1 if quick else None] if w.shape[1] > 1]
+        windows += [w for w in cut[: None if full else 1] if w.shape[1] > 1]
     return windows
 
 
@@ -131,13 +129,6 @@ def bits_per_weight(model: nn.Module, weights: dict[str, int]) -> float:
     if skipped := [name for name, b in bits.items() if b >= 16]:
         raise ValueError(f"{len(skipped)} of {len(bits)} linears were not quantized, the first is {skipped[0]}")
     return sum(bits[name] * n for name, n in weights.items()) / sum(weights.values())
-
-
-def greedy_text(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int = 16) -> str:
-    """What a causal language model goes on with, always taking the likeliest token."""
-    inputs = tokenizer(prompt, return_tensors="pt")
-    tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _logits(states: Tensor, head: Tensor) -> Tensor:

@@ -1,0 +1,97 @@
+"""The ablation: one feature after the other, in configs that differ by just that.
+
+A row is a line: its name, ``<kind>/hfquant-<what is on>``, and its config. Kinds with float activations are
+weight-only; the others quantize activations to one scale a token while running, or, where the name says static, to
+calibrated scales.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+GROUP = {"type": "int4", "group_size": 64}
+TOKEN = {"type": "int8", "axis": -1, "dynamic": True}
+TOKEN4 = {"type": "int4", "axis": -1, "dynamic": True}
+STATIC = {"type": "int8"}
+INT8 = {"type": "int8", "axis": -1}
+
+SEARCH = {"search_alpha_config": {"enable": True}}
+SMOOTH = {"type": "smooth", "alpha": 0.5}
+SVD = {"type": "svd", "alpha": 0.5, "low_rank": 32}
+GPTQ = {"type": "gptq"}
+
+NONE: list[str] = []
+DUAL = ["activation2linear"]
+SEGMENTS = ["linear2chunk", "linear2split", "concat2linear", "stack2linear", "reshape2linear"]
+
+
+def config(
+    weight: dict[str, Any],
+    inputs: dict[str, Any] | None,
+    opt: dict[str, Any] | None = None,
+    calib: dict[str, Any] | None = None,
+    patterns: list[str] | None = None,
+    **weight_options: Any,
+) -> dict[str, Any]:
+    """A config for all linears; what is not named is off, ``patterns=None`` leaves them all on."""
+    entry = {
+        "opt": opt or {"type": "default"},
+        "calib": calib or {"type": "amax"},
+        "weight_quant": {**weight, **weight_options},
+        "input_quant": inputs,
+    }
+    return {"default": entry if patterns is None else {**entry, "search_patterns": patterns}}
+
+
+#: Features that any model shows.
+ABLATION: dict[str, dict[str, Any]] = {
+    "w8a8/hfquant-static": config(INT8, STATIC),
+    "w8a8/hfquant-static-smooth": config(INT8, STATIC, SMOOTH),
+    "w8a8/hfquant-static-smooth-search": config(INT8, STATIC, {**SMOOTH, **SEARCH}),
+    "w8a8/hfquant-static-smooth-search-gptq": config(INT8, STATIC, {**SMOOTH, **SEARCH}, GPTQ),
+    "w4a16/hfquant-mse": config(GROUP, None, clip="mse"),
+    "w4a16/hfquant-asym": config(GROUP, None, symmetric=False),
+    "w4a16/hfquant-gptq": config(GROUP, None, calib=GPTQ),
+    "w4a16/hfquant-gptq-order": config(GROUP, None, calib={**GPTQ, "act_order": True}),
+    "w4a16/hfquant-gptq-mse": config(GROUP, None, calib=GPTQ, clip="mse"),
+    "w4a16/hfquant-gptq-asym": config(GROUP, None, calib=GPTQ, symmetric=False),
+    "w4a16/hfquant-gptq-mse-asym": config(GROUP, None, calib=GPTQ, clip="mse", symmetric=False),
+    "w4a16/hfquant-smooth-search-gptq-mse-asym": config(
+        GROUP, None, {**SMOOTH, **SEARCH}, GPTQ, clip="mse", symmetric=False
+    ),
+    "w4a16/hfquant-svd": config(GROUP, None, SVD),
+    "w4a16/hfquant-svd-gptq-mse-asym": config(GROUP, None, SVD, GPTQ, clip="mse", symmetric=False),
+    "w4a8/hfquant-smooth": config(GROUP, TOKEN, SMOOTH),
+    "w4a8/hfquant-smooth-search": config(GROUP, TOKEN, {**SMOOTH, **SEARCH}),
+    "w4a8/hfquant-svd": config(GROUP, TOKEN, SVD),
+    "w4a8/hfquant-gptq": config(GROUP, TOKEN, calib=GPTQ),
+    "w4a8/hfquant-gptq-mse-asym": config(GROUP, TOKEN, calib=GPTQ, clip="mse", symmetric=False),
+    "w4a8/hfquant-svd-gptq-mse-asym": config(GROUP, TOKEN, SVD, GPTQ, clip="mse", symmetric=False),
+    "w4a4/hfquant": config(GROUP, TOKEN4),
+    "w4a4/hfquant-smooth": config(GROUP, TOKEN4, SMOOTH),
+    "w4a4/hfquant-svd": config(GROUP, TOKEN4, SVD),
+    "w4a4/hfquant-svd-gptq-mse-asym": config(GROUP, TOKEN4, SVD, GPTQ, clip="mse", symmetric=False),
+}
+
+_FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {"patterns": NONE},
+    "segments": {"patterns": SEGMENTS},
+    "dual": {"patterns": DUAL},
+    "smooth-alone": {"opt": SMOOTH, "patterns": NONE},
+    "svd-alone": {"opt": SVD, "patterns": NONE},
+    "gptq-alone": {"calib": GPTQ, "patterns": NONE},
+    "full-smooth": {"opt": {**SMOOTH, **SEARCH}, "calib": GPTQ, "clip": "mse", "symmetric": False},
+    "full-svd": {"opt": {**SVD, **SEARCH}, "calib": GPTQ, "clip": "mse", "symmetric": False},
+}
+
+#: Features that need segments or activations with a small negative side: seen on the DiT.
+DIGITS_ABLATION: dict[str, dict[str, Any]] = {
+    f"{kind}/hfquant-{prefix}{name}": config(GROUP, inputs, **features)
+    for kind, prefix, inputs in (
+        ("w4a8", "", TOKEN),
+        ("w4a8", "static-", STATIC),
+        ("w4a4", "", TOKEN4),
+        ("w4a4", "static-", {"type": "int4"}),
+    )
+    for name, features in _FEATURES.items()
+}
