@@ -133,6 +133,6 @@ def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for layer in quant_linears(model).values():
         # Offloaded weights are fetched for the moment.
         with align_module_device(layer):
-            linears[layer] = layer.to_linear(dtype)
+            linears[layer] = layer.to_linear(dtype).requires_grad_()
     replace_modules(model, linears)
     return model

@@ -6,13 +6,16 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
 from hfquant import ptq
 from hfquant.integrations.checkpoint import (
     CheckpointError,
+    check_loaded,
     dequantized,
     finish_loading,
     install_empty,
@@ -21,7 +24,7 @@ from hfquant.integrations.checkpoint import (
 )
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import transformers_batches
-from hfquant.linear import QuantLinear, quant_linears
+from hfquant.linear import QuantLinear, replace_modules
 from hfquant.planner import Plan, plan_layers
 from hfquant.solver import solve
 
@@ -107,7 +110,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         if self.failure is not None:
             raise self.failure
         if not self.pre_quantized and self.plan is None:
-            return ptq.quantize_loaded(model, config)
+            return ptq.quantize_loaded(model, config, transformers_batches(model, config.calibration))
         if self.plan is not None:
             self._quantize_tied(model, self.plan)
         check_loaded(model)
@@ -134,9 +137,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
         # transformers passes config.dtype, which is a string once the model has been saved.
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
-        model = dequantized(model, dtype or model.dtype)
+        wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        model = dequantized(model, wanted)
         model.config._is_quantized = False
         return model
 
@@ -217,9 +219,9 @@ def _untie(model: PreTrainedModel) -> None:
 
 
 def _save_as_named(model: PreTrainedModel) -> None:
-    """Save under the model's own names: fusing or splitting the weights of linears, as some architectures'
+    """Save linears under the model's own names; plain renamings stay.
 
-    original checkpoints have them, cannot be done on codes. Plain renamings stay.
+    Some architectures' original checkpoints have linears fused or split otherwise, which cannot be done to codes.
     """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
