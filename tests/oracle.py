@@ -66,7 +66,8 @@ def scale_of(amax: float, dtype: str) -> np.float32:
 def codes_of(x: np.ndarray, scale: np.ndarray | None, dtype: str) -> np.ndarray:
     """What float32 ``x`` becomes as code values: the quotient rounded to float32, then to the format."""
     x = np.asarray(x, np.float32).astype(np.float64)
-    return nearest(x if scale is None else (x / np.asarray(scale, np.float64)).astype(np.float32), dtype)
+    with np.errstate(over="ignore"):
+        return nearest(x if scale is None else (x / np.asarray(scale, np.float64)).astype(np.float32), dtype)
 
 
 def exponent_of(low: float, high: float, dtype: str) -> int:
