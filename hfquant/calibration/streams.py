@@ -11,6 +11,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -257,8 +258,10 @@ def _rows(data: Any, spec: StreamSpec) -> Iterator[Mapping[str, Any]]:
         return (data[i] for i in _spread(len(data), spec.seed))
     if spec.seed is None:
         return iter(data)
-    # The buffer of `datasets` holds rows before images are decoded; ours would hold the pixels.
-    return iter(data.shuffle(seed=spec.seed, buffer_size=spec.buffer_size))
+    # The buffer of `datasets` holds rows before images are decoded; ours would hold the pixels. Releases that read ten
+    # shards at a time hold ten times the memory, and sleep for seconds when they close local Parquet files.
+    options = {"max_buffer_input_shards": 1} if "max_buffer_input_shards" in signature(data.shuffle).parameters else {}
+    return iter(data.shuffle(seed=spec.seed, buffer_size=spec.buffer_size, **options))
 
 
 def _spread(count: int, seed: int | None) -> Iterator[int]:

@@ -1,0 +1,329 @@
+"""From data sets, files and lists to batches of model inputs."""
+
+import itertools
+import json
+import tracemalloc
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_models import tiny_llama
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import PreTrainedTokenizerFast
+
+from hfquant.calibration import BaseCalibSet, calibration_batches
+from hfquant.calibration.streams import _packed, _paragraphs, _shuffled, _spread
+
+WORDS = [f"w{i}" for i in range(200)]
+
+
+def make_tokenizer(*, bert: bool = False, limit: int = 10**30) -> PreTrainedTokenizerFast:
+    """One token a word: w7 is token 7 + 4."""
+    vocab = {word: i for i, word in enumerate(["<unk>", "<eos>", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": "<eos>"}
+    if bert:
+        tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+        special = {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", model_max_length=limit, **special)
+
+
+TEXTS = [" ".join(WORDS[i : i + 1 + i % 5]) for i in range(0, 180, 3)]
+
+
+def ids_of(texts) -> list[int]:
+    return [token for text in texts for token in [*(int(word[1:]) + 4 for word in text.split()), 1]]
+
+
+def flat(batches) -> list[int]:
+    parts = itertools.chain.from_iterable(batch if isinstance(batch, list) else [batch] for batch in batches)
+    return [token for part in parts for token in part["input_ids"].flatten().tolist()]
+
+
+def test_list_of_strings_is_packed_without_loss():
+    batches = calibration_batches(TEXTS, tokenizer=make_tokenizer(limit=16), batch_size=3)
+    shapes = [tuple(batch["input_ids"].shape) for batch in batches]
+    total = len(ids_of(TEXTS))
+    assert sum(rows * columns for rows, columns in shapes[:-1]) + shapes[-1][0] * shapes[-1][1] >= total - 16
+    assert shapes[0] == (3, 16)
+    assert flat(batches) == ids_of(TEXTS), "in the caller's order, an end-of-text token after each, nothing lost"
+    for batch in batches:
+        for part in batch if isinstance(batch, list) else [batch]:
+            assert part["attention_mask"].all()
+            assert part["attention_mask"].shape == part["input_ids"].shape
+    assert [b["input_ids"].tolist() for b in batches if isinstance(b, dict)] == [
+        b["input_ids"].tolist() for b in batches if isinstance(b, dict)
+    ]
+
+
+def test_sequences_for_an_encoder_are_not_packed_or_padded():
+    batches = list(calibration_batches(TEXTS[:4], tokenizer=make_tokenizer(bert=True, limit=4), batch_size=4))
+    parts = batches[0]
+    assert sum(len(part["input_ids"]) for part in parts) == 4
+    for part in parts:
+        assert (part["input_ids"][:, 0] == 2).all()
+        assert (part["input_ids"][:, -1] == 3).all()
+        assert part["input_ids"].shape[1] <= 4
+    tiny = calibration_batches(["w1 w2", "w3 w4"], tokenizer=make_tokenizer(bert=True), batch_size=2)
+    assert next(iter(tiny))["input_ids"].tolist() == [[2, 5, 6, 3], [2, 7, 8, 3]]
+
+
+def test_strings_without_tokenizer_are_prompts():
+    assert list(calibration_batches(["a", "b", "c"], batch_size=2)) == [["a", "b"], ["c"]]
+
+
+@given(st.lists(st.lists(st.integers(2, 99), max_size=12), max_size=12), st.integers(1, 9))
+def test_packing(documents, seqlen):
+    packed = list(_packed(documents, 1, seqlen))
+    assert [t for sequence in packed for t in sequence] == [t for d in documents if d for t in [*d, 1]]
+    assert all(len(sequence) == seqlen for sequence in packed[:-1])
+    assert not packed or 0 < len(packed[-1]) <= seqlen
+
+
+@given(st.integers(0, 500), st.integers(0, 5))
+def test_spread_is_a_permutation(count, seed):
+    assert sorted(_spread(count, seed)) == list(range(count))
+
+
+def test_spread_covers_evenly():
+    first = np.sort(list(itertools.islice(_spread(10**9, 0), 100)))
+    assert np.diff(first).max() < 4 * 10**9 / 100
+
+
+@given(st.lists(st.integers(), max_size=60), st.integers(1, 20))
+def test_shuffling_loses_nothing(items, size):
+    assert sorted(_shuffled(items, size, 0)) == sorted(items)
+
+
+def test_paragraphs():
+    lines = ["", "a\n", "b", " ", "", "c" * 70000, "d", "e"]
+    assert list(_paragraphs(lines)) == ["a\nb", "c" * 70000, "d\ne"]
+
+
+# ------------------------------------------------------------------------------------------------- sources on the disk
+
+
+def write_texts(tmp_path, kind: str) -> str:
+    path = tmp_path / f"data.{kind}"
+    if kind == "txt":
+        path.write_text("\n\n".join(text.replace(" ", "\n", 1) for text in TEXTS))
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"id": i, "text": text}) for i, text in enumerate(TEXTS)))
+    elif kind == "json":
+        path.write_text(json.dumps([{"text": text} for text in TEXTS]))
+    elif kind == "csv":
+        path.write_text("\n".join(["text", *TEXTS]))
+    elif kind == "parquet":
+        datasets.Dataset.from_dict({"text": TEXTS, "id": range(len(TEXTS))}).to_parquet(path)
+    elif kind == "folder":
+        datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(path))
+    elif kind == "splits":
+        data = datasets.Dataset.from_dict({"text": TEXTS})
+        datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(str(path))
+    elif kind == "directory":
+        path.mkdir()
+        datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(path / "train-00000.parquet")
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv", "parquet", "folder", "splits", "directory"])
+def test_local_text(tmp_path, kind):
+    source = {"dataset": write_texts(tmp_path, kind), "samples": None, "seqlen": 16}
+    ordered = calibration_batches({**source, "seed": None}, tokenizer=make_tokenizer(), batch_size=4)
+    assert flat(ordered) == ids_of(TEXTS)
+    shuffled = calibration_batches({**source, "buffer_size": 10}, tokenizer=make_tokenizer(), batch_size=4)
+    assert sorted(flat(shuffled)) == sorted(ids_of(TEXTS))
+    assert flat(shuffled) != ids_of(TEXTS)
+    assert flat(shuffled) == flat(shuffled), "each walk is the same"
+    other = calibration_batches({**source, "buffer_size": 10, "seed": 1}, tokenizer=make_tokenizer(), batch_size=4)
+    assert flat(other) != flat(shuffled)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_objects(streaming, caplog):
+    data = datasets.Dataset.from_dict({"text": [*TEXTS, None]})
+    data = data.to_iterable_dataset(num_shards=3) if streaming else data
+    source = {"dataset": data, "samples": 5, "seqlen": 8, "batch_size": 2}
+    batches = list(calibration_batches(source, tokenizer=make_tokenizer(), batch_size=99))
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 8), (2, 8), (1, 8)]
+    assert flat(batches) == flat(calibration_batches(source, tokenizer=make_tokenizer()))
+    assert not caplog.text
+    everything = list(calibration_batches(data, tokenizer=make_tokenizer()))
+    assert sorted(flat(everything)) == sorted(ids_of(TEXTS))
+    assert "1 sequences, not the 128 asked for" in caplog.text
+
+
+def test_generator_dataset_without_features():
+    data = datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in TEXTS))
+    batches = calibration_batches(
+        {"dataset": data, "samples": 2, "seqlen": 4}, tokenizer=make_tokenizer(), batch_size=2
+    )
+    assert [batch["input_ids"].shape for batch in batches] == [(2, 4)]
+
+
+def test_prompts_from_a_text_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red fox\n\nthe sea\nsnow\n")
+    batches = calibration_batches({"dataset": str(tmp_path / "prompts.txt"), "seed": None, "batch_size": 2})
+    assert list(batches) == [["a red fox", "the sea"], ["snow"]]
+
+
+def test_columns():
+    data = datasets.Dataset.from_dict(
+        {
+            "caption": ["x", "y", "z"],
+            "latent": [np.full((2, 2), i, dtype=np.float32).tolist() for i in range(3)],
+            "label": [7, 8, 9],
+            "input_ids": [[1, 2, 3], [4], [5, 6]],
+        }
+    )
+
+    def first(column, **options):
+        spec = {"dataset": data, "column": column, "seed": None, "batch_size": 3, **options}
+        return next(iter(calibration_batches(spec)))
+
+    assert first(None) == ["x", "y", "z"]
+    latents = first("latent")
+    assert (latents.shape, latents.dtype) == ((3, 2, 2), torch.float32)
+    assert first("label").tolist() == [7, 8, 9]
+    assert first("input_ids", seqlen=6)["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert [part["input_ids"].tolist() for part in first("input_ids", pack=False)] == [[[1, 2, 3]], [[4]], [[5, 6]]]
+    several = first({"prompt": "caption", "latents": "latent"})
+    assert several["prompt"] == ["x", "y", "z"]
+    assert torch.equal(several["latents"], latents)
+    assert first("caption", samples=2) == ["x", "y"]
+    with pytest.raises(ValueError, match="no column 'nope'; it has"):
+        first("nope")
+    with pytest.raises(ValueError, match=r"'column'.*choose one of"):
+        list(calibration_batches(datasets.Dataset.from_dict({"a": [1], "b": [2]})))
+
+
+class FakeProcessor:
+    """An image processor's interface."""
+
+    def __call__(self, images, return_tensors):
+        assert return_tensors == "pt"
+        return {"pixel_values": torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])}
+
+
+def test_images(tmp_path):
+    for i in range(5):
+        Image.new("L", (4, 3), color=i * 10).save(tmp_path / f"{i}.png")
+    spec = {"dataset": str(tmp_path), "batch_size": 2, "seed": None}
+    pixels = [batch["pixel_values"] for batch in calibration_batches(spec, processor=FakeProcessor())]
+    assert [tuple(batch.shape) for batch in pixels] == [(2, 3, 3, 4), (2, 3, 3, 4), (1, 3, 3, 4)]
+    assert [int(image[0, 0, 0]) for batch in pixels for image in batch] == [0, 10, 20, 30, 40]
+    plain = list(calibration_batches(spec))
+    assert [image.size for image in plain[0]["image"]] == [(4, 3)] * 2
+    images = [image for batch in plain for image in batch["image"]]
+    assert torch.equal(
+        torch.cat([b["pixel_values"] for b in calibration_batches(images, processor=FakeProcessor())]),
+        torch.cat(pixels),
+    )
+
+
+class LengthTokenizer:
+    """A token every four characters: as much output as a real tokenizer, at no cost."""
+
+    eos_token_id = 1
+    cls_token_id = None
+
+    def __call__(self, text, **kwargs):
+        return {"input_ids": [2] * (len(text) // 4)}
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """Walking three times the text, 10 MB, holds no more: what Python allocates peaks within 10 %."""
+    block = "\n".join(" ".join(WORDS) for _ in range(1400)) + "\n\n"
+
+    def peak(blocks: int) -> tuple[int, int]:
+        path = tmp_path / f"{blocks}.txt"
+        with path.open("w") as file:
+            for _ in range(blocks):
+                file.write(block)
+        spec = {"dataset": str(path), "samples": None, "seqlen": 512, "batch_size": 4, "buffer_size": 4}
+        batches = iter(calibration_batches(spec, tokenizer=LengthTokenizer()))
+        next(batches)
+        tracemalloc.start()
+        tokens = sum(batch["input_ids"].numel() for batch in batches if isinstance(batch, dict))
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size, tokens
+
+    small, large = peak(3), peak(9)
+    assert large[1] > 2.9 * small[1] > 10**5
+    assert large[0] < 1.1 * small[0]
+
+
+# ------------------------------------------------------------------------------------------------------- other sources
+
+
+def test_calibration_sets(tmp_path):
+    samples = [{"x": torch.full((2,), i)} for i in range(3)]
+    stored = BaseCalibSet.from_samples(samples).save(tmp_path / "set")
+    for source in (stored, tmp_path / "set", str(tmp_path / "set")):
+        batches = list(calibration_batches(source, batch_size=2))
+        assert [[int(sample["x"][0]) for sample in batch] for batch in batches] == [[0, 1], [2]]
+    with pytest.raises(ValueError, match=r"no finished calibration set. For a dataset give \{'dataset'"):
+        calibration_batches(tmp_path / "nothing")
+
+
+def test_model_inputs_pass_through():
+    loader = DataLoader(TensorDataset(torch.arange(4)))
+    inputs = [{"input_ids": torch.ones(1, 2)}]
+    assert calibration_batches(loader) is loader
+    assert calibration_batches(inputs) is inputs
+
+
+def test_model_limits_the_length():
+    batches = calibration_batches([" ".join(WORDS)], tokenizer=make_tokenizer(), model=tiny_llama())
+    assert max(batch["input_ids"].shape[1] for batch in batches) == 64
+
+
+@pytest.mark.parametrize(
+    ("calibration", "error", "message"),
+    [
+        (
+            {"dataset": "x", "colum": "text"},
+            ValueError,
+            r"unknown key 'colum'; allowed are \['dataset', 'name', 'split'",
+        ),
+        ({"column": "text"}, ValueError, r"calibration\['dataset'\]: Field required"),
+        ({"dataset": 3}, ValueError, r"calibration\['dataset'\]: must be a hub id"),
+        ({"dataset": "x", "samples": 0}, ValueError, r"calibration\['samples'\]: .*greater than 0"),
+        ({"dataset": "x", "seqlen": "512"}, ValueError, r"calibration\['seqlen'\]: .*valid integer"),
+        (iter([1]), TypeError, "walked more than once"),
+        ((x for x in [1]), TypeError, "not a generator"),
+        (3, TypeError, "calibration must be a dict"),
+        ([], ValueError, "empty"),
+    ],
+)
+def test_bad_calibration(calibration, error, message):
+    with pytest.raises(error, match=message):
+        calibration_batches(calibration)
+
+
+def test_bad_sources(tmp_path):
+    (tmp_path / "data.xyz").write_text("x")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    for source, error, message in [
+        (tmp_path / "data.xyz", ValueError, "unknown kind of file"),
+        (tmp_path / "nothing.txt", FileNotFoundError, "nothing.txt is not there"),
+        (tmp_path / "empty.txt", ValueError, "the calibration data is empty: .*empty.txt gives no rows"),
+    ]:
+        with pytest.raises(error, match=message):
+            list(calibration_batches({"dataset": str(source)}, tokenizer=make_tokenizer()))
+    with pytest.raises(ValueError, match="no text in the list"):
+        list(calibration_batches(["", " "], tokenizer=make_tokenizer()))
+
+
+def test_caller_s_dict_is_not_changed():
+    source = {"dataset": datasets.Dataset.from_dict({"text": TEXTS}), "samples": 1}
+    before = dict(source)
+    list(calibration_batches(source, tokenizer=make_tokenizer()))
+    assert source == before
