@@ -1,0 +1,1 @@
+"""The affiner: per-timestep affine maps that align a quantized denoiser with the real one."""

@@ -1,0 +1,187 @@
+"""The affiner's config: what is fitted, on which runs, and how. Validated once, stored as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hfquant.config import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StepperConfig(_Section):
+    """The runs that the affiner is fitted on.
+
+    Attributes:
+        max_timestep: Denoising steps of each run (`num_inference_steps`). None: the pipeline's own default, 50 for a
+            bare denoiser.
+        sample_size: Samples of the dataset to fit on; None for all.
+        batch_size: Samples of one pipeline call.
+        recurrent: Fit step t on the latents that the quantized model reaches with the corrections of the steps before,
+            all samples side by side; their latents and conditioning stay in memory until the end. Otherwise every step
+            is fitted on the real model's own trajectory, batch after batch.
+        noise_target: What is corrected: "all" the guided prediction that the scheduler gets; "uncond" or "text" that
+            half of the denoiser's batch, which needs classifier-free guidance in one batch.
+        enable_latent_affine: Also fit and apply a map from the latents after each step to those of the real model's
+            own run from the same noise. It takes away drift, which a correction of predictions cannot see. One more
+            run of the real model; needs `recurrent`.
+        enable_timesteps: Numbers of the steps that get a correction, 0 being the first and noisiest; the others keep
+            the identity. None for all.
+        offload: Device on which the two models take turns, the waiting one being on the CPU; all samples then run
+            side by side. None: each stays where it is, on one device or on two.
+        seed: Of the initial noise and of the shuffle.
+    """
+
+    max_timestep: int | None = Field(None, ge=1)
+    sample_size: int | None = Field(None, ge=1)
+    batch_size: int = Field(8, ge=1)
+    recurrent: bool = True
+    noise_target: Literal["all", "uncond", "text"] = "all"
+    enable_latent_affine: bool = False
+    enable_timesteps: tuple[int, ...] | None = None
+    offload: str | None = None
+    seed: int = Field(0, ge=0)
+
+    @field_validator("enable_timesteps")
+    @classmethod
+    def _step_numbers(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and (not value or min(value) < 0):
+            raise ValueError(f"expected None or step numbers from 0 on, at least one; got {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _needs_recurrent(self) -> StepperConfig:
+        if self.enable_latent_affine and not self.recurrent:
+            raise ValueError("enable_latent_affine=true needs recurrent=true: it corrects the quantized model's drift")
+        return self
+
+
+class SolverConfig(_Section):
+    """How the maps of type "blockwise" are fitted; see :mod:`hfquant.affiner.solvers` for the objective.
+
+    Attributes:
+        type: "mserel", squared error blended with relative squared error.
+        blocksize: Side in latent pixels of the square blocks that share K and b; None for one block a channel.
+        alpha: Share of the absolute error, from 0 to 1; the rest is relative.
+        lambda1: Ridge on (K - 1)^2.
+        lambda2: Ridge on b^2.
+        sample_mode: "block", maps are constant on blocks; "interpolate", bilinear between centres (and fitted so).
+        percentile: Threshold of the limiting, a percentile of |K - 1| over the blocks of a timestep.
+        greater: Limit the blocks above the threshold; if false the others.
+        scale: What the distance from the identity of a limited block is multiplied by (K - 1 and b), 1 = no limiting.
+    """
+
+    type: Literal["mserel"] = "mserel"
+    blocksize: int | None = Field(8, ge=1)
+    alpha: float = Field(0.5, ge=0.0, le=1.0)
+    lambda1: float = Field(0.01, ge=0.0)
+    lambda2: float = Field(0.01, ge=0.0)
+    sample_mode: Literal["block", "interpolate"] = "block"
+    percentile: float = Field(100.0, ge=0.0, le=100.0)
+    greater: bool = True
+    scale: float = Field(1.0, ge=0.0, le=1.0)
+
+
+class BlocksConfig(_Section):
+    """Alignment of the denoiser's own blocks, fitted before the predictions; see :mod:`hfquant.affiner.blocks`.
+
+    Attributes:
+        modules: Globs on module names of the denoiser, such as "transformer_blocks.*" (a dot matches `*` as well).
+        timesteps: Steps of each run, evenly spread, whose denoiser calls are used.
+        alpha, lambda1, lambda2: As in the solver.
+    """
+
+    modules: tuple[str, ...] = Field(min_length=1)
+    timesteps: int = Field(5, ge=1)
+    alpha: float = Field(0.5, ge=0.0, le=1.0)
+    lambda1: float = Field(0.01, ge=0.0)
+    lambda2: float = Field(0.01, ge=0.0)
+
+
+class AffinerConfig(_Section):
+    """The whole config.
+
+    Attributes:
+        type: "blockwise"; "ptqd" and "tac" are baselines by the same interface (see the solvers). "tac" also corrects
+            the mean of the latents after each step where `recurrent` is set.
+        stepper: The runs.
+        solver: The fit; of type "blockwise" only.
+        blocks: Block alignment; None for none.
+        extra_args: Keyword arguments for every call of the pipeline, or of a bare denoiser.
+    """
+
+    type: Literal["blockwise", "ptqd", "tac"] = "blockwise"
+    stepper: StepperConfig = StepperConfig()
+    solver: SolverConfig = SolverConfig()
+    blocks: BlocksConfig | None = None
+    extra_args: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _fields_fit_type(self) -> AffinerConfig:
+        if self.type != "blockwise":
+            if self.solver != SolverConfig():
+                raise ValueError(f'solver has no effect on type "{self.type}"; leave it out or use type "blockwise"')
+            if self.stepper.enable_latent_affine:
+                raise ValueError(f'stepper.enable_latent_affine needs type "blockwise", not "{self.type}"')
+        if self.stepper.max_timestep is not None and "num_inference_steps" in self.extra_args:
+            raise ValueError("stepper.max_timestep and extra_args.num_inference_steps are the same; give one")
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """The config in JSON's own types; `extra_args` that JSON cannot carry are left out."""
+        dumped = self.model_dump(mode="json", exclude={"extra_args"})
+        return dumped | {"extra_args": {k: v for k, v in self.extra_args.items() if _is_json(v)}}
+
+
+def parse(config: AffinerConfig | Mapping[str, Any]) -> AffinerConfig:
+    """Validates a config dict. The caller's dict is left alone.
+
+    Raises:
+        ConfigError: Unknown key, bad value or impossible combination; the message names them and what is allowed.
+        TypeError: `config` is no dict.
+    """
+    if isinstance(config, AffinerConfig):
+        return config
+    if not isinstance(config, Mapping):
+        raise TypeError(f"an affiner's config is a dict, got {type(config).__name__}")
+    extra = config.get("extra_args", {})
+    if not isinstance(extra, Mapping):
+        raise ConfigError(f"config.extra_args: expected a dict of keyword arguments, got {extra!r}")
+    plain = {key: value for key, value in config.items() if key != "extra_args"}
+    try:
+        # Strict, but by JSON's rules (tuples come as lists). What extra_args hold need not be JSON.
+        text = json.dumps(plain | {"extra_args": dict.fromkeys(extra)})
+        checked = AffinerConfig.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config: not JSON: {error}") from None
+    return checked.model_copy(update={"extra_args": dict(extra)})
+
+
+_SECTIONS: dict[str, type[_Section]] = {"stepper": StepperConfig, "solver": SolverConfig, "blocks": BlocksConfig}
+
+
+def _explain(error: Any) -> str:
+    path = [str(p) for p in error["loc"]]
+    key = ".".join(["config", *path])
+    if error["type"] == "extra_forbidden":
+        section = _SECTIONS[path[0]] if len(path) > 1 else AffinerConfig
+        return f"{key}: unknown key; allowed are {', '.join(section.model_fields)}"
+    if error["type"] == "value_error":
+        return f"{key}: {error['ctx']['error']}"
+    return f"{key}: {error['msg']}, got {error['input']!r}"
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
