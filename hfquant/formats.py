@@ -123,7 +123,7 @@ def expand_columns(scale: Tensor, sizes: Sequence[int]) -> Tensor:
         return scale.expand(*scale.shape[:-1], sizes[0])
     if all(s == sizes[0] for s in sizes):
         return scale.unsqueeze(-1).expand(*scale.shape, sizes[0]).flatten(-2)
-    return scale.repeat_interleave(torch.tensor(sizes, device=scale.device), dim=-1, output_size=sum(sizes))
+    return torch.cat([s.expand(*s.shape[:-1], n) for s, n in zip(scale.split(1, dim=-1), sizes, strict=True)], dim=-1)
 
 
 def amax_columns(x: Tensor, sizes: Sequence[int]) -> Tensor:
