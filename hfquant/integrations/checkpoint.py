@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.linear import QuantLinear, log_real_quant, quant_linears, replace_modules
-from hfquant.planner import LayerPlan, aliases, layer_plan
+from hfquant.planner import LayerPlan, Plan, aliases, layer_plan
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,13 @@ def stored_plans(
             stored = next((config.layers[n] for n in names if n in config.layers), None)
             plans[name] = layer_plan(name, linear, rule, stored)
     return plans
+
+
+def warn_if_empty(model: nn.Module, plan: Plan) -> None:
+    """One line where loading has nothing to quantize: no error, since a pipeline may load all parts with one config."""
+    if not plan.layers:
+        why = plan.skipped or "no nn.Linear"
+        logger.warning("%s has nothing to quantize (%s): it stays in full precision", type(model).__name__, why)
 
 
 def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: bool) -> None:

@@ -21,6 +21,7 @@ from hfquant.integrations.checkpoint import (
     install_empty,
     stored_plans,
     to_disk,
+    warn_if_empty,
 )
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import transformers_batches
@@ -79,6 +80,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             }
         elif not config.needs_data:
             self.plan = plan_layers(model, config.rules, config.modules_to_not_convert or ())
+            warn_if_empty(model, self.plan)
             # A tied weight arrives under another name, or not at all: such linears are quantized after loading.
             tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
             arriving = {name: plan for name, plan in self.plan.layers.items() if name not in tied}
@@ -112,24 +114,14 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         if not self.pre_quantized and self.plan is None:
             return ptq.quantize_loaded(model, config, transformers_batches(model, config.calibration))
         if self.plan is not None:
-            self._quantize_tied(model, self.plan)
+            _quantize_late(model, self.plan)
         check_loaded(model)
         finish_loading(model)
         if self.plan is not None:
             attach(model, ptq.own_config(model, config, self.plan))
-            ptq.log_share(model)
+            if self.plan.layers:
+                ptq.log_share(model)
         return model
-
-    @staticmethod
-    def _quantize_tied(model: PreTrainedModel, plan: Plan) -> None:
-        for name, layer_plan in plan.layers.items():
-            linear = model.get_submodule(name)
-            if isinstance(linear, nn.Linear) and not isinstance(linear, QuantLinear):
-                tensors = solve(name, linear.weight.detach(), layer_plan, None).tensors
-                layer = QuantLinear.from_tensors(layer_plan, tensors, linear.bias)
-                for tensor in [*layer.parameters(), *layer.buffers()]:
-                    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-                replace_modules(model, {linear: layer})
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors as they are stored."""
@@ -191,6 +183,20 @@ def _quantized(name: str, layer: QuantLinear, weight: Tensor) -> dict[str, Tenso
     tensors = solve(name, weight, layer.plan, None).tensors
     solved = QuantLinear.from_tensors(layer.plan, tensors, None)
     return {f"{name}.{key}": getattr(solved, key) for key in tensors}
+
+
+def _quantize_late(model: PreTrainedModel, plan: Plan) -> None:
+    """The weights that loading left in float: tied ones, and some of those that came fused with others."""
+    for name, layer_plan in plan.layers.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        if not linear.weight.is_floating_point():
+            continue
+        solved = solve(name, linear.weight.detach(), layer_plan, None)
+        layer = QuantLinear.from_tensors(solved.plan, solved.tensors, linear.bias)
+        for tensor in [*layer.parameters(), *layer.buffers()]:
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        replace_modules(model, {linear: layer})
 
 
 def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:

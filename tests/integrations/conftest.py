@@ -1,0 +1,41 @@
+"""Float checkpoints on disk, written once a session, and quiet libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import diffusers
+import pytest
+import small_models
+import torch
+import transformers
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    for library in (transformers, diffusers):
+        library.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # These models are so small that waiting for a second thread is most of the time.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a function of ``small_models`` -> folder of that model's float checkpoint. Not to be written to."""
+
+    @cache
+    def folder(name: str) -> Path:
+        path = tmp_path_factory.mktemp(name)
+        getattr(small_models, name)().save_pretrained(path)
+        return path
+
+    return folder

@@ -1,0 +1,481 @@
+"""transformers end to end: quantize in from_pretrained, save, reload, dequantize."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import logging
+import weakref
+
+import pytest
+import small_models
+import torch
+import transformers
+from safetensors.torch import load_file
+from small_models import assert_same, outputs, sqnr, transformers_inputs
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+
+import hfquant
+from hfquant import PRESETS, HfQuantConfig
+from hfquant.linear import quant_linears
+
+DATA_FREE = [name for name in PRESETS if not HfQuantConfig(name).needs_data]
+WEIGHT_ONLY = {"opt": {"type": "default"}, "calib": {"type": "amax"}, "input_quant": None}
+#: How many linears are quantized and how many there are; the rest are heads, tied weights and fp32 modules.
+COUNTS = {
+    "llama": (14, 15),
+    "phi3": (8, 9),
+    "t5_encoder": (12, 14),
+    "bart": (16, 17),
+    "clip_text": (12, 12),
+    "bert": (13, 13),
+    "mixtral": (4, 5),
+    "vit": (13, 13),
+}
+
+
+def ids() -> dict[str, torch.Tensor]:
+    return transformers_inputs(small_models.llama())
+
+
+@pytest.mark.parametrize("name", small_models.TRANSFORMERS)
+def test_quantized_on_load_as_in_memory_and_after_reload(name, checkpoint, tmp_path):
+    cls = type(model := small_models.TRANSFORMERS[name]())
+    in_memory = hfquant.quantize(small_models.TRANSFORMERS[name](), None, "w8a8-dynamic")
+    loaded = cls.from_pretrained(checkpoint(name), quantization_config=HfQuantConfig("w8a8-dynamic"))
+    linears = [m for m in loaded.modules() if isinstance(m, nn.Linear)]
+    assert (len(quant_linears(loaded)), len(linears)) == COUNTS[name]
+    assert loaded.config.quantization_config.to_dict() == in_memory.config.quantization_config.to_dict()
+    assert_same(loaded, in_memory)
+    assert loaded.num_parameters() == model.num_parameters()
+    exact = outputs(model, transformers_inputs(model))
+    assert sqnr(exact, outputs(loaded, transformers_inputs(model))) > 30
+
+    loaded.save_pretrained(tmp_path)
+    assert_same(cls.from_pretrained(tmp_path), loaded)
+
+
+@pytest.mark.parametrize("preset", DATA_FREE)
+def test_every_data_free_preset(preset, checkpoint, tmp_path):
+    folder = checkpoint("llama_of_64")
+    loaded = LlamaForCausalLM.from_pretrained(folder, quantization_config=HfQuantConfig(preset))
+    assert_same(loaded, hfquant.quantize(small_models.llama_of_64(), None, preset))
+    loaded.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert_same(again, loaded)
+
+    model = small_models.llama_of_64()
+    layers = quant_linears(again)
+    assert len(layers) == 14
+    floor = {"w8": 35, "w6": 24, "w4": 14, "fp": 28}[preset[:2]]
+    for name, layer in layers.items():
+        assert sqnr(model.get_submodule(name).weight, layer.effective_weight()) >= floor, name
+    assert model.get_memory_footprint() / again.get_memory_footprint() >= 1.2
+    if preset[:2] in ("w8", "fp"):
+        assert again.num_parameters() == model.num_parameters()
+
+
+def test_sharded_checkpoints_on_both_sides(tmp_path, checkpoint):
+    small_models.llama().save_pretrained(tmp_path / "float", max_shard_size="5KB")
+    assert len(list((tmp_path / "float").glob("*.safetensors"))) > 5
+    config = HfQuantConfig("w8a8-dynamic")
+    whole = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+    sharded = LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    assert_same(sharded, whole)
+    # Weights and their scales end up in different files.
+    sharded.save_pretrained(tmp_path / "quantized", max_shard_size="4KB")
+    index = json.loads((tmp_path / "quantized" / "model.safetensors.index.json").read_text())["weight_map"]
+    parts = [(file, index[f"{name}_scale"]) for name, file in index.items() if f"{name}_scale" in index]
+    assert any(weight != scale for weight, scale in parts)
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "quantized"), whole)
+    sharded.save_pretrained(tmp_path / "quantized")
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "quantized"), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, "auto"])
+def test_dtype(dtype, checkpoint, tmp_path):
+    expected = torch.float32 if dtype == "auto" else dtype
+    config = HfQuantConfig("w8a8-dynamic")
+    model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config, dtype=dtype)
+    assert model.dtype == expected
+    for name, tensor in model.state_dict().items():
+        if "scale" in name:
+            assert tensor.dtype == torch.float32
+        elif not name.endswith("proj.weight"):
+            assert tensor.dtype == expected
+    y = outputs(model, ids())
+    assert y.dtype == expected
+    assert y.isfinite().all()
+    model.save_pretrained(tmp_path)
+    for stored in (None, "auto", expected):
+        assert_same(LlamaForCausalLM.from_pretrained(tmp_path, dtype=stored), model)
+    wide = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert wide.dtype == torch.float32
+    assert sqnr(outputs(wide, ids()), y) > 25
+
+
+def test_t5_keeps_wo_in_float32(checkpoint, tmp_path):
+    config = HfQuantConfig("w8a8-dynamic")
+    model = transformers.T5EncoderModel.from_pretrained(
+        checkpoint("t5_encoder"), quantization_config=config, dtype=torch.float16
+    )
+    kept = [m for n, m in model.named_modules() if n.endswith(".wo")]
+    assert [(type(m), m.weight.dtype) for m in kept] == [(nn.Linear, torch.float32)] * 2
+    model.save_pretrained(tmp_path)
+    assert_same(transformers.T5EncoderModel.from_pretrained(tmp_path, dtype=torch.float16), model)
+    # Asked for, it works too: the layer looks at the weight's dtype and knows int8.
+    asked = HfQuantConfig({"default": WEIGHT_ONLY, "*.wo": {"enable": True}})
+    model = transformers.T5EncoderModel.from_pretrained(checkpoint("t5_encoder"), quantization_config=asked)
+    assert len(quant_linears(model)) == 14
+    assert outputs(model, transformers_inputs(model)).isfinite().all()
+
+
+LLAMA_PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, dict.fromkeys(LLAMA_PARTS, "cpu")])
+def test_device_map(device_map, checkpoint, tmp_path):
+    config = HfQuantConfig("w8a16")
+    expected = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+    model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config, device_map=device_map)
+    assert_same(model, expected)
+    model.save_pretrained(tmp_path)
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path, device_map=device_map), expected)
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_quantized_checkpoint_offloaded_to_disk(offload_buffers, checkpoint, tmp_path):
+    config = HfQuantConfig({"default": WEIGHT_ONLY | {"weight_quant": {"type": "int4", "axis": -1}}})
+    expected = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+    expected.save_pretrained(tmp_path / "quantized")
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path / "quantized",
+        device_map=dict.fromkeys(LLAMA_PARTS, "cpu") | {"model.layers.0": "disk"},
+        offload_folder=tmp_path / "offload",
+        offload_buffers=offload_buffers,
+    )
+    assert model.model.layers[0].mlp.up_proj.weight.device.type == "meta"
+    assert torch.equal(outputs(model, ids()), outputs(expected, ids()))
+    with pytest.warns(UserWarning, match="offloaded"):
+        model.save_pretrained(tmp_path / "again")
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "again"), expected)
+    plain = model.dequantize()
+    assert not quant_linears(plain)
+    assert torch.equal(outputs(plain, ids()), outputs(expected.dequantize(), ids()))
+
+
+def test_float_weights_are_not_offloaded_to_disk_unseen(checkpoint, tmp_path):
+    # transformers would point at the float file, and its values read as codes are garbage.
+    with pytest.raises(ValueError, match="load the quantized checkpoint with that device_map"):
+        LlamaForCausalLM.from_pretrained(
+            checkpoint("llama"),
+            quantization_config=HfQuantConfig("w8a16"),
+            device_map=dict.fromkeys(LLAMA_PARTS, "cpu") | {"model.layers.0": "disk"},
+            offload_folder=tmp_path,
+        )
+
+
+def test_base_model_reads_a_task_models_checkpoint_and_back(checkpoint, tmp_path, caplog):
+    rules = {"default": WEIGHT_ONLY, "model.layers.0.mlp.*": {"enable": False}, "layers.1.*": {"real_quant": True}}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=HfQuantConfig(rules))
+    model.save_pretrained(tmp_path / "causal")
+    base = AutoModel.from_pretrained(tmp_path / "causal")
+    assert {f"model.{n}": m.real_quant for n, m in quant_linears(base).items()} == {
+        n: m.real_quant for n, m in quant_linears(model).items()
+    }
+    assert len(quant_linears(base)) == 11
+    assert_same(base, model.model, ids())
+    base.save_pretrained(tmp_path / "base")
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), model)
+    # Quantized as a base model, then read with the (tied) head.
+    config = HfQuantConfig("w8a16")
+    AutoModel.from_pretrained(checkpoint("llama"), quantization_config=config).save_pretrained(tmp_path / "base")
+    head = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert_same(head, AutoModelForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config))
+    # A head that the checkpoint never had stays float, for the user to train.
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "causal")
+    assert type(classifier.score) is nn.Linear
+    assert len(quant_linears(classifier)) == 11
+    assert classifier.score.weight.isfinite().all()
+
+
+def test_base_model_with_a_pooler_the_checkpoint_lacks(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=30
+    )
+    model = hfquant.quantize(transformers.BertForMaskedLM(config).eval(), None, "w8a16")
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base.pooler.dense) is nn.Linear
+    assert len(quant_linears(base)) == 6
+    inputs = {"input_ids": torch.arange(3, 9)[None]}
+    assert torch.equal(outputs(base, inputs), outputs(model.bert, inputs))
+
+
+def test_modules_to_not_convert_adds_to_the_defaults(checkpoint, tmp_path):
+    config = HfQuantConfig("w8a16", modules_to_not_convert=["mlp", "model.layers.1.self_attn.q_proj", "*.0.*.k_proj"])
+    model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+    expected = {f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qkvo"}
+    expected -= {"model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.k_proj"}
+    assert set(quant_linears(model)) == expected
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("on_load", [True, False])
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_tied_head_is_quantized_where_asked(name, on_load, checkpoint, tmp_path):
+    config = HfQuantConfig({"default": WEIGHT_ONLY, "lm_head": {"enable": True}})
+    original = small_models.TRANSFORMERS[name]()
+    if on_load:
+        model = type(original).from_pretrained(checkpoint(name), quantization_config=config)
+    else:
+        model = hfquant.quantize(small_models.TRANSFORMERS[name](), None, config)
+    embedding = model.get_input_embeddings()
+    assert torch.equal(embedding.weight, original.get_input_embeddings().weight)
+    assert sqnr(embedding.weight, model.lm_head.dequantize()) > 35
+    assert sqnr(outputs(original, transformers_inputs(original)), outputs(model, transformers_inputs(original))) > 30
+    model.save_pretrained(tmp_path)
+    again = type(original).from_pretrained(tmp_path)
+    assert_same(again, model)
+    again.save_pretrained(tmp_path)
+    assert_same(type(original).from_pretrained(tmp_path), model)
+    if name == "llama":
+        assert not again.config.tie_word_embeddings
+        again.tie_weights()
+        assert_same(again, model)
+
+
+def test_checkpoint_that_fuses_what_the_model_splits(tmp_path):
+    """The original format of this architecture has one linear for two of the model's, in rows one after the other."""
+    config = transformers.Dinov2Config(
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        use_swiglu_ffn=True,
+        layerscale_value=0.7,
+    )
+    torch.manual_seed(0)
+    original = transformers.Dinov2Model(config).eval()
+    original.save_pretrained(tmp_path / "float")
+    stored = load_file(tmp_path / "float" / "model.safetensors")
+    assert any("weights_in" in name for name in stored)
+    for rules in ({"default": WEIGHT_ONLY}, {"default": WEIGHT_ONLY, "*.gate_proj": {"enable": False}}):
+        in_memory = hfquant.quantize(copy.deepcopy(original), None, HfQuantConfig(rules))
+        loaded = AutoModel.from_pretrained(tmp_path / "float", quantization_config=HfQuantConfig(rules))
+        inputs = transformers_inputs(original)
+        assert_same(loaded, in_memory, inputs)
+        for model in (loaded, in_memory):
+            model.save_pretrained(tmp_path / "quantized")
+            assert_same(AutoModel.from_pretrained(tmp_path / "quantized"), loaded, inputs)
+
+
+def test_share_of_a_mixture_of_experts_is_warned_about(checkpoint, caplog):
+    with caplog.at_level(logging.INFO, "hfquant"):
+        transformers.MixtralForCausalLM.from_pretrained(
+            checkpoint("mixtral"), quantization_config=HfQuantConfig("w8a16")
+        )
+        (share,) = [r for r in caplog.records if "linears quantized" in r.message]
+        assert share.levelno == logging.WARNING
+        assert "experts" in share.message
+        caplog.clear()
+        LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=HfQuantConfig("w8a16"))
+        (share,) = [r for r in caplog.records if "linears quantized" in r.message]
+        assert share.levelno == logging.INFO
+        assert "14 linears quantized" in share.message
+
+
+def test_model_without_linears_is_loaded_with_a_warning(tmp_path, caplog):
+    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config).eval()  # its layers are Conv1D
+    model.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, "hfquant"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HfQuantConfig("w8a16"))
+    assert any("nothing to quantize" in record.message for record in caplog.records)
+    assert_same(loaded, model, {"input_ids": torch.arange(6)[None]})
+    with pytest.raises(ValueError, match="nothing to quantize"):
+        hfquant.quantize(model, None, "w8a16")
+
+
+def test_config_json_is_enough_and_holds_nothing_else(checkpoint, tmp_path):
+    data = [ids()]
+    config = HfQuantConfig("w8a8", calibration=data)
+    model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert set(stored) == {
+        "quant_method",
+        "format_version",
+        "config",
+        "modules_to_not_convert",
+        "per_layer_mode",
+        "layers",
+    }
+    assert stored["quant_method"] == "hfquant"
+    assert stored["config"] == PRESETS["w8a8"]
+    assert stored["modules_to_not_convert"] == ["lm_head"]
+    assert set(stored["layers"]) <= set(quant_linears(model))
+    rebuilt = HfQuantConfig.from_dict(stored)
+    assert rebuilt.calibration is None
+    assert rebuilt.to_dict() == model.config.quantization_config.to_dict()
+    first = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    model.save_pretrained(tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == first
+
+
+def test_generation(checkpoint):
+    config = HfQuantConfig("w8a8-dynamic")
+    model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+    tokens = model.generate(**ids(), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    # Greedy by hand, without a cache.
+    expected = ids()["input_ids"]
+    for _ in range(6):
+        logits = outputs(model, {"input_ids": expected})[:, -1]
+        logits[:, model.config.eos_token_id] = -torch.inf
+        expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantized_model_is_a_plain_one(dtype, checkpoint, tmp_path):
+    config = HfQuantConfig("w8a16")
+    model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config, dtype=dtype)
+    weights = {name: layer.effective_weight().to(dtype) for name, layer in quant_linears(model).items()}
+    model.save_pretrained(tmp_path / "quantized")
+    plain = model.dequantize()
+    assert plain is model
+    for name, weight in weights.items():
+        linear = plain.get_submodule(name)
+        assert type(linear) is nn.Linear
+        assert torch.equal(linear.weight, weight)
+    assert all(p.dtype == dtype and p.requires_grad for p in plain.parameters())
+    assert not plain.is_quantized
+    assert not hasattr(plain, "hf_quantizer")
+    plain.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "plain")
+    assert not quant_linears(again)
+    assert_same(again, plain)
+    # It can be cast and quantized anew.
+    assert len(quant_linears(hfquant.quantize(plain.float(), None, "w8a16"))) == 14
+
+
+def test_casting_moves_activations_and_never_codes_or_scales(checkpoint):
+    config = HfQuantConfig("w8a8-dynamic")
+    model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+    exact = outputs(model, ids())
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        cast = copy.deepcopy(model).to(dtype)
+        assert cast.dtype == dtype
+        for name, layer in quant_linears(cast).items():
+            original = model.get_submodule(name)
+            assert torch.equal(layer.weight, original.weight)
+            assert layer.weight_scale.dtype == torch.float32
+            assert torch.equal(layer.weight_scale, original.weight_scale)
+        y = outputs(cast, ids())
+        assert y.dtype == dtype
+        assert sqnr(exact, y) > 30
+    for method in ("half", "float"):
+        with pytest.raises(ValueError, match="not supported for quantized"):
+            getattr(model, method)()
+    assert torch.equal(outputs(model, ids()), exact)
+
+
+def test_copies_and_training_flag(checkpoint):
+    config = HfQuantConfig("w8a8-dynamic")
+    model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+    twin = copy.deepcopy(model)
+    assert_same(twin, model)
+    assert not {id(t) for t in model.state_dict(keep_vars=True).values()} & {
+        id(t) for t in twin.state_dict(keep_vars=True).values()
+    }
+    twin.dequantize()
+    assert len(quant_linears(model)) == 14
+    assert not any(m.training for m in model.modules())
+    model.train()
+    assert all(layer.training for layer in quant_linears(model).values())
+    assert not any(p.requires_grad for layer in quant_linears(model).values() for p in layer.parameters())
+    fresh = small_models.llama().train()
+    assert all(m.training for m in hfquant.quantize(fresh, None, config).modules())
+
+
+class Recorded(list):
+    """A list of batches that can be weakly referenced."""
+
+
+def test_users_config_is_left_alone_and_the_data_let_go(checkpoint):
+    data = Recorded([ids(), ids()])
+    config = HfQuantConfig("w8a8", calibration=data, modules_to_not_convert=["q_proj"])
+    before = config.to_dict()
+    model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+    wide = LlamaForCausalLM.from_pretrained(checkpoint("llama_of_64"), quantization_config=config)
+    assert config.to_dict() == before
+    assert config.calibration is data
+    assert len(quant_linears(model)) == len(quant_linears(wide)) == 12
+    assert model.config.quantization_config is not config
+    held = weakref.ref(data)
+    del config, data
+    gc.collect()
+    assert held() is None
+    assert model.hf_quantizer.quantization_config.calibration is None
+
+
+@pytest.mark.parametrize("kind", ["list of dicts", "loader", "tuples"])
+def test_static_preset_with_data(kind, checkpoint, tmp_path):
+    batches = [
+        {"input_ids": torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(i))} for i in range(3)
+    ]
+    data = {
+        "list of dicts": batches,
+        "loader": DataLoader([{k: v[0] for k, v in b.items()} for b in batches], batch_size=2),
+        "tuples": [(b["input_ids"],) for b in batches],
+    }[kind]
+    config = HfQuantConfig("w8a8", calibration=data)
+    model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+    assert_same(model, hfquant.quantize(small_models.llama(), data, "w8a8"), ids())
+    assert all("input_scale" in dict(layer.named_buffers()) for layer in quant_linears(model).values())
+    model.save_pretrained(tmp_path)
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_text_is_tokenized_by_the_tokenizer_saved_with_the_model(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *"abcdefghij"])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    small_models.llama().save_pretrained(tmp_path / "float")
+    text = ["a b c d e", "f g h", "i j a b c d e f g"]
+    config = HfQuantConfig("w8a8", calibration=text)
+    with pytest.raises(ValueError, match="tokenizer"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    tokenizer.save_pretrained(tmp_path / "float")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    given = HfQuantConfig("w8a8", calibration={"dataset": text, "tokenizer": tokenizer})
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=given), model, ids())
+    # The embedding bounds what the first layer sees: only the texts' tokens were observed.
+    first = model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        seen = model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.arange(13)))
+    scale = (seen / first.smooth).abs().amax() / 127
+    assert first.input_scale.item() <= scale.item() * (1 + 1e-6)
+    model.save_pretrained(tmp_path / "quantized")
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "quantized"), model, ids())
+
+
+def test_another_config_for_a_quantized_checkpoint_is_ignored_with_a_warning(checkpoint, tmp_path):
+    config = HfQuantConfig("w8a16")
+    model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        again = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=HfQuantConfig("fp8-dynamic"))
+    assert_same(again, model)
