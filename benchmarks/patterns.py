@@ -30,12 +30,14 @@ from hfquant.patterns import LinearTrace, example_inputs, trace
 
 
 def flux() -> nn.Module:
+    """FLUX.1-dev: the defaults of its class."""
     from diffusers import FluxTransformer2DModel
 
-    return FluxTransformer2DModel(guidance_embeds=True)  # the class's defaults are FLUX.1's
+    return FluxTransformer2DModel(guidance_embeds=True)
 
 
 def sd35_medium() -> nn.Module:
+    """Stable Diffusion 3.5 medium, with its 13 dual attention layers."""
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
@@ -49,6 +51,7 @@ def sd35_medium() -> nn.Module:
 
 
 def sdxl() -> nn.Module:
+    """The denoiser of Stable Diffusion XL."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -67,39 +70,66 @@ def sdxl() -> nn.Module:
 
 
 def pixart_sigma() -> nn.Module:
+    """PixArt-Sigma XL 2, 1024 pixels."""
     from diffusers import PixArtTransformer2DModel
 
     return PixArtTransformer2DModel(caption_channels=4096, interpolation_scale=2, use_additional_conditions=False)
 
 
 def sana() -> nn.Module:
+    """Sana 1.6B: the defaults of its class."""
     from diffusers import SanaTransformer2DModel
 
-    return SanaTransformer2DModel()  # the class's defaults are Sana 1.6B's
+    return SanaTransformer2DModel()
 
 
 def llama() -> nn.Module:
+    """Llama 2 7B: the defaults of its class."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig())  # the class's defaults are Llama-2-7B's
+    return LlamaForCausalLM(LlamaConfig())
 
 
 def phi3() -> nn.Module:
+    """Phi-3-mini: the defaults of its class; qkv and the gate are fused."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    return Phi3ForCausalLM(Phi3Config())  # the class's defaults are Phi-3-mini's
+    return Phi3ForCausalLM(Phi3Config())
 
 
 def falcon() -> nn.Module:
+    """Falcon 7B. Its linears are a subclass of nn.Linear, all but the head."""
     from transformers import FalconConfig, FalconForCausalLM
 
     return FalconForCausalLM(FalconConfig(vocab_size=65024))  # Falcon-7B
 
 
+def mpt() -> nn.Module:
+    """MPT-7B: qkv fused, one after the other."""
+    from transformers import MptConfig, MptForCausalLM
+
+    return MptForCausalLM(MptConfig(d_model=4096, n_heads=32, n_layers=32, vocab_size=50432))
+
+
+def neox() -> nn.Module:
+    """GPT-NeoX 20B: qkv fused, interleaved by heads."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    return GPTNeoXForCausalLM(GPTNeoXConfig())
+
+
+def mixtral() -> nn.Module:
+    """Mixtral 8x7B: its experts are parameters, not linears."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig())
+
+
 def vit() -> nn.Module:
+    """ViT-base, patch 16, 1000 classes."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(ViTConfig(num_labels=1000))  # the class's defaults are ViT-base's
+    return ViTForImageClassification(ViTConfig(num_labels=1000))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -111,6 +141,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "Llama-2-7B": llama,
     "Phi-3-mini": phi3,
     "Falcon-7B": falcon,
+    "MPT-7B": mpt,
+    "GPT-NeoX-20B": neox,
+    "Mixtral-8x7B": mixtral,
     "ViT-base": vit,
 }
 

@@ -61,8 +61,8 @@ def _of_transformers(model: nn.Module, config: Any) -> dict[str, Any] | None:
     accepted = inspect.signature(model.forward).parameters
 
     def pixels() -> Tensor:
-        size = vision.image_size
-        height, width = (size, size) if isinstance(size, int) else size
+        size = getattr(vision, "image_size", 224)  # convolutional backbones take any size
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
         return torch.zeros(BATCH, getattr(vision, "num_channels", 3), height, width)
 
     made: dict[str, Any]
@@ -113,7 +113,9 @@ def _of_diffusers(model: nn.Module, config: Any) -> dict[str, Any] | None:
                 "hidden_states": image(config["patch_size"]),
                 "encoder_hidden_states": text(config["caption_channels"]),
                 "timestep": time,
-                "added_cond_kwargs": sizes if model.use_additional_conditions else {"resolution": None, "aspect_ratio": None},
+                "added_cond_kwargs": sizes
+                if model.use_additional_conditions
+                else {"resolution": None, "aspect_ratio": None},
             }
         case "SanaTransformer2DModel":
             made = {
@@ -178,7 +180,9 @@ def _unet_condition(config: Any, time: Tensor) -> dict[str, Any] | None:
         case "projection" | "simple_projection":
             made["class_labels"] = torch.zeros(BATCH, config["projection_class_embeddings_input_dim"])
         case "identity":
-            made["class_labels"] = torch.zeros(BATCH, config["time_embedding_dim"] or 4 * config["block_out_channels"][0])
+            made["class_labels"] = torch.zeros(
+                BATCH, config["time_embedding_dim"] or 4 * config["block_out_channels"][0]
+            )
     match config["addition_embed_type"]:
         case None | "text":
             pass

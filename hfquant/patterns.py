@@ -1,8 +1,8 @@
 """Find the patterns around every linear of a model by watching one forward pass.
 
-The pass runs on fake tensors (shapes and dtypes, no numbers), so a model of any size, on the meta device too, is read in
-seconds without weights in memory; where a forward depends on numbers it is repeated on real ones. It runs on a twin of
-the model: a copy of the module tree whose parameters are fake (or shared, for the real pass), so that whatever the
+The pass runs on fake tensors (shapes and dtypes, no numbers), so a model of any size, on the meta device too, is read
+in seconds without weights in memory; where a forward depends on numbers it is repeated on real ones. It runs on a twin
+of the model: a copy of the module tree whose parameters are fake (or shared, for the real pass), so that whatever the
 forward stores, caches or draws stays out of the model. Following the features is :mod:`hfquant.provenance`'s work.
 
 What the reference implementation of SegQuant (arXiv 2507.14811) reads off torch.fx graphs of edited model files is read
@@ -15,10 +15,10 @@ import contextlib
 import copy
 import functools
 import gc
-import inspect
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ from torch.utils._pytree import tree_map_only
 
 from hfquant.config import SegPattern
 from hfquant.examples import example_inputs
-from hfquant.provenance import Call, Provenance, Slice, cuts_of, squash
+from hfquant.provenance import Call, Provenance, Slice
+from hfquant.shadows import cuts_of, squash
 
 __all__ = ["LinearTrace", "PatternError", "example_inputs", "trace"]
 
@@ -140,7 +141,7 @@ def _watch(model: nn.Module, example: Any, patterns: frozenset[SegPattern], fake
     cuda = sorted(
         {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
     )
-    with torch.random.fork_rng(cuda), torch.no_grad(), fake or contextlib.nullcontext(), _caches_kept_clean():
+    with torch.random.fork_rng(cuda), torch.no_grad(), fake or contextlib.nullcontext(), _no_trace_left():
         twin = _twin(model, fake is not None)
         inputs = tree_map_only(Tensor, stand_in, dict(example) if isinstance(example, Mapping) else example)
         watch = Provenance(patterns, _weight_readers(twin))
@@ -227,25 +228,30 @@ def _fast_path_linears(model: nn.Module) -> set[str]:
 
 
 @contextlib.contextmanager
-def _caches_kept_clean() -> Iterator[None]:
-    """Empty each ``lru_cache`` that took in a fake tensor meanwhile: it would hand it to the next real forward."""
+def _no_trace_left() -> Iterator[None]:
+    """Keep torch from logging what it cannot fake, and empty each ``lru_cache`` that took in a fake tensor.
 
-    def caches() -> dict[int, Any]:
-        return {id(o): o for o in gc.get_objects() if isinstance(o, functools._lru_cache_wrapper)}
-
-    before = {key: cache.cache_info().misses for key, cache in caches().items()}
+    Such a cache (of position codes, say) would hand the fake to the next real forward.
+    """
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
     try:
         yield
     finally:
-        for key, cache in caches().items():
-            if cache.cache_info().misses > before.get(key, 0) and _holds_fake(cache):
+        log.disabled = disabled
+        for cache in [o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper]:
+            own = (getattr(cache, "__module__", None) or "").partition(".")[0] in ("torch", "sympy")
+            if not own and cache.cache_info().currsize and _holds_fake(cache):
                 cache.cache_clear()
 
 
 def _holds_fake(holder: Any, depth: int = 4) -> bool:
-    inner = [o for o in gc.get_referents(holder) if not isinstance(o, (type, nn.Module)) and not inspect.isroutine(o)]
-    return any(isinstance(o, FakeTensor) for o in inner) or (
-        depth > 0 and any(_holds_fake(o, depth - 1) for o in inner)
+    """Whether a fake tensor hangs on ``holder``: in a cache's links, and in the tuples and lists of its results."""
+    inner = gc.get_referents(holder)
+    if any(type(o) is FakeTensor for o in inner):
+        return True
+    return depth > 0 and any(
+        _holds_fake(o, depth - 1) for o in inner if type(o) in (dict, list, tuple) or "lru" in type(o).__name__
     )
 
 
@@ -256,17 +262,17 @@ def _summarize(name: str, order: int, linear: nn.Module, calls: list[Call], func
     outs = _edges(frozenset[int]().union(*(_out_cuts(c) for c in calls)), linear.out_features)
     activations = tuple(_agreed([_at(c, low, high) for c in calls]) for low, high in ins)
     inputs, outputs = tuple(b - a for a, b in ins), tuple(b - a for a, b in outs)
-    parts = list(dict.fromkeys(p for c in calls for p in c.parts)) if len(inputs) > 1 else []
+    joins = list(dict.fromkeys(j for c in calls for j in c.joins))
     splits = list(dict.fromkeys(cut for c in calls for s in _ends(c) for cut in s.cuts))
     if any(not s.cuts for c in calls for s in _ends(c)):  # used whole as well: rotary embedding and the like
         splits = splits if len(outputs) > 1 else []
-    found = {p.pattern for p in parts} | ({pattern for pattern, _ in splits} if len(outputs) > 1 else set())
+    found = {j.pattern for j in joins} | ({pattern for pattern, _ in splits} if len(outputs) > 1 else set())
     if any(activations):
         found.add(SegPattern.ACTIVATION2LINEAR)
 
     evidence = []
     if len(inputs) > 1:
-        how = ", ".join(dict.fromkeys(p.how for p in parts if p.how))
+        how = ", ".join(dict.fromkeys(j.how for j in joins))
         evidence.append(f"input = {how}: {_sizes(inputs, activations)}")
     elif activations[0]:
         evidence.append(f"input = {activations[0]}")
@@ -288,13 +294,19 @@ def _ends(call: Call) -> list[Slice]:
 
 
 def _out_cuts(call: Call) -> frozenset[int]:
-    small = [squash(s.index) for s in _ends(call) if s.index.numel()]
-    return cuts_of({(int(i.min()), int(i.max()) + 1) for i in small}, call.out_features)
+    """Where the output was cut: between groups of pieces that leave no feature out (picking a few is no split)."""
+    pieces = [squash(s.index).flatten().long() for s in _ends(call) if s.index.numel()]
+    cuts = cuts_of({(int(p.min()), int(p.max()) + 1) for p in pieces}, call.out_features)
+    touched = torch.zeros(call.out_features, dtype=torch.bool)
+    for p in pieces:
+        touched[p] = True
+    whole = {(low, high): touched[low:high] for low, high in _edges(cuts, call.out_features)}
+    return cuts if all(t.all() or not t.any() for t in whole.values()) else frozenset()
 
 
 def _edges(cuts: frozenset[int], size: int) -> list[tuple[int, int]]:
     edges = [0, *sorted(cuts), size]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def _at(call: Call, low: int, high: int) -> str | None:
