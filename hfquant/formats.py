@@ -77,8 +77,7 @@ def quantize(x: Tensor, scale: Tensor | None, dtype: DType, zero_point: Tensor |
         Tensor of ``x``'s shape, int8 or int16.
     """
     if not dtype.is_scaled:
-        limit = torch.finfo(_FLOAT_TYPES[dtype]).max
-        return x.float().clamp(-limit, limit).to(_FLOAT_TYPES[dtype]).view(torch.int16)
+        return _cast(x, dtype).view(torch.int16)
     assert scale is not None
     q = x.float() / scale
     if not dtype.is_integer:
@@ -87,6 +86,11 @@ def quantize(x: Tensor, scale: Tensor | None, dtype: DType, zero_point: Tensor |
         half = 2 ** (dtype.bits - 1)
         return q.round_().add_(zero_point).clamp_(-half, half - 1).to(code_dtype(dtype))
     return q.round_().clamp_(-qmax(dtype), qmax(dtype)).to(code_dtype(dtype))
+
+
+def _cast(x: Tensor, dtype: DType) -> Tensor:
+    """FP16 or BF16, saturating where a plain cast would give Inf."""
+    return x.float().clamp(-qmax(dtype), qmax(dtype)).to(_FLOAT_TYPES[dtype])
 
 
 def code_values(
@@ -108,7 +112,7 @@ def dequantize(codes: Tensor, scale: Tensor | None, dtype: DType, zero_point: Te
 def fake_quantize(x: Tensor, scale: Tensor | None, dtype: DType) -> Tensor:
     """``dequantize(quantize(x))`` in float32, without the detour over integer codes."""
     if not dtype.is_scaled:
-        return dequantize(quantize(x, None, dtype), None, dtype)
+        return _cast(x, dtype).float()
     assert scale is not None
     q = x.float() / scale
     limit = qmax(dtype)
