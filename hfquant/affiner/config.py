@@ -92,7 +92,8 @@ class BlocksConfig(_Section):
     """Alignment of the denoiser's own blocks, fitted before the predictions; see :mod:`hfquant.affiner.blocks`.
 
     Attributes:
-        modules: Globs on module names of the denoiser, such as "transformer_blocks.*" (a dot matches `*` as well).
+        modules: Globs on module names of the denoiser, such as "transformer_blocks.*". Of modules within one another
+            that a glob matches, the outermost counts.
         timesteps: Steps of each run, evenly spread, whose denoiser calls are used.
         alpha, lambda1, lambda2: As in the solver.
     """
@@ -129,6 +130,8 @@ class AffinerConfig(_Section):
                 raise ValueError(f'solver has no effect on type "{self.type}"; leave it out or use type "blockwise"')
             if self.stepper.enable_latent_affine:
                 raise ValueError(f'stepper.enable_latent_affine needs type "blockwise", not "{self.type}"')
+        if self.blocks is not None and self.stepper.offload is not None:
+            raise ValueError("blocks are fitted with both models in place; leave stepper.offload out")
         if self.stepper.max_timestep is not None and "num_inference_steps" in self.extra_args:
             raise ValueError("stepper.max_timestep and extra_args.num_inference_steps are the same; give one")
         return self

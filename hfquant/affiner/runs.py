@@ -1,0 +1,305 @@
+"""Pipeline calls that stop at every step, so that two models can be led through their runs in lock step.
+
+A pipeline's loop is its own code and cannot be left and entered again, so each call lives in a thread that hands
+control back and forth. One thread runs at a time: these are coroutines, there is no parallelism.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Iterator, Mapping
+from queue import SimpleQueue
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hfquant.affiner.hooks import (
+    Step,
+    find_denoiser,
+    intercept,
+    is_intercepted,
+    output_tensor,
+    previous_sample,
+    timestep_reader,
+    with_sample,
+    with_tensor,
+)
+
+
+class Event(NamedTuple):
+    """Where a run has stopped, and the tensor that it goes on with unless :meth:`Run.resume` is given another.
+
+    "denoised": `value` is the denoiser's output (only if the run stops there); "predicted": the guided prediction that
+    goes to the scheduler; "stepped": the latents after the step. `sample`: the latents before it.
+    """
+
+    kind: Literal["denoised", "predicted", "stepped"]
+    timestep: float
+    value: Tensor
+    sample: Tensor | None = None
+
+
+class Run:
+    """One call of a pipeline that stops at every step.
+
+    Args:
+        pipeline: Called with `kwargs`, on a copy that has its own scheduler; the modules are shared.
+        kwargs: The call's arguments.
+        at_denoiser: Also stop behind the denoiser.
+        finish: Runs the scheduler, `finish(step, prediction) -> result`; default: `step.run(prediction)`.
+    """
+
+    def __init__(self, pipeline: Any, kwargs: Mapping[str, Any], *, at_denoiser: bool = False, finish: Any = None):
+        self.pipeline = own_copy(pipeline)
+        self.timesteps: list[float] = []
+        self._finish = finish or (lambda step, prediction: step.run(prediction))
+        self._kwargs = dict(kwargs)
+        self._replies: SimpleQueue[Any] = SimpleQueue()
+        self._events: SimpleQueue[Any] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._at_denoiser = at_denoiser
+        self._over = False
+        self._steps = 0
+
+    def resume(self, value: Tensor | None = None) -> Event | None:
+        """Goes on to the next stop, with `value` in place of the last event's; None when no step is left.
+
+        Raises:
+            Exception: Whatever the pipeline raised.
+        """
+        if self._over:
+            return None
+        if self._thread.ident is None:
+            self._thread.start()
+        elif self._steps and self._steps == len(self.timesteps):
+            self.close()  # what is left of the call is decoding
+            return None
+        else:
+            self._replies.put(value)
+        event = self._events.get()
+        if isinstance(event, Event):
+            return event
+        self._over = True
+        self._thread.join()
+        if event is not None:
+            raise event
+        return None
+
+    def close(self) -> None:
+        """Ends the call wherever it is."""
+        if not self._over and self._thread.ident is not None:
+            self._replies.put(_Stop())
+            self._events.get()
+            self._thread.join()
+        self._over = True
+
+    def _work(self) -> None:
+        error: BaseException | None = None
+        handle, release = None, intercept(self.pipeline.scheduler, self._around_step)
+        try:
+            if self._at_denoiser:
+                denoiser = find_denoiser(self.pipeline)
+                self._read_time = timestep_reader(denoiser)
+                handle = denoiser.register_forward_hook(self._behind_denoiser, with_kwargs=True)
+            self.pipeline(**self._kwargs)
+        except _Stop:
+            pass
+        except BaseException as caught:  # handed to whoever waits in resume()
+            error = caught
+        finally:
+            release()
+            if handle is not None:
+                handle.remove()
+        self._events.put(error)
+
+    def _pause(self, event: Event) -> Tensor:
+        self._events.put(event)
+        reply = self._replies.get()
+        if isinstance(reply, _Stop):
+            raise reply
+        return event.value if reply is None else reply.to(event.value.device, event.value.dtype)
+
+    def _around_step(self, step: Step) -> Any:
+        if not self._steps:
+            self.timesteps = _remaining(step)
+        prediction = self._pause(Event("predicted", step.timestep, step.prediction, step.sample))
+        result = self._finish(step, prediction)
+        self._steps += 1
+        latents = self._pause(Event("stepped", step.timestep, previous_sample(result), step.sample))
+        return with_sample(result, latents)
+
+    def _behind_denoiser(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        # The module is shared, so every run's hook is called by every run.
+        if threading.get_ident() != self._thread.ident:
+            return None
+        value = self._pause(Event("denoised", self._read_time(args, kwargs), output_tensor(output)))
+        return with_tensor(output, value)
+
+
+class _Stop(BaseException):
+    """Raised inside a pipeline to end it; no `except Exception` on the way may catch it."""
+
+
+def _remaining(step: Step) -> list[float]:
+    """The scheduler's timesteps from the present one on; image-to-image starts late."""
+    timesteps = [float(t) for t in step.scheduler.timesteps]
+    return timesteps[timesteps.index(step.timestep) :] if step.timestep in timesteps else []
+
+
+def own_copy(pipeline: Any) -> Any:
+    """A pipeline with the same modules and its own scheduler, quiet.
+
+    Raises:
+        ValueError: An affiner is attached to it.
+    """
+    if is_intercepted(pipeline.scheduler):
+        raise ValueError("an affiner is attached to this pipeline already; call its detach() first")
+    clone = copy.copy(pipeline)
+    clone.scheduler = copy.deepcopy(pipeline.scheduler)
+    if hasattr(clone, "set_progress_bar_config"):
+        clone.set_progress_bar_config(disable=True)
+    return clone
+
+
+class DenoisingLoop:
+    """The smallest pipeline around a bare denoiser: scale the latents, predict, step. No guidance.
+
+    Args:
+        denoiser: Called as `denoiser(latents, timestep=[B], **arguments)`.
+        scheduler: Any diffusers scheduler.
+    """
+
+    def __init__(self, denoiser: nn.Module, scheduler: Any) -> None:
+        self.transformer = denoiser
+        self.scheduler = scheduler
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_inference_steps: int = 50,
+        latents: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **arguments: Any,
+    ) -> tuple[Tensor]:
+        """Runs all steps from `latents` (unit Gaussian noise), or from noise of the shape that the config tells.
+
+        Raises:
+            ValueError: Neither latents nor a config that tells their shape.
+        """
+        parameter = next(self.transformer.parameters())
+        if latents is None:
+            size, channels = (getattr(self.transformer.config, k, None) for k in ("sample_size", "in_channels"))
+            if not isinstance(size, int) or not isinstance(channels, int):
+                raise ValueError("give latents: the denoiser's config does not tell their shape")
+            latents = torch.randn(_batch(arguments), channels, size, size, generator=generator)
+        arguments = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        latents = latents.to(parameter.device, parameter.dtype)
+        self.scheduler.set_timesteps(num_inference_steps, device=parameter.device)
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        scale = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)
+        for t in self.scheduler.timesteps:
+            # Positional: a UNet calls it sample, a transformer hidden_states.
+            output = self.transformer(scale(latents, t), timestep=t.expand(len(latents)), **arguments)
+            prediction = output_tensor(output)[:, : latents.shape[1]]
+            latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
+        return (latents,)
+
+
+def _batch(arguments: Mapping[str, Any]) -> int:
+    return next((len(v) for v in arguments.values() if isinstance(v, Tensor) and v.dim()), 1)
+
+
+def call_arguments(pipeline: Any) -> tuple[str | None, set[str], bool]:
+    """What a pipeline can be called with: its first argument, all names, and whether it takes any others too."""
+    if isinstance(pipeline, DenoisingLoop):
+        own = inspect.signature(pipeline.__call__).parameters
+        model = list(inspect.signature(pipeline.transformer.forward).parameters)
+        labels = next((n for n in ("class_labels", "encoder_hidden_states") if n in model), None)
+        return labels, set(own) - {"arguments"} | set(model), False
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    names = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD][1:]
+    return next(iter(names), None), set(names), len(names) + 1 < len(parameters)
+
+
+def batches(
+    rows: Iterator[tuple[int, Any]], pipeline: Any, batch_size: int, common: Mapping[str, Any]
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Rows of a dataset to arguments of pipeline calls.
+
+    A row is a dict of call arguments, or the first argument alone (a prompt, a label); so is a dict of one column that
+    is no argument (`{"text": ...}`). Strings, and the first argument, become lists (tensors of numbers for a bare
+    denoiser); tensors are stacked; anything else is passed on as it is, and a batch ends where it changes.
+
+    Yields:
+        The rows' numbers, and the arguments.
+
+    Raises:
+        ValueError: A row names an argument that the call does not have.
+    """
+    first, allowed, open_ended = call_arguments(pipeline)
+    if not open_ended and (odd := set(common) - allowed):
+        raise ValueError(f"extra_args: {_name(pipeline)} takes no {sorted(odd)}; it takes {sorted(allowed)}")
+    bare = isinstance(pipeline, DenoisingLoop)
+    numbers: list[int] = []
+    group: list[dict[str, Any]] = []
+    for number, row in rows:
+        if isinstance(row, Mapping):
+            row = dict(row)
+            if len(row) == 1 and not open_ended and first and not set(row) <= allowed:
+                row = {first: next(iter(row.values()))}
+            if not open_ended and (odd := set(row) - allowed):
+                raise ValueError(
+                    f"dataset[{number}]: {_name(pipeline)} takes no {sorted(odd)}; it takes {sorted(allowed)}"
+                )
+        else:
+            row = row.item() if isinstance(row, np.generic) else row
+            if first is None or not isinstance(row, (str, int, float, Tensor)):
+                raise ValueError(
+                    f"dataset[{number}]: expected a dict of arguments of {_name(pipeline)}"
+                    f"{f' or its {first}' if first else ''}, got {type(row).__name__}"
+                )
+            row = {first: row}
+        if group and (len(group) == batch_size or not _alike(group[0], row, first, bare)):
+            yield numbers, _joined(group, first, bare) | dict(common)
+            numbers, group = [], []
+        numbers.append(number)
+        group.append(row)
+    if group:
+        yield numbers, _joined(group, first, bare) | dict(common)
+
+
+def _name(pipeline: Any) -> str:
+    return type(pipeline.transformer if isinstance(pipeline, DenoisingLoop) else pipeline).__name__
+
+
+def _joins(name: str, value: Any, first: str | None, bare: bool) -> bool:
+    return name == first or isinstance(value, (str, Tensor)) or (bare and isinstance(value, (int, float)))
+
+
+def _alike(one: dict[str, Any], other: dict[str, Any], first: str | None, bare: bool) -> bool:
+    """Whether two rows can share a call."""
+    if one.keys() != other.keys():
+        return False
+    return all(
+        (isinstance(v, Tensor) and isinstance(other[k], Tensor) and v.shape == other[k].shape)
+        if isinstance(v, Tensor)
+        else type(v) is type(other[k]) and (_joins(k, v, first, bare) or v == other[k])
+        for k, v in one.items()
+    )
+
+
+def _joined(group: list[dict[str, Any]], first: str | None, bare: bool) -> dict[str, Any]:
+    joined: dict[str, Any] = {}
+    for name, value in group[0].items():
+        column = [row[name] for row in group]
+        if isinstance(value, Tensor):
+            joined[name] = torch.stack(column)
+        elif bare and isinstance(value, (int, float)):
+            joined[name] = torch.tensor(column)
+        else:
+            joined[name] = column if _joins(name, value, first, bare) else value
+    return joined
