@@ -312,7 +312,7 @@ def _with_trace(name: str, linear: nn.Module, config: LayerConfig, found: Linear
         return base
     quant, weight, group = config.input_quant, config.weight_quant, config.group_size
     wanted = set(config.search_patterns) & set(found.patterns)
-    inputs, outputs, dual = base.input_segments, base.output_segments, base.dual
+    inputs, outputs = base.input_segments, base.output_segments
     if config.seglinear:
         # Segments are taken where they change a scale; no scale straddles a segment, so a group must divide each.
         apart = (quant is not None and quant.type.is_scaled) or (weight.type.is_scaled and not group)
@@ -322,6 +322,7 @@ def _with_trace(name: str, linear: nn.Module, config: LayerConfig, found: Linear
         apart = apart or config.opt.type is not Optimum.DEFAULT
         if apart and wanted & _OUTPUT_PATTERNS and min(found.output_segments) >= base.rank:
             outputs = found.output_segments
+    dual = (False,) * len(inputs)
     if SegPattern.ACTIVATION2LINEAR in wanted and _can_be_dual(config):
         active = tuple(a is not None for a in found.activations)
         dual = active if len(inputs) == len(active) else (all(active),) * len(inputs)

@@ -1,0 +1,506 @@
+"""The plan: which linears are taken, what each becomes, what a checkpoint stores of it, and the table."""
+
+import copy
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5EncoderModel
+
+import hfquant.planner
+from hfquant import ConfigError, HfQuantConfig, SegPattern, plan
+from hfquant.config import DType, InputQuant, LayerConfig, OptConfig, Optimum, QuantRules, WeightQuant
+from hfquant.packing import packed_width
+from hfquant.patterns import LinearTrace, PatternError
+from hfquant.planner import LayerPlan, Plan, aliases, layer_plan, matches
+
+FREE = {"opt": {"type": "default"}, "input_quant": None}
+OFF = {"default": {**FREE, "search_patterns": []}}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 32)
+        self.down = nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.up(x).chunk(2, dim=-1)
+        return self.down(torch.cat([nn.functional.silu(a), b], dim=-1))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+NAMES = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "head"]
+
+
+def tiny_llama(**changes) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=32, **changes,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+# Which linears.
+
+
+def test_every_linear_and_nothing_else() -> None:
+    class Special(nn.Linear):
+        pass
+
+    model = nn.ModuleDict(
+        {
+            "plain": nn.Linear(4, 4),
+            "special": Special(4, 4),
+            "attention": nn.MultiheadAttention(4, 1),
+            "conv": nn.Conv1d(4, 4, 1),
+            "bilinear": nn.Bilinear(4, 4, 4),
+        }
+    )
+    found = plan(model, OFF)
+    assert list(found.layers) == ["plain"]
+    assert found.skipped == {}
+
+
+def test_a_shared_module_is_planned_once() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    model["b"] = model["a"]
+    assert list(plan(model, OFF).layers) == ["a"]
+
+
+def test_a_model_that_is_a_linear_itself_cannot_be_replaced() -> None:
+    found = plan(nn.Linear(4, 4), OFF)
+    assert found.layers == {}
+    assert "wrap it in nn.Sequential" in found.skipped[""]
+
+
+def test_tied_weights_of_plain_modules() -> None:
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(6, 4), "out": nn.Linear(4, 6), "a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}
+    )
+    model["out"].weight = model["embed"].weight
+    model["b"].weight = model["a"].weight
+    model["free"] = nn.Linear(4, 4)
+    found = plan(model, OFF)
+    assert list(found.layers) == ["free"]
+    assert found.skipped == {
+        "out": "its weight is tied to embed", "a": "its weight is tied to b", "b": "its weight is tied to a",
+    }  # fmt: skip
+
+
+def test_a_parameter_under_two_names_of_one_module_is_not_tied() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    model["a"].alias = model["a"].weight
+    assert list(plan(model, OFF).layers) == ["a"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_heads_and_tied_weights_of_transformers(tied) -> None:
+    found = plan(tiny_llama(tie_word_embeddings=tied), OFF)
+    assert len(found.layers) == 2 * 7
+    assert list(found.skipped) == ["lm_head"]
+    assert found.skipped["lm_head"] == "the model's output head"
+
+
+def test_kept_in_float32() -> None:
+    config = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=32)
+    with torch.device("meta"):
+        model = T5EncoderModel(config)
+    found = plan(model, OFF)
+    assert [n for n, why in found.skipped.items() if "_keep_in_fp32_modules" in why] == [
+        "encoder.block.0.layer.1.DenseReluDense.wo"
+    ]
+    assert len(found.layers) == 5
+    model = Net()
+    model._keep_in_fp32_modules = ["up"]
+    model._keep_in_fp32_modules_strict = {"blocks.1.down", "head.weight"}
+    assert list(plan(model, OFF).layers) == ["blocks.0.down"]
+    assert model._keep_in_fp32_modules == ["up"]
+
+
+@pytest.mark.parametrize(
+    ("names", "skipped"),
+    [
+        (["head"], ["head"]),
+        (["blocks.0"], ["blocks.0.up", "blocks.0.down"]),
+        (["blocks"], NAMES[:4]),
+        (["up"], ["blocks.0.up", "blocks.1.up"]),
+        (["0.up"], ["blocks.0.up"]),
+        (["*.down", "h*d"], ["blocks.0.down", "blocks.1.down", "head"]),
+        (["blocks.[1]*"], ["blocks.1.up", "blocks.1.down"]),
+        (["model.head"], ["head"]),
+        # Neither part of a word nor of a number.
+        (["bloc", "hea", "p", "*.u", "ad"], []),
+    ],
+)
+def test_modules_to_not_convert(names, skipped) -> None:
+    model = Net()
+    model.base_model_prefix = "model"
+    found = plan(model, HfQuantConfig(OFF, modules_to_not_convert=names))
+    assert found.skipped == dict.fromkeys(skipped, "in modules_to_not_convert")
+    assert list(found.layers) == [n for n in NAMES if n not in skipped]
+
+
+def test_asked_for_by_an_explicit_enable() -> None:
+    model = tiny_llama()
+    assert "lm_head" in plan(model, {**OFF, "lm_head": {"enable": True}}).layers
+    assert "lm_head" in plan(model, {**OFF, "*_head": {"enable": True, "weight_quant": {"type": "int4"}}}).layers
+    for not_asked in ({"lm_head": {"real_quant": True}}, {"lm_head": {"enable": True}, "lm*": {"enable": False}}):
+        assert "lm_head" in plan(model, {**OFF, **not_asked}).skipped
+    # modules_to_not_convert has the last word.
+    config = HfQuantConfig({**OFF, "lm_head": {"enable": True}}, modules_to_not_convert=["lm_head"])
+    assert plan(model, config).skipped["lm_head"] == "in modules_to_not_convert"
+
+
+def test_enable_false() -> None:
+    found = plan(Net(), {**OFF, "blocks.*": {"enable": False}, "*.down": {"enable": True}})
+    assert found.skipped == {"blocks.0.up": "enable=False", "blocks.1.up": "enable=False"}
+    assert plan(Net(), {"default": {"enable": False}}).layers == {}
+
+
+def test_globs_that_match_nothing_are_reported(caplog) -> None:
+    with caplog.at_level(logging.WARNING, "hfquant"):
+        plan(Net(), {**OFF, "blocks.0": {"enable": False}, "*.up": {"enable": False}})
+    assert [r.getMessage() for r in caplog.records] == [
+        "Net: config['blocks.0'] matches no linear (those of a block are 'blocks.0.*')"
+    ]
+
+
+def test_base_model_prefix() -> None:
+    rules = {**OFF, "model.layers.0.*": {"enable": False}, "layers.1.mlp.*": {"enable": False}}
+    whole = tiny_llama()
+    with torch.device("meta"):
+        base = LlamaModel(whole.config)
+    assert aliases("model.layers.0.mlp", whole) == ("model.layers.0.mlp", "layers.0.mlp")
+    assert aliases("layers.0.mlp", base) == ("layers.0.mlp", "model.layers.0.mlp")
+    assert aliases("x", nn.Module()) == ("x",)
+    with_head, without = plan(whole, rules), plan(base, rules)
+    assert [n.removeprefix("model.") for n in with_head.layers] == list(without.layers)
+    assert len(without.layers) == 4
+    assert matches(("a.b.c",), ["b"])
+    assert not matches(("a.bb.c",), ["b"])
+
+
+def test_weights_read_by_others_are_left_alone() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.used(x), self.read.weight)
+
+    found = plan(Reader(), {"default": FREE}, torch.zeros(2, 4))
+    assert list(found.layers) == ["used"]
+    assert found.skipped == {"read": "its weight is read outside its own forward"}
+
+
+# What each becomes, by what was seen around it.
+
+
+def seen(monkeypatch, linear: nn.Linear, config: dict, **trace) -> LayerPlan:
+    """The plan of the one linear of a model whose trace says ``trace``."""
+    fields = {
+        "name": "fc", "order": 0, "calls": 1, "input_segments": (linear.in_features,),
+        "output_segments": (linear.out_features,), "activations": (None,), "patterns": (), "evidence": ("seen",),
+    }  # fmt: skip
+    found = LinearTrace(**{**fields, **trace})
+    monkeypatch.setattr(hfquant.planner, "trace", lambda *args, **kwargs: {"fc": found})
+    return plan(nn.ModuleDict({"fc": linear}), {"default": config}, torch.zeros(1)).layers["fc"]
+
+
+JOINED = {"input_segments": (8, 24), "activations": ("silu", None)}
+A8 = {"opt": {"type": "default"}, "input_quant": {"type": "int8", "dynamic": True}, "weight_quant": {"axis": -1}}
+
+
+@pytest.mark.parametrize("pattern", ["concat2linear", "stack2linear", "reshape2linear"])
+def test_input_segments(monkeypatch, pattern) -> None:
+    linear, patterns = nn.Linear(32, 6), (SegPattern(pattern),)
+    assert seen(monkeypatch, linear, A8, **JOINED, patterns=patterns).input_segments == (8, 24)
+    for off in ({"seglinear": False}, {"search_patterns": [p for p in SegPattern if p is not patterns[0]]}):
+        assert seen(monkeypatch, linear, {**A8, **off}, **JOINED, patterns=patterns).input_segments == (32,)
+    # Groups must not straddle them, and where no scale is a segment's own they mean nothing.
+    for weight, expected in (({"group_size": 8}, (8, 24)), ({"group_size": 16}, (32,))):
+        assert (
+            seen(monkeypatch, linear, {**A8, "weight_quant": weight}, **JOINED, patterns=patterns).input_segments
+            == expected
+        )
+    for config, expected in (
+        ({**FREE, "weight_quant": {"axis": -1}}, (8, 24)),
+        ({**FREE, "weight_quant": {"group_size": 8}}, (32,)),
+        ({**FREE, "weight_quant": {"type": "fp16"}}, (32,)),
+        ({**A8, "weight_quant": {"group_size": 8}, "input_quant": {"type": "fp16"}}, (32,)),
+        ({**A8, "weight_quant": {"type": "bf16"}}, (8, 24)),
+    ):
+        assert seen(monkeypatch, linear, config, **JOINED, patterns=patterns).input_segments == expected
+
+
+@pytest.mark.parametrize("pattern", ["linear2chunk", "linear2split"])
+def test_output_segments(monkeypatch, pattern) -> None:
+    linear, split = nn.Linear(6, 32), {"output_segments": (8, 24), "patterns": (SegPattern(pattern),)}
+    for config, expected in (
+        ({**A8, "weight_quant": {"axis": None}}, (8, 24)),
+        (A8, (32,)),  # a scale a row: nothing is shared between segments
+        ({**A8, "weight_quant": {"group_size": 2}}, (32,)),
+        ({**A8, "weight_quant": {"type": "fp16"}}, (32,)),
+        ({**A8, "opt": {"type": "smooth"}}, (8, 24)),
+        ({**A8, "opt": {"type": "svd", "low_rank": 6}}, (8, 24)),
+        ({**A8, "opt": {"type": "smooth"}, "seglinear": False}, (32,)),
+        ({**A8, "opt": {"type": "smooth"}, "search_patterns": ["concat2linear"]}, (32,)),
+    ):
+        assert seen(monkeypatch, linear, config, **split).output_segments == expected
+    # A low-rank branch of its own needs a segment of at least that many rows.
+    short = {**split, "output_segments": (4, 28)}
+    assert seen(monkeypatch, linear, {**A8, "opt": {"type": "svd", "low_rank": 6}}, **short).output_segments == (32,)
+
+
+def test_dual(monkeypatch) -> None:
+    linear = nn.Linear(32, 6)
+    both = {**JOINED, "patterns": (SegPattern.CONCAT2LINEAR, SegPattern.ACTIVATION2LINEAR)}
+    gelu = {"activations": ("gelu",), "patterns": (SegPattern.ACTIVATION2LINEAR,)}
+    assert seen(monkeypatch, linear, A8, **both).dual == (True, False)
+    assert seen(monkeypatch, linear, A8, **gelu).dual == (True,)
+    assert seen(monkeypatch, linear, {**A8, "search_patterns": SegPattern.seg()}, **both).dual == (False, False)
+    assert seen(monkeypatch, linear, {**A8, "seglinear": False}, **both).dual == (False,)
+    assert seen(monkeypatch, linear, {**A8, "seglinear": False}, **gelu).dual == (True,)
+    for quant, dual in (
+        (None, False),
+        ("int4", True),
+        ("int6", True),
+        ("int16", False),
+        ("fp8e4m3", False),
+        ("bf16", False),
+    ):
+        config = {**A8, "input_quant": quant and {"type": quant, "dynamic": True}}
+        assert seen(monkeypatch, linear, config, **gelu).dual == (dual,)
+
+
+def test_a_real_trace() -> None:
+    config = {
+        "default": {**A8, "opt": {"type": "smooth"}},
+        "*.1.*": {"search_patterns": ["linear2chunk"]},
+        "head": {"enable": False},
+    }
+    found = plan(Net(), config, torch.zeros(2, 8))
+    assert list(found.layers) == NAMES[:4]
+    up, down, up1, down1 = found.layers.values()
+    assert up.output_segments == up1.output_segments == (16, 16)
+    assert (down.input_segments, down.dual) == ((16, 16), (True, False))
+    assert (down1.input_segments, down1.dual) == ((32,), (False,))
+    assert found.skipped == {"head": "enable=False"}
+
+
+def test_layers_come_in_order_of_execution() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.first, self.idle = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(x))
+
+    assert list(plan(Backwards(), {"default": FREE}, torch.zeros(2, 4)).layers) == ["first", "last", "idle"]
+
+
+def test_without_example_or_with_a_failing_forward(caplog, monkeypatch) -> None:
+    with caplog.at_level(logging.INFO, "hfquant"):
+        found = plan(Net(), {"default": A8})
+    assert "no example inputs, so layers are quantized without segments" in caplog.text
+    assert all(
+        p.input_segments == (p.in_features,) and p.output_segments == (p.out_features,) for p in found.layers.values()
+    )
+
+    def fail(*args, **kwargs):
+        raise PatternError("no luck")
+
+    monkeypatch.setattr(hfquant.planner, "trace", fail)
+    caplog.clear()
+    assert plan(Net(), {"default": A8}, torch.zeros(2, 8)) == found
+    assert "Net: pattern detection failed (no luck); going on without segments" in caplog.text
+
+
+# Sizes that do not fit.
+
+
+@pytest.mark.parametrize("group", [3, 5, 16, 64])
+def test_group_size_must_divide(group) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan(Net(), {**OFF, "*.up": {"weight_quant": {"group_size": group}}})
+    assert f"layer 'blocks.0.up': weight_quant.group_size={group} does not divide in_features=8" in str(error.value)
+    assert '{"blocks.0.up": {"weight_quant": {"group_size": ...}}}' in str(error.value)
+    with pytest.raises(ConfigError, match=f"layer 'blocks.0.up': calib.group_size={group} does not divide"):
+        plan(Net(), {**OFF, "*.up": {"calib": {"type": "gptq", "group_size": group}}})
+
+
+def test_groups_of_the_whole_row_or_a_single_column() -> None:
+    for group, columns in ((8, (8,)), (1, (1,) * 8), (2, (2,) * 4)):
+        found = plan(Net(), {**OFF, "*.up": {"weight_quant": {"group_size": group}}})
+        assert found.layers["blocks.0.up"].columns == columns
+
+
+def test_low_rank_must_fit() -> None:
+    with pytest.raises(ConfigError, match=r"layer 'head': opt.low_rank=6 is over the layer's size, at most 5"):
+        plan(Net(), {"default": {**FREE, "opt": {"type": "svd", "low_rank": 6}}})
+    assert plan(Net(), {"default": {**FREE, "opt": {"type": "svd", "low_rank": 5}}}).layers["head"].rank == 5
+
+
+# Stored plans.
+
+
+def config_of(**fields) -> LayerConfig:
+    return QuantRules({"default": {**A8, **fields}}).default
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {},
+        {"input_segments": (8, 24)},
+        {"input_segments": (8, 24), "dual": (True, False)},
+        {"output_segments": (1, 5)},
+        {"config": config_of(weight_quant={"type": "int4", "group_size": 4}), "dual": (True,)},
+        {"config": config_of(input_quant=None)},
+    ],
+)
+def test_stored_differences_round_trip(made) -> None:
+    linear, rule = nn.Linear(32, 6), config_of()
+    made = replace(layer_plan("fc", linear, rule), evidence=("why",), **made)
+    if len(made.dual) != len(made.input_segments):
+        made = replace(made, dual=(False,) * len(made.input_segments))
+    stored = json.loads(json.dumps(made.differences(rule)))
+    assert layer_plan("fc", linear, rule, stored) == made
+    assert set(stored) == {
+        key for key, differs in {
+            "config": made.config != rule, "dual": any(made.dual),
+            "input_segments": len(made.input_segments) > 1, "output_segments": len(made.output_segments) > 1,
+        }.items() if differs
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stored", "says"),
+    [
+        ({"rank": 4}, "expected lists"),
+        ({"ranks": [4]}, r"unknown keys \['ranks'\]"),
+        ({"input_segments": [8, 8]}, r"input_segments=\[8, 8\] do not sum to input_features=32"),
+        ({"input_segments": [40, -8]}, "do not sum"),
+        ({"input_segments": [32, 0]}, "do not sum"),
+        ({"input_segments": [16.0, 16]}, "do not sum"),
+        ({"input_segments": [31, True]}, "do not sum"),
+        ({"input_segments": ["32"]}, "do not sum"),
+        ({"input_segments": [[32]]}, "do not sum"),
+        ({"input_segments": []}, "do not sum"),
+        ({"input_segments": 32}, "expected lists"),
+        ({"input_segments": None}, "expected lists"),
+        ({"input_segments": {"32": 32}}, "expected lists"),
+        ({"output_segments": [7]}, "output_segments=.* do not sum to output_features=6"),
+        ({"dual": [True, True]}, "does not fit 1 input segments"),
+        ({"dual": [1]}, "dual="),
+        ({"dual": True}, "expected lists"),
+        ({"dual": [True], "config": {"input_quant": None}}, "dual scale needs .* not None"),
+        ({"dual": [True], "config": {"input_quant": {"type": "fp8e4m3", "dynamic": True}}}, "not fp8e4m3"),
+        ({"dual": [True], "config": {"input_quant": {"type": "int16", "dynamic": True}}}, "not int16"),
+        ({"config": {"enable": 3}}, "enable.*got 3"),
+        ({"config": []}, "expected a dict"),
+        ({"config": {"weight_quant": {"group_size": 5}}}, "group_size=5 does not divide"),
+        ({"config": {"weight_quant": {"group_size": 16}}, "input_segments": [8, 24]}, r"segments \[8, 24\]"),
+        ({"config": {"opt": {"type": "svd", "low_rank": 5}}, "output_segments": [3, 3]}, "low_rank=5.*at most 3"),
+    ],
+)
+def test_malformed_stored_plans(stored, says) -> None:
+    before = copy.deepcopy(stored)
+    with pytest.raises(ConfigError, match=f"layer 'fc'.*{says}"):
+        layer_plan("fc", nn.Linear(32, 6), config_of(), stored)
+    assert stored == before
+
+
+# Tensors.
+
+
+@pytest.mark.parametrize("dtype", DType)
+def test_tensors_of_a_plan(dtype) -> None:
+    config = LayerConfig(
+        weight_quant=WeightQuant(type=dtype),
+        input_quant=InputQuant(type=DType.INT8),
+        opt=OptConfig(type=Optimum.SVD, low_rank=3),
+    )
+    spec = LayerPlan(config, 13, 10, (6, 7), (4, 6), (True, False)).tensors(torch.bfloat16)
+    codes = torch.int16 if dtype.bits == 16 else torch.int8
+    assert spec["weight"] == ((10, packed_width(13, dtype.bits) if dtype.bits < 8 else 13), codes)
+    if dtype.is_scaled:
+        assert spec["weight_scale"] == ((10, 2), torch.float32)
+    else:
+        assert "weight_scale" not in spec
+    assert spec["input_scale"] == spec["input_scale_neg"] == ((4,), torch.float32)
+    assert spec["smooth"] == ((2, 13), torch.float32)
+    assert spec["svd_down"] == ((6, 13), torch.bfloat16)
+    assert spec["svd_up"] == ((10, 3), torch.bfloat16)
+    plain = LayerPlan(
+        replace_config(config, opt=OptConfig(type=Optimum.DEFAULT), input_quant=None), 13, 10, (13,), (10,), (False,)
+    )
+    assert set(plain.tensors(torch.float32)) == {"weight"} | ({"weight_scale"} if dtype.is_scaled else set())
+
+
+def replace_config(config: LayerConfig, **fields) -> LayerConfig:
+    return config.model_copy(update=fields)
+
+
+def test_zero_points_and_groups() -> None:
+    config = LayerConfig(weight_quant=WeightQuant(type=DType.INT4, group_size=4, symmetric=False), input_quant=None)
+    spec = LayerPlan(config, 12, 5, (12,), (5,), (False,)).tensors(torch.float32)
+    assert spec["weight"] == ((5, 6), torch.int8)
+    assert spec["weight_scale"] == ((5, 3), torch.float32)
+    assert spec["weight_zero_point"] == ((5, 3), torch.int8)
+    assert spec["smooth"] == ((12,), torch.float32)
+
+
+# The table.
+
+
+def test_table_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = Net()
+    config = {
+        "default": {**A8, "opt": {"type": "smooth"}, "weight_quant": {"type": "int4", "group_size": 8}},
+        "*.1.up": {"input_quant": None, "calib": {"type": "gptq"}},
+        "head": {"enable": False},
+    }
+    found = plan(model, config, torch.zeros(2, 8))
+    assert all(p.is_meta for p in model.parameters())
+    lines = str(found).splitlines()
+    assert len(lines) == 1 + len(NAMES)
+    header = "layer in x out weight input opt segments in | out dual why"
+    assert " ".join(lines[0].split()) == header
+    rows = {line.split()[0]: line for line in lines[1:]}
+    assert list(rows) == NAMES
+    for word in ("8 x 32", "int4 g8", "int8 dynamic", "smooth/amax", "1 | 2 x 16", "chunk"):
+        assert word in rows["blocks.0.up"]
+    for word in ("32 x 8", "2 x 16 | 1", "yes", "silu"):
+        assert word in rows["blocks.0.down"]
+    assert "  -  " in rows["blocks.1.up"]
+    assert "smooth/gptq" in rows["blocks.1.up"]
+    assert "skipped: enable=False" in rows["head"]
+    assert " ".join(str(Plan({}, {})).split()) == header
+
+
+def test_plan_takes_every_form_of_config() -> None:
+    expected = plan(Net(), {"default": hfquant.PRESETS["w8a16"]["default"]})
+    assert plan(Net(), "w8a16") == plan(Net(), HfQuantConfig("w8a16")) == expected
+    assert plan(Net()).layers["head"].config == LayerConfig()
+    with pytest.raises(TypeError, match="expected a dict, a preset's name"):
+        plan(Net(), 4)
