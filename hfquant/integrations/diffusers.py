@@ -18,6 +18,7 @@ from hfquant.integrations.checkpoint import (
     install_empty,
     stored_plans,
     to_disk,
+    warn_if_empty,
 )
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import diffusers_batches
@@ -39,12 +40,25 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
     required_packages = None
     quantization_config: HfQuantConfig
 
+    pre_quantized: bool
+
     def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.plan: Plan | None = None
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse, before any weight is read, a config that needs data and has none."""
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse, before any weight is read, a config that needs data and has none, and offloading to disk.
+
+        Raises:
+            CalibrationError: the config needs data and carries none.
+            ValueError: ``device_map`` has "disk".
+        """
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            # Float weights would be offloaded before they can be quantized; of quantized ones, the scales are buffers.
+            raise ValueError(
+                'device_map: diffusers cannot offload the buffers of quantized linears to "disk"; use "cpu", or load '
+                "the model and call enable_group_offload(offload_to_disk_path=...)"
+            )
         if not self.pre_quantized:
             ptq.check_data(self.quantization_config)
 
@@ -55,6 +69,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         elif not config.needs_data:
             # The linears stay until their weights arrive: the loader checks float shapes against the model.
             self.plan = plan_layers(model, config.rules, config.modules_to_not_convert or ())
+            warn_if_empty(model, self.plan)
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
         """Raise where the checkpoint lacks a tensor of a quantized linear."""
@@ -100,7 +115,9 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         if self.plan is not None:
             assert isinstance(module, nn.Linear)
             solved = solve(name, param_value.to(target_device), self.plan.layers[name], None)
-            replace_modules(model, {module: QuantLinear.from_tensors(solved.plan, solved.tensors, module.bias)})
+            layer = QuantLinear.from_tensors(solved.plan, solved.tensors, None)
+            layer.bias = module.bias  # on meta where it is yet to come, perhaps from another shard
+            replace_modules(model, {module: layer})
             return
         assert isinstance(module, QuantLinear)
         # diffusers has cast param_value to the model's dtype; scales must stay as they are stored.
@@ -111,14 +128,19 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             raise CheckpointError(f"{name}: {error}") from None
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
-        config = self.quantization_config
-        if not self.pre_quantized and self.plan is None:
-            return ptq.quantize_loaded(model, config, diffusers_batches(config.calibration))
-        finish_loading(model)
-        if self.plan is not None:
-            attach(model, ptq.own_config(model, config, self.plan))
-            # from_pretrained sets model.hf_quantizer to this object next.
-            self.quantization_config = model.hf_quantizer.quantization_config
+        config, plan = self.quantization_config, self.plan
+        if self.pre_quantized:
+            finish_loading(model)
+            return model
+        if plan is None:
+            model = ptq.quantize_loaded(model, config, diffusers_batches(config.calibration))
+        else:
+            finish_loading(model)
+            attach(model, ptq.own_config(model, config, plan))
+            if plan.layers:
+                ptq.log_share(model)
+        # from_pretrained makes this object model.hf_quantizer next: it must not keep the user's config and its data.
+        self.quantization_config, self.plan, self.pre_quantized = model.config["quantization_config"], None, True
         return model
 
     def get_state_dict_and_metadata(

@@ -271,7 +271,7 @@ def dit() -> nn.Module:
         in_channels=4,
         out_channels=8,
         num_layers=2,
-        attention_head_dim=10,
+        attention_head_dim=12,
         num_attention_heads=3,
         num_embeds_ada_norm=10,
     ).eval()

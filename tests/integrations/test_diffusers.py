@@ -1,0 +1,268 @@
+"""diffusers models end to end: quantize in from_pretrained, save, reload, dequantize."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import logging
+import weakref
+
+import pytest
+import small_models
+import torch
+from diffusers import AutoModel, FluxTransformer2DModel, SD3Transformer2DModel, WanTransformer3DModel
+from safetensors.torch import load_file
+from small_models import assert_same, denoiser_inputs, outputs, sqnr
+from torch import nn
+
+import hfquant
+from hfquant import PRESETS, HfQuantConfig, QuantLinear
+from hfquant.linear import quant_linears
+
+INT4 = {
+    "opt": {"type": "default"},
+    "weight_quant": {"type": "int4", "axis": -1, "symmetric": False},
+    "input_quant": {"type": "int8", "axis": -1, "dynamic": True},
+}
+COUNTS = {"unet": 50, "sd3": 32, "flux": 34, "pixart": 26, "dit": 20, "wan": 24}
+
+
+@pytest.mark.parametrize("name", small_models.DIFFUSERS)
+def test_quantized_on_load_as_in_memory_and_after_reload(name, checkpoint, tmp_path):
+    cls = type(model := small_models.DIFFUSERS[name]())
+    in_memory = hfquant.quantize(small_models.DIFFUSERS[name](), None, "w8a8-dynamic")
+    loaded = cls.from_pretrained(checkpoint(name), quantization_config=HfQuantConfig("w8a8-dynamic"))
+    assert len(quant_linears(loaded)) == COUNTS[name]
+    assert loaded.config["quantization_config"].to_dict() == in_memory.config["quantization_config"].to_dict()
+    inputs = denoiser_inputs(model)
+    assert_same(loaded, in_memory, inputs)
+    assert loaded.num_parameters() == model.num_parameters()
+    for layer_name, layer in quant_linears(loaded).items():
+        assert sqnr(model.get_submodule(layer_name).weight, layer.effective_weight()) >= 35
+    assert sqnr(outputs(model, inputs), outputs(loaded, inputs)) > 30
+    if name != "unet":  # convolutions
+        assert model.get_memory_footprint() / loaded.get_memory_footprint() >= 1.2
+
+    loaded.save_pretrained(tmp_path / "loaded")
+    again = cls.from_pretrained(tmp_path / "loaded")
+    assert_same(again, loaded, inputs)
+    assert not any(m.training for m in again.modules())
+    in_memory.save_pretrained(tmp_path / "in_memory")
+    assert_same(AutoModel.from_pretrained(str(tmp_path / "in_memory")), loaded, inputs)
+
+
+@pytest.mark.parametrize("name", ["flux", "unet"])
+def test_four_bits_in_bfloat16_and_shards(name, checkpoint, tmp_path):
+    cls = type(model := small_models.DIFFUSERS[name]())
+    inputs = denoiser_inputs(model)
+    model.save_pretrained(tmp_path / "float", max_shard_size="6KB")
+    assert len(list((tmp_path / "float").glob("*.safetensors"))) > 5
+    config, dtype = HfQuantConfig({"default": INT4}), torch.bfloat16
+    loaded = cls.from_pretrained(tmp_path / "float", quantization_config=config, torch_dtype=dtype)
+    assert_same(loaded, hfquant.quantize(copy.deepcopy(model).to(dtype), None, config), inputs)
+    assert loaded.dtype == dtype
+    layers = quant_linears(loaded)
+    assert len(layers) == COUNTS[name]
+    for layer_name, layer in layers.items():
+        assert layer.weight_scale.dtype == torch.float32
+        assert layer.bias is None or layer.bias.dtype == dtype
+        assert sqnr(model.get_submodule(layer_name).weight, layer.effective_weight()) >= 14
+    y = outputs(loaded, inputs)
+    assert y.dtype == dtype
+    assert sqnr(outputs(model, inputs), y) > 10
+
+    loaded.save_pretrained(tmp_path / "single")
+    loaded.save_pretrained(tmp_path / "sharded", max_shard_size="3KB")
+    index = json.loads((tmp_path / "sharded" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 5
+    for folder in ("single", "sharded"):
+        assert_same(cls.from_pretrained(tmp_path / folder, torch_dtype=dtype), loaded, inputs)
+    # As transformers does too, a wider dtype widens all but codes and scales.
+    wide = cls.from_pretrained(tmp_path / "sharded", torch_dtype=torch.float32)
+    assert wide.dtype == torch.float32
+    for layer_name, layer in quant_linears(wide).items():
+        assert torch.equal(layer.weight, layers[layer_name].weight)
+        assert torch.equal(layer.weight_scale, layers[layer_name].weight_scale)
+    assert sqnr(outputs(wide, inputs), y) > 20
+
+
+def test_bias_in_another_shard_than_its_weight(tmp_path):
+    model = small_models.dit()
+    model.save_pretrained(tmp_path / "float")
+    tensors = load_file(tmp_path / "float" / "diffusion_pytorch_model.safetensors")
+    from safetensors.torch import save_file
+
+    for order in (("bias", "weight"), ("weight", "bias")):
+        folder = tmp_path / "-".join(order)
+        folder.mkdir()
+        (folder / "config.json").write_bytes((tmp_path / "float" / "config.json").read_bytes())
+        weight_map = {}
+        for i, kind in enumerate(order):
+            part = {k: v for k, v in tensors.items() if k.endswith("bias") == (kind == "bias")}
+            file = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
+            save_file(part, folder / file, {"format": "pt"})
+            weight_map |= dict.fromkeys(part, file)
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+        )
+        loaded = type(model).from_pretrained(folder, quantization_config=HfQuantConfig("w8a16"))
+        assert_same(loaded, hfquant.quantize(small_models.dit(), None, "w8a16"), denoiser_inputs(model))
+
+
+def test_modules_kept_in_float32(checkpoint, tmp_path):
+    class_list = list(WanTransformer3DModel._keep_in_fp32_modules)
+    config, inputs = HfQuantConfig("w8a8-dynamic"), denoiser_inputs(small_models.wan())
+    model = WanTransformer3DModel.from_pretrained(
+        checkpoint("wan"), quantization_config=config, torch_dtype=torch.bfloat16
+    )
+    embedder = model.condition_embedder.time_embedder
+    assert [(type(m), m.weight.dtype) for m in (embedder.linear_1, embedder.linear_2)] == [
+        (nn.Linear, torch.float32)
+    ] * 2
+    assert model.scale_shift_table.dtype == torch.float32
+    assert model.blocks[0].attn1.to_q.bias.dtype == torch.bfloat16
+    assert isinstance(model.blocks[0].attn1.to_q, QuantLinear)
+    model.save_pretrained(tmp_path)
+    again = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert_same(again, model, inputs)
+    assert WanTransformer3DModel._keep_in_fp32_modules == class_list
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "fp8"])
+def test_static_preset_with_data(preset, checkpoint, tmp_path):
+    inputs = denoiser_inputs(small_models.sd3())
+    config = HfQuantConfig(preset, calibration=[inputs, inputs])
+    model = SD3Transformer2DModel.from_pretrained(checkpoint("sd3"), quantization_config=config)
+    assert_same(model, hfquant.quantize(small_models.sd3(), [inputs, inputs], preset), inputs)
+    model.save_pretrained(tmp_path)
+    assert_same(SD3Transformer2DModel.from_pretrained(tmp_path), model, inputs)
+
+
+class Recorded(list):
+    """A list of batches that can be weakly referenced."""
+
+
+def test_users_config_is_left_alone_and_the_data_let_go(checkpoint, tmp_path):
+    inputs = denoiser_inputs(small_models.dit())
+    data = Recorded([inputs])
+    config = HfQuantConfig("w8a8", calibration=data, modules_to_not_convert=["proj_out_2"])
+    before = config.to_dict()
+    models = [type(small_models.dit()).from_pretrained(checkpoint("dit"), quantization_config=config) for _ in range(2)]
+    assert config.to_dict() == before
+    assert config.calibration is data
+    assert_same(*models, inputs)
+    held = weakref.ref(data)
+    del config, data
+    gc.collect()
+    assert held() is None
+    for model in models:
+        assert model.hf_quantizer.quantization_config is model.config["quantization_config"]
+        assert model.hf_quantizer.pre_quantized
+    models[0].save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert stored["config"] == PRESETS["w8a8"]
+    assert stored["modules_to_not_convert"] == ["proj_out_2"]
+    assert "calibration" not in stored
+
+
+def test_modules_to_not_convert_and_overrides(checkpoint, tmp_path):
+    rules = {"default": INT4, "*.ff.*": {"enable": False}, "proj_out": {"weight_quant": {"type": "int16"}}}
+    config = HfQuantConfig(rules, modules_to_not_convert=["attn.to_q", "x_embedder"])
+    model = FluxTransformer2DModel.from_pretrained(checkpoint("flux"), quantization_config=config)
+    left = {n for n, m in model.named_modules() if type(m) is nn.Linear}
+    assert left == {n for n in left if ".ff." in n or n.endswith("attn.to_q") or n == "x_embedder"}
+    assert len(left) == 2 + 3 + 1
+    assert model.proj_out.weight.dtype == torch.int16
+    model.save_pretrained(tmp_path)
+    assert_same(FluxTransformer2DModel.from_pretrained(tmp_path), model, denoiser_inputs(model))
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_map(device_map, checkpoint, tmp_path):
+    inputs = denoiser_inputs(small_models.dit())
+    cls, config = type(small_models.dit()), HfQuantConfig("w8a16")
+    if device_map == "auto" and not torch.cuda.is_available():
+        device_map = {"": torch.device("cpu")}
+    expected = cls.from_pretrained(checkpoint("dit"), quantization_config=config)
+    model = cls.from_pretrained(checkpoint("dit"), quantization_config=config, device_map=device_map)
+    assert_same(model, expected, inputs)
+    model.save_pretrained(tmp_path)
+    assert_same(cls.from_pretrained(tmp_path, device_map=device_map), expected, inputs)
+
+
+def test_offloading_to_disk_is_refused(checkpoint, tmp_path):
+    cls, config = type(small_models.dit()), HfQuantConfig("w8a16")
+    cls.from_pretrained(checkpoint("dit"), quantization_config=config).save_pretrained(tmp_path / "quantized")
+    device_map = {"": "cpu", "transformer_blocks.0": "disk"}
+    for folder, given in ((checkpoint("dit"), config), (tmp_path / "quantized", None)):
+        with pytest.raises(ValueError, match="enable_group_offload"):
+            cls.from_pretrained(folder, quantization_config=given, device_map=device_map, offload_folder=tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantized_model_is_a_plain_one(dtype, checkpoint, tmp_path):
+    cls, config = type(small_models.pixart()), HfQuantConfig("w8a16")
+    model = cls.from_pretrained(checkpoint("pixart"), quantization_config=config, torch_dtype=dtype)
+    weights = {name: layer.effective_weight().to(dtype) for name, layer in quant_linears(model).items()}
+    plain = model.dequantize()
+    assert plain is model
+    for name, weight in weights.items():
+        assert type(plain.get_submodule(name)) is nn.Linear
+        assert torch.equal(plain.get_submodule(name).weight, weight)
+    assert all(p.requires_grad and p.dtype == dtype for p in plain.parameters())
+    plain.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    again = cls.from_pretrained(tmp_path, torch_dtype=dtype)
+    assert not quant_linears(again)
+    assert_same(again, plain, denoiser_inputs(plain))
+    assert len(quant_linears(hfquant.quantize(plain.float(), None, "w8a16"))) == COUNTS["pixart"]
+
+
+def test_casting_a_quantized_model_is_refused(checkpoint):
+    cls, config = type(small_models.dit()), HfQuantConfig("w8a8-dynamic")
+    model = cls.from_pretrained(checkpoint("dit"), quantization_config=config)
+    inputs = denoiser_inputs(model)
+    y = outputs(model, inputs)
+    for cast in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.float()):
+        with pytest.raises(ValueError, match=r"unsupported|not supported"):
+            cast(model)
+    assert torch.equal(outputs(model.to("cpu"), inputs), y)
+    # Casting a pipeline reaches the model through nn.Module.
+    inner = nn.ModuleList([copy.deepcopy(model)]).to(torch.bfloat16)[0]
+    assert all(layer.weight_scale.dtype == torch.float32 for layer in quant_linears(inner).values())
+    assert all(layer.weight.dtype == torch.int8 for layer in quant_linears(inner).values())
+    assert sqnr(y, outputs(inner, inputs)) > 20
+    twin = copy.deepcopy(model)
+    assert_same(twin, model, inputs)
+
+
+@pytest.mark.parametrize("name", ["unet", "flux", "sd3", "pixart"])
+def test_fusing_projections_of_a_quantized_model_raises_and_changes_nothing(name, checkpoint):
+    # diffusers concatenates the weights into a new nn.Linear, which cannot hold codes.
+    model = type(small_models.DIFFUSERS[name]()).from_pretrained(
+        checkpoint(name), quantization_config=HfQuantConfig("w8a16")
+    )
+    expected = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="floating point"):
+        model.fuse_qkv_projections()
+    assert_same(model, expected, denoiser_inputs(model))
+
+
+def test_share_is_said_on_load(checkpoint, caplog):
+    with caplog.at_level(logging.INFO, "hfquant"):
+        for name in ("unet", "dit"):
+            cls = type(small_models.DIFFUSERS[name]())
+            cls.from_pretrained(checkpoint(name), quantization_config=HfQuantConfig("w8a16"))
+    unet, dit = [r for r in caplog.records if "linears quantized" in r.message]
+    assert (unet.levelno, dit.levelno) == (logging.WARNING, logging.INFO)
+    assert "conv" in unet.message
+
+
+def test_save_twice_writes_the_same(checkpoint, tmp_path):
+    cls = type(small_models.dit())
+    model = cls.from_pretrained(checkpoint("dit"), quantization_config=HfQuantConfig("w8a16"))
+    model.save_pretrained(tmp_path)
+    first = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    model.save_pretrained(tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == first
