@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -105,8 +105,8 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
 
 
-def linear_bits(model: nn.Module, weights: dict[str, int]) -> dict[str, float]:
-    """Stored bits for each weight of each named linear: every tensor of the module's state dict, counted in bytes.
+def bits_per_weight(model: nn.Module, weights: dict[str, int]) -> float:
+    """Stored bits a weight of the named linears: every tensor of their state dicts, counted in bytes.
 
     Codes, scales, zero points, smoothing vectors, low-rank branches and biases all count; tensor subclasses are taken
     apart into the plain tensors they hold.
@@ -114,31 +114,33 @@ def linear_bits(model: nn.Module, weights: dict[str, int]) -> dict[str, float]:
     Args:
         model: The quantized model.
         weights: For each linear's name, how many weights it had in full precision.
-    """
-    modules = {name: model.get_submodule(name) for name in weights}
-    return {name: 8 * sum(map(_bytes, m.state_dict().values())) / weights[name] for name, m in modules.items()}
-
-
-def bits_per_weight(model: nn.Module, weights: dict[str, int]) -> float:
-    """Mean of :func:`linear_bits` over all weights.
 
     Raises:
-        ValueError: A linear is still stored in 16 bits or more a weight: it was skipped, so the row would flatter.
+        ValueError: A linear still holds its weights in 16 bits or more: it was skipped, and the row would flatter.
     """
-    bits = linear_bits(model, weights)
-    if skipped := [name for name, b in bits.items() if b >= 16]:
-        raise ValueError(f"{len(skipped)} of {len(bits)} linears were not quantized, the first is {skipped[0]}")
-    return sum(bits[name] * n for name, n in weights.items()) / sum(weights.values())
+    tensors = {name: _plain_tensors(model.get_submodule(name).state_dict().values()) for name in weights}
+    if skipped := [n for n, held in tensors.items() if any(_is_float_weight(t, weights[n]) for t in held)]:
+        raise ValueError(f"{len(skipped)} of {len(weights)} linears were not quantized, the first is {skipped[0]}")
+    return 8 * sum(_bytes(t) for held in tensors.values() for t in held) / sum(weights.values())
 
 
 def _logits(states: Tensor, head: Tensor) -> Tensor:
     return nn.functional.linear(states, head.float())
 
 
-def _bytes(tensor: Any) -> int:
-    if not isinstance(tensor, Tensor):
-        return 0  # torch stores a module's extra state beside its tensors
-    flatten: Callable[[], tuple[list[str], Any]] | None = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        return tensor.numel() * tensor.element_size()
-    return sum(_bytes(getattr(tensor, name)) for name in flatten()[0])
+def _plain_tensors(tensors: Iterable[Any]) -> list[Tensor]:
+    plain: list[Tensor] = []
+    for tensor in tensors:
+        if hasattr(tensor, "__tensor_flatten__"):
+            plain += _plain_tensors(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        elif isinstance(tensor, Tensor):  # a module's extra state need not be one
+            plain.append(tensor)
+    return plain
+
+
+def _is_float_weight(tensor: Tensor, weights: int) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel() >= weights
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

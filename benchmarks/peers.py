@@ -6,8 +6,8 @@ calibration batches, which most do not need. :data:`PEERS` names them ``<kind>/<
 format: w4a16 is 4-bit weights and float activations.
 
 What is left out, and why: torchao's packed formats for GPUs and Arm, its GPTQ (needs a GPU library for int4) and its
-scaled float8 product are not available here. torchao's w4a8 keeps one 4-bit code a byte until a model is exported; its
-codes are counted as 4 bits.
+scaled float8 product are not available here. torchao's w4a8 keeps each 4-bit code in a byte until a model is exported,
+and is counted as stored: 8.6 bits, which packing would bring to 4.6.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ Peer = Callable[[nn.Module, Batches], nn.Module]
 GROUP_SIZE = 64
 
 
+@torch.no_grad()
 def linearized(model: nn.Module, names: Iterable[str]) -> nn.Module:
     """Replace weight-only linears by the float32 matrices that they stand for, each read off the identity's image.
 
@@ -39,15 +40,16 @@ def linearized(model: nn.Module, names: Iterable[str]) -> nn.Module:
         identity = torch.eye(module.in_features, dtype=weight.dtype if weight.is_floating_point() else torch.float32)
         bias, module.bias = module.bias, None
         plain = nn.Linear(module.in_features, module.out_features, bias is not None)
-        with torch.no_grad():
-            plain.weight.copy_(module(identity).T)
-            if bias is not None:
-                plain.bias.copy_(bias)
+        plain.weight.copy_(module(identity).T)
+        if bias is not None:
+            plain.bias.copy_(bias)
         model.set_submodule(name, plain)
     return model
 
 
 def _torchao(make_config: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Peer:
+    """``dtype`` is what the linears are cast to beforehand: torchao's 4-bit kernels are meant for bfloat16."""
+
     def apply(model: nn.Module, batches: Batches) -> nn.Module:
         from torchao.quantization import quantize_
 
