@@ -157,19 +157,24 @@ def _watch(model: nn.Module, example: Any, patterns: frozenset[SegPattern], fake
 
 
 def _twin(model: nn.Module, fake: bool) -> nn.Module:
-    """A copy of the module tree in eval mode, with fake parameters and buffers or with the model's own parameters."""
+    """A copy of the module tree in eval mode, with fake tensors or with parameters that share the model's storage."""
+
+    def empty(t: Tensor) -> Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for name in ("config", "_internal_dict", "_hf_hook", "_diffusers_hook"):  # never written to; some hold weights
-            if name in vars(module):
-                memo[id(vars(module)[name])] = vars(module)[name]
+        for name, value in vars(module).items():
+            if name in ("config", "_internal_dict", "_hf_hook", "_diffusers_hook"):  # not written to; some hold weights
+                memo[id(value)] = value
+            elif isinstance(value, Tensor):  # of the kind that deepcopy refuses, as weight norm's
+                memo[id(value)] = value.detach().clone()
         for p in module._parameters.values():
             if p is not None:
-                empty = fake and torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="cpu")
-                memo[id(p)] = nn.Parameter(empty, requires_grad=False) if isinstance(empty, Tensor) else p
+                memo[id(p)] = nn.Parameter(empty(p) if fake else p.detach(), requires_grad=False)
         for b in module._buffers.values() if fake else ():
             if b is not None:
-                memo[id(b)] = torch.empty_strided(b.shape, b.stride(), dtype=b.dtype, device="cpu")
+                memo[id(b)] = empty(b)
     twin: nn.Module = copy.deepcopy(model, memo)
     for module in twin.modules():  # offloading hooks would fetch weights; some run the original module's forward
         if "_diffusers_hook" in vars(module) or (fake and "_hf_hook" in vars(module)):
