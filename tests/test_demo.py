@@ -88,9 +88,9 @@ SCHEDULERS = sorted({s.name for s in KarrasDiffusionSchedulers} - {"EDMEulerSche
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_samples_with_every_scheduler(pipe, scheduler):
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
-    labels = LABELS_200[:20]
-    images = pipe(labels, num_inference_steps=30, generator=seeded(), output_type="np").images
-    assert images.shape == (20, 8, 8, 1)
+    labels = list(range(10))
+    images = pipe(labels, num_inference_steps=20, generator=seeded(), output_type="np").images
+    assert images.shape == (10, 8, 8, 1)
     assert agreement(images, labels) >= 0.9
 
 
