@@ -37,10 +37,10 @@ _IMPORTABLE = ("diffusers", "transformers")
 
 @dataclasses.dataclass
 class Recording:
-    """Recorded calls: one structure a call, and the tensors that the structures refer to by digest."""
+    """Recorded calls: one structure a call, and by digest the bytes of the tensors that the structures refer to."""
 
     samples: list[Any] = dataclasses.field(default_factory=list)
-    tensors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    tensors: dict[str, memoryview] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -57,7 +57,7 @@ class Recording:
         """Appends sample `index` of another recording, sharing its tensors."""
         structure = other.samples[index]
         self.samples.append(structure)
-        for key, _, _ in _placeholders(structure):
+        for key, _, _ in placeholders(structure):
             self.tensors[key] = other.tensors[key]
 
     def __getitem__(self, index: int) -> Any:
@@ -65,13 +65,13 @@ class Recording:
         return decode(self.samples[index], self.tensors)
 
 
-def encode(value: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:
+def encode(value: Any, tensors: dict[str, memoryview], where: str) -> Any:
     """Turns a value into a JSON structure, adding its tensors to the table.
 
     Args:
         value: Tensors, arrays, None, Python scalars, strings, dtypes, devices; lists, tuples, named tuples, mappings
             and dataclasses of them, nested.
-        tensors: Table that receives a contiguous CPU copy of each tensor that is not there yet.
+        tensors: Table that receives a copy of the bytes of each tensor that is not there yet.
         where: Path of the value, for the error message.
 
     Raises:
@@ -112,13 +112,13 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:
     raise TypeError(f"{where}: a {type(value).__module__}.{type(value).__qualname__} cannot be recorded.{hint}")
 
 
-def _encode_object(value: Any, names: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:
+def _encode_object(value: Any, names: Any, tensors: dict[str, memoryview], where: str) -> Any:
     kind = type(value)
     fields = [[name, encode(getattr(value, name, None), tensors, f"{where}.{name}")] for name in names]
     return {"$object": [f"{kind.__module__}:{kind.__qualname__}", fields]}
 
 
-def _store(value: torch.Tensor, tensors: dict[str, torch.Tensor], where: str) -> list[Any]:
+def _store(value: torch.Tensor, tensors: dict[str, memoryview], where: str) -> list[Any]:
     if value.layout is not torch.strided or value.is_meta or value.is_quantized or value.is_nested:
         raise TypeError(f"{where}: a tensor with layout {value.layout} on {value.device} cannot be recorded.")
     tensor = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
@@ -128,21 +128,16 @@ def _store(value: torch.Tensor, tensors: dict[str, torch.Tensor], where: str) ->
     key = digest.hexdigest()
     if key not in tensors:
         # The layer may go on to change its input in place; contiguous() and cpu() copy only when they must.
-        tensors[key] = tensor.clone() if tensor.data_ptr() == value.data_ptr() else tensor
+        tensors[key] = content(tensor.clone() if tensor.data_ptr() == value.data_ptr() else tensor)
     return [key, dtype, shape]
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Views a contiguous tensor of any dtype as flat uint8."""
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def content(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any dtype, without a copy."""
-    return as_bytes(tensor).numpy().data
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def decode(structure: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+def decode(structure: Any, tensors: Mapping[str, memoryview]) -> Any:
     """Rebuilds what :func:`encode` took apart. Mappings come back as dicts, every tensor as a copy on the CPU.
 
     Nothing in the structure is trusted: sizes are checked before memory is taken, and no constructor of a class that it
@@ -178,7 +173,7 @@ def decode(structure: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
                 return complex(*decode(body, tensors))
             case "$object":
                 return _decode_object(body[0], [(name, decode(item, tensors)) for name, item in body[1]])
-    except (TypeError, AttributeError, IndexError, RuntimeError, ImportError) as error:
+    except (TypeError, AttributeError, IndexError, RuntimeError, OverflowError, ImportError) as error:
         raise ValueError(f"malformed {tag}: {error}") from error
     raise ValueError(f"unknown tag {tag!r}")
 
@@ -190,16 +185,16 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _load(body: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _load(body: Any, tensors: Mapping[str, memoryview]) -> torch.Tensor:
     key, name, shape = body
     if key not in tensors:
         raise ValueError(f"tensor {key!r} is missing")
     stored, dtype = tensors[key], _dtype(name)
     if any(type(size) is not int or size < 0 for size in shape) or math.prod(shape) * dtype.itemsize != stored.nbytes:
         raise ValueError(f"tensor {key!r} has {stored.nbytes} bytes, which is not {name}{shape}")
-    if stored.dtype is not dtype:
-        stored = as_bytes(stored).view(dtype)
-    return stored.reshape(shape).clone()
+    if not stored.nbytes:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(stored), dtype=torch.uint8).view(dtype).reshape(shape)
 
 
 def _decode_object(path: str, fields: list[tuple[str, Any]]) -> Any:
@@ -229,26 +224,26 @@ def _decode_object(path: str, fields: list[tuple[str, Any]]) -> Any:
     return instance
 
 
-def _placeholders(structure: Any, path: str = "") -> Iterator[tuple[str, str, list[Any]]]:
+def placeholders(structure: Any, path: str = "") -> Iterator[tuple[str, str, list[Any]]]:
     """Yields (digest, path, [dtype, shape]) of each tensor in a structure."""
     if isinstance(structure, list):
         for i, item in enumerate(structure):
-            yield from _placeholders(item, f"{path}.{i}")
+            yield from placeholders(item, f"{path}.{i}")
     elif isinstance(structure, dict):
         ((tag, body),) = structure.items()
         match tag:
             case "$tensor":
                 yield body[0], path.removeprefix("."), body[1:]
             case "$tuple" | "$array":
-                yield from _placeholders(body, path)
+                yield from placeholders(body, path)
             case "$dict" | "$object":
                 for name, item in body if tag == "$dict" else body[1]:
-                    yield from _placeholders(item, f"{path}.{name}")
+                    yield from placeholders(item, f"{path}.{name}")
 
 
 def layout(structure: Any) -> dict[str, list[Any]]:
     """The tensors of a sample: path of each to [dtype, shape]."""
-    return {path: spec for _, path, spec in _placeholders(structure)}
+    return {path: spec for _, path, spec in placeholders(structure)}
 
 
 class Target(NamedTuple):

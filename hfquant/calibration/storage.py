@@ -16,21 +16,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import safetensors.torch
 import torch
 import xxhash
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
 
-from hfquant.calibration.recorder import Recording, as_bytes, layout
+from hfquant.calibration.recorder import Recording, layout, placeholders
 
 INDEX = "index.json"
 _FORMAT = "hfquant.calibration"
@@ -38,9 +36,11 @@ _VERSION = 1
 # zstd turns 128 KiB of equal bytes into a block of 4; nothing expands further, so a larger claim is a lie.
 _MAX_EXPANSION = 1 << 15
 _ZSTD_LEVEL = 3
-_STORABLE = {
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64),
+# What safetensors calls each dtype. Others are stored as flat bytes; a sample's structure says what they are.
+_NAMES = {
+    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64"},
+    **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "bool": "BOOL", "uint8": "U8", "int8": "I8"},
+    **{"int64": "I64", "int32": "I32", "int16": "I16", "uint64": "U64", "uint32": "U32", "uint16": "U16"},
 }
 
 
@@ -114,19 +114,15 @@ class ChunkFile:
         """
         self.check_size()
         data = self.path.read_bytes()
-        if xxhash.xxh3_128_hexdigest(data) != self.entry.xxh3_128:
+        if len(data) != self.entry.size or xxhash.xxh3_128_hexdigest(data) != self.entry.xxh3_128:
             raise CalibSetError(f"{self.path} is damaged: its checksum is not the one in {INDEX}.")
         try:
-            raw = self._decompress(data) if self.compress else data
-            del data
-            header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-            samples = json.loads(header["__metadata__"]["samples"])
-            recording = Recording(samples, safetensors.torch.load(raw))
-        except (SafetensorError, zstandard.ZstdError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CalibSetError(f"{self.path} cannot be read: {error!r}.") from error
+            recording = _parse(_decompress(data, self.entry.raw_size) if self.compress else data)
         except MemoryError as error:
             raise CalibSetError(f"{self.path} needs {self.entry.raw_size} bytes, more than there is.") from error
-        if not isinstance(samples, list) or len(samples) != self.entry.samples:
+        except (zstandard.ZstdError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CalibSetError(f"{self.path} cannot be read: {error!r}.") from error
+        if len(recording) != self.entry.samples:
             raise CalibSetError(f"{self.path} does not hold the {self.entry.samples} samples that {INDEX} promises.")
         return recording
 
@@ -139,11 +135,61 @@ class ChunkFile:
         if size != self.entry.size:
             raise CalibSetError(f"{self.path} has {size} bytes, {INDEX} says {self.entry.size}: cut off or replaced.")
 
-    def _decompress(self, data: bytes) -> bytes:
-        claimed = zstandard.get_frame_parameters(data).content_size
-        if claimed != self.entry.raw_size or claimed > _MAX_EXPANSION * len(data):
-            raise ValueError(f"it claims to hold {claimed} bytes, {INDEX} says {self.entry.raw_size}")
-        return zstandard.ZstdDecompressor().decompress(data)
+
+def _decompress(data: bytes, size: int) -> bytes:
+    claimed = zstandard.get_frame_parameters(data).content_size
+    if claimed != size or claimed > _MAX_EXPANSION * len(data):
+        raise ValueError(f"it claims to hold {claimed} bytes, {INDEX} says {size}")
+    return zstandard.ZstdDecompressor().decompress(data)
+
+
+def _parse(raw: bytes) -> Recording:
+    """Reads a safetensors file in memory, without a copy of the tensors."""
+    start = 8 + int.from_bytes(raw[:8], "little")
+    if not 8 <= start <= len(raw):
+        raise ValueError("its header is longer than the file")
+    header = json.loads(raw[8:start])
+    samples = json.loads(header.pop("__metadata__")["samples"])
+    if not isinstance(samples, list):
+        raise ValueError("its samples are no list")
+    body, tensors = memoryview(raw)[start:], {}
+    for key, spec in header.items():
+        begin, end = spec["data_offsets"]
+        if not 0 <= begin <= end <= len(body):
+            raise ValueError(f"tensor {key!r} lies outside the file")
+        tensors[key] = body[begin:end]
+    return Recording(samples, tensors)
+
+
+def _serialize(chunk: Recording) -> Iterator[bytes | memoryview]:
+    """The parts of a safetensors file: the header, then each tensor, without a copy of them."""
+    specs = {key: spec for sample in chunk.samples for key, _, spec in placeholders(sample)}
+    # Wide elements first, so that each tensor is aligned when the file is mapped to memory.
+    order = sorted(specs, key=lambda key: -getattr(torch, specs[key][0]).itemsize)
+    header: dict[str, Any] = {"__metadata__": {"samples": json.dumps(chunk.samples, separators=(",", ":"))}}
+    end = 0
+    for key in order:
+        dtype, shape = specs[key]
+        begin, end = end, end + chunk.tensors[key].nbytes
+        name = _NAMES.get(dtype)
+        header[key] = {
+            "dtype": name or "U8",
+            "shape": shape if name else [end - begin],
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for key in order:
+        yield chunk.tensors[key]
+
+
+def _compress(parts: Iterable[bytes | memoryview], size: int) -> Iterator[bytes]:
+    # Multi-threaded zstd gives the same bytes for any number of threads, only not for none.
+    compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, threads=-1).compressobj(size=size)
+    for part in parts:
+        yield compressor.compress(part)
+    yield compressor.flush()
 
 
 class Writer:
@@ -172,24 +218,20 @@ class Writer:
     def _flush(self, cursor: Cursor) -> None:
         chunk, self._chunk = self._chunk, Recording()
         ids = [self._layout_id(layout(sample)) for sample in chunk.samples]
-        raw = safetensors.torch.save(
-            {key: tensor if tensor.dtype in _STORABLE else as_bytes(tensor) for key, tensor in chunk.tensors.items()},
-            # One key only: safetensors writes several in random order.
-            metadata={"samples": json.dumps(chunk.samples, separators=(",", ":"))},
-        )
-        raw_size = len(raw)
+        parts: Iterable[bytes | memoryview] = list(_serialize(chunk))
+        raw_size = sum(map(len, parts))
         if self.index.compress:
-            # Multi-threaded zstd output does not depend on the number of threads, only on there being any.
-            raw = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, threads=-1).compress(raw)
+            parts = _compress(parts, raw_size)
+        file = _chunk_name(len(self.index.chunks), self.index.compress)
+        size, checksum = _write_atomically(self.directory / file, parts)
         entry = ChunkEntry(
-            file=_chunk_name(len(self.index.chunks), self.index.compress),
+            file=file,
             samples=len(chunk),
-            size=len(raw),
+            size=size,
             raw_size=raw_size,
-            xxh3_128=xxhash.xxh3_128_hexdigest(raw),
+            xxh3_128=checksum,
             layouts=[[number, len(list(run))] for number, run in groupby(ids)],
         )
-        _write_atomically(self.directory / entry.file, raw)
         self.index.chunks.append(entry)
         self.index.length += len(chunk)
         self.index.cursor = cursor
@@ -212,7 +254,14 @@ def chunk_files(directory: Path, index: Index) -> list[ChunkFile]:
 def write_index(directory: Path, index: Index) -> None:
     """Writes index.json, with a checksum of itself."""
     body = index.model_dump(mode="json")
-    _write_atomically(directory / INDEX, json.dumps(body | {"checksum": _checksum(body)}, indent=1).encode())
+    text = json.dumps(body | {"checksum": _checksum(body)}, indent=1)
+    _write_atomically(directory / INDEX, [text.encode()])
+    if os.name == "posix":  # renames, those of the chunks too, must survive a power cut
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def read_index(directory: Path) -> Index | None:
@@ -293,16 +342,16 @@ def _checksum(body: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def _write_atomically(path: Path, parts: Iterable[bytes | memoryview], *, sync_rename: bool = False) -> tuple[int, str]:
+    """Writes a file that is there whole or not at all; gives its size and checksum."""
     temporary = path.with_name(path.name + ".tmp")
+    digest = xxhash.xxh3_128()
     with open(temporary, "wb") as file:
-        file.write(data)
+        for part in parts:
+            digest.update(part)
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
+        size = file.tell()
     os.replace(temporary, path)
-    if os.name == "posix":  # the rename itself must survive a power cut
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    return size, digest.hexdigest()

@@ -317,7 +317,10 @@ def test_chunks_from_a_stranger(tmp_path):
         (b"not safetensors at all", "chunk-00000"),
         (good[:-1], "chunk-00000"),
         (with_samples([1]), "does not hold the 4 samples"),
-        (with_samples({"a": 1}), "does not hold the 4 samples"),
+        (with_samples({"a": 1}), "samples are no list"),
+        (with_samples("abcd"), "samples are no list"),
+        (good[:8] + b"{}" + good[8:], "chunk-00000"),
+        ((1 << 62).to_bytes(8, "little") + good[8:], "header is longer than the file"),
         (with_samples([{"$tensor": ["x", "float32", [1 << 50]]}] * 4), "sample 0: tensor 'x' is missing"),
         (with_samples([{"$object": ["os:system", []]}] * 4), "sample 0: os:system is no|import its module"),
     ]:

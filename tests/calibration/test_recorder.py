@@ -63,7 +63,7 @@ def identical(a, b) -> bool:
 
 
 def round_trip(value):
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, memoryview] = {}
     structure = json.loads(json.dumps(encode(value, tensors, "x"), allow_nan=False))
     return decode(structure, tensors)
 
@@ -166,7 +166,6 @@ def test_samples_are_snapshots_and_copies():
     first[0].fill_(7)
     assert first[2].tolist() == [0.0] * 4, "two arguments must not share memory"
     assert recording[0][0].tolist() == [0.0] * 4
-    assert all(t.untyped_storage().nbytes() == t.nbytes for t in recording.tensors.values()), "a view kept its base"
 
 
 def test_equal_tensors_are_kept_once():
@@ -202,6 +201,7 @@ def test_what_cannot_be_stored_is_refused(value, message):
         {"$tensor": ["missing", "float32", [1]]},
         {"$tensor": ["k", "float32", [1 << 60]]},
         {"$tensor": ["k", "float32", [-2, -2]]},
+        {"$tensor": ["empty", "float32", [0, 1 << 70]]},
         {"$tensor": ["k", "float32", [True, 4]]},
         {"$tensor": ["k", "float32"]},
         {"$tensor": ["k", "load", [4]]},
@@ -226,7 +226,7 @@ def test_what_cannot_be_stored_is_refused(value, message):
 )
 def test_malformed_structures_are_refused(structure):
     with pytest.raises(ValueError):
-        decode([structure], {"k": torch.zeros(4)})
+        decode([structure], {"k": memoryview(bytes(16)), "empty": memoryview(b"")})
 
 
 def test_decoding_runs_no_constructor():
