@@ -111,7 +111,7 @@ def _quanto(weights: str, activations: str | None = None) -> Peer:
 
         quanto.quantize(model, weights=weights, activations=activations, include=list(quantizable_linears(model)))
         if activations is not None:
-            with torch.no_grad(), quanto.Calibration(streamline=False):
+            with torch.no_grad(), quanto.Calibration():
                 for batch in batches:
                     model(**batch)
         quanto.freeze(model)
