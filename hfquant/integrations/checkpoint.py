@@ -8,7 +8,7 @@ which no plain ``nn.Linear`` accepts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from accelerate.utils import align_module_device
@@ -119,8 +119,13 @@ def check_loaded(model: nn.Module) -> None:
                     f"got {tuple(tensor.shape)} of {tensor.dtype}"
                 )
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise CheckpointError(f"the checkpoint lacks {len(missing)} tensors of quantized linears: {shown}")
+        raise missing_tensors(missing)
+
+
+def missing_tensors(names: Sequence[str]) -> CheckpointError:
+    """The error that says which tensors of quantized linears a checkpoint lacks."""
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return CheckpointError(f"the checkpoint lacks {len(names)} tensors of quantized linears: {shown}")
 
 
 def finish_loading(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from hfquant.integrations.checkpoint import (
     dequantized,
     finish_loading,
     install_empty,
+    missing_tensors,
     stored_plans,
     to_disk,
     warn_if_empty,
@@ -72,13 +73,16 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             warn_if_empty(model, self.plan)
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
-        """Raise where the checkpoint lacks a tensor of a quantized linear."""
-        quantized = [k for k in missing_keys if isinstance(model.get_submodule(k.rpartition(".")[0]), QuantLinear)]
-        if quantized:
-            raise CheckpointError(
-                f"the checkpoint lacks {len(quantized)} tensors of quantized linears: {quantized[:5]}"
-            )
+        """Raise where the checkpoint lacks a tensor of a linear that is quantized, or is to be."""
+        lacking = sorted(k for k in missing_keys if self._is_quantized(model, k.rpartition(".")[0]))
+        if lacking:
+            raise missing_tensors(lacking)
         return missing_keys
+
+    def _is_quantized(self, model: ModelMixin, name: str) -> bool:
+        if self.plan is not None:
+            return name in self.plan.layers
+        return isinstance(model.get_submodule(name), QuantLinear)
 
     def check_if_quantized_param(
         self, model: ModelMixin, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any

@@ -1,0 +1,314 @@
+"""What is wrong gets one clear error, and leaves nothing half done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_models
+import torch
+from diffusers import DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
+from small_models import denoiser_inputs, outputs, transformers_inputs
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+import hfquant
+from hfquant import CalibrationError, ConfigError, HfQuantConfig
+from hfquant.integrations.checkpoint import CheckpointError
+from hfquant.linear import quant_linears
+
+ROOT = Path(__file__).parents[2]
+LIBRARIES = {"transformers": "llama", "diffusers": "dit"}
+CLASSES: dict[str, Any] = {"transformers": LlamaForCausalLM, "diffusers": DiTTransformer2DModel}
+WEIGHTS = {"transformers": "model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors"}
+#: A quantized linear with neither head nor tie, in each library's small model.
+LAYER = {"transformers": "model.layers.0.mlp.down_proj", "diffusers": "transformer_blocks.0.attn1.to_q"}
+
+both_libraries = pytest.mark.parametrize("library", LIBRARIES)
+
+
+def inputs(library: str) -> dict[str, Any]:
+    model = small_models.llama() if library == "transformers" else small_models.dit()
+    return transformers_inputs(model) if library == "transformers" else denoiser_inputs(model)
+
+
+@pytest.fixture(scope="module")
+def static_folders(checkpoint, tmp_path_factory) -> dict[str, Path]:
+    made = {}
+    for library, name in LIBRARIES.items():
+        config = HfQuantConfig("w8a8", calibration=[inputs(library)])
+        model = CLASSES[library].from_pretrained(checkpoint(name), quantization_config=config)
+        made[library] = tmp_path_factory.mktemp(library)
+        model.save_pretrained(made[library])
+    return made
+
+
+def damaged(folder: Path, library: str, to: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+    shutil.copytree(folder, to)
+    tensors = load_file(to / WEIGHTS[library])
+    change(tensors)
+    save_file(tensors, to / WEIGHTS[library], {"format": "pt"})
+    return to
+
+
+def edited(folder: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    change(config["quantization_config"])
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+@both_libraries
+def test_static_activations_with_no_data_are_refused_before_weights_are_read(library, checkpoint, tmp_path):
+    folder = tmp_path / "no_weights"
+    shutil.copytree(checkpoint(LIBRARIES[library]), folder)
+    (folder / WEIGHTS[library]).write_bytes(b"not read")
+    for preset in ("w8a8", "fp8", "w4a4-svd", "w4a16-gptq"):
+        with pytest.raises(CalibrationError, match="needs calibration data"):
+            CLASSES[library].from_pretrained(folder, quantization_config=HfQuantConfig(preset))
+
+
+@both_libraries
+def test_unusable_data_on_load(library, checkpoint):
+    def load(data: Any) -> Any:
+        config = HfQuantConfig("w8a8", calibration=data)
+        return CLASSES[library].from_pretrained(checkpoint(LIBRARIES[library]), quantization_config=config)
+
+    good = inputs(library)
+    with pytest.raises(ValueError, match="empty"):
+        load([])
+    with pytest.raises(TypeError, match="once"):
+        load(b for b in [good])
+    with pytest.raises(TypeError):
+        load(7)
+    if library == "diffusers":
+        bad = {**good, "hidden_states": torch.full_like(good["hidden_states"], float("nan"))}
+        with pytest.raises(CalibrationError, match=r"layer '.*'.* NaN or Inf .*batch 1"):
+            load([good, bad])
+
+
+@both_libraries
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("preset", ["w8a8-dynamic", "w8a8"])
+def test_bad_weights_name_the_layer(library, value, preset, checkpoint, tmp_path):
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{LAYER[library]}.weight"][1, 2] = float(value)
+
+    folder = damaged(checkpoint(LIBRARIES[library]), library, tmp_path / "bad", spoil)
+    config = HfQuantConfig(preset, calibration=None if "dynamic" in preset else [inputs(library)])
+    with pytest.raises(ValueError, match=rf"'{LAYER[library]}'.*NaN or Inf|NaN or Inf in calibration"):
+        CLASSES[library].from_pretrained(folder, quantization_config=config)
+
+
+@both_libraries
+def test_float_checkpoint_with_a_missing_or_misshapen_weight(library, checkpoint, tmp_path):
+    key = f"{LAYER[library]}.weight"
+    changes: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+        "missing": lambda t: t.pop(key),
+        "narrow": lambda t: t.update({key: t[key][:, :-1].contiguous()}),
+        "flat": lambda t: t.update({key: t[key].flatten()}),
+    }
+    for what, change in changes.items():
+        folder = damaged(checkpoint(LIBRARIES[library]), library, tmp_path / what, change)
+        with pytest.raises(ValueError, match=key):
+            CLASSES[library].from_pretrained(folder, quantization_config=HfQuantConfig("w8a16"))
+
+
+STORED = ("weight", "weight_scale", "input_scale", "smooth")
+
+
+@both_libraries
+@pytest.mark.parametrize("tensor", STORED)
+def test_quantized_checkpoint_with_a_damaged_tensor(library, tensor, static_folders, tmp_path):
+    key = f"{LAYER[library]}.{tensor}"
+    wrong = torch.float32 if tensor == "weight" else torch.float16
+    changes: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+        "missing": lambda t: t.pop(key),
+        "longer": lambda t: t.update({key: torch.cat([t[key], t[key]])}),
+        "flat": lambda t: t.update({key: t[key].flatten()[None, None]}),
+        "shorter": lambda t: t.update({key: t[key][..., :0].contiguous()}),
+        "wrong dtype": lambda t: t.update({key: t[key].to(wrong)}),
+        "integers": lambda t: t.update({key: t[key].to(torch.int32)}),
+    }
+    for what, change in changes.items():
+        folder = damaged(static_folders[library], library, tmp_path / what, change)
+        with pytest.raises(CheckpointError, match=LAYER[library]) as caught:
+            CLASSES[library].from_pretrained(folder)
+        assert tensor in str(caught.value), what
+        if what in ("wrong dtype", "integers"):
+            # It is not mended on the way by the dtype asked for.
+            with pytest.raises(CheckpointError, match=LAYER[library]):
+                CLASSES[library].from_pretrained(folder, torch_dtype=torch.float16)
+
+
+@both_libraries
+def test_quantized_checkpoint_without_a_bias_or_a_whole_layer(library, static_folders, tmp_path):
+    if library == "diffusers":
+        folder = damaged(static_folders[library], library, tmp_path / "bias", lambda t: t.pop(f"{LAYER[library]}.bias"))
+        with pytest.raises(CheckpointError, match=rf"{LAYER[library]}.bias"):
+            CLASSES[library].from_pretrained(folder)
+
+    def drop(tensors: dict[str, Tensor]) -> None:
+        for key in [k for k in tensors if k.startswith(LAYER[library])]:
+            del tensors[key]
+
+    folder = damaged(static_folders[library], library, tmp_path / "layer", drop)
+    with pytest.raises(CheckpointError, match=LAYER[library]):
+        CLASSES[library].from_pretrained(folder)
+
+
+@both_libraries
+def test_stored_config_of_a_stranger(library, static_folders, tmp_path):
+    def load(name: str, change: Callable[[dict[str, Any]], Any]) -> None:
+        CLASSES[library].from_pretrained(edited(static_folders[library], tmp_path / name, change))
+
+    layer = LAYER[library]
+    cases: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+        "newer": (lambda c: c.update(format_version=99), "upgrade hfquant"),
+        "version": (lambda c: c.update(format_version="1"), "format_version"),
+        "unknown": (lambda c: c.update(colour="red"), "colour"),
+        "field": (lambda c: c["config"]["default"].update(colour="red"), "colour"),
+        "value": (lambda c: c["config"]["default"]["weight_quant"].update(type="int5"), "int5"),
+        "layers": (lambda c: c.update(layers=[1]), "layers"),
+        "sum": (lambda c: c["layers"].update({layer: {"input_segments": [1, 2]}}), rf"{layer}.*do not sum"),
+        "plan": (lambda c: c["layers"].update({layer: {"rank": 3}}), rf"{layer}.*rank"),
+        "dual": (lambda c: c["layers"].update({layer: {"dual": [True, False, True]}}), rf"{layer}.*dual"),
+        "layer": (lambda c: c["layers"].update({layer: {"config": {"enable": "yes"}}}), "enable"),
+        "nothing": (lambda c: c.pop("config"), "config"),
+    }
+    for name, (change, message) in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            load(name, change)
+
+
+@both_libraries
+def test_stored_plan_for_a_layer_that_is_not_there(library, static_folders, tmp_path):
+    """A config of another model: its rules would quantize what the checkpoint has in float, or the reverse."""
+    folder = edited(
+        static_folders[library],
+        tmp_path / "less",
+        lambda c: c.update(modules_to_not_convert=[*(c["modules_to_not_convert"] or []), LAYER[library]]),
+    )
+    with pytest.raises((RuntimeError, ValueError)):
+        CLASSES[library].from_pretrained(folder)
+
+
+@both_libraries
+def test_a_quantized_model_is_not_quantized_again(library, static_folders):
+    model = CLASSES[library].from_pretrained(static_folders[library])
+    before = outputs(model, inputs(library))
+    with pytest.raises(ValueError, match="already quantized"):
+        hfquant.quantize(model, None, "w8a16")
+    assert torch.equal(outputs(model, inputs(library)), before)
+
+
+def snapshot(model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[str, int, bool, int]], dict[str, Any]]:
+    modules = [
+        (n, id(m), m.training, len(m._forward_hooks) + len(m._forward_pre_hooks)) for n, m in model.named_modules()
+    ]
+    attributes = {k: v for k, v in vars(model).items() if not k.startswith("_")}
+    return {k: v.clone() for k, v in model.state_dict().items()}, modules, attributes
+
+
+@both_libraries
+@pytest.mark.parametrize("per_layer_mode", [False, True])
+def test_a_failing_quantize_leaves_the_model_as_it_was(library, per_layer_mode, tmp_path):
+    model = small_models.llama() if library == "transformers" else small_models.dit()
+    part = model.model.layers[1] if library == "transformers" else model.transformer_blocks[1]
+    model.train()
+    part.eval()
+    last = part.mlp.down_proj if library == "transformers" else model.proj_out_2
+    good = inputs(library)
+    config = {"default": {"weight_quant": {"type": "int8", "axis": -1}}}
+
+    def fails(loader: Any, error: type[Exception], message: str) -> None:
+        tensors, modules, attributes = snapshot(model)
+        with pytest.raises(error, match=message):
+            hfquant.quantize(model, loader, config, per_layer_mode)
+        after, modules_after, attributes_after = snapshot(model)
+        assert all(torch.equal(tensors[k].nan_to_num(7), after[k].nan_to_num(7)) for k in tensors)
+        assert tensors.keys() == after.keys()
+        assert modules_after == modules
+        assert attributes_after.keys() == attributes.keys()
+        assert not hasattr(model, "hf_quantizer")
+        assert "quantization_config" not in (model.config if library == "diffusers" else model.config.to_dict())
+
+    fails([], ValueError, "empty")
+    fails((b for b in [good]), TypeError, "only once")
+    fails(None, CalibrationError, "needs calibration data")
+    fails([good, "text"], TypeError, "sample")
+    fails([good, {"hidden_statez": torch.ones(1, 1)}], Exception, "hidden_state|exactly one of input_ids")
+
+    class Interrupted(list):
+        def __iter__(self):
+            yield good
+            raise OSError("the disk is gone")
+
+    fails(Interrupted([good]), OSError, "the disk is gone")
+    with torch.no_grad():
+        weight = last.weight[0, 0].item()
+        last.weight[0, 0] = float("nan")
+        fails([good], ValueError, "NaN or Inf")
+        last.weight[0, 0] = weight
+    assert quant_linears(hfquant.quantize(model, [good], config, per_layer_mode))
+    assert all(m.training for m in model.modules() if m is not part and m not in set(part.modules()))
+    assert not any(m.training for m in part.modules())
+
+
+@both_libraries
+def test_no_pickles(library, static_folders, tmp_path):
+    model = CLASSES[library].from_pretrained(static_folders[library])
+    if library == "diffusers":
+        with pytest.raises(ValueError, match="safetensors"):
+            model.save_pretrained(tmp_path, safe_serialization=False)
+    model.save_pretrained(tmp_path)
+    assert {f.suffix for f in tmp_path.iterdir()} == {".json", ".safetensors"}
+
+
+WITHOUT = """
+import sys
+from diffusers import DiTTransformer2DModel
+from transformers import LlamaForCausalLM
+assert "hfquant" not in sys.modules
+for cls, folders in ((LlamaForCausalLM, sys.argv[1:3]), (DiTTransformer2DModel, sys.argv[3:])):
+    for folder in folders:
+        try:
+            cls.from_pretrained(folder)
+        except Exception as error:
+            print(type(error).__name__, str(error).splitlines()[0])
+        else:
+            print("LOADED")
+"""
+
+
+def test_checkpoints_do_not_load_without_hfquant(static_folders, checkpoint, tmp_path):
+    """Codes in a plain linear would be noise; both libraries must notice."""
+    four_bit = {"opt": {"type": "default"}, "weight_quant": {"type": "int4", "axis": -1}, "input_quant": None}
+    folders: list[Path] = []
+    for library, name in LIBRARIES.items():
+        config = HfQuantConfig({"default": four_bit})
+        model = CLASSES[library].from_pretrained(checkpoint(name), quantization_config=config)
+        model.save_pretrained(tmp_path / library)
+        folders += [static_folders[library], tmp_path / library]
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *folders],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 4
+    assert "Unknown quantization type, got hfquant" in run.stderr
+    assert all(line.startswith("RuntimeError You set `ignore_mismatched_sizes` to `False`") for line in lines[:2])
+    assert all(line.startswith("ValueError Unknown quantization type, got hfquant") for line in lines[2:])
