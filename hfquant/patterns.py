@@ -264,7 +264,8 @@ def _summarize(name: str, order: int, linear: nn.Module, calls: list[Call], func
     """Join what the calls of one linear say."""
     assert isinstance(linear, nn.Linear)
     ins = _edges(frozenset[int]().union(*(c.in_cuts for c in calls)), linear.in_features)
-    outs = _edges(frozenset[int]().union(*(_out_cuts(c) for c in calls)), linear.out_features)
+    out_cuts = [_out_cuts(c) for c in calls]
+    outs = _edges(frozenset[int]().union(*out_cuts), linear.out_features)
     activations = tuple(_agreed([_at(c, low, high) for c in calls]) for low, high in ins)
     inputs, outputs = tuple(b - a for a, b in ins), tuple(b - a for a, b in outs)
     joins = list(dict.fromkeys(j for c in calls for j in c.joins))
@@ -285,7 +286,7 @@ def _summarize(name: str, order: int, linear: nn.Module, calls: list[Call], func
         how = ", ".join(dict.fromkeys(how for _, how in splits))
         whole = "left whole, the pieces are not runs of features" if len(outputs) == 1 else _sizes(outputs)
         evidence.append(f"output -> {how}: {whole}")
-    if len({(c.in_cuts, _out_cuts(c)) for c in calls}) > 1:
+    if len({(c.in_cuts, cuts) for c, cuts in zip(calls, out_cuts, strict=True)}) > 1:
         evidence.append(f"its {len(calls)} calls differ: common refinement")
     if functional:
         evidence.append("weight read outside its forward")
@@ -300,13 +301,19 @@ def _ends(call: Call) -> list[Slice]:
 
 def _out_cuts(call: Call) -> frozenset[int]:
     """Where the output was cut: between groups of pieces that leave no feature out (picking a few is no split)."""
-    pieces = [squash(s.index).flatten().long() for s in _ends(call) if s.index.numel()]
-    cuts = cuts_of({(int(p.min()), int(p.max()) + 1) for p in pieces}, call.out_features)
+    pieces = [squash(s.index) for s in _ends(call) if s.index.numel()]
+    hulls = [(int(p.min()), int(p.max()) + 1) for p in pieces]
+    cuts = cuts_of(hulls, call.out_features)
+    if not cuts:
+        return cuts
     touched = torch.zeros(call.out_features, dtype=torch.bool)
-    for p in pieces:
-        touched[p] = True
-    whole = {(low, high): touched[low:high] for low, high in _edges(cuts, call.out_features)}
-    return cuts if all(t.all() or not t.any() for t in whole.values()) else frozenset()
+    for p, (low, high) in zip(pieces, hulls, strict=True):
+        if p.numel() == high - low:  # a run
+            touched[low:high] = True
+        else:
+            touched[p.flatten().long()] = True
+    stretches = [touched[low:high] for low, high in _edges(cuts, call.out_features)]
+    return cuts if all(t.all() or not t.any() for t in stretches) else frozenset()
 
 
 def _edges(cuts: frozenset[int], size: int) -> list[tuple[int, int]]:
