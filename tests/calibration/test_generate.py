@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 from diffusers import DDIMScheduler, DDPMScheduler
 from test_recorder import identical
 from tiny_models import tiny_llama, tiny_pipeline
@@ -29,6 +30,7 @@ from hfquant.calibration import (
     storage,
 )
 from hfquant.calibration.generate import generate_shard
+from hfquant.calibration.recorder import Recording
 
 PROMPTS = [f"prompt number {'x' * i} of some" for i in range(7)]
 
@@ -322,3 +324,29 @@ def test_bad_arguments(arguments, error, message, tmp_path):
         with pytest.raises(error, match=message):
             generate_calibrate_set(**{**defaults, "dump_path": dump_path, "num_inference_steps": 2, **arguments})
     assert load_calibrate_set(tmp_path) is None
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_compression_does_not_depend_on_threads(monkeypatch, threads):
+    """Several megabytes, so that there is work for several threads; the parts are those of a chunk."""
+    parts = [
+        memoryview(torch.randn(1 << 18, generator=torch.Generator().manual_seed(i)).numpy()).cast("B") for i in range(9)
+    ]
+    size = sum(map(len, parts))
+    expected = b"".join(storage._compress(parts, size))
+    original = zstandard.ZstdCompressor
+    monkeypatch.setattr(zstandard, "ZstdCompressor", lambda level, threads: original(level=level, threads=forced))
+    forced = threads
+    assert b"".join(storage._compress(parts, size)) == expected
+    assert zstandard.decompress(expected) == b"".join(parts)
+
+
+def test_one_chunk_at_most_is_held(tmp_path, monkeypatch):
+    held = []
+    original = Recording.take
+    monkeypatch.setattr(
+        Recording, "take", lambda self, other, index: (original(self, other, index), held.append(len(self.samples)))
+    )
+    generate(tmp_path, chunk_size=3)
+    assert len(held) > 20
+    assert max(held) <= 5, "chunks of 3, runs of 5"
