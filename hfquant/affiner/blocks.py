@@ -1,11 +1,14 @@
 """Block alignment: a per-channel scale and shift at the output of chosen blocks of a quantized denoiser.
 
 One map serves all timesteps. Blocks are fitted one after the other in the order they run, each on activations that the
-maps of the blocks before it have corrected, against the same block of the real model on the same latents.
+maps of the blocks before it have corrected, against the same block of the real model on the same latents. Blocks
+that come closer to the real ones need not bring the prediction closer, so maps are kept up to the block at which the
+prediction's error is lowest; that may be none.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -16,9 +19,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hfquant.affiner.config import BlocksConfig
-from hfquant.affiner.hooks import Undo
+from hfquant.affiner.hooks import Undo, output_tensor
 from hfquant.affiner.solvers import Moments, moments, solve_blocks
 from hfquant.linear import QuantLinear
+
+logger = logging.getLogger(__name__)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -65,7 +70,7 @@ def hook_blocks(denoiser: nn.Module, maps: Sequence[BlockMap]) -> Undo:
 def fit_blocks(
     real: nn.Module, quant: nn.Module, calls: Sequence[Call], config: BlocksConfig, progress: bool = True
 ) -> list[BlockMap]:
-    """Fits the maps of all blocks whose names match.
+    """Fits the maps of all blocks whose names match, and keeps those up to the prediction's lowest squared error.
 
     Args:
         real: The full-precision denoiser.
@@ -81,6 +86,8 @@ def fit_blocks(
     if missing := set(names) - set(dict(quant.named_modules())):
         raise ValueError(f"the quantized denoiser has no block {min(missing)!r}: the models differ")
     fitted: list[BlockMap] = []
+    predictions = [_run(real, call) for call in calls]
+    best, kept = _error(quant, calls, predictions), 0
     for name in tqdm(names, desc="aligning blocks", disable=not progress):
         undo = hook_blocks(quant, fitted)
         try:
@@ -101,10 +108,26 @@ def fit_blocks(
                     sums[i] = sums[i] + added if i in sums else added
         finally:
             undo()
-        for i, total in sums.items():
-            scale, shift = solve_blocks(total, config.alpha, config.lambda1, config.lambda2)
-            fitted.append(BlockMap(name, i, scale.flatten().float(), shift.flatten().float()))
-    return fitted
+        pairs = {i: solve_blocks(total, config.alpha, config.lambda1, config.lambda2) for i, total in sums.items()}
+        fitted += [
+            BlockMap(name, i, scale.flatten().float(), shift.flatten().float()) for i, (scale, shift) in pairs.items()
+        ]
+        undo = hook_blocks(quant, fitted)
+        try:
+            error = _error(quant, calls, predictions)
+        finally:
+            undo()
+        if error < best:
+            best, kept = error, len(fitted)
+    if kept < len(fitted):
+        logger.info("aligning blocks from %r on does not lower the error of predictions", fitted[kept].module)
+    return fitted[:kept]
+
+
+def _error(quant: nn.Module, calls: Sequence[Call], predictions: Sequence[Tensor]) -> float:
+    """Squared error of the quantized model's predictions."""
+    pairs = zip(predictions, (_run(quant, call) for call in calls), strict=True)
+    return sum(float((p.double() - q.to(p.device).double()).square().sum()) for p, q in pairs)
 
 
 def fold_blocks(denoiser: nn.Module, maps: Sequence[BlockMap]) -> list[str]:
@@ -188,7 +211,6 @@ def _in_order(model: nn.Module, call: Call, patterns: Sequence[str]) -> list[str
 
 @contextmanager
 def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    # Behind the hooks of maps fitted so far, which belong to earlier blocks.
     handle = module.register_forward_hook(hook)
     try:
         yield
@@ -197,12 +219,12 @@ def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, call: Call) -> None:
+def _run(model: nn.Module, call: Call) -> Tensor:
     from accelerate.utils import send_to_device
 
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     args, kwargs = send_to_device(call, device)
-    model(*args, **kwargs)
+    return output_tensor(model(*args, **kwargs))
 
 
 def _tensors(output: Any) -> list[Tensor | None]:

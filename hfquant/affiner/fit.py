@@ -65,8 +65,10 @@ def load_affiner(
     plain = {k: v for k, v in config.items() if k != "scheduler"} if isinstance(config, Mapping) else config
     checked = parse(plain)
     scheduler = config.get("scheduler") if isinstance(config, Mapping) else None
+    if isinstance(model_real, nn.Module) != isinstance(model_quant, nn.Module):
+        raise TypeError("model_real and model_quant must both be pipelines or both be denoisers")
     real, quant = (_as_pipeline(m, n, scheduler) for m, n in ((model_real, "model_real"), (model_quant, "model_quant")))
-    _check_alike(real, quant, model_real, model_quant)
+    _check_alike(real, quant)
     samples = _batches(dataset, real, latents, shuffle, checked)
     affiner: Any = BlockwiseAffiner(checked) if thirdparty_affiner is None else thirdparty_affiner
     if not isinstance(affiner, Affiner):
@@ -283,15 +285,17 @@ def _as_pipeline(model: Any, name: str, scheduler: Any) -> Any:
     return model
 
 
-def _check_alike(real: Any, quant: Any, model_real: Any, model_quant: Any) -> None:
-    if isinstance(model_real, nn.Module) != isinstance(model_quant, nn.Module):
-        raise TypeError("model_real and model_quant must both be pipelines or both be denoisers")
+def _check_alike(real: Any, quant: Any) -> None:
     one, other = ((type(p.scheduler).__name__, _settings(p.scheduler)) for p in (real, quant))
     if one[0] != other[0]:
         raise ValueError(f"the schedulers differ: {one[0]} in model_real, {other[0]} in model_quant")
     for key in one[1].keys() | other[1].keys():
         if one[1].get(key) != other[1].get(key):
             raise ValueError(f"the schedulers differ in {key}: {one[1].get(key)!r} and {other[1].get(key)!r}")
+    for key in ("in_channels", "out_channels", "sample_size", "patch_size"):
+        mine, theirs = (getattr(getattr(find_denoiser(p), "config", None), key, None) for p in (real, quant))
+        if mine != theirs:
+            raise ValueError(f"the denoisers differ in {key}: {mine!r} and {theirs!r}")
 
 
 def _settings(scheduler: Any) -> dict[str, Any]:

@@ -57,8 +57,8 @@ class Step(NamedTuple):
     options: dict[str, Any]
 
 
-def intercept(scheduler: Any, around: Callable[[Step], Any]) -> Undo:
-    """Routes `scheduler.step` through `around` until the function returned is called.
+def intercept(scheduler: Any, around: Callable[[Step], Any]) -> None:
+    """Routes `scheduler.step` through `around` until :func:`release`.
 
     The object's class is replaced by a subclass of the same name. An attribute on the object would be lost, or still
     refer to the original, when a pipeline makes a deep copy.
@@ -89,10 +89,10 @@ def intercept(scheduler: Any, around: Callable[[Step], Any]) -> Undo:
     names = {"step": step, "__module__": original.__module__, "__qualname__": original.__qualname__}
     scheduler.__class__ = type(original.__name__, (original,), names | {"_hfquant_intercepted": True})
 
-    def undo() -> None:
-        scheduler.__class__ = original
 
-    return undo
+def release(scheduler: Any) -> None:
+    """Takes an interception back; a deep copy of an intercepted scheduler is one as well."""
+    scheduler.__class__ = type(scheduler).__mro__[1]
 
 
 def is_intercepted(scheduler: Any) -> bool:
@@ -202,7 +202,6 @@ class Attachment:
         self._affiner = affiner
         self._target, self._uncond_half = noise_target, uncond_half
         self._pipeline = None if isinstance(model, nn.Module) else model
-        self._release: Undo | None = None
         self._scheduler: Any = None
         self._ran = 0
         denoiser = find_denoiser(model)
@@ -228,16 +227,19 @@ class Attachment:
         self.detach()
 
     def _release_scheduler(self) -> None:
-        if self._release is not None:
-            self._release()
-        self._release = self._scheduler = None
+        if self._scheduler is not None:
+            release(self._scheduler)
+        self._scheduler = None
 
     def _follow_scheduler(self) -> None:
         """Users swap `pipe.scheduler`; the correction moves to the one in use."""
         if self._pipeline is not None and self._pipeline.scheduler is not self._scheduler:
+            new = self._pipeline.scheduler
+            if type(new) is type(self._scheduler) and is_intercepted(new):
+                release(new)  # a deep copy of ours
             self._release_scheduler()
-            self._release = intercept(self._pipeline.scheduler, self._around_step)
-            self._scheduler = self._pipeline.scheduler
+            intercept(new, self._around_step)
+            self._scheduler = new
 
     def _around_step(self, step: Step) -> Any:
         prediction = step.prediction

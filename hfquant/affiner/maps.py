@@ -91,11 +91,11 @@ class AffineMaps:
         size = (values.shape[-2], values.shape[-1])
         key = (timestep, size, values.device)
         if key not in self._cached:
-            pair = self.at(timestep)
-            if values.shape[1] != pair[0].shape[0]:
-                raise ValueError(f"the affiner was fitted on {pair[0].shape[0]} channels, got {values.shape[1]}")
-            scale, shift = (self._stretched(x, size).to(values.device) for x in pair)
+            scale, shift = (self._stretched(x, size).to(values.device) for x in self.at(timestep))
             self._cached[key] = scale, shift
+        channels = len(self._cached[key][0])
+        if values.shape[1] != channels:
+            raise ValueError(f"the affiner was fitted on {channels} channels, got {values.shape[1]}")
         return self._cached[key]
 
     def _stretched(self, blocks: Tensor, size: tuple[int, int]) -> Tensor:

@@ -24,6 +24,7 @@ from hfquant.affiner.hooks import (
     is_intercepted,
     output_tensor,
     previous_sample,
+    release,
     timestep_reader,
     with_sample,
     with_tensor,
@@ -99,7 +100,8 @@ class Run:
 
     def _work(self) -> None:
         error: BaseException | None = None
-        handle, release = None, intercept(self.pipeline.scheduler, self._around_step)
+        handle = None
+        intercept(self.pipeline.scheduler, self._around_step)
         try:
             if self._at_denoiser:
                 denoiser = find_denoiser(self.pipeline)
@@ -111,7 +113,7 @@ class Run:
         except BaseException as caught:  # handed to whoever waits in resume()
             error = caught
         finally:
-            release()
+            release(self.pipeline.scheduler)
             if handle is not None:
                 handle.remove()
         self._events.put(error)

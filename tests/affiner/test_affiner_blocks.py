@@ -1,0 +1,153 @@
+"""Block alignment: planted channel distortions inside a denoiser, folding, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from affiner_pipelines import W4A8, call, real_and_quant
+from diffusers import DiTTransformer2DModel
+
+from hfquant import quantize
+from hfquant.affiner import load_affiner
+from hfquant.affiner.blocks import BlockMap, fit_blocks, fold_blocks, hook_blocks
+from hfquant.affiner.config import BlocksConfig
+
+
+def dit():
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=1, num_layers=3, sample_size=8, patch_size=2,
+        num_embeds_ada_norm=10,
+    ).eval()  # fmt: skip
+
+
+def inputs(count=3, seed=1):
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        (
+            (torch.randn(4, 1, 8, 8, generator=draw),),
+            {"timestep": torch.full((4,), 300 * i), "class_labels": torch.arange(4)},
+        )
+        for i in range(count)
+    ]
+
+
+def outputs(model, call):
+    with torch.no_grad():
+        return model(*call[0], **call[1]).sample
+
+
+def config(*modules, ridge=0.0):
+    return BlocksConfig(modules=modules, lambda1=ridge, lambda2=ridge)
+
+
+def test_planted_distortions_are_undone_block_by_block():
+    """Each block is fitted behind corrected ones, so three distortions on top of each other come out exactly."""
+    real = dit()
+    quant = copy.deepcopy(real)
+    draw = torch.Generator().manual_seed(2)
+    planted = [
+        BlockMap(
+            f"transformer_blocks.{i}", 0, 1 + 0.3 * torch.rand(16, generator=draw), torch.randn(16, generator=draw)
+        )
+        for i in range(3)
+    ]
+    hook_blocks(quant, planted)
+    maps = fit_blocks(real, quant, inputs(), config("transformer_blocks.*"), progress=False)
+    assert [m.module for m in maps] == [p.module for p in planted]
+    for found, plant in zip(maps, planted, strict=True):
+        torch.testing.assert_close(found.scale, 1 / plant.scale, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.shift, -plant.shift / plant.scale, rtol=1e-3, atol=1e-3)
+    fresh = inputs(seed=5)[1]
+    distorted = outputs(quant, fresh)
+    undo = hook_blocks(quant, maps)
+    torch.testing.assert_close(outputs(quant, fresh), outputs(real, fresh), rtol=1e-3, atol=1e-4)
+    undo()
+    assert torch.equal(outputs(quant, fresh), distorted)
+    assert not torch.allclose(distorted, outputs(real, fresh), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["unet", "sd3", "flux"])
+def test_blocks_of_every_shape_lower_their_error(name):
+    """Convolutional outputs have channels second, tokens last; SD3 and FLUX blocks give tuples."""
+    pipe, quant, rows, arguments = real_and_quant(name)
+    patterns = {"unet": ["*_blocks.*.resnets.*", "mid_block"], "sd3": ["*_blocks.*"], "flux": ["*_blocks.*"]}
+    real, quant = (p.unet if name == "unet" else p.transformer for p in (pipe, quant))
+    found = []
+    handle = real.register_forward_pre_hook(lambda m, a, k: found.append((a, k)), with_kwargs=True)
+    call(pipe, rows, arguments, steps=2)
+    handle.remove()
+    maps = fit_blocks(real, quant, found, config(*patterns[name], ridge=0.01), progress=False)
+    assert maps
+    assert not any(m._forward_hooks for m in quant.modules())
+    errors = []
+    for count in (0, len(maps)):
+        undo = hook_blocks(quant, maps[:count])
+        errors.append(sum(distance(real, quant, one) for one in found))
+        undo()
+    assert errors[1] < errors[0]
+
+
+def distance(real, quant, one):
+    with torch.no_grad():
+        r, q = (m(*one[0], **one[1])[0].double() for m in (real, quant))
+    return float((r - q).square().sum())
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_folding_equals_the_hook(quantized):
+    real, model = dit(), dit()
+    if quantized:
+        svd = copy.deepcopy(W4A8)
+        svd["default"]["opt"] = {"type": "svd", "low_rank": 2, "alpha": 0.5}
+        quantize(model, [kwargs | {"hidden_states": args[0]} for args, kwargs in inputs()], svd)
+    else:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    patterns = ("transformer_blocks.*.ff.net.2", "transformer_blocks.1")
+    maps = fit_blocks(real, model, inputs(), config(*patterns, ridge=0.01), progress=False)
+    fresh = inputs(seed=9)[2]
+    plain = outputs(model, fresh)
+    undo = hook_blocks(model, maps)
+    hooked = outputs(model, fresh)
+    undo()
+    linears = [m.module for m in maps if m.module.endswith("net.2")]
+    assert 1 < len(linears) < len(maps)
+    assert fold_blocks(model, maps) == linears
+    undo = hook_blocks(model, [m for m in maps if m.module not in linears])
+    folded = outputs(model, fresh)
+    undo()
+    torch.testing.assert_close(folded, hooked, rtol=1e-4, atol=1e-5)
+    assert (hooked - plain).abs().max() > 1e-3
+
+
+def test_the_affiner_folds_into_a_pipeline():
+    real, quant, rows, arguments = real_and_quant("sd3")
+    settings = {
+        "stepper": {"max_timestep": 2, "recurrent": False},
+        "blocks": {"modules": ["transformer_blocks.*.ff.net.2", "transformer_blocks.0"]},
+        "extra_args": arguments,
+    }
+    affiner = load_affiner(settings, rows, real, quant)
+    with affiner.attach(quant), pytest.raises(ValueError, match="detach"):
+        affiner.fold_blocks(quant)
+    assert affiner.fold_blocks(quant) == ["transformer_blocks.0.ff.net.2", "transformer_blocks.1.ff.net.2"]
+    assert {b.module for b in affiner.blocks} == {"transformer_blocks.0"}
+
+
+def test_what_cannot_be_aligned_is_refused():
+    real = dit()
+    with pytest.raises(ValueError, match="no module of DiTTransformer2DModel matches"):
+        fit_blocks(real, dit(), inputs(), config("nothing.*"), progress=False)
+    with pytest.raises(ValueError, match="no block 'gone'"):
+        hook_blocks(real, [BlockMap("gone", 0, torch.ones(1), torch.zeros(1))])
+    broken = dit()
+    broken.transformer_blocks[1].register_forward_hook(lambda m, a, out: out * float("nan"))
+    hooks = [len(m._forward_hooks) for m in broken.modules()]
+    with pytest.raises(ValueError, match=r"'transformer_blocks.1' gives NaN"):
+        fit_blocks(real, broken, inputs(), config("transformer_blocks.*"), progress=False)
+    assert [len(m._forward_hooks) for m in broken.modules()] == hooks
+    shallow = DiTTransformer2DModel.from_config(dict(real.config) | {"num_layers": 2})
+    with pytest.raises(ValueError, match=r"no block 'transformer_blocks.2'"):
+        fit_blocks(real, shallow, inputs(), config("transformer_blocks.*"), progress=False)

@@ -1,0 +1,392 @@
+"""Fitting: planted distortions come out exactly, steps are fitted on the right latents, bad input leaves no trace."""
+
+import copy
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from affiner_pipelines import BUILDERS, Toy, call, real_and_quant
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
+
+from hfquant.affiner import BlockwiseAffiner, load_affiner
+from hfquant.affiner.runs import DenoisingLoop
+from hfquant.config import ConfigError
+from hfquant.demo import load_digits_pipeline
+
+EXACT = {"lambda1": 0.0, "lambda2": 0.0}
+
+
+def toy_config(scheduler=None, solver=EXACT, steps=4, **stepper):
+    scheduler = scheduler or DDIMScheduler(clip_sample=False)
+    return {"scheduler": scheduler, "solver": solver, "stepper": {"max_timestep": steps, "batch_size": 2, **stepper}}
+
+
+def noise(count=5, channels=2, size=6, seed=7):
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def run(denoiser, scheduler, steps=4):
+    return DenoisingLoop(denoiser, scheduler)(steps, latents=noise(3, seed=8), class_labels=torch.arange(3))[0]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pipe = load_digits_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def digits_images(pipe, steps=3, **kwargs):
+    generator = torch.Generator().manual_seed(1)
+    return pipe([3, 5, 8], steps, generator=generator, output_type="pt", **kwargs).images
+
+
+@pytest.mark.parametrize("recurrent", [True, False])
+@pytest.mark.parametrize("sample_mode", ["block", "interpolate"])
+def test_planted_distortion_is_undone(recurrent, sample_mode):
+    real, quant = Toy(), Toy(gain=[0.8, 1.3], offset=[0.2, -0.1])
+    config = toy_config(solver={**EXACT, "sample_mode": sample_mode, "blocksize": 4}, recurrent=recurrent)
+    affiner = load_affiner(config, list(range(5)), real, quant, latents=noise())
+    for scale, shift in affiner.prediction.table.values():
+        torch.testing.assert_close(scale[:, 0, 0], torch.tensor([1 / 0.8, 1 / 1.3]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(shift[:, 0, 0], torch.tensor([-0.2 / 0.8, 0.1 / 1.3]), rtol=1e-5, atol=1e-5)
+    scheduler = config["scheduler"]
+    expected, distorted = run(real, scheduler), run(quant, scheduler)
+    with affiner.attach(quant):
+        torch.testing.assert_close(run(quant, scheduler), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(run(quant, scheduler), distorted)
+    assert (distorted - expected).abs().max() > 0.1
+
+
+def test_equal_models_give_the_identity():
+    config = toy_config(solver={"blocksize": 2}, enable_latent_affine=True)
+    affiner = load_affiner(config, list(range(5)), Toy(), Toy(), latents=noise())
+    for maps in (affiner.prediction, affiner.latents):
+        assert len(maps.table) == 4
+        for scale, shift in maps.table.values():
+            assert torch.equal(scale, torch.ones_like(scale))
+            assert torch.equal(shift, torch.zeros_like(shift))
+
+
+class Recorder:
+    """A third party's affiner: keeps what it sees, corrects by a constant."""
+
+    def __init__(self):
+        self.seen, self.solved, self.corrected = [], [], []
+
+    def observe(self, timestep, real, quant):
+        assert timestep not in self.solved
+        self.seen.append((timestep, real, quant))
+
+    def solve(self, timestep):
+        self.solved.append(timestep)
+
+    def correct(self, timestep, prediction):
+        self.corrected.append(timestep)
+        return prediction + 0.05
+
+
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_predictions_are_observed_on_the_right_latents(recurrent):
+    """Against a plain loop: recurrent steps go on from corrected predictions, others along the real model's run."""
+    real, quant = Toy(), Toy(gain=[0.9, 1.1])
+    config = toy_config(recurrent=recurrent)
+    affiner = Recorder()
+    samples = list(range(4))
+    latents = noise(4)
+    returned = load_affiner(config, samples, real, quant, latents=latents, shuffle=False, thirdparty_affiner=affiner)
+    assert returned is affiner
+    scheduler = copy.deepcopy(config["scheduler"])
+    scheduler.set_timesteps(4)
+    assert affiner.solved == scheduler.timesteps.tolist()
+    assert affiner.corrected == ([t for t in affiner.solved for _ in range(2)] if recurrent else [])
+    labels = torch.arange(4)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            seen = [x for x in affiner.seen if x[0] == t]
+            times = t.expand(4)
+            r, q = real(latents, times, labels)[0], quant(latents, times, labels)[0]
+            torch.testing.assert_close(torch.cat([x[1] for x in seen]), r, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(torch.cat([x[2] for x in seen]), q, rtol=1e-5, atol=1e-5)
+            latents = scheduler.step(q + 0.05 if recurrent else r, t, latents).prev_sample
+
+
+def test_shuffle_and_sample_size_choose_rows():
+    drawn = []
+    for shuffle in (False, True):
+        real = Toy()
+        seen = []
+        real.register_forward_pre_hook(
+            lambda m, a, k, seen=seen: seen.append(k["class_labels"].tolist()), with_kwargs=True
+        )
+        config = toy_config(sample_size=3, steps=1)
+        load_affiner(config, list(range(20)), real, Toy(), noise(3), shuffle, thirdparty_affiner=Recorder())
+        drawn.append([label for batch in seen for label in batch])
+    assert drawn[0] == [0, 1, 2]
+    assert len(set(drawn[1])) == 3
+    assert drawn[1] != drawn[0]
+
+
+def test_datasets_and_dicts_and_numbers_are_the_same():
+    found = []
+    for rows in (
+        [0, 1, 2],
+        [{"class_labels": i} for i in range(3)],
+        [np.int64(i) for i in range(3)],
+        [torch.tensor(i) for i in range(3)],
+        datasets.Dataset.from_dict({"class_labels": [0, 1, 2]}),
+        datasets.Dataset.from_dict({"label": [0, 1, 2]}),
+    ):
+        affiner = load_affiner(toy_config(steps=2), rows, Toy(), Toy(gain=[0.9, 1.1]), latents=noise(3))
+        found.append(affiner.prediction.tensors("p"))
+    for other in found[1:]:
+        assert all(torch.equal(found[0][k], other[k]) for k in found[0])
+
+
+@pytest.mark.parametrize("kind", [{}, {"type": "ptqd"}, {"type": "tac"}, {"solver": {"blocksize": 2}}])
+def test_every_type_lowers_the_error_on_its_own_samples(digits, kind):
+    quant = copy.deepcopy(digits)
+    quant.transformer.register_forward_hook(lambda m, a, out: type(out)(sample=out.sample * 0.9 + 0.05 * out.sample**2))
+    config = {**kind, "stepper": {"max_timestep": 3}}
+    affiner = load_affiner(config, [0, 1, 2, 3], digits, quant)
+    assert isinstance(affiner, BlockwiseAffiner)
+    assert len(affiner.errors) == 3
+    for before, after in affiner.errors.values():
+        assert after < before
+    reference, plain = digits_images(digits), digits_images(quant)
+    with affiner.attach(quant):
+        corrected = digits_images(quant)
+    assert (corrected - reference).square().mean() < 0.5 * (plain - reference).square().mean()
+    assert torch.equal(digits_images(quant), plain)
+
+
+@pytest.mark.parametrize("target", ["uncond", "text"])
+def test_one_half_of_the_guidance_is_corrected(digits, target):
+    """Digits put the labels first and the null class second, so the halves are told apart by what guidance does."""
+    quant = copy.deepcopy(digits)
+
+    def distort(module, args, output):
+        batch = output.sample.clone()
+        where = slice(len(batch) // 2, None) if target == "uncond" else slice(0, len(batch) // 2)
+        batch[where] = batch[where] * 0.8 + 0.1
+        return type(output)(sample=batch)
+
+    quant.transformer.register_forward_hook(distort)
+    config = {"solver": EXACT, "stepper": {"max_timestep": 3, "noise_target": target}}
+    affiner = load_affiner(config, [0, 1, 2, 3], digits, quant)
+    assert affiner.uncond_half == 1
+    for scale, shift in affiner.prediction.table.values():
+        torch.testing.assert_close(scale, torch.full_like(scale, 1.25), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(shift, torch.full_like(shift, -0.125), rtol=1e-5, atol=1e-5)
+    with affiner.attach(quant):
+        torch.testing.assert_close(digits_images(quant), digits_images(digits), rtol=0, atol=1e-4)
+        with pytest.raises(ValueError, match="classifier-free guidance"):
+            digits_images(quant, guidance_scale=1.0)
+
+
+def test_guidance_is_needed_to_fit_one_half(digits):
+    config = {"stepper": {"max_timestep": 3, "noise_target": "text"}, "extra_args": {"guidance_scale": 1.0}}
+    with pytest.raises(ValueError, match="classifier-free guidance"):
+        load_affiner(config, [0, 1], digits, copy.deepcopy(digits))
+
+
+def test_latents_are_led_back_to_the_real_run():
+    """A drift that no map of predictions can see: both predict alike, the quantized one starts every step off."""
+    real, quant = Toy(), Toy(gain=[0.7, 1.2], offset=[0.3, 0.0])
+    scheduler = EulerDiscreteScheduler()
+    config = toy_config(scheduler, {"lambda1": 1e4, "lambda2": 1e4}, enable_latent_affine=True)
+    affiner = load_affiner(config, list(range(5)), real, quant, latents=noise())
+    assert all(after <= before for before, after in affiner.latents.errors.values())
+    config = toy_config(scheduler, EXACT, enable_latent_affine=True)
+    affiner = load_affiner(config, list(range(5)), real, quant, latents=noise())
+    with affiner.attach(quant):
+        torch.testing.assert_close(run(quant, scheduler), run(real, scheduler), rtol=1e-3, atol=1e-3)
+
+
+def test_tac_moves_the_mean_of_latents():
+    real, quant = Toy(), Toy(offset=[0.3, -0.2])
+    config = {**toy_config(), "type": "tac"}
+    del config["solver"]
+    affiner = load_affiner(config, list(range(5)), real, quant, latents=noise())
+    assert all(torch.equal(scale, torch.ones_like(scale)) for scale, _ in affiner.latents.table.values())
+    assert all(after < before for before, after in affiner.latents.errors.values())
+    assert len(affiner.latents.errors) == 4
+
+
+def test_only_enabled_steps_are_corrected():
+    config = toy_config(enable_timesteps=[1, 3])
+    affiner = load_affiner(config, list(range(5)), Toy(), Toy(gain=[0.8, 0.9]), latents=noise())
+    changed = [bool((affiner.prediction.table[t][0] != 1).any()) for t in affiner.timesteps]
+    assert changed == [False, True, False, True]
+
+
+def test_second_order_schedulers_share_a_map_between_calls_of_a_timestep():
+    real, quant = Toy(), Toy(gain=[0.8, 1.2])
+    config = toy_config(HeunDiscreteScheduler())
+    affiner = load_affiner(config, list(range(5)), real, quant, latents=noise())
+    config["scheduler"].set_timesteps(4)
+    assert affiner.timesteps == sorted(set(config["scheduler"].timesteps.tolist()), reverse=True)
+    with affiner.attach(quant):
+        corrected = run(quant, config["scheduler"])
+    torch.testing.assert_close(corrected, run(real, config["scheduler"]), rtol=1e-3, atol=1e-3)
+
+
+def test_learned_variance_is_left_alone():
+    class Learned(Toy):
+        def forward(self, sample, timestep, class_labels=None):
+            (out,) = super().forward(sample, timestep, class_labels)
+            return (torch.cat([out, out * 0 + 0.3], 1),)
+
+    real, quant = Learned(), Learned(gain=[0.8, 1.2])
+    affiner = load_affiner(toy_config(), list(range(5)), real, quant, latents=noise())
+    assert next(iter(affiner.prediction.table.values()))[0].shape[0] == 2
+    with affiner.attach(quant), torch.no_grad():
+        t, labels = torch.tensor([affiner.timesteps[0]] * 3), torch.arange(3)
+        out, want = quant(noise(3), timestep=t, class_labels=labels)[0], real(noise(3), t, labels)[0]
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
+
+
+def watch_moves(name, model, moves):
+    move = model.to
+
+    def to(device):
+        moves.append((name, str(device)))
+        return move(device)
+
+    model.to = to
+
+
+def test_offload_takes_turns_and_changes_nothing():
+    """On one device the result is the same; who sits where at each prediction is watched."""
+    made = []
+    for offload in (None, "cpu"):
+        real, quant = Toy(), Toy(gain=[0.9, 1.1])
+        moves = []
+        for name, model in (("real", real), ("quant", quant)):
+            watch_moves(name, model, moves)
+        config = toy_config(recurrent=False, offload=offload, steps=2)
+        affiner = load_affiner(config, list(range(5)), real, quant, latents=noise())
+        made.append(affiner.prediction.tensors("p"))
+        assert bool(moves) == (offload is not None)
+    assert all(torch.equal(made[0][k], made[1][k]) for k in made[0])
+    assert [name for name, _ in moves[:4]] == ["quant", "real", "real", "quant"]
+
+
+def state(pipe):
+    part = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in part.modules())
+    return hooks, type(pipe.scheduler), part.training, repr(vars(pipe.scheduler)), pipe._progress_bar_config
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_real_pipelines_attach_run_detach(name, recurrent, tmp_path):
+    real, quant, rows, arguments = real_and_quant(name)
+    before = [state(p) for p in (real, quant)]
+    plain = call(quant, rows, arguments)
+    quant.scheduler = copy.deepcopy(real.scheduler)
+    config = {"stepper": {"max_timestep": 4, "batch_size": 2, "recurrent": recurrent}, "extra_args": arguments}
+    random_state = torch.get_rng_state()
+    affiner = load_affiner(config, rows, real, quant)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [state(p) for p in (real, quant)] == before
+    assert all(after < error for error, after in affiner.errors.values())
+    with affiner.attach(quant):
+        corrected = call(quant, rows, arguments)
+        alone = call(quant, rows[:1], arguments)
+    assert not torch.equal(corrected, plain)
+    assert alone.shape[0] == 1
+    assert torch.equal(call(quant, rows, arguments), plain)
+    affiner.save_pretrained(tmp_path)
+    with BlockwiseAffiner.from_pretrained(tmp_path).attach(quant):
+        assert torch.equal(call(quant, rows, arguments), corrected)
+    assert torch.equal(call(quant, rows, arguments), plain)
+
+
+class Broken(Toy):
+    """Predicts NaN from the third call on."""
+
+    calls = 0
+
+    def forward(self, sample, timestep, class_labels=None):
+        self.calls += 1
+        (out,) = super().forward(sample, timestep, class_labels)
+        return (out * float("nan") if self.calls > 2 else out,)
+
+
+class Narrow(Toy):
+    """Predicts one channel of two."""
+
+    def forward(self, sample, timestep, class_labels=None):
+        return (super().forward(sample, timestep, class_labels)[0][:, :1],)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"dataset": []}, ValueError, "dataset is empty"),
+        ({"dataset": "a prompt"}, TypeError, "dataset must be"),
+        ({"dataset": [{"class_labels": 1, "colour": 2}]}, ValueError, "takes no \\['colour'\\]"),
+        ({"dataset": [(1, 2)]}, ValueError, "expected a dict"),
+        ({"latents": noise(2)}, ValueError, "noise for 2 samples, 3 are needed"),
+        ({"model_quant": Narrow()}, ValueError, r"real one predicts \[2, 2, 6, 6\], the quantized one \[2, 1, 6, 6\]"),
+        ({"model_quant": "model"}, TypeError, "both be pipelines or both be denoisers"),
+        ({"model_quant": Broken()}, ValueError, "quantized model predicts NaN or infinity at timestep"),
+        ({"model_real": Broken()}, ValueError, "real model predicts NaN"),
+        ({"config": {"stepper": {"max_timestep": 2}}}, ConfigError, "scheduler"),
+        ({"config": {**toy_config(), "stepper": {"sample_size": 9}}}, ValueError, "sample_size=9"),
+        ({"config": {**toy_config(), "extra_args": {"colour": 1}}}, ValueError, "extra_args"),
+        ({"config": {**toy_config(), "blocks": {"modules": ["nothing"]}}}, ValueError, "no module of Toy matches"),
+        ({"config": "fast"}, TypeError, "is a dict"),
+        ({"thirdparty_affiner": object()}, TypeError, "lacks observe, solve or correct"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_no_trace(change, error, message):
+    given = {
+        "config": toy_config(),
+        "dataset": [0, 1, 2],
+        "model_real": Toy().train(),
+        "model_quant": Toy(),
+        "latents": noise(3),
+        **change,
+    }
+    with pytest.raises(error, match=message):
+        load_affiner(**given)
+    for model in (given["model_real"], given["model_quant"]):
+        if isinstance(model, torch.nn.Module):
+            assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    if "model_real" not in change:
+        assert given["model_real"].training
+
+
+def test_unlike_pipelines_are_refused(digits):
+    other = copy.deepcopy(digits)
+    other.scheduler = DDIMScheduler.from_config(digits.scheduler.config)
+    with pytest.raises(ValueError, match="schedulers differ: DPMSolverMultistepScheduler"):
+        load_affiner({}, [1], digits, other)
+    other.scheduler = copy.deepcopy(digits.scheduler)
+    other.transformer = DiTTransformer2DModel.from_config(dict(digits.transformer.config) | {"in_channels": 2})
+    with pytest.raises(ValueError, match="denoisers differ in in_channels: 1 and 2"):
+        load_affiner({}, [1], digits, other)
+    other.scheduler = type(digits.scheduler).from_config(digits.scheduler.config, solver_order=1)
+    with pytest.raises(ValueError, match="schedulers differ in solver_order: 2 and 1"):
+        load_affiner({}, [1], digits, other)
+    with pytest.raises(TypeError, match="both be pipelines or both be denoisers"):
+        load_affiner({"scheduler": DDPMScheduler()}, [1], digits, Toy())
+
+
+def test_an_affiner_that_is_attached_is_in_the_way(digits):
+    quant = copy.deepcopy(digits)
+    affiner = load_affiner({"stepper": {"max_timestep": 2}}, [1], digits, quant)
+    with affiner.attach(quant):
+        with pytest.raises(ValueError, match="detach"):
+            load_affiner({"stepper": {"max_timestep": 2}}, [1], digits, quant)
+        with pytest.raises(ValueError, match="detach"):
+            affiner.attach(quant)

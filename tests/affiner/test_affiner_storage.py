@@ -1,0 +1,167 @@
+"""Saving, loading, the hub, and files that are damaged or hostile."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+
+from hfquant.affiner import BlockwiseAffiner, load_affiner, load_pipeline
+from hfquant.demo import DigitsPipeline, load_digits_pipeline
+from hfquant.report.affiner import plot_affiner
+
+
+@pytest.fixture(scope="module")
+def digits():
+    real, quant = load_digits_pipeline(), load_digits_pipeline()
+    with torch.no_grad():
+        for parameter in quant.transformer.parameters():
+            parameter.mul_(32).round_().div_(32)
+    for pipe in (real, quant):
+        pipe.set_progress_bar_config(disable=True)
+    return real, quant
+
+
+@pytest.fixture(scope="module")
+def affiner(digits):
+    """With everything that can be stored: two tables and block maps."""
+    config = {
+        "stepper": {"max_timestep": 3, "enable_latent_affine": True},
+        "solver": {"blocksize": 3, "sample_mode": "interpolate"},
+        "blocks": {"modules": ["transformer_blocks.*"], "timesteps": 1},
+    }
+    return load_affiner(config, [0, 1, 2], *digits)
+
+
+def images(pipe):
+    generator = torch.Generator().manual_seed(0)
+    return pipe([1, 7], 3, generator=generator, output_type="pt").images
+
+
+def test_round_trip_is_bit_identical(affiner, digits, tmp_path):
+    quant = digits[1]
+    with affiner.attach(quant):
+        expected = images(quant)
+    affiner.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["affiner.safetensors", "affiner_config.json"]
+    for loaded in (BlockwiseAffiner.from_pretrained(tmp_path), load_affiner({"pretrained": tmp_path})):
+        assert loaded.config == affiner.config
+        assert loaded.errors == affiner.errors
+        with loaded.attach(quant):
+            assert torch.equal(images(quant), expected)
+    assert not torch.equal(images(quant), expected)
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    for name in ("affiner.safetensors", "affiner_config.json"):
+        assert (again / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_a_pipelines_folder_brings_its_affiner(affiner, digits, tmp_path):
+    digits[1].save_pretrained(tmp_path)
+    assert load_pipeline(DigitsPipeline, tmp_path).affiner is None
+    affiner.save_pretrained(tmp_path / "affiner")
+    pipe = load_pipeline(DigitsPipeline, tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    with affiner.attach(digits[1]):
+        expected = images(digits[1])
+    assert torch.equal(images(pipe), expected)
+    pipe.affiner.detach()
+    assert torch.equal(images(pipe), images(digits[1]))
+
+
+def test_the_hub_gets_what_is_saved(affiner, tmp_path, monkeypatch):
+    uploads = []
+
+    class Repo:
+        repo_id = "user/digits-affiner"
+
+    def upload_folder(self, *, repo_id, folder_path, path_in_repo, commit_message):
+        files = {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
+        uploads.append((repo_id, path_in_repo, commit_message, files))
+        return "https://hub/commit/1"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, private, exist_ok: Repo())
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    assert affiner.push_to_hub("digits-affiner", subfolder="affiner") == "https://hub/commit/1"
+    ((repo, path, message, files),) = uploads
+    assert (repo, path, message) == ("user/digits-affiner", "affiner", "Upload affiner")
+
+    def download(repo_id, filename, *, subfolder=None, **_):
+        assert (repo_id, subfolder) == ("user/digits-affiner", "affiner")
+        (tmp_path / filename).write_bytes(files[filename])
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    loaded = BlockwiseAffiner.from_pretrained("user/digits-affiner", subfolder="affiner")
+    assert loaded.errors == affiner.errors
+
+
+def edit_json(folder, **changes):
+    path = folder / "affiner_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder, change):
+    path = folder / "affiner.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def scale(change):
+    def edit(folder):
+        edit_tensors(folder, lambda t: t.update({"prediction.scale": change(t["prediction.scale"]).contiguous()}))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "affiner_config.json").write_text("{"), "is damaged"),
+        (lambda d: (d / "affiner_config.json").write_text("[" * 100_000), "is damaged"),
+        (lambda d: edit_json(d, format="other"), "is not the config of an affiner"),
+        (lambda d: edit_json(d, version=99), "has version 99; this hfquant reads 1"),
+        (lambda d: edit_json(d, config={"type": "gan"}), "config.type"),
+        (lambda d: edit_json(d, size=[10**6, 10**6]), "size is height and width"),
+        (lambda d: edit_json(d, size="8"), "size is height and width"),
+        (lambda d: edit_json(d, size=[4, 4]), "do not fit a grid of \\[4, 4\\]"),
+        (lambda d: edit_json(d, uncond_half=2), "uncond_half"),
+        (lambda d: edit_json(d, blocks=[["a", 0], [1, 2]]), "blocks"),
+        (lambda d: (d / "affiner.safetensors").write_bytes(b"\xff" * 100), "is damaged"),
+        (lambda d: edit_tensors(d, lambda t: t.pop("prediction.shift")), "no tensor 'prediction.shift'"),
+        (lambda d: edit_tensors(d, lambda t: t.pop("blocks.0.scale")), "no tensor 'blocks.0.scale'"),
+        (scale(lambda t: t.double()), "must be finite torch.float32, got torch.float64"),
+        (scale(lambda t: t * float("inf")), "must be finite"),
+        (scale(lambda t: t[:, :, :2]), "do not fit a grid"),
+        (scale(lambda t: t[0]), "do not fit a grid"),
+    ],
+)
+def test_damage_is_named(affiner, tmp_path, damage, message):
+    affiner.save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        BlockwiseAffiner.from_pretrained(tmp_path)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no affiner"):
+        BlockwiseAffiner.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        BlockwiseAffiner.from_pretrained(tmp_path / "gone")
+    with pytest.raises(ValueError, match="nothing to save"):
+        BlockwiseAffiner({}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='"pretrained" goes with "subfolder" alone'):
+        load_affiner({"pretrained": tmp_path, "stepper": {}})
+
+
+def test_the_plot_is_a_picture_of_all_timesteps(affiner, tmp_path):
+    figure = plot_affiner(affiner, tmp_path / "errors.png")
+    assert (tmp_path / "errors.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    before, after = (line.get_xydata().tolist() for line in figure.axes[0].lines)
+    assert before == [[t, e[0]] for t, e in affiner.errors.items()]
+    assert after == [[t, e[1]] for t, e in affiner.errors.items()]
+    with pytest.raises(ValueError, match="has not been fitted"):
+        plot_affiner(BlockwiseAffiner({}), tmp_path / "none.png")
