@@ -128,6 +128,9 @@ def test_clipping_is_the_best_of_its_factors(dtype, symmetric, columns, rows, we
     importance = torch.rand(12) ** 4 * 100 if weighted else None
     quant = WeightQuant(type=dtype, symmetric=symmetric, clip="mse")
     scale, zero = weight_grid(w, quant, columns, rows, importance)
+    for r, g, _ in blocks(rows, columns):
+        assert (scale[r, g] == scale[r, g][0]).all()
+        assert zero is None or (zero[r, g] == zero[r, g][0]).all()
     loss = squared_error(w, scale, zero, dtype, columns, importance)
     plain = WeightQuant(type=dtype, symmetric=symmetric)
     best = None
