@@ -56,7 +56,7 @@ NORMS = _words("layer_norm rms_norm group_norm batch_norm instance_norm normaliz
 # Functions whose result has a small negative side or none, and those that leave it so.
 ACTIVATIONS = _words("silu gelu relu relu6 leaky_relu elu selu celu mish softplus hardswish sigmoid")
 PRODUCTS = _words("mul multiply div divide true_divide")
-SIGN_KEEPING = PRODUCTS | _words("square pow clamp clamp_min clamp_max nan_to_num rms_norm")
+SIGN_KEEPING = PRODUCTS | _words("square pow clamp clip clamp_min clamp_max nan_to_num rms_norm")
 
 
 class Join(NamedTuple):

@@ -312,6 +312,14 @@ def test_qkv_fused_by_diffusers():
     assert found[f"{fused}.attn2.to_kv"].output_segments == (16, 16)
 
 
+def test_group_offloading():
+    model = flux()
+    expected = trace(model, example_inputs(model))
+    cpu = torch.device("cpu")
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    assert trace(model, example_inputs(model)) == expected
+
+
 def test_hunyuan_skip_connection():
     """``cat -> LayerNorm -> Linear``, the long skip of U-shaped transformers."""
     from diffusers.models.transformers.hunyuan_transformer_2d import HunyuanDiTBlock

@@ -217,6 +217,17 @@ def test_offloaded_model():
     assert model(X).shape == (2, 5, 8)
 
 
+def test_offloaded_model_on_real_tensors():
+    from accelerate import cpu_offload
+
+    model = Toy(lambda m, x: m.b(joined(x, 5 if x.sum() > 0 else 9)))
+    expected = model(X)
+    cpu_offload(model)
+    assert trace(model, X)["b"].input_segments == (9, 15)
+    assert model.b.weight.is_meta
+    assert torch.equal(model(X), expected)
+
+
 def test_a_module_that_deepcopy_refuses():
     model = Toy(lambda m, x: m.b(F.silu(m.a(x)) * m.computed))
     model.computed = model.table.sum() * 2
