@@ -355,3 +355,60 @@ def test_flux_as_published():
     assert len(joined) == 38
     assert all(t.activations == (None, "gelu") for t in joined)
     assert sum(P.LINEAR2CHUNK in t.patterns for t in found.values()) == 2 * 19 + 38 + 1
+
+
+def chroma():
+    from diffusers import ChromaTransformer2DModel
+
+    heads = {"attention_head_dim": 12, "num_attention_heads": 2, "axes_dims_rope": (4, 4, 4), "joint_attention_dim": 10}
+    approximator = {"approximator_num_channels": 8, "approximator_hidden_dim": 12, "approximator_layers": 1}
+    return ChromaTransformer2DModel(in_channels=4, num_layers=1, num_single_layers=1, **heads, **approximator)
+
+
+def auraflow():
+    from diffusers import AuraFlowTransformer2DModel
+
+    layers = {"num_mmdit_layers": 1, "num_single_dit_layers": 1, "attention_head_dim": 6, "num_attention_heads": 2}
+    sizes = {"sample_size": 8, "joint_attention_dim": 10, "caption_projection_dim": 12, "pos_embed_max_size": 64}
+    return AuraFlowTransformer2DModel(**layers, **sizes)
+
+
+def small_unet(**kwargs):
+    from diffusers import UNet2DModel
+
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "norm_num_groups": 4}
+    return UNet2DModel(**blocks, block_out_channels=(8,), add_attention=False, **kwargs)
+
+
+def small_conditional_unet(**kwargs):
+    from diffusers import UNet2DConditionModel
+
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    sizes = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 4}
+    return UNet2DConditionModel(**blocks, **sizes, **{"cross_attention_dim": 10} | kwargs)
+
+
+INPUTS = {
+    "Chroma": chroma,
+    "AuraFlow": auraflow,
+    "UNet with class numbers": lambda: small_unet(num_class_embeds=3),
+    "UNet with class times": lambda: small_unet(class_embed_type="timestep"),
+    "UNet with class vectors": lambda: small_unet(class_embed_type="identity"),
+    "conditional UNet with class numbers": lambda: small_conditional_unet(num_class_embeds=3),
+    "conditional UNet with class times": lambda: small_conditional_unet(class_embed_type="timestep"),
+    "conditional UNet with class vectors": lambda: small_conditional_unet(class_embed_type="identity"),
+    "conditional UNet with projected classes": lambda: small_conditional_unet(
+        class_embed_type="projection", projection_class_embeddings_input_dim=6
+    ),
+    "conditional UNet with projected text": lambda: small_conditional_unet(
+        encoder_hid_dim=6, encoder_hid_dim_type="text_proj"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_example_inputs_fit_the_forward(name):
+    model = INPUTS[name]().eval()
+    with torch.no_grad():
+        assert model(**example_inputs(model)).sample.isfinite().all()
+    assert len(trace(model, example_inputs(model))) == sum(type(m) is nn.Linear for m in model.modules())
