@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.base import HfQuantizer
 
 from hfquant import ptq
@@ -237,15 +237,17 @@ def _save_as_named(model: PreTrainedModel) -> None:
 
 
 def _stored_names(model: PreTrainedModel, checkpoint_files: list[str] | None) -> set[str] | None:
-    """Names of the checkpoint's tensors where it was saved by another class than ``model``'s, else None.
+    """Names in ``model`` of the checkpoint's tensors, where another class than ``model``'s saved it, else None.
 
     A base model's checkpoint has nothing for a task's head (and one without a pooler nothing for the pooler): such
     linears stay float, for transformers to initialize and warn about. The class's own checkpoint must be complete.
     """
     if type(model).__name__ in (model.config.architectures or ()) or not checkpoint_files:
         return None
-    names: set[str] = set()
+    keys: set[str] = set()
     for file in checkpoint_files:
         with safe_open(file, framework="pt") as opened:
-            names.update(opened.keys())
-    return names
+            keys.update(opened.keys())
+    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+    own = model.state_dict()
+    return keys | {rename_source_key(key, renamings, [], model.base_model_prefix, own)[0] for key in keys}

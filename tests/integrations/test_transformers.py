@@ -215,6 +215,17 @@ def test_base_model_with_a_pooler_the_checkpoint_lacks(tmp_path):
     assert torch.equal(outputs(base, inputs), outputs(model.bert, inputs))
 
 
+def test_base_model_whose_tensors_are_stored_under_older_names(checkpoint, tmp_path):
+    model = transformers.ViTForImageClassification.from_pretrained(
+        checkpoint("vit"), quantization_config=HfQuantConfig("w8a16")
+    )
+    model.save_pretrained(tmp_path)
+    assert any("encoder.layer" in name for name in load_file(tmp_path / "model.safetensors"))
+    base = transformers.ViTModel.from_pretrained(tmp_path, add_pooling_layer=False)
+    assert len(quant_linears(base)) == 12
+    assert_same(base, model.vit, transformers_inputs(model))
+
+
 def test_modules_to_not_convert_adds_to_the_defaults(checkpoint, tmp_path):
     config = HfQuantConfig("w8a16", modules_to_not_convert=["mlp", "model.layers.1.self_attn.q_proj", "*.0.*.k_proj"])
     model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
