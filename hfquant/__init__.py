@@ -4,6 +4,9 @@ Importing it makes ``quant_method: "hfquant"`` known to transformers and diffuse
 checkpoint is loaded.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from hfquant.config import PRESETS, Calibrate, ConfigError, DType, Optimum, SegPattern
 from hfquant.integrations import register
 from hfquant.integrations.config import HfQuantConfig
@@ -12,22 +15,67 @@ from hfquant.observers import CalibrationError
 from hfquant.planner import plan
 from hfquant.ptq import dequantize, quantize
 
+if TYPE_CHECKING:
+    from hfquant.affiner import BlockwiseAffiner, load_affiner
+    from hfquant.calibration import (
+        BaseCalibSet,
+        BaseSampler,
+        LanguageModelSampler,
+        NormalSampler,
+        UniformSampler,
+        generate_calibrate_set,
+        load_calibrate_set,
+    )
+
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "BaseCalibSet",
+    "BaseSampler",
+    "BlockwiseAffiner",
     "Calibrate",
     "CalibrationError",
     "ConfigError",
     "DType",
     "HfQuantConfig",
+    "LanguageModelSampler",
+    "NormalSampler",
     "Optimum",
     "QuantLinear",
     "SegPattern",
+    "UniformSampler",
     "dequantize",
+    "generate_calibrate_set",
+    "load_affiner",
+    "load_calibrate_set",
     "plan",
     "quantize",
     "set_real_quant",
 ]
+
+# Imported on first use: `import hfquant` stays light.
+_LAZY = {
+    **dict.fromkeys(("BlockwiseAffiner", "load_affiner"), "hfquant.affiner"),
+    **dict.fromkeys(
+        (
+            "BaseCalibSet",
+            "BaseSampler",
+            "LanguageModelSampler",
+            "NormalSampler",
+            "UniformSampler",
+            "generate_calibrate_set",
+            "load_calibrate_set",
+        ),
+        "hfquant.calibration",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
 
 register()

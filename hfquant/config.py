@@ -386,6 +386,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     for name, entry in {
         "w8a8": {"weight_quant": _channel("int8"), "input_quant": {"type": "int8"}},
         "w8a8-dynamic": {**_ROUND, "weight_quant": _channel("int8"), "input_quant": _INT8_TOKEN},
+        "w8a8-smooth": {
+            "opt": {"type": "smooth", "search_alpha_config": {"enable": True}},
+            "weight_quant": _channel("int8"),
+            "input_quant": _INT8_TOKEN,
+        },
         "w8a16": {**_ROUND, "weight_quant": _channel("int8"), "input_quant": None},
         "w6a16": {**_ROUND, "weight_quant": {"type": "int6", "group_size": 64}, "input_quant": None},
         "w4a16": {**_ROUND, "weight_quant": _INT4_GROUP, "input_quant": None},

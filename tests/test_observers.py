@@ -1,0 +1,177 @@
+"""Statistics: exact against numpy, mergeable, deduplicated, padding masked, bad data refused."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from hfquant import observers
+from hfquant.observers import SAMPLE_ROWS, CalibrationError, LayerStats, layer_stats, observe
+
+
+class Net(nn.Module):
+    """Two linears on one tensor, one on another, one that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.out, self.never = nn.Linear(6, 3), nn.Linear(6, 2)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+        x = self.dropout(x) * scale
+        return self.out(self.q(x) + self.k(x).sum(-1, keepdim=True))
+
+
+def watched(net: Net) -> dict[str, nn.Module]:
+    return {name: getattr(net, name) for name in ("q", "k", "out", "never")}
+
+
+def test_statistics_are_those_of_all_rows() -> None:
+    net = Net().train()
+    batches = [torch.randn(4, 5, 6), torch.randn(2, 6), torch.randn(3, 1, 2, 6)]
+    stats = observe(net, watched(net), batches, {"q": True, "k": False, "out": True, "never": True})
+    rows = np.concatenate([b.reshape(-1, 6).double().numpy() for b in batches])
+    assert set(stats) == {"q", "k", "out"}
+    assert stats["q"].count == len(rows) == 28
+    np.testing.assert_array_equal(stats["q"].low.numpy(), rows.min(0).astype(np.float32))
+    np.testing.assert_array_equal(stats["q"].amax.numpy(), np.abs(rows).max(0).astype(np.float32))
+    np.testing.assert_allclose(stats["q"].hessian, rows.T @ rows, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(stats["k"].power, (rows**2).sum(0), rtol=1e-5)
+    assert stats["k"].hessian is None
+    assert sorted(map(tuple, stats["q"].sample.tolist())) == sorted(map(tuple, rows.astype(np.float32).tolist()))
+    assert net.training
+    assert net.dropout.training
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_a_shared_input_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(observers, "layer_stats", lambda *a: calls.append(1) or layer_stats(*a))
+    net = Net()
+    stats = observe(net, watched(net), [torch.randn(4, 6)] * 3)
+    assert stats["q"] is stats["k"]
+    assert len(calls) == 3 * 2  # q and k together, and out
+
+
+def test_a_tensor_changed_in_place_is_measured_again() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x.clone()
+            self.a(y)
+            return self.b(y.mul_(2))
+
+    net = InPlace()
+    stats = observe(net, {"a": net.a, "b": net.b}, [torch.ones(2, 3)])
+    assert stats["a"].high.tolist() == [1, 1, 1]
+    assert stats["b"].high.tolist() == [2, 2, 2]
+
+
+@given(sizes=st.lists(st.integers(1, 200), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_merging_does_not_depend_on_the_order(sizes: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        layer_stats(torch.randn(n, 5, generator=generator), torch.rand(n, generator=generator).double(), True)
+        for n in sizes
+    ]
+
+    def merged(order: list[LayerStats]) -> LayerStats:
+        total = order[0]
+        for part in order[1:]:
+            total = total.merge(part)
+        return total
+
+    one, other = merged(parts), merged(parts[::-1])
+    assert one.count == other.count == sum(sizes)
+    assert torch.equal(one.low, other.low)
+    assert torch.equal(one.high, other.high)
+    assert len(one.sample) == min(SAMPLE_ROWS, sum(sizes))
+    assert torch.equal(one.sample[one.keys.argsort()], other.sample[other.keys.argsort()])
+    torch.testing.assert_close(one.hessian, other.hessian, rtol=1e-6, atol=1e-4)
+
+
+def test_the_sample_is_spread_over_the_data() -> None:
+    net = nn.Sequential(nn.Linear(1, 1))
+    batches = [torch.full((300, 1), float(i)) for i in range(8)]
+    sample = observe(net, {"0": net[0]}, batches)["0"].sample
+    assert len(sample) == SAMPLE_ROWS
+    counts = torch.bincount(sample.flatten().long(), minlength=8)
+    assert (counts > 10).all()  # expectation 32
+
+
+def test_padding_is_masked_out() -> None:
+    net = Net()
+    x = torch.randn(2, 4, 6)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    x[0, 2:] = 1e9
+    stats = observe(net, {"q": net.q}, [{"x": x, "attention_mask": mask}])
+    assert stats["q"].count == 6
+    assert stats["q"].amax.max() < 100
+    nothing = {"x": x, "attention_mask": torch.zeros(2, 4, dtype=torch.long)}
+    assert observe(net, {"q": net.q}, [nothing]) == {}
+
+
+def test_every_kind_of_sample() -> None:
+    net, x = Net(), torch.randn(3, 6)
+    samples = [x, (x,), {"x": x, "scale": 1.0}, [x, (x, None), {"x": x}]]
+    assert observe(net, {"q": net.q}, samples)["q"].count == 6 * 3
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x / (x - 3))
+
+
+@pytest.mark.parametrize("bad", [3.0, float("nan"), float("inf")])
+def test_nan_and_inf_name_layer_batch_and_count(bad: float) -> None:
+    net, x = Broken(), torch.ones(2, 4)
+    poisoned = x.clone()
+    poisoned[1, :2] = bad
+    with pytest.raises(CalibrationError, match=r"layer 'linear': 2 of 8 inputs are NaN or Inf in calibration batch 1"):
+        observe(net, {"linear": net.linear}, [x, poisoned])
+    assert not net.linear._forward_pre_hooks
+
+
+def generator() -> Iterator[torch.Tensor]:
+    yield torch.ones(1, 6)
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        ([], CalibrationError, "empty"),
+        (generator(), TypeError, "walked only once"),
+        ("text", TypeError, "expected a DataLoader"),
+        (7, TypeError, "expected a DataLoader"),
+        ({"x": torch.ones(1, 6)}, TypeError, "expected a DataLoader"),
+        (["text"], TypeError, "tokenize text first"),
+        ([3], TypeError, "a sample is a tensor"),
+    ],
+)
+def test_unusable_data(loader: Any, error: type[Exception], message: str) -> None:
+    net = Net()
+    with pytest.raises(error, match=message):
+        observe(net, watched(net), loader)
+
+
+def test_stop_early_runs_no_further_than_needed() -> None:
+    net = Net()
+    ran = []
+    net.out.register_forward_pre_hook(lambda *_: ran.append(1))
+    observe(net, {"q": net.q, "k": net.k}, [torch.randn(2, 6)] * 2, stop_early=True)
+    assert not ran
+    observe(net, {"q": net.q}, [torch.randn(2, 6)] * 2)
+    assert len(ran) == 2

@@ -1,0 +1,325 @@
+"""quantize() on whole models: one pass and per layer, failure safety, resume, report, offload."""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+import hfquant
+from hfquant import CalibrationError, ConfigError, QuantLinear, dequantize, ptq, quantize
+from hfquant.linear import quant_linears
+
+STATIC = {"default": {"opt": {"type": "default"}, "weight_quant": {"type": "int8", "axis": -1}}}
+FULL = {
+    "default": {
+        "opt": {"type": "svd", "low_rank": 4},
+        "calib": {"type": "gptq"},
+        "weight_quant": {"type": "int4", "group_size": 8, "symmetric": False, "clip": "mse"},
+        "input_quant": {"type": "int8"},
+    }
+}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v))
+        return x + self.down(F.silu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 16, blocks: int = 3) -> None:
+        super().__init__()
+        self.inp = nn.Linear(8, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.unused = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        x = self.inp(x) * scale
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(3)
+    return Net()
+
+
+@pytest.fixture
+def data() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randn(4, 10, 8, generator=generator) for _ in range(6)]
+
+
+def error(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> float:
+    with torch.no_grad():
+        exact = reference(x)
+        return float((model(x) - exact).norm() / exact.norm())
+
+
+def snapshot(model: nn.Module) -> tuple[dict[str, torch.Tensor], list[int], list[bool], list[int]]:
+    modules = list(model.modules())
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    return state, [id(m) for m in modules], [m.training for m in modules], hooks
+
+
+def assert_untouched(model: nn.Module, before: Any) -> None:
+    after = snapshot(model)
+    assert before[1:] == after[1:]
+    assert all(torch.equal(v, after[0][k]) for k, v in before[0].items())
+
+
+@pytest.mark.parametrize("per_layer_mode", [False, True])
+@pytest.mark.parametrize("config", [STATIC, FULL, "w4a16", "w8a8", "w4a8-svd", "w4a16-gptq"])
+def test_quantizes_every_linear_in_place(net: Net, data: Any, config: Any, per_layer_mode: bool) -> None:
+    reference = copy.deepcopy(net)
+    if isinstance(config, str):  # width 16 has no groups of 64
+        config = copy.deepcopy(hfquant.PRESETS[config])
+        config["default"]["weight_quant"].update(group_size=8)
+        if "low_rank" in config["default"].get("opt", {}):
+            config["default"]["opt"]["low_rank"] = 4
+    result = quantize(net, data, config, per_layer_mode=per_layer_mode)
+    assert result is net
+    assert len(quant_linears(net)) == 3 * 4 + 2
+    assert error(net, reference, data[0]) < 0.15
+    assert net.training
+
+
+def test_per_layer_mode_sees_quantized_inputs(net: Net, data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[bool, dict[str, Any]] = {True: {}, False: {}}
+    observe = ptq.observe
+
+    def spy(model: nn.Module, layers: Any, *args: Any) -> Any:
+        stats = observe(model, layers, *args)
+        seen[mode].update(stats)
+        return stats
+
+    monkeypatch.setattr(ptq, "observe", spy)
+    for mode in (False, True):
+        quantize(copy.deepcopy(net), data, STATIC, per_layer_mode=mode)
+    assert torch.equal(seen[True]["inp"].amax, seen[False]["inp"].amax)
+    name = "blocks.2.down"
+    assert not torch.equal(seen[True][name].amax, seen[False][name].amax)
+    torch.testing.assert_close(seen[True][name].amax, seen[False][name].amax, rtol=0.2, atol=0.2)
+
+
+def test_per_layer_mode_holds_one_block_at_a_time(net: Net, data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = []
+    observe = ptq.observe
+    monkeypatch.setattr(ptq, "observe", lambda m, layers, *a: groups.append(list(layers)) or observe(m, layers, *a))
+    quantize(net, data, STATIC, per_layer_mode=True)
+    assert groups[0] == ["inp"]
+    assert [set(n.split(".")[1] for n in g) for g in groups[1:4]] == [{"0"}, {"1"}, {"2"}]
+
+
+def test_memory_budget_takes_more_passes_and_changes_nothing(
+    net: Net, data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    observe = ptq.observe
+    monkeypatch.setattr(ptq, "observe", lambda m, layers, *a: passes.append(list(layers)) or observe(m, layers, *a))
+    other = copy.deepcopy(net)
+    quantize(net, data, FULL)
+    assert len(passes) == 1
+    quantize(other, data, FULL, memory_budget=200_000)
+    assert len(passes) > 3
+    assert sum(passes[1:], []) == passes[0]
+    for (name, one), two in zip(net.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("per_layer_mode", [False, True])
+@pytest.mark.parametrize("fail_at", [0, 5, 13])
+def test_a_failure_leaves_the_model_as_it_was(
+    net: Net, data: Any, per_layer_mode: bool, fail_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net.eval()
+    net.blocks[1].train()
+    before, solve, calls = snapshot(net), ptq.solve, []
+
+    def failing(*args: Any) -> Any:
+        if len(calls) == fail_at:
+            raise Stop
+        calls.append(1)
+        return solve(*args)
+
+    monkeypatch.setattr(ptq, "solve", failing)
+    with pytest.raises(Stop):
+        quantize(net, data, STATIC, per_layer_mode=per_layer_mode)
+    assert_untouched(net, before)
+
+
+@pytest.mark.parametrize(
+    ("loader", "config", "kind", "message"),
+    [
+        (None, STATIC, CalibrationError, "needs calibration data"),
+        ([], STATIC, CalibrationError, "empty"),
+        (DataLoader([], batch_size=2), STATIC, CalibrationError, "empty"),
+        ((torch.randn(2, 8) for _ in range(2)), STATIC, TypeError, "only once"),
+        ([torch.full((2, 3, 8), torch.nan)], STATIC, CalibrationError, "layer 'inp'.*batch 0"),
+        ([torch.randn(2, 9)], STATIC, RuntimeError, "shapes cannot be multiplied"),
+        ([torch.randn(2, 3, 8)], {"default": {"weight_quant": {"group_size": 5}}}, ConfigError, "group_size=5"),
+        ([torch.randn(2, 3, 8)], {"default": {"enable": False}}, ValueError, "nothing to quantize"),
+        ([torch.randn(2, 3, 8)], 7, TypeError, "expected a dict"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_lost(net: Net, loader: Any, config: Any, kind: Any, message: str) -> None:
+    before = snapshot(net)
+    with pytest.raises(kind, match=message):
+        quantize(net, loader, config)
+    assert_untouched(net, before)
+
+
+def test_quantizing_twice_is_refused(net: Net, data: Any) -> None:
+    quantize(net, None, "w8a16")
+    with pytest.raises(ValueError, match="already quantized"):
+        quantize(net, None, "w8a16")
+    plain = dequantize(net)
+    assert all(type(m) is not QuantLinear for m in plain.modules())
+    quantize(plain, None, "w8a16")
+    with pytest.raises(ValueError, match="no quantized linear"):
+        dequantize(Net())
+
+
+def test_a_layer_that_never_ran_is_reported_and_falls_back(
+    net: Net, data: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    quantize(net, data, STATIC)
+    assert "'unused' never ran" in caplog.text
+    (report,) = [r for r in net.quant_report.layers if r.fallback]
+    assert report.name == "unused"
+    x = torch.randn(3, 8)
+    assert net.unused(x).isfinite().all()
+    assert net.unused.plan.config.input_quant.dynamic
+
+
+def test_resume_goes_on_and_ends_the_same(net: Net, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, cut = quantize(copy.deepcopy(net), data, FULL), copy.deepcopy(net)
+    solve, calls = ptq.solve, []
+
+    def failing(*args: Any) -> Any:
+        calls.append(args[0])
+        if len(calls) == 6:
+            raise Stop
+        return solve(*args)
+
+    monkeypatch.setattr(ptq, "solve", failing)
+    with pytest.raises(Stop):
+        quantize(cut, data, FULL, resume_dir=tmp_path)
+    done, calls = list(calls[:5]), calls
+    calls.clear()
+    calls += ["x"] * 10  # no more failures
+    quantize(cut, data, FULL, resume_dir=tmp_path)
+    assert not set(done) & set(calls[10:])
+    for (name, one), two in zip(straight.state_dict().items(), cut.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+    # Another config takes nothing from that folder.
+    calls.clear()
+    calls += ["x"] * 10
+    quantize(copy.deepcopy(net), data, STATIC, resume_dir=tmp_path)
+    assert len(calls) == 10 + 14
+    broken = sorted(tmp_path.glob("*.safetensors"))[0]
+    broken.write_bytes(broken.read_bytes()[:50])
+    with pytest.raises(ValueError, match="damaged"):
+        for config in (STATIC, FULL):
+            quantize(copy.deepcopy(net), data, config, resume_dir=tmp_path)
+
+
+def test_report_measures_what_was_gained(net: Net, data: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "hfquant"):
+        quantize(net, data, FULL, verbose=True)
+    report = net.quant_report
+    assert [r.name for r in report.layers][:2] == ["inp", "blocks.0.qkv"]
+    by_name = {r.name: r for r in report.layers}
+    down = by_name["blocks.1.down"]
+    assert down.rank == 4
+    assert down.alphas == (0.5,)
+    assert 0 < down.error < down.plain_error
+    assert abs(down.sqnr + 20 * torch.log10(torch.tensor(down.error)).item()) < 1e-4
+    assert "blocks.1.down" in caplog.text
+    text = str(report)
+    assert all(name in text for name in by_name)
+    assert report.to_dict()["layers"][0]["name"] == "inp"
+
+
+def test_batches_of_different_shapes_and_kinds(net: Net) -> None:
+    x = torch.randn(2, 5, 8)
+    loader = [x, torch.randn(1, 3, 8), (x, 0.5), {"x": x, "scale": 2.0}, [x, (x,), {"x": x}]]
+    reference = copy.deepcopy(net)
+    quantize(net, loader, STATIC)
+    assert error(net, reference, x) < 0.05
+
+
+def test_data_loader_with_workers(net: Net, data: Any) -> None:
+    quantize(net, DataLoader(torch.cat(data), batch_size=5, num_workers=1), STATIC)
+    assert quant_linears(net)["inp"].plan.static_input
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(net: Net, data: Any, dtype: torch.dtype) -> None:
+    reference, net = copy.deepcopy(net), net.to(dtype)
+    quantize(net, [x.to(dtype) for x in data], FULL)
+    assert net.inp.svd_up.dtype == net.inp.bias.dtype == dtype
+    with torch.no_grad():
+        y = net(data[0].to(dtype))
+    assert y.dtype == dtype
+    exact = reference(data[0])
+    assert (y.float() - exact).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.parametrize("per_layer_mode", [False, True])
+def test_offloaded_models(net: Net, data: Any, tmp_path: Path, per_layer_mode: bool) -> None:
+    from accelerate import cpu_offload, disk_offload
+
+    expected = quantize(copy.deepcopy(net), data, FULL, per_layer_mode=per_layer_mode)(data[0])
+    for offload in (
+        lambda m: cpu_offload(m, torch.device("cpu")),
+        lambda m: disk_offload(m, str(tmp_path / "weights"), torch.device("cpu")),
+    ):
+        model = copy.deepcopy(net)
+        offload(model)
+        assert model.inp.weight.device.type == "meta"
+        quantize(model, data, FULL, per_layer_mode=per_layer_mode)
+        assert model.inp.weight.device.type == "meta"
+        assert torch.equal(model(data[0]), expected)
+
+
+def test_shared_module_is_quantized_once_and_stays_shared(data: Any) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+            self.b = self.a
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x))
+
+    model = quantize(Twice(), data, STATIC)
+    assert model.a is model.b
+    assert isinstance(model.a, QuantLinear)
+
+
+def test_says_what_share_was_quantized(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1000, 3), nn.Flatten(), nn.Linear(4, 4))
+    quantize(model, None, "w8a16")
+    assert "1 linears quantized" in caplog.text
+    assert "the largest left: 0.weight" in caplog.text
