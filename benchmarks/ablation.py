@@ -2,7 +2,7 @@
 
 A row is a line: its name, ``<kind>/hfquant-<what is on>``, and its config. Kinds with float activations are
 weight-only; the others quantize activations to one scale a token while running, or, where the name says static, to
-calibrated scales.
+calibrated scales. Where it says tensor, so are they, and each weight has one scale in all (the reference's default).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ INT8 = {"type": "int8", "axis": -1}
 SEARCH = {"search_alpha_config": {"enable": True}}
 SMOOTH = {"type": "smooth", "alpha": 0.5}
 SVD = {"type": "svd", "alpha": 0.5, "low_rank": 32}
+THIN_SVD = {"type": "svd", "alpha": 0.5, "low_rank": 8}  # for layers 192 wide
 GPTQ = {"type": "gptq"}
 
 NONE: list[str] = []
@@ -49,6 +50,8 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w8a8/hfquant-static-smooth": config(INT8, STATIC, SMOOTH),
     "w8a8/hfquant-static-smooth-search": config(INT8, STATIC, {**SMOOTH, **SEARCH}),
     "w8a8/hfquant-static-smooth-search-gptq": config(INT8, STATIC, {**SMOOTH, **SEARCH}, GPTQ),
+    "w8a8/hfquant-dynamic-smooth": config(INT8, TOKEN, SMOOTH),
+    "w8a8/hfquant-dynamic-smooth-search": config(INT8, TOKEN, {**SMOOTH, **SEARCH}),
     "w4a16/hfquant-mse": config(GROUP, None, clip="mse"),
     "w4a16/hfquant-asym": config(GROUP, None, symmetric=False),
     "w4a16/hfquant-gptq": config(GROUP, None, calib=GPTQ),
@@ -78,20 +81,22 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "segments": {"patterns": SEGMENTS},
     "dual": {"patterns": DUAL},
     "smooth-alone": {"opt": SMOOTH, "patterns": NONE},
-    "svd-alone": {"opt": SVD, "patterns": NONE},
+    "svd-alone": {"opt": THIN_SVD, "patterns": NONE},
     "gptq-alone": {"calib": GPTQ, "patterns": NONE},
     "full-smooth": {"opt": {**SMOOTH, **SEARCH}, "calib": GPTQ, "clip": "mse", "symmetric": False},
-    "full-svd": {"opt": {**SVD, **SEARCH}, "calib": GPTQ, "clip": "mse", "symmetric": False},
+    "full-svd": {"opt": {**THIN_SVD, **SEARCH}, "calib": GPTQ, "clip": "mse", "symmetric": False},
 }
 
 #: Features that need segments or activations with a small negative side: seen on the DiT.
 DIGITS_ABLATION: dict[str, dict[str, Any]] = {
-    f"{kind}/hfquant-{prefix}{name}": config(GROUP, inputs, **features)
-    for kind, prefix, inputs in (
-        ("w4a8", "", TOKEN),
-        ("w4a8", "static-", STATIC),
-        ("w4a4", "", TOKEN4),
-        ("w4a4", "static-", {"type": "int4"}),
+    f"{kind}/hfquant-{prefix}{name}": config(weight, inputs, **features)
+    for kind, prefix, weight, inputs in (
+        ("w8a8", "tensor-", {"type": "int8"}, STATIC),
+        ("w4a8", "", GROUP, TOKEN),
+        ("w4a8", "static-", GROUP, STATIC),
+        ("w4a8", "tensor-", {"type": "int4"}, STATIC),
+        ("w4a4", "", GROUP, TOKEN4),
+        ("w4a4", "static-", GROUP, {"type": "int4"}),
     )
     for name, features in _FEATURES.items()
 }

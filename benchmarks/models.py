@@ -128,9 +128,14 @@ def token_batches(
 
 
 def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linears that every row of a benchmark quantizes, by name: all but the output embedding (``lm_head``)."""
+    """The linears that every row of a benchmark quantizes, by name.
+
+    All but the output embedding (``lm_head``) and those with fewer than 16 outputs (a DiT's last one): not every peer's
+    kernels take them, nor do they have room for a low-rank branch.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    return {name: m for name, m in linears.items() if m.out_features >= 16}
 
 
 @torch.no_grad()

@@ -88,14 +88,17 @@ def _torchao_w4a8() -> Any:
 
 
 def _torchao_awq(model: nn.Module, batches: Batches) -> nn.Module:
-    """Activation-aware scaling (arXiv 2306.00978) over torchao's int4, with a search of 20 strengths a layer."""
+    """Activation-aware scaling (arXiv 2306.00978) over torchao's int4, with a search of 20 strengths a layer.
+
+    It keeps the inputs of all layers, 0.7 MB a token on SmolLM2, and multiplies them 40 times: every eighth batch.
+    """
     from torchao.prototype.awq import AWQConfig
     from torchao.quantization import quantize_
 
     names = quantizable_linears(model).keys()
     quantize_(model, AWQConfig(_torchao_int4("tinygemm"), step="prepare"), filter_fn=lambda _, name: name in names)
     with torch.no_grad():
-        for batch in batches:
+        for batch in list(batches)[::8]:
             model(**batch)
     for name in names:
         observed = model.get_submodule(name).to(torch.bfloat16)

@@ -126,6 +126,8 @@ def digits(args: argparse.Namespace) -> Subject:
     expected = sample(64, seed=2)
 
     def score(quantized: nn.Module) -> Scores:
+        if quantized is model:
+            return {}  # equal images: infinite
         pipe.transformer = quantized
         mean, error = metrics.mean_and_error(metrics.psnr(expected, sample(64, seed=2), value_range=1.0))
         pipe.transformer = model
@@ -155,19 +157,20 @@ SUBJECTS: dict[str, tuple[Callable[[argparse.Namespace], Subject], Mapping[str, 
 def run_row(name: str, row: Row, subject: Subject) -> Scores:
     """Quantize a copy of the subject's model as the row says and score it."""
     weights = {n: linear.weight.numel() for n, linear in models.quantizable_linears(subject.model).items()}
-    start = time.perf_counter()
     if row is None:
         return {"bits": 32.0, **subject.score(subject.model)}
-    if isinstance(row, str):
-        import hfquant
-
-        model = subject.from_pretrained(hfquant.HfQuantConfig(row)).eval()
-    elif isinstance(row, dict):
-        import hfquant
-
-        model = hfquant.quantize(copy.deepcopy(subject.model), subject.calibration, row)
-    else:
+    start = time.perf_counter()
+    if callable(row):
         model = row(copy.deepcopy(subject.model), subject.calibration)
+    else:
+        import hfquant
+
+        linears = (n for n, m in subject.model.named_modules() if isinstance(m, nn.Linear))
+        config = hfquant.HfQuantConfig(row, modules_to_not_convert=[n for n in linears if n not in weights])
+        if isinstance(row, str):
+            model = subject.from_pretrained(config).eval()
+        else:
+            model = hfquant.quantize(copy.deepcopy(subject.model), subject.calibration, config)
     seconds = time.perf_counter() - start
     bits = metrics.bits_per_weight(model, weights)
     if callable(row) and name.partition("/")[0].endswith("a16"):
