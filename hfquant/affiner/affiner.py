@@ -96,10 +96,11 @@ class BlockwiseAffiner:
         """PTQD's variance schedule calibration (section 3.4): what to multiply the scheduler's own noise by.
 
         A stochastic step adds noise of variance sigma^2 and carries c^2 times what is left of the quantization noise's
-        variance; the first is lowered by the second, to 0 at the least. 1 for the other types, deterministic
-        schedulers, and timesteps between fitted ones.
+        variance; the first is lowered by the second, to 0 at the least. 1 for the other types, other noise targets
+        than "all", deterministic schedulers, and timesteps between fitted ones.
         """
-        if self.config.type != "ptqd" or step.timestep not in self.prediction.errors:
+        applies = self.config.type == "ptqd" and self.noise_target == "all"
+        if not applies or step.timestep not in self.prediction.errors:
             return 1.0
         c, sigma = step_coefficients(step)
         if not (math.isfinite(c) and math.isfinite(sigma)) or sigma == 0:

@@ -80,8 +80,8 @@ class SolverConfig(_Section):
     type: Literal["mserel"] = "mserel"
     blocksize: int | None = Field(8, ge=1)
     alpha: float = Field(0.5, ge=0.0, le=1.0)
-    lambda1: float = Field(0.01, ge=0.0)
-    lambda2: float = Field(0.01, ge=0.0)
+    lambda1: float = Field(0.1, ge=0.0)
+    lambda2: float = Field(0.1, ge=0.0)
     sample_mode: Literal["block", "interpolate"] = "block"
     percentile: float = Field(100.0, ge=0.0, le=100.0)
     greater: bool = True

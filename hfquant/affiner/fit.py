@@ -109,7 +109,7 @@ class _Fit:
     def __init__(self, affiner: Any, config: AffinerConfig, real: Any, quant: Any, turn: Turn) -> None:
         self.affiner, self.config, self.stepper = affiner, config, config.stepper
         self.real, self.quant, self.turn = real, quant, turn
-        self.latents: AffineMaps | None = getattr(affiner, "latents", None)
+        self.latents: AffineMaps | None = affiner.latents if isinstance(affiner, BlockwiseAffiner) else None
         self.uncond_half = 0
 
     def run(self, samples: Samples) -> None:
@@ -134,7 +134,6 @@ class _Fit:
 
     def _lane(self, sample: dict[str, Any]) -> _Lane:
         at_denoiser = self.stepper.noise_target != "all"
-
         finish = partial(run_step, self.affiner) if self.stepper.recurrent else None
         return _Lane(
             Run(self.real, _seeded_call(sample), at_denoiser=at_denoiser),
@@ -163,11 +162,10 @@ class _Fit:
                 self.affiner.observe(timestep, self._target(r), self._target(q))
             if self.stepper.recurrent:
                 self.affiner.solve(timestep)
-            stepped = []
             for lane, (r, q) in zip(lanes, pairs, strict=True):
                 ahead = _advance(lane.real, r.value)
-                stepped.append(_advance(lane.quant, self._corrected(q)))
-                lane.latents = stepped[-1].value if self.stepper.recurrent else ahead.value
+                corrected = _advance(lane.quant, self._corrected(q))
+                lane.latents = corrected.value if self.stepper.recurrent else ahead.value
                 progress.update()
             if self.latents is not None:
                 self._align_latents(lanes, frees)
@@ -344,6 +342,9 @@ def _seeded_call(sample: dict[str, Any]) -> dict[str, Any]:
     kwargs = dict(sample)
     if (seed := kwargs.pop(_SEED, None)) is not None:
         kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
+    if isinstance(given := kwargs.get("generator"), torch.Generator):
+        kwargs["generator"] = torch.Generator(given.device)
+        kwargs["generator"].set_state(given.get_state())
     return kwargs
 
 

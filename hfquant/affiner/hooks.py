@@ -29,7 +29,8 @@ class Affiner(Protocol):
     """What `load_affiner` trains and :func:`attach` applies; any object with these three methods will do.
 
     Predictions are `[B, C, H, W]`, or whatever shape the scheduler of the pipeline gets. `timestep` is the scheduler's
-    (the denoiser's where a half of the guidance is corrected).
+    (the denoiser's where a half of the guidance is corrected). An attribute `uncond_half`, where there is one, is set
+    while training for a half: 0 or 1, which half of the denoiser's batch is the unconditional one.
     """
 
     def observe(self, timestep: float, real: Tensor, quant: Tensor) -> None:

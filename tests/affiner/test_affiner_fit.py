@@ -191,6 +191,26 @@ def test_one_half_of_the_guidance_is_corrected(digits, target):
             digits_images(quant, guidance_scale=1.0)
 
 
+def test_most_pipelines_put_the_unconditional_half_first():
+    real, quant, rows, arguments = real_and_quant("sd3")
+    config = {"stepper": {"max_timestep": 2, "noise_target": "uncond"}, "extra_args": arguments}
+    affiner = load_affiner(config, rows, real, quant)
+    assert affiner.uncond_half == 0
+    plain = call(quant, rows, arguments, steps=2)
+    with affiner.attach(quant):
+        assert not torch.equal(call(quant, rows, arguments, steps=2), plain)
+    assert torch.equal(call(quant, rows, arguments, steps=2), plain)
+
+
+def test_a_generator_given_draws_the_same_noise_for_both(digits):
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    config = {"stepper": {"max_timestep": 2}, "extra_args": {"generator": generator}}
+    affiner = load_affiner(config, [0, 1], digits, copy.deepcopy(digits))
+    assert all(before == after == 0 for before, after in affiner.errors.values())
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_guidance_is_needed_to_fit_one_half(digits):
     config = {"stepper": {"max_timestep": 3, "noise_target": "text"}, "extra_args": {"guidance_scale": 1.0}}
     with pytest.raises(ValueError, match="classifier-free guidance"):
@@ -285,8 +305,7 @@ def state(pipe):
     return hooks, type(pipe.scheduler), part.training, repr(vars(pipe.scheduler)), pipe._progress_bar_config
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-@pytest.mark.parametrize("recurrent", [True, False])
+@pytest.mark.parametrize(("name", "recurrent"), [*((name, True) for name in BUILDERS), ("sd3", False)])
 def test_real_pipelines_attach_run_detach(name, recurrent, tmp_path):
     real, quant, rows, arguments = real_and_quant(name)
     before = [state(p) for p in (real, quant)]
