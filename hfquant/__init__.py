@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         generate_calibrate_set,
         load_calibrate_set,
     )
+    from hfquant.pipelines import quantize_pipeline
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "load_calibrate_set",
     "plan",
     "quantize",
+    "quantize_pipeline",
     "set_real_quant",
 ]
 
@@ -69,6 +71,7 @@ _LAZY = {
         ),
         "hfquant.calibration",
     ),
+    "quantize_pipeline": "hfquant.pipelines",
 }
 
 
