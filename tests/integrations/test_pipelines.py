@@ -260,23 +260,34 @@ def digits(pipe: DiffusionPipeline) -> Tensor:
 
 FRESH = """
 import hashlib, sys, torch
+from diffusers import DiTTransformer2DModel
+from transformers import LlamaForCausalLM
 torch.set_num_threads(1)
-import hfquant
+digits, eight_bits, four_bits = sys.argv[1:]
+for cls, folder in (
+    (LlamaForCausalLM, eight_bits), (LlamaForCausalLM, four_bits), (DiTTransformer2DModel, digits + "/transformer")
+):
+    try:
+        cls.from_pretrained(folder)
+    except Exception as error:
+        print(type(error).__name__, str(error).splitlines()[0][:38])
+assert "hfquant" not in sys.modules
+
 from hfquant.demo import DigitsPipeline
-from transformers import AutoModelForCausalLM
-pipe = DigitsPipeline.from_pretrained(sys.argv[1])
+pipe = DigitsPipeline.from_pretrained(digits)
 pipe.set_progress_bar_config(disable=True)
 generator = torch.Generator().manual_seed(3)
-images = pipe(list(range(10)), num_inference_steps=10, generator=generator, output_type="pt").images
-model = AutoModelForCausalLM.from_pretrained(sys.argv[2])
-with torch.no_grad():
-    logits = model(input_ids=torch.arange(3, 20)[None]).logits
-for tensor in (images, logits):
+results = [pipe(list(range(10)), num_inference_steps=10, generator=generator, output_type="pt").images]
+for folder in (eight_bits, four_bits):
+    with torch.no_grad():
+        results.append(LlamaForCausalLM.from_pretrained(folder)(input_ids=torch.arange(3, 20)[None]).logits)
+for tensor in results:
     print(hashlib.sha256(tensor.numpy().tobytes()).hexdigest())
 """
 
 
 def test_digits_pipeline_and_a_fresh_process(checkpoint, tmp_path):
+    """A new process gives the same bits; one without hfquant refuses: codes in a plain linear would be noise."""
     config = PipelineQuantizationConfig(quant_mapping={"transformer": HfQuantConfig("w8a8-dynamic")})
     pipe = DiffusionPipeline.from_pretrained(DIGITS_PATH, quantization_config=config)
     original = load_digits_pipeline()
@@ -284,25 +295,33 @@ def test_digits_pipeline_and_a_fresh_process(checkpoint, tmp_path):
     assert len(quant_linears(pipe.transformer)) == linears
     for name, layer in quant_linears(pipe.transformer).items():
         assert sqnr(original.transformer.get_submodule(name).weight, layer.effective_weight()) >= 35
-    expected = digits(pipe)
-    assert sqnr(digits(original), expected) > 10
-    pipe.save_pretrained(tmp_path / "digits")
-    stored = json.loads((tmp_path / "digits" / "transformer" / "config.json").read_text())
+    expected = [digits(pipe)]
+    assert sqnr(digits(original), expected[0]) > 10
+    folders = [tmp_path / "digits", tmp_path / "8", tmp_path / "4"]
+    pipe.save_pretrained(folders[0])
+    stored = json.loads((folders[0] / "transformer" / "config.json").read_text())
     assert stored["quantization_config"]["quant_method"] == "hfquant"
-    assert torch.equal(digits(DiffusionPipeline.from_pretrained(tmp_path / "digits")), expected)
+    assert torch.equal(digits(DiffusionPipeline.from_pretrained(folders[0])), expected[0])
+    four_bits = {"opt": {"type": "default"}, "weight_quant": {"type": "int4", "axis": -1}, "input_quant": None}
+    for folder, rules in ((folders[1], "w8a8-dynamic"), (folders[2], {"default": four_bits})):
+        model = type(small_models.llama()).from_pretrained(
+            checkpoint("llama"), quantization_config=HfQuantConfig(rules)
+        )
+        model.save_pretrained(folder)
+        with torch.no_grad():
+            expected.append(model(input_ids=torch.arange(3, 20)[None]).logits)
 
-    llama = type(small_models.llama()).from_pretrained(
-        checkpoint("llama"), quantization_config=HfQuantConfig("w8a8-dynamic")
-    )
-    llama.save_pretrained(tmp_path / "llama")
-    with torch.no_grad():
-        logits = llama(input_ids=torch.arange(3, 20)[None]).logits
     run = subprocess.run(
-        [sys.executable, "-c", FRESH, tmp_path / "digits", tmp_path / "llama"],
+        [sys.executable, "-c", FRESH, *folders],
         cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in (expected, logits)]
+    assert run.stdout.splitlines() == [
+        *["RuntimeError You set `ignore_mismatched_sizes` to `"] * 2,
+        "ValueError Unknown quantization type, got hfquant",
+        *[hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in expected],
+    ]
+    assert "Unknown quantization type, got hfquant" in run.stderr
