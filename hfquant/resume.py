@@ -6,13 +6,13 @@ so a layer of another model or config is never taken; the calibration data is th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,7 +23,7 @@ from hfquant.solver import Solution, without_data
 
 def fingerprint(weight: Tensor, plan: LayerPlan) -> str:
     """Digest of a layer's float weight and plan."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = xxhash.xxh3_128()
     digest.update(repr(plan).encode())
     digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
