@@ -1,0 +1,148 @@
+"""What the tests of QuantLinear share: plans of every kind, layers with random tensors, and the layer in float64."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import oracle
+import torch
+from torch import nn
+
+from hfquant import QuantLinear, formats
+from hfquant.config import DType, InputQuant, LayerConfig, OptConfig, Optimum, WeightQuant
+from hfquant.planner import LayerPlan
+
+IN, OUT = 24, 10
+PLAIN, SMOOTH = OptConfig(type=Optimum.DEFAULT), OptConfig(type=Optimum.SMOOTH)
+SVD = OptConfig(type=Optimum.SVD, low_rank=3)
+
+
+@dataclass
+class Case:
+    """A plan, short of its input format."""
+
+    weight: WeightQuant
+    opt: OptConfig = PLAIN
+    inputs: tuple[int, ...] = (IN,)
+    outputs: tuple[int, ...] = (OUT,)
+    dual: tuple[bool, ...] = ()
+
+    def plan(self, quant: InputQuant | None = None, real: bool = False) -> LayerPlan:
+        config = LayerConfig(weight_quant=self.weight, input_quant=quant, opt=self.opt, real_quant=real)
+        dual = self.dual if quant and quant.type.is_integer and quant.type.bits < 16 else ()
+        return LayerPlan(
+            config, sum(self.inputs), sum(self.outputs), self.inputs, self.outputs, dual or (False,) * len(self.inputs)
+        )
+
+
+def cases(dtype: DType) -> dict[str, Case]:
+    channel, zero = WeightQuant(type=dtype), {"symmetric": not dtype.is_integer}
+    group = {"group_size": 4} if dtype.is_scaled else {}
+    return {
+        "channel": Case(channel),
+        "group": Case(WeightQuant(type=dtype, **group)),
+        "input segments": Case(channel, inputs=(5, 8, 11)),
+        "dual": Case(channel, inputs=(9, 15), dual=(True, False)),
+        "asymmetric": Case(WeightQuant(type=dtype, **zero, **group)),
+        "smooth": Case(channel, SMOOTH),
+        "output segments": Case(channel, SMOOTH, outputs=(3, 7)),
+        "svd": Case(channel, SVD),
+        "all at once": Case(WeightQuant(type=dtype, **zero, **group), SVD, (8, 16), (3, 7), (True, True)),
+    }
+
+
+def random_tensors(plan: LayerPlan, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Tensors as a solver could have made them, but random: codes over their whole range, unpacked."""
+    made = {name: torch.rand(shape) + 0.5 for name, (shape, _) in plan.tensors(dtype).items()}
+    weight, shape = plan.config.weight_quant, (plan.out_features, plan.in_features)
+    half = 2 ** (weight.type.bits - 1)
+    if weight.type.is_integer:
+        low = -half if not weight.symmetric else 1 - half
+        made["weight"] = torch.randint(low, half, shape).to(formats.code_dtype(weight.type))
+    else:
+        made["weight"] = formats.quantize(torch.randn(shape), torch.full((1,), 0.01), weight.type)
+    if "weight_scale" in made:
+        made["weight_scale"] /= formats.qmax(weight.type)
+    if "weight_zero_point" in made:
+        zero = torch.randint(-half, half, made["weight_zero_point"].shape)
+        made["weight_zero_point"] = zero.to(formats.code_dtype(weight.type))
+    if "input_scale" in made:
+        made["input_scale"] *= 2 / formats.qmax(plan.config.input_quant.type)
+    if "input_scale_neg" in made:
+        flags = torch.tensor(plan.dual * len(plan.row_groups))
+        made["input_scale_neg"] = torch.where(flags, made["input_scale"] / 8, made["input_scale"])
+    for name in ("svd_down", "svd_up"):
+        if name in made:
+            made[name] = ((made[name] - 1) / 4).to(dtype)
+    return made
+
+
+def layer_of(plan: LayerPlan, bias: bool = True, dtype: torch.dtype = torch.float32):
+    """A QuantLinear, and the tensors it was made of."""
+    tensors = random_tensors(plan, dtype)
+    vector = nn.Parameter(torch.randn(plan.out_features, dtype=dtype)) if bias else None
+    return QuantLinear.from_tensors(plan, tensors, vector), tensors | ({"bias": vector.data} if bias else {})
+
+
+def some_input(*lead: int, features: int = IN) -> torch.Tensor:
+    x = torch.nn.functional.silu(torch.randn(*lead, features) * 2)
+    if x.numel():
+        x[..., 0] *= 8
+    return x
+
+
+def weight_by_hand(plan: LayerPlan, tensors) -> np.ndarray:
+    """The smoothed weight in float64."""
+    dtype = plan.config.weight_quant.type
+    codes = tensors["weight"].numpy()
+    if not dtype.is_integer:
+        values = oracle.decode(dtype.value)[codes.view(f"u{codes.itemsize}")]
+        if not dtype.is_scaled:
+            return values
+    else:
+        values = codes.astype(np.float64)
+    group = np.repeat(np.arange(len(plan.columns)), plan.columns)
+    if "weight_zero_point" in tensors:
+        values = values - tensors["weight_zero_point"].numpy()[:, group]
+    return values * tensors["weight_scale"].double().numpy()[:, group]
+
+
+def forward_by_hand(plan: LayerPlan, tensors, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The layer in float64 and, for tolerances, the same with every sign made positive."""
+    x = x.float().numpy()
+    w = weight_by_hand(plan, tensors)
+    y, size, start = [], [], 0
+    quant, segments = plan.config.input_quant, plan.input_segments
+    for i, rows in enumerate(plan.row_groups):
+        xs = x
+        if "smooth" in tensors:
+            xs = x / tensors["smooth"].reshape(-1, plan.in_features)[i].numpy()
+        if quant is None:
+            values = xs.astype(np.float64)
+        elif quant.dynamic or not quant.type.is_scaled:
+            values, _ = oracle.activation(xs, quant.type.value, quant.axis, segments, plan.dual)
+        else:
+            column = np.repeat(np.arange(len(segments)), segments)
+            scale = tensors["input_scale"].reshape(-1, len(segments))[i].numpy()[column]
+            if "input_scale_neg" in tensors:
+                negative = tensors["input_scale_neg"].reshape(-1, len(segments))[i].numpy()[column]
+                scale = np.where(xs < 0, negative, scale)
+            values = oracle.codes_of(xs, scale, quant.type.value) * scale.astype(np.float64)
+        block = slice(start, start + rows)
+        part, bound = values @ w[block].T, np.abs(values) @ np.abs(w[block]).T
+        if plan.rank:
+            down = tensors["svd_down"].double().numpy().reshape(-1, plan.rank, plan.in_features)[i]
+            up = tensors["svd_up"].double().numpy()[block]
+            part = part + x.astype(np.float64) @ down.T @ up.T
+            bound = bound + np.abs(x.astype(np.float64)) @ np.abs(down).T @ np.abs(up).T
+        y.append(part)
+        size.append(bound)
+        start += rows
+    y, size = np.concatenate(y, -1), np.concatenate(size, -1)
+    if "bias" in tensors:
+        y, size = y + tensors["bias"].double().numpy(), size + tensors["bias"].abs().double().numpy()
+    return y, size
+
+
+def assert_close(y: torch.Tensor, expected: np.ndarray, size: np.ndarray) -> None:
+    error = np.abs(y.double().numpy() - expected)
+    assert (error <= 2e-6 * size + 1e-30).all(), (error / size).max()
