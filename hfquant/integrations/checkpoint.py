@@ -93,10 +93,14 @@ def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: boo
     replace_modules(model, replacements)
 
 
-def check_loaded(model: nn.Module) -> None:
+def check_loaded(model: nn.Module, on_disk: bool) -> None:
     """Check that every tensor of every QuantLinear came from the checkpoint, with the shape and dtype of its plan.
 
     transformers fills missing tensors with garbage and casts to the dtype it expects.
+
+    Args:
+        model: as loaded by transformers.
+        on_disk: whether codes still have the shape that they have on disk.
 
     Raises:
         CheckpointError: naming the tensors.
@@ -112,8 +116,9 @@ def check_loaded(model: nn.Module) -> None:
                 missing.append(f"{name}.{key}")
                 continue
             shape, dtype = spec[key]
+            shape = (1, *shape) if key == "weight" and on_disk else shape
             fits = tensor.is_floating_point() if dtype == torch.float64 else tensor.dtype == dtype
-            if not fits or tuple(tensor.shape) not in (shape, (1, *shape) if key == "weight" else shape):
+            if not fits or tuple(tensor.shape) != shape:
                 raise CheckpointError(
                     f"{name}.{key}: expected shape {shape} of {'floats' if dtype == torch.float64 else dtype}, "
                     f"got {tuple(tensor.shape)} of {tensor.dtype}"

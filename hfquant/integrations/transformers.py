@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.base import HfQuantizer
 
 from hfquant import ptq
@@ -25,7 +26,7 @@ from hfquant.integrations.checkpoint import (
 )
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import transformers_batches
-from hfquant.linear import QuantLinear, replace_modules
+from hfquant.linear import QuantLinear, quant_linears, replace_modules
 from hfquant.planner import Plan, plan_layers
 from hfquant.solver import solve
 
@@ -115,7 +116,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             return ptq.quantize_loaded(model, config, transformers_batches(model, config.calibration))
         if self.plan is not None:
             _quantize_late(model, self.plan)
-        check_loaded(model)
+        check_loaded(model, self.pre_quantized)
         finish_loading(model)
         if self.plan is not None:
             attach(model, ptq.own_config(model, config, self.plan))
@@ -125,7 +126,14 @@ class HfQuantTransformersQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors as they are stored."""
-        return to_disk(model.state_dict()), {}
+        state_dict = model.state_dict()
+        for name, layer in quant_linears(model).items():
+            # transformers reads an offloaded tensor itself, in whatever shape it has: on disk the right one.
+            if layer.weight.is_meta and hasattr(model, "hf_device_map"):
+                codes = load_offloaded_parameter(model, f"{name}.weight")
+                if codes.dim() == 2:
+                    state_dict[f"{name}.weight"] = codes
+        return to_disk(state_dict), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
         # transformers passes config.dtype, which is a string once the model has been saved.

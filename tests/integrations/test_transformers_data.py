@@ -1,0 +1,88 @@
+"""transformers end to end with calibration data in the config: batches, loaders, text."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import small_models
+import torch
+import transformers
+from small_models import assert_same, transformers_inputs
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.data import DataLoader
+from transformers import LlamaForCausalLM
+
+import hfquant
+from hfquant import HfQuantConfig
+from hfquant.linear import quant_linears
+
+
+def ids() -> dict[str, torch.Tensor]:
+    return transformers_inputs(small_models.llama())
+
+
+class Recorded(list):
+    """A list of batches that can be weakly referenced."""
+
+
+def test_users_config_is_left_alone_and_the_data_let_go(checkpoint):
+    data = Recorded([ids(), ids()])
+    config = HfQuantConfig("w8a8", calibration=data, modules_to_not_convert=["q_proj"])
+    before = config.to_dict()
+    model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+    wide = LlamaForCausalLM.from_pretrained(checkpoint("llama_of_64"), quantization_config=config)
+    assert config.to_dict() == before
+    assert config.calibration is data
+    assert len(quant_linears(model)) == len(quant_linears(wide)) == 12
+    assert model.config.quantization_config is not config
+    held = weakref.ref(data)
+    del config, data
+    gc.collect()
+    assert held() is None
+    assert model.hf_quantizer.quantization_config.calibration is None
+
+
+@pytest.mark.parametrize("kind", ["list of dicts", "loader", "tuples"])
+def test_static_preset_with_data(kind, checkpoint, tmp_path):
+    batches = [
+        {"input_ids": torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(i))} for i in range(3)
+    ]
+    data = {
+        "list of dicts": batches,
+        "loader": DataLoader([{k: v[0] for k, v in b.items()} for b in batches], batch_size=2),
+        "tuples": [(b["input_ids"],) for b in batches],
+    }[kind]
+    config = HfQuantConfig("w8a8", calibration=data)
+    model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+    assert_same(model, hfquant.quantize(small_models.llama(), data, "w8a8"), ids())
+    assert all("input_scale" in dict(layer.named_buffers()) for layer in quant_linears(model).values())
+    model.save_pretrained(tmp_path)
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_text_is_tokenized_by_the_tokenizer_saved_with_the_model(tmp_path):
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *"abcdefghij"])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    small_models.llama().save_pretrained(tmp_path / "float")
+    text = ["a b c d e", "f g h", "i j a b c d e f g"]
+    config = HfQuantConfig("w8a8", calibration=text)
+    with pytest.raises(ValueError, match="tokenizer"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    tokenizer.save_pretrained(tmp_path / "float")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    given = HfQuantConfig("w8a8", calibration={"dataset": text, "tokenizer": tokenizer})
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=given), model, ids())
+    # The embedding bounds what the first layer sees: only the texts' tokens were observed.
+    first = model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        seen = model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.arange(13)))
+    scale = (seen / first.smooth).abs().amax() / 127
+    assert first.input_scale.item() <= scale.item() * (1 + 1e-6)
+    model.save_pretrained(tmp_path / "quantized")
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "quantized"), model, ids())
