@@ -387,7 +387,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "w8a8": {"weight_quant": _channel("int8"), "input_quant": {"type": "int8"}},
         "w8a8-dynamic": {**_ROUND, "weight_quant": _channel("int8"), "input_quant": _INT8_TOKEN},
         "w8a8-smooth": {
-            "opt": {"type": "smooth", "search_alpha_config": {"enable": True}},
+            "opt": {"type": "smooth", "alpha": 0.5},
             "weight_quant": _channel("int8"),
             "input_quant": _INT8_TOKEN,
         },
