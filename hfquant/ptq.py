@@ -76,6 +76,13 @@ def quantize(
     )
 
 
+def check_data_free(plan: Plan) -> None:
+    """Raise where a layer's merged config needs data although no entry of the config does by itself."""
+    needy = next((name for name, layer in plan.layers.items() if layer.config.needs_data), None)
+    if needy is not None:
+        raise CalibrationError(f"layer {needy!r} needs calibration data, which quantizing while loading has not got")
+
+
 def quantize_loaded(model: nn.Module, config: HfQuantConfig, loader: Any) -> nn.Module:
     """Quantize a model that ``from_pretrained`` has just loaded, on batches made of its config's calibration data."""
     return _quantize(model, loader, config, config.per_layer_mode)
@@ -212,12 +219,12 @@ def own_config(model: nn.Module, config: HfQuantConfig, plan: Plan) -> HfQuantCo
 def log_share(model: nn.Module) -> None:
     """Say what share of the model's matrices was quantized (embeddings and heads aside); warn below 80 %."""
     quantized = sum(layer.in_features * layer.out_features for layer in quant_linears(model).values())
-    heads = [cast(Any, model).get_output_embeddings()] if hasattr(model, "get_output_embeddings") else []
-    embeddings = {
-        id(p) for m in [*model.modules(), *heads] if m in heads or isinstance(m, nn.Embedding) for p in m.parameters()
-    }
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    embeddings = [m for m in model.modules() if m is head or isinstance(m, nn.Embedding)]
+    excluded = {id(p) for module in embeddings for p in module.parameters()}
     codes = {id(layer.weight) for layer in quant_linears(model).values()}
-    kept = [(n, p) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in embeddings | codes]
+    kept = [(n, p) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in excluded | codes]
     share = quantized / (quantized + sum(p.numel() for _, p in kept))
     level = logging.INFO if share >= 0.8 else logging.WARNING
     largest = ", ".join(n for n, _ in sorted(kept, key=lambda item: -item[1].numel())[:3])

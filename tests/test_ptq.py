@@ -327,3 +327,23 @@ def test_says_what_share_was_quantized(caplog: pytest.LogCaptureFixture) -> None
     quantize(model, None, "w8a16")
     assert "1 linears quantized" in caplog.text
     assert "the largest left: 0.weight" in caplog.text
+
+
+def test_overlapping_globs_that_need_data_only_together_are_refused_on_load(net: Net) -> None:
+    config = hfquant.HfQuantConfig(
+        {
+            "default": {**hfquant.PRESETS["w8a16"]["default"], "enable": False},
+            "*.up": {"enable": True},
+            "blocks.1.*": {"calib": {"type": "gptq"}},
+        }
+    )
+    assert not config.needs_data
+    with pytest.raises(CalibrationError, match=r"layer 'blocks\.1\.up' needs calibration data"):
+        ptq.check_data_free(hfquant.plan(net, config))
+
+
+def test_share_of_a_model_whose_head_is_none(net: Net, caplog: pytest.LogCaptureFixture) -> None:
+    net.get_output_embeddings = lambda: None
+    with caplog.at_level(logging.INFO, "hfquant"):
+        quantize(net, None, "w8a16")
+    assert "100 % of the parameters in matrices" in caplog.text

@@ -70,6 +70,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         elif not config.needs_data:
             # The linears stay until their weights arrive: the loader checks float shapes against the model.
             self.plan = plan_layers(model, config.rules, config.modules_to_not_convert or ())
+            ptq.check_data_free(self.plan)
             warn_if_empty(model, self.plan)
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:

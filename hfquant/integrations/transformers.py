@@ -81,6 +81,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             }
         elif not config.needs_data:
             self.plan = plan_layers(model, config.rules, config.modules_to_not_convert or ())
+            ptq.check_data_free(self.plan)
             warn_if_empty(model, self.plan)
             # A tied weight arrives under another name, or not at all: such linears are quantized after loading.
             tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
