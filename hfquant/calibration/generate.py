@@ -110,7 +110,7 @@ def generate_shard(
 def _resume(directory: Path, wanted: Index) -> Index:
     """The index to go on with: that of the set in the directory where it is the one wanted, else a new one."""
     stored = storage.read_index(directory)
-    if stored is None:
+    if stored is None or not (stored.complete or stored.length):  # a run that died before its first chunk
         storage.write_index(directory, wanted)
         return wanted
     reasons = differences(stored.provenance, wanted.provenance) + [

@@ -324,6 +324,8 @@ def test_bad_arguments(arguments, error, message, tmp_path):
         with pytest.raises(error, match=message):
             generate_calibrate_set(**{**defaults, "dump_path": dump_path, "num_inference_steps": 2, **arguments})
     assert load_calibrate_set(tmp_path) is None
+    good = generate_calibrate_set(**defaults, dump_path=tmp_path, num_inference_steps=3)
+    assert len(good) == 1, "the path is free for the corrected call"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
