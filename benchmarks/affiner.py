@@ -163,11 +163,11 @@ def main() -> None:
     page = [
         "# Affiner: PSNR of final images to full precision",
         f"Digits pipeline (trained class-conditional DiT, 8x8), DPM-Solver++ with {args.steps} steps, guidance 1.5. "
-        f"Fitted on {FIT_RUNS} runs, judged on {args.seeds} other seeds, {args.classes} images from each, all classes in "
-        "turn. ± is one standard error over seeds (of a seed's mean over classes); gains are paired by seed, and called significant "
-        "beyond two standard errors. Blockwise: block size 1 and ridge 0.1, chosen on other seeds (six solvers were "
-        "tried, at the first and the last setting), the same for all settings; ptqd and tac have nothing to "
-        "choose, and are fitted recurrently too. PSNR has data range 1.",
+        f"Fitted on {FIT_RUNS} runs, judged on {args.seeds} other seeds, {args.classes} images from each, all classes "
+        "in turn. ± is one standard error over seeds (of a seed's mean over classes); gains are paired by seed, and "
+        "called significant beyond two standard errors. Blockwise: block size 1 and ridge 0.1, chosen on other seeds "
+        "(six solvers were tried, at the first and the last setting), the same for all settings; ptqd and tac have "
+        "nothing to choose, and are fitted recurrently too. PSNR has data range 1.",
         "Written by `python -m benchmarks.affiner`.",
     ]
     for name in args.settings:
