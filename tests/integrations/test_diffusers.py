@@ -25,7 +25,7 @@ INT4 = {
     "weight_quant": {"type": "int4", "axis": -1, "symmetric": False},
     "input_quant": {"type": "int8", "axis": -1, "dynamic": True},
 }
-COUNTS = {"unet": 50, "sd3": 32, "flux": 34, "pixart": 26, "dit": 20, "wan": 24}
+COUNTS = {"unet": 35, "sd3": 32, "flux": 34, "pixart": 26, "dit": 20, "wan": 24}
 
 
 @pytest.mark.parametrize("name", small_models.DIFFUSERS)
