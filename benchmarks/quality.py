@@ -91,7 +91,8 @@ def minilm(args: argparse.Namespace) -> Subject:
     from transformers import AutoModel
 
     model, tokenizer = models.minilm()
-    lines = [line.strip() for text in models.evaluation_texts() for line in text.split("\n\n") if len(line) > 20]
+    lines = [line.strip() for text in models.evaluation_texts() for line in text.splitlines() if len(line) > 40]
+    lines = lines[:: len(lines) // 128]
     expected = models.sentence_embeddings(model, tokenizer, lines)
 
     def score(quantized: nn.Module) -> Scores:
