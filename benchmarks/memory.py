@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ def main(argv: list[str] | None = None) -> int:
 def measure(folder: Path, config: str) -> dict[str, float]:
     """Load ``folder`` in a child process and return bytes: peak and final memory over the baseline, sizes, bounds."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--child", str(folder), config]
+    measured = watch(command)
+    return {**measured, "bound": measured["model"] + 3 * measured["largest tensor"]}
+
+
+def watch(command: list[str]) -> dict[str, float]:
+    """Run a child that ends in :func:`load_watched` and return bytes: memory over its baseline, and what it reports."""
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -89,14 +96,13 @@ def measure(folder: Path, config: str) -> dict[str, float]:
         "held after": final["RssAnon"] - baseline["RssAnon"],
         "samples": len(samples),
         **sizes,
-        "bound": sizes["model"] + 3 * sizes["largest tensor"],
     }
 
 
 def child(folder: str, config: str) -> int:
     """What runs in the fresh process: warm up, wait, load, report."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     import hfquant
 
@@ -107,23 +113,35 @@ def child(folder: str, config: str) -> int:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
 
     with tempfile.TemporaryDirectory() as tiny:
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
-        LlamaForCausalLM(
-            LlamaConfig(hidden_size=128, intermediate_size=128, vocab_size=64, tie_word_embeddings=True, **heads)
-        ).save_pretrained(tiny)
+        save_tiny(tiny)
         load(tiny)
+    load_watched(lambda: load(folder), Path(folder))
+    return 0
+
+
+def save_tiny(folder: str) -> None:
+    """Write a tiny Llama with 64 tokens, for a first call that pays for what is allocated once."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    LlamaForCausalLM(
+        LlamaConfig(hidden_size=128, intermediate_size=128, vocab_size=64, tie_word_embeddings=True, **heads)
+    ).save_pretrained(folder)
+
+
+def load_watched(load: Callable[[], Any], folder: Path) -> None:
+    """In the child: say "ready", load when told to, report sizes in bytes, and hold the model until told to end."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     print("ready", flush=True)
     sys.stdin.readline()
-    model = load(folder)
+    model = load()
     # Buffers that are not saved (a rotary embedding's table) are part of the model in memory too.
     tensors = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
-    shapes = _float_sizes(Path(folder))
+    shapes = _float_sizes(folder)
     report = {"model": sum(tensors.values()), "float size": sum(shapes), "largest tensor": max(shapes)}
     print("loaded" + json.dumps(report), flush=True)
     sys.stdin.readline()
-    return 0
 
 
 def status(pid: int) -> dict[str, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import memory, metrics, models, quality
+from benchmarks import memory, metrics, models, quality, streaming
 from benchmarks.ablation import ABLATION, DIGITS_ABLATION
 from benchmarks.peers import PEERS, linearized
 from hfquant.config import parse
@@ -312,3 +312,26 @@ def test_memory_of_a_load_in_a_fresh_process(llama: LlamaForCausalLM, tmp_path) 
     assert 0 < measured["model"] < 0.5 * measured["float size"]
     assert measured["samples"] > 0
     assert measured["resident peak"] < 100e6
+
+
+def test_texts_of_a_length_repeat_paragraphs_in_another_order(tmp_path) -> None:
+    path = streaming.write_text(tmp_path, "one\n\ntwo words\n\nthree", 1)
+    assert 1e6 <= path.stat().st_size < 1e6 + 100
+    paragraphs = path.read_text().rstrip("\n").split("\n\n")
+    turns = {tuple(paragraphs[i : i + 3]) for i in range(0, len(paragraphs), 3)}
+    assert len(turns) == 6
+    assert {frozenset(turn) for turn in turns} == {frozenset({"one", "two words", "three"})}
+
+
+@pytest.mark.slow
+def test_memory_of_a_calibrated_load(llama: LlamaForCausalLM, tmp_path) -> None:
+    llama.save_pretrained(tmp_path)
+    text = streaming.tiny_text(str(tmp_path))
+    float_model = streaming.measure(tmp_path)
+    row = streaming.measure(tmp_path, "w8a8-smooth", {"dataset": text, "samples": 8, "seqlen": 64})
+    row = streaming.above(row, float_model)
+    assert row["model"] < float_model["model"]
+    assert row["samples"] > 0
+    assert row["above the model"] == row["peak"] - float_model["held after"]
+    assert 0 <= row["above the result"]
+    assert 0 < row["above the model"] < 100e6
