@@ -16,6 +16,7 @@ STATIC = {"type": "int8"}
 INT8 = {"type": "int8", "axis": -1}
 
 SEARCH = {"search_alpha_config": {"enable": True}}
+FINE = {"search_alpha_config": {"enable": True, "min": 0.5, "step": 0.05}}
 SMOOTH = {"type": "smooth", "alpha": 0.5}
 SVD = {"type": "svd", "alpha": 0.5, "low_rank": 32}
 THIN_SVD = {"type": "svd", "alpha": 0.5, "low_rank": 8}  # for layers 192 wide
@@ -50,6 +51,9 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w8a8/hfquant-static-smooth": config(INT8, STATIC, SMOOTH),
     "w8a8/hfquant-static-smooth-search": config(INT8, STATIC, {**SMOOTH, **SEARCH}),
     "w8a8/hfquant-static-smooth-search-gptq": config(INT8, STATIC, {**SMOOTH, **SEARCH}, GPTQ),
+    "w8a8/hfquant-static-smooth-fine": config(INT8, STATIC, {**SMOOTH, **FINE}),
+    "w8a8/hfquant-static-smooth-fine-gptq": config(INT8, STATIC, {**SMOOTH, **FINE}, GPTQ),
+    "w8a8/hfquant-static-svd-fine": config(INT8, STATIC, {**SVD, "low_rank": 16, **FINE}),
     "w8a8/hfquant-dynamic-smooth": config(INT8, TOKEN, SMOOTH),
     "w8a8/hfquant-dynamic-smooth-search": config(INT8, TOKEN, {**SMOOTH, **SEARCH}),
     "w4a16/hfquant-mse": config(GROUP, None, clip="mse"),

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 #: Rows kept of each layer's input, for the alpha search and the error report.
 SAMPLE_ROWS = 256
+FOLDS = 2
 
 
 class CalibrationError(ValueError):
@@ -30,37 +31,43 @@ class CalibrationError(ValueError):
 class LayerStats:
     """Statistics of the input of one linear, over all rows (tokens) seen.
 
+    Rows are drawn by priority sampling (Duffield, Lund, Thorup: Priority sampling for estimation of arbitrary subset
+    sums, J. ACM 54, 2007) with their squared norm as weight: a language model's first token can carry most of a layer's
+    energy, and a uniform sample of 256 rows out of 16,000 would hardly ever hold one.
+
     Attributes:
-        low, high: [in] float32, smallest and largest value of each channel.
+        fold_low, fold_high: [2, in] float32, smallest and largest value of each channel over either half of the rows
+            (drawn by chance); infinities where a half is empty.
         count: how many rows were seen.
         power: [in] float32, sum of squares of each channel (the Hessian's diagonal).
-        sample: [<= SAMPLE_ROWS, in] float32, rows drawn without regard to their values.
-        keys: [<= SAMPLE_ROWS] float64, their draw; the smallest keys of a union are its sample.
+        sample: [<= SAMPLE_ROWS, in] float32, rows drawn.
+        keys: [<= SAMPLE_ROWS] float64, their draw by their weight; the smallest keys of a union are its sample.
+        fold: [<= SAMPLE_ROWS] bool, the half that each row is in.
         hessian: [in, in] float32, ``sum x x^T`` over the rows; None where nothing asked for it.
     """
 
-    low: Tensor
-    high: Tensor
+    fold_low: Tensor
+    fold_high: Tensor
     count: int
     power: Tensor
     sample: Tensor
     keys: Tensor
+    fold: Tensor
     hessian: Tensor | None = None
 
     def merge(self, other: LayerStats) -> LayerStats:
         """Statistics of both sets of rows."""
-        keys, sample = torch.cat([self.keys, other.keys]), torch.cat([self.sample, other.sample])
-        if len(keys) > SAMPLE_ROWS:
-            kept = keys.argsort(stable=True)[:SAMPLE_ROWS]
-            keys, sample = keys[kept], sample[kept]
+        keys = torch.cat([self.keys, other.keys])
+        kept = keys.argsort(stable=True)[:SAMPLE_ROWS]
         both = None if self.hessian is None or other.hessian is None else self.hessian + other.hessian
         return LayerStats(
-            torch.minimum(self.low, other.low),
-            torch.maximum(self.high, other.high),
+            torch.minimum(self.fold_low, other.fold_low),
+            torch.maximum(self.fold_high, other.fold_high),
             self.count + other.count,
             self.power + other.power,
-            sample,
-            keys,
+            torch.cat([self.sample, other.sample])[kept.to(self.sample.device)],
+            keys[kept],
+            torch.cat([self.fold, other.fold])[kept],
             both,
         )
 
@@ -70,24 +77,76 @@ class LayerStats:
         return replace(self, **moved)
 
     @property
+    def low(self) -> Tensor:
+        """[in] float32, smallest value of each channel."""
+        return self.fold_low.amin(0)
+
+    @property
+    def high(self) -> Tensor:
+        """[in] float32, largest value of each channel."""
+        return self.fold_high.amax(0)
+
+    @property
+    def row_weights(self) -> Tensor:
+        """[rows of the sample] float32: how many rows each stands for, so that weighted sums estimate those of all."""
+        weights = self.sample.new_ones(len(self.keys))
+        if self.count > len(self.keys):
+            threshold = self.keys.argmax()
+            weights = (1 / (self.keys[threshold] * _energy(self.sample))).clamp(min=1).to(weights)
+            weights[threshold] = 0
+        return weights
+
+    def halves(self) -> list[tuple[LayerStats, Tensor]]:
+        """The statistics with one half's ranges, and which sampled rows the other half has, for either half.
+
+        What is chosen on rows that set a range themselves never sees a value clipped. Where a half is empty there is
+        but one set: all of it.
+        """
+        if not self.fold_low.isfinite().all():
+            return [(self, torch.ones_like(self.fold))]
+        return [
+            (
+                replace(self, fold_low=self.fold_low[i : i + 1], fold_high=self.fold_high[i : i + 1]),
+                self.fold != bool(i),
+            )
+            for i in range(FOLDS)
+        ]
+
+    @property
     def amax(self) -> Tensor:
         """[in] float32, largest magnitude of each channel."""
         return torch.maximum(-self.low, self.high)
 
 
-def layer_stats(x: Tensor, keys: Tensor, hessian: bool = False) -> LayerStats:
-    """Statistics of inputs ``x`` [rows, in] (rows >= 1) with one key a row."""
+def layer_stats(x: Tensor, draw: Tensor, hessian: bool = False) -> LayerStats:
+    """Statistics of inputs ``x`` [rows, in] (rows >= 1), with a number in [0, 1) drawn for each row [rows] float64."""
     x = x.float()
-    low, high = x.aminmax(dim=0)
+    folds = (draw < 0.5).long()
+    ranges = [x[(folds == i).to(x.device)] for i in range(FOLDS)]
+    keys = draw / _energy(x)
     kept = keys.argsort(stable=True)[:SAMPLE_ROWS]
     second = x.T @ x if hessian else None
     power = x.square().sum(0) if second is None else second.diagonal().clone()
-    return LayerStats(low, high, len(x), power, x[kept.to(x.device)], keys[kept], second)
+    return LayerStats(
+        torch.stack([r.amin(0) if len(r) else torch.full_like(x[0], torch.inf) for r in ranges]),
+        torch.stack([r.amax(0) if len(r) else torch.full_like(x[0], -torch.inf) for r in ranges]),
+        len(x),
+        power,
+        x[kept.to(x.device)],
+        keys[kept],
+        folds[kept].bool(),
+        second,
+    )
+
+
+def _energy(x: Tensor) -> Tensor:
+    """Squared norm of each row, [rows] float64 on the CPU, positive."""
+    return x.square().sum(1).cpu().double().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def stats_bytes(features: int, hessian: bool) -> int:
     """Memory that the statistics of a layer with ``features`` inputs take at most."""
-    return 4 * features * (3 + SAMPLE_ROWS + (features if hessian else 0))
+    return 4 * features * (2 * FOLDS + 1 + SAMPLE_ROWS + (features if hessian else 0))
 
 
 def batches(loader: Any) -> Iterable[Any]:

@@ -7,7 +7,7 @@ Statistics are of the raw input X; what a smoothed layer sees follows from them:
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -175,24 +175,42 @@ def _smoothing(w: Tensor, plan: LayerPlan, stats: LayerStats, dtype: torch.dtype
     opt, x_amax, w_amax = plan.config.opt, stats.amax, w.abs().amax(0)
     if not opt.search_alpha_config.enable:
         return smoothing_vector(x_amax, w_amax, opt.alpha), [opt.alpha] * len(plan.input_segments)
-    blocks = _blocks(plan.input_segments)
-    exact = [stats.sample[:, columns] @ w[:, columns].T for columns in blocks]
     grid = opt.search_alpha_config.grid()
-    vectors = [smoothing_vector(x_amax, w_amax, alpha) for alpha in grid]
-    losses = torch.stack([_segment_losses(w, exact, plan, stats, vector, dtype) for vector in vectors])
-    best = losses.argmin(0).tolist()
-    smooth = torch.cat([vectors[b][columns] for b, columns in zip(best, blocks, strict=True)])
-    return smooth, [grid[b] for b in best]
+    losses = alpha_losses(w, plan, stats, grid, dtype)
+    best = [grid[i] for i in losses.argmin(0).tolist()]
+    vectors = {alpha: smoothing_vector(x_amax, w_amax, alpha) for alpha in best}
+    columns = _blocks(plan.input_segments)
+    return torch.cat([vectors[alpha][c] for alpha, c in zip(best, columns, strict=True)]), best
 
 
-def _segment_losses(
-    w: Tensor, exact: Sequence[Tensor], plan: LayerPlan, stats: LayerStats, smooth: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """``||Q(X_i / s) Q(W_i s)^T (+ low rank) - X_i W_i^T||^2`` on the sampled rows, for each input segment i."""
+def alpha_losses(w: Tensor, plan: LayerPlan, stats: LayerStats, grid: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """``||Q(X_i / s) Q(W_i s)^T (+ low rank) - X_i W_i^T||^2`` of each alpha and input segment i, [alphas, segments].
+
+    Estimated on the sampled rows. Where the activations' scale is static it comes from the half of the data that the
+    row is not in.
+    """
     # Round to nearest stands in for GPTQ, which would cost a sweep for each alpha.
     plan = replace(plan, config=_rounded(plan.config))
-    x, ws = stats.sample, w * smooth
-    down = up = None
+    weights, w_amax = stats.row_weights, w.abs().amax(0)
+    everything = [(stats, torch.ones_like(stats.fold))]
+    losses = torch.zeros(len(grid), len(plan.input_segments), device=w.device)
+    for half, chosen in stats.halves() if plan.static_input else everything:
+        rows = chosen.to(w.device)
+        x, row_weights = stats.sample[rows], weights[rows, None]
+        exact = [x[:, columns] @ w[:, columns].T for columns in _blocks(plan.input_segments)]
+        for i, alpha in enumerate(grid):
+            smooth = smoothing_vector(half.amax, w_amax, alpha)
+            outputs = _segment_outputs(w, x, plan, half, smooth, dtype)
+            for j, (output, target) in enumerate(zip(outputs, exact, strict=True)):
+                losses[i, j] += (output.sub_(target).square_() * row_weights).sum()
+    return losses
+
+
+def _segment_outputs(
+    w: Tensor, x: Tensor, plan: LayerPlan, stats: LayerStats, smooth: Tensor, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """What each input segment of the quantized layer contributes to the output, [rows, out] each."""
+    ws, down, up = w * smooth, None, None
     if plan.rank:
         ws, down, up = _split_low_rank(ws, smooth, plan.rank, dtype)
     codes, scale, zero_point = _codes(ws, plan, stats, smooth)
@@ -202,13 +220,11 @@ def _segment_losses(
         static = _static_input(plan, stats, smooth) if plan.static_input else (None, None)
         values, x_scale = quantize_input(x_hat, quant, plan.input_segments, plan.dual, *static)
         x_hat = values if x_scale is None else values * formats.expand_columns(x_scale, plan.input_segments)
-    losses = []
-    for columns, target in zip(_blocks(plan.input_segments), exact, strict=True):
+    for columns in _blocks(plan.input_segments):
         output = x_hat[:, columns] @ w_hat[:, columns].T
         if down is not None and up is not None:
             output += x[:, columns] @ down.float()[:, columns].T @ up.float().T
-        losses.append(output.sub_(target).square_().sum())
-    return torch.stack(losses)
+        yield output
 
 
 def without_data(plan: LayerPlan) -> LayerPlan:

@@ -100,12 +100,49 @@ def test_merging_does_not_depend_on_the_order(sizes: list[int], seed: int) -> No
 
 
 def test_the_sample_is_spread_over_the_data() -> None:
-    net = nn.Sequential(nn.Linear(1, 1))
-    batches = [torch.full((300, 1), float(i)) for i in range(8)]
+    net = nn.Sequential(nn.Linear(8, 1))
+    batches = list(torch.eye(8)[:, None].expand(8, 300, 8))
     sample = observe(net, {"0": net[0]}, batches)["0"].sample
     assert len(sample) == SAMPLE_ROWS
-    counts = torch.bincount(sample.flatten().long(), minlength=8)
-    assert (counts > 10).all()  # expectation 32
+    assert (sample.sum(0) > 10).all()  # expectation 32
+
+
+def test_the_sample_holds_the_rows_that_matter_and_stands_for_all() -> None:
+    """One row in 500 has nearly all of the energy; weighted sums over the sample are unbiased with little variance."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 6, generator=generator) * torch.rand(4000, 1, generator=generator).exp()
+    x[::500] *= 1000
+    noise = torch.rand(4000, generator=generator) + 0.5  # an error a row in proportion to its norm, more or less
+    x[:, 5] = x[:, :5].norm(dim=1) * noise
+    ratios = []
+    for seed in range(40):
+        draw = torch.rand(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        stats = layer_stats(x[:1500], draw[:1500]).merge(layer_stats(x[1500:], draw[1500:]))
+        assert {tuple(r) for r in x[::500].tolist()} <= {tuple(r) for r in stats.sample.tolist()}
+        light = stats.sample[:, 5] < 100
+        estimate = (stats.sample[light, 5].double().square() * stats.row_weights[light]).sum()
+        ratios.append(float(estimate / x[x[:, 5] < 100, 5].double().square().sum()))
+    assert np.std(ratios) < 0.1
+    assert abs(np.mean(ratios) - 1) < 3 * np.std(ratios) / len(ratios) ** 0.5
+    everything = layer_stats(x[:200], draw[:200])
+    assert everything.row_weights.tolist() == [1.0] * 200
+
+
+def test_halves_have_each_others_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, draw = torch.randn(100, 6, generator=generator), torch.rand(100, dtype=torch.float64, generator=generator)
+    stats = layer_stats(x[:60], draw[:60]).merge(layer_stats(x[60:], draw[60:]))
+    (first, first_rows), (second, second_rows) = stats.halves()
+    assert torch.equal(first_rows, ~second_rows)
+    for half, rows in ((first, first_rows), (second, second_rows)):
+        others = stats.sample[~rows]
+        assert len(others) > 30
+        assert torch.equal(half.amax, others.abs().amax(0))
+    assert torch.equal(torch.maximum(first.high, second.high), stats.high)
+
+    ((whole, rows),) = layer_stats(x[:1], draw[:1]).halves()
+    assert rows.all()
+    assert torch.equal(whole.amax, x[0].abs())
 
 
 def test_padding_is_masked_out() -> None:

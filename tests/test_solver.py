@@ -38,7 +38,8 @@ def inputs(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 def stats_of(x: torch.Tensor) -> LayerStats:
-    return layer_stats(x, torch.arange(len(x)).double(), hessian=True)
+    draw = torch.rand(len(x), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return layer_stats(x, draw, hessian=True)
 
 
 def error(solution: Solution, weight: torch.Tensor, x: torch.Tensor) -> float:
@@ -104,25 +105,34 @@ def test_rows_of_a_segment_share_its_scale_per_tensor(cut: int) -> None:
 @pytest.mark.parametrize("opt", [SEARCH, SVD | SEARCH | {"type": "svd"}])
 @pytest.mark.parametrize("segments", [[20], [7, 13]])
 def test_search_equals_brute_force(quant: dict[str, Any] | None, opt: dict[str, Any], segments: list[int]) -> None:
-    """The alpha of each segment is the one whose layer, solved and run with it, has the least error there."""
+    """The alpha of each segment is the one whose layer, solved and run with it, has the least error there.
+
+    Static scales are judged on rows that had no part in them: each half of the rows with the other half's ranges.
+    """
     weight, x = torch.randn(16, 20), inputs(120, 20)
     stored = {"input_segments": segments} if len(segments) > 1 else {}
     plain = {k: v for k, v in opt.items() if k != "search_alpha_config"}
     config = {"weight_quant": {"type": "int4", "axis": -1}, "input_quant": quant}
     stats = stats_of(x)
     found = solve("layer", weight, make_plan(16, 20, stored, opt=opt, **config), stats)
-    grid, losses = [0.1, 0.3, 0.5, 0.7, 0.9], []
-    for alpha in grid:
-        one = solve("layer", weight, make_plan(16, 20, stored, opt={**plain, "alpha": alpha}, **config), stats)
-        row, start = [], 0
-        for size in segments:
-            only = torch.zeros_like(x)
-            only[:, start : start + size] = x[:, start : start + size]
-            layer = QuantLinear.from_tensors(one.plan, one.tensors, None)
-            row.append(float((layer(only) - F.linear(only, weight)).double().square().sum()))
+    draw = torch.rand(120, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) < 0.5
+    halves = [(stats_of(x), x)]
+    if quant == {"type": "int8"}:
+        low, high = (torch.stack([part.amin(0), part.amax(0)]) for part in (x[draw], x[~draw]))
+        halves = [
+            (replace(stats, fold_low=r[:1], fold_high=r[1:]), rows) for r, rows in ((low, x[~draw]), (high, x[draw]))
+        ]
+    grid = [0.1, 0.3, 0.5, 0.7, 0.9]
+    losses = np.zeros((len(grid), len(segments)))
+    for (half, rows), (i, alpha) in itertools.product(halves, enumerate(grid)):
+        one = solve("layer", weight, make_plan(16, 20, stored, opt={**plain, "alpha": alpha}, **config), half)
+        layer, start = QuantLinear.from_tensors(one.plan, one.tensors, None), 0
+        for j, size in enumerate(segments):
+            only = torch.zeros_like(rows)
+            only[:, start : start + size] = rows[:, start : start + size]
+            losses[i, j] += float((layer(only) - F.linear(only, weight)).double().square().sum())
             start += size
-        losses.append(row)
-    best = np.argmin(np.array(losses), axis=0)
+    best = np.argmin(losses, axis=0)
     assert found.alphas == [[grid[i] for i in best]]
 
 

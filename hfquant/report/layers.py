@@ -89,13 +89,13 @@ def layer_report(
     """Measure a solved layer against its float weight [out, in] on the sampled rows of its input."""
     error = plain_error = None
     if stats is not None:
-        x = stats.sample.to(weight.device)
+        x, rows = stats.sample.to(weight.device), stats.row_weights.to(weight.device)
         exact = F.linear(x, weight.float())
-        error = plain_error = _relative_error(layer, x, exact)
+        error = plain_error = _relative_error(layer, x, exact, rows)
         simple = plain(solution.plan)
         if simple != solution.plan:
             tensors = solve(name, weight, simple, stats).tensors
-            plain_error = _relative_error(QuantLinear.from_tensors(simple, tensors, None), x, exact)
+            plain_error = _relative_error(QuantLinear.from_tensors(simple, tensors, None), x, exact, rows)
     return LayerReport(
         name=name,
         what=layer.extra_repr(),
@@ -109,10 +109,11 @@ def layer_report(
 
 
 @torch.no_grad()
-def _relative_error(layer: QuantLinear, x: Tensor, exact: Tensor) -> float:
+def _relative_error(layer: QuantLinear, x: Tensor, exact: Tensor, row_weights: Tensor) -> float:
     output = layer(x) if layer.bias is None else layer(x) - layer.bias.float()
-    norm = exact.norm().item()
-    return (output - exact).norm().item() / norm if norm else float((output - exact).norm())
+    root = row_weights.sqrt()[:, None]
+    norm, error = (exact * root).norm().item(), ((output - exact) * root).norm().item()
+    return error / norm if norm else error
 
 
 def worst(layers: Sequence[LayerReport], count: int = 5) -> list[LayerReport]:
