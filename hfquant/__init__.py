@@ -4,16 +4,10 @@ Importing it makes ``quant_method: "hfquant"`` known to transformers and diffuse
 checkpoint is loaded.
 """
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from hfquant.config import PRESETS, Calibrate, ConfigError, DType, Optimum, SegPattern
-from hfquant.integrations import register
-from hfquant.integrations.config import HfQuantConfig
-from hfquant.linear import QuantLinear, set_real_quant
-from hfquant.observers import CalibrationError
-from hfquant.planner import plan
-from hfquant.ptq import dequantize, quantize
 
 if TYPE_CHECKING:
     from hfquant.affiner import BlockwiseAffiner, load_affiner
@@ -26,7 +20,13 @@ if TYPE_CHECKING:
         generate_calibrate_set,
         load_calibrate_set,
     )
+    from hfquant.config import PRESETS, Calibrate, ConfigError, DType, Optimum, SegPattern
+    from hfquant.integrations.config import HfQuantConfig
+    from hfquant.linear import QuantLinear, set_real_quant
+    from hfquant.observers import CalibrationError
     from hfquant.pipelines import quantize_pipeline
+    from hfquant.planner import plan
+    from hfquant.ptq import dequantize, quantize
 
 __version__ = "0.1.0"
 
@@ -71,6 +71,12 @@ _LAZY = {
         ),
         "hfquant.calibration",
     ),
+    **dict.fromkeys(("PRESETS", "Calibrate", "ConfigError", "DType", "Optimum", "SegPattern"), "hfquant.config"),
+    **dict.fromkeys(("QuantLinear", "set_real_quant"), "hfquant.linear"),
+    **dict.fromkeys(("dequantize", "quantize"), "hfquant.ptq"),
+    "CalibrationError": "hfquant.observers",
+    "HfQuantConfig": "hfquant.integrations.config",
+    "plan": "hfquant.planner",
     "quantize_pipeline": "hfquant.pipelines",
 }
 
@@ -81,4 +87,8 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_LAZY[name]), name)
 
 
-register()
+# `hfquant --help` need not wait seconds for both libraries: the command's own loading registers.
+if not sys.argv or Path(sys.argv[0]).stem != "hfquant":
+    from hfquant.integrations import register
+
+    register()

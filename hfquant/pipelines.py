@@ -48,8 +48,8 @@ def quantize_pipeline(
         ValueError: a component that the pipeline does not have.
     """
     config = HfQuantConfig.of(config)
-    names = list(components) if components is not None else [n for n in _DENOISERS if _module(pipe, n) is not None][:1]
-    known = [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
+    names = list(components) if components is not None else [denoiser(pipe)]
+    known = _modules(pipe)
     if not names or (unknown := [name for name in names if name not in known]):
         raise ValueError(f"components: {names and unknown} is not a module of {type(pipe).__name__}; it has {known}")
     loaders: dict[str, Any] = dict.fromkeys(names)
@@ -60,10 +60,22 @@ def quantize_pipeline(
             seen = generate_calibrate_set(pipe, sampler or UniformSampler(), batches, name, folder, **kwargs)
             loaders[name] = seen.get_dataloader(batch_size=batch_size)
     for name, loader in loaders.items():
-        quantize(_module(pipe, name), loader, config)
+        quantize(pipe.components[name], loader, config)
     return pipe
 
 
-def _module(pipe: Any, name: str) -> Any:
-    part = pipe.components.get(name)
-    return part if isinstance(part, nn.Module) else None
+def denoiser(pipe: Any) -> str:
+    """Name of the component that a diffusers pipeline runs at each step.
+
+    Raises:
+        ValueError: none goes by a usual name.
+    """
+    modules = _modules(pipe)
+    for name in _DENOISERS:
+        if name in modules:
+            return name
+    raise ValueError(f"{type(pipe).__name__} has no {' or '.join(_DENOISERS)}; name one of its modules: {modules}")
+
+
+def _modules(pipe: Any) -> list[str]:
+    return [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]

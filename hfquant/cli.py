@@ -1,0 +1,237 @@
+"""The command line: `hfquant calibrate`.
+
+Each command imports what it needs when it runs, so that `--help` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from hfquant.calibration import BaseSampler
+    from hfquant.calibration.storage import Index
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Calibrated post-training quantization for transformers and diffusers models.",
+)
+
+
+class SamplerName(str, Enum):
+    """Values of `--sampler`."""
+
+    UNIFORM = "uniform"
+    NORMAL = "normal"
+    BASE = "base"
+    LANGUAGE = "language"
+
+
+_SAMPLER_OPTIONS = {
+    SamplerName.UNIFORM: ("timesteps",),
+    SamplerName.NORMAL: ("timesteps", "mean", "std"),
+    SamplerName.BASE: ("timesteps",),
+    SamplerName.LANGUAGE: (),
+}
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from hfquant import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Takes the options that stand before a command."""
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a diffusers pipeline or a transformers model.")],
+    source: Annotated[
+        str, typer.Option(help="Data: a hub dataset, or a local parquet, json, csv or text file, or a folder.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the calibration set. One that was cut off is gone on with.")],
+    sampler: Annotated[
+        SamplerName | None, typer.Option(help="Default: uniform for a pipeline, language for a model.")
+    ] = None,
+    timesteps: Annotated[int | None, typer.Option(help="Steps kept of each run; default: 10.")] = None,
+    mean: Annotated[float | None, typer.Option(help="Normal sampler: mean time, 0 = image, 1 = noise.")] = None,
+    std: Annotated[float | None, typer.Option(help="Normal sampler: standard deviation of the time.")] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Layer to record; default: a pipeline's denoiser, the whole model.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Column to read; ARGUMENT=COLUMN, repeated, for several; default: a usual name."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Sequences (text with a tokenizer) or rows to read.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Rows a call of the model.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the order of the data, the noise and the choice of steps.")] = 0,
+    chunk_size: Annotated[int, typer.Option(help="Samples a stored chunk.")] = 400,
+    compress: Annotated[bool, typer.Option(help="Compress chunks with zstd.")] = True,
+    steps: Annotated[int | None, typer.Option(help="The pipeline's num_inference_steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="The pipeline's guidance_scale.")] = None,
+    arg: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other argument of the call; JSON or a string.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype to load the model in, such as bfloat16.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device to run it on, such as cuda.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", envvar="HFQUANT_DEBUG", help="Show tracebacks.")] = False,
+) -> None:
+    """Record what a layer sees while the model runs over a dataset, as a calibration set on disk.
+
+    Repeat the same command to go on where it was cut off.
+    """
+    if sampler is not None:
+        _check_sampler(sampler, timesteps=timesteps, mean=mean, std=std)
+    call_arguments = _pairs("--arg", arg or ())
+    call = {key: _parsed(value) for key, value in call_arguments.items()}
+    if steps is not None:
+        call["num_inference_steps"] = steps
+    if guidance_scale is not None:
+        call["guidance_scale"] = guidance_scale
+    spec = {
+        **{"dataset": source, "name": name, "split": split, "column": _columns(column or ())},
+        **{"samples": samples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed},
+    }
+    with _errors_in_one_line(debug), _logged():
+        from hfquant.calibration import calibration_batches, generate_calibrate_set
+        from hfquant.calibration.recorder import is_pipeline
+        from hfquant.calibration.storage import read_index
+        from hfquant.integrations.data import transformers_batches
+        from hfquant.integrations.hub import load
+        from hfquant.pipelines import denoiser
+
+        loaded = load(model, dtype, device)
+        pipeline = is_pipeline(loaded)
+        kind = sampler or (SamplerName.UNIFORM if pipeline else SamplerName.LANGUAGE)
+        if sampler is None:
+            _check_sampler(kind, timesteps=timesteps, mean=mean, std=std)
+        target = layer if layer is not None else denoiser(loaded) if pipeline else ""
+        batches = calibration_batches(spec) if pipeline else transformers_batches(loaded, spec)
+        generate_calibrate_set(
+            loaded,
+            _sampler(kind, seed, timesteps=timesteps, mean=mean, std=std),
+            batches,
+            target,
+            out,
+            chunk_size,
+            compress,
+            **call,
+        )
+        index = read_index(out)
+        assert index is not None
+        _print_summary(out, index)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _check_sampler(kind: SamplerName, **options: Any) -> None:
+    for option in _given(options):
+        if option not in _SAMPLER_OPTIONS[kind]:
+            raise typer.BadParameter(f"the {kind.value} sampler has no such option.", param_hint=f"--{option}")
+
+
+def _sampler(kind: SamplerName, seed: int, **options: Any) -> BaseSampler:
+    from hfquant import calibration
+
+    classes = {
+        SamplerName.UNIFORM: calibration.UniformSampler,
+        SamplerName.NORMAL: calibration.NormalSampler,
+        SamplerName.BASE: calibration.BaseSampler,
+        SamplerName.LANGUAGE: calibration.LanguageModelSampler,
+    }
+    return classes[kind](seed=seed, **_given(options))
+
+
+def _pairs(option: str, values: Sequence[str]) -> dict[str, str]:
+    pairs = [value.partition("=") for value in values]
+    for value, (key, equals, _) in zip(values, pairs, strict=True):
+        if not (key and equals):
+            raise typer.BadParameter(f"{value!r} is not KEY=VALUE.", param_hint=option)
+    return {key: value for key, _, value in pairs}
+
+
+def _columns(values: Sequence[str]) -> str | dict[str, str] | None:
+    if len(values) == 1 and "=" not in values[0]:
+        return values[0]
+    return _pairs("--column", values) or None
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+@contextmanager
+def _errors_in_one_line(debug: bool) -> Iterator[None]:
+    """Turns what bad input raises into one line on stderr and exit code 1; anything else is a bug, and shows as one."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if debug:
+            raise
+        typer.echo(f"Error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """Shows hfquant's own messages, such as where a set that was cut off is gone on with, on stderr."""
+    logger, handler = logging.getLogger("hfquant"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _print_summary(out: Path, index: Index) -> None:
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    table.add_row("calibration set", str(out))
+    table.add_row("layer", str(index.provenance["layer"]) or "the whole model")
+    table.add_row("samples", f"{index.length}")
+    table.add_row("chunks", f"{len(index.chunks)}")
+    table.add_row("size on disk", decimal(sum(chunk.size for chunk in index.chunks)))
+    tensors: dict[str, dict[str, None]] = {}
+    for layout in index.layouts:
+        for path, (dtype, shape) in layout.items():
+            tensors.setdefault(path, {})[f"{dtype}{shape}"] = None
+    for path, kinds in tensors.items():
+        first, *others = kinds
+        table.add_row(path, f"{first} and {len(others)} other shapes" if others else first)
+    Console(markup=False, highlight=False, soft_wrap=True).print(table)
+
+
+if __name__ == "__main__":
+    app()

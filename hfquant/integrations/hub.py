@@ -1,0 +1,83 @@
+"""A pipeline or a model by its name alone, whichever of the two is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfquant.integrations import register
+
+PIPELINE_FILE, MODEL_FILE = "model_index.json", "config.json"
+
+
+def load(name: str, dtype: str | None = None, device: str | None = None) -> Any:
+    """Load a diffusers pipeline, or a transformers model by the class that saved it.
+
+    Args:
+        name: local folder or hub id. With a model_index.json it is a pipeline, those of :mod:`hfquant.demo` included.
+        dtype: floating dtype by name ("bfloat16"); default: the library's.
+        device: where to put it; default: where the library does.
+
+    Returns:
+        The pipeline, or the model in eval mode.
+
+    Raises:
+        FileNotFoundError: no such folder, or it holds neither a pipeline nor a model.
+        ValueError: an unknown dtype, or a pipeline class that diffusers lacks.
+        OSError: the hub has no such repository, or cannot be reached.
+    """
+    register()
+    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": _floating(dtype)}
+    if _is_pipeline(name):
+        import diffusers
+
+        import hfquant.demo  # noqa: F401  # diffusers finds a pipeline's class once its module is imported
+
+        kind = diffusers.DiffusionPipeline.load_config(name).get("_class_name")
+        if isinstance(kind, str) and not hasattr(diffusers, kind):
+            raise ValueError(f"{name} is a {kind}, which diffusers {diffusers.__version__} does not have.")
+        loaded = diffusers.DiffusionPipeline.from_pretrained(name, **options)
+    else:
+        if dtype is not None:
+            options = {"dtype": options["torch_dtype"]}
+        loaded = _model_class(name).from_pretrained(name, **options).eval()
+    return loaded if device is None else loaded.to(device)
+
+
+def _is_pipeline(name: str) -> bool:
+    folder = Path(name)
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in (PIPELINE_FILE, MODEL_FILE)):
+            raise FileNotFoundError(f"{name} holds no model: it has neither {PIPELINE_FILE} nor {MODEL_FILE}.")
+        return (folder / PIPELINE_FILE).is_file()
+    # A hub id is at most "owner/name".
+    if folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) > 2 or folder.exists():
+        raise FileNotFoundError(f"{name} is not a folder.")
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        hf_hub_download(name, PIPELINE_FILE)
+    except EntryNotFoundError:  # or, offline, one that was never downloaded
+        return False
+    return True
+
+
+def _model_class(name: str) -> Any:
+    import transformers
+
+    try:
+        names = transformers.AutoConfig.from_pretrained(name).architectures or ()
+    except OSError as error:
+        raise OSError(f"{name} is no folder here, and the hub does not give it: {error}") from error
+    return next((found for n in names if (found := getattr(transformers, n, None))), transformers.AutoModel)
+
+
+def _floating(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype: {name!r} is no floating dtype of torch, such as float32 or bfloat16.")
+    return dtype

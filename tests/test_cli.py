@@ -1,0 +1,273 @@
+"""The command line on real folders: the digits pipeline, and a tiny Llama with a tokenizer of words."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+import hfquant
+from hfquant.calibration import BaseSampler, CalibSetError, NormalSampler, storage
+from hfquant.cli import app
+from hfquant.demo import load_digits_pipeline
+from hfquant.integrations.hub import load
+from hfquant.linear import quant_linears
+
+WORDS = ["</s>", "<unk>", *"abcdefgh"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("digits")
+    load_digits_pipeline().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, vocab_size=len(WORDS), **heads)).save_pretrained(
+        path
+    )
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> Path:
+    path = tmp_path / "labels.parquet"
+    datasets.Dataset.from_dict({"label": [i % 10 for i in range(12)]}).to_parquet(path)
+    return path
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("a b c d e f g h\n\nh g f e\n" * 20)
+    return path
+
+
+def calibrate(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["calibrate", *map(str, arguments)])
+
+
+def of_digits(digits: Path, labels: Path, out: Path, *more: object) -> Result:
+    return calibrate(
+        *(digits, "--source", labels, "--out", out, "--column", "label", "--batch-size", 4, "--steps", 6), *more
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_pipeline_from_a_folder_to_a_quantized_denoiser(digits, labels, tmp_path) -> None:
+    more = ("--guidance-scale", 2, "--timesteps", 4, "--chunk-size", 5, "--arg", "eta=0.5", "--arg", "output_type=pt")
+    result = of_digits(digits, labels, tmp_path / "set", *more)
+    assert result.exit_code == 0, result.output
+    summary = " ".join(result.stdout.split())
+    for said in ("layer transformer", "samples 12", "chunks 3", "size on disk", "hidden_states float32[8, 1, 8, 8]"):
+        assert said in summary
+    stored = hfquant.load_calibrate_set(tmp_path / "set")
+    assert stored is not None
+    assert len(stored) == 3 * 4
+    assert stored.provenance["call"] == {
+        "eta": 0.5,
+        "guidance_scale": 2.0,
+        "num_inference_steps": 6,
+        "output_type": "pt",
+    }
+    assert stored.provenance["sampler"] == {"class": "UniformSampler", "seed": 0, "timesteps": 4}
+    pipe = load(str(digits))
+    hfquant.quantize(pipe.transformer, stored.get_dataloader(batch_size=2), "w8a8")
+    assert quant_linears(pipe.transformer)
+
+
+def test_the_same_set_as_from_the_library(digits, labels, tmp_path) -> None:
+    arguments = ("--sampler", "normal", "--mean", 0.3, "--std", 0.2, "--timesteps", 3, "--seed", 7, "--samples", 8)
+    layer = "transformer.transformer_blocks.1"
+    result = of_digits(digits, labels, tmp_path / "set", *arguments, "--layer", layer, "--no-compress")
+    assert result.exit_code == 0, result.output
+    rows = {"dataset": str(labels), "column": "label", "samples": 8, "batch_size": 4, "seed": 7}
+    sampler = NormalSampler(0.3, 3, std=0.2, seed=7)
+    batches = hfquant.calibration.calibration_batches(rows)
+    pipe = load(str(digits))
+    hfquant.generate_calibrate_set(
+        pipe, sampler, batches, layer, tmp_path / "ours", compress=False, num_inference_steps=6
+    )
+    assert contents(tmp_path / "set") == contents(tmp_path / "ours")
+
+
+def test_a_language_model_records_its_tokens(llama, text, tmp_path) -> None:
+    more = ("--samples", 6, "--seqlen", 8, "--batch-size", 2)
+    result = calibrate(llama, "--source", text, "--out", tmp_path / "set", *more, "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    assert "the whole model" in result.stdout
+    stored = hfquant.load_calibrate_set(tmp_path / "set")
+    assert stored is not None
+    assert [sample["input_ids"].shape for sample in stored] == [(2, 8)] * 3
+    assert stored.provenance["sampler"]["class"] == "LanguageModelSampler"
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    ids = stored[0]["input_ids"]
+    with torch.no_grad():
+        before = model(ids).logits
+        after = hfquant.quantize(model, stored.get_dataloader(), "w8a8-smooth")(ids).logits
+    assert len(quant_linears(model)) == 14
+    assert 0 < (after - before).norm() < 0.1 * before.norm()
+
+    of_layer = calibrate(llama, "--source", text, "--out", tmp_path / "mlp", *more, "--layer", "model.layers.1.mlp")
+    assert of_layer.exit_code == 0, of_layer.output
+    inputs = hfquant.load_calibrate_set(tmp_path / "mlp")
+    assert inputs is not None
+    assert inputs[0][0].shape == (2, 8, 32)
+
+
+def test_several_columns_name_arguments(digits, labels, tmp_path) -> None:
+    result = of_digits(digits, labels, tmp_path / "plain")
+    assert result.exit_code == 0, result.output
+    named = calibrate(
+        *(digits, "--source", labels, "--out", tmp_path / "named", "--column", "class_labels=label"),
+        *("--batch-size", 4, "--steps", 6),
+    )
+    assert named.exit_code == 0, named.output
+    plain, by_name = (hfquant.load_calibrate_set(tmp_path / name) for name in ("plain", "named"))
+    assert plain is not None
+    assert by_name is not None
+    assert torch.equal(plain[0]["hidden_states"], by_name[0]["hidden_states"])
+
+
+def test_a_set_that_was_cut_off_is_gone_on_with(digits, labels, tmp_path, monkeypatch) -> None:
+    def run(name: str) -> Result:
+        return of_digits(digits, labels, tmp_path / name, "--chunk-size", 4, "--timesteps", 4)
+
+    assert run("whole").exit_code == 0
+    sample, calls = BaseSampler.sample, []
+
+    def cut(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sample(self, *args, **kwargs)
+
+    monkeypatch.setattr(BaseSampler, "sample", cut)
+    assert run("cut").exit_code != 0
+    assert hfquant.load_calibrate_set(tmp_path / "cut") is None
+    held = storage.read_index(tmp_path / "cut")
+    assert held is not None
+    assert 0 < held.length < 12
+    monkeypatch.setattr(BaseSampler, "sample", sample)
+    again = run("cut")
+    assert again.exit_code == 0, again.output
+    assert f"has {held.length} samples: going on from batch" in again.stderr
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert "complete with 12 samples: nothing to generate" in run("cut").stderr
+    assert not logging.getLogger("hfquant").handlers
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": "/no/such/model"}, "/no/such/model is not a folder"),
+        ({"model": "{tmp}"}, "neither model_index.json nor config.json"),
+        ({"model": "no/such"}, "no/such is no folder here, and the hub does not give it"),
+        ({"--source": "gone.json"}, "gone.json is not there"),
+        ({"--source": "{tmp}/odd.bin"}, "unknown kind of file"),
+        ({"--column": "nope"}, r"has no column 'nope'; it has ['label']"),
+        ({"--layer": "transformer.nope"}, "no layer 'transformer.nope'; did you mean"),
+        ({"--samples": 0}, "calibration['samples']"),
+        ({"--chunk-size": 0}, "chunk_size must be a positive integer"),
+        ({"--timesteps": 0}, "timesteps must be a positive integer"),
+        ({"--dtype": "int8"}, "'int8' is no floating dtype"),
+        ({"--arg": "generator=1"}, "generator"),
+        ({"--arg": "no_such=1"}, "unexpected keyword argument 'no_such'"),
+        ({"--sampler": "language"}, "LanguageModelSampler runs a transformers model"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line_and_exit_code_1(change, said, digits, labels, tmp_path) -> None:
+    (tmp_path / "odd.bin").write_bytes(b"\0")
+    arguments = {"model": digits, "--source": labels, "--out": tmp_path / "set", "--column": "label", "--steps": 2}
+    arguments |= {key: str(value).replace("{tmp}", str(tmp_path)) for key, value in change.items()}
+    model = arguments.pop("model")
+    result = calibrate(model, *(item for pair in arguments.items() for item in pair))
+    assert result.exit_code == 1, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert said in line
+    assert result.stderr.endswith(line + "\n")
+    assert "Traceback" not in result.stderr
+
+
+def test_a_missing_pipeline_class(digits, labels, tmp_path) -> None:
+    index = json.loads((digits / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "OddPipeline"}))
+    result = of_digits(tmp_path, labels, tmp_path / "set")
+    assert result.exit_code == 1
+    assert "is a OddPipeline, which diffusers" in result.stderr
+
+
+def test_another_set_is_not_overwritten(digits, labels, tmp_path) -> None:
+    assert of_digits(digits, labels, tmp_path / "set").exit_code == 0
+    before = contents(tmp_path / "set")
+    result = of_digits(digits, labels, tmp_path / "set", "--seed", 1)
+    assert result.exit_code == 1
+    assert "holds another calibration set" in result.stderr
+    assert contents(tmp_path / "set") == before
+
+
+@pytest.mark.parametrize("how", ["flag", "environment"])
+def test_debug_shows_the_traceback(how, digits, labels, tmp_path, monkeypatch) -> None:
+    if how == "environment":
+        monkeypatch.setenv("HFQUANT_DEBUG", "1")
+    assert of_digits(digits, labels, tmp_path / "set").exit_code == 0
+    more = ["--seed", 1, *(["--debug"] if how == "flag" else [])]
+    assert isinstance(of_digits(digits, labels, tmp_path / "set", *more).exception, CalibSetError)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--sampler", "odd"], "'odd' is not one of"),
+        (["--mean", 0.5], "the uniform sampler has no such option"),
+        (["--arg", "eta"], "is not KEY=VALUE"),
+        (["--column", "second"], "is not KEY=VALUE"),
+        (["--no-such-option"], "No such option"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_is_exit_code_2(more, said, digits, labels, tmp_path) -> None:
+    result = of_digits(digits, labels, tmp_path / "set", *more)
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.stderr.replace("│", " ").split())
+    assert not (tmp_path / "set").exists()
+
+
+def test_the_installed_command_helps_without_loading_torch() -> None:
+    script = Path(sysconfig.get_path("scripts")) / "hfquant"
+    found = subprocess.run([sys.executable, "-X", "importtime", script, "--help"], capture_output=True, text=True)
+    assert found.returncode == 0
+    assert "calibrate" in found.stdout
+    assert "typer" in found.stderr
+    assert not [line for line in found.stderr.splitlines() if line.rpartition("|")[2].strip() == "torch"]
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"{hfquant.__version__}\n"
+
+
+def test_the_module_runs_as_a_program(llama, text, tmp_path) -> None:
+    options = ["--source", str(text), "--out", str(tmp_path / "set"), "--samples", "2", "--seqlen", "4"]
+    command = [sys.executable, "-m", "hfquant.cli", "calibrate", str(llama), *options]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "samples" in found.stdout
+    assert len(hfquant.load_calibrate_set(tmp_path / "set")) == 2
