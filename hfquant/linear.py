@@ -77,6 +77,10 @@ class QuantLinear(nn.Linear):
             layer.bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
         return layer
 
+    def solved_tensors(self) -> dict[str, Tensor]:
+        """All but the bias, by name: what :meth:`from_tensors` takes."""
+        return {name: getattr(self, name) for name in self.plan.tensors(torch.float32)}
+
     def set_tensor(self, name: str, value: Tensor) -> None:
         """Put ``value`` in place of parameter or buffer ``name``.
 

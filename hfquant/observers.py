@@ -7,11 +7,12 @@ passes) give what one gives.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from inspect import signature
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
@@ -55,21 +56,39 @@ class LayerStats:
     fold: Tensor
     hessian: Tensor | None = None
 
+    @classmethod
+    def empty(cls, features: int, hessian: bool = False) -> LayerStats:
+        """Statistics of no rows: merging them changes nothing."""
+        return cls(
+            torch.full((FOLDS, features), torch.inf),
+            torch.full((FOLDS, features), -torch.inf),
+            0,
+            torch.zeros(features),
+            torch.zeros(0, features),
+            torch.zeros(0, dtype=torch.float64),
+            torch.zeros(0, dtype=torch.bool),
+            torch.zeros(features, features) if hessian else None,
+        )
+
     def merge(self, other: LayerStats) -> LayerStats:
         """Statistics of both sets of rows."""
-        keys = torch.cat([self.keys, other.keys])
-        kept = keys.argsort(stable=True)[:SAMPLE_ROWS]
-        both = None if self.hessian is None or other.hessian is None else self.hessian + other.hessian
-        return LayerStats(
+        both = LayerStats(
             torch.minimum(self.fold_low, other.fold_low),
             torch.maximum(self.fold_high, other.fold_high),
             self.count + other.count,
             self.power + other.power,
-            torch.cat([self.sample, other.sample])[kept.to(self.sample.device)],
-            keys[kept],
-            torch.cat([self.fold, other.fold])[kept],
-            both,
+            torch.cat([self.sample, other.sample]),
+            torch.cat([self.keys, other.keys]),
+            torch.cat([self.fold, other.fold]),
+            None if self.hessian is None or other.hessian is None else self.hessian + other.hessian,
         )
+        return both.trimmed()
+
+    def trimmed(self) -> LayerStats:
+        """The same with its sample in order, cut to :data:`SAMPLE_ROWS`."""
+        kept = self.keys.argsort(stable=True)[:SAMPLE_ROWS]
+        sample = self.sample[kept.to(self.sample.device)]
+        return replace(self, sample=sample, keys=self.keys[kept], fold=self.fold[kept])
 
     def to(self, device: torch.device) -> LayerStats:
         """The same on another device."""
@@ -123,20 +142,18 @@ def layer_stats(x: Tensor, draw: Tensor, hessian: bool = False) -> LayerStats:
     x = x.float()
     folds = (draw < 0.5).long()
     ranges = [x[(folds == i).to(x.device)] for i in range(FOLDS)]
-    keys = draw / _energy(x)
-    kept = keys.argsort(stable=True)[:SAMPLE_ROWS]
     second = x.T @ x if hessian else None
-    power = x.square().sum(0) if second is None else second.diagonal().clone()
-    return LayerStats(
+    everything = LayerStats(
         torch.stack([r.amin(0) if len(r) else torch.full_like(x[0], torch.inf) for r in ranges]),
         torch.stack([r.amax(0) if len(r) else torch.full_like(x[0], -torch.inf) for r in ranges]),
         len(x),
-        power,
-        x[kept.to(x.device)],
-        keys[kept],
-        folds[kept].bool(),
+        x.square().sum(0) if second is None else second.diagonal().clone(),
+        x,
+        draw / _energy(x),
+        folds.bool(),
         second,
     )
+    return everything.trimmed()
 
 
 def _energy(x: Tensor) -> Tensor:
@@ -149,8 +166,8 @@ def stats_bytes(features: int, hessian: bool) -> int:
     return 4 * features * (2 * FOLDS + 1 + SAMPLE_ROWS + (features if hessian else 0))
 
 
-def batches(loader: Any) -> Iterable[Any]:
-    """``loader`` itself, checked.
+def batches(loader: Any, may_be_empty: bool = False) -> Any:
+    """``loader`` itself, checked; None where it is empty and may be.
 
     Raises:
         TypeError: not an iterable, or an iterator (which cannot be walked again).
@@ -166,6 +183,8 @@ def batches(loader: Any) -> Iterable[Any]:
             "iterable that starts anew"
         )
     if not list(islice(loader, 1)):
+        if may_be_empty:
+            return None
         raise CalibrationError("calibration data: the loader is empty")
     return loader
 
@@ -175,8 +194,13 @@ def samples(batch: Any) -> list[Any]:
     return batch if isinstance(batch, list) else [batch]
 
 
-def run(model: nn.Module, sample: Any) -> None:
+def run(model: nn.Module, sample: Any, options: Mapping[str, Any] | None = None) -> None:
     """One forward of ``model`` on a sample, moved to the device the model expects.
+
+    Args:
+        model: called as it is.
+        sample: its arguments.
+        options: keyword arguments that a sample of keyword arguments may lack.
 
     Raises:
         TypeError: the sample is not a tensor, a tuple of positional or a mapping of keyword arguments.
@@ -184,7 +208,7 @@ def run(model: nn.Module, sample: Any) -> None:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(sample, Mapping):
-        kwargs = dict(sample)
+        kwargs = {**(options or {}), **sample}
     elif isinstance(sample, tuple):
         args = sample
     elif isinstance(sample, Tensor):
@@ -221,6 +245,16 @@ class _AllSeen(Exception):
     """Every observed layer has run: the rest of the forward is of no interest."""
 
 
+class _Measured(NamedTuple):
+    """Statistics of one tensor: q, k and v eat the same, which is measured once."""
+
+    of: weakref.ref[Tensor]
+    version: int
+    stats: LayerStats
+    #: By the id of what a layer had before, that and both together: layers of one history share their statistics.
+    merged: dict[int, tuple[LayerStats | None, LayerStats]]
+
+
 class Observer:
     """Collects the statistics of some layers while batches run through the model."""
 
@@ -231,9 +265,7 @@ class Observer:
         self.batch = -1
         self._mask: Tensor | None = None
         self._ran: set[str] = set()
-        # q, k and v eat one tensor: it is measured once, and layers with equal histories share their statistics.
-        self._measured: dict[tuple[int, bool], tuple[Callable[[], Tensor | None], int, LayerStats]] = {}
-        self._merged: dict[tuple[int, int], LayerStats] = {}
+        self._measured: dict[tuple[int, bool], _Measured] = {}
         self._keys: dict[int, Tensor] = {}
 
     def start(self, batch: int, sample: Any, device: torch.device | str | int) -> None:
@@ -242,8 +274,8 @@ class Observer:
         mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
         padded = isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask == 0).any())
         self._mask = (mask != 0).to(device) if padded and mask is not None else None
-        for memo in (self._ran, self._measured, self._merged):
-            memo.clear()
+        self._ran.clear()
+        self._measured.clear()
 
     def see(self, name: str, x: Tensor) -> None:
         """Take in one input of layer ``name``.
@@ -251,21 +283,21 @@ class Observer:
         Raises:
             CalibrationError: ``x`` has NaN or Inf.
         """
-        new = self._measure(name, x)
-        if new is not None:
+        measured = self._measure(name, x)
+        if measured is not None:
             old = self.stats.get(name)
-            key = (id(old), id(new))
-            if key not in self._merged:
-                self._merged[key] = new if old is None else old.merge(new)
-            self.stats[name] = self._merged[key]
+            if id(old) not in measured.merged:
+                measured.merged[id(old)] = old, measured.stats if old is None else old.merge(measured.stats)
+            self.stats[name] = measured.merged[id(old)][1]
         self._ran.add(name)
         if self.stop_early and len(self._ran) == len(self.hessians):
             raise _AllSeen
 
-    def _measure(self, name: str, x: Tensor) -> LayerStats | None:
-        known = self._measured.get((id(x), self.hessians[name]))
-        if known is not None and known[0]() is x and known[1] == x._version:
-            return known[2]
+    def _measure(self, name: str, x: Tensor) -> _Measured | None:
+        key = id(x), self.hessians[name]
+        known = self._measured.get(key)
+        if known is not None and known.of() is x and known.version == x._version:
+            return known
         flat = self._mask is not None and x.shape[:2] == self._mask.shape
         rows = x[self._mask] if flat else x.reshape(-1, x.shape[-1])
         if not rows.shape[0]:
@@ -276,8 +308,9 @@ class Observer:
                 f"layer {name!r}: {int((~rows.isfinite()).sum())} of {rows.numel()} inputs are NaN or Inf "
                 f"in calibration batch {self.batch}"
             )
-        self._measured[id(x), self.hessians[name]] = (weakref.ref(x), x._version, new)
-        return new
+        # Forgotten with the tensor: kept to the end of the batch, those of all layers would add up.
+        self._measured[key] = _Measured(weakref.ref(x, lambda _: self._measured.pop(key, None)), x._version, new, {})
+        return self._measured[key]
 
     def _draw(self, rows: int) -> Tensor:
         if self._keys.get(-1) is None or int(self._keys[-1]) != self.batch:
@@ -295,6 +328,7 @@ def observe(
     hessians: Mapping[str, bool] | None = None,
     stop_early: bool = False,
     description: str = "calibrating",
+    shard: tuple[int, int] = (0, 1),
 ) -> dict[str, LayerStats]:
     """Run ``model`` over the data once and collect the statistics of the inputs of ``layers``.
 
@@ -307,6 +341,7 @@ def observe(
         hessians: name -> whether its Hessian is wanted; default: none.
         stop_early: cut each forward short once all ``layers`` have run.
         description: of the progress bar.
+        shard: (rank, size): of every ``size`` batches only number ``rank`` is run.
 
     Returns:
         name -> statistics; layers that never ran (or saw no rows) are missing.
@@ -324,15 +359,30 @@ def observe(
 
         return pre_forward
 
+    rank, size = shard
+    options = _options(model, layers.values())
     handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
     try:
         with evaluating(model):
-            for index, batch in enumerate(tqdm(batches(loader), description)):
+            for index, batch in enumerate(tqdm(batches(loader), description, disable=rank > 0)):
+                if index % size != rank:
+                    continue
                 for sample in samples(batch):
                     observer.start(index, sample, device)
                     with suppress(_AllSeen):
-                        run(model, sample)
+                        run(model, sample, options)
     finally:
         for handle in handles:
             handle.remove()
     return observer.stats
+
+
+def _options(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, Any]:
+    """Arguments that spare a language model what nobody looks at: its cache, and logits of all but the last token."""
+    accepted = signature(model.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    if head is not None and "logits_to_keep" in accepted and not any(layer is head for layer in layers):
+        options["logits_to_keep"] = 1
+    return options

@@ -6,24 +6,28 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
 import psutil
 import torch
+import xxhash
 from accelerate.utils import align_module_device
 from torch import nn
 from tqdm.auto import tqdm
 
 from hfquant import integrations
+from hfquant.calibration.provenance import update, update_with_weights
 from hfquant.config import Calibrate
+from hfquant.distributed import Processes, processes
 from hfquant.integrations.checkpoint import dequantized
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.linear import QuantLinear, log_real_quant, quant_linears, replace_modules
-from hfquant.observers import CalibrationError, LayerStats, batches, observe, samples, stats_bytes
-from hfquant.planner import Plan, aliases, plan_layers
+from hfquant.observers import SAMPLE_ROWS, CalibrationError, LayerStats, batches, observe, samples, stats_bytes
+from hfquant.planner import LayerPlan, Plan, aliases, plan_layers
 from hfquant.report.layers import LayerReport, QuantReport, layer_report
 from hfquant.resume import find, fingerprint, store
 from hfquant.solver import Solution, solve
@@ -98,33 +102,43 @@ def _quantize(
     memory_budget: int | None = None,
     resume_dir: Path | None = None,
 ) -> nn.Module:
-    if loader is not None:
-        loader = batches(loader)
-        example = samples(next(iter(loader)))[0] if example is None else example
-    plan = plan_layers(model, config.rules, config.modules_to_not_convert or (), example)
-    if not plan.layers:
-        raise ValueError(f"{type(model).__name__} has nothing to quantize: {plan.skipped or 'no nn.Linear'}")
-    needy = [name for name, layer in plan.layers.items() if layer.config.needs_data]
-    if needy and loader is None:
-        raise CalibrationError(f"layer {needy[0]!r} (and {len(needy) - 1} more) needs calibration data; none was given")
-    originals = {name: model.get_submodule(name) for name in plan.layers}
-    layers: dict[str, QuantLinear] = {}
-    reports: list[LayerReport] = []
-    try:
-        with tqdm(total=len(plan.layers), desc="quantizing") as progress:
-            for group in _groups(plan, per_layer_mode, memory_budget or _free_memory() // 4):
-                for name, layer, result in _solve_group(model, plan, group, loader, per_layer_mode, resume_dir):
-                    layers[name] = layer
-                    reports.append(result)
-                    progress.update()
-                    if verbose:
-                        logger.info("%s", result)
-                if per_layer_mode:
-                    replace_modules(model, {originals[name]: layers[name] for name in group})
-    except BaseException:
-        if per_layer_mode:
-            replace_modules(model, {layer: originals[name] for name, layer in layers.items()})
-        raise
+    given = loader is not None
+    # Without data there is little to share, and a caller may well quantize in one process alone.
+    with processes() if config.needs_data else nullcontext(Processes()) as crew:
+        with crew.together():
+            loader = batches(loader, may_be_empty=crew.size > 1) if given else None
+            if example is None and loader is not None:
+                example = samples(next(iter(loader)))[0]
+            plan = plan_layers(model, config.rules, config.modules_to_not_convert or (), example)
+            if not plan.layers:
+                raise ValueError(f"{type(model).__name__} has nothing to quantize: {plan.skipped or 'no nn.Linear'}")
+            needy = [name for name, layer in plan.layers.items() if layer.config.needs_data]
+            if needy and not given:
+                more = f" (and {len(needy) - 1} more)" if len(needy) > 1 else ""
+                raise CalibrationError(f"layer {needy[0]!r}{more} needs calibration data; none was given")
+        _check_models_agree(model, crew)
+        plan = _agreed(plan, given, loader, crew)
+        shard = _shard(loader, crew)
+        budget = min(crew.gather(memory_budget or _free_memory() // 4))
+        originals = {name: model.get_submodule(name) for name in plan.layers}
+        layers: dict[str, QuantLinear] = {}
+        reports: list[LayerReport] = []
+        try:
+            with tqdm(total=len(plan.layers), desc="quantizing", disable=not crew.main) as progress:
+                for group in _groups(plan, per_layer_mode, budget):
+                    solved = _solve_group(model, plan, group, loader, shard, per_layer_mode, resume_dir, crew)
+                    for name, layer, result in solved:
+                        layers[name] = layer
+                        reports.append(result)
+                        progress.update()
+                        if verbose and crew.main:
+                            logger.info("%s", result)
+                    if per_layer_mode:
+                        replace_modules(model, {originals[name]: layers[name] for name in group})
+        except BaseException:
+            if per_layer_mode:
+                replace_modules(model, {layer: originals[name] for name, layer in layers.items()})
+            raise
     if not per_layer_mode:
         replace_modules(model, {originals[name]: layer for name, layer in layers.items()})
     report = QuantReport(reports, plan.skipped)
@@ -132,45 +146,136 @@ def _quantize(
         logger.warning("calibration ran none of the layers that need its data")
     integrations.attach(model, own_config(model, config, Plan({n: x.plan for n, x in layers.items()}, plan.skipped)))
     model.quant_report = report  # type: ignore[assignment]
-    if verbose:
+    if verbose and crew.main:
         logger.info("\n%s", report)
-    log_real_quant(model)
-    log_share(model)
+    if crew.main:
+        log_real_quant(model)
+        log_share(model)
     return model
 
 
+def _check_models_agree(model: nn.Module, crew: Processes) -> None:
+    if crew.size == 1:
+        return
+    digest = xxhash.xxh3_128()
+    update_with_weights(digest, model)
+    for rank, other in enumerate(crew.gather(digest.hexdigest())):
+        if other != digest.hexdigest():
+            raise ValueError(f"process {rank} has another model, or other weights, than process {crew.rank}")
+
+
+def _agreed(plan: Plan, given: bool, loader: Any, crew: Processes) -> Plan:
+    """The plan of the first process that has data: what an example shows, a process without cannot see."""
+    found = crew.gather((plan, loader is not None))
+    if given and not any(has_data for _, has_data in found):
+        raise CalibrationError("calibration data: the loaders of all processes are empty")
+    return next((p for p, has_data in found if has_data), found[0][0])
+
+
+def _shard(loader: Any, crew: Processes) -> tuple[int, int]:
+    """Which batches this process takes: every ``size``-th of data that all have, all of data that differ."""
+    if crew.size == 1:
+        return 0, 1
+    digest = xxhash.xxh3_128()
+    with crew.together():
+        update(digest, None if loader is None else next(iter(loader)))
+    if len(set(crew.gather(digest.hexdigest()))) == 1:
+        return crew.rank, crew.size
+    if crew.main:
+        logger.info("the processes' calibration data differ: each takes all of its own")
+    return 0, 1
+
+
 def _solve_group(
-    model: nn.Module, plan: Plan, group: Sequence[str], loader: Any, stop_early: bool, resume_dir: Path | None
+    model: nn.Module,
+    plan: Plan,
+    group: Sequence[str],
+    loader: Any,
+    shard: tuple[int, int],
+    stop_early: bool,
+    resume_dir: Path | None,
+    crew: Processes,
 ) -> Iterator[tuple[str, QuantLinear, LayerReport]]:
-    """Observe the layers of a group in one pass over the data, then solve them one after the other."""
+    """Observe the layers of a group in one pass over the data, then solve them, each in one of the processes."""
     linears = {name: model.get_submodule(name) for name in group}
-    known: dict[str, Solution | None] = {}
-    if resume_dir is not None:
-        for name, linear in linears.items():
-            with align_module_device(linear):
-                key = fingerprint(linear.get_parameter("weight"), plan.layers[name])
-            known[name] = find(resume_dir, key, plan.layers[name])
-    needy = {n: m for n, m in linears.items() if plan.layers[n].config.needs_data and known.get(n) is None}
+    with crew.together():
+        known = {} if resume_dir is None else _known(linears, plan, resume_dir)
+    # A layer known somewhere is its first knower's.
+    owners = {name: rank for rank, names in reversed([*enumerate(crew.gather(set(known)))]) for name in names}
+    needy = [n for n in group if plan.layers[n].config.needs_data and n not in owners]
+    owners |= crew.share({n: _cost(plan.layers[n]) for n in group if n not in owners})
     stats: dict[str, LayerStats] = {}
     if needy:
-        hessians = {n: plan.layers[n].config.calib.type is Calibrate.GPTQ for n in needy}
-        stats = observe(model, needy, loader, hessians, stop_early)
-    for name, linear in linears.items():
+        gptq = {n: plan.layers[n].config.calib.type is Calibrate.GPTQ for n in needy}
+        with crew.together():
+            if loader is not None:
+                stats = observe(model, {n: linears[n] for n in needy}, loader, gptq, stop_early, shard=shard)
+        stats = crew.merge(stats, {n: owners[n] for n in needy}, {n: plan.layers[n].in_features for n in needy})
+
+    def solved() -> Iterator[tuple[str, QuantLinear, LayerReport]]:
+        for name in group:
+            if owners[name] == crew.rank:
+                yield name, *_solve_layer(name, linears[name], plan, stats.pop(name, None), known, resume_dir)
+
+    if crew.size == 1:
+        yield from solved()
+        return
+    with crew.together():
+        mine = {name: (layer, report) for name, layer, report in solved()}
+    everyones = crew.exchange({n: ((x.plan, report), x.solved_tensors()) for n, (x, report) in mine.items()})
+    for name in group:
+        (layer_plan, report), tensors = everyones[name]
+        if name in mine:
+            yield name, *mine[name]
+            continue
+        linear = linears[name]
         assert isinstance(linear, nn.Linear)
-        seen = stats.pop(name, None)
-        start = time.perf_counter()
-        # Offloaded weights are fetched for the moment.
-        with align_module_device(linear), torch.no_grad():
-            weight = linear.weight.detach()
-            solution = known.get(name) or solve(name, weight, plan.layers[name], seen)
-            if resume_dir is not None and known.get(name) is None:
-                store(resume_dir, name, fingerprint(weight, plan.layers[name]), solution)
-            layer = QuantLinear.from_tensors(solution.plan, solution.tensors, linear.bias)
-            seconds = time.perf_counter() - start
-            report = layer_report(name, weight, solution, layer, seen, seconds)
-        if solution.fallback:
-            logger.warning("layer %r never ran during calibration: rounded to nearest, inputs scaled by token", name)
-        yield name, layer, report
+        with align_module_device(linear):
+            tensors = {key: tensor.to(linear.weight.device) for key, tensor in tensors.items()}
+            yield name, QuantLinear.from_tensors(layer_plan, tensors, linear.bias), report
+
+
+def _known(linears: Mapping[str, nn.Module], plan: Plan, resume_dir: Path) -> dict[str, Solution]:
+    """Layers that an interrupted run solved."""
+    known = {}
+    for name, linear in linears.items():
+        with align_module_device(linear):
+            solution = find(
+                resume_dir, fingerprint(linear.get_parameter("weight"), plan.layers[name]), plan.layers[name]
+            )
+        if solution is not None:
+            known[name] = solution
+    return known
+
+
+def _solve_layer(
+    name: str,
+    linear: nn.Module,
+    plan: Plan,
+    stats: LayerStats | None,
+    known: Mapping[str, Solution],
+    resume_dir: Path | None,
+) -> tuple[QuantLinear, LayerReport]:
+    assert isinstance(linear, nn.Linear)
+    start = time.perf_counter()
+    # Offloaded weights are fetched for the moment.
+    with align_module_device(linear), torch.no_grad():
+        weight = linear.weight.detach()
+        solution = known.get(name) or solve(name, weight, plan.layers[name], stats)
+        if resume_dir is not None and name not in known:
+            store(resume_dir, name, fingerprint(weight, plan.layers[name]), solution)
+        layer = QuantLinear.from_tensors(solution.plan, solution.tensors, linear.bias)
+        seconds = time.perf_counter() - start
+        report = layer_report(name, weight, solution, layer, stats, seconds)
+    if solution.fallback:
+        logger.warning("layer %r never ran during calibration: rounded to nearest, inputs scaled by token", name)
+    return layer, report
+
+
+def _cost(plan: LayerPlan) -> float:
+    """Roughly what solving a layer takes, to share layers out evenly."""
+    inverse = plan.in_features**3 if plan.config.calib.type is Calibrate.GPTQ else 0
+    return float(inverse + plan.in_features * plan.out_features * (plan.in_features if inverse else SAMPLE_ROWS))
 
 
 def _groups(plan: Plan, per_layer_mode: bool, budget: int) -> Iterator[list[str]]:

@@ -104,8 +104,8 @@ def test_per_layer_mode_sees_quantized_inputs(net: Net, data: Any, monkeypatch: 
     seen: dict[bool, dict[str, Any]] = {True: {}, False: {}}
     observe = ptq.observe
 
-    def spy(model: nn.Module, layers: Any, *args: Any) -> Any:
-        stats = observe(model, layers, *args)
+    def spy(model: nn.Module, layers: Any, *args: Any, **kwargs: Any) -> Any:
+        stats = observe(model, layers, *args, **kwargs)
         seen[mode].update(stats)
         return stats
 
@@ -121,7 +121,9 @@ def test_per_layer_mode_sees_quantized_inputs(net: Net, data: Any, monkeypatch: 
 def test_per_layer_mode_holds_one_block_at_a_time(net: Net, data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = []
     observe = ptq.observe
-    monkeypatch.setattr(ptq, "observe", lambda m, layers, *a: groups.append(list(layers)) or observe(m, layers, *a))
+    monkeypatch.setattr(
+        ptq, "observe", lambda m, layers, *a, **k: groups.append(list(layers)) or observe(m, layers, *a, **k)
+    )
     quantize(net, data, STATIC, per_layer_mode=True)
     assert groups[0] == ["inp"]
     assert [{n.split(".")[1] for n in g} for g in groups[1:4]] == [{"0"}, {"1"}, {"2"}]
@@ -132,7 +134,9 @@ def test_memory_budget_takes_more_passes_and_changes_nothing(
 ) -> None:
     passes = []
     observe = ptq.observe
-    monkeypatch.setattr(ptq, "observe", lambda m, layers, *a: passes.append(list(layers)) or observe(m, layers, *a))
+    monkeypatch.setattr(
+        ptq, "observe", lambda m, layers, *a, **k: passes.append(list(layers)) or observe(m, layers, *a, **k)
+    )
     other = copy.deepcopy(net)
     quantize(net, data, FULL)
     assert len(passes) == 1

@@ -14,11 +14,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hfquant.calibration import storage
-from hfquant.calibration.calibset import BaseCalibSet, open_stored
+from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set, open_stored
 from hfquant.calibration.provenance import differences, provenance, update
 from hfquant.calibration.recorder import Recording, find_layer
 from hfquant.calibration.samplers import BaseSampler, seeded
 from hfquant.calibration.storage import CalibSetError, Cursor, Index
+from hfquant.distributed import processes
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,32 @@ def generate_calibrate_set(
         compress: Compress chunks with zstd.
         **kwargs: Arguments of the pipeline's or model's call (guidance_scale, num_inference_steps, ...).
 
+    Under `accelerate launch` all processes call this with the same data and take turns at its batches; each gets the
+    whole set. In memory it is what one process makes; with `dump_path`, which all must see, each process writes a
+    shard, and the samples are in the order of the shards.
+
     Raises:
         TypeError: `model` is neither pipeline nor module, or the layer is called with something that cannot be stored.
         ValueError: Unknown layer or bad argument; a `generator` (seed the sampler instead); the layer never ran.
         CalibSetError: `dump_path` holds another set, or a damaged one.
+        RuntimeError: It failed in another process.
     """
-    return generate_shard(model, sampler, sample_dataloader, calib_layer, dump_path, chunk_size, compress, kwargs)
+    with processes() as crew:
+        shard = crew.rank, crew.size
+        with crew.together():
+            made = generate_shard(
+                model, sampler, sample_dataloader, calib_layer, dump_path, chunk_size, compress, kwargs, shard
+            )
+        if crew.size == 1:
+            return made
+        with crew.together():
+            whole = None if dump_path is None else load_calibrate_set(dump_path)
+        if whole is not None:
+            return whole
+        # Recordings, one a batch, in the order of the batches.
+        turns = itertools.zip_longest(*crew.gather(made.chunks))
+        chunks = [chunk for turn in turns for chunk in turn if chunk is not None]
+        return BaseCalibSet(chunks, provenance={**made.provenance, "shard": [0, 1]})
 
 
 def generate_shard(
@@ -90,10 +111,10 @@ def generate_shard(
         return _samples(model, sampler, sample_dataloader, target.layer, call_kwargs, shard, start)
 
     if dump_path is None:
-        collected = Recording()
-        for recording, position, _ in runs(Cursor()):
-            collected.take(recording, position)
-        return BaseCalibSet([collected], provenance=origin)
+        collected: dict[int, Recording] = {}
+        for recording, position, cursor in runs(Cursor()):
+            collected.setdefault(cursor.batch, Recording()).take(recording, position)
+        return BaseCalibSet(list(collected.values()), provenance=origin)
 
     directory = Path(dump_path) if shard[1] == 1 else Path(dump_path) / storage.shard_name(*shard)
     directory.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ def provenance(
     for name, part in sorted(parts.items()):
         weights.update(f"{name}:{type(part).__name__}".encode())
         if isinstance(part, nn.Module):
-            _update_with_weights(weights, part)
+            update_with_weights(weights, part)
         elif isinstance(config := getattr(part, "config", None), Mapping):
             # Keys with an underscore are diffusers' own bookkeeping, in no fixed order.
             update(weights, {key: value for key, value in config.items() if not key.startswith("_")})
@@ -85,7 +85,8 @@ def update(digest: xxhash.xxh3_128, value: Any) -> None:
         digest.update(type(value).__qualname__.encode())
 
 
-def _update_with_weights(digest: xxhash.xxh3_128, module: nn.Module) -> None:
+def update_with_weights(digest: xxhash.xxh3_128, module: nn.Module) -> None:
+    """Feeds a module's names, dtypes and shapes to a digest, and some numbers of each tensor."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
         if tensor.is_meta or not tensor.numel():

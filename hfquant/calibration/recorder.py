@@ -45,6 +45,13 @@ class Recording:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"samples": self.samples, "tensors": {k: bytes(v) for k, v in self.tensors.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.samples = state["samples"]
+        self.tensors = {key: memoryview(bytearray(value)) for key, value in state["tensors"].items()}
+
     def add(self, sample: Any, where: str = "sample") -> None:
         """Appends a copy of `sample`, detached and on the CPU.
 

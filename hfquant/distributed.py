@@ -1,0 +1,215 @@
+"""Several processes sharing one quantization: who reads what, who solves what, and how the parts come together.
+
+Under ``accelerate launch --num_processes N`` every process runs the same script on its own copy of the model. Batches
+go round by their number, statistics are reduced to the process that solves a layer, and solved layers are sent to all.
+One process alone goes through the same code; nothing is sent then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor
+
+from hfquant.observers import SAMPLE_ROWS, LayerStats
+
+T = TypeVar("T")
+
+# Processes wait for the slowest, which may be hours behind on other hardware. One that dies is noticed at once.
+_PATIENCE = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share the work; by default this one alone.
+
+    Attributes:
+        rank, size: which one of how many this is.
+        group: of ``torch.distributed`` (gloo, so that it takes tensors of the CPU whatever the model runs on).
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that speaks and writes for all."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A step that fails in all processes if it fails in one.
+
+        Raises:
+            RuntimeError: another process failed; the message has its rank and cause. Its own error is raised there.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        causes = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, cause in enumerate(causes):
+            if cause is not None:
+                raise RuntimeError(f"process {rank} of {self.size} failed: {cause}")
+
+    def share(self, costs: Mapping[str, float]) -> dict[str, int]:
+        """The rank that takes each item: the dearest first, each to who has least. The same in all processes."""
+        load = [0.0] * self.size
+        ranks = {}
+        for name in sorted(costs, key=lambda n: (-costs[n], n)):
+            ranks[name] = load.index(min(load))
+            load[ranks[name]] += costs[name]
+        return ranks
+
+    def merge(
+        self, stats: Mapping[str, LayerStats], owners: Mapping[str, int], features: Mapping[str, int]
+    ) -> dict[str, LayerStats]:
+        """Statistics of all processes' rows, for the layers that this one owns.
+
+        Args:
+            stats: of this process; layers that it never ran are missing.
+            owners: layer -> rank, for all layers.
+            features: layer -> number of inputs.
+        """
+        if self.size == 1:
+            return dict(stats)
+        # Layers that share one input share one LayerStats: it is sent once to each owner.
+        first: dict[int, str] = {}
+        own = {name: first.setdefault(id(stats[name]), name) for name in owners if name in stats}
+        shared = self.gather((own, {name for name in own if stats[name].hessian is not None}))
+        merged: dict[tuple[Any, ...], LayerStats | None] = {}
+        found = {}
+        for name, owner in owners.items():
+            key = (owner, *(names.get(name) for names, _ in shared))
+            if not any(key[1:]):
+                continue
+            if key not in merged:
+                part = stats.get(name)
+                if part is None:
+                    part = LayerStats.empty(features[name], any(name in hessians for _, hessians in shared))
+                merged[key] = self._merge(part, owner)
+            result = merged[key]
+            if result is not None:
+                found[name] = result
+        return found
+
+    def _merge(self, part: LayerStats, owner: int) -> LayerStats | None:
+        reduced: dict[str, Any] = {}
+        for field, operation in (
+            ("fold_low", dist.ReduceOp.MIN),
+            ("fold_high", dist.ReduceOp.MAX),
+            ("power", dist.ReduceOp.SUM),
+            ("hessian", dist.ReduceOp.SUM),
+        ):
+            tensor = getattr(part, field)
+            if tensor is not None:
+                # A copy: the reduction leaves partial sums in the buffers of all, and layers share theirs.
+                reduced[field] = tensor.cpu().clone()
+                dist.reduce(reduced[field], owner, operation, group=self.group)
+        count = torch.tensor([part.count, len(part.keys)])
+        counts = self._collect(count, owner)
+        sample, keys, fold = (
+            self._collect(_padded(tensor.cpu()), owner) for tensor in (part.sample, part.keys, part.fold)
+        )
+        if counts is None or sample is None or keys is None or fold is None:
+            return None
+        rows = [int(c[1]) for c in counts]
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            return torch.cat([p[:n] for p, n in zip(parts, rows, strict=True)])
+
+        everyone = LayerStats(
+            **reduced,
+            count=sum(int(c[0]) for c in counts),
+            sample=joined(sample),
+            keys=joined(keys),
+            fold=joined(fold),
+        )
+        return everyone.trimmed()
+
+    def _collect(self, tensor: Tensor, owner: int) -> list[Tensor] | None:
+        """Tensors of one shape from all processes, by rank, at the owner; None elsewhere."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == owner else None
+        dist.gather(tensor, parts, owner, group=self.group)
+        return parts
+
+    def exchange(self, mine: Mapping[str, tuple[T, Mapping[str, Tensor]]]) -> dict[str, tuple[T, dict[str, Tensor]]]:
+        """What each process made, in all of them: by name, anything that pickles and tensors (on the CPU if sent).
+
+        Names must not be shared between processes.
+        """
+        if self.size == 1:
+            return {name: (value, dict(tensors)) for name, (value, tensors) in mine.items()}
+        specs = self.gather(
+            {
+                name: (value, {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()})
+                for name, (value, tensors) in mine.items()
+            }
+        )
+        result: dict[str, tuple[T, dict[str, Tensor]]] = {}
+        for rank, spec in enumerate(specs):
+            for name, (value, layouts) in spec.items():
+                own = mine[name][1] if rank == self.rank else None
+                tensors = {
+                    key: self._send(None if own is None else own[key], shape, dtype, rank)
+                    for key, (shape, dtype) in layouts.items()
+                }
+                result[name] = value, tensors
+        return result
+
+    def _send(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, source: int) -> Tensor:
+        # As bytes: gloo does not know every dtype.
+        buffer = torch.empty(shape, dtype=dtype) if tensor is None else tensor.detach().cpu().contiguous()
+        if buffer.numel():
+            dist.broadcast(buffer.view(-1).view(torch.uint8), source, group=self.group)
+        return buffer if tensor is None else tensor
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    """``tensor`` with :data:`SAMPLE_ROWS` rows; a gather takes equal shapes only."""
+    padded = tensor.new_zeros(SAMPLE_ROWS, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    return padded
+
+
+@contextmanager
+def processes() -> Iterator[Processes]:
+    """The processes that were launched to share the work, this one alone where there was no launcher.
+
+    Every process has to come here: the first waits for the others as long as the launcher's own timeout allows.
+    """
+    if not dist.is_available():
+        yield Processes()
+        return
+    if not dist.is_initialized() and "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield Processes()
+        return
+    dist.destroy_process_group(dist.new_group(backend="gloo"))  # all are here, or this one times out
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), group)
+    finally:
+        dist.destroy_process_group(group)

@@ -1,0 +1,174 @@
+"""What the processes of tests/test_distributed.py run: every task in each process, results in one file a process.
+
+    accelerate launch --num_processes 4 -m tests.distributed_job OUT
+
+Run without a launcher it is the one process that the others are compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import hfquant
+from hfquant.distributed import processes
+from hfquant.observers import observe
+from tests.calibration.tiny_models import tiny_pipeline
+from tests.integrations.small_models import llama_of_64
+
+STATIC = {"default": {"opt": {"type": "default"}, "input_quant": {"type": "int8"}}}
+SEARCH = {"default": {"opt": {"type": "smooth", "search_alpha_config": {"enable": True}}}}
+GPTQ = {
+    "default": {
+        "opt": {"type": "default"},
+        "calib": {"type": "gptq"},
+        "weight_quant": {"type": "int4", "group_size": 64},
+        "input_quant": None,
+    }
+}
+SVD = {"default": {"opt": {"type": "svd", "low_rank": 8}, "weight_quant": {"type": "int4", "axis": -1}}}
+MIXED = {**GPTQ, "*down_proj": {"input_quant": {"type": "int16"}, "opt": {"type": "smooth", "alpha": 0.4}}}
+
+
+def data(count: int, seed: int = 7) -> list[dict[str, Tensor]]:
+    """``count`` batches of 2 to 6 sequences of odd lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2 + i % 5, 31 - i) for i in range(count)]
+    return [{"input_ids": torch.randint(3, 101, shape, generator=generator)} for shape in shapes]
+
+
+def statistics() -> dict[str, Tensor]:
+    """Merged statistics of the layers that this process owns."""
+    model = llama_of_64()
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    with processes() as crew:
+        stats = observe(model, linears, data(5), dict.fromkeys(linears, True), shard=(crew.rank, crew.size))
+        owners = crew.share({n: m.weight.numel() for n, m in linears.items()})
+        stats = crew.merge(stats, owners, {n: m.in_features for n, m in linears.items()})
+    kept = {}
+    for name, found in stats.items():
+        kept[f"{name}.amax"], kept[f"{name}.hessian"] = found.amax, found.hessian
+        kept[f"{name}.sample"], kept[f"{name}.count"] = found.sample, torch.tensor([found.count])
+    return kept
+
+
+def quantized(config: Any, batches: Any, **options: Any) -> dict[str, Tensor]:
+    """The state of a quantized model."""
+    model = hfquant.quantize(llama_of_64(), batches, config, **options)
+    assert len(model.quant_report.layers) == 14
+    return {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
+
+
+def prepared() -> dict[str, Tensor]:
+    """Each process has data of its own, as from a loader that accelerate has prepared; the last may have none."""
+    with processes() as crew:
+        rank, size = crew.rank, crew.size
+    return quantized(STATIC, data(3)[rank::size])
+
+
+def resumed(folder: Path) -> dict[str, Tensor]:
+    """Solved once, then found: by each process that sees the folder."""
+    first = quantized(GPTQ, data(4), resume_dir=folder)
+    again = quantized(GPTQ, [{"input_ids": torch.zeros(1, 2, dtype=torch.long)}], resume_dir=folder)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    return again
+
+
+def recorded(folder: Path | None) -> dict[str, Tensor]:
+    """A calibration set, made by all; samples in an order that does not depend on who made them."""
+    from diffusers import DDIMScheduler
+
+    made = hfquant.generate_calibrate_set(
+        tiny_pipeline(DDIMScheduler()),
+        hfquant.UniformSampler(3),
+        [["one prompt"], ["two prompts", "at once"], ["a third"]],
+        "unet",
+        folder,
+        chunk_size=2,
+        num_inference_steps=6,
+    )
+    samples = list(made) if folder is None else sorted(made, key=lambda s: float(s["sample"].sum()))
+    return {f"{i}": sample["sample"].contiguous() for i, sample in enumerate(samples)}
+
+
+def not_finite() -> dict[str, Tensor]:
+    """One batch of five is bad; the model stays as it was."""
+    model, batches = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), [torch.ones(2, 8) for _ in range(5)]
+    batches[1][0, 0] = torch.nan
+    try:
+        hfquant.quantize(model, batches, STATIC)
+    finally:
+        assert [type(m) for m in model] == [nn.Linear, nn.Linear]
+    return {}
+
+
+def other_models() -> dict[str, Tensor]:
+    """Every process has weights of its own."""
+    torch.manual_seed(int(os.environ.get("RANK", "0")))
+    return {"0": hfquant.quantize(nn.Sequential(nn.Linear(8, 8)), [torch.ones(2, 8)], STATIC)[0].weight}
+
+
+def tasks(out: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
+    """Every task by name."""
+    return {
+        "statistics": statistics,
+        "static": lambda: quantized(STATIC, data(5)),
+        "uneven": lambda: quantized(STATIC, data(3)),
+        "one batch": lambda: quantized(SEARCH, data(1)),
+        "search": lambda: quantized(SEARCH, data(5)),
+        "svd": lambda: quantized(SVD, data(5)),
+        "gptq": lambda: quantized(GPTQ, data(5)),
+        "mixed": lambda: quantized(MIXED, data(5), memory_budget=1),
+        "layer by layer": lambda: quantized(GPTQ, data(5), per_layer_mode=True),
+        "prepared": prepared,
+        "resumed": lambda: resumed(out / "resume"),
+        "recorded": lambda: recorded(None),
+        "recorded on disk": lambda: recorded(out / "set"),
+        "not finite": not_finite,
+        "other models": other_models,
+    }
+
+
+def main(out: Path) -> None:
+    """Run all tasks; tensors to ``<rank>.safetensors``, what was raised to ``<rank>.json``."""
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    rank, tensors, errors = os.environ.get("RANK", "0"), {}, {}
+    for name, task in tasks(out).items():
+        try:
+            tensors.update({f"{name}/{key}": tensor.clone().contiguous() for key, tensor in task().items()})
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {error}"
+    save_file(tensors, out / f"{rank}.safetensors")
+    (out / f"{rank}.json").write_text(json.dumps(errors))
+
+
+def crash() -> None:
+    """The last process dies without a word while the others calibrate."""
+    with processes() as crew:
+        last = crew.rank == crew.size - 1
+
+    class Dies(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            if last:
+                os._exit(3)
+            return super().forward(input)
+
+    torch.manual_seed(0)
+    hfquant.quantize(nn.Sequential(nn.Linear(8, 8), Dies(8, 8)), [torch.ones(2, 8)] * 4, STATIC)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "crash":
+        crash()
+    else:
+        main(Path(sys.argv[1]))

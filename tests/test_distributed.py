@@ -1,0 +1,140 @@
+"""Really launched processes: 2 and 4 give what one gives, and what fails in one stops all with its cause."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hfquant.distributed import Processes, processes
+from hfquant.observers import LayerStats, layer_stats
+from tests import distributed_job
+
+EXACT = ["static", "uneven", "one batch", "search", "svd", "prepared", "recorded", "recorded on disk"]
+
+
+def launch(count: int, argument: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """Without GPUs accelerate starts several processes only where told so twice: by the flag, and by the variable."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    command += ["--num_processes", str(count), "--main_process_port", "0", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "-m", "tests.distributed_job", argument]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=timeout,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """What this one process makes of each task that does not fail."""
+    tasks = distributed_job.tasks(tmp_path_factory.mktemp("alone"))
+    return {name: tasks[name]() for name in tasks if name not in ("not finite", "other models")}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, dict[str, Tensor]], Any]]:
+    """What each of several processes makes of them: tensors by task, and errors."""
+    out = tmp_path_factory.mktemp("launched")
+    done = launch(request.param, str(out))
+    assert done.returncode == 0, done.stderr
+    found = []
+    for rank in range(request.param):
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in load_file(out / f"{rank}.safetensors").items():
+            task, _, name = key.partition("/")
+            tensors.setdefault(task, {})[name] = tensor
+        found.append((tensors, json.loads((out / f"{rank}.json").read_text())))
+    return found
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("task", EXACT)
+def test_several_processes_make_the_same_bytes(task: str, alone: Any, ranks: Any) -> None:
+    for tensors, errors in ranks:
+        assert task not in errors
+        assert len(alone[task]) > 5
+        assert same(tensors[task], alone[task])
+
+
+def test_statistics_are_those_of_all_data(alone: Any, ranks: Any) -> None:
+    """Ranges, counts and samples exactly, Hessians to 1e-6; every layer is one process'."""
+    seen: list[str] = []
+    for tensors, _ in ranks:
+        for key, value in tensors["statistics"].items():
+            expected = alone["statistics"][key]
+            if key.endswith("hessian"):
+                assert ((value - expected).norm() / expected.norm()).item() < 1e-6
+            else:
+                assert torch.equal(value, expected)
+        seen += tensors["statistics"]
+    assert sorted(seen) == sorted(alone["statistics"])
+    assert min(len(tensors["statistics"]) for tensors, _ in ranks) > 0
+
+
+@pytest.mark.parametrize("task", ["gptq", "mixed", "layer by layer", "resumed"])
+def test_gptq_agrees_to_rounding(task: str, alone: Any, ranks: Any) -> None:
+    """All processes have the same layers; hardly a code differs from those of one process."""
+    (first, _), *others = ranks
+    assert all(same(first[task], tensors[task]) for tensors, _ in others)
+    assert first[task].keys() == alone[task].keys()
+    codes = [k for k, v in alone[task].items() if v.dtype == torch.int8]
+    assert len(codes) == 14
+    differing = sum(int((first[task][k] != alone[task][k]).sum()) for k in codes)
+    assert differing <= 0.001 * sum(alone[task][k].numel() for k in codes)
+
+
+def test_an_error_in_one_stops_all_with_its_cause(ranks: Any) -> None:
+    cause = "CalibrationError: layer '0': 1 of 16 inputs are NaN or Inf in calibration batch 1"
+    for rank, (_, errors) in enumerate(ranks):
+        assert errors["not finite"] == (
+            cause if rank == 1 else f"RuntimeError: process 1 of {len(ranks)} failed: {cause}"
+        )
+        assert "has another model, or other weights" in errors["other models"]
+        assert set(errors) == {"not finite", "other models"}
+
+
+def test_a_process_that_dies_stops_all() -> None:
+    done = launch(2, "crash", timeout=120)
+    assert done.returncode != 0
+    assert "exitcode  : 3" in done.stderr
+
+
+def test_layers_are_shared_out_evenly() -> None:
+    costs = {"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0, "e": 3.0, "f": 1e-9}
+    ranks = Processes(0, 3).share(costs)
+    assert ranks == Processes(2, 3).share(dict(reversed(costs.items())))
+    loads = [math.fsum(cost for name, cost in costs.items() if ranks[name] == rank) for rank in range(3)]
+    assert max(loads) < 7.5
+    assert Processes(0, 9).share(costs).keys() == costs.keys()
+
+
+def test_one_process_sends_nothing() -> None:
+    with processes() as crew:
+        assert crew == Processes(0, 1, None)
+        assert crew.main
+        assert crew.gather("x") == ["x"]
+        with pytest.raises(KeyError), crew.together():
+            raise KeyError("mine")
+
+
+def test_statistics_of_nothing_change_nothing() -> None:
+    stats = layer_stats(torch.randn(9, 4), torch.rand(9).double(), hessian=True)
+    for merged in (LayerStats.empty(4, True).merge(stats), stats.merge(LayerStats.empty(4, True))):
+        for key, value in vars(stats).items():
+            assert torch.equal(torch.as_tensor(getattr(merged, key)), torch.as_tensor(value)), key
