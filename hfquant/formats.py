@@ -109,13 +109,16 @@ def dequantize(codes: Tensor, scale: Tensor | None, dtype: DType, zero_point: Te
     return values if scale is None else values * scale
 
 
-def fake_quantize(x: Tensor, scale: Tensor | None, dtype: DType) -> Tensor:
-    """``dequantize(quantize(x))`` in float32, without the detour over integer codes."""
+def fake_quantize(x: Tensor, scale: Tensor | None, dtype: DType, zero_point: Tensor | None = None) -> Tensor:
+    """``dequantize(quantize(x))`` in float32, without the detour over integer codes; arguments as there."""
     if not dtype.is_scaled:
         return _cast(x, dtype).float()
     assert scale is not None
     q = x.float() / scale
     limit = qmax(dtype)
+    if zero_point is not None:
+        half = 2 ** (dtype.bits - 1)
+        return q.round_().add_(zero_point).clamp_(-half, half - 1).sub_(zero_point).mul_(scale)
     if dtype.is_integer:
         return q.round_().clamp_(-limit, limit).mul_(scale)
     return q.clamp_(-limit, limit).to(_FLOAT_TYPES[dtype]).float().mul_(scale)
