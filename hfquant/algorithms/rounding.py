@@ -76,15 +76,13 @@ def _clipped(
         return torch.cat(scales), None if zeros[0] is None else torch.cat(zeros)
     best_scale, best_zero = _grid(quant, low, high)
     best = torch.full_like(best_scale, torch.inf)
-    grouped = _grouped(w, columns)
-    importance = None if importance is None else _grouped(importance.to(w), columns)
+    importance = None if importance is None else importance.to(w)
     for factor in CLIP_FACTORS:
         scale, zero = _grid(quant, low * factor, high * factor)
-        error = formats.fake_quantize(grouped, _per_column(scale, columns), quant.type, _per_column(zero, columns))
-        error = error.sub_(grouped).square_()
+        error = rounded_weight(w, scale, zero, quant.type, columns).sub_(w).square_()
         if importance is not None:
             error *= importance
-        loss = error.sum(-1) if error.dim() > w.dim() else formats.sum_columns(error, columns)
+        loss = formats.sum_columns(error, columns)
         if rows is not None:
             loss = _over_rows(loss, torch.sum, rows)
         better = loss < best
@@ -109,6 +107,14 @@ def dequantize_weight(
     """Float32 weight [out, in] of unpacked codes [out, in]."""
     scale, zero_point = _per_column(scale, columns), _per_column(zero_point, columns)
     return formats.dequantize(_grouped(codes, columns), scale, dtype, zero_point).view(codes.shape)
+
+
+def rounded_weight(
+    weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, dtype: DType, columns: Sequence[int]
+) -> Tensor:
+    """``dequantize_weight(round_to_nearest(weight))`` without the codes in between."""
+    scale, zero_point = _per_column(scale, columns), _per_column(zero_point, columns)
+    return formats.fake_quantize(_grouped(weight, columns), scale, dtype, zero_point).view(weight.shape)
 
 
 def _equal(columns: Sequence[int]) -> bool:
