@@ -26,7 +26,16 @@ from hfquant.distributed import Processes, processes
 from hfquant.integrations.checkpoint import dequantized
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.linear import QuantLinear, log_real_quant, quant_linears, replace_modules
-from hfquant.observers import SAMPLE_ROWS, CalibrationError, LayerStats, batches, observe, samples, stats_bytes
+from hfquant.observers import (
+    SAMPLE_ROWS,
+    CalibrationError,
+    LayerStats,
+    batches,
+    observe,
+    release_free_memory,
+    samples,
+    stats_bytes,
+)
 from hfquant.planner import LayerPlan, Plan, aliases, plan_layers
 from hfquant.report.layers import LayerReport, QuantReport, layer_report
 from hfquant.resume import find, fingerprint, store
@@ -267,6 +276,7 @@ def _solve_layer(
         layer = QuantLinear.from_tensors(solution.plan, solution.tensors, linear.bias)
         seconds = time.perf_counter() - start
         report = layer_report(name, weight, solution, layer, stats, seconds)
+    release_free_memory()
     if solution.fallback:
         logger.warning("layer %r never ran during calibration: rounded to nearest, inputs scaled by token", name)
     return layer, report

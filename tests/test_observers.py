@@ -124,8 +124,8 @@ def test_the_sample_holds_the_rows_that_matter_and_stands_for_all() -> None:
         ratios.append(float(estimate / x[x[:, 5] < 100, 5].double().square().sum()))
     assert np.std(ratios) < 0.1
     assert abs(np.mean(ratios) - 1) < 3 * np.std(ratios) / len(ratios) ** 0.5
-    everything = layer_stats(x[:200], draw[:200])
-    assert everything.row_weights.tolist() == [1.0] * 200
+    everything = layer_stats(x[:SAMPLE_ROWS], draw[:SAMPLE_ROWS])
+    assert everything.row_weights.tolist() == [1.0] * SAMPLE_ROWS
 
 
 def test_halves_have_each_others_rows() -> None:

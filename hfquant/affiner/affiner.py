@@ -97,10 +97,13 @@ class BlockwiseAffiner:
 
         A stochastic step adds noise of variance sigma^2 and carries c^2 times what is left of the quantization noise's
         variance; the first is lowered by the second, to 0 at the least. 1 for the other types, other noise targets
-        than "all", deterministic schedulers, and timesteps between fitted ones.
+        than "all", deterministic schedulers, timesteps between fitted ones, and steps that are not enabled.
         """
         applies = self.config.type == "ptqd" and self.noise_target == "all"
         if not applies or step.timestep not in self.prediction.errors:
+            return 1.0
+        scale, shift = self.prediction.table[step.timestep]
+        if bool((scale == 1).all()) and not bool(shift.any()):
             return 1.0
         c, sigma = step_coefficients(step)
         if not (math.isfinite(c) and math.isfinite(sigma)) or sigma == 0:
@@ -113,7 +116,8 @@ class BlockwiseAffiner:
         """Corrects every run of a pipeline (or every call of a bare denoiser) from now on.
 
         `with affiner.attach(pipe): ...` detaches at the end. The pipeline keeps working with any batch size, scheduler
-        and number of steps whose timesteps lie in the fitted range, and with latents of any size.
+        and number of steps whose timesteps lie in the fitted range, and with latents of any size (packed ones: see
+        :meth:`hfquant.affiner.maps.AffineMaps.apply`).
 
         Raises:
             ValueError: An affiner is attached already, or nothing has been fitted.
@@ -292,7 +296,12 @@ def _maps(config: AffinerConfig) -> AffineMaps:
 
     def solve(sums: Moments, grid: Grid) -> tuple[Tensor, Tensor]:
         pair = solvers.solve_interpolated(sums, grid, *terms) if interpolate else solvers.solve_blocks(sums, *terms)
-        return solvers.limit(*pair, solver.percentile, solver.greater, solver.scale)
+        limited = solvers.limit(*pair, solver.percentile, solver.greater, solver.scale)
+        if interpolate:
+            # Pixels between a limited node and another may end up worse than they were.
+            identity = torch.ones_like(pair[0]), torch.zeros_like(pair[1])
+            return min(limited, identity, key=lambda maps: solvers.objective(sums, maps[0], maps[1], *terms, grid))
+        return limited
 
     return AffineMaps(solver.blocksize, solve, interpolate, enabled)
 

@@ -9,7 +9,7 @@ prediction's error is lowest; that may be none.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hfquant.affiner.config import BlocksConfig
-from hfquant.affiner.hooks import Undo, output_tensor
+from hfquant.affiner.hooks import Undo, float_dtype, output_tensor
 from hfquant.affiner.solvers import Moments, moments, solve_blocks
 from hfquant.linear import QuantLinear
 
@@ -46,12 +46,18 @@ def hook_blocks(denoiser: nn.Module, maps: Sequence[BlockMap]) -> Undo:
     by_module: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     for block in maps:
         by_module.setdefault(block.module, {})[block.output] = block.scale, block.shift
-    modules = dict(denoiser.named_modules())
-    if missing := [name for name in by_module if name not in modules]:
-        raise ValueError(f"{type(denoiser).__name__} has no block {missing[0]!r}; was the affiner fitted on another?")
+    modules = _modules(denoiser, by_module)
 
     def hook(outputs: dict[int, tuple[Tensor, Tensor]]) -> Callable[..., Any]:
         def correct(module: nn.Module, args: Any, output: Any) -> Any:
+            found = _tensors(output)
+            for i, (scale, _) in outputs.items():
+                value = found[i] if i < len(found) else None
+                if value is None or value.shape[_channel_axis(value)] != len(scale):
+                    raise ValueError(
+                        f"output {i} of {type(module).__name__} is no tensor of {len(scale)} channels, which its map "
+                        "was fitted on: was the affiner fitted on another denoiser?"
+                    )
             if isinstance(output, Tensor):
                 return _affine(output, *outputs[0])
             return tuple(_affine(x, *outputs[i]) if i in outputs else x for i, x in enumerate(output))
@@ -67,6 +73,13 @@ def hook_blocks(denoiser: nn.Module, maps: Sequence[BlockMap]) -> Undo:
     return undo
 
 
+def _modules(denoiser: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    modules = dict(denoiser.named_modules())
+    if missing := [name for name in names if name not in modules]:
+        raise ValueError(f"{type(denoiser).__name__} has no block {missing[0]!r}; was the affiner fitted on another?")
+    return modules
+
+
 def fit_blocks(
     real: nn.Module, quant: nn.Module, calls: Sequence[Call], config: BlocksConfig, progress: bool = True
 ) -> list[BlockMap]:
@@ -75,7 +88,7 @@ def fit_blocks(
     Args:
         real: The full-precision denoiser.
         quant: The quantized one. It is left as it was.
-        calls: Arguments of denoiser calls, moved to each model's device as needed.
+        calls: Arguments of calls of the real denoiser, brought to the device and dtype of each model as needed.
         config: Which blocks, and the ridge.
         progress: Show a bar.
 
@@ -85,15 +98,16 @@ def fit_blocks(
     names = _in_order(real, calls[0], config.modules)
     if missing := set(names) - set(dict(quant.named_modules())):
         raise ValueError(f"the quantized denoiser has no block {min(missing)!r}: the models differ")
+    theirs = _converted(calls, float_dtype(real), float_dtype(quant))
     fitted: list[BlockMap] = []
     predictions = [_run(real, call) for call in calls]
-    best, kept = _error(quant, calls, predictions), 0
+    best, kept = _error(quant, theirs, predictions), 0
     for name in tqdm(names, desc="aligning blocks", disable=not progress):
         undo = hook_blocks(quant, fitted)
         try:
             sums: dict[int, Moments] = {}
-            for call in calls:
-                pair = zip(_outputs(real, name, call), _outputs(quant, name, call), strict=True)
+            for call, other in zip(calls, theirs, strict=True):
+                pair = zip(_outputs(real, name, call), _outputs(quant, name, other), strict=True)
                 for i, (r, q) in enumerate(pair):
                     if r is None or q is None:
                         continue
@@ -114,7 +128,7 @@ def fit_blocks(
         ]
         undo = hook_blocks(quant, fitted)
         try:
-            error = _error(quant, calls, predictions)
+            error = _error(quant, theirs, predictions)
         finally:
             undo()
         if error < best:
@@ -122,6 +136,16 @@ def fit_blocks(
     if kept < len(fitted):
         logger.info("aligning blocks from %r on does not lower the error of predictions", fitted[kept].module)
     return fitted[:kept]
+
+
+def _converted(calls: Sequence[Call], own: torch.dtype, other: torch.dtype) -> Sequence[Call]:
+    """The calls for a model of another dtype. Vectors stay: timesteps lose their last digits in 16 bits."""
+    from accelerate.utils import recursively_apply
+
+    def ours(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dtype == own and value.dim() > 1
+
+    return calls if own == other else [recursively_apply(lambda x: x.to(other), c, test_type=ours) for c in calls]
 
 
 def _error(quant: nn.Module, calls: Sequence[Call], predictions: Sequence[Tensor]) -> float:
@@ -140,10 +164,14 @@ def fold_blocks(denoiser: nn.Module, maps: Sequence[BlockMap]) -> list[str]:
 
     Returns:
         Names of the linears folded.
+
+    Raises:
+        ValueError: The denoiser has no such module; nothing is folded then.
     """
+    modules = _modules(denoiser, [block.module for block in maps])
     folded = []
     for block in maps:
-        linear = denoiser.get_submodule(block.module)
+        linear = modules[block.module]
         if not isinstance(linear, nn.Linear) or not bool((block.scale > 0).all()) or linear.bias is None:
             continue
         tensors = dict(linear.state_dict())
@@ -204,6 +232,11 @@ def _in_order(model: nn.Module, call: Call, patterns: Sequence[str]) -> list[str
     finally:
         for handle in handles:
             handle.remove()
+    if not order:
+        raise ValueError(
+            f"config.blocks.modules: none of the modules that match {list(patterns)} runs and gives tensors; "
+            f'the first is {next(iter(modules))!r}, a list of blocks is matched by "name.*"'
+        )
     if len(order) > len(set(order)):
         raise ValueError(f"config.blocks.modules: {order[0]!r} or another block runs more than once in a call")
     return order
@@ -242,6 +275,10 @@ def _channels_second(values: Tensor) -> Tensor:
     if values.dim() >= 4:
         return values.flatten(2).unsqueeze(3)
     return values[..., None, None] if values.dim() == 2 else values.transpose(1, 2).unsqueeze(3)
+
+
+def _channel_axis(values: Tensor) -> int:
+    return 1 if values.dim() >= 4 else -1
 
 
 def _affine(values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

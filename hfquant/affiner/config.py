@@ -75,6 +75,7 @@ class SolverConfig(_Section):
         percentile: Threshold of the limiting, a percentile of |K - 1| over the blocks of a timestep.
         greater: Limit the blocks above the threshold; if false the others.
         scale: What the distance from the identity of a limited block is multiplied by (K - 1 and b), 1 = no limiting.
+            Where limited nodes of "interpolate" do worse than no correction, the timestep gets none.
     """
 
     type: Literal["mserel"] = "mserel"

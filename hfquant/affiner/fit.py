@@ -15,7 +15,16 @@ from tqdm.auto import tqdm
 from hfquant.affiner.affiner import AffineMaps, BlockwiseAffiner
 from hfquant.affiner.blocks import Call, fit_blocks, hook_blocks
 from hfquant.affiner.config import AffinerConfig, parse
-from hfquant.affiner.hooks import NEEDS_CFG, Affiner, corrected_half, find_denoiser, half, run_step
+from hfquant.affiner.hooks import (
+    NEEDS_CFG,
+    Affiner,
+    corrected_half,
+    find_denoiser,
+    float_dtype,
+    half,
+    refuse_attached,
+    run_step,
+)
 from hfquant.affiner.runs import DenoisingLoop, Event, Run, batches, call_arguments, own_copy
 from hfquant.calibration.samplers import seeded
 from hfquant.config import ConfigError
@@ -45,7 +54,7 @@ def load_affiner(
             each sample; drawn from `stepper.seed` when None.
         shuffle: Draw the samples from all over the dataset (by `stepper.seed`) instead of its start.
         thirdparty_affiner: Trained in place of ours; see :class:`~hfquant.affiner.hooks.Affiner`. Of `config` the
-            stepper and extra_args count.
+            stepper's runs and extra_args count.
 
     Returns:
         The trained :class:`BlockwiseAffiner`, or `thirdparty_affiner`. Both models are left as they were.
@@ -53,8 +62,9 @@ def load_affiner(
     Raises:
         ConfigError: The config is invalid.
         TypeError: A model is no pipeline and no module, or the two are not of one kind.
-        ValueError: The dataset is empty, rows or latents do not fit, the models differ in shapes or schedulers,
-            guidance is missing for the noise target, or a model predicts NaN or infinity.
+        ValueError: The dataset is empty, rows or latents do not fit, the models differ in shapes or schedulers, an
+            affiner is attached to one, the latents are of a layout that is not known, guidance is missing for the noise
+            target, a step is enabled that there is not, or a model predicts NaN or infinity.
     """
     if not isinstance(config, (Mapping, AffinerConfig)):
         raise TypeError(f"an affiner's config is a dict, got {type(config).__name__}")
@@ -73,6 +83,11 @@ def load_affiner(
     affiner: Any = BlockwiseAffiner(checked) if thirdparty_affiner is None else thirdparty_affiner
     if not isinstance(affiner, Affiner):
         raise TypeError(f"{type(affiner).__name__} lacks observe, solve or correct (see hfquant.affiner.Affiner)")
+    stepper = checked.stepper
+    if thirdparty_affiner is not None and (
+        checked.blocks is not None or stepper.enable_latent_affine or stepper.enable_timesteps is not None
+    ):
+        raise ConfigError("config: blocks, enable_latent_affine and enable_timesteps are for our own affiner alone")
     with ExitStack() as stack:
         stack.enter_context(seeded(checked.stepper.seed))
         for model in {id(m): m for m in (real, quant)}.values():
@@ -109,7 +124,8 @@ class _Fit:
     def __init__(self, affiner: Any, config: AffinerConfig, real: Any, quant: Any, turn: Turn) -> None:
         self.affiner, self.config, self.stepper = affiner, config, config.stepper
         self.real, self.quant, self.turn = real, quant, turn
-        self.latents: AffineMaps | None = affiner.latents if isinstance(affiner, BlockwiseAffiner) else None
+        self.ours = isinstance(affiner, BlockwiseAffiner)
+        self.latents: AffineMaps | None = affiner.latents if self.ours else None
         self.uncond_half = 0
 
     def run(self, samples: Samples) -> None:
@@ -137,9 +153,14 @@ class _Fit:
         finish = partial(run_step, self.affiner) if self.stepper.recurrent else None
         return _Lane(
             Run(self.real, _seeded_call(sample), at_denoiser=at_denoiser),
-            Run(self.quant, _seeded_call(sample), at_denoiser=at_denoiser, finish=finish),
+            Run(self.quant, self._converted(_seeded_call(sample)), at_denoiser=at_denoiser, finish=finish),
             None if self.latents is None else Run(self.real, _seeded_call(sample)),
         )
+
+    def _converted(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments for the quantized model, where it computes in another dtype than the real one."""
+        own, other = (float_dtype(find_denoiser(pipeline)) for pipeline in (self.real, self.quant))
+        return {k: v.to(other) if isinstance(v, Tensor) and v.dtype == own else v for k, v in arguments.items()}
 
     def _lock_step(self, lanes: list[_Lane], progress: Any, count: int) -> Iterator[float]:
         """Leads the lanes through their runs, yielding the timestep after each step."""
@@ -152,8 +173,9 @@ class _Fit:
             if not any(reals) and not any(quants):
                 return
             pairs = [_checked(r, q, i) for i, (r, q) in enumerate(zip(reals, quants, strict=True))]
-            progress.total = progress.total or len(lanes[0].quant.timesteps or [0]) * count
             timestep = pairs[0][0].timestep
+            if self.ours:
+                _check_layout(pairs[0][0].value, find_denoiser(self.real))
             for r, q in pairs:
                 if r.timestep != timestep:
                     raise ValueError(
@@ -166,6 +188,9 @@ class _Fit:
                 ahead = _advance(lane.real, r.value)
                 corrected = _advance(lane.quant, self._corrected(q))
                 lane.latents = corrected.value if self.stepper.recurrent else ahead.value
+                if progress.total is None and lane.quant.timesteps:
+                    self._check_enabled(lane.quant.timesteps)
+                    progress.total = len(lane.quant.timesteps) * count
                 progress.update()
             if self.latents is not None:
                 self._align_latents(lanes, frees)
@@ -180,6 +205,11 @@ class _Fit:
         self.latents.solve(timestep)
         for lane, _ in pairs:
             lane.latents = self.latents.apply(timestep, lane.latents)
+
+    def _check_enabled(self, timesteps: list[float]) -> None:
+        number, last = max(self.stepper.enable_timesteps or (0,)), len(set(timesteps)) - 1
+        if number > last:
+            raise ValueError(f"stepper.enable_timesteps has step {number}, but the last step of these runs is {last}")
 
     def _target(self, event: Event) -> Tensor:
         """The part of an event's tensor that is fitted: one half of the guidance batch, without a learned variance."""
@@ -202,8 +232,9 @@ class _Fit:
     def _find_uncond_half(self, sample: dict[str, Any]) -> int:
         """Which half of the guidance batch is unconditional, read off what the pipeline makes of the two.
 
-        Guidance is `u + w (c - u)`. Written as `first + v (second - first)`, v = w > 1 where the first half is the
-        unconditional one, and v = 1 - w < 0 where it is the second.
+        Guidance is `u + w (c - u)`, by many pipelines rescaled sample by sample. Written as
+        `s (first + v (second - first))`, v = w > 1 where the first half is the unconditional one, and v = 1 - w < 0
+        where it is the second.
         """
         self.turn("real")
         run = Run(self.real, _seeded_call(sample), at_denoiser=True)
@@ -215,14 +246,14 @@ class _Fit:
             if guided.kind != "predicted" or len(behind.value) != 2 * len(guided.sample):
                 raise ValueError(NEEDS_CFG.format(len(behind.value), len(guided.sample)))
             channels = guided.value.shape[1]
-            first, second = (x[:, :channels].double() for x in behind.value.chunk(2))
-            along = second - first
-            v = float(((guided.value.double() - first) * along).sum() / along.square().sum())
+            halves = torch.stack([x[0, :channels].double().flatten() for x in behind.value.chunk(2)], 1)
+            shares = torch.linalg.lstsq(halves, guided.value[0].double().flatten()[:, None]).solution.flatten()
+            v = float(shares[1] / shares.sum())
         finally:
             run.close()
         if not (v > 1 or v < 0):
             raise ValueError(
-                f"cannot tell the unconditional half: the guided prediction is first + {v:.3f} (second - first); "
+                f"cannot tell the unconditional half: the guided prediction goes as first + {v:.3f} (second - first); "
                 "a guidance_scale above 1 is needed"
             )
         return 0 if v > 1 else 1
@@ -267,10 +298,28 @@ def _checked(real: Event | None, quant: Event | None, number: int) -> tuple[Even
     return real, quant
 
 
+def _check_layout(values: Tensor, denoiser: nn.Module) -> None:
+    """Refuses latents whose channels are not where :func:`~hfquant.affiner.maps.to_grid` looks for them."""
+    config = getattr(denoiser, "config", None)
+    channels = {getattr(config, key, None) for key in ("in_channels", "out_channels")}
+    match values.dim():
+        case 5 if values.shape[2] in channels:
+            raise ValueError(
+                f"video latents must be [B, C, T, H, W]; {list(values.shape)} looks like [B, T, C, H, W] with "
+                f"C={values.shape[2]}, which an affiner does not correct (if T is equal to C by chance, take another T)"
+            )
+        case 3 if values.shape[1] in channels and values.shape[2] not in channels:
+            raise ValueError(
+                f"latents of three dimensions must be packed tokens [B, L, C]; {list(values.shape)} looks like "
+                f"[B, C, L] with C={values.shape[1]}, which an affiner does not correct"
+            )
+
+
 def _as_pipeline(model: Any, name: str, scheduler: Any) -> Any:
     if isinstance(model, nn.Module):
         if scheduler is None:
             raise ConfigError(f'{name} is a bare denoiser: give config["scheduler"], a diffusers scheduler')
+        refuse_attached(model)
         model = DenoisingLoop(model, scheduler)
     elif not callable(model) or not hasattr(model, "scheduler"):
         raise TypeError(
@@ -342,10 +391,16 @@ def _seeded_call(sample: dict[str, Any]) -> dict[str, Any]:
     kwargs = dict(sample)
     if (seed := kwargs.pop(_SEED, None)) is not None:
         kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
-    if isinstance(given := kwargs.get("generator"), torch.Generator):
-        kwargs["generator"] = torch.Generator(given.device)
-        kwargs["generator"].set_state(given.get_state())
+    given = kwargs.get("generator")
+    if isinstance(given, torch.Generator):
+        kwargs["generator"] = _generator_copy(given)
+    elif isinstance(given, (list, tuple)):
+        kwargs["generator"] = [_generator_copy(one) for one in given]
     return kwargs
+
+
+def _generator_copy(given: torch.Generator) -> torch.Generator:
+    return torch.Generator(given.device).set_state(given.get_state())
 
 
 def _denoiser_calls(pipeline: Any, samples: Samples, count: int, turn: Turn) -> list[Call]:

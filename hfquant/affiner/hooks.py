@@ -30,7 +30,11 @@ class Affiner(Protocol):
 
     Predictions are `[B, C, H, W]`, or whatever shape the scheduler of the pipeline gets. `timestep` is the scheduler's
     (the denoiser's where a half of the guidance is corrected). An attribute `uncond_half`, where there is one, is set
-    while training for a half: 0 or 1, which half of the denoiser's batch is the unconditional one.
+    while training for a half: 0 or 1, which half of the denoiser's batch is the unconditional one. An attribute
+    `noise_target` tells :func:`attach` what to correct; without one give it there, unless it is "all".
+
+    Where a model predicts its variance too, `observe` gets the first C channels and `correct` all that there are.
+    Second-order schedulers come to a timestep twice: with `recurrent` it is then observed and solved again.
     """
 
     def observe(self, timestep: float, real: Tensor, quant: Tensor) -> None:
@@ -85,7 +89,7 @@ def intercept(scheduler: Any, around: Callable[[Step], Any]) -> None:
         def run(prediction: Tensor, scheduler: Any = own, sample: Tensor = sample) -> Any:
             return original.step(scheduler, model_output=prediction, timestep=timestep, sample=sample, **options)
 
-        return around(Step(own, prediction, float(timestep), sample, run, options))
+        return around(Step(own, prediction, as_float(timestep), sample, run, options))
 
     names = {"step": step, "__module__": original.__module__, "__qualname__": original.__qualname__}
     scheduler.__class__ = type(original.__name__, (original,), names | {"_hfquant_intercepted": True})
@@ -128,8 +132,28 @@ def find_denoiser(model: Any) -> nn.Module:
     raise TypeError(f"{type(model).__name__} has none of the denoisers {', '.join(_DENOISERS)}")
 
 
+def float_dtype(module: nn.Module) -> torch.dtype:
+    """What a model computes in: of its first parameter in a common float type; codes of quantized layers are none."""
+    common = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return next((p.dtype for p in module.parameters() if p.dtype in common), torch.get_default_dtype())
+
+
+def as_float(timestep: Any) -> float:
+    """A timestep as schedulers and denoisers take it, a number or a tensor of one value for each sample.
+
+    Raises:
+        ValueError: The samples are at different timesteps.
+    """
+    if not isinstance(timestep, Tensor):
+        return float(timestep)
+    values = timestep.flatten()
+    if len(values) > 1 and bool((values != values[0]).any()):
+        raise ValueError("an affiner corrects batches whose samples are all at one timestep")
+    return float(values[0])
+
+
 def timestep_reader(denoiser: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], float]:
-    """A function that picks the timestep from the arguments of a denoiser's call (the first sample's).
+    """A function that picks the timestep from the arguments of a denoiser's call.
 
     Raises:
         TypeError: The denoiser takes no timestep.
@@ -142,8 +166,7 @@ def timestep_reader(denoiser: nn.Module) -> Callable[[tuple[Any, ...], dict[str,
     position = parameters.index(name)
 
     def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-        value = kwargs[name] if name in kwargs else args[position]
-        return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
+        return as_float(kwargs[name] if name in kwargs else args[position])
 
     return read
 
@@ -206,10 +229,13 @@ class Attachment:
         self._scheduler: Any = None
         self._ran = 0
         denoiser = find_denoiser(model)
-        self._read_time = timestep_reader(denoiser)
+        behind = self._pipeline is None or noise_target != "all"
+        if behind:
+            refuse_attached(denoiser)
+            self._read_time = timestep_reader(denoiser)
         self._follow_scheduler()
-        self._handles = [denoiser.register_forward_pre_hook(lambda *_: self._follow_scheduler())]
-        if self._pipeline is None or noise_target != "all":
+        self._handles = [denoiser.register_forward_pre_hook(self._before_denoiser)]
+        if behind:
             self._handles.append(denoiser.register_forward_hook(self._behind_denoiser, with_kwargs=True))
 
     def detach(self) -> None:
@@ -217,6 +243,8 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._pipeline is not None:
+            self._release_copy(self._pipeline.scheduler)
         self._release_scheduler()
 
     def __enter__(self) -> Attachment:
@@ -232,12 +260,19 @@ class Attachment:
             release(self._scheduler)
         self._scheduler = None
 
+    def _release_copy(self, scheduler: Any) -> None:
+        """Deep copies of our scheduler, which users may put in its place, are intercepted as it is."""
+        if scheduler is not self._scheduler and type(scheduler) is type(self._scheduler):
+            release(scheduler)
+
+    def _before_denoiser(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._follow_scheduler()
+
     def _follow_scheduler(self) -> None:
         """Users swap `pipe.scheduler`; the correction moves to the one in use."""
         if self._pipeline is not None and self._pipeline.scheduler is not self._scheduler:
             new = self._pipeline.scheduler
-            if type(new) is type(self._scheduler) and is_intercepted(new):
-                release(new)  # a deep copy of ours
+            self._release_copy(new)
             self._release_scheduler()
             intercept(new, self._around_step)
             self._scheduler = new
@@ -262,6 +297,17 @@ class Attachment:
             return with_tensor(output, self._affiner.correct(timestep, batch))
         where = half(batch, self._target, self._uncond_half)
         return with_tensor(output, corrected_half(batch, where, lambda x: self._affiner.correct(timestep, x)))
+
+
+def refuse_attached(denoiser: nn.Module) -> None:
+    """Refuses a denoiser that an affiner corrects already.
+
+    Raises:
+        ValueError: It does.
+    """
+    hooks = (*denoiser._forward_pre_hooks.values(), *denoiser._forward_hooks.values())
+    if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks):
+        raise ValueError("an affiner is attached to this denoiser already; call its detach() first")
 
 
 def run_step(affiner: Affiner, step: Step, prediction: Tensor) -> Any:

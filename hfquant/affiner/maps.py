@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +40,6 @@ class AffineMaps:
         self._solve = solve
         self._order: list[float] = []
         self._sums: dict[float, Moments] = {}
-        self._cached: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def observe(self, timestep: float, real: Tensor, quant: Tensor) -> None:
         """Adds a batch: `[B, C, H, W]`, or packed or video latents (see :func:`to_grid`)."""
@@ -66,7 +64,6 @@ class AffineMaps:
         after = sums.squared_error(*spread)
         count = float(sums.n.sum())
         self.errors[timestep] = float(sums.squared_error().sum()) / count, float(after.sum()) / count
-        self._cached.clear()
         # Second-order schedulers come back to a timestep at once; sums of earlier ones are done with.
         self._sums = {t: s for t, s in self._sums.items() if t == timestep or t not in self.table}
 
@@ -74,29 +71,29 @@ class AffineMaps:
         """`K_t x + b_t`, computed in float32, for latents of any size; in the dtype of `values`.
 
         K and b are interpolated linearly between the neighbouring timesteps that were fitted. Latents of another size
-        than fitted have the maps stretched to theirs (nearest block, or bilinear where `interpolate`).
+        than fitted have the maps stretched to theirs (nearest block, or bilinear where `interpolate`); packed tokens
+        only from a square to a square, as nothing tells the height and width of others.
 
         Raises:
-            ValueError: The timestep lies outside the fitted ones, or the channels differ.
+            ValueError: The timestep lies outside the fitted ones, the channels differ, or packed tokens of another
+                number than fitted are no square.
         """
         grid = to_grid(values)
-        scale, shift = self._maps(timestep, grid)
+        size, (scale, shift) = (grid.shape[-2], grid.shape[-1]), self.at(timestep)
+        if grid.shape[1] != len(scale):
+            raise ValueError(f"the affiner was fitted on {len(scale)} channels, got {grid.shape[1]}")
+        assert self.size is not None
+        if values.dim() == 3 and size != self.size and 1 in (size[1], self.size[1]) and scale[0].numel() > 1:
+            raise ValueError(
+                f"the affiner was fitted on {self.size[0] * self.size[1]} packed tokens and cannot be stretched to "
+                f"{values.shape[1]}: both must be squares. Fit it at this size, or with solver.blocksize=null"
+            )
+        scale, shift = (self._stretched(x, size).to(values.device) for x in (scale, shift))
         return from_grid((grid.float() * scale + shift).to(values.dtype), values)
 
     def _grid(self) -> Grid:
         assert self.size is not None
         return Grid(*self.size, self.blocksize or max(self.size))
-
-    def _maps(self, timestep: float, values: Tensor) -> tuple[Tensor, Tensor]:
-        size = (values.shape[-2], values.shape[-1])
-        key = (timestep, size, values.device)
-        if key not in self._cached:
-            scale, shift = (self._stretched(x, size).to(values.device) for x in self.at(timestep))
-            self._cached[key] = scale, shift
-        channels = len(self._cached[key][0])
-        if values.shape[1] != channels:
-            raise ValueError(f"the affiner was fitted on {channels} channels, got {values.shape[1]}")
-        return self._cached[key]
 
     def _stretched(self, blocks: Tensor, size: tuple[int, int]) -> Tensor:
         pixels = solvers.expand(blocks, self._grid(), self.interpolate)

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from hfquant.affiner.hooks import (
     Step,
     find_denoiser,
+    float_dtype,
     intercept,
     is_intercepted,
     output_tensor,
     previous_sample,
-    release,
     timestep_reader,
     with_sample,
     with_tensor,
@@ -52,10 +52,14 @@ class Run:
         kwargs: The call's arguments.
         at_denoiser: Also stop behind the denoiser.
         finish: Runs the scheduler, `finish(step, prediction) -> result`; default: `step.run(prediction)`.
+
+    Raises:
+        ValueError: The scheduler has no usable `step`, or an affiner is attached.
     """
 
     def __init__(self, pipeline: Any, kwargs: Mapping[str, Any], *, at_denoiser: bool = False, finish: Any = None):
         self.pipeline = own_copy(pipeline)
+        intercept(self.pipeline.scheduler, self._around_step)  # never released: the copy ends with the run
         self.timesteps: list[float] = []
         self._finish = finish or (lambda step, prediction: step.run(prediction))
         self._kwargs = dict(kwargs)
@@ -101,21 +105,22 @@ class Run:
     def _work(self) -> None:
         error: BaseException | None = None
         handle = None
-        intercept(self.pipeline.scheduler, self._around_step)
         try:
             if self._at_denoiser:
                 denoiser = find_denoiser(self.pipeline)
                 self._read_time = timestep_reader(denoiser)
                 handle = denoiser.register_forward_hook(self._behind_denoiser, with_kwargs=True)
-            self.pipeline(**self._kwargs)
+            with torch.no_grad():  # a thread does not inherit the caller's
+                self.pipeline(**self._kwargs)
         except _Stop:
             pass
         except BaseException as caught:  # handed to whoever waits in resume()
             error = caught
         finally:
-            release(self.pipeline.scheduler)
             if handle is not None:
                 handle.remove()
+            # The class made by intercept() is a cycle that leads here; these need not wait for the garbage collector.
+            self.pipeline, self._kwargs = None, {}
         self._events.put(error)
 
     def _pause(self, event: Event) -> Tensor:
@@ -189,25 +194,28 @@ class DenoisingLoop:
     ) -> tuple[Tensor]:
         """Runs all steps from `latents` (unit Gaussian noise), or from noise of the shape that the config tells.
 
+        `generator` draws that noise and the noise of stochastic schedulers.
+
         Raises:
             ValueError: Neither latents nor a config that tells their shape.
         """
-        parameter = next(self.transformer.parameters())
+        device, dtype = next(self.transformer.parameters()).device, float_dtype(self.transformer)
         if latents is None:
             size, channels = (getattr(self.transformer.config, k, None) for k in ("sample_size", "in_channels"))
             if not isinstance(size, int) or not isinstance(channels, int):
                 raise ValueError("give latents: the denoiser's config does not tell their shape")
             latents = torch.randn(_batch(arguments), channels, size, size, generator=generator)
-        arguments = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        latents = latents.to(parameter.device, parameter.dtype)
-        self.scheduler.set_timesteps(num_inference_steps, device=parameter.device)
+        arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        latents = latents.to(device, dtype)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         scale = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)
+        noise = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         for t in self.scheduler.timesteps:
             # Positional: a UNet calls it sample, a transformer hidden_states.
             output = self.transformer(scale(latents, t), timestep=t.expand(len(latents)), **arguments)
             prediction = output_tensor(output)[:, : latents.shape[1]]
-            latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
+            latents = self.scheduler.step(prediction, t, latents, return_dict=False, **noise)[0]
         return (latents,)
 
 

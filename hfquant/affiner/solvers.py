@@ -172,8 +172,8 @@ def limit(scale: Tensor, shift: Tensor, percentile: float, greater: bool, factor
     """Pulls some blocks towards the identity.
 
     The threshold is the `percentile` of `|K - 1|` over all channels and blocks. Blocks above it (`greater`), or the
-    others, get `K <- 1 + factor (K - 1)` and `b <- factor b`. With a factor in [0, 1] the objective, being convex,
-    stays at or below that of the identity.
+    others, get `K <- 1 + factor (K - 1)` and `b <- factor b`. With a factor in [0, 1] the objective of
+    :func:`solve_blocks`, being convex in each block, stays at or below that of the identity.
     """
     distance = (scale - 1).abs()
     above = distance > torch.quantile(distance.flatten(), percentile / 100)
