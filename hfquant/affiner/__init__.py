@@ -31,6 +31,7 @@ def load_pipeline(pipeline_class: Any, pretrained: str | os.PathLike[str], **kwa
     Returns:
         The pipeline; `pipe.affiner` is the affiner (None without one), `pipe.affiner.detach()` takes it off.
     """
+    from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     pipe = pipeline_class.from_pretrained(pretrained, **kwargs)
@@ -41,7 +42,7 @@ def load_pipeline(pipeline_class: Any, pretrained: str | os.PathLike[str], **kwa
     try:
         pipe.affiner = BlockwiseAffiner.from_pretrained(pretrained, subfolder=SUBFOLDER, **hub)
     except LocalEntryNotFoundError:
-        if not kwargs.get("local_files_only"):
+        if not (kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE):
             raise
     except EntryNotFoundError:
         pass

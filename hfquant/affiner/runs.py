@@ -97,7 +97,7 @@ class Run:
     def close(self) -> None:
         """Ends the call wherever it is."""
         if not self._over and self._thread.ident is not None:
-            self._replies.put(_Stop())
+            self._replies.put(_Stop)
             self._events.get()
             self._thread.join()
         self._over = True
@@ -126,8 +126,8 @@ class Run:
     def _pause(self, event: Event) -> Tensor:
         self._events.put(event)
         reply = self._replies.get()
-        if isinstance(reply, _Stop):
-            raise reply
+        if reply is _Stop:
+            raise _Stop  # a new one: held by this frame it would be a cycle with all frames of the pipeline
         return event.value if reply is None else reply.to(event.value.device, event.value.dtype)
 
     def _around_step(self, step: Step) -> Any:

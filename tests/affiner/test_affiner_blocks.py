@@ -138,6 +138,8 @@ def test_the_affiner_folds_into_a_pipeline():
 
 def test_what_cannot_be_aligned_is_refused():
     real = dit()
+    with pytest.raises(ValueError, match=r"none of the modules that match \['transformer_blocks'\] runs"):
+        fit_blocks(real, dit(), inputs(), config("transformer_blocks"), progress=False)
     with pytest.raises(ValueError, match="no module of DiTTransformer2DModel matches"):
         fit_blocks(real, dit(), inputs(), config("nothing.*"), progress=False)
     with pytest.raises(ValueError, match="no block 'gone'"):
@@ -151,3 +153,30 @@ def test_what_cannot_be_aligned_is_refused():
     shallow = DiTTransformer2DModel.from_config(dict(real.config) | {"num_layers": 2})
     with pytest.raises(ValueError, match=r"no block 'transformer_blocks.2'"):
         fit_blocks(real, shallow, inputs(), config("transformer_blocks.*"), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("output", "width", "message"),
+    [
+        (0, 7, "no tensor of 7 channels"),
+        (0, 1, "no tensor of 1 channels"),
+        (1, 16, "output 1 of BasicTransformerBlock"),
+    ],
+)
+def test_maps_of_another_denoiser_are_named(output, width, message):
+    model = dit()
+    plain = outputs(model, inputs()[0])
+    undo = hook_blocks(model, [BlockMap("transformer_blocks.0", output, torch.ones(width), torch.zeros(width))])
+    with pytest.raises(ValueError, match=message):
+        outputs(model, inputs()[0])
+    undo()
+    assert torch.equal(outputs(model, inputs()[0]), plain)
+
+
+def test_a_fold_that_fails_folds_nothing():
+    model = dit()
+    before = copy.deepcopy(model.state_dict())
+    maps = [BlockMap(f"transformer_blocks.{i}.ff.net.2", 0, torch.full((16,), 2.0), torch.ones(16)) for i in (0, 7)]
+    with pytest.raises(ValueError, match=r"no block 'transformer_blocks.7.ff.net.2'"):
+        fold_blocks(model, maps)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -1,22 +1,26 @@
 """Fitting: planted distortions come out exactly, steps are fitted on the right latents, bad input leaves no trace."""
 
 import copy
+import gc
+import weakref
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from affiner_pipelines import BUILDERS, Toy, call, real_and_quant
+from affiner_pipelines import BUILDERS, W4A8, Toy, call, real_and_quant
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DiTTransformer2DModel,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
 
+from hfquant import quantize
 from hfquant.affiner import BlockwiseAffiner, load_affiner
-from hfquant.affiner.runs import DenoisingLoop
+from hfquant.affiner.runs import DenoisingLoop, Run
 from hfquant.config import ConfigError
 from hfquant.demo import load_digits_pipeline
 
@@ -73,6 +77,30 @@ def test_equal_models_give_the_identity():
         for scale, shift in maps.table.values():
             assert torch.equal(scale, torch.ones_like(scale))
             assert torch.equal(shift, torch.zeros_like(shift))
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(clip_sample=False), EulerAncestralDiscreteScheduler()])
+def test_the_noise_of_steps_is_the_same_in_every_run(scheduler):
+    """The real model's own run meets the noise of the quantized one's, or latents could not be compared."""
+    config = toy_config(scheduler, enable_latent_affine=True)
+    affiner = load_affiner(config, list(range(5)), Toy(), Toy(), latents=noise())
+    assert all(errors == (0.0, 0.0) for errors in affiner.latents.errors.values())
+
+
+def test_a_finished_run_keeps_no_tensors():
+    """Even before the garbage collector comes: batch after batch would pile up."""
+    gc.collect()
+    gc.disable()
+    try:
+        loop, latents = DenoisingLoop(Toy(), DDIMScheduler()), noise(2)
+        alive = weakref.ref(latents)
+        run = Run(loop, {"latents": latents, "class_labels": torch.arange(2), "num_inference_steps": 2})
+        while run.resume() is not None:
+            pass
+        del latents, run
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 class Recorder:
@@ -191,6 +219,33 @@ def test_one_half_of_the_guidance_is_corrected(digits, target):
             digits_images(quant, guidance_scale=1.0)
 
 
+class Guided:
+    """A pipeline whose guidance is rescaled, with the unconditional half first or second."""
+
+    def __init__(self, first):
+        self.transformer, self.scheduler, self.first = Toy(), DDIMScheduler(clip_sample=False), first
+
+    @torch.no_grad()
+    def __call__(self, prompt, latents, rescale=1.0):
+        self.scheduler.set_timesteps(2)
+        labels = torch.arange(2.0).repeat_interleave(len(latents))
+        for t in self.scheduler.timesteps:
+            times = t.expand(2 * len(latents))
+            batch = self.transformer(torch.cat([latents] * 2), times, labels if self.first else 1 - labels)[0]
+            uncond, text = batch.chunk(2) if self.first else batch.chunk(2)[::-1]
+            guided = rescale * (uncond + 4 * (text - uncond))
+            latents = self.scheduler.step(guided, t, latents).prev_sample
+        return (latents,)
+
+
+@pytest.mark.parametrize("rescale", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("first", [True, False])
+def test_halves_are_told_apart_under_rescaled_guidance(first, rescale):
+    config = {"stepper": {"noise_target": "uncond"}, "extra_args": {"rescale": rescale}}
+    affiner = load_affiner(config, ["a", "b"], Guided(first), Guided(first), latents=noise(2))
+    assert affiner.uncond_half == (0 if first else 1)
+
+
 def test_most_pipelines_put_the_unconditional_half_first():
     real, quant, rows, arguments = real_and_quant("sd3")
     config = {"stepper": {"max_timestep": 2, "noise_target": "uncond"}, "extra_args": arguments}
@@ -209,6 +264,15 @@ def test_a_generator_given_draws_the_same_noise_for_both(digits):
     affiner = load_affiner(config, [0, 1], digits, copy.deepcopy(digits))
     assert all(before == after == 0 for before, after in affiner.errors.values())
     assert torch.equal(generator.get_state(), before)
+
+
+def test_a_list_of_generators_draws_the_same_noise_for_both(digits):
+    generators = [torch.Generator().manual_seed(i) for i in (3, 4)]
+    before = [g.get_state() for g in generators]
+    config = {"stepper": {"max_timestep": 2}, "extra_args": {"generator": generators}}
+    affiner = load_affiner(config, [0, 1], digits, copy.deepcopy(digits))
+    assert all(before == after == 0 for before, after in affiner.errors.values())
+    assert all(torch.equal(g.get_state(), b) for g, b in zip(generators, before, strict=True))
 
 
 def test_guidance_is_needed_to_fit_one_half(digits):
@@ -299,6 +363,44 @@ def test_offload_takes_turns_and_changes_nothing():
     assert [name for name, _ in moves[:4]] == ["quant", "real", "real", "quant"]
 
 
+@pytest.mark.parametrize("name", ["unet", "sd3"])
+@pytest.mark.parametrize("given", [True, False])
+def test_models_of_two_dtypes(name, given):
+    """Arguments and recorded calls are of the real model's dtype; the quantized one gets them in its own."""
+    real, _, rows, arguments = real_and_quant(name)
+    part = "unet" if name == "unet" else "transformer"
+    quant = copy.copy(real)
+    setattr(quant, part, quantize(copy.deepcopy(getattr(real, part)).bfloat16(), None, W4A8))
+    quant.scheduler = copy.deepcopy(real.scheduler)
+    config = {
+        "stepper": {"max_timestep": 2},
+        "blocks": {"modules": ["*_blocks.*"], "timesteps": 1},
+        "extra_args": arguments,
+    }
+    affiner = load_affiner(config, rows, real, quant, latents=noise(3, 4, 8) if given else None)
+    assert len(affiner.errors) == 2
+    assert all(after < before for before, after in affiner.errors.values())
+
+
+def test_a_bare_denoiser_that_begins_with_a_quantized_layer():
+    """Its first parameter is made of integers; latents must not be."""
+
+    class Linears(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)
+
+        def forward(self, sample, timestep):
+            return (self.second(torch.tanh(self.first(sample))),)
+
+    real = Linears()
+    quant = quantize(copy.deepcopy(real), None, W4A8)
+    latents = torch.randn(3, 2, 4, 16, generator=torch.Generator().manual_seed(1))
+    affiner = load_affiner(toy_config(), [{}] * 3, real, quant, latents=latents)
+    assert all(after < before < 0.1 * latents.var() for before, after in affiner.errors.values())
+
+
 def state(pipe):
     part = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in part.modules())
@@ -340,6 +442,50 @@ class Broken(Toy):
         return (out * float("nan") if self.calls > 2 else out,)
 
 
+class Stepless(DDIMScheduler):
+    """No scheduler that an affiner could hook."""
+
+    def step(self, residual, timestep): ...
+
+
+class Frames(torch.nn.Module):
+    """Latents of any layout, with a config that tells the channels."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(()))
+        self.config = type("Config", (), {"in_channels": 2 * channels, "out_channels": channels})()
+
+    def forward(self, sample, timestep):
+        return (sample * self.gain,)
+
+
+@pytest.mark.parametrize(
+    ("channels", "shape", "message"),
+    [
+        (2, (3, 2, 6, 6), r"\[B, C, T, H, W\]; \[2, 3, 2, 6, 6\] looks like \[B, T, C, H, W\]"),
+        (3, (3, 3, 6, 6), "take another T"),
+        (2, (4, 2, 6, 6), "looks like"),  # as many frames as input channels
+        (4, (4, 9), r"packed tokens \[B, L, C\]; \[2, 4, 9\] looks like \[B, C, L\]"),
+        (4, (2, 5, 6, 6), None),
+        (2, (2, 5, 6, 6), None),
+        (4, (9, 4), None),
+        (4, (4, 4), None),
+    ],
+)
+def test_layouts_that_would_be_misread_are_refused(channels, shape, message):
+    def fit():
+        latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        return load_affiner(toy_config(), [{}] * 2, Frames(channels), Frames(channels), latents=latents)
+
+    if message is None:
+        channels = shape[0] if len(shape) == 4 else shape[-1]
+        assert {len(scale) for scale, _ in fit().prediction.table.values()} == {channels}
+    else:
+        with pytest.raises(ValueError, match=message):
+            fit()
+
+
 class Narrow(Toy):
     """Predicts one channel of two."""
 
@@ -364,7 +510,19 @@ class Narrow(Toy):
         ({"config": {**toy_config(), "extra_args": {"colour": 1}}}, ValueError, "extra_args"),
         ({"config": {**toy_config(), "blocks": {"modules": ["nothing"]}}}, ValueError, "no module of Toy matches"),
         ({"config": "fast"}, TypeError, "is a dict"),
+        ({"config": toy_config(enable_timesteps=[0, 4])}, ValueError, "has step 4, but the last .* is 3"),
+        ({"config": toy_config(Stepless())}, ValueError, r"Stepless has no step\(model_output"),
         ({"thirdparty_affiner": object()}, TypeError, "lacks observe, solve or correct"),
+        (
+            {"thirdparty_affiner": Recorder(), "config": toy_config(enable_timesteps=[0])},
+            ConfigError,
+            "enable_timesteps are for our own affiner alone",
+        ),
+        (
+            {"thirdparty_affiner": Recorder(), "config": {**toy_config(), "blocks": {"modules": ["inner"]}}},
+            ConfigError,
+            "for our own affiner alone",
+        ),
     ],
 )
 def test_bad_input_is_refused_and_leaves_no_trace(change, error, message):
@@ -409,3 +567,7 @@ def test_an_affiner_that_is_attached_is_in_the_way(digits):
             load_affiner({"stepper": {"max_timestep": 2}}, [1], digits, quant)
         with pytest.raises(ValueError, match="detach"):
             affiner.attach(quant)
+    bare = Toy(gain=[0.9, 1.1])
+    affiner = load_affiner(toy_config(), [0, 1], Toy(), bare, latents=noise(2))
+    with affiner.attach(bare), pytest.raises(ValueError, match="detach"):
+        load_affiner(toy_config(), [0, 1], Toy(), bare, latents=noise(2))

@@ -9,6 +9,7 @@ from affiner_pipelines import Toy
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DDPMWuerstchenScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -102,6 +103,76 @@ def test_deep_copies_of_an_attached_scheduler_step_themselves():
     assert type(clone) is EulerDiscreteScheduler
 
 
+def test_a_deep_copy_that_never_ran_is_released_too():
+    affiner, _, quant = fitted(EulerDiscreteScheduler())
+    plain = quant.sample()
+    with affiner.attach(quant):
+        quant.scheduler = copy.deepcopy(quant.scheduler)
+    assert type(quant.scheduler) is EulerDiscreteScheduler
+    assert torch.equal(quant.sample(), plain)
+
+
+def test_schedulers_that_take_a_timestep_for_each_sample():
+    """Stable Cascade's pipelines call `step` so."""
+
+    class Shift:
+        def observe(self, *args): ...
+
+        solve = observe
+
+        def correct(self, timestep, prediction):
+            return prediction + timestep
+
+    loop = Loop(Toy(), DDPMWuerstchenScheduler())
+    loop.scheduler.set_timesteps(4)
+    sample, times = torch.randn(3, 2, 6, 6), loop.scheduler.timesteps[2].expand(3)
+
+    def step(prediction, times=times):
+        generator = torch.Generator().manual_seed(0)
+        return loop.scheduler.step(prediction, times, sample, generator=generator).prev_sample
+
+    expected = step(torch.full_like(sample, float(times[0])))
+    with attach(loop, Shift()):
+        assert torch.equal(step(torch.zeros_like(sample)), expected)
+        with pytest.raises(ValueError, match="all at one timestep"):
+            step(sample, torch.tensor([0.5, 0.25, 0.5]))
+
+
+def test_a_denoiser_is_not_corrected_twice():
+    affiner, _, quant = fitted(DDIMScheduler(clip_sample=False))
+    denoiser = quant.transformer
+    with affiner.attach(denoiser):
+        once = quant.sample()
+        with pytest.raises(ValueError, match="attached to this denoiser already"):
+            affiner.attach(denoiser)
+        with pytest.raises(ValueError, match="attached to this denoiser already"):
+            attach(quant, affiner, "text")
+        assert torch.equal(quant.sample(), once)
+    assert not denoiser._forward_hooks
+    assert not denoiser._forward_pre_hooks
+    with affiner.attach(quant), pytest.raises(ValueError, match="attached to this denoiser already"):
+        affiner.attach(denoiser)
+
+
+def test_a_wrapped_denoiser_hides_its_timestep():
+    """Only halves of the guidance and bare denoisers need it; the scheduler has its own."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    affiner, real, quant = fitted(DDIMScheduler(clip_sample=False), {"lambda1": 0.0, "lambda2": 0.0})
+    quant.transformer = Wrapper(quant.transformer)
+    with affiner.attach(quant):
+        torch.testing.assert_close(quant.sample(), real.sample(), rtol=2e-3, atol=2e-3)
+    with pytest.raises(TypeError, match="Wrapper takes none of the arguments timestep"):
+        affiner.attach(quant.transformer)
+
+
 def test_unseen_timesteps_are_between_their_neighbours():
     affiner, _, quant = fitted(DDIMScheduler(clip_sample=False))
     high, low = affiner.timesteps[:2]
@@ -128,6 +199,22 @@ def test_other_sizes_stretch_the_maps(mode):
         assert quant.sample(size=10).shape == (3, 2, 10, 10)
     with pytest.raises(ValueError, match="fitted on 2 channels, got 3"):
         affiner.correct(timestep, torch.ones(1, 3, 6, 6))
+
+
+@pytest.mark.parametrize(("fitted_on", "used_on"), [(16, 15), (15, 16), (15, 30)])
+def test_packed_tokens_stretch_from_square_to_square(fitted_on, used_on):
+    """The height and width of other numbers of tokens are not known, and a map of one block needs none."""
+    for blocksize in (2, None):
+        affiner = BlockwiseAffiner({"solver": {"blocksize": blocksize}})
+        real = torch.randn(3, fitted_on, 2)
+        affiner.observe(1.0, real, real * torch.rand(1, fitted_on, 1))
+        affiner.solve(1.0)
+        if blocksize is None:
+            assert affiner.correct(1.0, torch.ones(2, used_on, 2)).shape == (2, used_on, 2)
+        else:
+            with pytest.raises(ValueError, match=f"fitted on {fitted_on} packed tokens .* to {used_on}"):
+                affiner.correct(1.0, torch.ones(2, used_on, 2))
+        assert affiner.correct(1.0, torch.ones(2, fitted_on, 2)).shape == (2, fitted_on, 2)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 7, 4, 5), (2, 16, 3), (2, 15, 3)])
@@ -278,6 +365,21 @@ def test_ptqd_lowers_the_noise_of_stochastic_schedulers_alone():
             assert all(0 <= f < 1 for f in factors[:-1])
         else:
             assert factors == [1.0] * 4
+
+
+def test_ptqd_leaves_the_noise_of_steps_that_are_not_enabled():
+    settings = {"max_timestep": 4, "recurrent": False, "enable_timesteps": [0]}
+    affiner, _, quant = fitted(DDPMScheduler(clip_sample=False), type="ptqd", stepper=settings)
+    scheduler = quant.scheduler
+    scheduler.set_timesteps(4)
+    factors = []
+    intercept(scheduler, lambda step: (factors.append(affiner.noise_scale(step)), step.run(step.prediction))[1])
+    sample = torch.zeros(1, 2, 6, 6)
+    for t in scheduler.timesteps:
+        sample = scheduler.step(torch.zeros_like(sample), t, sample).prev_sample
+    release(scheduler)
+    assert 0 < factors[0] < 1
+    assert factors[1:] == [1.0] * 3
 
 
 def test_scaled_noise_is_what_the_step_adds():

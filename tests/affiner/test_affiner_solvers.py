@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hfquant.affiner import BlockwiseAffiner
 from hfquant.affiner.solvers import (
     EPS,
     Grid,
@@ -156,6 +157,25 @@ def test_constant_predictions_without_ridge_keep_the_scale():
         scale, shift = solve_blocks(moments(real, quant, 2), 0.5, 0.0, 0.0)
         assert scale.item() == 1
         assert shift.item() == pytest.approx(0.7 - quant[0, 0, 0, 0].item(), abs=1e-12)
+
+
+def test_limited_nodes_never_do_worse_than_no_correction():
+    """Nodes share pixels, so limiting some of them may; the timestep gets no correction then."""
+    terms, grid, gone = (0.5, 0.0, 0.0), Grid(5, 7, 2), 0
+    solver = {"blocksize": 2, "lambda1": 0.0, "lambda2": 0.0, "percentile": 50.0, "scale": 0.0}
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        real = torch.randn(2, 1, 5, 7, generator=draw, dtype=torch.float64)
+        gain = 1 + torch.randn(1, 1, 5, 7, generator=draw, dtype=torch.float64)
+        quant = gain * real + 0.1 * torch.randn(real.shape, generator=draw, dtype=torch.float64)
+        affiner = BlockwiseAffiner({"solver": {**solver, "sample_mode": "interpolate"}})
+        affiner.observe(1.0, real, quant)
+        affiner.solve(1.0)
+        sums, (scale, shift) = moments(real, quant, 1), (x.double() for x in affiner.prediction.table[1.0])
+        start = objective(sums, torch.ones_like(scale), torch.zeros_like(shift), *terms, grid)
+        assert objective(sums, scale, shift, *terms, grid) <= start * (1 + 1e-6)
+        gone += bool((scale == 1).all())
+    assert 0 < gone < 20
 
 
 def test_ptqd_is_the_regression_slope_and_the_channel_means():

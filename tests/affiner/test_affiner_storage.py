@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from hfquant.affiner import BlockwiseAffiner, load_affiner, load_pipeline
@@ -69,6 +70,25 @@ def test_a_pipelines_folder_brings_its_affiner(affiner, digits, tmp_path):
     assert torch.equal(images(pipe), expected)
     pipe.affiner.detach()
     assert torch.equal(images(pipe), images(digits[1]))
+
+
+def test_a_cached_pipeline_loads_offline_without_an_affiner(monkeypatch):
+    """Whether the repository has one cannot be known then; on line a failed download is an error."""
+
+    class Pipe:
+        @classmethod
+        def from_pretrained(cls, name):
+            return cls()
+
+    def missing(*args, **kwargs):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", missing)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(LocalEntryNotFoundError):
+        load_pipeline(Pipe, "user/pipe")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert load_pipeline(Pipe, "user/pipe").affiner is None
 
 
 def test_the_hub_gets_what_is_saved(affiner, tmp_path, monkeypatch):
