@@ -17,10 +17,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hfquant
 from hfquant.distributed import processes
+from hfquant.linear import quant_linears
 from hfquant.observers import observe
 from tests.calibration.tiny_models import tiny_pipeline
 from tests.integrations.small_models import llama_of_64
@@ -100,6 +103,34 @@ def recorded(folder: Path | None) -> dict[str, Tensor]:
     return {f"{i}": sample["sample"].contiguous() for i, sample in enumerate(samples)}
 
 
+def save_words(folder: Path) -> None:
+    """A tokenizer of letters, and a text."""
+    words = Tokenizer(
+        models.WordLevel({"</s>": 2, "<unk>": 3, **{w: i + 4 for i, w in enumerate("abcdefgh")}}, "<unk>")
+    )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    (folder / "text.txt").write_text("a b c d e f g h\n\nh g f e\n\n" * 40)
+
+
+def loaded(out: Path) -> dict[str, Tensor]:
+    """Calibrated on a text stream inside from_pretrained, saved by one process: the checkpoint's bytes, for all."""
+    with processes() as crew:
+        folder, saved = out / "float", out / "saved"
+        llama_of_64().save_pretrained(folder)  # transformers writes in the first process alone
+        if crew.main:
+            save_words(folder)
+        crew.gather(None)
+        spec = {"dataset": str(folder / "text.txt"), "samples": 7, "seqlen": 20, "batch_size": 2}
+        config = hfquant.HfQuantConfig(STATIC, calibration=spec)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+        model.save_pretrained(saved)
+        crew.gather(None)
+        file = (saved / "model.safetensors").read_bytes()
+    assert len(quant_linears(model)) == 14
+    return {"file": torch.frombuffer(bytearray(file), dtype=torch.uint8)}
+
+
 def not_finite() -> dict[str, Tensor]:
     """One batch of five is bad; the model stays as it was."""
     model, batches = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), [torch.ones(2, 8) for _ in range(5)]
@@ -133,6 +164,7 @@ def tasks(out: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
         "resumed": lambda: resumed(out / "resume"),
         "recorded": lambda: recorded(None),
         "recorded on disk": lambda: recorded(out / "set"),
+        "loaded": lambda: loaded(out),
         "not finite": not_finite,
         "other models": other_models,
     }

@@ -17,10 +17,10 @@ from hfquant.distributed import Processes, processes
 from hfquant.observers import LayerStats, layer_stats
 from tests import distributed_job
 
-EXACT = ["static", "uneven", "one batch", "search", "svd", "prepared", "recorded", "recorded on disk"]
+EXACT = ["static", "uneven", "one batch", "search", "svd", "prepared", "recorded", "recorded on disk", "loaded"]
 
 
-def launch(count: int, argument: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+def launch(count: int, argument: str, timeout: int = 200) -> subprocess.CompletedProcess[str]:
     """Without GPUs accelerate starts several processes only where told so twice: by the flag, and by the variable."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     command += ["--num_processes", str(count), "--main_process_port", "0", "--mixed_precision", "no"]
@@ -68,7 +68,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_several_processes_make_the_same_bytes(task: str, alone: Any, ranks: Any) -> None:
     for tensors, errors in ranks:
         assert task not in errors
-        assert len(alone[task]) > 5
+        assert sum(tensor.numel() for tensor in alone[task].values()) > 1000
         assert same(tensors[task], alone[task])
 
 
