@@ -24,7 +24,7 @@ from hfquant.config import ConfigError
 
 CONFIG_FILE, TENSORS_FILE = "affiner_config.json", "affiner.safetensors"
 _FORMAT, _VERSION = "hfquant-affiner", 1
-_MAX_PIXELS = 1 << 26  # of a latent; a file that asks for more is not believed
+_MAX_PIXELS = 1 << 22  # of a latent, whose maps are expanded to pixels; a file that asks for more is not believed
 
 
 class BlockwiseAffiner:

@@ -372,7 +372,8 @@ def step_coefficients(step: Step) -> tuple[float, float]:
             elif isinstance(value, list):
                 setattr(scheduler, name, [pixel if isinstance(x, Tensor) and x.dim() else x for x in value])
         with _FixedNoise(noise):
-            return float(previous_sample(step.run(pixel + prediction, scheduler, pixel)))
+            # One pixel, except where each sample has its own timestep (all at the same).
+            return float(previous_sample(step.run(pixel + prediction, scheduler, pixel)).flatten()[0])
 
     still = run(0.0, 0.0)
     return (run(small, 0.0) - still) / small, (run(0.0, small) - still) / small

@@ -339,6 +339,25 @@ def test_coefficients_of_ddim_follow_eta():
         assert sigma == pytest.approx(float(variance.sqrt()), rel=1e-4, abs=1e-9)
 
 
+def test_coefficients_where_samples_have_their_own_timesteps():
+    """Stable Cascade's scheduler: one number for the batch all the same."""
+    found = []
+    for each in (False, True):
+        scheduler = DDPMWuerstchenScheduler()
+        scheduler.set_timesteps(4)
+        t, sample = scheduler.timesteps[1], torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+        def around(step):
+            found.append(step_coefficients(step))
+            return step.run(step.prediction)
+
+        intercept(scheduler, around)
+        scheduler.step(sample, t.expand(3) if each else t[None], sample, generator=torch.Generator().manual_seed(0))
+    assert found[0] == found[1]
+    c, sigma = found[0]
+    assert c < 0 < sigma < 1
+
+
 def test_ptqd_lowers_the_noise_of_stochastic_schedulers_alone():
     def around_noise(affiner, scheduler):
         scheduler.set_timesteps(4)

@@ -146,6 +146,7 @@ def scale(change):
         (lambda d: edit_json(d, version=99), "has version 99; this hfquant reads 1"),
         (lambda d: edit_json(d, config={"type": "gan"}), "config.type"),
         (lambda d: edit_json(d, size=[10**6, 10**6]), "size is height and width"),
+        (lambda d: edit_json(d, size=[8192, 8192]), "size is height and width"),
         (lambda d: edit_json(d, size="8"), "size is height and width"),
         (lambda d: edit_json(d, size=[4, 4]), "do not fit a grid of \\[4, 4\\]"),
         (lambda d: edit_json(d, uncond_half=2), "uncond_half"),
