@@ -54,6 +54,11 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w8a8/hfquant-static-smooth-fine": config(INT8, STATIC, {**SMOOTH, **FINE}),
     "w8a8/hfquant-static-smooth-fine-gptq": config(INT8, STATIC, {**SMOOTH, **FINE}, GPTQ),
     "w8a8/hfquant-static-svd-fine": config(INT8, STATIC, {**SVD, "low_rank": 16, **FINE}),
+    # Static too, with 16 bits for the activations of massive outliers alone.
+    "w8a8/hfquant-static-smooth-fine-down-a16": {
+        **config(INT8, STATIC, {**SMOOTH, **FINE}),
+        "*down_proj": {"input_quant": {"type": "int16"}},
+    },
     "w8a8/hfquant-dynamic-smooth": config(INT8, TOKEN, SMOOTH),
     "w8a8/hfquant-dynamic-smooth-search": config(INT8, TOKEN, {**SMOOTH, **SEARCH}),
     "w4a16/hfquant-mse": config(GROUP, None, clip="mse"),

@@ -124,19 +124,30 @@ def _codes(
     w: Tensor, plan: LayerPlan, stats: LayerStats | None, smooth: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     config, quant = plan.config, plan.config.weight_quant
-    share_rows = quant.axis is None and not config.group_size
-    rows = None if not share_rows else plan.output_segments if len(plan.row_groups) == 1 else (len(w),)
     if config.calib.type is Calibrate.GPTQ:
         assert stats is not None
         assert stats.hessian is not None
         hessian = stats.hessian / stats.count
         hessian = hessian if smooth is None else hessian / smooth / smooth[:, None]
-        return gptq(w, hessian, quant, config.calib, plan.columns, rows)
+        return gptq(w, hessian, quant, config.calib, plan.columns, _rows_sharing(plan, len(w)))
+    scale, zero_point = _weight_grid(w, plan, stats, smooth)
+    return rounding.round_to_nearest(w, scale, zero_point, quant.type, plan.columns), scale, zero_point
+
+
+def _weight_grid(
+    w: Tensor, plan: LayerPlan, stats: LayerStats | None, smooth: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     importance = None
     if stats is not None:
         importance = stats.power / stats.count if smooth is None else stats.power / stats.count / smooth.square()
-    scale, zero_point = rounding.weight_grid(w, quant, plan.columns, rows, importance)
-    return rounding.round_to_nearest(w, scale, zero_point, quant.type, plan.columns), scale, zero_point
+    return rounding.weight_grid(w, plan.config.weight_quant, plan.columns, _rows_sharing(plan, len(w)), importance)
+
+
+def _rows_sharing(plan: LayerPlan, rows: int) -> Sequence[int] | None:
+    """Sizes of the runs of these ``rows`` that have one scale; None where each row has its own."""
+    if plan.config.weight_quant.axis is not None or plan.config.group_size:
+        return None
+    return plan.output_segments if len(plan.row_groups) == 1 else (rows,)
 
 
 def _split_low_rank(w: Tensor, smooth: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,8 +224,8 @@ def _segment_outputs(
     ws, down, up = w * smooth, None, None
     if plan.rank:
         ws, down, up = _split_low_rank(ws, smooth, plan.rank, dtype)
-    codes, scale, zero_point = _codes(ws, plan, stats, smooth)
-    w_hat = rounding.dequantize_weight(codes, scale, zero_point, plan.config.weight_quant.type, plan.columns)
+    scale, zero_point = _weight_grid(ws, plan, stats, smooth)
+    w_hat = rounding.rounded_weight(ws, scale, zero_point, plan.config.weight_quant.type, plan.columns)
     x_hat, quant = x / smooth, plan.config.input_quant
     if quant is not None:
         static = _static_input(plan, stats, smooth) if plan.static_input else (None, None)
