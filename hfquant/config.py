@@ -372,6 +372,8 @@ _INT8_TOKEN = {"type": "int8", "axis": -1, "dynamic": True}
 _FP8_TOKEN = {"type": "fp8e4m3", "axis": -1, "dynamic": True}
 _INT4_TOKEN = {"type": "int4", "axis": -1, "dynamic": True}
 _INT4_GROUP = {"type": "int4", "group_size": 64}
+# One scale a tensor needs most of the outliers in the weights, how many differs by layer.
+_SEARCHED = {"opt": {"type": "smooth", "search_alpha_config": {"enable": True, "min": 0.5, "step": 0.05}}}
 _ROUND = {"opt": {"type": "default"}, "calib": {"type": "amax"}}
 _SVD = {"opt": {"type": "svd", "low_rank": 32, "alpha": 0.5}, "calib": {"type": "amax"}}
 
@@ -384,7 +386,7 @@ def _channel(dtype: str) -> dict[str, Any]:
 PRESETS: dict[str, dict[str, Any]] = {
     name: {"default": entry}
     for name, entry in {
-        "w8a8": {"weight_quant": _channel("int8"), "input_quant": {"type": "int8"}},
+        "w8a8": {**_SEARCHED, "weight_quant": _channel("int8"), "input_quant": {"type": "int8"}},
         "w8a8-dynamic": {**_ROUND, "weight_quant": _channel("int8"), "input_quant": _INT8_TOKEN},
         "w8a8-smooth": {
             "opt": {"type": "smooth", "alpha": 0.5},
@@ -400,7 +402,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "weight_quant": {**_INT4_GROUP, "symmetric": False, "clip": "mse"},
             "input_quant": None,
         },
-        "w4a8": {"weight_quant": _INT4_GROUP, "input_quant": {"type": "int8"}},
+        "w4a8": {**_SEARCHED, "weight_quant": _INT4_GROUP, "input_quant": {"type": "int8"}},
         "w4a8-dynamic": {**_ROUND, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
         "w4a8-svd": {**_SVD, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
         "w4a4-svd": {**_SVD, "weight_quant": _INT4_GROUP, "input_quant": _INT4_TOKEN},
