@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import memory, metrics, models, quality, streaming
+from benchmarks import memory, metrics, models, quality, static, streaming
 from benchmarks.ablation import ABLATION, DIGITS_ABLATION
 from benchmarks.peers import PEERS, linearized
 from hfquant.config import parse
@@ -291,6 +291,20 @@ def test_quality_runs_rows_and_adds_to_a_file(
     with pytest.raises(SystemExit):
         quality.main(["--rows", "fp32", "--samples", "3", "--json", str(file)])
     assert "other settings" in capsys.readouterr().err
+
+
+def test_clipping_is_measured_on_windows_kept_out(llama: LlamaForCausalLM) -> None:
+    batches = [{"input_ids": torch.randint(96, (4, 12))} for _ in range(5)]
+    calibration, kept_out = static.split(batches)
+    assert [len(batch["input_ids"]) for batch in calibration] == [4] * 4
+    assert [window.shape for window in kept_out] == [(1, 12)] * 4
+    everything = torch.cat([b["input_ids"] for b in calibration] + kept_out).sort(dim=0).values
+    assert torch.equal(everything, torch.cat([b["input_ids"] for b in batches]).sort(dim=0).values)
+    seen = [row[None] for batch in calibration for row in batch["input_ids"]]
+    assert set(static.clipped(llama, calibration, seen).values()) == {0.0}
+    shares = static.clipped(llama, calibration, kept_out)
+    assert list(shares) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert all(0 < share < 0.5 for share in shares.values())
 
 
 def test_anonymous_memory_is_seen() -> None:

@@ -1,0 +1,122 @@
+"""Why static activation scales fall short on SmolLM2: the same configs judged on text like and unlike the calibration.
+
+    python -m benchmarks.static --json benchmarks/results/static.json
+
+Scales are calibrated on windows of Python's language reference. Every fifth window is kept out of it ("same kind"); the
+dataset descriptions are the evaluation text of :mod:`benchmarks.quality` ("other kind"). Beside perplexity and KL the
+page has, for each down projection, what clipping to the calibrated range of each channel takes from its output: the
+share of the output's energy, the first token of each sequence aside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hfquant
+from benchmarks import metrics, models
+from benchmarks.ablation import FINE, GPTQ, INT8, SMOOTH, STATIC, TOKEN, config
+from benchmarks.quality import environment
+from hfquant.observers import observe
+
+SEARCHED = {**SMOOTH, **FINE}
+WIDE_DOWN = {"*down_proj": {"input_quant": {"type": "int16"}}}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "W8A8 static, SMOOTH 0.5": config(INT8, STATIC, SMOOTH),
+    "W8A8 static, SMOOTH search": config(INT8, STATIC, SEARCHED),
+    "W8A8 static, SMOOTH search, GPTQ": config(INT8, STATIC, SEARCHED, GPTQ),
+    "the same without GPTQ, INT16 into down_proj": {**config(INT8, STATIC, SEARCHED), **WIDE_DOWN},
+    "W8A8 a scale a token, SMOOTH search": config(INT8, TOKEN, SEARCHED),
+}
+
+
+def split(batches: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    """Four windows of five to calibrate on, in batches of four, and every fifth [1, tokens]."""
+    windows = [window for batch in batches for window in batch["input_ids"]]
+    kept = [w for i, w in enumerate(windows) if i % 5 != 4]
+    return [{"input_ids": torch.stack(kept[i : i + 4])} for i in range(0, len(kept), 4)], [
+        window[None] for window in windows[4::5]
+    ]
+
+
+@torch.no_grad()
+def clipped(model: nn.Module, calibration: list[dict[str, Tensor]], windows: list[Tensor]) -> dict[str, float]:
+    """Share of each down projection's output energy that clipping its inputs to the calibrated ranges takes."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith("down_proj")}
+    stats = observe(model, layers, calibration)
+    lost, whole = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
+
+    def hook(name: str) -> Any:
+        def look(layer: nn.Linear, args: tuple[Tensor, ...]) -> None:
+            x = args[0][0, 1:]
+            error = x - x.clamp(stats[name].low, stats[name].high)
+            lost[name] += float((error @ layer.weight.T).square().sum())
+            whole[name] += float((x @ layer.weight.T).square().sum())
+
+        return look
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    for window in windows:
+        model(window, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: lost[name] / whole[name] for name in layers}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure everything, print the page and store it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.partition("\n")[0])
+    parser.add_argument("--windows", type=int, default=40, help="windows of 512 tokens, a fifth of them kept out")
+    parser.add_argument("--json", type=Path, help="file to write; a .md of the same name goes beside it")
+    args = parser.parse_args(argv)
+
+    model, tokenizer = models.smollm2()
+    calibration, same = split(models.token_batches(tokenizer, models.calibration_text(), count=args.windows))
+    texts = {"same kind": same, "other kind": metrics.evaluation_windows(tokenizer, models.evaluation_texts())}
+    references = {kind: metrics.reference(model, windows) for kind, windows in texts.items()}
+    shares = {kind: clipped(model, calibration, windows) for kind, windows in texts.items()}
+    rows: dict[str, dict[str, float]] = {}
+    for name, rules in CONFIGS.items():
+        quantized = hfquant.quantize(models.smollm2()[0], calibration, rules)
+        rows[name] = {}
+        for kind, reference in references.items():
+            scores = metrics.language_scores(quantized, reference)
+            rows[name][f"{kind}: change %"] = 100 * (scores.perplexity / reference.perplexity - 1)
+            rows[name][f"{kind}: KL"] = scores.kl
+        print(name, rows[name], file=sys.stderr, flush=True)
+    page = markdown(rows, shares) + f"\n{args.windows} windows of 512 tokens. {environment()['cpu']}.\n"
+    print(page)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {"environment": environment(), "windows": args.windows, "rows": rows, "clipped": shares}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.with_suffix(".md").write_text(page)
+    return 0
+
+
+def markdown(rows: dict[str, dict[str, float]], shares: dict[str, dict[str, float]]) -> str:
+    """Two tables: quality of each config, and the shares over the layers."""
+    columns = list(next(iter(rows.values())))
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    for name, row in rows.items():
+        cells = [f"{row[c]:+.2f}" if c.endswith("%") else f"{row[c]:.4f}" for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| output energy of down_proj lost to clipping, % | median layer | worst layer |",
+        "| --- | ---: | ---: |",
+    ]
+    for kind, share in shares.items():
+        values = torch.tensor(list(share.values())) * 100
+        lines.append(f"| {kind} | {values.median():.3f} | {values.max():.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
