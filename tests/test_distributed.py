@@ -89,13 +89,16 @@ def test_statistics_are_those_of_all_data(alone: Any, ranks: Any) -> None:
 
 @pytest.mark.parametrize("task", ["gptq", "mixed", "layer by layer", "resumed"])
 def test_gptq_agrees_to_rounding(task: str, alone: Any, ranks: Any) -> None:
-    """All processes have the same layers; hardly a code differs from those of one process."""
+    """All processes have the same layers; hardly a code differs from those of one process, nor does a layer's loss."""
     (first, _), *others = ranks
     assert all(same(first[task], tensors[task]) for tensors, _ in others)
     assert first[task].keys() == alone[task].keys()
     codes = [k for k, v in alone[task].items() if v.dtype == torch.int8]
     assert len(codes) == 14
     differing = sum(int((first[task][k] != alone[task][k]).sum()) for k in codes)
+    loss, expected = first[task]["errors"].square(), alone[task]["errors"].square()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    assert task == "resumed" or expected.min() > 0
     assert differing <= 0.001 * sum(alone[task][k].numel() for k in codes)
 
 
