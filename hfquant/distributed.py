@@ -46,6 +46,11 @@ class Processes:
         """Whether this is the process that speaks and writes for all."""
         return self.rank == 0
 
+    @property
+    def neighbours(self) -> int:
+        """How many of them share this machine, this one included."""
+        return min(self.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank."""
         if self.size == 1:

@@ -57,6 +57,9 @@ def quantize(
 ) -> nn.Module:
     """Quantize the linears of ``model`` in place and return it.
 
+    Under ``accelerate launch`` all processes call this, each with its copy of the model and the same data (or each with
+    its own part); they share the work of a config that needs data, and all end with the same model.
+
     Args:
         model: any module. Where quantization fails it is left as it was.
         calib_data_loader: batches for calibration; each a tensor, a tuple of positional arguments, a dict of keyword
@@ -66,13 +69,15 @@ def quantize(
         per_layer_mode: solve layers in execution order, each on inputs that the quantized layers before it produce.
         verbose: log each layer's decision.
         example: model input for pattern detection; default: the first calibration batch.
-        memory_budget: bytes that statistics may take at once; default: a quarter of the free memory.
+        memory_budget: bytes that statistics may take at once in this process; default: a quarter of the free memory,
+            shared with the processes on this machine.
         resume_dir: folder that keeps solved layers, so that an interrupted run goes on.
 
     Raises:
         ConfigError: the config is invalid or does not fit a layer.
         CalibrationError: data is missing, empty, or has NaN or Inf.
-        ValueError: the model is already quantized, or has nothing to quantize.
+        ValueError: the model is already quantized, has nothing to quantize, or differs from another process'.
+        RuntimeError: it failed in another process, which the message names with its cause.
     """
     config = HfQuantConfig.of(config)
     if quant_linears(model) or getattr(model, "is_quantized", False):
@@ -128,7 +133,7 @@ def _quantize(
         _check_models_agree(model, crew)
         plan = _agreed(plan, given, loader, crew)
         shard = _shard(loader, crew)
-        budget = min(crew.gather(memory_budget or _free_memory() // 4))
+        budget = min(crew.gather(memory_budget or _free_memory() // (4 * crew.neighbours)))
         originals = {name: model.get_submodule(name) for name in plan.layers}
         layers: dict[str, QuantLinear] = {}
         reports: list[LayerReport] = []

@@ -131,9 +131,16 @@ def test_one_process_sends_nothing() -> None:
     with processes() as crew:
         assert crew == Processes(0, 1, None)
         assert crew.main
+        assert crew.neighbours == 1
         assert crew.gather("x") == ["x"]
         with pytest.raises(KeyError), crew.together():
             raise KeyError("mine")
+
+
+def test_memory_is_shared_with_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert Processes(1, 16).neighbours == 4
+    assert Processes().neighbours == 1
 
 
 def test_statistics_of_nothing_change_nothing() -> None:
