@@ -74,10 +74,13 @@ def generate_calibrate_set(
             whole = None if dump_path is None else load_calibrate_set(dump_path)
         if whole is not None:
             return whole
-        # Recordings, one a batch, in the order of the batches.
-        turns = itertools.zip_longest(*crew.gather(made.chunks))
-        chunks = [chunk for turn in turns for chunk in turn if chunk is not None]
-        return BaseCalibSet(chunks, provenance={**made.provenance, "shard": [0, 1]})
+        # Recordings, one a batch, put together in the order of the batches.
+        everything, mine = Recording(), [chunk for chunk in made.chunks if isinstance(chunk, Recording)]
+        for turn in itertools.zip_longest(*crew.gather(mine), fillvalue=Recording()):
+            for recording in turn:
+                for position in range(len(recording)):
+                    everything.take(recording, position)
+        return BaseCalibSet([everything], provenance={**made.provenance, "shard": [0, 1]})
 
 
 def generate_shard(
@@ -111,10 +114,11 @@ def generate_shard(
         return _samples(model, sampler, sample_dataloader, target.layer, call_kwargs, shard, start)
 
     if dump_path is None:
+        # One recording stores what comes back in every batch once; several processes put theirs together by batch.
         collected: dict[int, Recording] = {}
         for recording, position, cursor in runs(Cursor()):
-            collected.setdefault(cursor.batch, Recording()).take(recording, position)
-        return BaseCalibSet(list(collected.values()), provenance=origin)
+            collected.setdefault(cursor.batch if shard[1] > 1 else 0, Recording()).take(recording, position)
+        return BaseCalibSet(list(collected.values()) or [Recording()], provenance=origin)
 
     directory = Path(dump_path) if shard[1] == 1 else Path(dump_path) / storage.shard_name(*shard)
     directory.mkdir(parents=True, exist_ok=True)
