@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from hfquant.calibration import BaseSampler
-    from hfquant.calibration.storage import Index
+    from hfquant.calibration import BaseCalibSet, BaseSampler
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -116,7 +115,7 @@ def calibrate(
     with _errors_in_one_line(debug), _logged():
         from hfquant.calibration import calibration_batches, generate_calibrate_set
         from hfquant.calibration.recorder import is_pipeline
-        from hfquant.calibration.storage import read_index
+        from hfquant.distributed import is_main
         from hfquant.integrations.data import transformers_batches
         from hfquant.integrations.hub import load
         from hfquant.pipelines import denoiser
@@ -128,7 +127,7 @@ def calibrate(
             _check_sampler(kind, timesteps=timesteps, mean=mean, std=std)
         target = layer if layer is not None else denoiser(loaded) if pipeline else ""
         batches = calibration_batches(spec) if pipeline else transformers_batches(loaded, spec)
-        generate_calibrate_set(
+        made = generate_calibrate_set(
             loaded,
             _sampler(kind, seed, timesteps=timesteps, mean=mean, std=std),
             batches,
@@ -138,9 +137,8 @@ def calibrate(
             compress,
             **call,
         )
-        index = read_index(out)
-        assert index is not None
-        _print_summary(out, index)
+        if is_main():
+            _print_summary(out, made)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -212,21 +210,27 @@ def _logged() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _print_summary(out: Path, index: Index) -> None:
+def _print_summary(out: Path, made: BaseCalibSet) -> None:
     from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
 
+    from hfquant.calibration.storage import ChunkFile, read_index
+
+    chunks = [chunk for chunk in made.chunks if isinstance(chunk, ChunkFile)]
     table = Table(show_header=False, box=None)
     table.add_row("calibration set", str(out))
-    table.add_row("layer", str(index.provenance["layer"]) or "the whole model")
-    table.add_row("samples", f"{index.length}")
-    table.add_row("chunks", f"{len(index.chunks)}")
-    table.add_row("size on disk", decimal(sum(chunk.size for chunk in index.chunks)))
+    table.add_row("layer", str(made.provenance["layer"]) or "the whole model")
+    table.add_row("samples", f"{len(made)}")
+    table.add_row("chunks", f"{len(chunks)}")
+    table.add_row("size on disk", decimal(sum(chunk.entry.size for chunk in chunks)))
     tensors: dict[str, dict[str, None]] = {}
-    for layout in index.layouts:
-        for path, (dtype, shape) in layout.items():
-            tensors.setdefault(path, {})[f"{dtype}{shape}"] = None
+    # Several processes write a folder each.
+    for folder in dict.fromkeys(chunk.path.parent for chunk in chunks):
+        index = read_index(folder)
+        for layout in index.layouts if index else ():
+            for path, (dtype, shape) in layout.items():
+                tensors.setdefault(path, {})[f"{dtype}{shape}"] = None
     for path, kinds in tensors.items():
         first, *others = kinds
         table.add_row(path, f"{first} and {len(others)} other shapes" if others else first)

@@ -191,6 +191,11 @@ class Processes:
         return buffer if tensor is None else tensor
 
 
+def is_main() -> bool:
+    """Whether this process is the one that speaks for all, outside of a shared piece of work too."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def _padded(tensor: Tensor) -> Tensor:
     """``tensor`` with :data:`SAMPLE_ROWS` rows; a gather takes equal shapes only."""
     padded = tensor.new_zeros(SAMPLE_ROWS, *tensor.shape[1:])

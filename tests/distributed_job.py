@@ -16,16 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import hfquant
+from hfquant.cli import app
+from hfquant.demo import load_digits_pipeline
 from hfquant.distributed import processes
 from hfquant.linear import quant_linears
 from hfquant.observers import observe
-from tests.calibration.tiny_models import tiny_pipeline
+from tests.calibration.tiny_models import tiny_pipeline, tiny_unet
 from tests.integrations.small_models import llama_of_64
 
 STATIC = {"default": {"opt": {"type": "default"}, "input_quant": {"type": "int8"}}}
@@ -93,8 +97,6 @@ def resumed(folder: Path) -> dict[str, Tensor]:
 
 def recorded(folder: Path | None) -> dict[str, Tensor]:
     """A calibration set, made by all; samples in an order that does not depend on who made them."""
-    from diffusers import DDIMScheduler
-
     made = hfquant.generate_calibrate_set(
         tiny_pipeline(DDIMScheduler()),
         hfquant.UniformSampler(3),
@@ -106,6 +108,30 @@ def recorded(folder: Path | None) -> dict[str, Tensor]:
     )
     samples = list(made) if folder is None else sorted(made, key=lambda s: float(s["sample"].sum()))
     return {f"{i}": sample["sample"].contiguous() for i, sample in enumerate(samples)}
+
+
+def command(out: Path) -> dict[str, Tensor]:
+    """`hfquant calibrate`; samples in an order that does not depend on who made them."""
+    with processes() as crew:
+        if crew.main:
+            load_digits_pipeline().save_pretrained(out / "digits")
+            (out / "labels.jsonl").write_text("".join(f'{{"label": {i}}}\n' for i in range(5)))
+        crew.gather(None)
+    source = ["--source", str(out / "labels.jsonl"), "--column", "label", "--batch-size", "2", "--steps", "4"]
+    ran = CliRunner().invoke(app, ["calibrate", str(out / "digits"), *source, "--out", str(out / "made"), "--debug"])
+    assert ran.exit_code == 0, ran.output
+    assert ("samples" in ran.stdout) == crew.main
+    made = hfquant.load_calibrate_set(out / "made")
+    hidden = sorted((s["hidden_states"] for s in made), key=lambda x: float(x.sum()))
+    return {f"{i}": tensor.contiguous() for i, tensor in enumerate(hidden)}
+
+
+def pipeline() -> dict[str, Tensor]:
+    """A pipeline's denoiser, on what it sees while the pipeline runs."""
+    pipe, sampler = tiny_pipeline(DDIMScheduler(), tiny_unet()), hfquant.UniformSampler(3)
+    hfquant.quantize_pipeline(pipe, ["a", "b c", "d"], STATIC, sampler=sampler, num_inference_steps=6)
+    assert len(quant_linears(pipe.unet)) > 10
+    return dict(pipe.unet.state_dict())
 
 
 def save_words(folder: Path) -> None:
@@ -169,6 +195,8 @@ def tasks(out: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
         "resumed": lambda: resumed(out / "resume"),
         "recorded": lambda: recorded(None),
         "recorded on disk": lambda: recorded(out / "set"),
+        "command": lambda: command(out),
+        "pipeline": pipeline,
         "loaded": lambda: loaded(out),
         "not finite": not_finite,
         "other models": other_models,

@@ -17,7 +17,19 @@ from hfquant.distributed import Processes, processes
 from hfquant.observers import LayerStats, layer_stats
 from tests import distributed_job
 
-EXACT = ["static", "uneven", "one batch", "search", "svd", "prepared", "recorded", "recorded on disk", "loaded"]
+EXACT = [
+    "static",
+    "uneven",
+    "one batch",
+    "search",
+    "svd",
+    "prepared",
+    "recorded",
+    "recorded on disk",
+    "command",
+    "pipeline",
+    "loaded",
+]
 
 
 def launch(count: int, argument: str, timeout: int = 200) -> subprocess.CompletedProcess[str]:
