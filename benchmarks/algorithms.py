@@ -210,7 +210,7 @@ def child(folder: str, options: dict[str, Any]) -> int:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(options["threads"])
-    batches = torch.load(options["batches"])
+    batches = torch.load(options["batches"], weights_only=True)
 
     def load(path: str, data: Batches) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

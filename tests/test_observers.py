@@ -1,5 +1,6 @@
 """Statistics: exact against numpy, mergeable, deduplicated, padding masked, bad data refused."""
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -212,3 +213,47 @@ def test_stop_early_runs_no_further_than_needed() -> None:
     assert not ran
     observe(net, {"q": net.q}, [torch.randn(2, 6)] * 2)
     assert len(ran) == 2
+
+
+def test_measurements_go_with_their_tensor() -> None:
+    """Kept to the end of a batch, the samples and Hessians of all layers would add up."""
+    seen = observers.Observer({"q": True})
+    seen.start(0, None, "cpu")
+    x = torch.randn(4, 6)
+    seen.see("q", x)
+    measured = weakref.ref(next(iter(seen._measured.values())).stats)
+    seen.stats.clear()
+    assert measured() is not None
+    del x
+    assert measured() is None
+    assert not seen._measured
+
+
+class Language(nn.Module):
+    """What a causal language model's forward looks like from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 50)
+        self.calls: list[tuple[Any, int]] = []
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x: torch.Tensor, use_cache: bool | None = None, logits_to_keep: int = 0) -> torch.Tensor:
+        self.calls.append((use_cache, logits_to_keep))
+        return self.head(self.body(x)[:, -logits_to_keep:])
+
+
+def test_a_language_model_makes_no_cache_and_logits_of_the_last_token_alone() -> None:
+    model = Language()
+    stats = observe(model, {"body": model.body}, [{"x": torch.randn(2, 5, 6)}])
+    assert model.calls == [(False, 1)]
+    assert stats["body"].count == 10
+
+
+def test_an_observed_head_sees_every_token_and_a_callers_arguments_win() -> None:
+    model = Language()
+    stats = observe(model, {"head": model.head}, [{"x": torch.randn(2, 5, 6), "use_cache": True}])
+    assert model.calls == [(True, 0)]
+    assert stats["head"].count == 10
