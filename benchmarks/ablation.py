@@ -18,6 +18,7 @@ INT8 = {"type": "int8", "axis": -1}
 SEARCH = {"search_alpha_config": {"enable": True}}
 FINE = {"search_alpha_config": {"enable": True, "min": 0.5, "step": 0.05}}
 SMOOTH = {"type": "smooth", "alpha": 0.5}
+RMS = {**SMOOTH, "magnitude": "rms", "search_alpha_config": {"enable": True, "max": 0.5, "step": 0.05}}
 SVD = {"type": "svd", "alpha": 0.5, "low_rank": 32}
 THIN_SVD = {"type": "svd", "alpha": 0.5, "low_rank": 8}  # for layers 192 wide
 GPTQ = {"type": "gptq"}
@@ -71,6 +72,9 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w4a16/hfquant-smooth-search-gptq-mse-asym": config(
         GROUP, None, {**SMOOTH, **SEARCH}, GPTQ, clip="mse", symmetric=False
     ),
+    "w4a16/hfquant-smooth-rms": config(GROUP, None, RMS),
+    "w4a16/hfquant-smooth-rms-mse-asym": config(GROUP, None, RMS, clip="mse", symmetric=False),
+    "w4a16/hfquant-smooth-rms-gptq-mse-asym": config(GROUP, None, RMS, GPTQ, clip="mse", symmetric=False),
     "w4a16/hfquant-svd": config(GROUP, None, SVD),
     "w4a16/hfquant-svd-gptq-mse-asym": config(GROUP, None, SVD, GPTQ, clip="mse", symmetric=False),
     "w4a8/hfquant-smooth": config(GROUP, TOKEN, SMOOTH),
@@ -78,6 +82,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w4a8/hfquant-svd": config(GROUP, TOKEN, SVD),
     "w4a8/hfquant-gptq": config(GROUP, TOKEN, calib=GPTQ),
     "w4a8/hfquant-gptq-mse-asym": config(GROUP, TOKEN, calib=GPTQ, clip="mse", symmetric=False),
+    "w4a8/hfquant-smooth-rms-gptq-mse-asym": config(GROUP, TOKEN, RMS, GPTQ, clip="mse", symmetric=False),
     "w4a8/hfquant-svd-gptq-mse-asym": config(GROUP, TOKEN, SVD, GPTQ, clip="mse", symmetric=False),
     "w4a4/hfquant": config(GROUP, TOKEN4),
     "w4a4/hfquant-smooth": config(GROUP, TOKEN4, SMOOTH),

@@ -147,10 +147,15 @@ class SearchAlpha(_Section):
 
 
 class OptConfig(_Section):
-    """Transformation before quantization: SmoothQuant (arXiv 2211.10438) or SVDQuant (arXiv 2411.05007)."""
+    """Transformation before quantization: SmoothQuant (arXiv 2211.10438) or SVDQuant (arXiv 2411.05007).
+
+    ``magnitude`` is what smoothing balances between a channel of the inputs and its column of the weights: the largest
+    values, which set the scale of quantized activations, or the root mean squares, for weights alone.
+    """
 
     type: Optimum = Optimum.SMOOTH
     alpha: float = Field(0.5, ge=0.0, le=1.0)
+    magnitude: Literal["amax", "rms"] = "amax"
     low_rank: int = Field(32, ge=1)
     search_alpha_config: SearchAlpha = SearchAlpha()
 
@@ -158,7 +163,7 @@ class OptConfig(_Section):
     def _fields_fit_type(self, info: ValidationInfo) -> OptConfig:
         if not _is_patch(info):
             if self.type is Optimum.DEFAULT:
-                self._reject(["alpha", "low_rank", "search_alpha_config"], 'needs type "smooth" or "svd"')
+                self._reject(["alpha", "magnitude", "low_rank", "search_alpha_config"], 'needs type "smooth" or "svd"')
             elif self.type is Optimum.SMOOTH:
                 self._reject(["low_rank"], 'needs type "svd"')
         return self
@@ -374,6 +379,14 @@ _INT4_TOKEN = {"type": "int4", "axis": -1, "dynamic": True}
 _INT4_GROUP = {"type": "int4", "group_size": 64}
 # One scale a tensor needs most of the outliers in the weights, how many differs by layer.
 _SEARCHED = {"opt": {"type": "smooth", "search_alpha_config": {"enable": True, "min": 0.5, "step": 0.05}}}
+# Float activations leave the weights' error to balance: by the mean square, with little of it moved.
+_BALANCED = {
+    "opt": {
+        "type": "smooth",
+        "magnitude": "rms",
+        "search_alpha_config": {"enable": True, "max": 0.5, "step": 0.05},
+    }
+}
 _ROUND = {"opt": {"type": "default"}, "calib": {"type": "amax"}}
 _SVD = {"opt": {"type": "svd", "low_rank": 32, "alpha": 0.5}, "calib": {"type": "amax"}}
 
@@ -397,7 +410,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "w6a16": {**_ROUND, "weight_quant": {"type": "int6", "group_size": 64}, "input_quant": None},
         "w4a16": {**_ROUND, "weight_quant": _INT4_GROUP, "input_quant": None},
         "w4a16-gptq": {
-            "opt": {"type": "default"},
+            **_BALANCED,
             "calib": {"type": "gptq"},
             "weight_quant": {**_INT4_GROUP, "symmetric": False, "clip": "mse"},
             "input_quant": None,

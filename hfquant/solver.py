@@ -183,15 +183,22 @@ def _useful_dual(plan: LayerPlan, stats: LayerStats, smooth: Tensor | None) -> t
 
 def _smoothing(w: Tensor, plan: LayerPlan, stats: LayerStats, dtype: torch.dtype) -> tuple[Tensor, list[float]]:
     """The smoothing vector [in], and the alpha of each input segment: the config's, or the best on the sampled rows."""
-    opt, x_amax, w_amax = plan.config.opt, stats.amax, w.abs().amax(0)
+    opt, magnitudes = plan.config.opt, _magnitudes(w, plan, stats)
     if not opt.search_alpha_config.enable:
-        return smoothing_vector(x_amax, w_amax, opt.alpha), [opt.alpha] * len(plan.input_segments)
+        return smoothing_vector(*magnitudes, opt.alpha), [opt.alpha] * len(plan.input_segments)
     grid = opt.search_alpha_config.grid()
     losses = alpha_losses(w, plan, stats, grid, dtype)
     best = [grid[i] for i in losses.argmin(0).tolist()]
-    vectors = {alpha: smoothing_vector(x_amax, w_amax, alpha) for alpha in best}
+    vectors = {alpha: smoothing_vector(*magnitudes, alpha) for alpha in best}
     columns = _blocks(plan.input_segments)
     return torch.cat([vectors[alpha][c] for alpha, c in zip(best, columns, strict=True)]), best
+
+
+def _magnitudes(w: Tensor, plan: LayerPlan, stats: LayerStats) -> tuple[Tensor, Tensor]:
+    """What smoothing balances: of each input channel, and of each column of ``w``, two [in]."""
+    if plan.config.opt.magnitude == "rms":
+        return (stats.power / stats.count).sqrt(), w.square().mean(0).sqrt()
+    return stats.amax, w.abs().amax(0)
 
 
 def alpha_losses(w: Tensor, plan: LayerPlan, stats: LayerStats, grid: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -202,15 +209,16 @@ def alpha_losses(w: Tensor, plan: LayerPlan, stats: LayerStats, grid: Sequence[f
     """
     # Round to nearest stands in for GPTQ, which would cost a sweep for each alpha.
     plan = replace(plan, config=_rounded(plan.config))
-    weights, w_amax = stats.row_weights, w.abs().amax(0)
+    weights = stats.row_weights
     everything = [(stats, torch.ones_like(stats.fold))]
     losses = torch.zeros(len(grid), len(plan.input_segments), device=w.device)
     for half, chosen in stats.halves() if plan.static_input else everything:
         rows = chosen.to(w.device)
         x, row_weights = stats.sample[rows], weights[rows, None]
         exact = [x[:, columns] @ w[:, columns].T for columns in _blocks(plan.input_segments)]
+        magnitudes = _magnitudes(w, plan, half)
         for i, alpha in enumerate(grid):
-            smooth = smoothing_vector(half.amax, w_amax, alpha)
+            smooth = smoothing_vector(*magnitudes, alpha)
             outputs = _segment_outputs(w, x, plan, half, smooth, dtype)
             for j, (output, target) in enumerate(zip(outputs, exact, strict=True)):
                 losses[i, j] += (output.sub_(target).square_() * row_weights).sum()

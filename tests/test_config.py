@@ -240,10 +240,11 @@ WRONG = [
     ({"weight_quant": {"group_size": 64.0}}, "weight_quant.group_size", "64.0"),
     ({"weight_quant": {"group_size": float("nan")}}, "weight_quant.group_size", "nan"),
     ({"weight_quant": {"group_size": 0}}, "weight_quant.group_size", "0"),
+    ({"opt": {"magnitude": "mean"}}, "opt.magnitude", "'amax' or 'rms', got 'mean'"),
     ({"weight_quant": {"clip": "max"}}, "weight_quant.clip", "'amax' or 'mse', got 'max'"),
     # Unknown keys, at each level.
     ({"enabled": True}, "enabled", "allowed are enable, seglinear"),
-    ({"opt": {"rank": 4}}, "opt.rank", "allowed are type, alpha, low_rank, search_alpha_config"),
+    ({"opt": {"rank": 4}}, "opt.rank", "allowed are type, alpha, magnitude, low_rank, search_alpha_config"),
     ({"opt": {"search_alpha_config": {"stop": 1}}}, "stop", "allowed are enable, min, max, step"),
     ({"input_quant": {"clip": "mse"}}, "input_quant.clip", "allowed are type, axis, dynamic"),
     # Keys that are not strings, and what JSON cannot hold.
@@ -295,6 +296,7 @@ IMPOSSIBLE = [
     ({"calib": {"group_size": 32}}, 'group_size=32 needs type "gptq"'),
     ({"calib": {"act_order": True}}, 'act_order=True needs type "gptq"'),
     ({"opt": {"type": "smooth", "low_rank": 8}}, 'low_rank=8 needs type "svd"'),
+    ({"opt": {"type": "default", "magnitude": "rms"}}, 'magnitude=\'rms\' needs type "smooth" or "svd"'),
     ({"opt": {"type": "default", "alpha": 0.3}}, 'alpha=0.3 needs type "smooth" or "svd"'),
     ({"opt": {"type": "default", "search_alpha_config": {"enable": True}}}, 'needs type "smooth" or "svd"'),
     ({"weight_quant": {"type": "fp8e4m3", "symmetric": False}}, "symmetric=False needs an integer type, not fp8e4m3"),

@@ -58,6 +58,16 @@ def test_smooth_is_the_formula_and_the_product_unchanged_in_high_precision() -> 
     assert solution.alphas == [[0.4]]
 
 
+def test_smooth_by_root_mean_square_is_the_formula_in_each_output_segment() -> None:
+    weight, x = torch.randn(12, 20), inputs(300, 20)  # more rows than the sample holds
+    opt = {**SMOOTH, "magnitude": "rms"}
+    plan = make_plan(12, 20, {"output_segments": [5, 7]}, opt=opt, weight_quant=CHANNEL, input_quant=None)
+    found = solve("layer", weight, plan, stats_of(x)).tensors["smooth"].double()
+    for smooth, rows in zip(found, weight.double().split([5, 7]), strict=True):
+        expected = x.double().square().mean(0).sqrt() ** 0.4 / rows.square().mean(0).sqrt() ** 0.6
+        torch.testing.assert_close(smooth, expected, rtol=1e-6, atol=0)
+
+
 def test_output_segments_have_their_own_smoothing_and_static_scale() -> None:
     weight, x = torch.cat([torch.randn(5, 20), 40 * torch.rand(7, 20).pow(4)]), inputs(100, 20)
     plan = make_plan(12, 20, {"output_segments": [5, 7]}, opt=SMOOTH, weight_quant=CHANNEL)
@@ -102,7 +112,7 @@ def test_rows_of_a_segment_share_its_scale_per_tensor(cut: int) -> None:
 
 
 @pytest.mark.parametrize("quant", [None, TOKEN, {"type": "int8"}, {"type": "int4", "axis": -1, "dynamic": True}])
-@pytest.mark.parametrize("opt", [SEARCH, SVD | SEARCH | {"type": "svd"}])
+@pytest.mark.parametrize("opt", [SEARCH, SEARCH | {"magnitude": "rms"}, SVD | SEARCH | {"type": "svd"}])
 @pytest.mark.parametrize("segments", [[20], [7, 13]])
 def test_search_equals_brute_force(quant: dict[str, Any] | None, opt: dict[str, Any], segments: list[int]) -> None:
     """The alpha of each segment is the one whose layer, solved and run with it, has the least error there.
