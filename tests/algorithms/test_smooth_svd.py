@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfquant.algorithms.smooth import smoothing_vector
-from hfquant.algorithms.svd import _randomized, low_rank
+from hfquant.algorithms.svd import _block_krylov, low_rank
 
 
 @given(alpha=st.floats(0, 1), seed=st.integers(0, 2**16))
@@ -52,13 +52,43 @@ def test_low_rank_is_optimal(shape: tuple[int, int], rank: int) -> None:
     assert best - 1e-9 <= residual <= best + 1e-3 * captured
 
 
-def test_randomized_svd_is_used_only_once_converged() -> None:
-    assert _randomized(decaying(300, 500).float(), 8, 24) is not None
-    flat = torch.randn(300, 500, generator=torch.Generator().manual_seed(0))
-    up, down = low_rank(flat, 8)
-    best = torch.linalg.svdvals(flat.double())[8:].square().sum()
-    captured = torch.linalg.svdvals(flat.double())[:8].square().sum()
-    assert (flat.double() - up.double() @ down.double()).square().sum() <= best + 1e-3 * captured
+def normal(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+def left_over(weight: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor]) -> float:
+    up, down = factors
+    return float((weight.double() - up.double() @ down.double()).square().sum())
+
+
+OUTLIERS = torch.ones(500).index_fill(0, torch.tensor([7, 300]), 1e3)
+KRYLOV = {
+    "decaying": (decaying(300, 500).float(), 8),
+    "tall": (decaying(500, 300).float(), 20),
+    "flat": (normal(300, 500), 8),  # the slowest to converge
+    "outlier columns": (normal(300, 500) * OUTLIERS, 16),
+    "rank 3": (normal(300, 3) @ normal(3, 500), 8),
+    "nothing": (torch.zeros(300, 500), 8),
+}
+
+
+@pytest.mark.parametrize("case", KRYLOV)
+def test_krylov_basis_loses_little_of_what_can_be_captured(case: str) -> None:
+    """Nor does it leave much more than has to be left, be that little beside a few columns."""
+    weight, rank = KRYLOV[case]
+    factors = _block_krylov(weight, rank, 16)
+    assert factors is not None
+    squares = torch.linalg.svdvals(weight.double()).square()
+    captured, best, found = float(squares[:rank].sum()), float(squares[rank:].sum()), left_over(weight, factors)
+    assert found <= best + 1e-3 * min(captured, best) + 1e-6 * captured
+    assert sum(f.isfinite().all() for f in factors) == 2
+
+
+def test_exact_where_the_krylov_basis_grows_too_large() -> None:
+    weight = normal(300, 500)
+    assert _block_krylov(weight, 64, 64) is None
+    best = float(torch.linalg.svdvals(weight.double())[64:].square().sum())
+    assert left_over(weight, low_rank(weight, 64)) <= best * (1 + 1e-6)
 
 
 def test_low_rank_of_nothing_is_nothing() -> None:
