@@ -120,6 +120,11 @@ def generate_shard(
             collected.setdefault(cursor.batch if shard[1] > 1 else 0, Recording()).take(recording, position)
         return BaseCalibSet(list(collected.values()) or [Recording()], provenance=origin)
 
+    if others := storage.writers(Path(dump_path)) - {shard[1]}:
+        raise CalibSetError(
+            f"{dump_path} was begun by {min(others)} process(es), these are {shard[1]}: go on with as many, or choose "
+            "another path."
+        )
     directory = Path(dump_path) if shard[1] == 1 else Path(dump_path) / storage.shard_name(*shard)
     directory.mkdir(parents=True, exist_ok=True)
     with storage.exclusive(directory):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -343,6 +344,12 @@ def exclusive(directory: Path) -> Iterator[None]:
 def shard_name(rank: int, world_size: int) -> str:
     """Directory that process `rank` of `world_size` writes its share of a set to."""
     return f"shard-{rank:05d}-of-{world_size:05d}"
+
+
+def writers(directory: Path) -> set[int]:
+    """By how many processes the set in `directory` was begun: one number, none, or several where runs were mixed."""
+    shards = (re.fullmatch(r"shard-\d{5}-of-(\d{5})", path.name) for path in directory.glob("shard-*") if path.is_dir())
+    return {int(match[1]) for match in shards if match} | ({1} if (directory / INDEX).exists() else set())
 
 
 def _chunk_name(number: int, compress: bool) -> str:

@@ -282,6 +282,16 @@ def test_shards_hold_what_one_process_holds(unbroken, tmp_path, world_size):
         load_calibrate_set(tmp_path)
 
 
+@pytest.mark.parametrize("begun", [1, 2, 4])
+def test_a_set_of_other_processes_is_in_the_way(tmp_path, begun):
+    generate(tmp_path, shard=(0, begun))
+    before = sorted(tmp_path.rglob("*"))
+    for world_size in {1, 2, 4} - {begun}:
+        with pytest.raises(CalibSetError, match=rf"begun by {begun} process\(es\), these are {world_size}"):
+            generate(tmp_path, shard=(0, world_size))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_language_model_set(tmp_path):
     model = tiny_llama()
     ids = torch.arange(40).reshape(4, 10)
