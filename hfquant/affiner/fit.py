@@ -22,10 +22,10 @@ from hfquant.affiner.hooks import (
     find_denoiser,
     float_dtype,
     half,
-    refuse_attached,
     run_step,
 )
-from hfquant.affiner.runs import DenoisingLoop, Event, Run, batches, call_arguments, own_copy
+from hfquant.affiner.inputs import Samples, as_pipeline, call_batches, check_alike, seeded_call
+from hfquant.affiner.runs import DenoisingLoop, Event, Run
 from hfquant.calibration.samplers import seeded
 from hfquant.config import ConfigError
 
@@ -77,9 +77,9 @@ def load_affiner(
     scheduler = config.get("scheduler") if isinstance(config, Mapping) else None
     if isinstance(model_real, nn.Module) != isinstance(model_quant, nn.Module):
         raise TypeError("model_real and model_quant must both be pipelines or both be denoisers")
-    real, quant = (_as_pipeline(m, n, scheduler) for m, n in ((model_real, "model_real"), (model_quant, "model_quant")))
-    _check_alike(real, quant)
-    samples = _batches(dataset, real, latents, shuffle, checked)
+    real, quant = (as_pipeline(m, n, scheduler) for m, n in ((model_real, "model_real"), (model_quant, "model_quant")))
+    check_alike(real, quant)
+    samples = call_batches(dataset, real, latents, shuffle, checked)
     affiner: Any = BlockwiseAffiner(checked) if thirdparty_affiner is None else thirdparty_affiner
     if not isinstance(affiner, Affiner):
         raise TypeError(f"{type(affiner).__name__} lacks observe, solve or correct (see hfquant.affiner.Affiner)")
@@ -101,7 +101,6 @@ def load_affiner(
     return affiner
 
 
-Samples = list[dict[str, Any]]
 Turn = Callable[[str], None]
 
 
@@ -152,9 +151,9 @@ class _Fit:
         at_denoiser = self.stepper.noise_target != "all"
         finish = partial(run_step, self.affiner) if self.stepper.recurrent else None
         return _Lane(
-            Run(self.real, _seeded_call(sample), at_denoiser=at_denoiser),
-            Run(self.quant, self._converted(_seeded_call(sample)), at_denoiser=at_denoiser, finish=finish),
-            None if self.latents is None else Run(self.real, _seeded_call(sample)),
+            Run(self.real, seeded_call(sample), at_denoiser=at_denoiser),
+            Run(self.quant, self._converted(seeded_call(sample)), at_denoiser=at_denoiser, finish=finish),
+            None if self.latents is None else Run(self.real, seeded_call(sample)),
         )
 
     def _converted(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +236,7 @@ class _Fit:
         where it is the second.
         """
         self.turn("real")
-        run = Run(self.real, _seeded_call(sample), at_denoiser=True)
+        run = Run(self.real, seeded_call(sample), at_denoiser=True)
         try:
             behind = run.resume()
             guided = run.resume() if behind is not None else None
@@ -315,94 +314,6 @@ def _check_layout(values: Tensor, denoiser: nn.Module) -> None:
             )
 
 
-def _as_pipeline(model: Any, name: str, scheduler: Any) -> Any:
-    if isinstance(model, nn.Module):
-        if scheduler is None:
-            raise ConfigError(f'{name} is a bare denoiser: give config["scheduler"], a diffusers scheduler')
-        refuse_attached(model)
-        model = DenoisingLoop(model, scheduler)
-    elif not callable(model) or not hasattr(model, "scheduler"):
-        raise TypeError(
-            f"{name} must be a diffusers pipeline or a denoiser (a torch module), got {type(model).__name__}"
-        )
-    elif scheduler is not None:
-        raise ConfigError(f'{name} is a pipeline with its own scheduler: leave config["scheduler"] out')
-    find_denoiser(model)
-    own_copy(model)  # refuses one with an affiner attached
-    return model
-
-
-def _check_alike(real: Any, quant: Any) -> None:
-    one, other = ((type(p.scheduler).__name__, _settings(p.scheduler)) for p in (real, quant))
-    if one[0] != other[0]:
-        raise ValueError(f"the schedulers differ: {one[0]} in model_real, {other[0]} in model_quant")
-    for key in one[1].keys() | other[1].keys():
-        if one[1].get(key) != other[1].get(key):
-            raise ValueError(f"the schedulers differ in {key}: {one[1].get(key)!r} and {other[1].get(key)!r}")
-    for key in ("in_channels", "out_channels", "sample_size", "patch_size"):
-        mine, theirs = (getattr(getattr(find_denoiser(p), "config", None), key, None) for p in (real, quant))
-        if mine != theirs:
-            raise ValueError(f"the denoisers differ in {key}: {mine!r} and {theirs!r}")
-
-
-def _settings(scheduler: Any) -> dict[str, Any]:
-    return {k: v for k, v in dict(getattr(scheduler, "config", {})).items() if not k.startswith("_")}
-
-
-def _batches(dataset: Any, pipeline: Any, latents: Tensor | None, shuffle: bool, config: AffinerConfig) -> Samples:
-    """The arguments of all pipeline calls, initial noise included."""
-    stepper = config.stepper
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, (str, Mapping)):
-        raise TypeError(
-            f"dataset must be a datasets.Dataset, a list or a map-style dataset, got {type(dataset).__name__}"
-        )
-    if not len(dataset):
-        raise ValueError("the dataset is empty: there is nothing to fit the affiner on")
-    count = min(stepper.sample_size or len(dataset), len(dataset))
-    if stepper.sample_size is not None and stepper.sample_size > len(dataset):
-        raise ValueError(f"stepper.sample_size={stepper.sample_size}, but the dataset has {len(dataset)} rows")
-    if latents is not None and len(latents) < count:
-        raise ValueError(f"latents has noise for {len(latents)} samples, {count} are needed")
-    order = list(range(len(dataset)))
-    if shuffle:
-        generator = torch.Generator().manual_seed(stepper.seed)
-        order = torch.randperm(len(dataset), generator=generator).tolist()
-    common = dict(config.extra_args)
-    if stepper.max_timestep is not None:
-        common["num_inference_steps"] = stepper.max_timestep
-    rows = ((i, dataset[i]) for i in order[:count])
-    _, accepted, open_ended = call_arguments(pipeline)
-    samples, start = [], 0
-    for numbers, kwargs in batches(rows, pipeline, stepper.batch_size, common):
-        if latents is not None:
-            kwargs["latents"] = latents[start : start + len(numbers)]
-        start += len(numbers)
-        if open_ended or "generator" in accepted:
-            kwargs.setdefault(_SEED, stepper.seed * 1_000_003 + numbers[0])
-        samples.append(kwargs)
-    return samples
-
-
-_SEED = "seed of the batch"  # no argument's name has spaces
-
-
-def _seeded_call(sample: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of one call, with a fresh generator, so that each run of a batch draws the same noise."""
-    kwargs = dict(sample)
-    if (seed := kwargs.pop(_SEED, None)) is not None:
-        kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
-    given = kwargs.get("generator")
-    if isinstance(given, torch.Generator):
-        kwargs["generator"] = _generator_copy(given)
-    elif isinstance(given, (list, tuple)):
-        kwargs["generator"] = [_generator_copy(one) for one in given]
-    return kwargs
-
-
-def _generator_copy(given: torch.Generator) -> torch.Generator:
-    return torch.Generator(given.device).set_state(given.get_state())
-
-
 def _denoiser_calls(pipeline: Any, samples: Samples, count: int, turn: Turn) -> list[Call]:
     """Arguments of the real denoiser's calls at `count` evenly spread steps of each run, on the CPU."""
     from accelerate.utils import send_to_device
@@ -415,7 +326,7 @@ def _denoiser_calls(pipeline: Any, samples: Samples, count: int, turn: Turn) -> 
         def keep(_: nn.Module, args: Any, kwargs: Any, held: list[Call] = held) -> None:
             held.append(send_to_device((args, kwargs), "cpu"))
 
-        run = Run(pipeline, _seeded_call(sample))
+        run = Run(pipeline, seeded_call(sample))
         handle = find_denoiser(pipeline).register_forward_pre_hook(keep, with_kwargs=True)
         try:
             while run.resume() is not None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -221,95 +220,3 @@ class DenoisingLoop:
 
 def _batch(arguments: Mapping[str, Any]) -> int:
     return next((len(v) for v in arguments.values() if isinstance(v, Tensor) and v.dim()), 1)
-
-
-def call_arguments(pipeline: Any) -> tuple[str | None, set[str], bool]:
-    """What a pipeline can be called with: its first argument, all names, and whether it takes any others too."""
-    if isinstance(pipeline, DenoisingLoop):
-        own = inspect.signature(pipeline.__call__).parameters
-        model = list(inspect.signature(pipeline.transformer.forward).parameters)
-        labels = next((n for n in ("class_labels", "encoder_hidden_states") if n in model), None)
-        return labels, set(own) - {"arguments"} | set(model), False
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    names = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD][1:]
-    return next(iter(names), None), set(names), len(names) + 1 < len(parameters)
-
-
-def batches(
-    rows: Iterator[tuple[int, Any]], pipeline: Any, batch_size: int, common: Mapping[str, Any]
-) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Rows of a dataset to arguments of pipeline calls.
-
-    A row is a dict of call arguments, or the first argument alone (a prompt, a label); so is a dict of one column that
-    is no argument (`{"text": ...}`). Strings, and the first argument, become lists (tensors of numbers for a bare
-    denoiser); tensors are stacked; anything else is passed on as it is, and a batch ends where it changes.
-
-    Yields:
-        The rows' numbers, and the arguments.
-
-    Raises:
-        ValueError: A row names an argument that the call does not have.
-    """
-    first, allowed, open_ended = call_arguments(pipeline)
-    if not open_ended and (odd := set(common) - allowed):
-        raise ValueError(f"extra_args: {_name(pipeline)} takes no {sorted(odd)}; it takes {sorted(allowed)}")
-    bare = isinstance(pipeline, DenoisingLoop)
-    numbers: list[int] = []
-    group: list[dict[str, Any]] = []
-    for number, row in rows:
-        if isinstance(row, Mapping):
-            row = dict(row)
-            if len(row) == 1 and not open_ended and first and not set(row) <= allowed:
-                row = {first: next(iter(row.values()))}
-            if not open_ended and (odd := set(row) - allowed):
-                raise ValueError(
-                    f"dataset[{number}]: {_name(pipeline)} takes no {sorted(odd)}; it takes {sorted(allowed)}"
-                )
-        else:
-            row = row.item() if isinstance(row, np.generic) else row
-            if first is None or not isinstance(row, (str, int, float, Tensor)):
-                raise ValueError(
-                    f"dataset[{number}]: expected a dict of arguments of {_name(pipeline)}"
-                    f"{f' or its {first}' if first else ''}, got {type(row).__name__}"
-                )
-            row = {first: row}
-        if group and (len(group) == batch_size or not _alike(group[0], row, first, bare)):
-            yield numbers, _joined(group, first, bare) | dict(common)
-            numbers, group = [], []
-        numbers.append(number)
-        group.append(row)
-    if group:
-        yield numbers, _joined(group, first, bare) | dict(common)
-
-
-def _name(pipeline: Any) -> str:
-    return type(pipeline.transformer if isinstance(pipeline, DenoisingLoop) else pipeline).__name__
-
-
-def _joins(name: str, value: Any, first: str | None, bare: bool) -> bool:
-    return name == first or isinstance(value, (str, Tensor)) or (bare and isinstance(value, (int, float)))
-
-
-def _alike(one: dict[str, Any], other: dict[str, Any], first: str | None, bare: bool) -> bool:
-    """Whether two rows can share a call."""
-    if one.keys() != other.keys():
-        return False
-    return all(
-        (isinstance(v, Tensor) and isinstance(other[k], Tensor) and v.shape == other[k].shape)
-        if isinstance(v, Tensor)
-        else type(v) is type(other[k]) and (_joins(k, v, first, bare) or v == other[k])
-        for k, v in one.items()
-    )
-
-
-def _joined(group: list[dict[str, Any]], first: str | None, bare: bool) -> dict[str, Any]:
-    joined: dict[str, Any] = {}
-    for name, value in group[0].items():
-        column = [row[name] for row in group]
-        if isinstance(value, Tensor):
-            joined[name] = torch.stack(column)
-        elif bare and isinstance(value, (int, float)):
-            joined[name] = torch.tensor(column)
-        else:
-            joined[name] = column if _joins(name, value, first, bare) else value
-    return joined
