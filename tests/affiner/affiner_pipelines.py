@@ -115,3 +115,33 @@ class Toy(torch.nn.Module):
             torch.tanh(self.inner(sample)) + 0.1 * class_labels.view(-1, 1, 1, 1) + timestep.view(-1, 1, 1, 1) / 1000
         )
         return (noise * self.gain.view(-1, 1, 1) + self.offset.view(-1, 1, 1),)
+
+
+EXACT = {"lambda1": 0.0, "lambda2": 0.0}
+
+
+def toy_config(scheduler=None, solver=EXACT, steps=4, **stepper):
+    scheduler = scheduler or DDIMScheduler(clip_sample=False)
+    return {"scheduler": scheduler, "solver": solver, "stepper": {"max_timestep": steps, "batch_size": 2, **stepper}}
+
+
+def noise(count=5, channels=2, size=6, seed=7):
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+class Recorder:
+    """A third party's affiner: keeps what it sees, corrects by a constant."""
+
+    def __init__(self):
+        self.seen, self.solved, self.corrected = [], [], []
+
+    def observe(self, timestep, real, quant):
+        assert timestep not in self.solved
+        self.seen.append((timestep, real, quant))
+
+    def solve(self, timestep):
+        self.solved.append(timestep)
+
+    def correct(self, timestep, prediction):
+        self.corrected.append(timestep)
+        return prediction + 0.05

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from hfquant.demo import load_digits_pipeline
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -9,3 +11,10 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pipe = load_digits_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
