@@ -74,6 +74,7 @@ PIECES: dict[str, Piece] = {
     "SVD rank 32 search, W4A16 group 64": Piece(config(GROUP, None, {**SVD, **SEARCH})),
     "GPTQ, W4A16 group 64": Piece(config(GROUP, None, calib=GPTQ), seconds=90),
     "GPTQ, W4A16 group 64, mse, asymmetric": Piece(config(GROUP, None, calib=GPTQ, **BEST), seconds=90),
+    "w4a16-gptq: the same after a SMOOTH search": Piece("w4a16-gptq"),
 }
 
 RANKS = (16, 32, 64, 128)

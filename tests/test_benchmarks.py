@@ -328,6 +328,21 @@ def test_memory_of_a_load_in_a_fresh_process(llama: LlamaForCausalLM, tmp_path) 
     assert measured["resident peak"] < 100e6
 
 
+MEASURED_AS = {
+    "w8a8": "w8a8/hfquant-static-smooth-fine",
+    "w8a8-smooth": "w8a8/hfquant-dynamic-smooth",
+    "w4a16-gptq": "w4a16/hfquant-smooth-rms-gptq-mse-asym",
+    "w4a8-gptq": "w4a8/hfquant-smooth-rms-gptq-mse-asym",
+    "w4a8-svd": "w4a8/hfquant-svd",
+    "w4a4-svd": "w4a4/hfquant-svd",
+}
+
+
+@pytest.mark.parametrize("preset", MEASURED_AS)
+def test_the_rows_that_stand_for_presets_are_their_configs(preset) -> None:
+    assert parse(ABLATION[MEASURED_AS[preset]]).default == parse(preset).default
+
+
 def test_texts_of_a_length_repeat_paragraphs_in_another_order(tmp_path) -> None:
     path = streaming.write_text(tmp_path, "one\n\ntwo words\n\nthree", 1)
     assert 1e6 <= path.stat().st_size < 1e6 + 100
