@@ -237,7 +237,7 @@ def test_without_data_the_stated_fallback() -> None:
     assert set(solution.tensors) == {"weight", "weight_scale"}
 
 
-@pytest.mark.parametrize("opt", [{"type": "default"}, SEARCH, SVD])
+@pytest.mark.parametrize("opt", [{"type": "default"}, SEARCH, SEARCH | {"magnitude": "rms"}, SVD])
 @pytest.mark.parametrize("calib", ["amax", "gptq"])
 @pytest.mark.parametrize("case", ["zero weight", "constant input", "zero input", "one row", "few rows", "bf16"])
 def test_degenerate_layers_stay_finite_and_right(opt: dict[str, Any], calib: str, case: str) -> None:
