@@ -4,9 +4,11 @@
 
 Scales are calibrated on windows of Python's language reference. Every fifth window is kept out of it ("same kind"); the
 dataset descriptions are the evaluation text of :mod:`benchmarks.quality` ("other kind"). Rows "on three kinds of text"
-are calibrated on as many windows each of the standard library's help and of numpy's as well. Beside perplexity and KL
-the page has, for each down projection, what clipping to the calibrated range of each channel takes from its output: the
-share of the output's energy, the first token of each sequence aside.
+are calibrated on as many windows each of the standard library's help and of numpy's as well; rows "on the other kind
+itself" on the very text they are judged on, which is no result but a bound. Rows that the JSON file has are kept.
+
+Beside perplexity and KL the page has, for each down projection, what clipping to the calibrated range of each channel
+takes from its output: the share of the output's energy, the first token of each sequence aside.
 """
 
 from __future__ import annotations
@@ -86,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure everything, print the page and store it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.partition("\n")[0])
     parser.add_argument("--windows", type=int, default=40, help="windows of 512 tokens, a fifth of them kept out")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
     parser.add_argument("--json", type=Path, help="file to write; a .md of the same name goes beside it")
     args = parser.parse_args(argv)
 
@@ -93,13 +96,20 @@ def main(argv: list[str] | None = None) -> int:
     calibration, same = split(models.token_batches(tokenizer, models.calibration_text(), count=args.windows))
     texts = {"same kind": same, "other kind": metrics.evaluation_windows(tokenizer, models.evaluation_texts())}
     references = {kind: metrics.reference(model, windows) for kind, windows in texts.items()}
-    shares = {kind: clipped(model, calibration, windows) for kind, windows in texts.items()}
+    stored = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    if stored.get("windows", args.windows) != args.windows:
+        parser.error(f"{args.json} was made with {stored['windows']} windows: name another file")
+    shares = stored.get("clipped") or {k: clipped(model, calibration, windows) for k, windows in texts.items()}
     count = sum(len(batch["input_ids"]) for batch in calibration)
     mixed = [*calibration, *(b for m in HELP for b in models.token_batches(tokenizer, help_text(m), count=count))]
     work = {name: (calibration, CONFIGS[name]) for name in CONFIGS}
     work |= {f"{name}; on three kinds of text": (mixed, CONFIGS[name]) for name in AGAIN}
-    rows: dict[str, dict[str, float]] = {}
+    bound = [{"input_ids": window} for window in texts["other kind"]]
+    work |= {f"{name}; on the other kind itself": (bound, CONFIGS[name]) for name in AGAIN[:2]}
+    rows: dict[str, dict[str, float]] = stored.get("rows", {})
     for name, (batches, rules) in work.items():
+        if args.only and not any(text in name for text in args.only):
+            continue
         quantized = hfquant.quantize(models.smollm2()[0], batches, rules)
         rows[name] = {}
         for kind, reference in references.items():
@@ -107,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
             rows[name][f"{kind}: change %"] = 100 * (scores.perplexity / reference.perplexity - 1)
             rows[name][f"{kind}: KL"] = scores.kl
         print(name, rows[name], file=sys.stderr, flush=True)
+    rows = {name: rows[name] for name in work if name in rows}
     page = markdown(rows, shares) + f"\n{args.windows} windows of 512 tokens. {environment()['cpu']}.\n"
     print(page)
     if args.json:
