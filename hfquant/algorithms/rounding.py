@@ -74,23 +74,22 @@ def _clipped(
             *(_clipped(part, quant, columns, a, b, importance, rows) for part, a, b in blocks), strict=True
         )
         return torch.cat(scales), None if zeros[0] is None else torch.cat(zeros)
-    best_scale, best_zero = _grid(quant, low, high)
-    best = torch.full_like(best_scale, torch.inf)
+    # Counted in steps of the unclipped grid, whose zero points a factor leaves as they are.
+    step, zero = _grid(quant, low, high)
+    steps, shift = _grouped(w / formats.expand_columns(step, columns), columns), _per_column(zero, columns)
     importance = None if importance is None else importance.to(w)
+    best, best_factor = torch.full_like(step, torch.inf), torch.ones_like(step)
     for factor in CLIP_FACTORS:
-        scale, zero = _grid(quant, low * factor, high * factor)
-        error = rounded_weight(w, scale, zero, quant.type, columns).sub_(w).square_()
+        error = formats.fake_quantize(steps, step.new_tensor(factor), quant.type, shift).sub_(steps)
+        error = error.square_().view(w.shape)
         if importance is not None:
             error *= importance
         loss = formats.sum_columns(error, columns)
         if rows is not None:
             loss = _over_rows(loss, torch.sum, rows)
-        better = loss < best
-        best = torch.where(better, loss, best)
-        best_scale = torch.where(better, scale, best_scale)
-        if zero is not None and best_zero is not None:
-            best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+        best_factor = torch.where(loss < best, factor, best_factor)
+        best = torch.minimum(best, loss)
+    return _grid(quant, low * best_factor, high * best_factor)[0], zero
 
 
 def round_to_nearest(
