@@ -43,8 +43,17 @@ class LayerReport:
 
     @property
     def sqnr(self) -> float | None:
-        """Signal to quantization noise of the output, in dB."""
-        return None if self.error is None else (-20 * math.log10(self.error) if self.error else math.inf)
+        """Signal to quantization noise of the output, in dB; None without data, infinite without error."""
+        return _decibels(self.error)
+
+    @property
+    def plain_sqnr(self) -> float | None:
+        """What :attr:`sqnr` would be with round-to-nearest alone."""
+        return _decibels(self.plain_error)
+
+
+def _decibels(error: float | None) -> float | None:
+    return None if error is None else (-20 * math.log10(error) if error else math.inf)
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class QuantReport:
         return {"layers": [asdict(layer) for layer in self.layers], "skipped": dict(self.skipped)}
 
     def __str__(self) -> str:
-        head = ("layer", "error plain", "error", "SQNR dB", "alpha", "rank", "seconds", "what")
+        head = ("layer", "error plain", "error", "SQNR plain", "SQNR dB", "alpha", "rank", "seconds", "what")
         rows = [head, *(_row(layer) for layer in self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
@@ -75,6 +84,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         layer.name,
         number(layer.plain_error, ".5f"),
         number(layer.error, ".5f"),
+        number(layer.plain_sqnr, ".1f"),
         number(layer.sqnr, ".1f"),
         alphas or "-",
         str(layer.rank or "-"),
