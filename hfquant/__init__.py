@@ -20,12 +20,13 @@ if TYPE_CHECKING:
         generate_calibrate_set,
         load_calibrate_set,
     )
-    from hfquant.config import PRESETS, Calibrate, ConfigError, DType, Optimum, SegPattern
+    from hfquant.config import Calibrate, ConfigError, DType, Optimum, SegPattern
     from hfquant.integrations.config import HfQuantConfig
     from hfquant.linear import QuantLinear, set_real_quant
     from hfquant.observers import CalibrationError
     from hfquant.pipelines import quantize_pipeline
     from hfquant.planner import plan
+    from hfquant.presets import PRESETS
     from hfquant.ptq import dequantize, quantize
 
 __version__ = "0.1.0"
@@ -71,11 +72,12 @@ _LAZY = {
         ),
         "hfquant.calibration",
     ),
-    **dict.fromkeys(("PRESETS", "Calibrate", "ConfigError", "DType", "Optimum", "SegPattern"), "hfquant.config"),
+    **dict.fromkeys(("Calibrate", "ConfigError", "DType", "Optimum", "SegPattern"), "hfquant.config"),
     **dict.fromkeys(("QuantLinear", "set_real_quant"), "hfquant.linear"),
     **dict.fromkeys(("dequantize", "quantize"), "hfquant.ptq"),
     "CalibrationError": "hfquant.observers",
     "HfQuantConfig": "hfquant.integrations.config",
+    "PRESETS": "hfquant.presets",
     "plan": "hfquant.planner",
     "quantize_pipeline": "hfquant.pipelines",
 }
