@@ -14,6 +14,8 @@ TOKEN = {"type": "int8", "axis": -1, "dynamic": True}
 TOKEN4 = {"type": "int4", "axis": -1, "dynamic": True}
 STATIC = {"type": "int8"}
 INT8 = {"type": "int8", "axis": -1}
+INT8_GROUP = {"type": "int8", "group_size": 64}
+FP8 = {"type": "fp8e4m3"}
 
 SEARCH = {"search_alpha_config": {"enable": True}}
 FINE = {"search_alpha_config": {"enable": True, "min": 0.5, "step": 0.05}}
@@ -60,6 +62,8 @@ ABLATION: dict[str, dict[str, Any]] = {
         **config(INT8, STATIC, {**SMOOTH, **FINE}),
         "*down_proj": {"input_quant": {"type": "int16"}},
     },
+    "w8a8/hfquant-static-smooth-fine-g64-gptq": config(INT8_GROUP, STATIC, {**SMOOTH, **FINE}, GPTQ),
+    "w8a8/hfquant-static-smooth-fine-fp8-inputs": config(INT8, FP8, {**SMOOTH, **FINE}),
     "w8a8/hfquant-dynamic-smooth": config(INT8, TOKEN, SMOOTH),
     "w8a8/hfquant-dynamic-smooth-search": config(INT8, TOKEN, {**SMOOTH, **SEARCH}),
     "w4a16/hfquant-mse": config(GROUP, None, clip="mse"),

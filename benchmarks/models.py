@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 MODELS = Path(__file__).resolve().parent.parent / ".models"
@@ -125,6 +126,44 @@ def token_batches(
         raise ValueError(f"the text has {len(windows)} windows of {seqlen} tokens, {count} were asked for")
     picked = windows[torch.arange(count) * len(windows) // count]
     return [{"input_ids": batch} for batch in picked.split(batch_size)]
+
+
+def written_batches(
+    model: nn.Module, tokenizer: Any, file: Path, seqlen: int = 512, count: int = 128, batch_size: int = 4
+) -> list[dict[str, Tensor]]:
+    """Calibration batches of text that the model wrote itself, from a random token on, drawn at temperature 1.
+
+    It has the breadth of what the model was trained on (self-calibration, arXiv 2410.17170).
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer; no window begins with a special token.
+        file: Where the tokens are kept (safetensors); read instead of written anew where it exists.
+        seqlen: Tokens a window.
+        count: Windows in all.
+        batch_size: Windows a batch, as in :func:`token_batches`.
+
+    Raises:
+        ValueError: ``file`` has windows of another length or number.
+    """
+    if not file.exists():
+        ordinary = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            first = ordinary[torch.randint(len(ordinary), (count, 1))]
+            options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
+            length = {"min_length": seqlen, "max_length": seqlen}
+            written = [
+                model.generate(start, attention_mask=torch.ones_like(start), **options, **length)  # type: ignore[operator]
+                for start in first.split(32)
+            ]
+        partial = file.with_suffix(".part")
+        save_file({"input_ids": torch.cat(written)}, partial)
+        os.replace(partial, file)
+    windows = load_file(file)["input_ids"]
+    if windows.shape != (count, seqlen):
+        raise ValueError(f"{file} has windows {list(windows.shape)}, not {[count, seqlen]}: remove it")
+    return [{"input_ids": batch} for batch in windows.split(batch_size)]
 
 
 def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -3,9 +3,10 @@
     python -m benchmarks.static --json benchmarks/results/static.json
 
 Scales are calibrated on windows of Python's language reference. Every fifth window is kept out of it ("same kind"); the
-dataset descriptions are the evaluation text of :mod:`benchmarks.quality` ("other kind"). Rows "on three kinds of text"
-are calibrated on as many windows each of the standard library's help and of numpy's as well; rows "on the other kind
-itself" on the very text they are judged on, which is no result but a bound. Rows that the JSON file has are kept.
+dataset descriptions are the evaluation text of :mod:`benchmarks.quality` ("other kind"). Further rows are calibrated on
+more: as many windows each of the standard library's help and of numpy's as well ("three kinds of text"), and beside all
+of these 128 windows that the model wrote ("and its own writing"). Rows "on the other kind itself" are calibrated on the
+very text they are judged on, which is no result but a bound. Rows that the JSON file has are kept.
 
 Beside perplexity and KL the page has, for each down projection, what clipping to the calibrated range of each channel
 takes from its output: the share of the output's energy, the first token of each sequence aside.
@@ -17,36 +18,47 @@ import argparse
 import json
 import pydoc
 import sys
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import hfquant
 from benchmarks import metrics, models
-from benchmarks.ablation import FINE, GPTQ, INT8, SMOOTH, STATIC, TOKEN, config
+from benchmarks.ablation import FINE, FP8, GPTQ, INT8, INT8_GROUP, SMOOTH, STATIC, TOKEN, config
 from benchmarks.quality import environment
-from hfquant.observers import observe
+from hfquant import HfQuantConfig, QuantLinear
+from hfquant.linear import replace_modules
+from hfquant.observers import LayerStats, observe
+from hfquant.planner import plan_layers
+from hfquant.solver import solve
+
+Batches = list[dict[str, Tensor]]
 
 SEARCHED = {**SMOOTH, **FINE}
 WIDE_DOWN = {"*down_proj": {"input_quant": {"type": "int16"}}}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "W8A8 static, SMOOTH 0.5": config(INT8, STATIC, SMOOTH),
     "W8A8 static, SMOOTH search": config(INT8, STATIC, SEARCHED),
     "W8A8 static, SMOOTH search, GPTQ": config(INT8, STATIC, SEARCHED, GPTQ),
+    "W8A8 static, SMOOTH search, weights in groups of 64": config(INT8_GROUP, STATIC, SEARCHED),
+    "W8A8 static, SMOOTH search, GPTQ, weights in groups of 64": config(INT8_GROUP, STATIC, SEARCHED, GPTQ),
+    "W8A8 static, SMOOTH search, FP8 activations": config(INT8, FP8, SEARCHED),
     "W8A8 static, SMOOTH search, INT16 into down_proj": {**config(INT8, STATIC, SEARCHED), **WIDE_DOWN},
+}
+#: For comparison, on the first text alone.
+OTHERS: dict[str, dict[str, Any]] = {
+    "W8A8 static, SMOOTH 0.5": config(INT8, STATIC, SMOOTH),
     "W8A8 a scale a token, SMOOTH search": config(INT8, TOKEN, SEARCHED),
 }
-#: Repeated on three kinds of text: those that miss the target, and the way out.
-AGAIN = list(CONFIGS)[1:4]
 HELP = (
     ("argparse", "decimal", "difflib", "logging", "statistics", "unittest"),
     ("numpy.linalg", "numpy.random"),
 )
 
 
-def split(batches: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+def split(batches: Batches) -> tuple[Batches, list[Tensor]]:
     """Four windows of five to calibrate on, in batches of four, and every fifth [1, tokens]."""
     windows = [window for batch in batches for window in batch["input_ids"]]
     kept = [w for i, w in enumerate(windows) if i % 5 != 4]
@@ -60,8 +72,27 @@ def help_text(modules: tuple[str, ...]) -> str:
     return "\n\n".join(pydoc.plain(pydoc.render_doc(name)) for name in modules)
 
 
+def help_batches(tokenizer: Any, like: Batches) -> Batches:
+    """As many windows as ``like`` has, of either kind of help."""
+    count = sum(len(batch["input_ids"]) for batch in like)
+    return [b for names in HELP for b in models.token_batches(tokenizer, help_text(names), count=count)]
+
+
 @torch.no_grad()
-def clipped(model: nn.Module, calibration: list[dict[str, Tensor]], windows: list[Tensor]) -> dict[str, float]:
+def solved(model: nn.Module, rules: dict[str, Any], stats: Mapping[str, LayerStats]) -> nn.Module:
+    """What ``quantize`` makes of ``model``, from statistics that serve several configs."""
+    plan = plan_layers(model, HfQuantConfig.of(rules).rules, (), {"input_ids": torch.zeros(1, 8, dtype=torch.long)})
+    layers = {}
+    for name, layer in plan.layers.items():
+        linear = model.get_submodule(name)
+        solution = solve(name, linear.get_parameter("weight"), layer, stats[name])
+        layers[linear] = QuantLinear.from_tensors(solution.plan, solution.tensors, None)
+    replace_modules(model, layers)
+    return model
+
+
+@torch.no_grad()
+def clipped(model: nn.Module, calibration: Batches, windows: list[Tensor]) -> dict[str, float]:
     """Share of each down projection's output energy that clipping its inputs to the calibrated ranges takes."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith("down_proj")}
     stats = observe(model, layers, calibration)
@@ -100,32 +131,48 @@ def main(argv: list[str] | None = None) -> int:
     if stored.get("windows", args.windows) != args.windows:
         parser.error(f"{args.json} was made with {stored['windows']} windows: name another file")
     shares = stored.get("clipped") or {k: clipped(model, calibration, windows) for k, windows in texts.items()}
-    count = sum(len(batch["input_ids"]) for batch in calibration)
-    mixed = [*calibration, *(b for m in HELP for b in models.token_batches(tokenizer, help_text(m), count=count))]
-    work = {name: (calibration, CONFIGS[name]) for name in CONFIGS}
-    work |= {f"{name}; on three kinds of text": (mixed, CONFIGS[name]) for name in AGAIN}
-    bound = [{"input_ids": window} for window in texts["other kind"]]
-    work |= {f"{name}; on the other kind itself": (bound, CONFIGS[name]) for name in AGAIN[:2]}
+    calibrations = {
+        "": calibration,
+        "; three kinds of text": [*calibration, *help_batches(tokenizer, calibration)],
+        "; three kinds and its own writing": [
+            *calibration,
+            *help_batches(tokenizer, calibration),
+            *models.written_batches(model, tokenizer, models.MODELS / "smollm2-wrote.safetensors"),
+        ],
+        "; on the other kind itself": [{"input_ids": window} for window in texts["other kind"]],
+    }
+    work = {f"{name}{text}": (text, rules) for text in calibrations for name, rules in CONFIGS.items()}
+    work = {**{name: ("", rules) for name, rules in OTHERS.items()}, **work}
+
+    @cache
+    def observed(text: str) -> dict[str, LayerStats]:
+        linears = models.quantizable_linears(model)
+        return observe(model, linears, calibrations[text], dict.fromkeys(linears, True))
+
     rows: dict[str, dict[str, float]] = stored.get("rows", {})
-    for name, (batches, rules) in work.items():
-        if args.only and not any(text in name for text in args.only):
+    for name, (text, rules) in work.items():
+        if args.only and not any(part in name for part in args.only):
             continue
-        quantized = hfquant.quantize(models.smollm2()[0], batches, rules)
+        quantized = solved(models.smollm2()[0], rules, observed(text))
         rows[name] = {}
         for kind, reference in references.items():
             scores = metrics.language_scores(quantized, reference)
             rows[name][f"{kind}: change %"] = 100 * (scores.perplexity / reference.perplexity - 1)
             rows[name][f"{kind}: KL"] = scores.kl
         print(name, rows[name], file=sys.stderr, flush=True)
-    rows = {name: rows[name] for name in work if name in rows}
-    page = markdown(rows, shares) + f"\n{args.windows} windows of 512 tokens. {environment()['cpu']}.\n"
-    print(page)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"environment": environment(), "windows": args.windows, "rows": rows, "clipped": shares}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text(page)
+        if args.json:
+            store(args.json, args.windows, {n: rows[n] for n in work if n in rows}, shares)
+    print(markdown({n: rows[n] for n in work if n in rows}, shares))
     return 0
+
+
+def store(file: Path, windows: int, rows: dict[str, dict[str, float]], shares: dict[str, dict[str, float]]) -> None:
+    """Write the figures and their page."""
+    result = {"environment": environment(), "windows": windows, "rows": rows, "clipped": shares}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    page = f"{markdown(rows, shares)}\n{windows} windows of 512 tokens. {environment()['cpu']}.\n"
+    file.with_suffix(".md").write_text(page)
 
 
 def markdown(rows: dict[str, dict[str, float]], shares: dict[str, dict[str, float]]) -> str:

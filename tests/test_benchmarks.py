@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import hfquant
 from benchmarks import memory, metrics, models, quality, static, streaming
 from benchmarks.ablation import ABLATION, DIGITS_ABLATION
 from benchmarks.peers import PEERS, linearized
 from hfquant.config import parse
+from hfquant.observers import observe
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,11 @@ def tokens(count: int, length: int, seed: int = 0) -> list[torch.Tensor]:
 
 class Words:
     """A tokenizer of one token a character."""
+
+    all_special_ids = (0, 1, 2)
+
+    def __len__(self) -> int:
+        return 96
 
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) for c in text]}
@@ -305,6 +312,39 @@ def test_clipping_is_measured_on_windows_kept_out(llama: LlamaForCausalLM) -> No
     shares = static.clipped(llama, calibration, kept_out)
     assert list(shares) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     assert all(0 < share < 0.5 for share in shares.values())
+
+
+def test_text_that_the_model_wrote_is_kept(llama: LlamaForCausalLM, tmp_path) -> None:
+    file = tmp_path / "wrote.safetensors"
+    before = torch.get_rng_state()
+    batches = models.written_batches(llama, Words(), file, seqlen=12, count=70, batch_size=8)
+    assert torch.equal(torch.get_rng_state(), before)
+    windows = torch.cat([batch["input_ids"] for batch in batches])
+    assert windows.shape == (70, 12)
+    assert windows[:, 0].min() > 2
+    assert len(windows[:, 0].unique()) > 30
+    # As likely as the model says: far from both its favourites and chance.
+    with torch.inference_mode():
+        chances = llama(windows).logits[:, :-1].log_softmax(-1)
+    surprise = -chances.gather(-1, windows[:, 1:, None]).mean()
+    entropy = -(chances.exp() * chances).sum(-1).mean()
+    assert surprise == pytest.approx(entropy.item(), rel=0.03)
+    again = models.written_batches(None, Words(), file, seqlen=12, count=70, batch_size=8)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(again, batches, strict=True))
+    with pytest.raises(ValueError, match="remove it"):
+        models.written_batches(llama, Words(), file, seqlen=12, count=71)
+
+
+def test_solving_from_shared_statistics_is_quantize(llama: LlamaForCausalLM) -> None:
+    batches = [{"input_ids": torch.randint(96, (2, 12))} for _ in range(3)]
+    rules = static.CONFIGS["W8A8 static, SMOOTH search, GPTQ, weights in groups of 64"]
+    linears = models.quantizable_linears(llama)
+    stats = observe(llama, linears, batches, dict.fromkeys(linears, True))
+    found = static.solved(copy.deepcopy(llama), rules, stats)
+    expected = hfquant.quantize(copy.deepcopy(llama), batches, rules)
+    for a, b in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert a[0] == b[0]
+        assert torch.equal(a[1], b[1]), a[0]
 
 
 def test_anonymous_memory_is_seen() -> None:
