@@ -6,7 +6,6 @@ Each command imports what it needs when it runs, so that `--help` need not wait 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from hfquant.console import log_shown
 
 if TYPE_CHECKING:
     from hfquant.calibration import BaseCalibSet, BaseSampler
@@ -112,7 +113,7 @@ def calibrate(
         **{"dataset": source, "name": name, "split": split, "column": _columns(column or ())},
         **{"samples": samples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed},
     }
-    with _errors_in_one_line(debug), _logged():
+    with _errors_in_one_line(debug), log_shown():
         from hfquant.calibration import calibration_batches, generate_calibrate_set
         from hfquant.calibration.recorder import is_pipeline
         from hfquant.distributed import is_main
@@ -194,20 +195,6 @@ def _errors_in_one_line(debug: bool) -> Iterator[None]:
             raise
         typer.echo(f"Error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
         raise typer.Exit(1) from None
-
-
-@contextmanager
-def _logged() -> Iterator[None]:
-    """Shows hfquant's own messages, such as where a set that was cut off is gone on with, on stderr."""
-    logger, handler = logging.getLogger("hfquant"), logging.StreamHandler()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def _print_summary(out: Path, made: BaseCalibSet) -> None:

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from hfquant import integrations
 from hfquant.calibration.provenance import update, update_with_weights
 from hfquant.config import Calibrate
+from hfquant.console import log_shown
 from hfquant.distributed import Processes, processes
 from hfquant.integrations.checkpoint import dequantized
 from hfquant.integrations.config import HfQuantConfig
@@ -67,7 +68,8 @@ def quantize(
             config needs no data.
         config: a dict, the name of a preset, an :class:`~hfquant.HfQuantConfig`, or None (the reference's dict).
         per_layer_mode: solve layers in execution order, each on inputs that the quantized layers before it produce.
-        verbose: log each layer's decision.
+        verbose: log each layer's decision and error, and the whole report at the end; shown on the console even where
+            logging is not set up.
         example: model input for pattern detection; default: the first calibration batch.
         memory_budget: bytes that statistics may take at once in this process; default: a quarter of the free memory,
             shared with the processes on this machine.
@@ -82,16 +84,17 @@ def quantize(
     config = HfQuantConfig.of(config)
     if quant_linears(model) or getattr(model, "is_quantized", False):
         raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
-    return _quantize(
-        model,
-        calib_data_loader,
-        config,
-        per_layer_mode or config.per_layer_mode,
-        verbose,
-        example,
-        memory_budget,
-        None if resume_dir is None else Path(resume_dir),
-    )
+    with log_shown() if verbose else nullcontext():
+        return _quantize(
+            model,
+            calib_data_loader,
+            config,
+            per_layer_mode or config.per_layer_mode,
+            verbose,
+            example,
+            memory_budget,
+            None if resume_dir is None else Path(resume_dir),
+        )
 
 
 def check_data_free(plan: Plan) -> None:

@@ -3,6 +3,8 @@
 import copy
 import logging
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +271,27 @@ def test_report_measures_what_was_gained(net: Net, data: Any, caplog: pytest.Log
     text = str(report)
     assert all(name in text for name in by_name)
     assert report.to_dict()["layers"][0]["name"] == "inp"
+
+
+VERBOSE = """
+import logging, sys, torch, hfquant
+from torch import nn
+{setup}
+data = [(torch.randn(4, 8),)]
+hfquant.quantize(nn.Sequential(nn.Linear(8, 6)), data, "w8a8-smooth", verbose=True)
+assert logging.getLogger("hfquant").level == logging.NOTSET
+hfquant.quantize(nn.Sequential(nn.Linear(8, 6)), data, "w8a8-smooth")
+"""
+
+
+@pytest.mark.parametrize("setup", ["", "logging.basicConfig(level=logging.WARNING)"])
+def test_verbose_shows_on_the_console_whatever_the_logging(setup: str) -> None:
+    done = subprocess.run([sys.executable, "-c", VERBOSE.format(setup=setup)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # One line for the layer and one in the table, not twice; nothing in the run that is not verbose.
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if "SQNR dB" in line]
+    assert len(lines) == 2
+    assert "in_features=8" in lines[0]
 
 
 def test_batches_of_different_shapes_and_kinds(net: Net) -> None:

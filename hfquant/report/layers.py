@@ -15,6 +15,8 @@ from hfquant.linear import QuantLinear
 from hfquant.observers import LayerStats
 from hfquant.solver import Solution, plain, solve
 
+_HEAD = ("layer", "error plain", "error", "SQNR plain", "SQNR dB", "alpha", "rank", "seconds", "what")
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -51,6 +53,11 @@ class LayerReport:
         """What :attr:`sqnr` would be with round-to-nearest alone."""
         return _decibels(self.plain_error)
 
+    def __str__(self) -> str:
+        name, *figures, what = _row(self)
+        head = zip(_HEAD[1:-1], figures, strict=True)
+        return f"{name}: {', '.join(f'{title} {figure}' for title, figure in head if figure != '-')}; {what}"
+
 
 def _decibels(error: float | None) -> float | None:
     return None if error is None else (-20 * math.log10(error) if error else math.inf)
@@ -68,9 +75,8 @@ class QuantReport:
         return {"layers": [asdict(layer) for layer in self.layers], "skipped": dict(self.skipped)}
 
     def __str__(self) -> str:
-        head = ("layer", "error plain", "error", "SQNR plain", "SQNR dB", "alpha", "rank", "seconds", "what")
-        rows = [head, *(_row(layer) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
+        rows = [_HEAD, *(_row(layer) for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD) - 1)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, *(f"{name}  skipped: {why}" for name, why in self.skipped.items())])
 

@@ -1,0 +1,22 @@
+"""What this package says on the console."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+
+@contextmanager
+def log_shown() -> Iterator[None]:
+    """This package's INFO lines appear, above any progress bar, also where nobody has set up logging."""
+    package, root = logging.getLogger("hfquant"), logging.getLogger()
+    level = package.level
+    package.setLevel(min(package.getEffectiveLevel(), logging.INFO))
+    try:
+        with logging_redirect_tqdm([root if root.handlers else package]):
+            yield
+    finally:
+        package.setLevel(level)
