@@ -63,7 +63,7 @@ ABLATION: dict[str, dict[str, Any]] = {
         "*down_proj": {"input_quant": {"type": "int16"}},
     },
     "w8a8/hfquant-static-smooth-fine-g64-gptq": config(INT8_GROUP, STATIC, {**SMOOTH, **FINE}, GPTQ),
-    "w8a8/hfquant-static-smooth-fine-fp8-inputs": config(INT8, FP8, {**SMOOTH, **FINE}),
+    "w8a8/hfquant-static-smooth-search-fp8-inputs": config(INT8, FP8, {**SMOOTH, **SEARCH}),
     "w8a8/hfquant-dynamic-smooth": config(INT8, TOKEN, SMOOTH),
     "w8a8/hfquant-dynamic-smooth-search": config(INT8, TOKEN, {**SMOOTH, **SEARCH}),
     "w4a16/hfquant-mse": config(GROUP, None, clip="mse"),
