@@ -49,7 +49,7 @@ def solve(
     """Quantize one layer.
 
     Args:
-        name: for error messages.
+        name: for messages.
         weight: [out, in], any float dtype.
         plan: what the layer is to become.
         stats: of its inputs; None where the config needs no data or the layer never ran.
@@ -66,7 +66,7 @@ def solve(
         plan = without_data(plan)
     dtype = dtype or weight.dtype
     stats = None if stats is None else stats.to(weight.device)
-    parts = [_solve_rows(weight[rows].float(), plan, stats, dtype) for rows in _blocks(plan.row_groups)]
+    parts = [_solve_rows(name, weight[rows].float(), plan, stats, dtype) for rows in _blocks(plan.row_groups)]
     tensors = {key: _joined(key, [p.tensors[key] for p in parts]) for key in parts[0].tensors}
     if "input_scale_neg" in tensors:
         dual = (tensors["input_scale"] != tensors["input_scale_neg"]).view(-1, len(plan.input_segments)).any(0)
@@ -89,7 +89,7 @@ def _blocks(sizes: Sequence[int]) -> list[slice]:
     return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-def _solve_rows(w: Tensor, plan: LayerPlan, stats: LayerStats | None, dtype: torch.dtype) -> Solution:
+def _solve_rows(name: str, w: Tensor, plan: LayerPlan, stats: LayerStats | None, dtype: torch.dtype) -> Solution:
     """Solve the rows that share one view of the input: all of them, or one smoothed output segment."""
     config = plan.config
     tensors: dict[str, Tensor] = {}
@@ -104,7 +104,7 @@ def _solve_rows(w: Tensor, plan: LayerPlan, stats: LayerStats | None, dtype: tor
         assert smooth is not None
         residual, tensors["svd_down"], tensors["svd_up"] = _split_low_rank(w, smooth, plan.rank, dtype)
         w = residual
-    codes, scale, zero_point = _codes(w, plan, stats, smooth)
+    codes, scale, zero_point = _codes(name, w, plan, stats, smooth)
     tensors["weight"] = codes
     if scale is not None:
         tensors["weight_scale"] = scale.contiguous()
@@ -121,7 +121,7 @@ def _solve_rows(w: Tensor, plan: LayerPlan, stats: LayerStats | None, dtype: tor
 
 
 def _codes(
-    w: Tensor, plan: LayerPlan, stats: LayerStats | None, smooth: Tensor | None
+    name: str, w: Tensor, plan: LayerPlan, stats: LayerStats | None, smooth: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     config, quant = plan.config, plan.config.weight_quant
     if config.calib.type is Calibrate.GPTQ:
@@ -129,7 +129,7 @@ def _codes(
         assert stats.hessian is not None
         hessian = stats.hessian / stats.count
         hessian = hessian if smooth is None else hessian / smooth / smooth[:, None]
-        return gptq(w, hessian, quant, config.calib, plan.columns, _rows_sharing(plan, len(w)))
+        return gptq(w, hessian, quant, config.calib, plan.columns, _rows_sharing(plan, len(w)), name)
     scale, zero_point = _weight_grid(w, plan, stats, smooth)
     return rounding.round_to_nearest(w, scale, zero_point, quant.type, plan.columns), scale, zero_point
 

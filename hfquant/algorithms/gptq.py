@@ -22,6 +22,7 @@ def gptq(
     calib: CalibConfig,
     columns: Sequence[int],
     rows: Sequence[int] | None = None,
+    name: str = "",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes that minimise ``(w - q) H (w - q)^T`` for each row w, greedily.
 
@@ -34,6 +35,7 @@ def gptq(
         calib: block_size, damp, act_order.
         columns: sizes of the column blocks (groups or input segments) that have a scale of their own.
         rows: sizes of row blocks that share a scale; None: a scale for each row.
+        name: of the layer, for the log.
 
     Returns:
         codes [out, in] int8 or int16, scale [out, G] float32, zero_point [out, G] or None.
@@ -45,7 +47,9 @@ def gptq(
     nearest = round_to_nearest(w, scale, zero_point, quant.type, columns)
     inverse = _inverse_cholesky(h, calib.damp, calib.act_order)
     if inverse is None:
-        logger.warning("GPTQ: the Hessian cannot be factorized even with full damping; weights are rounded to nearest")
+        logger.warning(
+            "layer %r: its Hessian cannot be factorized even with full damping; weights are rounded to nearest", name
+        )
         return nearest, scale, zero_point
     codes, new_scale, new_zero = _sweep(w, inverse, quant, calib, columns, scale, zero_point, importance, rows is None)
     before = _row_loss(w, nearest, scale, zero_point, quant, columns, h)

@@ -121,9 +121,9 @@ def test_hopeless_hessian_falls_back_loudly(caplog: pytest.LogCaptureFixture) ->
     weight, h = problem(6, 20, 200)
     indefinite = -100 * h + 101 * h.diagonal().mean() * torch.eye(20)
     quant = WeightQuant(type=DType.INT4, axis=-1)
-    codes, scale, _ = gptq(weight, indefinite, quant, CalibConfig(type=Calibrate.GPTQ), (20,))
+    codes, scale, _ = gptq(weight, indefinite, quant, CalibConfig(type=Calibrate.GPTQ), (20,), name="blocks.1.down")
     assert torch.equal(codes, round_to_nearest(weight, scale, None, quant.type, (20,)))
-    assert "cannot be factorized" in caplog.text
+    assert "layer 'blocks.1.down': its Hessian cannot be factorized" in caplog.text
 
 
 def test_all_zero_weight() -> None:
