@@ -267,11 +267,20 @@ class Observer:
         self._mask: Tensor | None = None
         self._ran: set[str] = set()
         self._measured: dict[tuple[int, bool], _Measured] = {}
-        self._keys: dict[int, Tensor] = {}
+        self._seed = 0
+        self._draws: dict[int, Tensor] = {}
 
-    def start(self, batch: int, sample: Any, device: torch.device | str | int) -> None:
-        """Before a sample's forward: ``batch`` seeds its draw, its attention mask says which rows are padding."""
-        self.batch = batch
+    def start(self, batch: int, number: int, sample: Any, device: torch.device | str | int) -> None:
+        """Before a sample's forward.
+
+        Args:
+            batch, number: of the sample in the batch; they seed the draw of its rows.
+            sample: its attention mask says which rows are padding.
+            device: of the mask.
+        """
+        # The CPU's generator takes 32 bits of a seed.
+        self.batch, self._seed = batch, (batch + 1_000_003 * number) % 2**32
+        self._draws.clear()
         mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
         padded = isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask == 0).any())
         self._mask = (mask != 0).to(device) if padded and mask is not None else None
@@ -314,12 +323,10 @@ class Observer:
         return self._measured[key]
 
     def _draw(self, rows: int) -> Tensor:
-        if self._keys.get(-1) is None or int(self._keys[-1]) != self.batch:
-            self._keys = {-1: torch.tensor(self.batch)}
-        if rows not in self._keys:
-            generator = torch.Generator().manual_seed(self.batch)
-            self._keys[rows] = torch.rand(rows, dtype=torch.float64, generator=generator)
-        return self._keys[rows]
+        if rows not in self._draws:
+            generator = torch.Generator().manual_seed(self._seed)
+            self._draws[rows] = torch.rand(rows, dtype=torch.float64, generator=generator)
+        return self._draws[rows]
 
 
 def observe(
@@ -368,8 +375,8 @@ def observe(
             for index, batch in enumerate(tqdm(batches(loader), description, disable=rank > 0)):
                 if index % size != rank:
                     continue
-                for sample in samples(batch):
-                    observer.start(index, sample, device)
+                for number, sample in enumerate(samples(batch)):
+                    observer.start(index, number, sample, device)
                     with suppress(_AllSeen):
                         run(model, sample, options)
                 release_free_memory()

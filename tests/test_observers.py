@@ -108,6 +108,16 @@ def test_the_sample_is_spread_over_the_data() -> None:
     assert (sample.sum(0) > 10).all()  # expectation 32
 
 
+def test_samples_of_a_batch_are_drawn_apart() -> None:
+    where = torch.arange(1.0, 301).expand(8, 300).T  # a row says its position, rows are about as large
+    rows = torch.cat([torch.full((300, 8), 1e4), where], 1)
+    net = nn.Sequential(nn.Linear(16, 1))
+    positions = observe(net, {"0": net[0]}, [[rows, rows]])["0"].sample[:, 8].tolist()
+    assert len(positions) == SAMPLE_ROWS
+    # With one draw for both, every position but one would be there twice.
+    assert len(set(positions)) > 0.6 * SAMPLE_ROWS
+
+
 def test_the_sample_holds_the_rows_that_matter_and_stands_for_all() -> None:
     """One row in 500 has nearly all of the energy; weighted sums over the sample are unbiased with little variance."""
     generator = torch.Generator().manual_seed(0)
@@ -218,7 +228,7 @@ def test_stop_early_runs_no_further_than_needed() -> None:
 def test_measurements_go_with_their_tensor() -> None:
     """Kept to the end of a batch, the samples and Hessians of all layers would add up."""
     seen = observers.Observer({"q": True})
-    seen.start(0, None, "cpu")
+    seen.start(0, 0, None, "cpu")
     x = torch.randn(4, 6)
     seen.see("q", x)
     measured = weakref.ref(next(iter(seen._measured.values())).stats)
