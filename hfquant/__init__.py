@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hfquant.affiner import BlockwiseAffiner, load_affiner
+    from hfquant.batches import CalibrationError
     from hfquant.calibration import (
         BaseCalibSet,
         BaseSampler,
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from hfquant.config import Calibrate, ConfigError, DType, Optimum, SegPattern
     from hfquant.integrations.config import HfQuantConfig
     from hfquant.linear import QuantLinear, set_real_quant
-    from hfquant.observers import CalibrationError
     from hfquant.pipelines import quantize_pipeline
     from hfquant.planner import plan
     from hfquant.presets import PRESETS
@@ -75,7 +75,7 @@ _LAZY = {
     **dict.fromkeys(("Calibrate", "ConfigError", "DType", "Optimum", "SegPattern"), "hfquant.config"),
     **dict.fromkeys(("QuantLinear", "set_real_quant"), "hfquant.linear"),
     **dict.fromkeys(("dequantize", "quantize"), "hfquant.ptq"),
-    "CalibrationError": "hfquant.observers",
+    "CalibrationError": "hfquant.batches",
     "HfQuantConfig": "hfquant.integrations.config",
     "PRESETS": "hfquant.presets",
     "plan": "hfquant.planner",

@@ -6,27 +6,30 @@ passes) give what one gives.
 
 from __future__ import annotations
 
-import ctypes
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from inspect import signature
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from hfquant.batches import (
+    CalibrationError,
+    batches,
+    device_of,
+    evaluating,
+    options_for,
+    release_free_memory,
+    run,
+    samples,
+)
 
 #: Rows kept of each layer's input, for the alpha search and the error report.
 SAMPLE_ROWS = 192
 FOLDS = 2
-
-
-class CalibrationError(ValueError):
-    """Calibration data that cannot be used. The message names the layer and the batch."""
 
 
 @dataclass(frozen=True)
@@ -167,81 +170,6 @@ def stats_bytes(features: int, hessian: bool) -> int:
     return 4 * features * (2 * FOLDS + 1 + SAMPLE_ROWS + (features if hessian else 0))
 
 
-def batches(loader: Any, may_be_empty: bool = False) -> Any:
-    """``loader`` itself, checked; None where it is empty and may be.
-
-    Raises:
-        TypeError: not an iterable, or an iterator (which cannot be walked again).
-        CalibrationError: empty.
-    """
-    if isinstance(loader, (str, bytes, Mapping)) or not isinstance(loader, Iterable):
-        raise TypeError(
-            f"calibration data: expected a DataLoader or an iterable of batches, got {type(loader).__name__}"
-        )
-    if isinstance(loader, Iterator):
-        raise TypeError(
-            f"calibration data: {type(loader).__name__} can be walked only once; pass a list, a DataLoader or another "
-            "iterable that starts anew"
-        )
-    if not list(islice(loader, 1)):
-        if may_be_empty:
-            return None
-        raise CalibrationError("calibration data: the loader is empty")
-    return loader
-
-
-def samples(batch: Any) -> list[Any]:
-    """The samples of a batch: a list is many, anything else one."""
-    return batch if isinstance(batch, list) else [batch]
-
-
-def run(model: nn.Module, sample: Any, options: Mapping[str, Any] | None = None) -> None:
-    """One forward of ``model`` on a sample, moved to the device the model expects.
-
-    Args:
-        model: called as it is.
-        sample: its arguments.
-        options: keyword arguments that a sample of keyword arguments may lack.
-
-    Raises:
-        TypeError: the sample is not a tensor, a tuple of positional or a mapping of keyword arguments.
-    """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(sample, Mapping):
-        kwargs = {**(options or {}), **sample}
-    elif isinstance(sample, tuple):
-        args = sample
-    elif isinstance(sample, Tensor):
-        args = (sample,)
-    else:
-        hint = "; tokenize text first" if isinstance(sample, str) else ""
-        raise TypeError(f"calibration data: a sample is a tensor, a tuple or a dict, got {type(sample).__name__}{hint}")
-    args, kwargs = send_to_device((args, kwargs), _device(model))
-    model(*args, **kwargs)
-
-
-def _device(model: nn.Module) -> torch.device | str | int:
-    execution = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
-    if execution is not None:
-        return execution
-    tensors = (t.device for t in [*model.parameters(), *model.buffers()] if t.device.type != "meta")
-    return next(tensors, torch.device("cpu"))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients, the training flags restored after."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-
-
 class _AllSeen(Exception):
     """Every observed layer has run: the rest of the forward is of no interest."""
 
@@ -359,7 +287,7 @@ def observe(
         TypeError: unusable data.
     """
     observer = Observer(hessians or dict.fromkeys(layers, False), stop_early)
-    device = _device(model)
+    device = device_of(model)
 
     def hook(name: str) -> Any:
         def pre_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -368,7 +296,7 @@ def observe(
         return pre_forward
 
     rank, size = shard
-    options = _options(model, layers.values())
+    options = options_for(model, layers.values())
     handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
     try:
         with evaluating(model):
@@ -384,24 +312,3 @@ def observe(
         for handle in handles:
             handle.remove()
     return observer.stats
-
-
-def release_free_memory() -> None:
-    """Give pages that malloc keeps for later back to the system, where the C library can (glibc).
-
-    Statistics that are replaced with every batch, and all that solving a layer takes, leave holes between what stays;
-    they would come to more than is in use.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _options(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, Any]:
-    """Arguments that spare a language model what nobody looks at: its cache, and logits of all but the last token."""
-    accepted = signature(model.forward).parameters
-    options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-    get_head: Any = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head else None
-    if head is not None and "logits_to_keep" in accepted and not any(layer is head for layer in layers):
-        options["logits_to_keep"] = 1
-    return options

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hfquant import observers
-from hfquant.observers import SAMPLE_ROWS, CalibrationError, LayerStats, layer_stats, observe
+from hfquant.batches import CalibrationError
+from hfquant.observers import SAMPLE_ROWS, LayerStats, layer_stats, observe
 
 
 class Net(nn.Module):

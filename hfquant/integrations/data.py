@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hfquant.batches import CalibrationError
 from hfquant.calibration.streams import calibration_batches
-from hfquant.observers import CalibrationError
 
 
 def transformers_batches(model: Any, calibration: Any) -> Any:
