@@ -66,6 +66,8 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w8a8/hfquant-static-smooth-search-fp8-inputs": config(INT8, FP8, {**SMOOTH, **SEARCH}),
     "w8a8/hfquant-dynamic-smooth": config(INT8, TOKEN, SMOOTH),
     "w8a8/hfquant-dynamic-smooth-search": config(INT8, TOKEN, {**SMOOTH, **SEARCH}),
+    "fp8a8/hfquant-static": config({**FP8, "axis": -1}, FP8),
+    "fp8a8/hfquant-static-smooth-search": config({**FP8, "axis": -1}, FP8, {**SMOOTH, **SEARCH}),
     "w4a16/hfquant-mse": config(GROUP, None, clip="mse"),
     "w4a16/hfquant-asym": config(GROUP, None, symmetric=False),
     "w4a16/hfquant-gptq": config(GROUP, None, calib=GPTQ),
