@@ -40,7 +40,7 @@ from benchmarks.streaming import above
 from hfquant import HfQuantConfig
 from hfquant.algorithms import svd
 from hfquant.algorithms.smooth import smoothing_vector
-from hfquant.linear import QuantLinear
+from hfquant.nn.linear import QuantLinear
 from hfquant.observers import LayerStats, observe
 from hfquant.planner import plan_layers
 from hfquant.ptq import quantize

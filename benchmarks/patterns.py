@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from hfquant.config import SegPattern
-from hfquant.patterns import LinearTrace, example_inputs, trace
+from hfquant.dataflow.trace import LinearTrace, example_inputs, trace
 
 
 def flux() -> nn.Module:

@@ -30,7 +30,7 @@ from benchmarks import metrics, models
 from benchmarks.ablation import FINE, FP8, GPTQ, INT8, INT8_GROUP, SEARCH, SMOOTH, STATIC, TOKEN, config
 from benchmarks.quality import environment
 from hfquant import HfQuantConfig, QuantLinear
-from hfquant.linear import replace_modules
+from hfquant.nn.linear import replace_modules
 from hfquant.observers import LayerStats, observe
 from hfquant.planner import plan_layers
 from hfquant.solver import solve

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hfquant.affiner import BlockwiseAffiner, load_affiner
-    from hfquant.batches import CalibrationError
     from hfquant.calibration import (
         BaseCalibSet,
         BaseSampler,
@@ -21,10 +20,11 @@ if TYPE_CHECKING:
         generate_calibrate_set,
         load_calibrate_set,
     )
+    from hfquant.calibration.batches import CalibrationError
     from hfquant.config import Calibrate, ConfigError, DType, Optimum, SegPattern
+    from hfquant.diffusion import quantize_pipeline
     from hfquant.integrations.config import HfQuantConfig
-    from hfquant.linear import QuantLinear, set_real_quant
-    from hfquant.pipelines import quantize_pipeline
+    from hfquant.nn.linear import QuantLinear, set_real_quant
     from hfquant.planner import plan
     from hfquant.presets import PRESETS
     from hfquant.ptq import dequantize, quantize
@@ -73,13 +73,13 @@ _LAZY = {
         "hfquant.calibration",
     ),
     **dict.fromkeys(("Calibrate", "ConfigError", "DType", "Optimum", "SegPattern"), "hfquant.config"),
-    **dict.fromkeys(("QuantLinear", "set_real_quant"), "hfquant.linear"),
+    **dict.fromkeys(("QuantLinear", "set_real_quant"), "hfquant.nn.linear"),
     **dict.fromkeys(("dequantize", "quantize"), "hfquant.ptq"),
-    "CalibrationError": "hfquant.batches",
+    "CalibrationError": "hfquant.calibration.batches",
     "HfQuantConfig": "hfquant.integrations.config",
     "PRESETS": "hfquant.presets",
     "plan": "hfquant.planner",
-    "quantize_pipeline": "hfquant.pipelines",
+    "quantize_pipeline": "hfquant.diffusion",
 }
 
 

@@ -82,7 +82,7 @@ class Calibrate(_NamedEnum):
 
 
 class SegPattern(_NamedEnum):
-    """Dataflow around a linear that :mod:`hfquant.patterns` looks for."""
+    """Dataflow around a linear that :mod:`hfquant.dataflow.trace` looks for."""
 
     LINEAR2CHUNK = "linear2chunk"
     LINEAR2SPLIT = "linear2split"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hfquant.batches import (
+from hfquant.calibration.batches import (
     CalibrationError,
     batches,
     device_of,

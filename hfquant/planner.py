@@ -1,6 +1,6 @@
 """What each linear of a model will become, decided before any data is seen: config, segments, dual scale.
 
-The plan is all that is needed to build every :class:`~hfquant.linear.QuantLinear` empty, so it is also what a saved
+The plan is all that is needed to build every :class:`~hfquant.nn.linear.QuantLinear` empty, so it is also what a saved
 checkpoint's config.json is expanded to.
 """
 
@@ -18,8 +18,8 @@ from torch import nn
 
 from hfquant import formats
 from hfquant.config import ConfigError, LayerConfig, Optimum, QuantRules, SegPattern
-from hfquant.packing import packed_width
-from hfquant.patterns import LinearTrace, PatternError, example_inputs, trace
+from hfquant.dataflow.trace import LinearTrace, PatternError, example_inputs, trace
+from hfquant.formats.packing import packed_width
 
 logger = logging.getLogger(__name__)
 

@@ -20,14 +20,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hfquant import integrations
-from hfquant.batches import CalibrationError, batches, release_free_memory, samples
+from hfquant.calibration.batches import CalibrationError, batches, release_free_memory, samples
 from hfquant.calibration.provenance import update, update_with_weights
 from hfquant.config import Calibrate
 from hfquant.console import log_shown
 from hfquant.distributed import Processes, processes
 from hfquant.integrations.checkpoint import dequantized
 from hfquant.integrations.config import HfQuantConfig
-from hfquant.linear import QuantLinear, log_real_quant, quant_linears, replace_modules
+from hfquant.nn.linear import QuantLinear, log_real_quant, quant_linears, replace_modules
 from hfquant.observers import SAMPLE_ROWS, LayerStats, observe, stats_bytes
 from hfquant.planner import LayerPlan, Plan, aliases, plan_layers
 from hfquant.report.layers import LayerReport, QuantReport, layer_report

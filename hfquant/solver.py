@@ -19,7 +19,7 @@ from hfquant.algorithms import rounding
 from hfquant.algorithms.gptq import gptq
 from hfquant.algorithms.smooth import smoothing_vector
 from hfquant.algorithms.svd import low_rank
-from hfquant.batches import CalibrationError
+from hfquant.calibration.batches import CalibrationError
 from hfquant.config import CalibConfig, Calibrate, LayerConfig, OptConfig, Optimum
 from hfquant.observers import LayerStats
 from hfquant.planner import LayerPlan

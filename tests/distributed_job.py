@@ -27,7 +27,7 @@ import hfquant
 from hfquant.cli import app
 from hfquant.demo import load_digits_pipeline
 from hfquant.distributed import processes
-from hfquant.linear import quant_linears
+from hfquant.nn.linear import quant_linears
 from hfquant.observers import observe
 from tests.calibration.tiny_models import tiny_pipeline, tiny_unet
 from tests.integrations.small_models import llama_of_64

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hfquant import observers
-from hfquant.batches import CalibrationError
+from hfquant.calibration.batches import CalibrationError
 from hfquant.observers import SAMPLE_ROWS, LayerStats, layer_stats, observe
 
 

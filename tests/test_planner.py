@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5
 import hfquant.planner
 from hfquant import ConfigError, HfQuantConfig, SegPattern, plan
 from hfquant.config import DType, InputQuant, LayerConfig, OptConfig, Optimum, QuantRules, WeightQuant
-from hfquant.packing import packed_width
-from hfquant.patterns import LinearTrace, PatternError
+from hfquant.dataflow.trace import LinearTrace, PatternError
+from hfquant.formats.packing import packed_width
 from hfquant.planner import LayerPlan, Plan, aliases, layer_plan, matches
 
 FREE = {"opt": {"type": "default"}, "input_quant": None}

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import hfquant
 from hfquant import CalibrationError, ConfigError, QuantLinear, dequantize, ptq, quantize
-from hfquant.linear import quant_linears
+from hfquant.nn.linear import quant_linears
 
 STATIC = {"default": {"opt": {"type": "default"}, "weight_quant": {"type": "int8", "axis": -1}}}
 FULL = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hfquant.config import QuantRules
-from hfquant.linear import QuantLinear
+from hfquant.nn.linear import QuantLinear
 from hfquant.observers import LayerStats, layer_stats
 from hfquant.planner import LayerPlan, layer_plan
 from hfquant.solver import Solution, solve

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from hfquant.affiner.config import BlocksConfig
 from hfquant.affiner.hooks import Undo, float_dtype, output_tensor
 from hfquant.affiner.solvers import Moments, moments, solve_blocks
-from hfquant.linear import QuantLinear
+from hfquant.nn.linear import QuantLinear
 
 logger = logging.getLogger(__name__)
 

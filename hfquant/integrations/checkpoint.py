@@ -15,7 +15,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from hfquant.integrations.config import HfQuantConfig
-from hfquant.linear import QuantLinear, log_real_quant, quant_linears, replace_modules
+from hfquant.nn.linear import QuantLinear, log_real_quant, quant_linears, replace_modules
 from hfquant.planner import LayerPlan, Plan, aliases, layer_plan
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hfquant.batches import CalibrationError
+from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.streams import calibration_batches
 
 

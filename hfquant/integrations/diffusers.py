@@ -23,7 +23,7 @@ from hfquant.integrations.checkpoint import (
 )
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import diffusers_batches
-from hfquant.linear import QuantLinear, replace_modules
+from hfquant.nn.linear import QuantLinear, replace_modules
 from hfquant.planner import Plan, plan_layers
 from hfquant.solver import solve
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hfquant.linear import QuantLinear
+from hfquant.nn.linear import QuantLinear
 from hfquant.observers import LayerStats
 from hfquant.solver import Solution, plain, solve
 

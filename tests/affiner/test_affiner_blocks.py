@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from affiner_pipelines import W4A8, call, real_and_quant
 from diffusers import DiTTransformer2DModel
 
 from hfquant import quantize
 from hfquant.affiner import load_affiner
 from hfquant.affiner.blocks import BlockMap, fit_blocks, fold_blocks, hook_blocks
 from hfquant.affiner.config import BlocksConfig
+from tests.affiner.affiner_pipelines import W4A8, call, real_and_quant
 
 
 def dit():

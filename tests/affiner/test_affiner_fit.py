@@ -8,7 +8,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from affiner_pipelines import BUILDERS, EXACT, W4A8, Recorder, Toy, call, noise, real_and_quant, toy_config
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -20,6 +19,17 @@ from diffusers import (
 from hfquant import quantize
 from hfquant.affiner import BlockwiseAffiner, load_affiner
 from hfquant.affiner.runs import DenoisingLoop, Run
+from tests.affiner.affiner_pipelines import (
+    BUILDERS,
+    EXACT,
+    W4A8,
+    Recorder,
+    Toy,
+    call,
+    noise,
+    real_and_quant,
+    toy_config,
+)
 
 
 def run(denoiser, scheduler, steps=4):

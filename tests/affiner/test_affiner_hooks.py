@@ -5,7 +5,6 @@ import inspect
 
 import pytest
 import torch
-from affiner_pipelines import Toy
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -26,6 +25,7 @@ from hfquant.affiner.hooks import Step, intercept, release, step_coefficients
 from hfquant.affiner.maps import from_grid, to_grid
 from hfquant.affiner.runs import DenoisingLoop
 from hfquant.demo import load_digits_pipeline
+from tests.affiner.affiner_pipelines import Toy
 
 SCHEDULERS = [
     DDIMScheduler(clip_sample=False),

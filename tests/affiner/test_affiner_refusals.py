@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from affiner_pipelines import Recorder, Toy, noise, toy_config
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 
 from hfquant.affiner import load_affiner
 from hfquant.config import ConfigError
+from tests.affiner.affiner_pipelines import Recorder, Toy, noise, toy_config
 
 
 class Broken(Toy):

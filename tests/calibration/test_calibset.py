@@ -10,10 +10,10 @@ import torch
 import xxhash
 import zstandard
 from safetensors import safe_open
-from test_recorder import identical, random_tensor
 
 from hfquant.calibration import BaseCalibSet, CalibSetError, load_calibrate_set, storage
 from hfquant.calibration.calibset import join
+from tests.calibration.test_recorder import identical, random_tensor
 
 
 def make_samples(count: int) -> list:

@@ -14,9 +14,9 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
-from tiny_models import tiny_unet
 
 from hfquant.calibration import BaseSampler, UniformSampler, generate_calibrate_set
+from tests.calibration.tiny_models import tiny_unet
 
 
 def vae(channels: int) -> AutoencoderKL:

@@ -3,7 +3,6 @@
 import datasets
 import pytest
 import torch
-from test_recorder import identical
 
 import hfquant
 from hfquant.calibration import (
@@ -15,6 +14,7 @@ from hfquant.calibration import (
     load_calibrate_set,
 )
 from hfquant.demo import load_digits_pipeline
+from tests.calibration.test_recorder import identical
 
 CONFIG = {
     "default": {

@@ -14,8 +14,6 @@ import pytest
 import torch
 import zstandard
 from diffusers import DDIMScheduler, DDPMScheduler
-from test_recorder import identical
-from tiny_models import tiny_llama, tiny_pipeline
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -31,6 +29,8 @@ from hfquant.calibration import (
 )
 from hfquant.calibration.generate import generate_shard
 from hfquant.calibration.recorder import Recording
+from tests.calibration.test_recorder import identical
+from tests.calibration.tiny_models import tiny_llama, tiny_pipeline
 
 PROMPTS = [f"prompt number {'x' * i} of some" for i in range(7)]
 

@@ -10,12 +10,12 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_llama
 from torch import nn
 from transformers import BatchEncoding, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from hfquant.calibration.recorder import Recording, Target, decode, encode, find_layer, record
+from tests.calibration.tiny_models import tiny_llama
 
 Pair = namedtuple("Pair", "left right")
 

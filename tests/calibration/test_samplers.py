@@ -14,10 +14,10 @@ from diffusers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import tiny_dit, tiny_llama, tiny_pipeline, tiny_unet
 from torch import nn
 
 from hfquant.calibration import BaseSampler, LanguageModelSampler, NormalSampler, UniformSampler
+from tests.calibration.tiny_models import tiny_dit, tiny_llama, tiny_pipeline, tiny_unet
 
 PROMPTS = ["a cat", "dogs run fast"]
 

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_models import tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast
 
 from hfquant.calibration import BaseCalibSet, calibration_batches
 from hfquant.calibration.streams import _packed, _paragraphs, _shuffled, _spread
+from tests.calibration.tiny_models import tiny_llama
 
 WORDS = [f"w{i}" for i in range(200)]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import diffusers
 import pytest
-import small_models
 import torch
 import transformers
+
+from tests.integrations import small_models
 
 
 @pytest.fixture(scope="session", autouse=True)

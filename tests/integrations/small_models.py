@@ -309,7 +309,7 @@ DIFFUSERS: dict[str, Callable[[], nn.Module]] = {
 
 def denoiser_inputs(model: nn.Module) -> dict[str, Any]:
     """Two samples for a denoiser, random where hfquant's own example inputs are zero."""
-    from hfquant.examples import example_inputs
+    from hfquant.integrations.examples import example_inputs
 
     made = example_inputs(model)
     assert made is not None

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models
 import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
-from small_models import denoiser_inputs, outputs, transformers_inputs
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import hfquant
 from hfquant import CalibrationError, ConfigError, HfQuantConfig
 from hfquant.integrations.checkpoint import CheckpointError
-from hfquant.linear import quant_linears
+from hfquant.nn.linear import quant_linears
+from tests.integrations import small_models
+from tests.integrations.small_models import denoiser_inputs, outputs, transformers_inputs
 
 LIBRARIES = {"transformers": "llama", "diffusers": "dit"}
 CLASSES: dict[str, Any] = {"transformers": LlamaForCausalLM, "diffusers": DiTTransformer2DModel}

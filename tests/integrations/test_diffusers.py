@@ -9,16 +9,16 @@ import logging
 import weakref
 
 import pytest
-import small_models
 import torch
 from diffusers import AutoModel, FluxTransformer2DModel, SD3Transformer2DModel, WanTransformer3DModel
 from safetensors.torch import load_file
-from small_models import assert_same, denoiser_inputs, outputs, sqnr
 from torch import nn
 
 import hfquant
 from hfquant import PRESETS, HfQuantConfig, QuantLinear
-from hfquant.linear import quant_linears
+from hfquant.nn.linear import quant_linears
+from tests.integrations import small_models
+from tests.integrations.small_models import assert_same, denoiser_inputs, outputs, sqnr
 
 INT4 = {
     "opt": {"type": "default"},

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -26,7 +25,6 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
 )
-from small_models import sqnr
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -41,7 +39,9 @@ from transformers import (
 import hfquant
 from hfquant import HfQuantConfig
 from hfquant.demo import DIGITS_PATH, load_digits_pipeline
-from hfquant.linear import quant_linears
+from hfquant.nn.linear import quant_linears
+from tests.integrations import small_models
+from tests.integrations.small_models import sqnr
 
 ROOT = Path(__file__).parents[2]
 

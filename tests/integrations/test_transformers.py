@@ -7,17 +7,17 @@ import json
 import logging
 
 import pytest
-import small_models
 import torch
 import transformers
 from safetensors.torch import load_file
-from small_models import assert_same, outputs, sqnr, transformers_inputs
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 import hfquant
 from hfquant import PRESETS, HfQuantConfig
-from hfquant.linear import quant_linears
+from hfquant.nn.linear import quant_linears
+from tests.integrations import small_models
+from tests.integrations.small_models import assert_same, outputs, sqnr, transformers_inputs
 
 DATA_FREE = [name for name in PRESETS if not HfQuantConfig(name).needs_data]
 WEIGHT_ONLY = {"opt": {"type": "default"}, "calib": {"type": "amax"}, "input_quant": None}

@@ -6,17 +6,17 @@ import gc
 import weakref
 
 import pytest
-import small_models
 import torch
 import transformers
-from small_models import assert_same, transformers_inputs
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 import hfquant
 from hfquant import HfQuantConfig
-from hfquant.linear import quant_linears
+from hfquant.nn.linear import quant_linears
+from tests.integrations import small_models
+from tests.integrations.small_models import assert_same, transformers_inputs
 
 
 def ids() -> dict[str, torch.Tensor]:

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from linear_cases import (
+from torch import nn
+
+import hfquant.nn.linear
+from hfquant import QuantLinear, formats
+from hfquant.config import DType, InputQuant, WeightQuant
+from tests.nn.linear_cases import (
     IN,
     OUT,
     Case,
@@ -15,11 +20,6 @@ from linear_cases import (
     some_input,
     weight_by_hand,
 )
-from torch import nn
-
-import hfquant.linear
-from hfquant import QuantLinear, formats
-from hfquant.config import DType, InputQuant, WeightQuant
 
 INPUTS = [
     None,
@@ -44,7 +44,7 @@ def test_fake_and_real_against_oracle(dtype, case, monkeypatch) -> None:
         layer.real_quant = True
         with monkeypatch.context() as patch:
             patch.setattr(QuantLinear, "dequantize", refuse)
-            patch.setattr(hfquant.linear, "dequantize_weight", refuse)
+            patch.setattr(hfquant.nn.linear, "dequantize_weight", refuse)
             patch.setattr(formats, "dequantize", refuse)
             real = layer(x)
         assert_close(real, expected, size)

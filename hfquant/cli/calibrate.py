@@ -1,7 +1,4 @@
-"""The command line: `hfquant calibrate`.
-
-Each command imports what it needs when it runs, so that `--help` need not wait for torch.
-"""
+"""`hfquant calibrate`: record a calibration set."""
 
 from __future__ import annotations
 
@@ -18,12 +15,6 @@ from hfquant.console import log_shown
 
 if TYPE_CHECKING:
     from hfquant.calibration import BaseCalibSet, BaseSampler
-
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Calibrated post-training quantization for transformers and diffusers models.",
-)
 
 
 class SamplerName(str, Enum):
@@ -43,24 +34,6 @@ _SAMPLER_OPTIONS = {
 }
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from hfquant import __version__
-
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
-    ] = False,
-) -> None:
-    """Takes the options that stand before a command."""
-
-
-@app.command()
 def calibrate(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a diffusers pipeline or a transformers model.")],
     source: Annotated[
@@ -116,10 +89,10 @@ def calibrate(
     with _errors_in_one_line(debug), log_shown():
         from hfquant.calibration import calibration_batches, generate_calibrate_set
         from hfquant.calibration.recorder import is_pipeline
+        from hfquant.diffusion import denoiser
         from hfquant.distributed import is_main
         from hfquant.integrations.data import transformers_batches
         from hfquant.integrations.hub import load
-        from hfquant.pipelines import denoiser
 
         loaded = load(model, dtype, device)
         pipeline = is_pipeline(loaded)
@@ -222,7 +195,3 @@ def _print_summary(out: Path, made: BaseCalibSet) -> None:
         first, *others = kinds
         table.add_row(path, f"{first} and {len(others)} other shapes" if others else first)
     Console(markup=False, highlight=False, soft_wrap=True).print(table)
-
-
-if __name__ == "__main__":
-    app()

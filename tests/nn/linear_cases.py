@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
-import oracle
 import torch
 from torch import nn
 
 from hfquant import QuantLinear, formats
 from hfquant.config import DType, InputQuant, LayerConfig, OptConfig, Optimum, WeightQuant
 from hfquant.planner import LayerPlan
+from tests import oracle
 
 IN, OUT = 24, 10
 PLAIN, SMOOTH = OptConfig(type=Optimum.DEFAULT), OptConfig(type=Optimum.SMOOTH)

@@ -1,4 +1,4 @@
-"""Integer tensors that shadow others (see :mod:`hfquant.provenance`): plain functions that keep stride 0 if they can.
+"""Integer tensors that shadow others (see :mod:`~hfquant.dataflow.tracker`): plain functions that keep stride 0.
 
 A dimension with stride 0 is one that the shadow does not depend on. A shadow of a [2, 4096, 12288] tensor whose values
 depend on the last dimension alone holds 12288 numbers.

@@ -1,7 +1,6 @@
 """Activations to codes: scales from the data or from calibration, tensors and tokens, segments, dual scale."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from hfquant.activations import dual_exponent, quantize_input, static_scales
 from hfquant.config import DType, InputQuant
 from hfquant.formats import expand_columns, qmax
+from tests import oracle
 
 SCALED = [d for d in DType if d.is_scaled]
 INTEGERS = [d for d in DType if d.is_integer]

@@ -1,7 +1,6 @@
 """Number formats against the oracle: every code, adversarial values, and what must hold for any value."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 
 from hfquant import formats
 from hfquant.config import DType
+from tests import oracle
 
 ALL = list(DType)
 SCALED = [d for d in DType if d.is_scaled]

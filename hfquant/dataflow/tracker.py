@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hfquant.config import SegPattern
-from hfquant.shadows import count, cuts_of, expand_row, merged_dims, reshape, squash, values
+from hfquant.dataflow.index_map import count, cuts_of, expand_row, merged_dims, reshape, squash, values
 
 
 def _words(text: str) -> frozenset[str]:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hfquant.config import SegPattern as P
-from hfquant.patterns import trace
-from hfquant.provenance import Provenance
-from hfquant.shadows import cuts_of
+from hfquant.dataflow.index_map import cuts_of
+from hfquant.dataflow.trace import trace
+from hfquant.dataflow.tracker import Provenance
 
 X = torch.zeros(2, 5, 8)
 

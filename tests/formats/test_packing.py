@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfquant.packing import pack, packed_width, unpack
+from hfquant.formats.packing import pack, packed_width, unpack
 
 
 def packed_by_hand(row: list[int], bits: int) -> list[int]:

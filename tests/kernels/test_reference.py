@@ -1,13 +1,13 @@
 """The reference product against Python's integers and float64."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hfquant.kernels.reference import scaled_matmul
+from tests import oracle
 
 
 def by_hand(x, x_scale, w, w_scale, zero, columns, segments) -> np.ndarray:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hfquant import patterns
 from hfquant.config import SegPattern as P
-from hfquant.patterns import example_inputs, trace
+from hfquant.dataflow import trace as patterns
+from hfquant.dataflow.trace import example_inputs, trace
 
 
 def flux():

@@ -3,7 +3,8 @@
 The pass runs on fake tensors (shapes and dtypes, no numbers), so a model of any size, on the meta device too, is read
 in seconds without weights in memory; where a forward depends on numbers it is repeated on real ones. It runs on a twin
 of the model: a copy of the module tree whose parameters are fake (or shared, for the real pass), so that whatever the
-forward stores, caches or draws stays out of the model. Following the features is :mod:`hfquant.provenance`'s work.
+forward stores, caches or draws stays out of the model. Following the features is
+:mod:`hfquant.dataflow.tracker`'s work.
 
 What the reference implementation of SegQuant (arXiv 2507.14811) reads off torch.fx graphs of edited model files is read
 off the unmodified model here.
@@ -27,9 +28,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from hfquant.config import SegPattern
-from hfquant.examples import example_inputs
-from hfquant.provenance import Call, Provenance, Slice
-from hfquant.shadows import cuts_of, squash
+from hfquant.dataflow.index_map import cuts_of, squash
+from hfquant.dataflow.tracker import Call, Provenance, Slice
+from hfquant.integrations.examples import example_inputs
 
 __all__ = ["LinearTrace", "PatternError", "example_inputs", "trace"]
 

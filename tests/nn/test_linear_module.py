@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
-from linear_cases import IN, OUT, Case, cases, layer_of, some_input
 from torch import nn
 
 from hfquant import QuantLinear, set_real_quant
 from hfquant.config import DType, InputQuant, WeightQuant
-from hfquant.linear import quant_linears, replace_modules
+from hfquant.nn.linear import quant_linears, replace_modules
+from tests.nn.linear_cases import IN, OUT, Case, cases, layer_of, some_input
 
 
 @pytest.mark.parametrize("dtype", DType)

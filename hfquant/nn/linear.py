@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hfquant import formats
 from hfquant.activations import quantize_input
 from hfquant.algorithms.rounding import dequantize_weight
+from hfquant.formats.packing import pack, unpack
 from hfquant.kernels.reference import scaled_matmul
-from hfquant.packing import pack, unpack
 from hfquant.planner import LayerPlan
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import torch
 
 from hfquant import quantize_pipeline
 from hfquant.demo import DigitsPipeline, load_digits_pipeline
-from hfquant.linear import quant_linears
+from hfquant.nn.linear import quant_linears
 
 STATIC = {"default": {"weight_quant": {"type": "int8", "axis": -1}, "input_quant": {"type": "int8"}}}
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hfquant.patterns import PatternError, trace
+from hfquant.dataflow.trace import PatternError, trace
 
 X = torch.zeros(2, 5, 8)
 

@@ -3,7 +3,6 @@
 from itertools import accumulate, pairwise
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from hfquant.algorithms.rounding import CLIP_FACTORS, dequantize_weight, round_to_nearest, weight_grid
 from hfquant.config import DType, WeightQuant
+from tests import oracle
 
 SCALED = [d for d in DType if d.is_scaled]
 INTEGERS = [d for d in DType if d.is_integer]

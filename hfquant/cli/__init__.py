@@ -1,0 +1,38 @@
+"""The command line, a file a command.
+
+Each command imports what it needs when it runs, so that `--help` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hfquant.cli.calibrate import calibrate
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Calibrated post-training quantization for transformers and diffusers models.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from hfquant import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
+app.command()(calibrate)

@@ -1,0 +1,5 @@
+"""`python -m hfquant.cli`."""
+
+from hfquant.cli import app
+
+app()

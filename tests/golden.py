@@ -1,0 +1,83 @@
+"""Digests of quantized checkpoints: what a change that is meant to leave numerics alone must not move.
+
+``python -m tests.golden`` records them in golden.json. Those of data-free cases are equal on every CPU; sums in a
+forward are not, so of calibrated cases the figures of each layer are kept, for a comparison with a tolerance.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.models import calibration_text, smollm2, token_batches
+from hfquant import PRESETS, QuantLinear, quantize
+from hfquant.demo import load_digits_pipeline
+
+FILE = Path(__file__).with_suffix(".json")
+
+DATA_FREE = ("w8a8-dynamic", "w8a16", "w6a16", "w4a16", "w4a8-dynamic", "fp8-dynamic")
+CALIBRATED = ("w8a8", "w8a8-smooth", "w4a16-gptq", "w4a8-gptq", "w4a8", "w4a8-svd", "w4a4-svd", "fp8")
+CASES = (
+    *(f"digits/{preset}" for preset in (*DATA_FREE, *CALIBRATED)),
+    *(f"smollm2/{preset}" for preset in ("w8a8-dynamic", "w4a16", "w6a16", "fp8-dynamic")),
+    "smollm2/w8a8-smooth",
+)
+
+
+def is_data_free(case: str) -> bool:
+    return case.partition("/")[2] in DATA_FREE
+
+
+def quantized(case: str) -> nn.Module:
+    """The model of a case, quantized on fixed data."""
+    kind, _, preset = case.partition("/")
+    config = copy.deepcopy(PRESETS[preset])
+    if preset.endswith("svd"):
+        config["proj_out_2"] = {"opt": {"low_rank": 4}}
+    if kind == "digits":
+        model, data = load_digits_pipeline().transformer, _digits_batches()
+    else:
+        model, tokenizer = smollm2()
+        data = token_batches(tokenizer, calibration_text(), seqlen=128, count=4, batch_size=1)
+    return quantize(model, None if is_data_free(case) else data, config)
+
+
+def _digits_batches() -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "hidden_states": torch.randn(4, 1, 8, 8, generator=generator),
+            "timestep": torch.full((4,), 40 + 120 * i),
+            "class_labels": torch.arange(4) + i,
+        }
+        for i in range(8)
+    ]
+
+
+def figures(case: str) -> dict[str, Any]:
+    """What is recorded of a case: a digest of each layer, or of each tensor its mean and mean magnitude."""
+    result: dict[str, Any] = {}
+    for name, layer in quantized(case).named_modules():
+        if not isinstance(layer, QuantLinear):
+            continue
+        tensors = {key: t.contiguous() for key, t in sorted(layer.state_dict().items())}
+        if is_data_free(case):
+            digest = hashlib.sha256()
+            for key, tensor in tensors.items():
+                digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                digest.update(tensor.view(torch.uint8).numpy().tobytes())
+            result[name] = digest.hexdigest()[:16]
+        else:
+            result[name] = {k: [t.double().mean().item(), t.double().abs().mean().item()] for k, t in tensors.items()}
+    return result
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    FILE.write_text(json.dumps({case: figures(case) for case in CASES}, indent=0, sort_keys=True) + "\n")
