@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hfquant.affiner import BlockwiseAffiner, load_affiner
+    from hfquant.api import dequantize, plan, quantize
     from hfquant.calibration import (
         BaseCalibSet,
         BaseSampler,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from hfquant.nn.linear import QuantLinear
     from hfquant.nn.modules import set_real_quant
     from hfquant.presets import PRESETS
-    from hfquant.api import dequantize, plan, quantize
 
 __version__ = "0.1.0"
 

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from hfquant.algorithms import ROUNDINGS, TRANSFORMS, Identity, Nearest, Rounding, Transform
+from hfquant.algorithms import ROUNDINGS, TRANSFORMS, Identity, Nearest, Rounding, Smooth, Transform
 from hfquant.formats import FORMATS, NumberFormat, number_format
 from hfquant.presets import PRESETS
 from hfquant.schema import ConfigError, Section, is_patch
@@ -171,7 +171,7 @@ class LayerConfig(Section):
     seglinear: bool = True
     search_patterns: Annotated[tuple[SegPattern, ...], BeforeValidator(_patterns)] = tuple(SegPattern.all())
     real_quant: bool = False
-    opt: SerializeAsAny[Transform] = TRANSFORMS["smooth"]()
+    opt: SerializeAsAny[Transform] = Smooth()
     calib: SerializeAsAny[Rounding] = Nearest()
     input_quant: InputQuant | None = InputQuant()
     weight_quant: WeightQuant = WeightQuant()
@@ -352,7 +352,7 @@ def _typed_section(key: str, entry: Mapping[str, Any], where: str, patch: bool) 
             raise ConfigError(f"{where}.{field}: unknown key; allowed are {', '.join(allowed)}")
         other = _section(table[others[0]], {field: entry[field]}, where, patch=True)
         if not patch and getattr(other, field) != table[others[0]].model_fields[field].default:
-            raise ConfigError(f'{where}: {field}={entry[field]!r} needs type {" or ".join(f"{n!r}" for n in others)}')
+            raise ConfigError(f"{where}: {field}={entry[field]!r} needs type {' or '.join(f'{n!r}' for n in others)}")
         del fields[field]
     return _section(table[name], fields, where, patch)
 
@@ -392,4 +392,3 @@ def parse(config: str | Mapping[str, Any] | None) -> QuantRules:
             raise ConfigError(f"unknown preset {config!r}{hint}; there are {', '.join(PRESETS)}")
         return QuantRules(PRESETS[config])
     return QuantRules(config)
-

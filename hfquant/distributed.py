@@ -29,11 +29,15 @@ TIMEOUT_VARIABLE = "HFQUANT_TIMEOUT"
 #: Solving is shared out evenly, so waits are short; slower hardware beside faster may need more.
 DEFAULT_TIMEOUT = 7200.0
 
-_OPERATIONS = {
-    Reduction.MIN: dist.ReduceOp.MIN,
-    Reduction.MAX: dist.ReduceOp.MAX,
-    Reduction.SUM: dist.ReduceOp.SUM,
-} if dist.is_available() else {}
+_OPERATIONS = (
+    {
+        Reduction.MIN: dist.ReduceOp.MIN,
+        Reduction.MAX: dist.ReduceOp.MAX,
+        Reduction.SUM: dist.ReduceOp.SUM,
+    }
+    if dist.is_available()
+    else {}
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,9 @@ class Processes:
                 continue
             if key not in merged:
                 part = stats.get(name)
-                merged[key] = self._merge(LayerStats.empty(features[name], needs[name]) if part is None else part, owner)
+                merged[key] = self._merge(
+                    LayerStats.empty(features[name], needs[name]) if part is None else part, owner
+                )
             result = merged[key]
             if result is not None:
                 found[name] = result
@@ -150,7 +156,9 @@ class Processes:
             sums[name] = tensor.cpu().clone()
             dist.reduce(sums[name], owner, _OPERATIONS[STATISTICS[name].reduction], group=self.group)
         counts = self._collect(torch.tensor([part.count, len(part.sample.keys)]), owner)
-        samples = [self._collect(_padded(t.cpu()), owner) for t in (part.sample.rows, part.sample.keys, part.sample.fold)]
+        samples = [
+            self._collect(_padded(t.cpu()), owner) for t in (part.sample.rows, part.sample.keys, part.sample.fold)
+        ]
         if counts is None:
             return None
         parts = [
@@ -166,7 +174,7 @@ class Processes:
         return parts
 
     def exchange(self, mine: Mapping[str, tuple[T, Mapping[str, Tensor]]]) -> dict[str, tuple[T, dict[str, Tensor]]]:
-        """Return what each process made, in all of them: by name, anything that pickles and tensors (on the CPU if sent).
+        """Return what each process made, by name: anything that pickles, and tensors (on the CPU if sent).
 
         Names must not be shared between processes.
         """

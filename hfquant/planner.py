@@ -348,7 +348,9 @@ def _with_trace(name: str, linear: nn.Module, config: LayerConfig, found: Linear
     if config.seglinear:
         # Segments are taken where they change a scale.
         apart = (quant is not None and quant.format.has_scale) or (weight.format.has_scale and not grouped)
-        if apart and wanted & _INPUT_PATTERNS:
+        # A segment narrower than a group would only cost scales.
+        wide = min(found.input_segments) >= (config.group_size or 1)
+        if apart and wide and wanted & _INPUT_PATTERNS:
             inputs = found.input_segments
         apart = weight.format.has_scale and weight.axis is None and not grouped
         apart = apart or config.opt.per_output_segment
@@ -363,4 +365,3 @@ def _with_trace(name: str, linear: nn.Module, config: LayerConfig, found: Linear
         elif quant.format.has_scale:
             evidence = (*evidence, f"no dual scale: {quant.format.no_dual_scale}")
     return replace(base, input_segments=inputs, output_segments=outputs, dual=dual, evidence=evidence)
-

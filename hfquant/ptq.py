@@ -142,8 +142,10 @@ def _prepared(
 ) -> Run:
     """Check what was given, plan, and agree on it with the other processes."""
     with group.together():
-        data = None if loader is None else CalibrationData(loader, may_be_empty=group.size > 1)
+        data = None if loader is None else CalibrationData(loader)
         has_data = data is not None and data.first is not None
+        if data is not None and not has_data and group.size == 1:
+            raise CalibrationError("calibration data: the loader is empty")
         example = settings.example
         if example is None and data is not None and has_data:
             example = samples(data.first)[0]
@@ -169,7 +171,7 @@ def _prepared(
     with group.together():
         cache = None
         if settings.resume_dir is not None:
-            mode = (settings.per_layer_mode, facts.prefix, None if data is None else data.digest())
+            mode = (settings.per_layer_mode, facts.prefix, digest_of(*(data or ())))
             cache = Cache.open(settings.resume_dir, digest_of(group.gather(digest_of(mode))))
     budget = min(group.gather(settings.memory_budget or free_memory() // (4 * group.on_this_machine)))
     shard = _shard(data, group)
@@ -341,4 +343,3 @@ def _cost(plan: LayerPlan) -> float:
     """Return roughly what solving a layer takes, to share layers out evenly."""
     sampled = plan.in_features * plan.out_features * SAMPLE_ROWS
     return max(float(sampled), plan.config.calib.cost(plan.in_features, plan.out_features))
-

@@ -29,7 +29,7 @@ class Reduction(Enum):
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the statistic of both sets of rows."""
-        return self.value[0](a, b)  # type: ignore[no-any-return]
+        return self.value[0](a, b)
 
     @property
     def initial(self) -> float:
@@ -45,10 +45,12 @@ class Rows:
 
     @cached_property
     def second_moment(self) -> Tensor:
+        """Sum of x x^T, [in, in]."""
         return self.x.T @ self.x
 
     @cached_property
     def power(self) -> Tensor:
+        """Sum of squares of each channel, [in]."""
         return self.second_moment.diagonal().clone() if "hessian" in self.wanted else self.x.square().sum(0)
 
     @cached_property
@@ -58,6 +60,7 @@ class Rows:
         return [self.x[~second], self.x[second]]
 
     def over_folds(self, reduce: Callable[[Tensor], Tensor], empty: float) -> Tensor:
+        """Reduce each half, [halves, in]; ``empty`` where a half has no rows."""
         return torch.stack([reduce(half) if len(half) else torch.full_like(self.x[0], empty) for half in self.folds])
 
 
@@ -128,9 +131,7 @@ class RowSample:
     @classmethod
     def empty(cls, features: int) -> RowSample:
         """Return a sample of no rows."""
-        return cls(
-            torch.zeros(0, features), torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
-        )
+        return cls(torch.zeros(0, features), torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool))
 
     @classmethod
     def draw(cls, x: Tensor, draw: Tensor) -> RowSample:

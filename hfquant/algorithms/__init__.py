@@ -17,6 +17,7 @@ __all__ = [
     "Nearest",
     "Problem",
     "Rounding",
+    "Smooth",
     "TensorSpec",
     "Transform",
     "Transformed",

@@ -1,7 +1,7 @@
 """What a transform and a rounding have to say of themselves.
 
-Both are sections of a layer's config (their fields are the options) and do the work: one concept an algorithm. A new one
-is one file and one line in :mod:`hfquant.algorithms`.
+Both are sections of a layer's config (their fields are the options) and do the work: one concept an algorithm. A new
+one is one file and one line in :mod:`hfquant.algorithms`.
 """
 
 from __future__ import annotations

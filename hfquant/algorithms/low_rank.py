@@ -39,9 +39,7 @@ class LowRank(Smooth):
             "svd_up": TensorSpec((sum(rows), self.low_rank), None),
         }
 
-    def applied(
-        self, weight: Tensor, divisor: Tensor, problem: Problem, alphas: tuple[float, ...] = ()
-    ) -> Transformed:
+    def applied(self, weight: Tensor, divisor: Tensor, problem: Problem, alphas: tuple[float, ...] = ()) -> Transformed:
         """Return the residual of ``W s``, and the factors as cast; ``svd_down`` acts on the raw input: 1/s is in it."""
         smoothed = weight * divisor
         up, down = low_rank(smoothed, self.low_rank)

@@ -99,9 +99,7 @@ class Smooth(Transform):
             divisor = torch.cat([vectors[alpha][c] for alpha, c in zip(alphas, problem.blocks(), strict=True)])
         return self.applied(weight, divisor, problem, tuple(alphas))
 
-    def applied(
-        self, weight: Tensor, divisor: Tensor, problem: Problem, alphas: tuple[float, ...] = ()
-    ) -> Transformed:
+    def applied(self, weight: Tensor, divisor: Tensor, problem: Problem, alphas: tuple[float, ...] = ()) -> Transformed:
         """Return ``W s`` for a given divisor s [in]."""
         return Transformed(weight * divisor, {"smooth": divisor}, divisor, alphas)
 

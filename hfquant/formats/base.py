@@ -28,13 +28,9 @@ class NumberFormat(ABC):
     Attributes:
         name: as configs spell it.
         bits: that one code takes on disk.
-        qmax: largest magnitude that a code stands for before the scale.
         code_dtype: integer dtype of unpacked codes.
-        disk_dtype: dtype of codes in a checkpoint, of ``code_dtype``'s width or packed.
         is_integer: whether codes are integers, and so may have zero points.
         has_scale: whether codes carry a scale; a plain cast has none.
-        max_dual_exponent: largest e of a negative side's scale ``s+ / 2^e`` (DualScale); 0 where a second scale does
-            not fit or does not help.
     """
 
     name: str
@@ -45,14 +41,17 @@ class NumberFormat(ABC):
 
     @property
     @abstractmethod
-    def qmax(self) -> float: ...
+    def qmax(self) -> float:
+        """Largest magnitude that a code stands for before the scale."""
 
     @property
     def disk_dtype(self) -> torch.dtype:
+        """Dtype of codes in a checkpoint, as wide as in memory."""
         return self.code_dtype
 
     @property
     def max_dual_exponent(self) -> int:
+        """Largest e of a negative side's scale ``s+ / 2^e``; 0 where a second scale does not fit or does not help."""
         return 0
 
     @property

@@ -22,14 +22,17 @@ class FloatFormat(NumberFormat):
 
     @property
     def qmax(self) -> float:
+        """Largest finite value."""
         return torch.finfo(self.dtype).max
 
     @property
     def disk_dtype(self) -> torch.dtype:
+        """Unsigned bytes for FP8, or it could be taken for INT8."""
         return torch.uint8 if self.code_dtype == torch.int8 else self.code_dtype
 
     @property
     def no_dual_scale(self) -> str:
+        """Floats need no second scale."""
         return f"{self.name} is as precise for small values as for large ones"
 
     def _cast(self, x: Tensor, scale: Tensor | None) -> Tensor:

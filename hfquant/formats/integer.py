@@ -23,11 +23,12 @@ class IntegerFormat(NumberFormat):
 
     @property
     def qmax(self) -> float:
+        """Return 2^(b-1) - 1."""
         return float(2 ** (self.bits - 1) - 1)
 
     @property
     def max_dual_exponent(self) -> int:
-        # Both sides' codes are one 16-bit integer, (Q+ << e) + Q-.
+        """Bits left for the shift: both sides' codes are one 16-bit integer, (Q+ << e) + Q-."""
         return 16 - self.bits
 
     def scale_from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,6 +68,7 @@ class IntegerFormat(NumberFormat):
 
     def round(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:
         """Return the nearest values on the grid, float32."""
+        assert scale is not None
         steps = self._steps(x, scale, zero_point)
         return (steps if zero_point is None else steps.sub_(zero_point)).mul_(scale)
 

@@ -66,7 +66,7 @@ def quantize_model(
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:
     """Return a function that puts the attributes of a model and of its configs back as they are now."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     before = [(o, dict(vars(o))) for o in (model, config, text) if hasattr(o, "__dict__")]
 
@@ -95,11 +95,11 @@ def attach(model: nn.Module, config: HfQuantConfig) -> None:
         case "transformers":
             from hfquant.integrations.transformers import attach as attach_transformers
 
-            attach_transformers(model, config)  # type: ignore[arg-type]
+            attach_transformers(model, config)
         case "diffusers":
             from hfquant.integrations.diffusers import attach as attach_diffusers
 
-            attach_diffusers(model, config)  # type: ignore[arg-type]
+            attach_diffusers(model, config)
 
 
 def register() -> None:

@@ -116,9 +116,7 @@ def check_names(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         parent, _, tensor = name.rpartition(".")
         layer = layers.get(parent)
-        if layer is not None and tensor not in layer._parameters and tensor not in layer._buffers:
-            left.append(name)
-        elif layer is not None and tensor == "bias" and layer.bias is None:
+        if layer is not None and {**layer._parameters, **layer._buffers}.get(tensor) is None:
             left.append(name)
     if left:
         raise CheckpointError(

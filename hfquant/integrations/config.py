@@ -133,7 +133,9 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
             raise ConfigError("the stored quantization_config lacks its key 'config'")
         layers, skipped = values.pop("layers", {}), values.pop("skipped", {})
         if unknown := set(values) - set(_ARGUMENTS):
-            raise ConfigError(f"unknown keys {sorted(unknown)}; allowed are {', '.join((*_ARGUMENTS, 'layers', 'skipped'))}")
+            raise ConfigError(
+                f"unknown keys {sorted(unknown)}; allowed are {', '.join((*_ARGUMENTS, 'layers', 'skipped'))}"
+            )
         if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
             raise ConfigError("layers: expected a dict of dicts, one a layer")
         if not isinstance(skipped, dict) or not all(isinstance(v, str) for v in skipped.values()):

@@ -82,9 +82,8 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         if files and all(str(file).endswith(".safetensors") for file in files):
             lacking = sorted(self._stored_names - tensor_names(files))
             if lacking:
-                raise CheckpointError(
-                    f"the index lists {len(lacking)} tensors that no file of the checkpoint has: {', '.join(lacking[:5])}"
-                )
+                some = ", ".join(lacking[:5])
+                raise CheckpointError(f"the index lists {len(lacking)} tensors that no file has: {some}")
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:

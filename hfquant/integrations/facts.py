@@ -50,13 +50,13 @@ def call_options(model: nn.Module, sample: Any) -> dict[str, Any]:
 
     Args:
         model: about to run.
-        sample: its inputs; one with labels needs all logits, for its loss.
+        sample: its inputs.
     """
     if not isinstance(sample, Mapping):
         return {}
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-    if "logits_to_keep" in accepted and sample.get("labels") is None:
+    if "logits_to_keep" in accepted:
         head = _head(model)
         # A head that is quantized has to see all tokens.
         if head is not None and not head._forward_pre_hooks:

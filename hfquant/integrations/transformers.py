@@ -190,7 +190,10 @@ class QuantizeWeight(ConversionOps):
             # Placeholders keep that report from calling the rest missing.
             spec = layer.plan.tensors().items()
             converted.update(
-                {f"{name}.{t}": torch.zeros((), dtype=dtype or weight.dtype).expand(shape) for t, (shape, dtype) in spec}
+                {
+                    f"{name}.{t}": torch.zeros((), dtype=dtype or weight.dtype).expand(shape)
+                    for t, (shape, dtype) in spec
+                }
             )
         return converted
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from hfquant.algorithms import block_slices
 from hfquant.formats import Grid, NumberFormat, expand_columns
 from hfquant.kernels.reference import scaled_matmul
 from hfquant.planner import LayerPlan
+
 
 class QuantLinear(nn.Linear):
     """A linear with quantized weights and, where its plan says so, quantized activations.

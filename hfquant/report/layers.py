@@ -116,7 +116,7 @@ def layer_report(
         name=name,
         what=layer.extra_repr(),
         alphas=tuple(a for group in solution.alphas for a in group),
-        rank=getattr(solution.plan.transform, 'low_rank', 0),
+        rank=getattr(solution.plan.transform, "low_rank", 0),
         plain_error=plain_error,
         error=error,
         seconds=seconds,
