@@ -23,6 +23,9 @@ from hfquant.formats import GridRule, InputRule, split_columns
 
 logger = logging.getLogger(__name__)
 
+#: Reasons for which the user leaves a linear in full precision.
+EXCLUDED, SWITCHED_OFF = "in modules_to_not_convert", "enable=False"
+
 _OUTPUT_PATTERNS = {SegPattern.LINEAR2CHUNK, SegPattern.LINEAR2SPLIT}
 _INPUT_PATTERNS = {SegPattern.CONCAT2LINEAR, SegPattern.STACK2LINEAR, SegPattern.RESHAPE2LINEAR}
 
@@ -286,9 +289,9 @@ def plan_layers(
         elif not name:
             skipped[name] = "it is the whole model, so nothing can hold its replacement; wrap it in nn.Sequential"
         elif matches(names, not_convert):
-            skipped[name] = "in modules_to_not_convert"
+            skipped[name] = EXCLUDED
         elif not layer.enable:
-            skipped[name] = "enable=False"
+            skipped[name] = SWITCHED_OFF
         elif name in skips and not asked:
             skipped[name] = skips[name]
         else:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hfquant.observers import SAMPLE_ROWS, LayerStats, layer_stats, observe
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from hfquant import observers
 from hfquant.calibration.batches import CalibrationError
-from hfquant.observers import SAMPLE_ROWS, LayerStats, layer_stats, observe
 
 
 class Net(nn.Module):

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 import hfquant
 from hfquant import CalibrationError, ConfigError, HfQuantConfig
 from hfquant.integrations.checkpoint import CheckpointError
-from hfquant.nn.linear import quant_linears
+from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
 from tests.integrations.small_models import denoiser_inputs, outputs, transformers_inputs
 

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 import hfquant
 from hfquant import HfQuantConfig
-from hfquant.nn.linear import quant_linears
+from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
 from tests.integrations.small_models import assert_same, transformers_inputs
 
