@@ -372,7 +372,7 @@ def test_share_of_a_model_whose_head_is_none(net: Net, caplog: pytest.LogCapture
 def test_all_switched_off_leaves_the_model_and_warns(
     net: Net, data: Any, config: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = copy.deepcopy(net.state_dict())
+    before = snapshot(net)
     assert quantize(net, data, config) is net
     assert "every linear is switched off or skipped" in caplog.text
     assert_untouched(net, before)
@@ -383,7 +383,7 @@ def test_all_switched_off_leaves_the_model_and_warns(
 def test_an_interrupt_after_the_solve_undoes_all(
     net: Net, data: Any, error: Any, per_layer_mode: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = copy.deepcopy(net.state_dict())
+    before = snapshot(net)
 
     def interrupted(*args: Any) -> Any:
         raise error("now")
