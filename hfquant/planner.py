@@ -18,8 +18,9 @@ from torch import nn
 
 from hfquant import formats
 from hfquant.config import ConfigError, LayerConfig, Optimum, QuantRules, SegPattern
-from hfquant.dataflow.trace import LinearTrace, PatternError, example_inputs, trace
+from hfquant.dataflow.trace import LinearTrace, PatternError, trace
 from hfquant.formats.packing import packed_width
+from hfquant.integrations.examples import example_inputs
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,5 @@
 """Watch one forward of a model and read off what feeds each linear and what its output becomes."""
+
+from hfquant.dataflow.trace import LinearTrace, PatternError, failure, trace
+
+__all__ = ["LinearTrace", "PatternError", "failure", "trace"]

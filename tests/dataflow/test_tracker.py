@@ -1,6 +1,7 @@
-"""Following features: every pattern in every spelling on toy modules, and shadows against data that name themselves."""
+"""Following features: every pattern in every spelling on toy modules, and maps against data that name themselves."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from hfquant.config import SegPattern as P
 from hfquant.dataflow.index_map import cuts_of
 from hfquant.dataflow.trace import trace
-from hfquant.dataflow.tracker import Provenance
+from hfquant.dataflow.tracker import FeatureTracker
 
 X = torch.zeros(2, 5, 8)
 
@@ -71,6 +72,42 @@ SPLITS = {
         P.LINEAR2SPLIT,
     ),
     "select": (lambda y: [y.unflatten(-1, (2, 12)).select(2, i) for i in (0, 1)], (12, 12), P.LINEAR2SPLIT),
+    "index_select": (
+        lambda y: [y.index_select(-1, torch.arange(9)), torch.index_select(y, 2, torch.arange(9, 24))],
+        (9, 15),
+        P.LINEAR2SPLIT,
+    ),
+    "index_select by keywords": (
+        lambda y: [torch.index_select(dim=-1, index=torch.arange(a, a + 12), input=y) for a in (0, 12)],
+        (12, 12),
+        P.LINEAR2SPLIT,
+    ),
+    "index_select of a given list": (
+        lambda y: [y.index_select(-1, torch.tensor([1, 0, 2])), y.index_select(-1, torch.arange(3, 24))],
+        (3, 21),
+        P.LINEAR2SPLIT,
+    ),
+    "gather": (
+        lambda y: [y.gather(-1, torch.arange(*r).expand(2, 5, -1)) for r in ((0, 8), (8, 24))],
+        (8, 16),
+        P.LINEAR2SPLIT,
+    ),
+    "take_along_dim": (
+        lambda y: [torch.take_along_dim(y, torch.arange(*r)[None, None], dim=2) for r in ((0, 8), (8, 24))],
+        (8, 16),
+        P.LINEAR2SPLIT,
+    ),
+    "index with a range": (lambda y: [y[..., torch.arange(8)], y[..., torch.arange(8, 24)]], (8, 16), P.LINEAR2SPLIT),
+    "two pieces added": (lambda y: [y[..., :12] + y[..., 12:]], (12, 12), P.LINEAR2SPLIT),
+    "vsplit and dsplit": (lambda y: [y.dsplit(2)[0], y[0].mT.vsplit(2)[1]], (12, 12), None),
+    "hsplit": (lambda y: y.flatten(0, 1).hsplit([6]), (6, 18), P.LINEAR2SPLIT),
+    "unsafe_chunk": (lambda y: torch.unsafe_chunk(y, 2, -1), (12, 12), P.LINEAR2CHUNK),
+    "after index_select on leading dims": (
+        lambda y: y.index_select(1, torch.ones(3, dtype=torch.long)).chunk(2, -1),
+        (12, 12),
+        P.LINEAR2CHUNK,
+    ),
+    "after an activation spelled out": (lambda y: (y * torch.sigmoid(y)).chunk(2, -1), (12, 12), P.LINEAR2CHUNK),
     "after merging leading dims": (lambda y: y.reshape(10, 24).chunk(2, 1), (12, 12), P.LINEAR2CHUNK),
     "after transposing": (lambda y: y.transpose(1, 2).chunk(2, dim=1), (12, 12), P.LINEAR2CHUNK),
     "after a cast": (lambda y: y.to(torch.bfloat16).chunk(2, -1), (12, 12), P.LINEAR2CHUNK),
@@ -119,6 +156,10 @@ WHOLE = {
         (y := m.a(x).view(2, 5, 3, 8)) * 2 + torch.cat([-y[..., 4:], y[..., :4]], -1)
     ),
     "heads of fused qkv interleaved": lambda m, x: used(m.a(x).view(2, 5, 2, 12).chunk(3, -1)),
+    "features picked by unknown numbers": lambda m, x: used([m.a(x).index_select(-1, torch.ones(12).long())]),
+    "even and odd features by index_select": lambda m, x: used(
+        [(y := m.a(x)).index_select(-1, torch.arange(0, 24, 2)), y.index_select(-1, torch.arange(1, 24, 2))]
+    ),
     "even and odd features": lambda m, x: used([m.a(x)[..., ::2], m.a(x)[..., 1::2]]),
     "tokens, not features": lambda m, x: used(m.a(x).split([2, 3], dim=1)),
     "batch": lambda m, x: used(m.a(x).chunk(2)),
@@ -164,6 +205,16 @@ JOINS = {
     "cat by keywords": (lambda m, x: torch.cat(tensors=two(x, 7), dim=2), (7, 17), P.CONCAT2LINEAR),
     "concat": (lambda m, x: torch.concat(two(x, 5), dim=-1), (5, 19), P.CONCAT2LINEAR),
     "concatenate along axis": (lambda m, x: torch.concatenate(two(x, 5), axis=-1), (5, 19), P.CONCAT2LINEAR),
+    "hstack": (lambda m, x: torch.hstack([t[:, 0] for t in two(x, 5)]), (5, 19), P.CONCAT2LINEAR),
+    "hstack of one token": (lambda m, x: torch.hstack(tensors=[t[0, 0] for t in two(x, 5)]), (5, 19), P.CONCAT2LINEAR),
+    "column_stack": (lambda m, x: torch.column_stack([t[:, 0] for t in two(x, 5)]), (5, 19), P.CONCAT2LINEAR),
+    "dstack": (lambda m, x: torch.dstack(two(x, 5)), (5, 19), P.CONCAT2LINEAR),
+    "vstack of columns": (lambda m, x: torch.vstack([t[:, 0].mT for t in two(x, 5)]).mT, (5, 19), P.CONCAT2LINEAR),
+    "row_stack of columns": (
+        lambda m, x: torch.row_stack([t[:, 0].mT for t in two(x, 5)]).mT,
+        (5, 19),
+        P.CONCAT2LINEAR,
+    ),
     "cat of a list of three": (lambda m, x: torch.cat([x.cumsum(0), x.cumsum(1), x], -1), (8, 8, 8), P.CONCAT2LINEAR),
     "nested cat": (
         lambda m, x: torch.cat([torch.cat([x, x[..., :4]], -1), two(x)[0]], -1),
@@ -243,6 +294,9 @@ NOT_JOINED = {
     "a joined position code added": lambda m, x: (
         x.repeat(1, 1, 3) + torch.cat([m.norm.weight[:4], m.norm.weight[4:]])[None]
     ),
+    "tokens by hstack": lambda m, x: torch.hstack([x.repeat(1, 1, 3), x.repeat(1, 1, 3)]),
+    "batch by vstack": lambda m, x: torch.vstack([x.repeat(1, 1, 3), x.repeat(1, 1, 3)]),
+    "single features by column_stack": lambda m, x: torch.column_stack([x[0, :, 0].cumsum(0)] * 24),
     "one operand": lambda m, x: torch.cat([x.repeat(1, 1, 3)], -1),
     "leading dims merged": lambda m, x: x.repeat(1, 1, 3).reshape(-1, 24),
     "a convolution between": lambda m, x: F.conv1d(torch.cat(two(x), -1).mT, torch.ones(24, 24, 1)).mT,
@@ -286,7 +340,7 @@ ACTIVATIONS = {
     "SwiGLU, gate second, cast": (lambda m, x: m.a(x) * F.silu(m.c(x).float()).to(x.dtype), "silu"),
     "GEGLU of one linear": (lambda m, x: (h := torch.cat([m.a(x), m.c(x)], -1).chunk(2, -1))[0] * F.gelu(h[1]), "gelu"),
     "F.glu": (lambda m, x: F.glu(torch.cat([m.a(x), m.c(x)], -1)), "sigmoid"),
-    "quick gelu": (lambda m, x: quick_gelu()(m.a(x)), "sigmoid"),
+    "quick gelu": (lambda m, x: quick_gelu()(m.a(x)), "quick_gelu"),
     "dropout, cast, leading dims": (lambda m, x: F.dropout(F.silu(m.a(x)), 0.1).double().float().flatten(0, 1), "silu"),
     "first token": (lambda m, x: F.silu(m.a(x))[:, 0], "silu"),
     "scaled by a parameter": (lambda m, x: F.silu(m.a(x)) * m.norm.weight, "silu"),
@@ -298,6 +352,31 @@ ACTIVATIONS = {
     "residual": (lambda m, x: F.silu(m.a(x)) + m.c(x), None),
     "another linear": (lambda m, x: m.a(F.silu(x)), None),
     "tanh": (lambda m, x: torch.tanh(m.a(x)), None),
+    "SiLU spelled out": (lambda m, x: (y := m.a(x)) * torch.sigmoid(y), "silu"),
+    "SiLU spelled out, gate first, in float": (
+        lambda m, x: (y := m.a(x)).float().sigmoid().to(y.dtype).mul(y),
+        "silu",
+    ),
+    "SiLU in place": (lambda m, x: (y := m.a(x)).mul_(y.sigmoid()), "silu"),
+    "quick GELU spelled out": (lambda m, x: (y := m.a(x)) * torch.sigmoid(1.702 * y), "quick_gelu"),
+    "GELU by erf": (lambda m, x: (y := m.a(x)) * 0.5 * (1.0 + torch.erf(y / math.sqrt(2.0))), "gelu"),
+    "GELU by erf, cdf first": (lambda m, x: 0.5 * (1 + ((y := m.a(x)) * 0.7071).erf()) * y, "gelu"),
+    "GELU by tanh": (
+        lambda m, x: 0.5 * (y := m.a(x)) * (1 + torch.tanh(0.7979 * (y + 0.044715 * torch.pow(y, 3)))),
+        "gelu",
+    ),
+    "GELU by tanh, factored": (
+        lambda m, x: (y := m.a(x)) * 0.5 * (1.0 + torch.tanh(0.7979 * y * (1 + 0.044715 * y * y))),
+        "gelu",
+    ),
+    "Mish spelled out": (lambda m, x: (y := m.a(x)) * torch.tanh(F.softplus(y)), "mish"),
+    "GEGLU with a GELU spelled out": (
+        lambda m, x: m.a(x) * ((y := m.c(x)) * 0.5 * (1.0 + torch.erf(y / math.sqrt(2.0)))),
+        "gelu",
+    ),
+    "a gate of another tensor": (lambda m, x: m.a(x) * (1 + torch.tanh(m.c(x))), None),
+    "a modulation": (lambda m, x: (y := m.a(x)) * (1 + y), None),
+    "tanh of itself": (lambda m, x: (y := m.a(x)) * torch.tanh(y), None),
 }
 
 
@@ -313,8 +392,8 @@ def test_activation_modules_of_transformers_written_as_formulas():
     class Model(nn.Sequential):
         pass
 
-    assert trace(Model(nn.Linear(8, 4), new_gelu(), nn.Linear(4, 2)), X)["2"].activations == ("newgelu",)
-    assert trace(Model(nn.Linear(8, 4), quick_gelu(), nn.Linear(4, 2)), X)["2"].activations == ("sigmoid",)
+    assert trace(Model(nn.Linear(8, 4), new_gelu(), nn.Linear(4, 2)), X)["2"].activations == ("gelu",)
+    assert trace(Model(nn.Linear(8, 4), quick_gelu(), nn.Linear(4, 2)), X)["2"].activations == ("quick_gelu",)
 
 
 @pytest.mark.parametrize("name", ["GEGLU", "SwiGLU", "GELU"])
@@ -326,6 +405,39 @@ def test_feed_forwards_of_diffusers(name):
     found = trace(block, X)
     assert found["0.proj"].output_segments == ((12, 12) if gated else (12,))
     assert found["2"].activations == ("silu" if name == "SwiGLU" else "gelu",)
+
+
+def test_gelu_that_bloom_spells_out():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=8, n_layer=1, n_head=2))
+    found = trace(model, torch.zeros(2, 3, dtype=torch.long))
+    assert found["transformer.h.0.mlp.dense_4h_to_h"].activations == ("gelu",)
+
+
+def test_gelu_that_esm_spells_out():
+    from transformers import EsmConfig, EsmModel
+
+    config = EsmConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, pad_token_id=1
+    )
+    found = trace(EsmModel(config), torch.full((2, 3), 4))
+    assert found["encoder.layer.0.output.dense"].activations == ("gelu",)
+
+
+def test_gelu_that_diffusers_spells_out():
+    from diffusers.models.attention import FeedForward
+
+    found = trace(FeedForward(8, activation_fn="geglu-approximate"), X)
+    assert found["net.2"].activations == ("quick_gelu",)
+
+
+def test_picks_by_a_buffer():
+    toy = Toy(lambda m, x: used([m.a(x).index_select(-1, m.low), m.a(x)[..., m.high]]))
+    toy.register_buffer("low", torch.arange(9))
+    toy.register_buffer("high", torch.arange(9, 24))
+    assert trace(toy, X)["a"].output_segments == (9, 15)
+    assert trace(toy.to("meta"), X)["a"].output_segments == (24,)  # whose numbers nobody knows
 
 
 def test_each_segment_has_its_own_activation():
@@ -454,13 +566,13 @@ def views(draw, shape):
 
 @given(views((2, 3, 24)))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_shadows_agree_with_data_that_names_itself(chain):
-    """Run on data whose values are the feature numbers (and part numbers): shadows must say what the data say."""
+def test_maps_agree_with_data_that_names_itself(chain):
+    """Run on data whose values are the feature numbers (and part numbers): the maps must say what the data say."""
     linear = nn.Linear(24, 24, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.eye(24))
     x = torch.arange(24.0).expand(2, 3, 24).contiguous()
-    watch = Provenance(P.all(), {})
+    watch = FeatureTracker(P.all())
     with torch.no_grad(), watch:
         y = linear(x)
         watch.call_linear("linear", linear, x, y)
