@@ -129,7 +129,7 @@ def find_obstacles(model: nn.Module, example: Any, first: WeightWatch, fake: boo
     Returns:
         Linear -> reason. Linears that can be replaced are left out.
     """
-    found = {**first.obstacles, **dict.fromkeys(_fast_path_linears(model), READ)}
+    found = {**first.obstacles, **dict.fromkeys(fast_path_linears(model), READ)}
     asked = {name: first.codes[name] for name in first.asked if name not in found}
     if asked:
         try:
@@ -155,7 +155,7 @@ def _owners(model: nn.Module) -> dict[int, tuple[list[str], list[nn.Module]]]:
     return owners
 
 
-def _fast_path_linears(model: nn.Module) -> set[str]:
+def fast_path_linears(model: nn.Module) -> set[str]:
     """Return the linears whose weights ``nn.TransformerEncoderLayer`` hands to a fused kernel when not watched."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer)]
     return {
