@@ -29,8 +29,8 @@ from hfquant.dataflow.twin import PatternError, run_twin
 logger = logging.getLogger(__name__)
 
 READ = "its weight is read outside its own forward"
-CAST = "a tensor gets its weight's dtype outside its own forward"
-UNCLEAR = "its weight's dtype is read outside its own forward, where the dtype of codes fails"
+CAST = "code outside it casts to the dtype of its weight"
+UNCLEAR = "code outside it reads the dtype of its weight and may not run with that of codes"
 
 
 class WeightWatch(TorchFunctionMode):
