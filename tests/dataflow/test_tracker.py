@@ -1,7 +1,6 @@
-"""Following features: every pattern in every spelling on toy modules, and maps against data that name themselves."""
+"""Following features: every pattern in every spelling on toy modules."""
 
 import functools
-import math
 
 import pytest
 import torch
@@ -11,35 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hfquant.config import SegPattern as P
-from hfquant.dataflow.index_map import cuts_of
 from hfquant.dataflow.trace import trace
-from hfquant.dataflow.tracker import FeatureTracker
-
-X = torch.zeros(2, 5, 8)
-
-
-class Toy(nn.Module):
-    """``a`` (8 -> 24) and ``b`` (24 -> 8) around a function of the module and the input."""
-
-    def __init__(self, forward, a=24, b=24):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(8, a), nn.Linear(b, 8), nn.Linear(8, 24)
-        self.norm, self.rms = nn.LayerNorm(b), nn.RMSNorm(b)
-        self.table = nn.Parameter(torch.zeros(1, 3, 8))
-        self.run = forward
-
-    def forward(self, x):
-        return self.run(self, x)
-
-
-def of(forward, layer, x=X, **sizes):
-    return trace(Toy(forward, **sizes), x)[layer]
-
-
-def used(pieces):
-    """Use every piece in something that is no view."""
-    return [p.cumsum(0) for p in pieces]
-
+from tests.dataflow.toys import Toy, X, of, two, used
 
 SPLITS = {
     "chunk": (lambda y: y.chunk(3, -1), (8, 8, 8), P.LINEAR2CHUNK),
@@ -194,11 +166,6 @@ def test_partial_rotary_does_not_hide_fused_qkv():
     assert of(run, "a").output_segments == (12, 6, 6)
 
 
-def two(x, n=12):
-    """Two tensors that come from nowhere known, 12 and 24 - 12 wide."""
-    return x.repeat(1, 1, 2)[..., :n].cumsum(0), x.repeat(1, 1, 3)[..., : 24 - n].cumsum(0)
-
-
 JOINS = {
     "cat": (lambda m, x: torch.cat(two(x), -1), (12, 12), P.CONCAT2LINEAR),
     "cat, unequal, dim positive": (lambda m, x: torch.cat(two(x, 5), 2), (5, 19), P.CONCAT2LINEAR),
@@ -310,148 +277,12 @@ def test_input_left_whole(name):
     assert (found.input_segments, found.patterns, found.evidence) == ((24,), (), ())
 
 
-def quick_gelu():
-    from transformers.activations import ACT2FN
-
-    return ACT2FN["quick_gelu"]
-
-
-def new_gelu():
-    from transformers.activations import ACT2FN
-
-    return ACT2FN["gelu_new"]
-
-
-ACTIVATIONS = {
-    "nn.SiLU": (lambda m, x: nn.SiLU()(m.a(x)), "silu"),
-    "nn.GELU tanh": (lambda m, x: nn.GELU("tanh")(m.a(x)), "gelu"),
-    "nn.ReLU in place": (lambda m, x: nn.ReLU(inplace=True)(m.a(x)), "relu"),
-    "F.silu": (lambda m, x: F.silu(m.a(x)), "silu"),
-    "F.gelu by keywords": (lambda m, x: F.gelu(input=m.a(x), approximate="tanh"), "gelu"),
-    "torch.relu": (lambda m, x: torch.relu(m.a(x)), "relu"),
-    "method relu_": (lambda m, x: m.a(x).relu_(), "relu"),
-    "relu squared": (lambda m, x: F.relu(m.a(x)).square(), "relu"),
-    "leaky_relu": (lambda m, x: F.leaky_relu(m.a(x), 0.1), "leaky_relu"),
-    "elu": (lambda m, x: F.elu(m.a(x)), "elu"),
-    "mish": (lambda m, x: F.mish(m.a(x)), "mish"),
-    "hardswish": (lambda m, x: F.hardswish(m.a(x)), "hardswish"),
-    "softplus": (lambda m, x: F.softplus(m.a(x)), "softplus"),
-    "SwiGLU": (lambda m, x: F.silu(m.c(x)) * m.a(x), "silu"),
-    "SwiGLU, gate second, cast": (lambda m, x: m.a(x) * F.silu(m.c(x).float()).to(x.dtype), "silu"),
-    "GEGLU of one linear": (lambda m, x: (h := torch.cat([m.a(x), m.c(x)], -1).chunk(2, -1))[0] * F.gelu(h[1]), "gelu"),
-    "F.glu": (lambda m, x: F.glu(torch.cat([m.a(x), m.c(x)], -1)), "sigmoid"),
-    "quick gelu": (lambda m, x: quick_gelu()(m.a(x)), "quick_gelu"),
-    "dropout, cast, leading dims": (lambda m, x: F.dropout(F.silu(m.a(x)), 0.1).double().float().flatten(0, 1), "silu"),
-    "first token": (lambda m, x: F.silu(m.a(x))[:, 0], "silu"),
-    "scaled by a parameter": (lambda m, x: F.silu(m.a(x)) * m.norm.weight, "silu"),
-    "rms norm": (lambda m, x: m.rms(F.silu(m.a(x))), "silu"),
-    "tokens joined": (lambda m, x: torch.cat([F.silu(m.a(x)), F.silu(m.c(x))], 1), "silu"),
-    "tokens of two kinds joined": (lambda m, x: torch.cat([F.silu(m.a(x)), m.c(x)], 1), None),
-    "layer norm": (lambda m, x: m.norm(F.silu(m.a(x))), None),
-    "shifted": (lambda m, x: F.silu(m.a(x)) + 1, None),
-    "residual": (lambda m, x: F.silu(m.a(x)) + m.c(x), None),
-    "another linear": (lambda m, x: m.a(F.silu(x)), None),
-    "tanh": (lambda m, x: torch.tanh(m.a(x)), None),
-    "SiLU spelled out": (lambda m, x: (y := m.a(x)) * torch.sigmoid(y), "silu"),
-    "SiLU spelled out, gate first, in float": (
-        lambda m, x: (y := m.a(x)).float().sigmoid().to(y.dtype).mul(y),
-        "silu",
-    ),
-    "SiLU in place": (lambda m, x: (y := m.a(x)).mul_(y.sigmoid()), "silu"),
-    "quick GELU spelled out": (lambda m, x: (y := m.a(x)) * torch.sigmoid(1.702 * y), "quick_gelu"),
-    "GELU by erf": (lambda m, x: (y := m.a(x)) * 0.5 * (1.0 + torch.erf(y / math.sqrt(2.0))), "gelu"),
-    "GELU by erf, cdf first": (lambda m, x: 0.5 * (1 + ((y := m.a(x)) * 0.7071).erf()) * y, "gelu"),
-    "GELU by tanh": (
-        lambda m, x: 0.5 * (y := m.a(x)) * (1 + torch.tanh(0.7979 * (y + 0.044715 * torch.pow(y, 3)))),
-        "gelu",
-    ),
-    "GELU by tanh, factored": (
-        lambda m, x: (y := m.a(x)) * 0.5 * (1.0 + torch.tanh(0.7979 * y * (1 + 0.044715 * y * y))),
-        "gelu",
-    ),
-    "Mish spelled out": (lambda m, x: (y := m.a(x)) * torch.tanh(F.softplus(y)), "mish"),
-    "GEGLU with a GELU spelled out": (
-        lambda m, x: m.a(x) * ((y := m.c(x)) * 0.5 * (1.0 + torch.erf(y / math.sqrt(2.0)))),
-        "gelu",
-    ),
-    "a gate of another tensor": (lambda m, x: m.a(x) * (1 + torch.tanh(m.c(x))), None),
-    "a modulation": (lambda m, x: (y := m.a(x)) * (1 + y), None),
-    "tanh of itself": (lambda m, x: (y := m.a(x)) * torch.tanh(y), None),
-}
-
-
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations(name):
-    run, activation = ACTIVATIONS[name]
-    found = of(lambda m, x: m.b(run(m, x)), "b")
-    assert found.activations == (activation,)
-    assert found.patterns == ((P.ACTIVATION2LINEAR,) if activation else ())
-
-
-def test_activation_modules_of_transformers_written_as_formulas():
-    class Model(nn.Sequential):
-        pass
-
-    assert trace(Model(nn.Linear(8, 4), new_gelu(), nn.Linear(4, 2)), X)["2"].activations == ("gelu",)
-    assert trace(Model(nn.Linear(8, 4), quick_gelu(), nn.Linear(4, 2)), X)["2"].activations == ("quick_gelu",)
-
-
-@pytest.mark.parametrize("name", ["GEGLU", "SwiGLU", "GELU"])
-def test_feed_forwards_of_diffusers(name):
-    from diffusers.models import activations
-
-    gated = name != "GELU"
-    block = nn.Sequential(getattr(activations, name)(8, 12), nn.Dropout(0.1), nn.Linear(12, 8))
-    found = trace(block, X)
-    assert found["0.proj"].output_segments == ((12, 12) if gated else (12,))
-    assert found["2"].activations == ("silu" if name == "SwiGLU" else "gelu",)
-
-
-def test_gelu_that_bloom_spells_out():
-    from transformers import BloomConfig, BloomForCausalLM
-
-    model = BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=8, n_layer=1, n_head=2))
-    found = trace(model, torch.zeros(2, 3, dtype=torch.long))
-    assert found["transformer.h.0.mlp.dense_4h_to_h"].activations == ("gelu",)
-
-
-def test_gelu_that_esm_spells_out():
-    from transformers import EsmConfig, EsmModel
-
-    config = EsmConfig(
-        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, pad_token_id=1
-    )
-    found = trace(EsmModel(config), torch.full((2, 3), 4))
-    assert found["encoder.layer.0.output.dense"].activations == ("gelu",)
-
-
-def test_gelu_that_diffusers_spells_out():
-    from diffusers.models.attention import FeedForward
-
-    found = trace(FeedForward(8, activation_fn="geglu-approximate"), X)
-    assert found["net.2"].activations == ("quick_gelu",)
-
-
 def test_picks_by_a_buffer():
     toy = Toy(lambda m, x: used([m.a(x).index_select(-1, m.low), m.a(x)[..., m.high]]))
     toy.register_buffer("low", torch.arange(9))
     toy.register_buffer("high", torch.arange(9, 24))
     assert trace(toy, X)["a"].output_segments == (9, 15)
     assert trace(toy.to("meta"), X)["a"].output_segments == (24,)  # whose numbers nobody knows
-
-
-def test_each_segment_has_its_own_activation():
-    """FLUX's single blocks: attention and MLP joined."""
-    found = of(lambda m, x: m.b(torch.cat([x, F.gelu(m.a(x))], 2)), "b", a=16)
-    assert found.input_segments == (8, 16)
-    assert found.activations == (None, "gelu")
-    assert found.patterns == (P.CONCAT2LINEAR, P.ACTIVATION2LINEAR)
-    assert found.evidence == ("input = cat: 8, 16 gelu",)
-
-
-def test_activation_of_joined_features_keeps_the_parts():
-    found = of(lambda m, x: m.b(F.silu(torch.cat(two(x, 5), -1))), "b")
-    assert (found.input_segments, found.activations) == ((5, 19), ("silu", "silu"))
 
 
 def test_glu_splits_its_linear():
@@ -524,69 +355,3 @@ def test_any_partition_is_found(sizes, kind):
     else:
         parts = functools.partial(map, lambda n: torch.zeros(2, 5, n))
         assert of(lambda m, x: m.b(torch.cat(list(parts(sizes)), -1)), "b", b=total).input_segments == tuple(sizes)
-
-
-@st.composite
-def views(draw, shape):
-    """A chain of view operations on a tensor of ``shape``, as functions."""
-    chain, shape = [], list(shape)
-    for _ in range(draw(st.integers(1, 6))):
-        kind = draw(
-            st.sampled_from(["permute", "flatten", "unflatten", "slice", "chunk", "select", "unsqueeze", "expand"])
-        )
-        d = draw(st.integers(0, len(shape) - 1))
-        if kind == "permute":
-            order = draw(st.permutations(range(len(shape))))
-            chain.append(lambda t, o=order: t.permute(o))
-            shape = [shape[i] for i in order]
-        elif kind == "flatten" and d + 1 < len(shape):
-            chain.append(lambda t, d=d: t.flatten(d, d + 1))
-            shape[d : d + 2] = [shape[d] * shape[d + 1]]
-        elif kind == "unflatten" and shape[d] % 2 == 0 and len(shape) < 6:
-            chain.append(lambda t, d=d, n=shape[d]: t.unflatten(d, (2, n // 2)))
-            shape[d : d + 1] = [2, shape[d] // 2]
-        elif kind == "slice" and shape[d] > 2:
-            chain.append(lambda t, d=d: t[(slice(None),) * d + (slice(1, None),)])
-            shape[d] -= 1
-        elif kind == "chunk" and shape[d] > 1:
-            chain.append(lambda t, d=d: t.chunk(2, d)[1])
-            shape[d] -= (shape[d] + 1) // 2
-        elif kind == "select" and len(shape) > 2:
-            chain.append(lambda t, d=d: t.select(d, 0))
-            del shape[d]
-        elif kind == "unsqueeze" and len(shape) < 6:
-            chain.append(lambda t, d=d: t.unsqueeze(d))
-            shape.insert(d, 1)
-        elif kind == "expand" and shape[d] == 1:
-            sizes = [-1] * d + [3] + [-1] * (len(shape) - d - 1)
-            chain.append(lambda t, s=sizes: t.expand(s))
-            shape[d] = 3
-    return chain
-
-
-@given(views((2, 3, 24)))
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_maps_agree_with_data_that_names_itself(chain):
-    """Run on data whose values are the feature numbers (and part numbers): the maps must say what the data say."""
-    linear = nn.Linear(24, 24, bias=False)
-    with torch.no_grad():
-        linear.weight.copy_(torch.eye(24))
-    x = torch.arange(24.0).expand(2, 3, 24).contiguous()
-    watch = FeatureTracker(P.all())
-    with torch.no_grad(), watch:
-        y = linear(x)
-        watch.call_linear("linear", linear, x, y)
-        parts = torch.cat([torch.full((2, 3, n), float(n)) for n in (5, 12, 7)], -1)
-        for view in chain:
-            y, parts = view(y), view(parts)
-    assert torch.equal(watch._slices[y].index.float(), y)
-    labels = watch._labels[parts]
-    value_of = {int(i): float(v) for i, v in zip(labels.flatten(), parts.flatten(), strict=True)}
-    assert torch.equal(torch.tensor([value_of[int(i)] for i in labels.flatten()]).view_as(parts), parts)
-
-
-def test_cuts_of():
-    assert cuts_of([(0, 4), (4, 9)], 9) == {4}
-    assert cuts_of([(0, 9), (0, 4), (4, 9)], 9) == frozenset()
-    assert cuts_of([(0, 6), (3, 8), (9, 10)], 12) == {8, 9, 10}
-    assert cuts_of([], 9) == frozenset()
