@@ -18,7 +18,7 @@ from torch import nn
 
 from hfquant.algorithms import TensorSpec, Transform
 from hfquant.config import ConfigError, LayerConfig, QuantRules, SegPattern
-from hfquant.dataflow.trace import LinearTrace, PatternError, trace
+from hfquant.dataflow import LinearTrace, PatternError, obstacles_in_source, trace
 from hfquant.formats import GridRule, InputRule, split_columns
 
 logger = logging.getLogger(__name__)
@@ -302,8 +302,10 @@ def plan_layers(
     for key in unused:
         logger.warning("%s: modules_to_not_convert: %r matches no module", who, key)
     traces = _traces(model, chosen, example, facts)
-    for name in [n for n in chosen if n in traces and traces[n].functional]:
-        skipped[name] = "its weight is read outside its own forward"
+    # Where no forward was watched the source code says what it can.
+    obstacles = {n: t.obstacle for n, t in traces.items() if t.obstacle} if traces else obstacles_in_source(model)
+    for name in [n for n in chosen if n in obstacles]:
+        skipped[name] = obstacles[name]
         del chosen[name]
     order = sorted(chosen, key=lambda n: traces[n].order if n in traces else len(traces))
     layers = {n: _with_trace(n, model.get_submodule(n), chosen[n], traces.get(n)) for n in order}
@@ -334,7 +336,8 @@ def _traces(
                 logger.info("%s: no example inputs, so layers are quantized without segments", type(model).__name__)
             return {}
         try:
-            return trace(model, example, patterns=patterns)
+            codes = {name: layer.weight_quant.format.code_dtype for name, layer in chosen.items()}
+            return trace(model, example, patterns=patterns, codes=codes)
         except PatternError as error:
             logger.warning("%s: pattern detection failed (%s); going on without segments", type(model).__name__, error)
             return {}

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from hfquant.config import SegPattern as P
-from hfquant.dataflow import trace as patterns
-from hfquant.dataflow.trace import example_inputs, trace
+from hfquant.dataflow import twin
+from hfquant.dataflow.trace import trace
+from hfquant.integrations.examples import example_inputs
 
 
 def flux():
@@ -258,11 +259,11 @@ CLASSES = {
     neox: {"gpt_neox.layers.0.attention.query_key_value": ((12,), (36,), (None,))},
     mpt: {"transformer.blocks.0.attn.Wqkv": ((12,), (12,) * 3, (None,))},
     mixtral: {"model.layers.0.self_attn.o_proj": ((6,) * 2, (12,), (None,) * 2)},
-    t5: {"encoder.block.0.layer.1.DenseReluDense.wo": ((20,), (12,), ("newgelu",))},
+    t5: {"encoder.block.0.layer.1.DenseReluDense.wo": ((20,), (12,), ("gelu",))},
     bart: {"model.decoder.layers.0.fc2": ((20,), (12,), ("gelu",))},
     bert: {"encoder.layer.1.output.dense": ((20,), (12,), ("gelu",))},
     vit: {"vit.layers.0.mlp.fc2": ((20,), (12,), ("gelu",))},
-    clip: {"text_model.encoder.layers.0.mlp.fc2": ((20,), (12,), ("sigmoid",))},
+    clip: {"text_model.encoder.layers.0.mlp.fc2": ((20,), (12,), ("quick_gelu",))},
     whisper: {"model.encoder.layers.0.fc2": ((20,), (12,), ("gelu",))},
 }
 
@@ -294,7 +295,7 @@ def test_real_classes_on_real_tensors(build, monkeypatch):
     def refuse(**kwargs):
         raise NotImplementedError("no fakes today")
 
-    monkeypatch.setattr(patterns, "FakeTensorMode", refuse)
+    monkeypatch.setattr(twin, "FakeTensorMode", refuse)
     assert trace(model, example) == found
 
 
