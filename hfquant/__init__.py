@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hfquant.affiner import BlockwiseAffiner, load_affiner
+    from hfquant.api import dequantize, plan, quantize
     from hfquant.calibration import (
         BaseCalibSet,
         BaseSampler,
@@ -24,10 +25,9 @@ if TYPE_CHECKING:
     from hfquant.config import Calibrate, ConfigError, DType, Optimum, SegPattern
     from hfquant.diffusion import quantize_pipeline
     from hfquant.integrations.config import HfQuantConfig
-    from hfquant.nn.linear import QuantLinear, set_real_quant
-    from hfquant.planner import plan
+    from hfquant.nn.linear import QuantLinear
+    from hfquant.nn.modules import set_real_quant
     from hfquant.presets import PRESETS
-    from hfquant.ptq import dequantize, quantize
 
 __version__ = "0.1.0"
 
@@ -73,12 +73,12 @@ _LAZY = {
         "hfquant.calibration",
     ),
     **dict.fromkeys(("Calibrate", "ConfigError", "DType", "Optimum", "SegPattern"), "hfquant.config"),
-    **dict.fromkeys(("QuantLinear", "set_real_quant"), "hfquant.nn.linear"),
-    **dict.fromkeys(("dequantize", "quantize"), "hfquant.ptq"),
+    **dict.fromkeys(("set_real_quant",), "hfquant.nn.modules"),
+    **dict.fromkeys(("dequantize", "plan", "quantize"), "hfquant.api"),
     "CalibrationError": "hfquant.calibration.batches",
     "HfQuantConfig": "hfquant.integrations.config",
     "PRESETS": "hfquant.presets",
-    "plan": "hfquant.planner",
+    "QuantLinear": "hfquant.nn.linear",
     "quantize_pipeline": "hfquant.diffusion",
 }
 

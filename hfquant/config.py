@@ -7,27 +7,35 @@ such a dict through ``from_pretrained`` is :class:`hfquant.integrations.config.H
 
 from __future__ import annotations
 
-import json
+import difflib
 from collections.abc import Mapping, Sequence
-from enum import Enum
+from enum import Enum, EnumMeta
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
+    AfterValidator,
     BeforeValidator,
-    ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
     ValidationInfo,
-    field_validator,
     model_validator,
 )
 
+from hfquant.algorithms import ROUNDINGS, TRANSFORMS, Identity, Nearest, Rounding, Smooth, Transform
+from hfquant.formats import FORMATS, NumberFormat, number_format
 from hfquant.presets import PRESETS
+from hfquant.schema import ConfigError, Section, is_patch
 
 
-class _NamedEnum(str, Enum):
+class _TableMeta(EnumMeta):
+    if TYPE_CHECKING:  # the members come from a table
+
+        def __getattr__(cls, name: str) -> Any: ...
+
+
+class _NamedEnum(str, Enum, metaclass=_TableMeta):
     """A string enum whose value is its name in lower case, accepted in any case."""
 
     @classmethod
@@ -39,50 +47,31 @@ class _NamedEnum(str, Enum):
 
 
 class DType(_NamedEnum):
-    """Number formats for weights and activations. FP8 as in the OCP spec (E4M3 without infinities: "fn")."""
+    """Number formats for weights and activations: the names of :data:`hfquant.formats.FORMATS`."""
 
-    INT4 = "int4"
-    INT6 = "int6"
-    INT8 = "int8"
-    INT16 = "int16"
-    FP8E4M3 = "fp8e4m3"
-    FP8E5M2 = "fp8e5m2"
-    FP16 = "fp16"
-    BF16 = "bf16"
-
-    @property
-    def bits(self) -> int:
-        """Bits that one code takes on disk."""
-        return {"int4": 4, "int6": 6, "int16": 16, "fp16": 16, "bf16": 16}.get(self.value, 8)
-
-    @property
-    def is_integer(self) -> bool:
-        """INT4, INT6, INT8 or INT16."""
-        return self.value.startswith("int")
-
-    @property
-    def is_scaled(self) -> bool:
-        """Whether codes carry a scale: all but FP16 and BF16, which are plain casts."""
-        return self not in (DType.FP16, DType.BF16)
+    _ignore_ = "_name"
+    for _name in FORMATS:
+        vars()[_name.upper()] = _name
 
 
 class Optimum(_NamedEnum):
-    """How a layer is transformed before it is quantized."""
+    """How a layer is transformed before it is quantized: the names of :data:`hfquant.algorithms.TRANSFORMS`."""
 
-    DEFAULT = "default"
-    SMOOTH = "smooth"
-    SVD = "svd"
+    _ignore_ = "_name"
+    for _name in TRANSFORMS:
+        vars()[_name.upper()] = _name
 
 
 class Calibrate(_NamedEnum):
-    """How weight codes are chosen."""
+    """How weight codes are chosen: the names of :data:`hfquant.algorithms.ROUNDINGS`."""
 
-    AMAX = "amax"
-    GPTQ = "gptq"
+    _ignore_ = "_name"
+    for _name in ROUNDINGS:
+        vars()[_name.upper()] = _name
 
 
 class SegPattern(_NamedEnum):
-    """Dataflow around a linear that :mod:`hfquant.dataflow.trace` looks for."""
+    """Dataflow around a linear that :mod:`hfquant.dataflow` looks for."""
 
     LINEAR2CHUNK = "linear2chunk"
     LINEAR2SPLIT = "linear2split"
@@ -93,26 +82,13 @@ class SegPattern(_NamedEnum):
 
     @classmethod
     def all(cls) -> list[SegPattern]:
-        """Every pattern: segments and dual scale."""
+        """Return every pattern: segments and dual scale."""
         return list(cls)
 
     @classmethod
     def seg(cls) -> list[SegPattern]:
-        """The patterns that split a layer into segments: all but ACTIVATION2LINEAR."""
+        """Return the patterns that split a layer into segments: all but ACTIVATION2LINEAR."""
         return [p for p in cls if p is not cls.ACTIVATION2LINEAR]
-
-
-class ConfigError(ValueError):
-    """A quantization config that cannot be used. The message names the key, the value and what is allowed."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-    def _reject(self, names: Sequence[str], why: str) -> None:
-        for name in names:
-            if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}={getattr(self, name)!r} {why}")
 
 
 def _int_or_none(value: Any) -> Any:
@@ -122,89 +98,52 @@ def _int_or_none(value: Any) -> Any:
     return value
 
 
-def _is_patch(info: ValidationInfo) -> bool:
-    """A glob's entry is a patch: its fields are checked alone, combinations once it is merged for a layer."""
-    return bool(info.context and info.context.get("patch"))
+def _known_format(name: str) -> str:
+    number_format(name)
+    return name
 
 
-class SearchAlpha(_Section):
-    """Grid of smoothing strengths tried for each layer: ``min, min + step, ... max``."""
-
-    enable: bool = False
-    min: float = Field(0.0, ge=0.0, le=1.0)
-    max: float = Field(1.0, ge=0.0, le=1.0)
-    step: float = Field(0.1, gt=0.0, le=1.0)
-
-    @model_validator(mode="after")
-    def _ordered(self, info: ValidationInfo) -> SearchAlpha:
-        if not _is_patch(info) and self.min > self.max:
-            raise ValueError(f"min={self.min} is above max={self.max}")
-        return self
-
-    def grid(self) -> list[float]:
-        """The alphas to try, in ascending order; ``max`` is included even where ``step`` does not hit it."""
-        steps = int((self.max - self.min) / self.step + 1e-9)
-        alphas = [round(self.min + i * self.step, 10) for i in range(steps + 1)]
-        return alphas if alphas[-1] >= self.max - 1e-9 else [*alphas, self.max]
+def _patterns(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"expected a list of patterns, got {value!r}")
+    if unknown := [v for v in value if not isinstance(v, str) or v not in SegPattern._value2member_map_]:
+        raise ValueError(f"unknown pattern {unknown[0]!r}; there are {', '.join(SegPattern)}")
+    return tuple(SegPattern(v) for v in dict.fromkeys(value))
 
 
-class OptConfig(_Section):
-    """Transformation before quantization: SmoothQuant (arXiv 2211.10438) or SVDQuant (arXiv 2411.05007).
-
-    ``magnitude`` is what smoothing balances between a channel of the inputs and its column of the weights: the largest
-    values, which set the scale of quantized activations, or the root mean squares, for weights alone.
-    """
-
-    type: Optimum = Optimum.SMOOTH
-    alpha: float = Field(0.5, ge=0.0, le=1.0)
-    magnitude: Literal["amax", "rms"] = "amax"
-    low_rank: int = Field(32, ge=1)
-    search_alpha_config: SearchAlpha = SearchAlpha()
-
-    @model_validator(mode="after")
-    def _fields_fit_type(self, info: ValidationInfo) -> OptConfig:
-        if not _is_patch(info):
-            if self.type is Optimum.DEFAULT:
-                self._reject(["alpha", "magnitude", "low_rank", "search_alpha_config"], 'needs type "smooth" or "svd"')
-            elif self.type is Optimum.SMOOTH:
-                self._reject(["low_rank"], 'needs type "svd"')
-        return self
+_FormatName = Annotated[str, AfterValidator(_known_format)]
 
 
-class CalibConfig(_Section):
-    """How codes are chosen: round to nearest on the amax grid, or GPTQ (arXiv 2210.17323)."""
+class _Quant(Section):
+    type: _FormatName = "int8"
 
-    type: Calibrate = Calibrate.AMAX
-    block_size: int = Field(128, ge=1)
-    damp: float = Field(0.01, gt=0.0, le=1.0)
-    act_order: bool = False
-    group_size: int | None = Field(None, ge=1)
-
-    @model_validator(mode="after")
-    def _fields_fit_type(self, info: ValidationInfo) -> CalibConfig:
-        if not _is_patch(info) and self.type is Calibrate.AMAX:
-            self._reject(["block_size", "damp", "act_order", "group_size"], 'needs type "gptq"')
-        return self
+    @property
+    def format(self) -> NumberFormat:
+        """The number format."""
+        return number_format(self.type)
 
 
-class InputQuant(_Section):
+class InputQuant(_Quant):
     """Activations. ``axis``: None = one scale a tensor (a segment), -1 = one scale a token (dynamic only)."""
 
-    type: DType = DType.INT8
     axis: Annotated[Literal[None, -1], BeforeValidator(_int_or_none)] = None
     dynamic: bool = False
 
     @model_validator(mode="after")
     def _static_per_token(self, info: ValidationInfo) -> InputQuant:
-        if not _is_patch(info) and self.type.is_scaled and self.axis == -1 and not self.dynamic:
+        if not is_patch(info) and self.format.has_scale and self.axis == -1 and not self.dynamic:
             raise ValueError("axis=-1 (one scale a token) needs dynamic=True: a static scale cannot know the tokens")
         return self
 
+    @property
+    def static(self) -> bool:
+        """Whether the scale is calibrated."""
+        return self.format.has_scale and not self.dynamic
 
-class WeightQuant(_Section):
+
+class WeightQuant(_Quant):
     """Weights. ``axis``: None = one scale a tensor, 1 or -1 = one an output channel; ``group_size`` overrides it."""
 
-    type: DType = DType.INT8
     axis: Annotated[Literal[None, 1, -1], BeforeValidator(_int_or_none)] = None
     group_size: int | None = Field(None, ge=1)
     symmetric: bool = True
@@ -212,63 +151,79 @@ class WeightQuant(_Section):
 
     @model_validator(mode="after")
     def _fields_fit_type(self, info: ValidationInfo) -> WeightQuant:
-        if not _is_patch(info):
-            if not self.type.is_integer:
+        if not is_patch(info):
+            if not self.format.is_integer:
                 self._reject(["symmetric"], f"needs an integer type, not {self.type}")
-            if not self.type.is_scaled:
+            if not self.format.has_scale:
                 self._reject(["axis", "group_size", "clip"], f"has no meaning for {self.type}, which has no scale")
         return self
 
+    def _reject(self, names: Sequence[str], why: str) -> None:
+        for name in names:
+            if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={getattr(self, name)!r} {why}")
 
-class LayerConfig(_Section):
+
+class LayerConfig(Section):
     """Everything decided for one linear before its data is seen. Defaults are the reference's."""
 
     enable: bool = True
     seglinear: bool = True
-    search_patterns: tuple[SegPattern, ...] = tuple(SegPattern.all())
+    search_patterns: Annotated[tuple[SegPattern, ...], BeforeValidator(_patterns)] = tuple(SegPattern.all())
     real_quant: bool = False
-    opt: OptConfig = OptConfig()
-    calib: CalibConfig = CalibConfig()
+    opt: SerializeAsAny[Transform] = Smooth()
+    calib: SerializeAsAny[Rounding] = Nearest()
     input_quant: InputQuant | None = InputQuant()
     weight_quant: WeightQuant = WeightQuant()
 
-    @field_validator("search_patterns")
-    @classmethod
-    def _unique(cls, value: tuple[SegPattern, ...]) -> tuple[SegPattern, ...]:
-        return tuple(dict.fromkeys(value))
-
     @model_validator(mode="after")
     def _combinations(self, info: ValidationInfo) -> LayerConfig:
-        if _is_patch(info):
+        if is_patch(info):
             return self
-        weight = self.weight_quant
-        if self.calib.type is Calibrate.GPTQ:
-            if not weight.type.is_scaled:
-                raise ValueError(f'calib.type "gptq" needs an integer or FP8 weight_quant.type, not {weight.type}')
-            if self.calib.group_size and weight.group_size and self.calib.group_size != weight.group_size:
-                raise ValueError(
-                    f"calib.group_size={self.calib.group_size} contradicts weight_quant.group_size={weight.group_size}"
-                )
+        if self.calib.needs_scale and not self.weight_quant.format.has_scale:
+            raise ValueError(
+                f'calib.type "{self.calib.type}" needs a weight_quant.type with a scale, not {self.weight_quant.type}'
+            )
+        group, own = self.weight_quant.group_size, getattr(self.calib, "group_size", None)
+        if group and own and own != group:
+            raise ValueError(f"calib.group_size={own} contradicts weight_quant.group_size={group}")
         return self
 
     @property
     def group_size(self) -> int | None:
-        """Input channels that share a weight scale: ``weight_quant.group_size``, or GPTQ's own."""
-        return self.weight_quant.group_size or self.calib.group_size
+        """Input channels that share a weight scale: ``weight_quant.group_size``, or the rounding's own."""
+        return self.weight_quant.group_size or getattr(self.calib, "group_size", None)
 
     @property
     def needs_data(self) -> bool:
-        """Whether calibration data is needed: static activations, smoothing, a low-rank branch, GPTQ."""
-        static = self.input_quant is not None and self.input_quant.type.is_scaled and not self.input_quant.dynamic
-        return self.enable and (static or self.opt.type is not Optimum.DEFAULT or self.calib.type is not Calibrate.AMAX)
+        """Whether calibration data is needed: by a static activation scale, the transform or the rounding."""
+        static = self.input_quant is not None and self.input_quant.static
+        return self.enable and (static or self.opt.needs_data or self.calib.needs_data)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics that the transform and the rounding need."""
+        return self.opt.needs | self.calib.needs
+
+    def plain(self) -> LayerConfig:
+        """Return the same formats, untransformed and rounded to nearest."""
+        weight = self.weight_quant.model_copy(update={"group_size": self.group_size})
+        return self.model_copy(update={"opt": Identity(), "calib": Nearest(), "weight_quant": weight})
 
 
-_SECTIONS: dict[str, type[_Section]] = {
-    "opt": OptConfig,
-    "search_alpha_config": SearchAlpha,
-    "calib": CalibConfig,
-    "input_quant": InputQuant,
-    "weight_quant": WeightQuant,
+#: Sections whose class depends on ``type``, and the type that they have where none is named.
+_TABLES: dict[str, tuple[Mapping[str, type[Section]], str]] = {
+    "opt": (TRANSFORMS, "smooth"),
+    "calib": (ROUNDINGS, "amax"),
+}
+_QUANTS: dict[str, type[_Quant]] = {"input_quant": InputQuant, "weight_quant": WeightQuant}
+
+#: The reference implementation's spellings.
+_KEYS = {"blocksize": "block_size", "percdamp": "damp", "groupsize": "group_size", "actorder": "act_order"}
+_NAMES = {
+    "fpe4m3": "fp8e4m3",
+    "fpe5m2": "fp8e5m2",
+    **{p.value.replace("2", "_to_"): p.value for p in SegPattern},
 }
 
 
@@ -283,7 +238,12 @@ class QuantRules:
         raw = _plain({} if config is None else config, "config")
         if not isinstance(raw, dict):
             raise TypeError(f"a quantization config is a dict, got {type(config).__name__}")
-        #: The entries as given, in JSON's own types and with enum members spelt as their values.
+        if "default" not in raw and (fields := [key for key in raw if key in LayerConfig.model_fields]):
+            raise ConfigError(
+                f"config: {fields[0]!r} is a field, not the name of a layer; wrap the fields: "
+                '{"default": {...}, "<glob>": {...}}'
+            )
+        #: The entries as given, in JSON's own types and with enum members spelled as their values.
         self.raw: dict[str, dict[str, Any]] = {}
         for key, entry in raw.items():
             if not isinstance(entry, dict):
@@ -295,11 +255,11 @@ class QuantRules:
         self.default = self.resolve()
 
     def matching(self, *names: str) -> tuple[str, ...]:
-        """The globs that match any of a module's names, in the order listed (``fnmatchcase``)."""
+        """Return the globs that match any of a module's names, in the order listed (``fnmatchcase``)."""
         return tuple(p for p in self.patterns if any(fnmatchcase(n, p) for n in names))
 
     def resolve(self, *names: str) -> LayerConfig:
-        """The config of the module called ``names[0]`` (the others are aliases, e.g. without the base-model prefix).
+        """Return the config of the module called ``names[0]`` (the others are aliases of it).
 
         Raises:
             ConfigError: the merged entries are an impossible combination; the message names the layer.
@@ -309,8 +269,12 @@ class QuantRules:
     @property
     def needs_data(self) -> bool:
         """Whether any layer could need calibration data: by the default, or by a glob and those that cover it."""
-        covers = [tuple(p for p in self.patterns if p == glob or fnmatchcase(glob, p)) for glob in self.patterns]
-        return any(self._merged(globs).needs_data for globs in [(), *covers])
+        if self.default.needs_data:
+            return True
+        # Only globs that would need data if they were enabled are worth the search for what covers them.
+        needing = (p for p in self.patterns if _enabled(_merge(self.raw.get("default", {}), self.raw[p])).needs_data)
+        covers = (tuple(p for p in self.patterns if p == glob or fnmatchcase(glob, p)) for glob in needing)
+        return any(self._merged(globs).needs_data for globs in covers)
 
     def _merged(self, globs: tuple[str, ...], layer: str | None = None) -> LayerConfig:
         if globs not in self._resolved:
@@ -322,18 +286,24 @@ class QuantRules:
         return self._resolved[globs]
 
 
-def _plain(value: Any, where: str) -> Any:
-    """Enums to their strings, tuples to lists, mappings to dicts: what JSON can carry."""
+def _enabled(entry: Mapping[str, Any]) -> LayerConfig:
+    return _validate({**entry, "enable": True}, "config", patch=True)
+
+
+def _plain(value: Any, where: str, key: str = "") -> Any:
+    """Turn enums into their strings, tuples into lists, the reference's spellings into ours: what JSON can carry."""
     if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, BaseModel):
+        value = value.value
+    if isinstance(value, Section):
         return value.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, Mapping):
         if odd := [k for k in value if not isinstance(k, str)]:
             raise ConfigError(f"{where}: key {odd[0]!r} is not a string")
-        return {str(k): _plain(v, f"{where}[{k!r}]") for k, v in value.items()}
+        return {_KEYS.get(k, str(k)): _plain(v, f"{where}[{k!r}]", k) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+        return [_plain(v, f"{where}[{i}]", key) for i, v in enumerate(value)]
+    if isinstance(value, str) and key in ("type", "search_patterns"):
+        return _NAMES.get(value.lower(), value.lower())
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ConfigError(f"{where}: {value!r} of type {type(value).__name__} cannot be stored in JSON")
@@ -351,25 +321,70 @@ def _merge(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _other_type(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether ``new`` names another type than ``old`` has (``old`` may leave it to the field's default)."""
-    return "type" in new and new["type"] != old.get("type", _SECTIONS[key].model_fields["type"].default)
+    """Return whether ``new`` names another type than ``old`` has (``old`` may leave it to the field's default)."""
+    default = _TABLES[key][1] if key in _TABLES else "int8"
+    return "type" in new and new["type"] != old.get("type", default)
 
 
 def _validate(entry: Mapping[str, Any], where: str, patch: bool = False) -> LayerConfig:
+    fields: dict[str, Any] = dict(entry)
+    errors = []
+    for key, value in entry.items():
+        try:
+            if isinstance(value, dict) and key in _TABLES:
+                fields[key] = _typed_section(key, value, f"{where}.{key}", patch)
+            elif isinstance(value, dict) and key in _QUANTS:
+                fields[key] = _section(_QUANTS[key], value, f"{where}.{key}", patch)
+        except ConfigError as error:
+            errors.append(str(error))
+            del fields[key]
     try:
-        # Strict, but by JSON's rules: enums come as strings, tuples as lists.
-        return LayerConfig.model_validate_json(json.dumps(entry), context={"patch": patch})
+        config: LayerConfig = _section(LayerConfig, fields, where, patch)
+    except ConfigError as error:
+        errors.append(str(error))
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return config
+
+
+def _typed_section(key: str, entry: Mapping[str, Any], where: str, patch: bool) -> Section:
+    """Validate a section by the class that its ``type`` names; a patch without one by the first that has its keys."""
+    table, default = _TABLES[key]
+    name = entry.get("type", default)
+    if not isinstance(name, str) or name not in table:
+        raise ConfigError(f"{where}.type: expected one of {', '.join(table)}, got {name!r}")
+    if patch and "type" not in entry:
+        name = next((n for n, kind in table.items() if entry.keys() <= kind.model_fields.keys()), name)
+    fields = dict(entry)
+    for field in entry.keys() - table[name].model_fields.keys():
+        others = [n for n, kind in table.items() if field in kind.model_fields]
+        if not others:
+            allowed = dict.fromkeys(f for kind in table.values() for f in kind.model_fields)
+            raise ConfigError(f"{where}.{field}: unknown key; allowed are {', '.join(allowed)}")
+        other = _section(table[others[0]], {field: entry[field]}, where, patch=True)
+        if getattr(other, field) != table[others[0]].model_fields[field].default:
+            needed = " or ".join(f'"{n}"' for n in others)
+            raise ConfigError(f"{where}: {field}={entry[field]!r} needs type {needed}")
+        del fields[field]
+    return _section(table[name], fields, where, patch)
+
+
+def _section(kind: type[Any], fields: Mapping[str, Any], where: str, patch: bool) -> Any:
+    try:
+        return kind.model_validate(fields, context={"patch": patch})
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, where) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(e, where, kind) for e in error.errors())) from None
 
 
-def _explain(error: Any, where: str) -> str:
-    """One pydantic error as one line that names the key, the value and what is allowed."""
+def _explain(error: Any, where: str, kind: type[Section]) -> str:
+    """Return one pydantic error as one line that names the key, the value and what is allowed."""
     path = [str(p) for p in error["loc"]]
     key = ".".join([where, *path])
     if error["type"] == "extra_forbidden":
-        section = _SECTIONS[path[-2]] if len(path) > 1 else LayerConfig
-        return f"{key}: unknown key; allowed are {', '.join(section.model_fields)}"
+        for name in path[:-1]:
+            default = kind.model_fields[name].get_default(call_default_factory=True)
+            kind = type(default)
+        return f"{key}: unknown key; allowed are {', '.join(kind.model_fields)}"
     if error["type"] in ("value_error", "assertion_error"):
         return f"{key}: {error['ctx']['error']}"
     return f"{key}: {error['msg']}, got {error['input']!r}"
@@ -384,6 +399,8 @@ def parse(config: str | Mapping[str, Any] | None) -> QuantRules:
     """
     if isinstance(config, str):
         if config not in PRESETS:
-            raise ConfigError(f"unknown preset {config!r}; there are {', '.join(PRESETS)}")
+            near = difflib.get_close_matches(config.lower(), PRESETS, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"unknown preset {config!r}{hint}; there are {', '.join(PRESETS)}")
         return QuantRules(PRESETS[config])
     return QuantRules(config)

@@ -1,19 +1,123 @@
-"""A whole diffusion pipeline in one call: record what its parts see while it runs, then quantize them."""
+"""What is known of denoisers, in one place, and a whole diffusion pipeline quantized in one call.
+
+Everything here works on any object that looks like a diffusers pipeline; diffusers itself is not imported.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from hfquant.calibration import BaseSampler, UniformSampler, calibration_batches, generate_calibrate_set
-from hfquant.integrations.config import HfQuantConfig
-from hfquant.ptq import quantize
+if TYPE_CHECKING:
+    from hfquant.calibration import BaseSampler
 
-_DENOISERS = ("transformer", "unet", "prior", "decoder")
+#: Names of the pipeline components that run at each step. Wan's second transformer takes the less noisy steps.
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet", "prior", "decoder")
+#: Names that the forwards of denoisers give to the timestep.
+TIME_ARGUMENTS = ("timestep", "timesteps", "t", "timestep_ratio", "r")
+
+
+def is_pipeline(model: Any) -> bool:
+    """Return whether `model` is a pipeline: something callable made of named components, and no module itself."""
+    return (
+        not isinstance(model, nn.Module) and callable(model) and isinstance(getattr(model, "components", None), Mapping)
+    )
+
+
+def denoiser_names(pipe: Any) -> list[str]:
+    """Return the names of the components that a pipeline runs at each step, the main one first.
+
+    Raises:
+        ValueError: No module goes by one of the names in `DENOISERS`.
+    """
+    if names := [name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)]:
+        return names
+    known = _modules(pipe) if is_pipeline(pipe) else []
+    hint = f"; name one of its modules: {', '.join(known)}" if known else ""
+    raise ValueError(f"{type(pipe).__name__} has none of the denoisers {', '.join(DENOISERS)}{hint}")
+
+
+def denoiser_name(pipe: Any) -> str:
+    """Return the name of the main denoiser of a pipeline; see :func:`denoiser_names`."""
+    return denoiser_names(pipe)[0]
+
+
+def find_denoiser(model: Any) -> nn.Module:
+    """Return the main denoiser of a pipeline; a module is its own."""
+    return find_denoisers(model)[0]
+
+
+def find_denoisers(model: Any) -> list[nn.Module]:
+    """Return all denoisers of a pipeline, the main one first; a module is its own.
+
+    Raises:
+        ValueError: The pipeline has none.
+    """
+    return [model] if isinstance(model, nn.Module) else [getattr(model, name) for name in denoiser_names(model)]
+
+
+def time_reader(denoiser: nn.Module) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Any] | None:
+    """Return a function that picks the timestep from a call's `(args, kwargs)`; None where the module takes none.
+
+    The function returns None for a call without a timestep.
+    """
+    plain = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile hides the signature
+    parameters = list(inspect.signature(plain.forward).parameters)
+    name = next((name for name in TIME_ARGUMENTS if name in parameters), None)
+    if name is None:
+        return None
+    position = parameters.index(name)
+
+    def read(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return kwargs[name] if name in kwargs else args[position] if position < len(args) else None
+
+    return read
+
+
+def output_tensor(output: Any) -> Tensor:
+    """Return the prediction in what a denoiser returned: a tensor, or the first entry of a tuple or output object."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of a module's first parameter that is loaded, the CPU without one."""
+    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype of a module's first parameter in a common float type; codes of quantized layers do not count."""
+    common = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return next((p.dtype for p in module.parameters() if p.dtype in common), torch.get_default_dtype())
+
+
+@torch.no_grad()
+def run_denoiser(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the prediction of one call, its arguments brought to the denoiser's device."""
+    from accelerate.utils import send_to_device
+
+    args, kwargs = send_to_device((args, dict(kwargs)), device_of(denoiser))
+    return output_tensor(denoiser(*args, **kwargs))
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Put a module, or all modules of a pipeline, into eval mode; afterwards each is in the mode it was in."""
+    parts = [getattr(model, name) for name in _modules(model)] if is_pipeline(model) else find_denoisers(model)
+    training = {module for part in parts for module in part.modules() if module.training}
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def quantize_pipeline(
@@ -30,25 +134,28 @@ def quantize_pipeline(
     """Quantize parts of a diffusion pipeline in place, on inputs recorded while it runs in full precision.
 
     Args:
-        pipe: a diffusers pipeline.
-        data: prompts or call arguments: a list of strings, a ``datasets`` object, a dict naming one (see
+        pipe: A diffusers pipeline.
+        data: Prompts or call arguments: a list of strings, a `datasets` object, a dict naming one (see
             :func:`~hfquant.calibration.calibration_batches`), or batches for the pipeline's call. May be None where
             the config needs no data.
-        config: as for :func:`~hfquant.quantize`, the same for all components.
-        components: names of the modules to quantize; default: the denoiser.
-        sampler: which timesteps to keep; default: :class:`~hfquant.UniformSampler`.
-        dump_path: folder to keep the recorded inputs in, a subfolder a component; default: in memory.
-        batch_size: recorded calls a calibration batch.
-        **kwargs: arguments of the pipeline's call (``num_inference_steps``, ``guidance_scale``, ...).
+        config: As for :func:`~hfquant.quantize`, the same for all components.
+        components: Names of the modules to quantize; default: the denoisers.
+        sampler: Which timesteps to keep; default: :class:`~hfquant.UniformSampler`.
+        dump_path: Folder to keep the recorded inputs in, a subfolder a component; default: in memory.
+        batch_size: Recorded calls a calibration batch.
+        **kwargs: Arguments of the pipeline's call (`num_inference_steps`, `guidance_scale`, ...).
 
     Returns:
-        ``pipe``. All inputs are recorded before anything is quantized, so bad data leaves it as it was.
+        `pipe`. All inputs are recorded before anything is quantized, so bad data leaves it as it was.
 
     Raises:
-        ValueError: a component that the pipeline does not have.
+        ValueError: A component that the pipeline does not have.
     """
+    from hfquant import HfQuantConfig, UniformSampler, generate_calibrate_set, quantize
+    from hfquant.calibration import calibration_batches
+
     config = HfQuantConfig.of(config)
-    names = list(components) if components is not None else [denoiser(pipe)]
+    names = list(components) if components is not None else denoiser_names(pipe)
     known = _modules(pipe)
     if not names or (unknown := [name for name in names if name not in known]):
         raise ValueError(f"components: {names and unknown} is not a module of {type(pipe).__name__}; it has {known}")
@@ -64,18 +171,8 @@ def quantize_pipeline(
     return pipe
 
 
-def denoiser(pipe: Any) -> str:
-    """Name of the component that a diffusers pipeline runs at each step.
-
-    Raises:
-        ValueError: none goes by a usual name.
-    """
-    modules = _modules(pipe)
-    for name in _DENOISERS:
-        if name in modules:
-            return name
-    raise ValueError(f"{type(pipe).__name__} has no {' or '.join(_DENOISERS)}; name one of its modules: {modules}")
-
-
 def _modules(pipe: Any) -> list[str]:
     return [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
+
+
+denoiser = denoiser_name  # the command's name for it

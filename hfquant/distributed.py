@@ -8,7 +8,7 @@ One process alone goes through the same code; nothing is sent then.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,12 +20,24 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
-from hfquant.observers import SAMPLE_ROWS, LayerStats
+from hfquant.statistics import SAMPLE_ROWS, STATISTICS, LayerStats, Reduction, RowSample, collected
 
 T = TypeVar("T")
 
-# Processes wait for the slowest, which may be hours behind on other hardware. One that dies is noticed at once.
-_PATIENCE = timedelta(days=7)
+#: Environment variable: how many seconds a process waits for another one that is alive but slow.
+TIMEOUT_VARIABLE = "HFQUANT_TIMEOUT"
+#: Solving is shared out evenly, so waits are short; slower hardware beside faster may need more.
+DEFAULT_TIMEOUT = 7200.0
+
+_OPERATIONS = (
+    {
+        Reduction.MIN: dist.ReduceOp.MIN,
+        Reduction.MAX: dist.ReduceOp.MAX,
+        Reduction.SUM: dist.ReduceOp.SUM,
+    }
+    if dist.is_available()
+    else {}
+)
 
 
 @dataclass(frozen=True)
@@ -47,21 +59,34 @@ class Processes:
         return self.rank == 0
 
     @property
-    def neighbours(self) -> int:
+    def on_this_machine(self) -> int:
         """How many of them share this machine, this one included."""
         return min(self.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank."""
+        """Return the values of all processes, by rank.
+
+        Raises:
+            RuntimeError: a process is gone, or did not come within the timeout; the message has its rank.
+        """
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        try:
+            # A plain collective does not say who is missing.
+            dist.monitored_barrier(self.group, timeout=_timeout(), wait_all_ranks=True)
+            dist.all_gather_object(values, value, group=self.group)
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[0]
+            raise RuntimeError(
+                f"process {self.rank} of {self.size}: another process is gone or did not come within "
+                f"{_timeout().total_seconds():g} s ({TIMEOUT_VARIABLE}): {first}"
+            ) from error
         return values
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A step that fails in all processes if it fails in one.
+        """Make a step fail in all processes if it fails in one.
 
         Raises:
             RuntimeError: another process failed; the message has its rank and cause. Its own error is raised there.
@@ -79,7 +104,7 @@ class Processes:
                 raise RuntimeError(f"process {rank} of {self.size} failed: {cause}")
 
     def share(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """The rank that takes each item: the dearest first, each to who has least. The same in all processes."""
+        """Return the rank that takes each item: the dearest first, each to who has least. The same in all processes."""
         load = [0.0] * self.size
         ranks = {}
         for name in sorted(costs, key=lambda n: (-costs[n], n)):
@@ -88,79 +113,68 @@ class Processes:
         return ranks
 
     def merge(
-        self, stats: Mapping[str, LayerStats], owners: Mapping[str, int], features: Mapping[str, int]
+        self,
+        stats: Mapping[str, LayerStats],
+        owners: Mapping[str, int],
+        features: Mapping[str, int],
+        needs: Mapping[str, Collection[str]],
     ) -> dict[str, LayerStats]:
-        """Statistics of all processes' rows, for the layers that this one owns.
+        """Return the statistics of all processes' rows, for the layers that this one owns.
 
         Args:
             stats: of this process; layers that it never ran are missing.
             owners: layer -> rank, for all layers.
             features: layer -> number of inputs.
+            needs: layer -> statistics that it needs.
         """
         if self.size == 1:
             return dict(stats)
         # Layers that share one input share one LayerStats: it is sent once to each owner.
         first: dict[int, str] = {}
         own = {name: first.setdefault(id(stats[name]), name) for name in owners if name in stats}
-        shared = self.gather((own, {name for name in own if stats[name].hessian is not None}))
+        shared = self.gather(own)
         merged: dict[tuple[Any, ...], LayerStats | None] = {}
         found = {}
         for name, owner in owners.items():
-            key = (owner, *(names.get(name) for names, _ in shared))
-            if not any(key[1:]):
+            key = (owner, frozenset(collected(needs[name])), *(names.get(name) for names in shared))
+            if not any(key[2:]):
                 continue
             if key not in merged:
                 part = stats.get(name)
-                if part is None:
-                    part = LayerStats.empty(features[name], any(name in hessians for _, hessians in shared))
-                merged[key] = self._merge(part, owner)
+                merged[key] = self._merge(
+                    LayerStats.empty(features[name], needs[name]) if part is None else part, owner
+                )
             result = merged[key]
             if result is not None:
                 found[name] = result
         return found
 
     def _merge(self, part: LayerStats, owner: int) -> LayerStats | None:
-        reduced: dict[str, Any] = {}
-        for field, operation in (
-            ("fold_low", dist.ReduceOp.MIN),
-            ("fold_high", dist.ReduceOp.MAX),
-            ("power", dist.ReduceOp.SUM),
-            ("hessian", dist.ReduceOp.SUM),
-        ):
-            tensor = getattr(part, field)
-            if tensor is not None:
-                # A copy: the reduction leaves partial sums in the buffers of all, and layers share theirs.
-                reduced[field] = tensor.cpu().clone()
-                dist.reduce(reduced[field], owner, operation, group=self.group)
-        count = torch.tensor([part.count, len(part.keys)])
-        counts = self._collect(count, owner)
-        sample, keys, fold = (
-            self._collect(_padded(tensor.cpu()), owner) for tensor in (part.sample, part.keys, part.fold)
-        )
-        if counts is None or sample is None or keys is None or fold is None:
+        sums = {}
+        for name, tensor in part.sums.items():
+            # A copy: the reduction leaves partial sums in the buffers of all, and layers share theirs.
+            sums[name] = tensor.cpu().clone()
+            dist.reduce(sums[name], owner, _OPERATIONS[STATISTICS[name].reduction], group=self.group)
+        counts = self._collect(torch.tensor([part.count, len(part.sample.keys)]), owner)
+        samples = [
+            self._collect(_padded(t.cpu()), owner) for t in (part.sample.rows, part.sample.keys, part.sample.fold)
+        ]
+        if counts is None:
             return None
-        rows = [int(c[1]) for c in counts]
-
-        def joined(parts: list[Tensor]) -> Tensor:
-            return torch.cat([p[:n] for p, n in zip(parts, rows, strict=True)])
-
-        everyone = LayerStats(
-            **reduced,
-            count=sum(int(c[0]) for c in counts),
-            sample=joined(sample),
-            keys=joined(keys),
-            fold=joined(fold),
-        )
-        return everyone.trimmed()
+        parts = [
+            RowSample(*(everyones[rank][: int(c[1])] for everyones in samples if everyones is not None))
+            for rank, c in enumerate(counts)
+        ]
+        return LayerStats(sum(int(c[0]) for c in counts), sums, parts[0].merge(*parts[1:]))
 
     def _collect(self, tensor: Tensor, owner: int) -> list[Tensor] | None:
-        """Tensors of one shape from all processes, by rank, at the owner; None elsewhere."""
+        """Return tensors of one shape from all processes, by rank, at the owner; None elsewhere."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == owner else None
         dist.gather(tensor, parts, owner, group=self.group)
         return parts
 
     def exchange(self, mine: Mapping[str, tuple[T, Mapping[str, Tensor]]]) -> dict[str, tuple[T, dict[str, Tensor]]]:
-        """What each process made, in all of them: by name, anything that pickles and tensors (on the CPU if sent).
+        """Return what each process made, by name: anything that pickles, and tensors (on the CPU if sent).
 
         Names must not be shared between processes.
         """
@@ -192,20 +206,31 @@ class Processes:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that speaks for all, outside of a shared piece of work too."""
+    """Return whether this process is the one that speaks for all, outside of a shared piece of work too."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _padded(tensor: Tensor) -> Tensor:
-    """``tensor`` with :data:`SAMPLE_ROWS` rows; a gather takes equal shapes only."""
+    """Return ``tensor`` with :data:`SAMPLE_ROWS` rows; a gather takes equal shapes only."""
     padded = tensor.new_zeros(SAMPLE_ROWS, *tensor.shape[1:])
     padded[: len(tensor)] = tensor
     return padded
 
 
+def _timeout() -> timedelta:
+    value = os.environ.get(TIMEOUT_VARIABLE, "")
+    try:
+        seconds = float(value or DEFAULT_TIMEOUT)
+        if not 0 < seconds < 1e8:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"{TIMEOUT_VARIABLE}={value!r}: expected a number of seconds above 0") from None
+    return timedelta(seconds=seconds)
+
+
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """The processes that were launched to share the work, this one alone where there was no launcher.
+    """Yield the processes that were launched to share the work, this one alone where there was no launcher.
 
     Every process has to come here: the first waits for the others as long as the launcher's own timeout allows.
     """
@@ -218,7 +243,7 @@ def processes() -> Iterator[Processes]:
         yield Processes()
         return
     dist.destroy_process_group(dist.new_group(backend="gloo"))  # all are here, or this one times out
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=_timeout())
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), group)
     finally:

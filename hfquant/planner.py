@@ -6,30 +6,59 @@ checkpoint's config.json is expanded to.
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from hfquant import formats
-from hfquant.config import ConfigError, LayerConfig, Optimum, QuantRules, SegPattern
-from hfquant.dataflow.trace import LinearTrace, PatternError, example_inputs, trace
-from hfquant.formats.packing import packed_width
+from hfquant.algorithms import TensorSpec, Transform
+from hfquant.config import ConfigError, LayerConfig, QuantRules, SegPattern
+from hfquant.dataflow.trace import LinearTrace, PatternError, trace
+from hfquant.formats import GridRule, InputRule, split_columns
 
 logger = logging.getLogger(__name__)
+
+#: Reasons for which the user leaves a linear in full precision.
+EXCLUDED, SWITCHED_OFF = "in modules_to_not_convert", "enable=False"
 
 _OUTPUT_PATTERNS = {SegPattern.LINEAR2CHUNK, SegPattern.LINEAR2SPLIT}
 _INPUT_PATTERNS = {SegPattern.CONCAT2LINEAR, SegPattern.STACK2LINEAR, SegPattern.RESHAPE2LINEAR}
 
 
 @dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model beside its modules; a library's integration knows more than the core.
+
+    Attributes:
+        skipped: names of linears that stay in full precision unless asked for, and why.
+        prefix: a name without it means the same module (transformers' ``base_model_prefix``).
+        example: gives inputs for pattern detection, or None where they are not known.
+        options: keyword arguments that a calibration sample may lack.
+        uncounted: names of modules that the share of quantized parameters leaves out (output heads).
+    """
+
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+    example: Callable[[], Any] = lambda: None
+    options: Callable[[Any], Mapping[str, Any]] = lambda sample: {}
+    uncounted: Collection[str] = ()
+
+    def aliases(self, name: str) -> tuple[str, ...]:
+        """Return a module's name, then its name with or without the prefix."""
+        if not self.prefix:
+            return (name,)
+        start = self.prefix + "."
+        return (name, name.removeprefix(start) if name.startswith(start) else start + name)
+
+
+@dataclass(frozen=True)
 class LayerPlan:
-    """One linear's future.
+    """What one linear will become.
 
     Attributes:
         config: the resolved config.
@@ -48,53 +77,59 @@ class LayerPlan:
     dual: tuple[bool, ...]
     evidence: tuple[str, ...] = field(default=(), compare=False)
 
+    @cached_property
+    def transform(self) -> Transform:
+        """The config's transform, its options cut to the layer's size."""
+        return self.config.opt.fitted(self.in_features, self.row_groups)
+
     @property
     def columns(self) -> tuple[int, ...]:
         """Sizes of the column blocks that have a weight scale of their own: groups, else input segments."""
-        group = self.config.group_size
-        return (group,) * (self.in_features // group) if group else self.input_segments
+        return split_columns(self.input_segments, self.config.group_size)
 
     @property
     def row_groups(self) -> tuple[int, ...]:
-        """Rows that see the same quantized input: output segments where each is smoothed apart, else all rows."""
-        return self.output_segments if self.config.opt.type is not Optimum.DEFAULT else (self.out_features,)
+        """Rows that see the same quantized input: output segments where each is transformed apart, else all rows."""
+        return self.output_segments if self.config.opt.per_output_segment else (self.out_features,)
 
     @property
-    def rank(self) -> int:
-        """Rank of the low-rank branch (of each row group); 0 without one."""
-        return self.config.opt.low_rank if self.config.opt.type is Optimum.SVD else 0
+    def input_rule(self) -> InputRule | None:
+        """How the input is quantized; None where it is not."""
+        quant = self.config.input_quant
+        if quant is None:
+            return None
+        return InputRule(quant.format, quant.dynamic, quant.axis is not None, self.input_segments, self.dual)
+
+    def grid_rule(self, rows: int) -> GridRule:
+        """Return how the grid of a row group of ``rows`` rows is found."""
+        quant = self.config.weight_quant
+        sharing: tuple[int, ...] | None = None
+        if quant.axis is None and not self.config.group_size:
+            sharing = self.output_segments if len(self.row_groups) == 1 else (rows,)
+        return GridRule(quant.format, self.columns, sharing, quant.symmetric, quant.clip)
 
     @property
     def static_input(self) -> bool:
         """Whether activations have a calibrated scale."""
-        quant = self.config.input_quant
-        return quant is not None and quant.type.is_scaled and not quant.dynamic
+        return self.config.input_quant is not None and self.config.input_quant.static
 
-    def tensors(self, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name, shape and dtype of each tensor of the layer in memory, bias excepted; ``dtype`` is the model's."""
-        weight, rows, groups = self.config.weight_quant, self.out_features, len(self.row_groups)
-        bits = weight.type.bits
-        width = packed_width(self.in_features, bits) if bits < 8 else self.in_features
-        spec: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "weight": ((rows, width), formats.code_dtype(weight.type))
-        }
-        if weight.type.is_scaled:
-            spec["weight_scale"] = ((rows, len(self.columns)), torch.float32)
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Return shape and dtype of each tensor of the layer in memory, by name, bias excepted."""
+        weight, rows = self.config.weight_quant, self.out_features
+        form = weight.format
+        spec = {"weight": TensorSpec((rows, form.packed_width(self.in_features)), form.code_dtype)}
+        if form.has_scale:
+            spec["weight_scale"] = TensorSpec((rows, len(self.columns)), torch.float32)
         if not weight.symmetric:
-            spec["weight_zero_point"] = ((rows, len(self.columns)), formats.code_dtype(weight.type))
+            spec["weight_zero_point"] = TensorSpec((rows, len(self.columns)), form.code_dtype)
         if self.static_input:
-            spec["input_scale"] = ((groups * len(self.input_segments),), torch.float32)
+            spec["input_scale"] = TensorSpec((len(self.row_groups) * len(self.input_segments),), torch.float32)
             if any(self.dual):
                 spec["input_scale_neg"] = spec["input_scale"]
-        if self.config.opt.type is not Optimum.DEFAULT:
-            spec["smooth"] = ((self.in_features,) if groups == 1 else (groups, self.in_features), torch.float32)
-        if self.rank:
-            spec["svd_down"] = ((groups * self.rank, self.in_features), dtype)
-            spec["svd_up"] = ((rows, self.rank), dtype)
-        return spec
+        return spec | self.transform.tensors(self.in_features, self.row_groups)
 
     def differences(self, rule: LayerConfig) -> dict[str, Any]:
-        """What :func:`layer_plan` cannot derive from ``rule``, as JSON."""
+        """Return what :func:`layer_plan` cannot derive from ``rule``, as JSON."""
         found: dict[str, Any] = {}
         if self.config != rule:
             found["config"] = self.config.model_dump(mode="json")
@@ -106,12 +141,26 @@ class LayerPlan:
             found["dual"] = list(self.dual)
         return found
 
+    def without_data(self) -> LayerPlan:
+        """Return the stated fallback for a layer that calibration never ran.
+
+        No transform, weights rounded to nearest, activations scaled by the token at run time.
+        """
+        config, quant = self.config.plain(), self.config.input_quant
+        if quant is not None and quant.format.has_scale:
+            quant = quant.model_copy(update={"dynamic": True, "axis": -1})
+        return replace(self, config=config.model_copy(update={"input_quant": quant}))
+
+    def plain(self) -> LayerPlan:
+        """Return the same formats with nothing done to help them: what the report compares with."""
+        return replace(self, config=self.config.plain(), dual=(False,) * len(self.dual))
+
 
 def layer_plan(name: str, linear: nn.Linear, config: LayerConfig, stored: Mapping[str, Any] | None = None) -> LayerPlan:
-    """The plan of one linear by its config's own rule, or with the differences a checkpoint stored.
+    """Return the plan of one linear by its config's own rule, or with the differences a checkpoint stored.
 
     Raises:
-        ConfigError: the config cannot work for this layer (group_size, low_rank), or ``stored`` does not fit it.
+        ConfigError: ``stored`` does not fit the layer.
     """
     stored = dict(stored or {})
     if "config" in stored:
@@ -131,32 +180,16 @@ def layer_plan(name: str, linear: nn.Linear, config: LayerConfig, stored: Mappin
             raise ConfigError(f"layer {name!r}: {what}_segments={list(sizes)} do not sum to {what}_features={total}")
     if len(dual) != len(inputs) or not all(type(d) is bool for d in dual):
         raise ConfigError(f"layer {name!r}: dual={list(dual)} does not fit {len(inputs)} input segments")
-    result = LayerPlan(config, linear.in_features, linear.out_features, inputs, outputs, dual)
-    _check_sizes(name, result)
-    return result
-
-
-def _check_sizes(name: str, layer: LayerPlan) -> None:
-    group, limit = layer.config.group_size, min(layer.in_features, *layer.row_groups)
-    if group and any(size % group for size in layer.input_segments):
-        section = "weight_quant" if layer.config.weight_quant.group_size else "calib"
+    if any(dual) and not _can_be_dual(config):
+        quant = config.input_quant
         raise ConfigError(
-            f"layer {name!r}: {section}.group_size={group} does not divide in_features={layer.in_features}"
-            + (f" (segments {list(layer.input_segments)})" if len(layer.input_segments) > 1 else "")
-            + f'; choose a divisor, or override this layer: {{"{name}": {{"{section}": {{"group_size": ...}}}}}}'
+            f"layer {name!r}: dual scale needs an input_quant.type of at most 15 bits, not {quant and quant.type}"
         )
-    if layer.rank > limit:
-        raise ConfigError(f"layer {name!r}: opt.low_rank={layer.rank} is over the layer's size, at most {limit}")
-    if any(layer.dual) and not _can_be_dual(layer.config):
-        quant = layer.config.input_quant
-        raise ConfigError(
-            f"layer {name!r}: dual scale needs an input_quant.type of int4, int6 or int8, not {quant and quant.type}"
-        )
+    return LayerPlan(config, linear.in_features, linear.out_features, inputs, outputs, dual)
 
 
 def _can_be_dual(config: LayerConfig) -> bool:
-    """Both sides' codes are one 16-bit integer, so 16-bit codes leave no room for a second scale."""
-    return config.input_quant is not None and config.input_quant.type.is_integer and config.input_quant.type.bits < 16
+    return config.input_quant is not None and config.input_quant.format.max_dual_exponent > 0
 
 
 @dataclass(frozen=True)
@@ -177,7 +210,7 @@ class Plan:
                     f"{p.in_features} x {p.out_features}",
                     f"{w.type}{grouped}",
                     "-" if i is None else f"{i.type}{' dynamic' if i.dynamic else ''}",
-                    f"{p.config.opt.type}/{p.config.calib.type}",
+                    f"{p.transform.type}/{p.config.calib.type}",
                     f"{_short(p.input_segments)} | {_short(p.output_segments)}",
                     "yes" if any(p.dual) else "",
                     "; ".join(p.evidence),
@@ -194,106 +227,108 @@ def _short(sizes: tuple[int, ...]) -> str:
     return f"{len(sizes)} x {sizes[0]}" if len(set(sizes)) == 1 else "+".join(map(str, sizes))
 
 
-def aliases(name: str, model: nn.Module) -> tuple[str, ...]:
-    """A module's name, then its name with or without the model's ``base_model_prefix``."""
-    prefix = getattr(model, "base_model_prefix", "")
-    if not prefix:
-        return (name,)
-    return (name, name.removeprefix(prefix + ".") if name.startswith(prefix + ".") else f"{prefix}.{name}")
-
-
 def matches(names: Iterable[str], keys: Collection[str]) -> bool:
-    """Whether any name is, lies below, or has as a path component one of ``keys`` (or matches it as a glob)."""
+    """Return whether any name is, lies below, or has as a path component one of ``keys`` (or matches it as a glob)."""
     return any(f".{key}." in f".{name}." or fnmatchcase(name, key) for name in names for key in keys)
 
 
-def default_skips(model: nn.Module) -> dict[str, str]:
-    """Module names that stay in full precision unless asked for, and why: heads, tied weights, fp32 modules."""
-    skips: dict[str, str] = {}
+def shared_weights(model: nn.Module) -> dict[str, str]:
+    """Return the modules whose parameters are those of another module too, and why they stay in full precision."""
     owners: dict[int, list[str]] = {}
-    fp32 = (getattr(model, f"_keep_in_fp32_modules{strict}", None) for strict in ("", "_strict"))
-    keep = [key for keys in fp32 for key in keys or ()]
     for name, module in model.named_modules():
         for param in module._parameters.values():
             if param is not None:
                 owners.setdefault(id(param), []).append(name)
-        if type(module) is nn.Linear and matches([name, f"{name}.weight"], keep):
-            skips[name] = "in the model's _keep_in_fp32_modules"
-    for names in owners.values():
-        for name, other in itertools.permutations(dict.fromkeys(names), 2):
-            skips[name] = f"its weight is tied to {other}"
-    for key, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        skips.update({k.removesuffix(".weight"): f"its weight is tied ({key} = {other})" for k in (key, other)})
-    get_head: Any = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head else None
-    if head is not None:
-        skips.update((n, "the model's output head") for n, m in model.named_modules() if m is head)
-    return skips
+    shared = [list(dict.fromkeys(names)) for names in owners.values()]
+    return {
+        name: f"its weight is tied to {next(other for other in reversed(names) if other != name)}"
+        for names in shared
+        if len(names) > 1
+        for name in names
+    }
 
 
-def plan(model: nn.Module, config: Any = None, example: Any = None) -> Plan:
+def plan_layers(
+    model: nn.Module,
+    rules: QuantRules,
+    not_convert: Collection[str] = (),
+    example: Any = None,
+    facts: ModelFacts | None = None,
+) -> Plan:
     """Decide what every linear of ``model`` will become. Needs no weights: the model may be on the meta device.
 
     Args:
         model: any module; only modules whose type is exactly ``nn.Linear`` are quantized.
-        config: a dict, the name of a preset, an :class:`~hfquant.HfQuantConfig`, or None (the reference's defaults).
+        rules: the validated config.
+        not_convert: names, path components or globs to leave alone, beside the default ones.
         example: model inputs for pattern detection: a tensor, positional arguments, or a dict of keyword arguments;
-            None derives them from the model's own config where that is possible.
+            None takes those of ``facts``.
+        facts: what a library knows of the model.
 
     Raises:
         ConfigError: the config is invalid, or does not fit a layer.
     """
-    from hfquant.integrations.config import HfQuantConfig
-
-    config = HfQuantConfig.of(config)
-    return plan_layers(model, config.rules, config.modules_to_not_convert or (), example)
-
-
-def plan_layers(model: nn.Module, rules: QuantRules, not_convert: Collection[str], example: Any = None) -> Plan:
-    """:func:`plan` on validated rules; ``not_convert`` adds to the model's default skips."""
-    skips = default_skips(model)
+    facts = facts or ModelFacts()
+    skips = shared_weights(model) | dict(facts.skipped)
     chosen: dict[str, LayerConfig] = {}
     skipped: dict[str, str] = {}
-    idle = dict.fromkeys(rules.patterns)
-    for name, linear in model.named_modules():
-        if type(linear) is not nn.Linear:
+    idle, unused = dict.fromkeys(rules.patterns), dict.fromkeys(not_convert)
+    for name, module in model.named_modules():
+        names = facts.aliases(name)
+        for key in [k for k in unused if matches(names, [k])]:
+            del unused[key]
+        if not isinstance(module, nn.Linear):
             continue
-        names = aliases(name, model)
         globs = rules.matching(*names)
         for glob in globs:
             idle.pop(glob, None)
         asked = any(rules.raw[glob].get("enable") is True for glob in globs)
         layer = rules.resolve(*names)
-        if not name:
+        if type(module) is not nn.Linear:
+            skipped[name] = f"it is a subclass of nn.Linear, {type(module).__name__}"
+        elif not name:
             skipped[name] = "it is the whole model, so nothing can hold its replacement; wrap it in nn.Sequential"
         elif matches(names, not_convert):
-            skipped[name] = "in modules_to_not_convert"
+            skipped[name] = EXCLUDED
         elif not layer.enable:
-            skipped[name] = "enable=False"
+            skipped[name] = SWITCHED_OFF
         elif name in skips and not asked:
             skipped[name] = skips[name]
         else:
             chosen[name] = layer
+    who = type(model).__name__
     for glob in idle:
-        logger.warning(
-            "%s: config[%r] matches no linear (those of a block are %r)", type(model).__name__, glob, f"{glob}.*"
-        )
-    traces = _traces(model, chosen, example)
+        logger.warning("%s: config[%r] matches no linear (those of a block are %r)", who, glob, f"{glob}.*")
+    for key in unused:
+        logger.warning("%s: modules_to_not_convert: %r matches no module", who, key)
+    traces = _traces(model, chosen, example, facts)
     for name in [n for n in chosen if n in traces and traces[n].functional]:
         skipped[name] = "its weight is read outside its own forward"
         del chosen[name]
     order = sorted(chosen, key=lambda n: traces[n].order if n in traces else len(traces))
     layers = {n: _with_trace(n, model.get_submodule(n), chosen[n], traces.get(n)) for n in order}
+    _log_cuts(who, layers)
     return Plan(layers, skipped)
 
 
-def _traces(model: nn.Module, chosen: Mapping[str, LayerConfig], example: Any) -> dict[str, LinearTrace]:
+def _log_cuts(who: str, layers: Mapping[str, LayerPlan]) -> None:
+    """Say in one line each where a config's sizes do not fit layers and were cut."""
+    short = [n for n, p in layers.items() if p.config.group_size and len(set(p.columns)) > 1]
+    small = [n for n, p in layers.items() if p.transform != p.config.opt]
+    for names, what in ((short, "the last group of a segment is shorter"), (small, "opt is cut to the layer's size")):
+        if names:
+            logger.info("%s: in %d layers %s, %r first", who, len(names), what, names[0])
+
+
+def _traces(
+    model: nn.Module, chosen: Mapping[str, LayerConfig], example: Any, facts: ModelFacts
+) -> dict[str, LinearTrace]:
     patterns = {p for layer in chosen.values() for p in layer.search_patterns}
     if not chosen:
         return {}
     # While transformers builds a model its default device is meta, where example inputs would lose their values.
     with torch.device("cpu"):
-        example = example_inputs(model) if example is None else example
+        example = facts.example() if example is None else example
         if example is None:
             if any(layer.seglinear and layer.search_patterns for layer in chosen.values()):
                 logger.info("%s: no example inputs, so layers are quantized without segments", type(model).__name__)
@@ -310,20 +345,26 @@ def _with_trace(name: str, linear: nn.Module, config: LayerConfig, found: Linear
     base = layer_plan(name, linear, config)
     if found is None:
         return base
-    quant, weight, group = config.input_quant, config.weight_quant, config.group_size
+    quant, weight, grouped = config.input_quant, config.weight_quant, config.group_size is not None
     wanted = set(config.search_patterns) & set(found.patterns)
-    inputs, outputs = base.input_segments, base.output_segments
+    inputs, outputs, evidence = base.input_segments, base.output_segments, found.evidence
     if config.seglinear:
-        # Segments are taken where they change a scale; no scale straddles a segment, so a group must divide each.
-        apart = (quant is not None and quant.type.is_scaled) or (weight.type.is_scaled and not group)
-        if apart and wanted & _INPUT_PATTERNS and all(size % (group or 1) == 0 for size in found.input_segments):
+        # Segments are taken where they change a scale.
+        apart = (quant is not None and quant.format.has_scale) or (weight.format.has_scale and not grouped)
+        # A segment narrower than a group would only cost scales.
+        wide = min(found.input_segments) >= (config.group_size or 1)
+        if apart and wide and wanted & _INPUT_PATTERNS:
             inputs = found.input_segments
-        apart = weight.type.is_scaled and weight.axis is None and not group
-        apart = apart or config.opt.type is not Optimum.DEFAULT
-        if apart and wanted & _OUTPUT_PATTERNS and min(found.output_segments) >= base.rank:
+        apart = weight.format.has_scale and weight.axis is None and not grouped
+        apart = apart or config.opt.per_output_segment
+        split = replace(base, output_segments=found.output_segments)
+        if apart and wanted & _OUTPUT_PATTERNS and split.transform == base.transform:
             outputs = found.output_segments
     dual = (False,) * len(inputs)
-    if SegPattern.ACTIVATION2LINEAR in wanted and _can_be_dual(config):
-        active = tuple(a is not None for a in found.activations)
-        dual = active if len(inputs) == len(active) else (all(active),) * len(inputs)
-    return replace(base, input_segments=inputs, output_segments=outputs, dual=dual, evidence=found.evidence)
+    if SegPattern.ACTIVATION2LINEAR in wanted and quant is not None:
+        if _can_be_dual(config):
+            active = tuple(a is not None for a in found.activations)
+            dual = active if len(inputs) == len(active) else (all(active),) * len(inputs)
+        elif quant.format.has_scale:
+            evidence = (*evidence, f"no dual scale: {quant.format.no_dual_scale}")
+    return replace(base, input_segments=inputs, output_segments=outputs, dual=dual, evidence=evidence)

@@ -1,15 +1,18 @@
 """Solved layers kept on disk, so that an interrupted quantization goes on where it stopped.
 
-One safetensors file a layer, named by its number and fingerprint. The fingerprint covers the float weight and the plan,
-so a layer of another model or config is never taken; the calibration data is the caller's to keep the same.
+One safetensors file a layer. Its name is a digest of all that the solution depends on: the layer's name, its float
+weight, its plan, the calibration data and the mode; so a layer of another model, config or run is never taken.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -18,47 +21,91 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hfquant.planner import LayerPlan
-from hfquant.solver import Solution, without_data
+from hfquant.solver import Solution
+
+logger = logging.getLogger(__name__)
 
 
-def fingerprint(weight: Tensor, plan: LayerPlan) -> str:
-    """Digest of a layer's float weight and plan."""
-    digest = xxhash.xxh3_128()
-    digest.update(repr(plan).encode())
-    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class Cache:
+    """A folder of solved layers.
 
-
-def store(folder: Path, name: str, key: str, solution: Solution) -> None:
-    """Write a solved layer; the file appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plan = solution.plan
-    metadata = {
-        "layer": name,
-        "dual": json.dumps(plan.dual),
-        "alphas": json.dumps(solution.alphas),
-        "fallback": json.dumps(solution.fallback),
-    }
-    temporary = folder / f".{key}.{os.getpid()}.tmp"
-    save_file({k: v.contiguous() for k, v in solution.tensors.items()}, temporary, metadata)
-    os.replace(temporary, folder / f"{key}.safetensors")
-
-
-def find(folder: Path, key: str, plan: LayerPlan) -> Solution | None:
-    """The stored solution of a layer, or None where there is none.
-
-    Raises:
-        ValueError: the file is damaged.
+    Attributes:
+        folder: where; created where missing.
+        context: digest of what all layers depend on, calibration data and mode.
     """
-    path = folder / f"{key}.safetensors"
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: damaged ({error}); delete it to solve the layer again") from error
-    fallback = json.loads(metadata["fallback"])
-    plan = replace(without_data(plan) if fallback else plan, dual=tuple(json.loads(metadata["dual"])))
-    return Solution(plan, tensors, json.loads(metadata["alphas"]), fallback)
+
+    folder: Path
+    context: str
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], context: str) -> Cache:
+        """Return the cache in a folder that can be written to.
+
+        Raises:
+            OSError: it cannot; noticed before hours of calibration.
+        """
+        path = Path(folder)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / f".{os.getpid()}.tmp"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise type(error)(f"resume_dir {str(path)!r} cannot be written: {error}") from error
+        return cls(path, context)
+
+    def key(self, name: str, weight: Tensor, plan: LayerPlan) -> str:
+        """Return the digest of one layer's solution."""
+        digest = xxhash.xxh3_128()
+        digest.update("\0".join([self.context, name, str(weight.dtype), repr(plan)]).encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def store(self, name: str, key: str, solution: Solution) -> None:
+        """Write a solved layer; the file appears whole or not at all.
+
+        Raises:
+            OSError: it cannot be written (a full disk); the message names the file.
+        """
+        path = self.folder / f"{key}.safetensors"
+        tensors = {k: v.contiguous() for k, v in solution.tensors.items()}
+        metadata = {
+            "layer": name,
+            "dual": json.dumps(solution.plan.dual),
+            "alphas": json.dumps(solution.alphas),
+            "fallback": json.dumps(solution.fallback),
+        }
+        temporary = self.folder / f".{key}.{os.getpid()}.tmp"
+        try:
+            save_file(tensors, temporary, metadata | {"checksum": _checksum(tensors, metadata)})
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(f"layer {name!r} cannot be written to {path}: {error}") from error
+
+    def find(self, name: str, key: str, plan: LayerPlan) -> Solution | None:
+        """Return the stored solution of a layer; None where there is none, or a damaged one, which is named."""
+        path = self.folder / f"{key}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+            if metadata.pop("checksum", None) != _checksum(tensors, metadata):
+                raise ValueError("its checksum does not match")
+            fallback = json.loads(metadata["fallback"])
+            plan = replace(plan.without_data() if fallback else plan, dual=tuple(json.loads(metadata["dual"])))
+            return Solution(plan, tensors, json.loads(metadata["alphas"]), fallback)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            logger.warning("%s is damaged (%s): layer %r is solved again", path, error, name)
+            return None
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    digest = xxhash.xxh3_128(json.dumps(dict(metadata), sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,14 +1,29 @@
-"""quantize_pipeline on the real digits denoiser: from a dataset to a folder that loads in one call."""
+"""Facts about denoisers, and quantize_pipeline: from a dataset to a folder that loads in one call."""
 
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from torch import nn
 
-from hfquant import quantize_pipeline
+from hfquant import diffusion, quantize_pipeline
+from hfquant.affiner import load_affiner
 from hfquant.demo import DigitsPipeline, load_digits_pipeline
-from hfquant.nn.linear import quant_linears
+from hfquant.diffusion import (
+    compute_dtype,
+    denoiser_name,
+    denoiser_names,
+    eval_mode,
+    find_denoiser,
+    is_pipeline,
+    time_reader,
+)
+from hfquant.nn.modules import quant_linears
 
 STATIC = {"default": {"weight_quant": {"type": "int8", "axis": -1}, "input_quant": {"type": "int8"}}}
 
@@ -44,3 +59,102 @@ def test_bad_components_and_data_leave_the_pipeline_alone() -> None:
     assert all(torch.equal(v, before[k]) for k, v in pipe.transformer.state_dict().items())
     quantize_pipeline(pipe, None, "w8a16")
     assert quant_linears(pipe.transformer)
+
+
+def wan() -> WanPipeline:
+    """Wan 2.2's layout: one transformer takes the noisier steps, another the rest."""
+
+    def transformer(seed: int) -> WanTransformer3DModel:
+        torch.manual_seed(seed)
+        return WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+            text_dim=16, freq_dim=32, ffn_dim=32, num_layers=1, rope_max_seq_len=32,
+        ).eval()  # fmt: skip
+
+    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4,
+                           latents_std=[1.0] * 4, temperal_downsample=[False, True, True])  # fmt: skip
+    pipe = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=transformer(0), transformer_2=transformer(1), boundary_ratio=0.8,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+WAN_CALL = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 4, "output_type": "latent"}
+
+
+def wan_rows(count: int) -> list[dict[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(5)
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    return [{name: torch.randn(6, 16, generator=draw) for name in names} for _ in range(count)]
+
+
+def test_wans_second_transformer_is_quantized_too() -> None:
+    pipe = wan()
+    assert denoiser_names(pipe) == ["transformer", "transformer_2"]
+    rows = [{k: v.expand(2, 6, 16) for k, v in row.items()} for row in wan_rows(2)]
+    quantize_pipeline(pipe, rows, STATIC, **WAN_CALL)
+    for part in (pipe.transformer, pipe.transformer_2):
+        layers = quant_linears(part)
+        assert layers
+        assert all(layer.plan.static_input for layer in layers.values())
+    one = wan()
+    quantize_pipeline(one, None, "w8a16", components=["transformer_2"])
+    assert not quant_linears(one.transformer)
+    assert quant_linears(one.transformer_2)
+    one.transformer = None
+    assert find_denoiser(one) is one.transformer_2
+
+
+def test_an_affiner_corrects_the_steps_of_both_transformers() -> None:
+    real, quant = wan(), wan()
+    gains = {"transformer": 0.8, "transformer_2": 1.25}
+    for name, gain in gains.items():
+        getattr(quant, name).register_forward_hook(lambda m, a, out, gain=gain: (out[0] * gain,))
+    config = {"solver": {"blocksize": None, "lambda1": 0.0, "lambda2": 0.0, "alpha": 1.0}, "extra_args": WAN_CALL}
+    affiner = load_affiner(config, wan_rows(3), real, quant)
+    scales = [affiner.prediction.table[t][0].mean().item() for t in affiner.timesteps]
+    expected = [1 / gains["transformer" if t >= 800 else "transformer_2"] for t in affiner.timesteps]
+    assert scales == pytest.approx(expected, rel=1e-3)
+    assert len({round(x, 2) for x in expected}) == 2
+
+
+def test_the_facts_need_neither_library() -> None:
+    """The file by itself; what else `import hfquant` brings is not its business."""
+    code = (
+        "import sys, runpy; sys.modules['diffusers'] = sys.modules['transformers'] = None; "
+        f"print(runpy.run_path({diffusion.__file__!r})['DENOISERS'][0])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "transformer"
+
+
+def test_what_a_pipeline_and_its_denoiser_are() -> None:
+    pipe = load_digits_pipeline()
+    assert is_pipeline(pipe)
+    assert not is_pipeline(pipe.transformer)
+    assert denoiser_name(pipe) == "transformer"
+    assert find_denoiser(pipe) is find_denoiser(pipe.transformer) is pipe.transformer
+    with pytest.raises(ValueError, match="SimpleNamespace has none of the denoisers transformer, transformer_2"):
+        find_denoiser(SimpleNamespace(scheduler=None))
+    assert compute_dtype(nn.Linear(2, 2).bfloat16()) == torch.bfloat16
+    assert compute_dtype(nn.ReLU()) == torch.get_default_dtype()
+
+
+def test_the_timestep_is_read_from_any_call() -> None:
+    class Cascade(nn.Module):
+        def forward(self, sample: torch.Tensor, timestep_ratio: torch.Tensor) -> None: ...
+
+    read = time_reader(Cascade())
+    assert read is not None
+    assert (read((1, 2), {}), read((1,), {"timestep_ratio": 3}), read((1,), {})) == (2, 3, None)
+    assert time_reader(nn.Linear(2, 2)) is None
+
+
+def test_eval_mode_puts_each_module_back() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
+    model[0].eval()
+    with eval_mode(model):
+        assert not any(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == [True, False, True]

@@ -1,1 +1,38 @@
-"""Quantization algorithms: pure functions on tensors. Nothing here knows of modules, hooks or Hugging Face."""
+"""Quantization algorithms on tensors. A transform or a rounding is one file and one line of a table here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hfquant.algorithms.base import Problem, Rounding, TensorSpec, Transform, Transformed, block_slices
+from hfquant.algorithms.gptq import Gptq
+from hfquant.algorithms.low_rank import LowRank
+from hfquant.algorithms.nearest import Nearest
+from hfquant.algorithms.smooth import Smooth, segment_ranges
+
+__all__ = [
+    "ROUNDINGS",
+    "TRANSFORMS",
+    "Identity",
+    "Nearest",
+    "Problem",
+    "Rounding",
+    "Smooth",
+    "TensorSpec",
+    "Transform",
+    "Transformed",
+    "block_slices",
+    "segment_ranges",
+]
+
+
+class Identity(Transform):
+    """Quantize weight and input as they are."""
+
+    type: Literal["default"] = "default"
+
+
+#: ``opt.type`` of a config.
+TRANSFORMS: dict[str, type[Transform]] = {"default": Identity, "smooth": Smooth, "svd": LowRank}
+#: ``calib.type`` of a config.
+ROUNDINGS: dict[str, type[Rounding]] = {"amax": Nearest, "gptq": Gptq}

@@ -3,78 +3,130 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from hfquant import formats
-from hfquant.algorithms.rounding import dequantize_weight, round_to_nearest, weight_grid
-from hfquant.config import CalibConfig, WeightQuant
+from hfquant.algorithms.base import Rounding
+from hfquant.formats import Grid, GridRule
+from hfquant.statistics import LayerStats
 
 logger = logging.getLogger(__name__)
 
 
-def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    quant: WeightQuant,
-    calib: CalibConfig,
-    columns: Sequence[int],
-    rows: Sequence[int] | None = None,
-    name: str = "",
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes that minimise ``(w - q) H (w - q)^T`` for each row w, greedily.
+class Gptq(Rounding):
+    """Minimise ``(w - q) H (w - q)^T`` for each row w, greedily.
 
     Each row keeps the better of GPTQ and round-to-nearest, so the loss is never above the latter's.
 
-    Args:
-        weight: [out, in], float.
-        hessian: [in, in], ``sum x x^T`` up to a factor, symmetric.
-        quant: format, symmetry and clipping.
-        calib: block_size, damp, act_order.
-        columns: sizes of the column blocks (groups or input segments) that have a scale of their own.
-        rows: sizes of row blocks that share a scale; None: a scale for each row.
-        name: of the layer, for the log.
-
-    Returns:
-        codes [out, in] int8 or int16, scale [out, G] float32, zero_point [out, G] or None.
+    Attributes:
+        block_size: columns whose errors are passed on together.
+        damp: share of H's mean diagonal that is added to it.
+        act_order: visit the columns by falling diagonal of H, on a grid fixed beforehand.
+        group_size: as ``weight_quant.group_size``.
     """
-    w, h = weight.float(), hessian.float()
-    importance = h.diagonal()
-    scale, zero_point = weight_grid(w, quant, columns, rows, importance)
-    assert scale is not None
-    nearest = round_to_nearest(w, scale, zero_point, quant.type, columns)
-    inverse = _inverse_cholesky(h, calib.damp, calib.act_order)
-    if inverse is None:
-        logger.warning(
-            "layer %r: its Hessian cannot be factorized even with full damping; weights are rounded to nearest", name
+
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    needs_data: ClassVar[bool] = True
+    needs_scale: ClassVar[bool] = True
+    type: Literal["gptq"] = "gptq"
+    block_size: int = Field(128, ge=1)
+    damp: float = Field(0.01, gt=0.0, le=1.0)
+    act_order: bool = False
+    group_size: int | None = Field(None, ge=1)
+
+    def cost(self, in_features: int, out_features: int) -> float:
+        """Return the cost of the inverse and of the sweep."""
+        return float(in_features**3 + in_features**2 * out_features)
+
+    def solve(self, weight: Tensor, rule: GridRule, stats: LayerStats | None, name: str) -> tuple[Tensor, Grid]:
+        """Return codes [rows, in] and their grid."""
+        assert stats is not None
+        return self.swept(weight.float(), stats.hessian.float(), rule, name)
+
+    def swept(self, w: Tensor, h: Tensor, rule: GridRule, name: str) -> tuple[Tensor, Grid]:
+        """Return codes and grid of ``w`` [rows, in] for ``h`` [in, in] = sum x x^T up to a factor, both float32."""
+        grid = rule.fit(w, h.diagonal())
+        nearest = grid.quantize(w)
+        inverse = _inverse_cholesky(h, self.damp, self.act_order)
+        if inverse is None:
+            logger.warning(
+                "layer %r: its Hessian cannot be factorized even with full damping; weights are rounded to nearest",
+                name,
+            )
+            return nearest, grid
+        codes, refitted = self._sweep(w, inverse, rule, grid, h.diagonal())
+        worse = _row_loss(w, nearest, grid, h) < _row_loss(w, codes, refitted, h)
+        return torch.where(worse[:, None], nearest, codes), refitted.where(worse, grid)
+
+    def _sweep(
+        self, w: Tensor, inverse: tuple[Tensor, Tensor], rule: GridRule, grid: Grid, importance: Tensor
+    ) -> tuple[Tensor, Grid]:
+        """Make one pass over the columns in blocks.
+
+        In natural order a group's scale is found anew when the sweep reaches it, from the weights as the errors before
+        it left them. With act_order, or where rows share a scale, the grid stays the one given.
+        """
+        upper, order = inverse
+        columns = rule.columns
+        starts = list(accumulate(columns, initial=0))
+        refit = rule.rows is None and not self.act_order and len(columns) > 1
+        assert grid.scale is not None
+        grid = replace(
+            grid, scale=grid.scale.clone(), zero_point=None if grid.zero_point is None else grid.zero_point.clone()
         )
-        return nearest, scale, zero_point
-    codes, new_scale, new_zero = _sweep(w, inverse, quant, calib, columns, scale, zero_point, importance, rows is None)
-    before = _row_loss(w, nearest, scale, zero_point, quant, columns, h)
-    after = _row_loss(w, codes, new_scale, new_zero, quant, columns, h)
-    worse = (before < after)[:, None]
-    if zero_point is not None and new_zero is not None:
-        new_zero = torch.where(worse, zero_point, new_zero)
-    return torch.where(worse, nearest, codes), torch.where(worse, scale, new_scale), new_zero
+        group_of = torch.repeat_interleave(torch.arange(len(columns)), torch.tensor(columns)).tolist()
+        visited = order.tolist()
+        # Transposed, a column is contiguous memory.
+        work = w.T[order].contiguous()
+        codes = torch.empty_like(work, dtype=rule.format.code_dtype)
+        group, (scale, zero_point) = -1, grid.column(0)
+        for start in range(0, len(work), self.block_size):
+            end = min(start + self.block_size, len(work))
+            errors = torch.empty_like(work[start:end])
+            for j in range(start, end):
+                if group_of[visited[j]] != group:
+                    group = group_of[visited[j]]
+                    if refit:
+                        # Columns of the group beyond this block have yet to receive the block's errors.
+                        last = starts[group + 1]
+                        ahead = work[j:last].clone()
+                        if last > end and j > start:
+                            ahead[end - j :] -= upper[start:j, end:last].T @ errors[: j - start]
+                        part = replace(rule, columns=(columns[group],)).fit(ahead.T, importance[j:last])
+                        _set_column(grid, group, part)
+                    scale, zero_point = grid.column(group)
+                column = work[j]
+                q = rule.format.quantize(column, scale, zero_point)
+                codes[j] = q
+                error = (column - rule.format.dequantize(q, scale, zero_point)) / upper[j, j]
+                errors[j - start] = error
+                if j + 1 < end:
+                    work[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
+            if end < len(work):
+                work[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+        back = torch.empty_like(codes)
+        back[order] = codes
+        return back.T.contiguous(), grid
 
 
-def _row_loss(
-    w: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    quant: WeightQuant,
-    columns: Sequence[int],
-    h: Tensor,
-) -> Tensor:
-    error = w - dequantize_weight(codes, scale, zero_point, quant.type, columns)
+def _set_column(grid: Grid, group: int, part: Grid) -> None:
+    for ours, theirs in ((grid.scale, part.scale), (grid.zero_point, part.zero_point)):
+        if ours is not None and theirs is not None:
+            ours[:, group] = theirs[:, 0]
+
+
+def _row_loss(w: Tensor, codes: Tensor, grid: Grid, h: Tensor) -> Tensor:
+    error = w - grid.dequantize(codes)
     return ((error @ h) * error).sum(-1)
 
 
 def _inverse_cholesky(h: Tensor, damp: float, act_order: bool) -> tuple[Tensor, Tensor] | None:
-    """The upper Cholesky factor of the damped H^-1, and the order of the columns.
+    """Return the upper Cholesky factor of the damped H^-1, and the order of the columns.
 
     Dead columns (no input ever) get a diagonal of 1, which makes them round to nearest. Where the factorization fails
     the damping grows tenfold.
@@ -101,64 +153,3 @@ def _inverse_cholesky(h: Tensor, damp: float, act_order: bool) -> tuple[Tensor, 
                 return upper.float(), order
         damp *= 10
     return None
-
-
-def _sweep(
-    w: Tensor,
-    inverse: tuple[Tensor, Tensor],
-    quant: WeightQuant,
-    calib: CalibConfig,
-    columns: Sequence[int],
-    scale: Tensor,
-    zero_point: Tensor | None,
-    importance: Tensor,
-    own_scales: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One pass over the columns in blocks; see :func:`gptq`.
-
-    In natural order a group's scale is found anew when the sweep reaches it, from the weights as the errors before it
-    left them. With act_order, or where rows share a scale, the grid stays the one given.
-    """
-    upper, order = inverse
-    starts = [0]
-    for size in columns:
-        starts.append(starts[-1] + size)
-    refit = own_scales and not calib.act_order and len(columns) > 1
-    scale, zero_point = scale.clone(), None if zero_point is None else zero_point.clone()
-    group_of = torch.repeat_interleave(torch.arange(len(columns)), torch.tensor(list(columns))).tolist()
-    visited = order.tolist()
-    # Transposed, a column is contiguous memory.
-    work = w.T[order].contiguous()
-    codes = torch.empty_like(work, dtype=formats.code_dtype(quant.type))
-    group, column_scale, column_zero = -1, scale[:, 0], None
-    for start in range(0, len(work), calib.block_size):
-        end = min(start + calib.block_size, len(work))
-        errors = torch.empty_like(work[start:end])
-        for j in range(start, end):
-            if group_of[visited[j]] != group:
-                group = group_of[visited[j]]
-                if refit:
-                    # Columns of the group beyond this block have yet to receive the block's errors.
-                    ahead = work[j : starts[group + 1]].clone()
-                    if starts[group + 1] > end and j > start:
-                        ahead[end - j :] -= upper[start:j, end : starts[group + 1]].T @ errors[: j - start]
-                    part = slice(j, starts[group + 1])
-                    found, zero = weight_grid(ahead.T, quant, (columns[group],), None, importance[part])
-                    assert found is not None
-                    scale[:, group] = found[:, 0]
-                    if zero_point is not None and zero is not None:
-                        zero_point[:, group] = zero[:, 0]
-                column_scale = scale[:, group].contiguous()
-                column_zero = None if zero_point is None else zero_point[:, group].contiguous()
-            column = work[j]
-            q = formats.quantize(column, column_scale, quant.type, column_zero)
-            codes[j] = q
-            error = (column - formats.dequantize(q, column_scale, quant.type, column_zero)) / upper[j, j]
-            errors[j - start] = error
-            if j + 1 < end:
-                work[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
-        if end < len(work):
-            work[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
-    back = torch.empty_like(codes)
-    back[order] = codes
-    return back.T.contiguous(), scale, zero_point

@@ -8,12 +8,162 @@ magnitude (arXiv 2306.00978).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, Literal
+
 import torch
+from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor
+
+from hfquant.algorithms.base import Problem, TensorSpec, Transform, Transformed
+from hfquant.formats import expand_columns, range_columns
+from hfquant.schema import Section, is_patch
+from hfquant.statistics import LayerStats
+
+#: Each alpha costs a pass over the sampled rows; a finer grid gains nothing.
+MAX_ALPHAS = 1000
+
+
+class SearchAlpha(Section):
+    """Grid of smoothing strengths tried for each layer: ``min, min + step, ... max``."""
+
+    enable: bool = False
+    min: float = Field(0.0, ge=0.0, le=1.0)
+    max: float = Field(1.0, ge=0.0, le=1.0)
+    step: float = Field(0.1, gt=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _sane(self, info: ValidationInfo) -> SearchAlpha:
+        if is_patch(info):
+            return self
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is above max={self.max}")
+        count = (self.max - self.min) / self.step
+        if count > MAX_ALPHAS:
+            raise ValueError(f"step={self.step} makes {count:.3g} alphas, at most {MAX_ALPHAS} are tried")
+        return self
+
+    def grid(self) -> list[float]:
+        """Return the alphas to try, ascending; ``max`` is included even where ``step`` does not hit it."""
+        steps = int((self.max - self.min) / self.step + 1e-9)
+        alphas = [round(self.min + i * self.step, 10) for i in range(steps + 1)]
+        return alphas if alphas[-1] >= self.max - 1e-9 else [*alphas, self.max]
+
+
+class Smooth(Transform):
+    """Divide each input channel by s and multiply its weights by it.
+
+    ``magnitude`` is what is balanced between a channel of the inputs and its column of the weights: the largest values,
+    which set the scale of quantized activations, or the root mean squares, for weights alone.
+    """
+
+    needs_data: ClassVar[bool] = True
+    per_output_segment: ClassVar[bool] = True
+    type: Literal["smooth"] = "smooth"
+    alpha: float = Field(0.5, ge=0.0, le=1.0)
+    magnitude: Literal["amax", "rms"] = "amax"
+    search_alpha_config: SearchAlpha = SearchAlpha()
+
+    def tensors(self, in_features: int, rows: Sequence[int]) -> dict[str, TensorSpec]:
+        """Return ``smooth``: the divisor, [in] or [groups, in]."""
+        shape = (in_features,) if len(rows) == 1 else (len(rows), in_features)
+        return {"smooth": TensorSpec(shape, torch.float32)}
+
+    def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        """Stack divisors, one a group of rows."""
+        return torch.stack(list(parts)) if name == "smooth" else super().joined(name, parts)
+
+    def input(self, x: Tensor, tensors: Mapping[str, Tensor | None], group: int) -> Tensor:
+        """Return ``x / s``."""
+        smooth = tensors["smooth"]
+        assert smooth is not None
+        return x / (smooth if smooth.dim() == 1 else smooth[group])
+
+    def restored(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
+        """Return ``W / s``."""
+        for group, part in enumerate(weight.split(list(rows))):
+            part.copy_(self.input(part, tensors, group))
+        return weight
+
+    def solve(self, weight: Tensor, problem: Problem) -> Transformed:
+        """Smooth by the config's alpha, or for each input segment by the best on the sampled rows."""
+        assert problem.stats is not None
+        magnitudes = self.magnitudes(weight, problem.stats)
+        search = self.search_alpha_config
+        if not search.enable:
+            divisor, alphas = smoothing_vector(*magnitudes, self.alpha), [self.alpha] * len(problem.segments)
+        else:
+            grid = search.grid()
+            alphas = [grid[i] for i in self.losses(weight, problem, grid).argmin(0).tolist()]
+            vectors = {alpha: smoothing_vector(*magnitudes, alpha) for alpha in alphas}
+            divisor = torch.cat([vectors[alpha][c] for alpha, c in zip(alphas, problem.blocks(), strict=True)])
+        return self.applied(weight, divisor, problem, tuple(alphas))
+
+    def applied(self, weight: Tensor, divisor: Tensor, problem: Problem, alphas: tuple[float, ...] = ()) -> Transformed:
+        """Return ``W s`` for a given divisor s [in]."""
+        return Transformed(weight * divisor, {"smooth": divisor}, divisor, alphas)
+
+    def magnitudes(self, weight: Tensor, stats: LayerStats) -> tuple[Tensor, Tensor]:
+        """Return what is balanced: of each input channel, and of each column of ``weight``, two [in]."""
+        if self.magnitude == "rms":
+            return stats.mean_square.sqrt(), weight.square().mean(0).sqrt()
+        return stats.amax, weight.abs().amax(0)
+
+    def losses(self, weight: Tensor, problem: Problem, grid: Sequence[float]) -> Tensor:
+        """Return ``||Q(X_i / s) Q(W_i s)^T - X_i W_i^T||^2`` of each alpha and input segment i, [alphas, segments].
+
+        Estimated on the sampled rows, with round to nearest in place of a costlier rounding. Where the activations'
+        scale is static it comes from the half of the data that the row is not in.
+        """
+        stats = problem.stats
+        assert stats is not None
+        row_weights = stats.row_weights
+        everything = [(stats, torch.ones_like(stats.sample.fold))]
+        losses = torch.zeros(len(grid), len(problem.segments), device=weight.device)
+        for half, chosen in stats.halves() if problem.input is not None and problem.input.static else everything:
+            rows = chosen.to(weight.device)
+            x, weights = stats.rows[rows], row_weights[rows, None]
+            exact = [x[:, columns] @ weight[:, columns].T for columns in problem.blocks()]
+            magnitudes = self.magnitudes(weight, half)
+            for i, alpha in enumerate(grid):
+                candidate = self.applied(weight, smoothing_vector(*magnitudes, alpha), problem)
+                outputs = self._segment_outputs(x, candidate, problem, half)
+                for j, (output, target) in enumerate(zip(outputs, exact, strict=True)):
+                    losses[i, j] += (output.sub_(target).square_() * weights).sum()
+        return losses
+
+    def _segment_outputs(
+        self, x: Tensor, candidate: Transformed, problem: Problem, half: LayerStats
+    ) -> Iterator[Tensor]:
+        """Yield what each input segment of the quantized layer contributes to the output, [rows, out] each."""
+        assert candidate.divisor is not None
+        seen = half.divided(candidate.divisor)
+        weight = problem.grid.fit(candidate.weight, seen.mean_square).round(candidate.weight)
+        quantized, rule = x / candidate.divisor, problem.input
+        if rule is not None:
+            static = rule.scales(*segment_ranges(seen, problem.segments)) if rule.static else (None, None)
+            quantized, scale = rule.quantize(quantized, *static)
+            if scale is not None:
+                quantized = quantized * expand_columns(scale, problem.segments)
+        for columns in problem.blocks():
+            output = quantized[:, columns] @ weight[:, columns].T
+            extra = self.branch(x, candidate.tensors, columns)
+            yield output if extra is None else output.add_(extra)
+
+    def branch(self, x: Tensor, tensors: Mapping[str, Tensor], columns: slice) -> Tensor | None:
+        """Return what a branch beside the quantized product adds for some input columns; None without one."""
+        return None
+
+
+def segment_ranges(stats: LayerStats, segments: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the smallest and largest input of each segment, two [segments]."""
+    low, _ = range_columns(stats.low, segments)
+    _, high = range_columns(stats.high, segments)
+    return low, high
 
 
 def smoothing_vector(x: Tensor, w: Tensor, alpha: float) -> Tensor:
-    """``s = x^alpha / w^(1 - alpha)``, 1 where either is 0.
+    """Return ``s = x^alpha / w^(1 - alpha)``, 1 where either is 0.
 
     Args:
         x: [in], magnitude of each input channel, >= 0.

@@ -1,49 +1,120 @@
-"""Where hfquant meets transformers and diffusers. Importing :mod:`hfquant` registers with both."""
+"""Where hfquant meets transformers and diffusers. Importing :mod:`hfquant` registers with those that are installed."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
+from hfquant import ptq
+from hfquant.integrations.config import METHOD, HfQuantConfig
+from hfquant.integrations.facts import facts_of
+from hfquant.planner import ModelFacts, Plan
 
-def attach(model: nn.Module, config: Any) -> None:
+
+def library(model: Any) -> str | None:
+    """Return "transformers" or "diffusers" where ``model`` is a model of theirs, else None."""
+    # A model of a library exists only once that library is imported, so nothing is imported for the question.
+    for name, module, base in (
+        ("transformers", "transformers.modeling_utils", "PreTrainedModel"),
+        ("diffusers", "diffusers.models.modeling_utils", "ModelMixin"),
+    ):
+        if module in sys.modules and isinstance(model, getattr(sys.modules[module], base)):
+            return name
+    return None
+
+
+def model_facts(model: nn.Module) -> ModelFacts:
+    """Return what the model's library knows of it; nothing for other modules."""
+    return facts_of(model) if library(model) else ModelFacts()
+
+
+def quantize_model(
+    model: nn.Module, loader: Any, config: HfQuantConfig, settings: ptq.Settings | None = None
+) -> Callable[[], None]:
+    """Quantize ``model`` in place, and set on a library's model what saving and reloading it needs.
+
+    One transaction: where anything fails, or is interrupted, the model is as it was.
+
+    Returns:
+        A function that undoes it.
+    """
+    settings = settings or ptq.Settings(config.modules_to_not_convert or (), config.per_layer_mode)
+    facts, restore = model_facts(model), _snapshot(model)
+
+    def finish(applied: ptq.Applied) -> None:
+        attach(model, own_config(config, applied.plan, facts))
+        model.quant_report = applied.report  # type: ignore[assignment]
+
+    try:
+        applied = ptq.quantize(model, loader, config.rules, settings, facts, finish)
+    except BaseException:
+        restore()
+        raise
+
+    def undo() -> None:
+        applied.undo(model)
+        restore()
+
+    return undo
+
+
+def _snapshot(model: nn.Module) -> Callable[[], None]:
+    """Return a function that puts the attributes of a model and of its configs back as they are now."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    before = [(o, dict(vars(o))) for o in (model, config, text) if hasattr(o, "__dict__")]
+
+    def restore() -> None:
+        for holder, attributes in before:
+            vars(holder).clear()
+            vars(holder).update(attributes)
+
+    return restore
+
+
+def own_config(config: HfQuantConfig, plan: Plan, facts: ModelFacts) -> HfQuantConfig:
+    """Return a model's own copy of ``config``, with each layer's plan where it differs from the config's own rule."""
+    found = {n: p.differences(config.rules.resolve(*facts.aliases(n))) for n, p in plan.layers.items()}
+    return config.for_model({n: difference for n, difference in found.items() if difference}, plan.skipped)
+
+
+def attach(model: nn.Module, config: HfQuantConfig) -> None:
     """Set on a quantized Hugging Face model what saving and reloading it needs; other models are left alone.
 
     Args:
         model: quantized in place already.
-        config: the model's own :class:`~hfquant.HfQuantConfig`, plan included.
+        config: the model's own, plan included.
     """
-    # A model of a library exists only once that library is imported, so nothing is imported for the question.
-    transformers, diffusers = (
-        sys.modules.get(f"{name}.modeling_utils") for name in ("transformers", "diffusers.models")
-    )
-    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
-        from hfquant.integrations.transformers import attach as attach_transformers
+    match library(model):
+        case "transformers":
+            from hfquant.integrations.transformers import attach as attach_transformers
 
-        attach_transformers(model, config)
-    elif diffusers is not None and isinstance(model, diffusers.ModelMixin):
-        from hfquant.integrations.diffusers import attach as attach_diffusers
+            attach_transformers(model, config)
+        case "diffusers":
+            from hfquant.integrations.diffusers import attach as attach_diffusers
 
-        attach_diffusers(model, config)
+            attach_diffusers(model, config)
 
 
 def register() -> None:
-    """Make "hfquant" known to transformers and diffusers; safe to call again."""
-    from transformers.quantizers import auto as transformers_auto
+    """Make "hfquant" known to those of transformers and diffusers that are installed; safe to call again."""
+    if find_spec("transformers") is not None:
+        from transformers.quantizers import auto as transformers_auto
 
-    from hfquant.integrations.config import METHOD, HfQuantConfig
-    from hfquant.integrations.transformers import HfQuantTransformersQuantizer
+        from hfquant.integrations.transformers import HfQuantTransformersQuantizer
 
-    if METHOD not in transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        transformers_auto.register_quantization_config(METHOD)(HfQuantConfig)
-        transformers_auto.register_quantizer(METHOD)(HfQuantTransformersQuantizer)
+        if METHOD not in transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+            transformers_auto.register_quantization_config(METHOD)(HfQuantConfig)
+            transformers_auto.register_quantizer(METHOD)(HfQuantTransformersQuantizer)
+    if find_spec("diffusers") is not None:
+        from diffusers.quantizers import auto as diffusers_auto
 
-    from diffusers.quantizers import auto as diffusers_auto
+        from hfquant.integrations.diffusers import HfQuantDiffusersQuantizer
 
-    from hfquant.integrations.diffusers import HfQuantDiffusersQuantizer
-
-    # diffusers has no public registration.
-    diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, HfQuantConfig)
-    diffusers_auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, HfQuantDiffusersQuantizer)
+        # diffusers has no public registration.
+        diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, HfQuantConfig)
+        diffusers_auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, HfQuantDiffusersQuantizer)

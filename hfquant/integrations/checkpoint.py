@@ -1,4 +1,4 @@
-"""What both libraries' checkpoints share: the shape of codes on disk, empty modules to load into, completeness.
+"""What both libraries' checkpoints share: codes on disk, empty modules to load into, completeness, values.
 
 A model loaded without hfquant imported must fail, not run on garbage. transformers merely logs an unknown method and
 goes on, and takes any tensor named ``weight`` of the right shape; so codes have a leading dimension of 1 on disk,
@@ -8,15 +8,17 @@ which no plain ``nn.Linear`` accepts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
-from accelerate.utils import align_module_device
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hfquant.integrations.config import HfQuantConfig
-from hfquant.nn.linear import QuantLinear, log_real_quant, quant_linears, replace_modules
-from hfquant.planner import LayerPlan, Plan, aliases, layer_plan
+from hfquant.nn.linear import QuantLinear
+from hfquant.nn.modules import log_real_quant, quant_linears, replace_modules
+from hfquant.planner import LayerPlan, ModelFacts, Plan, layer_plan, matches
 
 logger = logging.getLogger(__name__)
 
@@ -25,48 +27,37 @@ class CheckpointError(ValueError):
     """A quantized checkpoint that does not fit its config. The message names the tensors."""
 
 
-def to_disk(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state_dict`` with codes as they are stored: integer ``weight`` tensors get a leading dimension of 1."""
-    return {
-        key: value.unsqueeze(0) if key.endswith(".weight") and _is_codes(value) and value.dim() == 2 else value
-        for key, value in state_dict.items()
-    }
-
-
-def _is_codes(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.int8, torch.int16)
-
-
 def stored_plans(
-    model: nn.Module, config: HfQuantConfig, stored_names: Collection[str] | None = None
+    model: nn.Module, config: HfQuantConfig, facts: ModelFacts, stored_names: Collection[str] | None = None
 ) -> dict[str, LayerPlan]:
-    """The plan of each quantized linear of ``model`` (still float, perhaps on meta) by what its checkpoint stored.
+    """Return the plan of each quantized linear of ``model`` (still float, perhaps on meta) by its checkpoint's config.
 
     Args:
         model: the model to load into.
         config: as read from the checkpoint's config.json.
+        facts: of the model.
         stored_names: of the checkpoint's tensors; a linear with none among them is left out. None: all must be there.
 
     Raises:
         ConfigError: the stored plan does not fit the model.
     """
-    skipped = set(config.modules_to_not_convert or ())
     plans = {}
     for name, linear in model.named_modules():
         if type(linear) is not nn.Linear:
             continue
-        names = aliases(name, model)
+        names = facts.aliases(name)
         if stored_names is not None and not any(f"{n}.weight" in stored_names for n in names):
             continue
+        left = config.skipped.keys() & set(names) or matches(names, config.modules_to_not_convert or ())
         rule = config.rules.resolve(*names)
-        if rule.enable and not skipped.intersection(names):
+        if rule.enable and not left:
             stored = next((config.layers[n] for n in names if n in config.layers), None)
             plans[name] = layer_plan(name, linear, rule, stored)
     return plans
 
 
 def warn_if_empty(model: nn.Module, plan: Plan) -> None:
-    """One line where loading has nothing to quantize: no error, since a pipeline may load all parts with one config."""
+    """Log one line where loading has nothing to quantize: a pipeline may load all parts with one config."""
     if not plan.layers:
         why = plan.skipped or "no nn.Linear"
         logger.warning("%s has nothing to quantize (%s): it stays in full precision", type(model).__name__, why)
@@ -78,7 +69,7 @@ def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: boo
     Args:
         model: changed in place.
         plans: name -> plan.
-        on_disk: whether the codes take the shape they have on disk, so that a loader's own shape check is exact.
+        on_disk: whether the codes take the form they have on disk, so that a loader's own checks are exact.
     """
     replacements: dict[nn.Module, nn.Module] = {}
     for name, plan in plans.items():
@@ -86,11 +77,52 @@ def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: boo
         assert isinstance(linear, nn.Linear)
         layer = QuantLinear(plan, linear.bias is not None, "meta", linear.weight.dtype)
         if on_disk:
-            layer.weight = nn.Parameter(layer.weight.unsqueeze(0), requires_grad=False)
+            layer.weight = nn.Parameter(layer.codes_on_disk(), requires_grad=False)
         # transformers initializes what is not marked, and a codes tensor has no random initialization.
         layer._is_hf_initialized = True  # type: ignore[assignment]
         replacements[linear] = layer
     replace_modules(model, replacements)
+
+
+def tensor_names(files: Iterable[str | Path]) -> set[str]:
+    """Return the names of the tensors in safetensors files; others are passed over.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    names: set[str] = set()
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    names.update(opened.keys())
+            except SafetensorError as error:
+                raise CheckpointError(f"{file} is damaged: {error}") from error
+    return names
+
+
+def check_names(model: nn.Module, names: Iterable[str]) -> None:
+    """Check that a checkpoint has no tensor of a quantized linear that the linear's plan does not explain.
+
+    Args:
+        model: with its QuantLinears in place.
+        names: of the checkpoint's tensors, as the model spells them.
+
+    Raises:
+        CheckpointError: naming the tensors.
+    """
+    layers = quant_linears(model)
+    left = []
+    for name in names:
+        parent, _, tensor = name.rpartition(".")
+        layer = layers.get(parent)
+        if layer is not None and {**layer._parameters, **layer._buffers}.get(tensor) is None:
+            left.append(name)
+    if left:
+        raise CheckpointError(
+            f"the checkpoint has {_listed(sorted(left))} of quantized linears that its config does not explain: "
+            "another config wrote these weights"
+        )
 
 
 def check_loaded(model: nn.Module, on_disk: bool) -> None:
@@ -100,15 +132,18 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
 
     Args:
         model: as loaded by transformers.
-        on_disk: whether codes still have the shape that they have on disk.
+        on_disk: whether codes still have the form that they have on disk.
 
     Raises:
         CheckpointError: naming the tensors.
     """
     missing: list[str] = []
     for name, layer in quant_linears(model).items():
-        # float64 stands for "the model's dtype".
-        spec = layer.plan.tensors(torch.float64) | {"bias": ((layer.out_features,), torch.float64)}
+        spec = {key: (shape, dtype) for key, (shape, dtype) in layer.plan.tensors().items()}
+        spec["bias"] = (layer.out_features,), None
+        if on_disk:
+            shape, dtype = spec["weight"]
+            spec["weight"] = (1, *shape), layer.format.disk_dtype
         for key, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
             if tensor.device.type == "meta":  # offloaded to disk
                 continue
@@ -116,40 +151,86 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
                 missing.append(f"{name}.{key}")
                 continue
             shape, dtype = spec[key]
-            shape = (1, *shape) if key == "weight" and on_disk else shape
-            fits = tensor.is_floating_point() if dtype == torch.float64 else tensor.dtype == dtype
+            fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
             if not fits or tuple(tensor.shape) != shape:
                 raise CheckpointError(
-                    f"{name}.{key}: expected shape {shape} of {'floats' if dtype == torch.float64 else dtype}, "
+                    f"{name}.{key}: expected shape {shape} of {dtype or 'floats'}, "
                     f"got {tuple(tensor.shape)} of {tensor.dtype}"
                 )
     if missing:
         raise missing_tensors(missing)
 
 
+def check_values(name: str, layer: QuantLinear) -> None:
+    """Check that a loaded layer's scales are finite and positive and that what has a range lies in it.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    for key, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+        if tensor.is_meta:
+            continue
+        if key == "smooth" or "scale" in key:
+            if not (tensor.isfinite() & (tensor > 0)).all():
+                raise CheckpointError(f"{name}.{key}: scales must be finite and positive")
+        elif key == "weight_zero_point":
+            half = 2 ** (layer.format.bits - 1)
+            if tensor.numel() and not -half <= int(tensor.min()) <= int(tensor.max()) < half:
+                raise CheckpointError(f"{name}.{key}: zero points must lie in [{-half}, {half})")
+        elif tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{name}.{key}: has NaN or Inf")
+
+
 def missing_tensors(names: Sequence[str]) -> CheckpointError:
-    """The error that says which tensors of quantized linears a checkpoint lacks."""
+    """Return the error that says which tensors of quantized linears a checkpoint lacks."""
+    return CheckpointError(f"the checkpoint lacks {_listed(names)} of quantized linears")
+
+
+def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return CheckpointError(f"the checkpoint lacks {len(names)} tensors of quantized linears: {shown}")
+    return f"{len(names)} tensors ({shown})"
 
 
 def finish_loading(model: nn.Module) -> None:
-    """Bring codes to their in-memory shape, freeze parameters, and log once how real execution runs."""
-    for layer in quant_linears(model).values():
-        # Offloaded weights stay as they are on disk; forward takes both shapes.
+    """Bring codes to their form in memory, check values, freeze parameters, and log how real execution runs.
+
+    Raises:
+        CheckpointError: a value is out of range.
+    """
+    for name, layer in quant_linears(model).items():
+        # Offloaded weights stay as they are on disk; forward takes both forms.
         if layer.weight.device.type != "meta" and layer.weight.dim() == 3:
             layer.set_tensor("weight", layer.weight.data)
+        check_values(name, layer)
         for param in layer.parameters(recurse=False):
             param.requires_grad_(False)
     log_real_quant(model)
 
 
-def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Every QuantLinear of ``model`` replaced by a plain ``nn.Linear`` of ``dtype``, in place."""
-    linears: dict[nn.Module, nn.Module] = {}
-    for layer in quant_linears(model).values():
-        # Offloaded weights are fetched for the moment.
-        with align_module_device(layer):
-            linears[layer] = layer.to_linear(dtype).requires_grad_()
-    replace_modules(model, linears)
-    return model
+def needs_no_data(plan: Plan) -> None:
+    """Raise where a layer's merged config needs data although no entry of the config does by itself."""
+    from hfquant.calibration.batches import CalibrationError
+
+    needing = next((name for name, layer in plan.layers.items() if layer.config.needs_data), None)
+    if needing is not None:
+        raise CalibrationError(f"layer {needing!r} needs calibration data, which quantizing while loading has not got")
+
+
+def codes_on_disk(state_dict: Mapping[str, Tensor], formats: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Return ``state_dict`` with the codes of quantized linears as they are stored: [1, out, ...] of the disk's dtype.
+
+    Args:
+        state_dict: of the model.
+        formats: the quantized linears' names, and the dtype of their codes on disk.
+    """
+    changed = {
+        key: state_dict[key].view(1, *state_dict[key].shape[-2:]).view(dtype)
+        for name, dtype in formats.items()
+        if (key := f"{name}.weight") in state_dict
+    }
+    return {**state_dict, **changed}
+
+
+def disk_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Return the dtype on disk of each quantized linear's codes, by the linear's name."""
+    return {name: layer.format.disk_dtype for name, layer in quant_linears(model).items()}

@@ -5,18 +5,30 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
-from typing import Any
-
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersConfigMixin
-from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
+from typing import TYPE_CHECKING, Any
 
 from hfquant import config as rules
 from hfquant.config import ConfigError, QuantRules
 
+if TYPE_CHECKING:
+    _BASES: Any = object
+else:
+    # Each library asks for a subclass of its own mixin; either may be absent.
+    _BASES = ()
+    with suppress(ImportError):
+        from transformers.utils.quantization_config import QuantizationConfigMixin as _TransformersMixin
+
+        _BASES += (_TransformersMixin,)
+    with suppress(ImportError):
+        from diffusers.quantizers.quantization_config import QuantizationConfigMixin as _DiffusersMixin
+
+        _BASES += (_DiffusersMixin,)
+
 METHOD = "hfquant"
-#: Raised when a reader of this version could not read what a later one writes.
-FORMAT_VERSION = 1
+#: Of what a checkpoint holds; raised when a reader of this version could not read what a later one writes.
+FORMAT_VERSION = 2
 
 
 class QuantMethod(str, Enum):
@@ -25,11 +37,11 @@ class QuantMethod(str, Enum):
     HFQUANT = METHOD
 
 
-class HfQuantConfig(TransformersConfigMixin, DiffusersConfigMixin):
+class HfQuantConfig(*_BASES):  # type: ignore[misc]
     """Config for ``from_pretrained(quantization_config=...)`` of any transformers or diffusers model.
 
     Args:
-        config: a dict (README, "Config"), the name of a preset (:data:`hfquant.config.PRESETS`), or None for
+        config: a dict (README, "Config"), the name of a preset (:data:`hfquant.PRESETS`), or None for
             "w8a8-dynamic".
         calibration: data for configs that need it (static activations, SMOOTH, SVD, GPTQ): a list of strings, a
             ``DataLoader`` or any re-iterable of model inputs. Never stored; let go once used.
@@ -60,10 +72,12 @@ class HfQuantConfig(TransformersConfigMixin, DiffusersConfigMixin):
         self.per_layer_mode = per_layer_mode
         #: What the plan decided for each layer beyond the rules; filled in a model's own copy only.
         self.layers: dict[str, dict[str, Any]] = {}
+        #: Exact names of the linears that were left in full precision, and why; likewise.
+        self.skipped: dict[str, str] = {}
 
     @classmethod
     def of(cls, config: Any) -> HfQuantConfig:
-        """``config`` itself, or one made of a dict, a preset's name, or None (the reference's dict)."""
+        """Return ``config`` itself, or one made of a dict, a preset's name, or None (the reference's dict)."""
         if isinstance(config, cls):
             return config
         if config is None or isinstance(config, (str, Mapping)):
@@ -77,15 +91,14 @@ class HfQuantConfig(TransformersConfigMixin, DiffusersConfigMixin):
         """Whether any entry of the config needs calibration data."""
         return self.rules.needs_data
 
-    def for_model(self, layers: dict[str, dict[str, Any]], skipped: Sequence[str]) -> HfQuantConfig:
-        """A model's own copy: with its plan, its skipped linears by name, and without the data."""
+    def for_model(self, layers: Mapping[str, dict[str, Any]], skipped: Mapping[str, str]) -> HfQuantConfig:
+        """Return a model's own copy: with its plan, its skipped linears and why, and without the data."""
         own = copy.deepcopy(self)
-        own.calibration, own.layers = None, layers
-        own.modules_to_not_convert = sorted(skipped) or None
+        own.calibration, own.layers, own.skipped = None, dict(layers), dict(sorted(skipped.items()))
         return own
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json stores: enough to build every module without data, and nothing of the user's objects."""
+        """Return what config.json stores: enough to build every module without data, nothing of the user's objects."""
         return {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
@@ -93,13 +106,14 @@ class HfQuantConfig(TransformersConfigMixin, DiffusersConfigMixin):
             "modules_to_not_convert": self.modules_to_not_convert,
             "per_layer_mode": self.per_layer_mode,
             "layers": copy.deepcopy(self.layers),
+            "skipped": dict(self.skipped),
         }
 
     @classmethod
     def from_dict(
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> HfQuantConfig | tuple[HfQuantConfig, dict[str, Any]]:
-        """The inverse of :meth:`to_dict`; ``calibration`` may be given beside the stored keys.
+        """Return the inverse of :meth:`to_dict`; ``calibration`` may be given beside the stored keys.
 
         Raises:
             ConfigError: unknown keys, or a format version this hfquant cannot read.
@@ -109,28 +123,33 @@ class HfQuantConfig(TransformersConfigMixin, DiffusersConfigMixin):
         method, version = values.pop("quant_method", METHOD), values.pop("format_version", FORMAT_VERSION)
         if getattr(method, "value", method) != METHOD:
             raise ConfigError(f"quant_method: expected {METHOD!r}, got {method!r}")
-        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
+            newer = type(version) is int and version > FORMAT_VERSION
             raise ConfigError(
-                f"format_version: this hfquant reads versions up to {FORMAT_VERSION}, the checkpoint has {version!r}; "
-                "upgrade hfquant to load it"
+                f"format_version: this hfquant reads version {FORMAT_VERSION}, the checkpoint has {version!r}; "
+                + ("upgrade hfquant to load it" if newer else "quantize the model again")
             )
         if "format_version" in config_dict and "config" not in values:
             raise ConfigError("the stored quantization_config lacks its key 'config'")
-        layers = values.pop("layers", {})
+        layers, skipped = values.pop("layers", {}), values.pop("skipped", {})
         if unknown := set(values) - set(_ARGUMENTS):
-            raise ConfigError(f"unknown keys {sorted(unknown)}; allowed are {', '.join((*_ARGUMENTS, 'layers'))}")
+            raise ConfigError(
+                f"unknown keys {sorted(unknown)}; allowed are {', '.join((*_ARGUMENTS, 'layers', 'skipped'))}"
+            )
         if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
             raise ConfigError("layers: expected a dict of dicts, one a layer")
+        if not isinstance(skipped, dict) or not all(isinstance(v, str) for v in skipped.values()):
+            raise ConfigError("skipped: expected a dict of reasons, one a linear")
         config = cls(**values)
-        config.layers = copy.deepcopy(layers)
+        config.layers, config.skipped = copy.deepcopy(layers), dict(skipped)
         return (config, unused) if return_unused_kwargs else config
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Same as :meth:`to_dict`: there are no defaults worth leaving out."""
+        """Return the same as :meth:`to_dict`: there are no defaults worth leaving out."""
         return self.to_dict()
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """The stored form as indented JSON."""
+        """Return the stored form as indented JSON."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HfQuantConfig:
@@ -139,7 +158,7 @@ class HfQuantConfig(TransformersConfigMixin, DiffusersConfigMixin):
         memo[id(self)] = new
         new.rules = QuantRules(self.rules.raw)
         new.modules_to_not_convert = copy.copy(self.modules_to_not_convert)
-        new.layers = copy.deepcopy(self.layers)
+        new.layers, new.skipped = copy.deepcopy(self.layers), dict(self.skipped)
         return new
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:

@@ -68,3 +68,12 @@ def _saved_with(model: Any) -> tuple[Any, Any]:
         except (OSError, ValueError, KeyError, TypeError, ImportError):  # the ways transformers says there is none
             found.append(None)
     return found[0], found[1]
+
+
+def check_data(config: Any) -> None:
+    """Raise CalibrationError where a config needs calibration data and carries none."""
+    if config.needs_data and config.calibration is None:
+        raise CalibrationError(
+            "this config needs calibration data (static activations, smoothing, a low-rank branch or GPTQ): pass "
+            "HfQuantConfig(..., calibration=[...]), or choose one without, such as 'w8a8-dynamic'"
+        )

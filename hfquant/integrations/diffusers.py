@@ -10,20 +10,25 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from hfquant import ptq
+from hfquant import integrations
 from hfquant.integrations.checkpoint import (
     CheckpointError,
-    dequantized,
+    check_names,
+    codes_on_disk,
+    disk_dtypes,
     finish_loading,
     install_empty,
     missing_tensors,
+    needs_no_data,
     stored_plans,
-    to_disk,
+    tensor_names,
     warn_if_empty,
 )
 from hfquant.integrations.config import HfQuantConfig
-from hfquant.integrations.data import diffusers_batches
-from hfquant.nn.linear import QuantLinear, replace_modules
+from hfquant.integrations.data import check_data, diffusers_batches
+from hfquant.integrations.facts import facts_of
+from hfquant.nn.linear import QuantLinear
+from hfquant.nn.modules import dequantized, log_share, replace_modules
 from hfquant.planner import Plan, plan_layers
 from hfquant.solver import solve
 
@@ -46,6 +51,9 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.plan: Plan | None = None
+        #: Of the quantized linears, for saving.
+        self.disk_dtypes: dict[str, torch.dtype] = {}
+        self._stored_names: set[str] = set()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse, before any weight is read, a config that needs data and has none, and offloading to disk.
@@ -61,16 +69,32 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
                 "the model and call enable_group_offload(offload_to_disk_path=...)"
             )
         if not self.pre_quantized:
-            ptq.check_data(self.quantization_config)
+            check_data(self.quantization_config)
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Check that each tensor that a sharded checkpoint's index lists is in a shard; diffusers does not.
+
+        Raises:
+            CheckpointError: naming the tensors.
+        """
+        self._stored_names = set(loaded_keys)
+        files = checkpoint_files or []
+        if files and all(str(file).endswith(".safetensors") for file in files):
+            lacking = sorted(self._stored_names - tensor_names(files))
+            if lacking:
+                some = ", ".join(lacking[:5])
+                raise CheckpointError(f"the index lists {len(lacking)} tensors that no file has: {some}")
+        return loaded_keys
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
-        config = self.quantization_config
+        config, facts = self.quantization_config, facts_of(model)
         if self.pre_quantized:
-            install_empty(model, stored_plans(model, config), on_disk=True)
+            install_empty(model, stored_plans(model, config, facts), on_disk=True)
+            check_names(model, self._stored_names)
         elif not config.needs_data:
             # The linears stay until their weights arrive: the loader checks float shapes against the model.
-            self.plan = plan_layers(model, config.rules, config.modules_to_not_convert or ())
-            ptq.check_data_free(self.plan)
+            self.plan = plan_layers(model, config.rules, config.modules_to_not_convert or (), facts=facts)
+            needs_no_data(self.plan)
             warn_if_empty(model, self.plan)
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
@@ -95,7 +119,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         return self.pre_quantized and isinstance(model.get_submodule(name), QuantLinear)
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
-        """Codes have one exact shape.
+        """Refuse: codes have one exact shape.
 
         Raises:
             CheckpointError: another shape.
@@ -126,7 +150,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             return
         assert isinstance(module, QuantLinear)
         # diffusers has cast param_value to the model's dtype; scales must stay as they are stored.
-        value = param_value if tensor in ("bias", "svd_down", "svd_up") else state_dict[param_name]
+        value = param_value if tensor in module._model_floats else state_dict[param_name]
         try:
             module.set_tensor(tensor, value.to(target_device))
         except ValueError as error:
@@ -136,29 +160,34 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         config, plan = self.quantization_config, self.plan
         if self.pre_quantized:
             finish_loading(model)
+            self.disk_dtypes = disk_dtypes(model)
             return model
         if plan is None:
-            model = ptq.quantize_loaded(model, config, diffusers_batches(config.calibration))
+            integrations.quantize_model(model, diffusers_batches(config.calibration), config)
         else:
             finish_loading(model)
-            attach(model, ptq.own_config(model, config, plan))
+            facts = facts_of(model)
+            attach(model, integrations.own_config(config, plan, facts))
             if plan.layers:
-                ptq.log_share(model)
+                log_share(model, facts.uncounted)
         # from_pretrained makes this object model.hf_quantizer next: it must not keep the user's config and its data.
-        self.quantization_config, self.plan, self.pre_quantized = model.config["quantization_config"], None, True
+        stored = model.config.get("quantization_config")
+        if stored is not None:
+            self.quantization_config = stored
+        self.plan, self.pre_quantized, self.disk_dtypes = None, True, disk_dtypes(model)
         return model
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The tensors as they are stored.
+        """Return the tensors as they are stored.
 
         Raises:
             ValueError: asked for a pickle.
         """
         if not safe_serialization:
             raise ValueError("quantized models are saved as safetensors only; leave safe_serialization=True")
-        return to_disk(state_dict), {}
+        return codes_on_disk(state_dict, self.disk_dtypes), {}
 
     def _dequantize(self, model: ModelMixin) -> nn.Module:
         model = dequantized(model, model.dtype)
@@ -168,23 +197,24 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
 
     @property
     def supports_parallel_loading(self) -> bool:
-        """Only for quantized checkpoints: quantizing many weights at once would hold them all."""
+        """Return True only for quantized checkpoints: quantizing many weights at once would hold them all."""
         return self.pre_quantized
 
     @property
     def is_serializable(self) -> bool:
-        """Yes, as safetensors."""
+        """Return True: as safetensors."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """No: rounding has no gradient."""
+        """Return False: rounding has no gradient."""
         return False
 
 
 def attach(model: ModelMixin, config: HfQuantConfig) -> None:
     """Make ``model`` one that diffusers knows as quantized by ``config`` (its own copy)."""
     model.hf_quantizer = HfQuantDiffusersQuantizer(config, pre_quantized=True)
+    model.hf_quantizer.disk_dtypes = disk_dtypes(model)
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.register_to_config(quantization_config=config)

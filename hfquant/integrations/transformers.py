@@ -6,27 +6,31 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.base import HfQuantizer
 
-from hfquant import ptq
+from hfquant import integrations
 from hfquant.integrations.checkpoint import (
     CheckpointError,
     check_loaded,
-    dequantized,
+    check_names,
+    codes_on_disk,
+    disk_dtypes,
     finish_loading,
     install_empty,
+    needs_no_data,
     stored_plans,
-    to_disk,
+    tensor_names,
     warn_if_empty,
 )
 from hfquant.integrations.config import HfQuantConfig
-from hfquant.integrations.data import transformers_batches
-from hfquant.nn.linear import QuantLinear, quant_linears, replace_modules
+from hfquant.integrations.data import check_data, transformers_batches
+from hfquant.integrations.facts import facts_of
+from hfquant.nn.linear import QuantLinear
+from hfquant.nn.modules import dequantized, log_share, quant_linears, replace_modules
 from hfquant.planner import Plan, plan_layers
 from hfquant.solver import solve
 
@@ -59,7 +63,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         """
         if self.pre_quantized:
             return
-        ptq.check_data(self.quantization_config)
+        check_data(self.quantization_config)
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 'weights cannot be quantized on the way to "disk" in a device_map: quantize without it and save, then '
@@ -69,19 +73,21 @@ class HfQuantTransformersQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        config = self.quantization_config
+        config, facts = self.quantization_config, facts_of(model)
         if self.pre_quantized:
-            plans = stored_plans(model, config, _stored_names(model, checkpoint_files))
+            names = _stored_names(model, checkpoint_files)
+            plans = stored_plans(model, config, facts, None if _is_own(model) else names)
             install_empty(model, plans, on_disk=True)
+            check_names(model, names or ())
             self.exact = {
                 f"{name}.{tensor}"
                 for name, plan in plans.items()
-                for tensor, (_, dtype) in plan.tensors(torch.float64).items()
-                if dtype != torch.float64
+                for tensor, spec in plan.tensors().items()
+                if spec.dtype is not None
             }
         elif not config.needs_data:
-            self.plan = plan_layers(model, config.rules, config.modules_to_not_convert or ())
-            ptq.check_data_free(self.plan)
+            self.plan = plan_layers(model, config.rules, config.modules_to_not_convert or (), facts=facts)
+            needs_no_data(self.plan)
             warn_if_empty(model, self.plan)
             # A tied weight arrives under another name, or not at all: such linears are quantized after loading.
             tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
@@ -89,7 +95,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             install_empty(model, arriving, on_disk=False)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Whether a checkpoint tensor is a float weight to be quantized as it arrives.
+        """Return whether a checkpoint tensor is a float weight to be quantized as it arrives.
 
         Of a quantized checkpoint transformers asks this only where a tensor's shape is not the model's; the answer
         says who complains, and :func:`check_loaded` does so naming the tensor.
@@ -106,7 +112,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def get_quantize_ops(self) -> ConversionOps:
-        """The operation run on each weight that :meth:`param_needs_quantization` claims."""
+        """Return the operation run on each weight that :meth:`param_needs_quantization` claims."""
         return QuantizeWeight(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -114,19 +120,21 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         if self.failure is not None:
             raise self.failure
         if not self.pre_quantized and self.plan is None:
-            return ptq.quantize_loaded(model, config, transformers_batches(model, config.calibration))
+            integrations.quantize_model(model, transformers_batches(model, config.calibration), config)
+            return model
         if self.plan is not None:
             _quantize_late(model, self.plan)
         check_loaded(model, self.pre_quantized)
         finish_loading(model)
         if self.plan is not None:
-            attach(model, ptq.own_config(model, config, self.plan))
+            facts = facts_of(model)
+            attach(model, integrations.own_config(config, self.plan, facts))
             if self.plan.layers:
-                ptq.log_share(model)
+                log_share(model, facts.uncounted)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors as they are stored."""
+        """Return the tensors as they are stored."""
         state_dict = model.state_dict()
         for name, layer in quant_linears(model).items():
             # transformers reads an offloaded tensor itself, in whatever shape it has: on disk the right one.
@@ -134,7 +142,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
                 codes = load_offloaded_parameter(model, f"{name}.weight")
                 if codes.dim() == 2:
                     state_dict[f"{name}.weight"] = codes
-        return to_disk(state_dict), {}
+        return codes_on_disk(state_dict, disk_dtypes(model)), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
         # transformers passes config.dtype, which is a string once the model has been saved.
@@ -144,12 +152,12 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Yes, as safetensors."""
+        """Return True: as safetensors."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """No: rounding has no gradient."""
+        """Return False: rounding has no gradient."""
         return False
 
 
@@ -180,8 +188,13 @@ class QuantizeWeight(ConversionOps):
                 # transformers turns an exception into a line of its report; it is raised once loading has ended.
                 self.quantizer.failure = error
             # Placeholders keep that report from calling the rest missing.
-            spec = layer.plan.tensors(weight.dtype).items()
-            converted.update({f"{name}.{t}": torch.zeros((), dtype=dtype).expand(shape) for t, (shape, dtype) in spec})
+            spec = layer.plan.tensors().items()
+            converted.update(
+                {
+                    f"{name}.{t}": torch.zeros((), dtype=dtype or weight.dtype).expand(shape)
+                    for t, (shape, dtype) in spec
+                }
+            )
         return converted
 
 
@@ -245,18 +258,20 @@ def _save_as_named(model: PreTrainedModel) -> None:
         model._weight_conversions = [c for c in conversions if type(c) is WeightRenaming]
 
 
-def _stored_names(model: PreTrainedModel, checkpoint_files: list[str] | None) -> set[str] | None:
-    """Names in ``model`` of the checkpoint's tensors, where another class than ``model``'s saved it, else None.
+def _is_own(model: PreTrainedModel) -> bool:
+    """Return whether the checkpoint was saved by ``model``'s own class; it must be complete then."""
+    return type(model).__name__ in (model.config.architectures or ())
 
-    A base model's checkpoint has nothing for a task's head (and one without a pooler nothing for the pooler): such
-    linears stay float, for transformers to initialize and warn about. The class's own checkpoint must be complete.
+
+def _stored_names(model: PreTrainedModel, checkpoint_files: list[str] | None) -> set[str] | None:
+    """Return the names of the checkpoint's tensors, as stored and as in ``model``; None where there are no files.
+
+    Another class's checkpoint has nothing for a task's head (and one without a pooler nothing for the pooler): such
+    linears stay float, for transformers to initialize and warn about.
     """
-    if type(model).__name__ in (model.config.architectures or ()) or not checkpoint_files:
+    if not checkpoint_files:
         return None
-    keys: set[str] = set()
-    for file in checkpoint_files:
-        with safe_open(file, framework="pt") as opened:
-            keys.update(opened.keys())
+    keys = tensor_names(checkpoint_files)
     renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
     own = model.state_dict()
     return keys | {rename_source_key(key, renamings, [], model.base_model_prefix, own)[0] for key in keys}

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hfquant.nn.linear import QuantLinear
-from hfquant.observers import LayerStats
-from hfquant.solver import Solution, plain, solve
+from hfquant.solver import Solution, solve
+from hfquant.statistics import LayerStats
 
 _HEAD = ("layer", "error plain", "error", "SQNR plain", "SQNR dB", "alpha", "rank", "seconds", "what")
 
@@ -105,10 +105,10 @@ def layer_report(
     """Measure a solved layer against its float weight [out, in] on the sampled rows of its input."""
     error = plain_error = None
     if stats is not None:
-        x, rows = stats.sample.to(weight.device), stats.row_weights.to(weight.device)
+        x, rows = stats.rows.to(weight.device), stats.row_weights.to(weight.device)
         exact = F.linear(x, weight.float())
         error = plain_error = _relative_error(layer, x, exact, rows)
-        simple = plain(solution.plan)
+        simple = solution.plan.plain()
         if simple != solution.plan:
             tensors = solve(name, weight, simple, stats).tensors
             plain_error = _relative_error(QuantLinear.from_tensors(simple, tensors, None), x, exact, rows)
@@ -116,7 +116,7 @@ def layer_report(
         name=name,
         what=layer.extra_repr(),
         alphas=tuple(a for group in solution.alphas for a in group),
-        rank=solution.plan.rank,
+        rank=getattr(solution.plan.transform, "low_rank", 0),
         plain_error=plain_error,
         error=error,
         seconds=seconds,

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 import hfquant
 from hfquant import PRESETS, HfQuantConfig
-from hfquant.nn.linear import quant_linears
+from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
 from tests.integrations.small_models import assert_same, outputs, sqnr, transformers_inputs
 
@@ -341,10 +341,12 @@ def test_config_json_is_enough_and_holds_nothing_else(checkpoint, tmp_path):
         "modules_to_not_convert",
         "per_layer_mode",
         "layers",
+        "skipped",
     }
     assert stored["quant_method"] == "hfquant"
     assert stored["config"] == PRESETS["w8a8"]
-    assert stored["modules_to_not_convert"] == ["lm_head"]
+    assert stored["modules_to_not_convert"] is None
+    assert stored["skipped"] == {"lm_head": "the model's output head"}
     assert set(stored["layers"]) <= set(quant_linears(model))
     rebuilt = HfQuantConfig.from_dict(stored)
     assert rebuilt.calibration is None

@@ -1,0 +1,136 @@
+"""The low-rank branch of SVDQuant (arXiv 2411.05007): ``W ~ up @ down + quantized residual``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import linear
+from typing_extensions import Self
+
+from hfquant.algorithms.base import Problem, TensorSpec, Transformed
+from hfquant.algorithms.smooth import Smooth
+
+#: Narrowest block of the Krylov basis: below it products are no cheaper, and there would be more of them.
+BLOCK = 16
+#: Gain from the last block, as a share of the energy captured or of that left (the lesser), below which the basis is
+#: done. A gain is a fifth to half of the one before it, so what is still missing is less.
+TOLERANCE = 5e-4
+
+
+class LowRank(Smooth):
+    """Smooth, then take the best rank-r part of the weight out into a float branch; the rest is quantized."""
+
+    type: Literal["svd"] = "svd"  # type: ignore[assignment]
+    low_rank: int = Field(32, ge=1)
+
+    def fitted(self, in_features: int, rows: Sequence[int]) -> Self:
+        """Cut the rank to the smallest side of a group of rows."""
+        limit = min(in_features, *rows)
+        return self if self.low_rank <= limit else self.model_copy(update={"low_rank": limit})
+
+    def tensors(self, in_features: int, rows: Sequence[int]) -> dict[str, TensorSpec]:
+        """Return ``smooth``, ``svd_down`` [groups r, in] and ``svd_up`` [out, r]."""
+        return super().tensors(in_features, rows) | {
+            "svd_down": TensorSpec((len(rows) * self.low_rank, in_features), None),
+            "svd_up": TensorSpec((sum(rows), self.low_rank), None),
+        }
+
+    def applied(self, weight: Tensor, divisor: Tensor, problem: Problem, alphas: tuple[float, ...] = ()) -> Transformed:
+        """Return the residual of ``W s``, and the factors as cast; ``svd_down`` acts on the raw input: 1/s is in it."""
+        smoothed = weight * divisor
+        up, down = low_rank(smoothed, self.low_rank)
+        # Contiguous, as a checkpoint stores them: products of other strides round otherwise.
+        up, down = up.to(problem.dtype).contiguous(), (down / divisor).to(problem.dtype).contiguous()
+        residual = smoothed - up.float() @ (down.float() * divisor)
+        return Transformed(residual, {"smooth": divisor, "svd_down": down, "svd_up": up}, divisor, alphas)
+
+    def branch(self, x: Tensor, tensors: Mapping[str, Tensor], columns: slice) -> Tensor | None:
+        """Return the low-rank branch's output for some input columns, [rows, out]."""
+        return x[:, columns] @ tensors["svd_down"].float()[:, columns].T @ tensors["svd_up"].float().T
+
+    def output(self, x: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor | None:
+        """Return ``(x down^T) up^T``, [..., out] float32."""
+        down, up = tensors["svd_down"], tensors["svd_up"]
+        assert down is not None
+        assert up is not None
+        narrow = linear(x, down.float()).unflatten(-1, (-1, self.low_rank))
+        parts = [linear(narrow[..., i, :], u.float()) for i, u in enumerate(up.split(list(rows)))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def restored(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
+        """Return ``W / s + up @ down``."""
+        weight = super().restored(weight, tensors, rows)
+        down, up = tensors["svd_down"], tensors["svd_up"]
+        assert down is not None
+        assert up is not None
+        narrow = down.view(-1, self.low_rank, down.shape[-1])
+        for i, (part, u) in enumerate(zip(weight.split(list(rows)), up.split(list(rows)), strict=True)):
+            part.add_(u.float() @ narrow[i].float())
+        return weight
+
+    def describe(self) -> str:
+        """Return the rank."""
+        return f"rank={self.low_rank}"
+
+
+def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best approximation of ``weight`` [out, in] of rank ``rank`` in the Frobenius norm (Eckart-Young).
+
+    Randomized where that is cheaper and has converged, else exact.
+
+    Returns:
+        up [out, rank] and down [rank, in], float32, singular values split evenly between them.
+    """
+    width = max(rank, BLOCK)
+    if width * 4 <= min(weight.shape):
+        factors = _block_krylov(weight.float(), rank, width)
+        if factors is not None:
+            return factors
+    return _exact(weight, rank)
+
+
+def _exact(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    w = weight.double()
+    tall = w.shape[0] > w.shape[1]
+    if tall:
+        w = w.T
+    # Eigenvectors of the smaller Gram matrix, in float64: several times cheaper than a full SVD.
+    vectors = torch.linalg.eigh(w @ w.T).eigenvectors[:, -rank:]
+    left, right = _factors(vectors, vectors.T @ w)
+    return (right.T, left.T) if tall else (left, right)
+
+
+def _factors(vectors: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``vectors @ rows`` (singular vectors, and those times the matrix) with the singular values shared out."""
+    root = rows.norm(dim=1).sqrt()
+    return (vectors * root).float(), (rows / root.clamp(min=torch.finfo(rows.dtype).tiny)[:, None]).float()
+
+
+def _block_krylov(weight: Tensor, rank: int, width: int) -> tuple[Tensor, Tensor] | None:
+    """Musco and Musco, arXiv 1504.05477, algorithm 2, the basis orthonormal as it grows; None where it grows too large.
+
+    Unlike subspace iteration, which keeps the last block alone, it converges in a few products even where singular
+    values decay slowly, as those of weights do.
+    """
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(weight.shape[1], width, generator=generator).to(weight)
+    basis = torch.linalg.qr(weight @ probe).Q
+    rows = basis.T @ weight
+    energy, captured = weight.double().square().sum(), torch.zeros(())
+    noise = torch.finfo(weight.dtype).eps * energy
+    while True:
+        values, vectors = torch.linalg.eigh(rows.double() @ rows.double().T)
+        before, captured = captured, values[-rank:].sum()
+        if captured - before <= (TOLERANCE * torch.minimum(captured, energy - captured)).clamp(min=noise):
+            vectors = vectors[:, -rank:].to(weight)
+            return _factors(basis @ vectors, vectors.T @ rows)
+        if 2 * (basis.shape[1] + width) > min(weight.shape):
+            return None
+        block = weight @ rows[-width:].T
+        for _ in range(2):  # once leaves what rounding lets through
+            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+        basis, rows = torch.cat([basis, block], 1), torch.cat([rows, block.T @ weight])

@@ -1,0 +1,100 @@
+"""The public functions on models: a model of transformers or diffusers goes through its integration, others do not."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from hfquant import ptq
+from hfquant.integrations import model_facts, quantize_model
+from hfquant.integrations.config import HfQuantConfig
+from hfquant.nn.modules import dequantized, quant_linears
+from hfquant.planner import Plan, plan_layers
+
+__all__ = ["dequantize", "plan", "quantize"]
+
+
+def quantize(
+    model: nn.Module,
+    calib_data_loader: Any,
+    config: Any = None,
+    per_layer_mode: bool = False,
+    verbose: bool = False,
+    example: Any = None,
+    *,
+    memory_budget: int | None = None,
+    resume_dir: str | os.PathLike[str] | None = None,
+) -> nn.Module:
+    """Quantize the linears of ``model`` in place and return it.
+
+    Under ``accelerate launch`` all processes call this, each with its copy of the model and the same data (or each with
+    its own part); they share the work of a config that needs data, and all end with the same model.
+
+    Args:
+        model: any module. Where quantization fails, or is interrupted, it is left as it was.
+        calib_data_loader: batches for calibration; each a tensor, a tuple (or list of tensors) of positional arguments,
+            a dict of keyword arguments, or a list of such samples. Must start anew each time it is iterated. May be
+            None where the config needs no data.
+        config: a dict, the name of a preset, an :class:`~hfquant.HfQuantConfig`, or None (the reference's dict).
+        per_layer_mode: solve layers in execution order, each on inputs that the quantized layers before it produce.
+        verbose: log each layer's decision and error, and the whole report at the end; shown on the console even where
+            logging is not set up.
+        example: model input for pattern detection; default: the first calibration batch.
+        memory_budget: bytes that statistics may take at once in this process; default: a quarter of the free memory,
+            shared with the processes on this machine.
+        resume_dir: folder that keeps solved layers, so that an interrupted run goes on where it stopped: with the same
+            model, config, mode and data in the same order.
+
+    Raises:
+        ConfigError: the config is invalid or does not fit a layer.
+        CalibrationError: data is missing, empty, or has NaN or Inf.
+        ValueError: the model is already quantized, has nothing to quantize, or differs from another process'.
+        OSError: ``resume_dir`` cannot be written.
+        RuntimeError: it failed in another process, which the message names with its cause.
+    """
+    config = HfQuantConfig.of(config)
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
+    settings = ptq.Settings(
+        config.modules_to_not_convert or (),
+        per_layer_mode or config.per_layer_mode,
+        verbose,
+        example,
+        memory_budget,
+        resume_dir,
+    )
+    quantize_model(model, calib_data_loader, config, settings)
+    return model
+
+
+def plan(model: nn.Module, config: Any = None, example: Any = None) -> Plan:
+    """Decide what every linear of ``model`` will become. Needs no weights: the model may be on the meta device.
+
+    Args:
+        model: any module; only modules whose type is exactly ``nn.Linear`` are quantized.
+        config: a dict, the name of a preset, an :class:`~hfquant.HfQuantConfig`, or None (the reference's defaults).
+        example: model inputs for pattern detection: a tensor, positional arguments, or a dict of keyword arguments;
+            None derives them from the model's own config where that is possible.
+
+    Raises:
+        ConfigError: the config is invalid, or does not fit a layer.
+    """
+    config = HfQuantConfig.of(config)
+    return plan_layers(model, config.rules, config.modules_to_not_convert or (), example, model_facts(model))
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Replace every quantized linear by a plain ``nn.Linear``, in place; activations are no longer quantized.
+
+    Raises:
+        ValueError: ``model`` has no quantized linear.
+    """
+    if not quant_linears(model):
+        raise ValueError(f"{type(model).__name__} has no quantized linear")
+    if hasattr(model, "hf_quantizer") and hasattr(model, "dequantize"):
+        return cast(nn.Module, cast(Any, model).dequantize())
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return dequantized(model, dtype)

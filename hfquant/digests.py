@@ -1,0 +1,51 @@
+"""Digests of tensors, models and nested values, by content."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor, nn
+
+
+def update(digest: xxhash.xxh3_128, value: Any) -> None:
+    """Feed a value to a digest: tensors, arrays and images by content, containers item by item, others by type."""
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{list(value.shape)}".encode())
+        if not value.is_meta:
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            digest.update(f"{key!r}:".encode())
+            update(digest, item)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{type(value).__name__}{len(value)}".encode())
+        for item in value:
+            update(digest, item)
+    elif value is None or isinstance(value, (bool, int, float, str, bytes)):
+        digest.update(f"{value!r};".encode())
+    elif hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image
+        digest.update(f"{value.mode}{value.size}".encode())
+        digest.update(value.tobytes())
+    else:
+        digest.update(type(value).__qualname__.encode())
+
+
+def update_with_weights(digest: xxhash.xxh3_128, module: nn.Module) -> None:
+    """Feed a module's parameters and buffers to a digest: names, dtypes, shapes and all bytes."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        digest.update(name.encode())
+        update(digest, tensor)
+
+
+def digest_of(*values: Any) -> str:
+    """Return the hexadecimal digest of values."""
+    digest = xxhash.xxh3_128()
+    update(digest, values)
+    return digest.hexdigest()

@@ -1,0 +1,67 @@
+"""Floating formats: FP8 with a scale, FP16 and BF16 as plain casts. FP8 as in the OCP specification."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hfquant.formats.base import NumberFormat
+
+
+@dataclass(frozen=True)
+class FloatFormat(NumberFormat):
+    """A float format that torch has a dtype for; codes are its bits, saturated where a cast would overflow.
+
+    On disk FP8 codes are uint8, so that they are never taken for INT8.
+    """
+
+    dtype: torch.dtype
+
+    @property
+    def qmax(self) -> float:
+        """Largest finite value."""
+        return torch.finfo(self.dtype).max
+
+    @property
+    def disk_dtype(self) -> torch.dtype:
+        """Unsigned bytes for FP8, or it could be taken for INT8."""
+        return torch.uint8 if self.code_dtype == torch.int8 else self.code_dtype
+
+    @property
+    def no_dual_scale(self) -> str:
+        """Floats need no second scale."""
+        return f"{self.name} is as precise for small values as for large ones"
+
+    def _cast(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        assert scale is not None
+        return (x.float() / scale).clamp_(-self.qmax, self.qmax).to(self.dtype)
+
+    def quantize(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:
+        """Return the bits of ``clamp(x / scale)``."""
+        return self._cast(x, scale).view(self.code_dtype)
+
+    def values(self, codes: Tensor, zero_point: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the floats that the bits spell."""
+        return codes.view(self.dtype).to(dtype)
+
+    def snap(self, x: Tensor) -> Tensor:
+        """Return the nearest floats of the format."""
+        return x.clamp(-self.qmax, self.qmax).to(self.dtype).float()
+
+    def round(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:
+        """Return the nearest values on the grid, float32."""
+        values = self._cast(x, scale).float()
+        return values if scale is None else values.mul_(scale)
+
+
+@dataclass(frozen=True)
+class CastFormat(FloatFormat):
+    """FP16 and BF16: a cast without a scale."""
+
+    has_scale: ClassVar[bool] = False
+
+    def _cast(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        return x.float().clamp(-self.qmax, self.qmax).to(self.dtype)

@@ -1,0 +1,85 @@
+"""b-bit integers: qmax = 2^(b-1) - 1; symmetric codes in [-qmax, qmax], asymmetric ones in [-2^(b-1), 2^(b-1) - 1]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hfquant.formats import packing
+from hfquant.formats.base import MIN_SCALE, NumberFormat
+
+
+@dataclass(frozen=True)
+class IntegerFormat(NumberFormat):
+    """Integers of 2 to 16 bits; codes of fewer than 8 are packed, low bits first.
+
+    Zero points are stored minus 2^(b-1), signed, as codes are.
+    """
+
+    is_integer: ClassVar[bool] = True
+
+    @property
+    def qmax(self) -> float:
+        """Return 2^(b-1) - 1."""
+        return float(2 ** (self.bits - 1) - 1)
+
+    @property
+    def max_dual_exponent(self) -> int:
+        """Bits left for the shift: both sides' codes are one 16-bit integer, (Q+ << e) + Q-."""
+        return 16 - self.bits
+
+    def scale_from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale ``(max - min) / (2^b - 1)`` and zero point; the range is widened to contain 0.
+
+        An all-zero range has scale 1 and (unshifted) zero point 0.
+        """
+        levels, offset = 2.0**self.bits - 1, 2.0 ** (self.bits - 1)
+        # Rounding the zero point moves the range by up to half a step, which must not take it beyond float32.
+        limit = torch.finfo(torch.float32).max * (1 - 1 / offset)
+        low, high = low.float().clamp(-limit, 0), high.float().clamp(0, limit)
+        # Halved before subtracting: max - min of float32 extremes overflows.
+        scale = ((high / 2 - low / 2) / (levels / 2)).clamp(min=MIN_SCALE)
+        scale = torch.where((low == 0) & (high == 0), torch.ones_like(scale), scale)
+        zero_point = torch.round(-low / scale).clamp(0, levels) - offset
+        return scale, zero_point.to(self.code_dtype)
+
+    def quantize(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:
+        """Return ``clamp(round(x / scale) + zero_point)``."""
+        return self._steps(x, scale, zero_point).to(self.code_dtype)
+
+    def _steps(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+        assert scale is not None
+        if zero_point is None:
+            return self.snap(x.float() / scale)
+        half = 2 ** (self.bits - 1)
+        return (x.float() / scale).round_().add_(zero_point).clamp_(-half, half - 1)
+
+    def snap(self, x: Tensor) -> Tensor:
+        """Return the nearest integers in [-qmax, qmax]."""
+        return x.round().clamp_(-self.qmax, self.qmax)
+
+    def values(self, codes: Tensor, zero_point: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return codes less their zero point."""
+        values = codes.to(dtype)
+        return values if zero_point is None else values - zero_point
+
+    def round(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:
+        """Return the nearest values on the grid, float32."""
+        assert scale is not None
+        steps = self._steps(x, scale, zero_point)
+        return (steps if zero_point is None else steps.sub_(zero_point)).mul_(scale)
+
+    def packed_width(self, columns: int) -> int:
+        """Return bytes a row, or ``columns`` where codes fill whole bytes."""
+        return packing.packed_width(columns, self.bits) if self.bits < 8 else columns
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Return int8 bytes [..., ceil(K b / 8)], or the codes where they fill whole bytes."""
+        return packing.pack(codes, self.bits) if self.bits < 8 else codes
+
+    def unpack(self, packed: Tensor, columns: int) -> Tensor:
+        """Return codes [..., columns]."""
+        return packing.unpack(packed, self.bits, columns) if self.bits < 8 else packed

@@ -1,0 +1,64 @@
+"""What transformers and diffusers know of a model that the core does not: what to skip, names, inputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from hfquant.integrations.examples import example_inputs
+from hfquant.planner import ModelFacts, matches
+
+
+def facts_of(model: nn.Module) -> ModelFacts:
+    """Return what is known of ``model``; of a module of neither library, nothing.
+
+    Left in full precision unless asked for: output heads, tied weights (also those that are tied only once loaded),
+    and the model's ``_keep_in_fp32_modules``.
+    """
+    fp32 = (getattr(model, f"_keep_in_fp32_modules{strict}", None) for strict in ("", "_strict"))
+    keep = [key for keys in fp32 for key in keys or ()]
+    skips = {
+        name: "in the model's _keep_in_fp32_modules"
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and matches([name, f"{name}.weight"], keep)
+    }
+    for key, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        skips.update({k.removesuffix(".weight"): f"its weight is tied ({key} = {other})" for k in (key, other)})
+    head = _head(model)
+    heads = [name for name, module in model.named_modules() if head is not None and module is head]
+    skips.update(dict.fromkeys(heads, "the model's output head"))
+    return ModelFacts(
+        skipped=skips,
+        prefix=getattr(model, "base_model_prefix", ""),
+        example=lambda: example_inputs(model),
+        options=lambda sample: call_options(model, sample),
+        uncounted=frozenset(heads),
+    )
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def call_options(model: nn.Module, sample: Any) -> dict[str, Any]:
+    """Return arguments that spare a language model what nobody looks at: its cache, and logits of all but one token.
+
+    Args:
+        model: about to run.
+        sample: its inputs.
+    """
+    if not isinstance(sample, Mapping):
+        return {}
+    accepted = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+    if "logits_to_keep" in accepted:
+        head = _head(model)
+        # A head that is quantized has to see all tokens.
+        if head is not None and not head._forward_pre_hooks:
+            options["logits_to_keep"] = 1
+    return {key: value for key, value in options.items() if key not in sample}

@@ -1,0 +1,102 @@
+"""Quantized modules within a model: find them, put them in and take them out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import nn
+
+from hfquant.nn.linear import QuantLinear
+
+logger = logging.getLogger(__name__)
+
+
+def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """Return the quantized linears of ``model`` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def set_real_quant(model: nn.Module, real_quant: bool = True) -> None:
+    """Run every quantized linear on codes (True) or on dequantized floats (False); the results agree.
+
+    Raises:
+        ValueError: ``model`` has no quantized linear.
+    """
+    layers = quant_linears(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no quantized linear")
+    for layer in layers.values():
+        layer.real_quant = real_quant
+    log_real_quant(model)
+
+
+def log_real_quant(model: nn.Module) -> None:
+    """Log one line where layers run on the reference kernel."""
+    count = sum(layer.real_quant for layer in quant_linears(model).values())
+    if count:
+        logger.info("%d linears run on the integer-exact reference kernel (exact, not fast)", count)
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each value in the place of its key, wherever ``model`` refers to it; accelerate's hooks move along."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                new = replacements[child]
+                new.training = child.training
+                parent._modules[name] = new
+    for old, new in replacements.items():
+        _copy_hook(old, new)
+
+
+def _copy_hook(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` the accelerate hook that ``old`` has. ``old`` keeps its own, so that it can be put back."""
+    hook: Any = getattr(old, "_hf_hook", None)
+    if hook is None or hasattr(new, "_hf_hook"):
+        return
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    if isinstance(hook, AlignDevicesHook):
+        # The old hook's weights_map has the float weights; a fresh one takes the new module's tensors.
+        hook = AlignDevicesHook(
+            execution_device=hook.execution_device,
+            offload=hook.offload,
+            io_same_device=hook.io_same_device,
+            offload_buffers=hook.offload_buffers,
+            place_submodules=hook.place_submodules,
+            skip_keys=hook.skip_keys,
+        )
+    add_hook_to_module(new, hook)
+
+
+def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Replace every QuantLinear of ``model`` by a plain ``nn.Linear`` of ``dtype``, in place, and return the model."""
+    linears: dict[nn.Module, nn.Module] = {}
+    for layer in quant_linears(model).values():
+        # Offloaded weights are fetched for the moment.
+        with align_module_device(layer):
+            linears[layer] = layer.to_linear(dtype).requires_grad_()
+    replace_modules(model, linears)
+    return model
+
+
+def log_share(model: nn.Module, uncounted: Collection[str] = ()) -> None:
+    """Log what share of the model's matrices was quantized, embeddings and ``uncounted`` aside; warn below 80 %."""
+    layers = quant_linears(model).values()
+    quantized = sum(layer.in_features * layer.out_features for layer in layers)
+    aside = [m for n, m in model.named_modules() if n in uncounted or isinstance(m, nn.Embedding)]
+    excluded = {id(p) for module in aside for p in module.parameters()} | {id(layer.weight) for layer in layers}
+    kept = [(n, p) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in excluded]
+    share = quantized / (quantized + sum(p.numel() for _, p in kept))
+    largest = ", ".join(n for n, _ in sorted(kept, key=lambda item: -item[1].numel())[:3])
+    logger.log(
+        logging.INFO if share >= 0.8 else logging.WARNING,
+        "%d linears quantized, %.0f %% of the parameters in matrices%s",
+        len(layers),
+        100 * share,
+        f"; the largest left: {largest}" if kept else "",
+    )

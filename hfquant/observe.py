@@ -1,0 +1,93 @@
+"""One pass over the calibration data that collects the statistics of some layers' inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hfquant.calibration.batches import CalibrationError, device_of, evaluating, forward, samples
+from hfquant.memory import release_free_memory
+from hfquant.statistics import Collector, LayerStats
+
+
+class _AllSeen(Exception):
+    """Every observed layer has run: the rest of the forward is of no interest."""
+
+
+def observe(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    data: Iterable[Any],
+    needs: Mapping[str, Collection[str]] | None = None,
+    *,
+    options: Callable[[Any], Mapping[str, Any]] = lambda sample: {},
+    stop_early: bool = False,
+    shard: tuple[int, int] = (0, 1),
+) -> dict[str, LayerStats]:
+    """Run ``model`` over the data once and collect the statistics of the inputs of ``layers``.
+
+    Rows that a sample's 2-D ``attention_mask`` masks out (padding) are not counted.
+
+    Args:
+        model: run as it is, in eval mode.
+        layers: name -> module (of ``model``).
+        data: batches, opened once.
+        needs: name -> statistics it needs beside those that are always collected; default: none.
+        options: keyword arguments that are added to a sample's own.
+        stop_early: cut each forward short once all ``layers`` have run.
+        shard: (rank, size): of every ``size`` batches only number ``rank`` is run.
+
+    Returns:
+        name -> statistics; layers that never ran (or saw no rows) are missing.
+
+    Raises:
+        CalibrationError: NaN or Inf reached a layer, or a sample cannot be used.
+    """
+    collector = Collector(needs or dict.fromkeys(layers, ()))
+    device, (rank, size) = device_of(model), shard
+    mask: Tensor | None = None
+    where = ""
+    seen: set[str] = set()
+
+    def hook(name: str) -> Any:
+        def pre_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            masked = mask is not None and x.shape[:2] == mask.shape
+            if bad := collector.add(name, x, mask if masked else None):
+                raise CalibrationError(f"layer {name!r}: {bad} of {x.numel()} inputs are NaN or Inf in {where}")
+            seen.add(name)
+            if stop_early and len(seen) == len(layers):
+                raise _AllSeen
+
+        return pre_forward
+
+    handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
+    try:
+        with evaluating(model):
+            for index, batch in enumerate(tqdm(data, "calibrating", disable=rank > 0)):
+                if index % size != rank:
+                    continue
+                where = f"calibration batch {index}"
+                for number, sample in enumerate(samples(batch)):
+                    mask = _padding_mask(sample, device)
+                    seen.clear()
+                    collector.start(index + 1_000_003 * number)
+                    with suppress(_AllSeen):
+                        forward(model, sample, options(sample))
+                release_free_memory()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return collector.stats
+
+
+def _padding_mask(sample: Any, device: torch.device | str | int) -> Tensor | None:
+    """Return the rows of a sample that are not padding, [batch, tokens] bool; None where all count."""
+    mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
+    padded = isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask == 0).any())
+    return (mask != 0).to(device) if padded and mask is not None else None

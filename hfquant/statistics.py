@@ -1,0 +1,341 @@
+"""What calibration collects of each layer's inputs: channel ranges, second moments, a sample of rows.
+
+A statistic is declared once, in :data:`STATISTICS`: its shape, what it is of a set of rows, and how those of two sets
+become that of their union, in one process or across several. Whatever the order and the split, the result is the same.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+#: Rows kept of each layer's input, for the alpha search and the error report.
+SAMPLE_ROWS = 192
+FOLDS = 2
+
+
+class Reduction(Enum):
+    """How the statistics of two sets of rows become that of their union, and the value for no rows."""
+
+    MIN = torch.minimum, torch.inf
+    MAX = torch.maximum, -torch.inf
+    SUM = torch.add, 0.0
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the statistic of both sets of rows."""
+        return self.value[0](a, b)
+
+    @property
+    def initial(self) -> float:
+        """The statistic of no rows."""
+        return float(self.value[1])
+
+
+class Rows:
+    """A set of input rows and what several statistics need of it, computed once."""
+
+    def __init__(self, x: Tensor, draw: Tensor, wanted: Collection[str]) -> None:
+        self.x, self.draw, self.wanted = x.float(), draw, wanted
+
+    @cached_property
+    def second_moment(self) -> Tensor:
+        """Sum of x x^T, [in, in]."""
+        return self.x.T @ self.x
+
+    @cached_property
+    def power(self) -> Tensor:
+        """Sum of squares of each channel, [in]."""
+        return self.second_moment.diagonal().clone() if "hessian" in self.wanted else self.x.square().sum(0)
+
+    @cached_property
+    def folds(self) -> list[Tensor]:
+        """The rows of either half, drawn by chance: number i has those whose ``draw < 0.5`` is bool(i)."""
+        second = (self.draw < 0.5).to(self.x.device)
+        return [self.x[~second], self.x[second]]
+
+    def over_folds(self, reduce: Callable[[Tensor], Tensor], empty: float) -> Tensor:
+        """Reduce each half, [halves, in]; ``empty`` where a half has no rows."""
+        return torch.stack([reduce(half) if len(half) else torch.full_like(self.x[0], empty) for half in self.folds])
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One thing collected of a layer's inputs.
+
+    Attributes:
+        shape: of the float32 tensor, for a number of input features.
+        reduction: how two sets of rows become one.
+        measure: the statistic of a set of rows (at least one).
+        always: whether it is collected for every layer, or only where a transform or a rounding needs it.
+    """
+
+    shape: Callable[[int], tuple[int, ...]]
+    reduction: Reduction
+    measure: Callable[[Rows], Tensor]
+    always: bool = False
+
+
+STATISTICS: dict[str, Statistic] = {
+    "low": Statistic(
+        lambda n: (FOLDS, n), Reduction.MIN, lambda r: r.over_folds(lambda x: x.amin(0), torch.inf), always=True
+    ),
+    "high": Statistic(
+        lambda n: (FOLDS, n), Reduction.MAX, lambda r: r.over_folds(lambda x: x.amax(0), -torch.inf), always=True
+    ),
+    "power": Statistic(lambda n: (n,), Reduction.SUM, lambda r: r.power, always=True),
+    "hessian": Statistic(lambda n: (n, n), Reduction.SUM, lambda r: r.second_moment),
+}
+
+
+def collected(needs: Collection[str]) -> tuple[str, ...]:
+    """Return the names of the statistics to collect where ``needs`` are needed.
+
+    Raises:
+        ValueError: there is no such statistic.
+    """
+    if unknown := set(needs) - STATISTICS.keys():
+        raise ValueError(f"unknown statistics {sorted(unknown)}; there are {', '.join(STATISTICS)}")
+    return tuple(name for name, statistic in STATISTICS.items() if statistic.always or name in needs)
+
+
+def stats_bytes(features: int, needs: Collection[str]) -> int:
+    """Return the memory in bytes that the statistics of a layer with ``features`` inputs take at most."""
+    numbers = sum(torch.Size(STATISTICS[name].shape(features)).numel() for name in collected(needs))
+    return 4 * (numbers + SAMPLE_ROWS * features)
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """Rows drawn by priority sampling with their squared norm as weight.
+
+    Duffield, Lund, Thorup: Priority sampling for estimation of arbitrary subset sums, J. ACM 54, 2007. A language
+    model's first token can carry most of a layer's energy, and a uniform sample of 200 rows out of 16,000 would hardly
+    ever hold one.
+
+    Attributes:
+        rows: [<= SAMPLE_ROWS, in] float32.
+        keys: [<= SAMPLE_ROWS] float64, their draw by their weight; the smallest keys of a union are its sample.
+        fold: [<= SAMPLE_ROWS] bool, the half of the rows that each is in.
+    """
+
+    rows: Tensor
+    keys: Tensor
+    fold: Tensor
+
+    @classmethod
+    def empty(cls, features: int) -> RowSample:
+        """Return a sample of no rows."""
+        return cls(torch.zeros(0, features), torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool))
+
+    @classmethod
+    def draw(cls, x: Tensor, draw: Tensor) -> RowSample:
+        """Draw from rows [n, in] with a number in [0, 1) for each [n] float64."""
+        return cls(x, draw / _energy(x), draw < 0.5).trimmed()
+
+    def merge(self, *others: RowSample) -> RowSample:
+        """Return the sample of the union."""
+        parts = (self, *others)
+        joined = (torch.cat([getattr(p, name) for p in parts]) for name in ("rows", "keys", "fold"))
+        return RowSample(*joined).trimmed()
+
+    def trimmed(self) -> RowSample:
+        """Return the sample in order, cut to :data:`SAMPLE_ROWS`."""
+        kept = self.keys.argsort(stable=True)[:SAMPLE_ROWS]
+        return RowSample(self.rows[kept.to(self.rows.device)], self.keys[kept], self.fold[kept])
+
+    def weights(self, count: int) -> Tensor:
+        """Return how many of ``count`` rows each stands for, [rows] float32: weighted sums estimate those of all."""
+        weights = self.rows.new_ones(len(self.keys))
+        if count > len(self.keys):
+            threshold = self.keys.argmax()
+            weights = (1 / (self.keys[threshold] * _energy(self.rows))).clamp(min=1).to(weights)
+            weights[threshold] = 0
+        return weights
+
+    def to(self, device: torch.device) -> RowSample:
+        """Return the sample on another device; keys and folds stay where they are used, on the CPU."""
+        return replace(self, rows=self.rows.to(device))
+
+
+def _energy(x: Tensor) -> Tensor:
+    """Return the squared norm of each row, [rows] float64 on the CPU, positive."""
+    return x.square().sum(1).cpu().double().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Statistics of the input of one linear, over all rows (tokens) seen.
+
+    Attributes:
+        count: how many rows were seen.
+        sums: the tensors of :data:`STATISTICS` that were asked for, by name, of the raw input.
+        sample: rows drawn.
+        divisor: [in]; the statistics are read as those of the input divided by it (what a smoothed layer sees).
+    """
+
+    count: int
+    sums: Mapping[str, Tensor]
+    sample: RowSample
+    divisor: Tensor | None = None
+
+    @classmethod
+    def empty(cls, features: int, needs: Collection[str] = ()) -> LayerStats:
+        """Return the statistics of no rows: merging them changes nothing."""
+        tables = {name: STATISTICS[name] for name in collected(needs)}
+        sums = {name: torch.full(s.shape(features), s.reduction.initial) for name, s in tables.items()}
+        return cls(0, sums, RowSample.empty(features))
+
+    @classmethod
+    def of(cls, x: Tensor, draw: Tensor, needs: Collection[str] = ()) -> LayerStats:
+        """Return the statistics of rows ``x`` [rows, in], at least one, with a number in [0, 1) for each (float64)."""
+        names = collected(needs)
+        rows = Rows(x, draw, names)
+        return cls(len(x), {name: STATISTICS[name].measure(rows) for name in names}, RowSample.draw(rows.x, draw))
+
+    def merge(self, other: LayerStats) -> LayerStats:
+        """Return the statistics of both sets of rows."""
+        sums = {name: STATISTICS[name].reduction(ours, other.sums[name]) for name, ours in self.sums.items()}
+        return LayerStats(self.count + other.count, sums, self.sample.merge(other.sample))
+
+    def to(self, device: torch.device) -> LayerStats:
+        """Return the same on another device."""
+        return replace(self, sums={k: v.to(device) for k, v in self.sums.items()}, sample=self.sample.to(device))
+
+    def divided(self, divisor: Tensor | None) -> LayerStats:
+        """Return the statistics of the input divided by ``divisor`` [in] > 0, without a copy."""
+        return self if divisor is None else replace(self, divisor=divisor)
+
+    def _divided(self, values: Tensor) -> Tensor:
+        return values if self.divisor is None else values / self.divisor
+
+    @property
+    def low(self) -> Tensor:
+        """Smallest value of each channel, [in] float32."""
+        return self._divided(self.sums["low"].amin(0))
+
+    @property
+    def high(self) -> Tensor:
+        """Largest value of each channel, [in] float32."""
+        return self._divided(self.sums["high"].amax(0))
+
+    @property
+    def amax(self) -> Tensor:
+        """Largest magnitude of each channel, [in] float32."""
+        return torch.maximum(-self.low, self.high)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """Mean square of each channel, [in] float32."""
+        mean = self.sums["power"] / self.count
+        return mean if self.divisor is None else mean / self.divisor.square()
+
+    @property
+    def hessian(self) -> Tensor:
+        """Mean of x x^T over the rows, [in, in] float32; needs "hessian"."""
+        mean = self.sums["hessian"] / self.count
+        return mean if self.divisor is None else mean / self.divisor / self.divisor[:, None]
+
+    @property
+    def rows(self) -> Tensor:
+        """The sampled rows, [n, in] float32."""
+        return self._divided(self.sample.rows)
+
+    @property
+    def row_weights(self) -> Tensor:
+        """How many rows each sampled one stands for, [n] float32."""
+        return self.sample.weights(self.count)
+
+    def halves(self) -> list[tuple[LayerStats, Tensor]]:
+        """Return, for either half of the rows, the statistics with its ranges and which sampled rows the other has.
+
+        What is chosen on rows that set a range themselves never sees a value clipped. Where a half is empty there is
+        one set: all of it.
+        """
+        if not self.sums["low"].isfinite().all():
+            return [(self, torch.ones_like(self.sample.fold))]
+        sets = []
+        for i in range(FOLDS):
+            ranges = {name: self.sums[name][i : i + 1] for name in ("low", "high")}
+            sets.append((replace(self, sums={**self.sums, **ranges}), self.sample.fold != bool(i)))
+        return sets
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Statistics of one tensor: q, k and v read the same, which is measured once."""
+
+    of: weakref.ref[Tensor]
+    version: int
+    stats: LayerStats
+    #: By the id of what a layer had before, that and both together: layers of one history share their statistics.
+    merged: dict[int, tuple[LayerStats | None, LayerStats]]
+
+
+class Collector:
+    """Statistics of several layers as their inputs come by.
+
+    Args:
+        needs: layer -> names of the statistics it needs beside those that are always collected.
+    """
+
+    def __init__(self, needs: Mapping[str, Collection[str]]) -> None:
+        self.needs = {name: frozenset(n) for name, n in needs.items()}
+        self.stats: dict[str, LayerStats] = {}
+        self._measured: dict[tuple[int, frozenset[str]], _Measured] = {}
+        self._draws: dict[int, Tensor] = {}
+        self._seed = 0
+
+    def start(self, seed: int) -> None:
+        """Begin a sample whose rows are drawn by ``seed`` (the CPU's generator takes 32 bits of it)."""
+        self._seed = seed % 2**32
+        self._draws.clear()
+        self._measured.clear()
+
+    def add(self, name: str, x: Tensor, mask: Tensor | None = None) -> int:
+        """Take in an input of layer ``name``.
+
+        Args:
+            name: of the layer.
+            x: [..., in].
+            mask: bool of ``x``'s first dimensions, the rows that count; None: all.
+
+        Returns:
+            How many values are NaN or Inf; nothing is taken in then.
+        """
+        measured = self._measure(name, x, mask)
+        if measured is None:
+            return 0
+        if isinstance(measured, int):
+            return measured
+        old = self.stats.get(name)
+        if id(old) not in measured.merged:
+            measured.merged[id(old)] = old, measured.stats if old is None else old.merge(measured.stats)
+        self.stats[name] = measured.merged[id(old)][1]
+        return 0
+
+    def _measure(self, name: str, x: Tensor, mask: Tensor | None) -> _Measured | int | None:
+        key = id(x), self.needs[name]
+        known = self._measured.get(key)
+        if known is not None and known.of() is x and known.version == x._version:
+            return known
+        rows = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
+        if not rows.shape[0]:
+            return None
+        new = LayerStats.of(rows, self._draw(len(rows)), self.needs[name])
+        if not (new.low.isfinite().all() and new.high.isfinite().all()):
+            return int((~rows.isfinite()).sum())
+        # Forgotten with the tensor: kept to the end of the batch, those of all layers would add up.
+        self._measured[key] = _Measured(weakref.ref(x, lambda _: self._measured.pop(key, None)), x._version, new, {})
+        return self._measured[key]
+
+    def _draw(self, rows: int) -> Tensor:
+        if rows not in self._draws:
+            generator = torch.Generator().manual_seed(self._seed)
+            self._draws[rows] = torch.rand(rows, dtype=torch.float64, generator=generator)
+        return self._draws[rows]
