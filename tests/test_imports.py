@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 UNSAFE = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
@@ -55,7 +53,6 @@ def test_nothing_is_pickled() -> None:
     assert found == []
 
 
-@pytest.mark.xfail(strict=True, reason="the core still imports integrations/: remove this mark with the last import")
 def test_a_plain_module_is_quantized_where_neither_library_is_installed() -> None:
     done = subprocess.run([sys.executable, "-c", QUANTIZE_WITHOUT_LIBRARIES], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
