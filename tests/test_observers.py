@@ -113,7 +113,7 @@ def test_samples_of_a_batch_are_drawn_apart() -> None:
     where = torch.arange(1.0, 301).expand(8, 300).T  # a row says its position, rows are about as large
     rows = torch.cat([torch.full((300, 8), 1e4), where], 1)
     net = nn.Sequential(nn.Linear(16, 1))
-    positions = observe(net, {"0": net[0]}, [[rows, rows]])["0"].sample[:, 8].tolist()
+    positions = observe(net, {"0": net[0]}, [[(rows,), (rows,)]])["0"].sample[:, 8].tolist()
     assert len(positions) == SAMPLE_ROWS
     # With one draw for both, every position but one would be there twice.
     assert len(set(positions)) > 0.6 * SAMPLE_ROWS
@@ -171,7 +171,7 @@ def test_padding_is_masked_out() -> None:
 
 def test_every_kind_of_sample() -> None:
     net, x = Net(), torch.randn(3, 6)
-    samples = [x, (x,), {"x": x, "scale": 1.0}, [x, (x, None), {"x": x}]]
+    samples = [x, (x,), {"x": x, "scale": 1.0}, [(x,), (x, None), {"x": x}]]
     assert observe(net, {"q": net.q}, samples)["q"].count == 6 * 3
 
 
@@ -202,12 +202,12 @@ def generator() -> Iterator[torch.Tensor]:
     ("loader", "error", "message"),
     [
         ([], CalibrationError, "empty"),
-        (generator(), TypeError, "walked only once"),
-        ("text", TypeError, "expected a DataLoader"),
-        (7, TypeError, "expected a DataLoader"),
-        ({"x": torch.ones(1, 6)}, TypeError, "expected a DataLoader"),
-        (["text"], TypeError, "tokenize text first"),
-        ([3], TypeError, "a sample is a tensor"),
+        (generator(), CalibrationError, "walked only once"),
+        ("text", CalibrationError, "expected a DataLoader"),
+        (7, CalibrationError, "expected a DataLoader"),
+        ({"x": torch.ones(1, 6)}, CalibrationError, "expected a DataLoader"),
+        (["text"], CalibrationError, "tokenize text first"),
+        ([3], CalibrationError, "a sample is a tensor"),
     ],
 )
 def test_unusable_data(loader: Any, error: type[Exception], message: str) -> None:

@@ -181,7 +181,7 @@ def test_a_failure_leaves_the_model_as_it_was(
         (None, STATIC, CalibrationError, "needs calibration data"),
         ([], STATIC, CalibrationError, "empty"),
         (DataLoader([], batch_size=2), STATIC, CalibrationError, "empty"),
-        ((torch.randn(2, 8) for _ in range(2)), STATIC, TypeError, "only once"),
+        ((torch.randn(2, 8) for _ in range(2)), STATIC, CalibrationError, "only once"),
         ([torch.full((2, 3, 8), torch.nan)], STATIC, CalibrationError, "layer 'inp'.*batch 0"),
         ([torch.randn(2, 9)], STATIC, RuntimeError, "shapes cannot be multiplied"),
         ([torch.randn(2, 3, 8)], {"default": {"weight_quant": {"group_size": 5}}}, ConfigError, "group_size=5"),
@@ -296,7 +296,7 @@ def test_verbose_shows_on_the_console_whatever_the_logging(setup: str) -> None:
 
 def test_batches_of_different_shapes_and_kinds(net: Net) -> None:
     x = torch.randn(2, 5, 8)
-    loader = [x, torch.randn(1, 3, 8), (x, 0.5), {"x": x, "scale": 2.0}, [x, (x,), {"x": x}]]
+    loader = [x, torch.randn(1, 3, 8), (x, 0.5), {"x": x, "scale": 2.0}, [(x,), (x, 0.5), {"x": x}], [x]]
     reference = copy.deepcopy(net)
     quantize(net, loader, STATIC)
     assert error(net, reference, x) < 0.05

@@ -9,71 +9,181 @@ from inspect import signature
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+
+# Arguments of transformers models that are always tensors. Other arguments may well be lists (QwenImage's img_shapes).
+_TENSOR_ARGUMENTS = {
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "inputs_embeds"),
+    *("pixel_values", "input_features", "input_values", "decoder_input_ids", "decoder_attention_mask"),
+}
 
 
 class CalibrationError(ValueError):
     """Calibration data that cannot be used. The message names the layer and the batch."""
 
 
-def batches(loader: Any, may_be_empty: bool = False) -> Any:
-    """``loader`` itself, checked; None where it is empty and may be.
+class CalibrationData:
+    """The batches of a loader, checked once and opened once a pass.
+
+    Looking at the first batch costs no pass of its own: the first pass goes on with the iterator that it came from.
+
+    Args:
+        loader: a DataLoader or another iterable of batches that starts anew each time it is iterated. A batch is a
+            tensor, a tuple of positional arguments, a dict of keyword arguments, or a list (see :func:`samples`).
 
     Raises:
-        TypeError: not an iterable, or an iterator (which cannot be walked again).
-        CalibrationError: empty.
+        CalibrationError: ``loader`` is no such iterable.
     """
-    if isinstance(loader, (str, bytes, Mapping)) or not isinstance(loader, Iterable):
-        raise TypeError(
-            f"calibration data: expected a DataLoader or an iterable of batches, got {type(loader).__name__}"
-        )
-    if isinstance(loader, Iterator):
-        raise TypeError(
-            f"calibration data: {type(loader).__name__} can be walked only once; pass a list, a DataLoader or another "
-            "iterable that starts anew"
-        )
-    if not list(islice(loader, 1)):
-        if may_be_empty:
-            return None
-        raise CalibrationError("calibration data: the loader is empty")
-    return loader
+
+    def __init__(self, loader: Any) -> None:
+        kind = type(loader).__name__
+        if isinstance(loader, (str, bytes, Mapping, Tensor, np.ndarray)) or not isinstance(loader, Iterable):
+            hint = "; put it in a list" if isinstance(loader, (Mapping, Tensor)) else ""
+            raise CalibrationError(
+                f"calibration data: expected a DataLoader or an iterable of batches, got {kind}{hint}"
+            )
+        if isinstance(loader, Iterator):
+            raise CalibrationError(
+                f"calibration data: {kind} can be walked only once; pass a list, a DataLoader or another iterable that "
+                "starts anew"
+            )
+        self.loader: Any = loader
+        self._peeked: list[Any] | None = None  # the first batch, once looked at
+        self._rest: Iterator[Any] | None = None
+
+    @property
+    def first(self) -> Any:
+        """The first batch; None where there is none."""
+        return next(iter(self._peek()), None)
+
+    def _peek(self) -> list[Any]:
+        if self._peeked is None:
+            self._rest = iter(self.loader)
+            self._peeked = list(islice(self._rest, 1))
+        return self._peeked
+
+    def __iter__(self) -> Iterator[Any]:
+        peeked = self._peek()
+        rest, self._rest = self._rest, None
+        if rest is not None:  # a DataLoader's iterator has a length, so its truth value would be that
+            yield from peeked
+            yield from rest
+            return
+        if not peeked:
+            return
+        empty = True
+        for batch in self.loader:
+            empty = False
+            yield batch
+        if empty:
+            raise CalibrationError(
+                f"calibration data: {type(self.loader).__name__} gives nothing when it is iterated again; pass a list, "
+                "a DataLoader or another iterable that starts anew"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of batches.
+
+        Raises:
+            TypeError: the loader does not know it.
+        """
+        return len(self.loader)
+
+
+def batches(loader: Any, may_be_empty: bool = False) -> Any:
+    """Return ``loader``, checked; None where it is empty and may be.
+
+    Raises:
+        CalibrationError: not an iterable, an iterator, or empty.
+    """
+    if CalibrationData(loader).first is not None:
+        return loader
+    if may_be_empty:
+        return None
+    raise CalibrationError("calibration data: the loader is empty")
 
 
 def samples(batch: Any) -> list[Any]:
-    """The samples of a batch: a list is many, anything else one."""
-    return batch if isinstance(batch, list) else [batch]
+    """Return the samples of a batch.
+
+    A list with tensors in it is one sample of positional arguments, which is what torch's own collate makes of rows
+    that are tuples. A list of dicts, tuples or such lists is a list of samples, which is what a calibration set's
+    loader yields. Anything else is one sample.
+
+    Raises:
+        CalibrationError: a list mixes bare tensors with tuples or dicts, which can be read either way.
+    """
+    if not isinstance(batch, list):
+        return [batch]
+    if any(isinstance(item, (Tensor, np.ndarray)) for item in batch):
+        if any(isinstance(item, (tuple, Mapping)) for item in batch):
+            raise CalibrationError(
+                "calibration data: a batch is a list of both tensors and tuples or dicts; make it a tuple where it "
+                "holds the positional arguments of one call, else put each tensor into a tuple of its own"
+            )
+        return [tuple(batch)]
+    return [sample for item in batch for sample in samples(item)]
 
 
-def run(model: nn.Module, sample: Any, options: Mapping[str, Any] | None = None) -> None:
-    """One forward of ``model`` on a sample, moved to the device the model expects.
+def forward(model: nn.Module, sample: Any, options: Mapping[str, Any] | None = None) -> None:
+    """Run ``model`` on one sample, moved to the device and converted to the dtype that the model expects.
 
     Args:
         model: called as it is.
-        sample: its arguments.
+        sample: its arguments: a tensor, a tuple of positional or a mapping of keyword arguments.
         options: keyword arguments that a sample of keyword arguments may lack.
 
     Raises:
-        TypeError: the sample is not a tensor, a tuple of positional or a mapping of keyword arguments.
+        CalibrationError: the sample is none of these.
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(sample, Mapping):
-        kwargs = {**(options or {}), **sample}
+        kwargs = {**applicable(options or {}, sample), **{k: _as_tensor(k, v) for k, v in sample.items()}}
     elif isinstance(sample, tuple):
-        args = sample
-    elif isinstance(sample, Tensor):
-        args = (sample,)
+        args = tuple(_as_tensor("", value) for value in sample)
+    elif isinstance(sample, (Tensor, np.ndarray)):
+        args = (_as_tensor("", sample),)
     else:
         hint = "; tokenize text first" if isinstance(sample, str) else ""
-        raise TypeError(f"calibration data: a sample is a tensor, a tuple or a dict, got {type(sample).__name__}{hint}")
+        raise CalibrationError(
+            f"calibration data: a sample is a tensor, a tuple or a dict, got {type(sample).__name__}{hint}"
+        )
     args, kwargs = send_to_device((args, kwargs), device_of(model))
     model(*args, **kwargs)
 
 
+run = forward
+
+
+def applicable(options: Mapping[str, Any], sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``options`` without those that would break the loss which a model computes from labels."""
+    if any("label" in str(name) for name in sample):
+        return {name: value for name, value in options.items() if name != "logits_to_keep"}
+    return dict(options)
+
+
+def _as_tensor(name: str, value: Any) -> Any:
+    """Return arrays, and lists under a name that stands for a tensor, as tensors; all else as it is."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(value)
+    if name not in _TENSOR_ARGUMENTS or not isinstance(value, list):
+        return value
+    try:
+        # torch's own collate turns the lists of several rows on their side: a tensor [rows] for each position.
+        on_their_side = bool(value) and all(isinstance(item, Tensor) for item in value)
+        return torch.stack(value, 1) if on_their_side and value[0].dim() else torch.as_tensor(np.asarray(value))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CalibrationError(
+            f"calibration data: {name!r} is a list that makes no tensor ({error}); pad or group the rows to one length"
+        ) from None
+
+
 def device_of(model: nn.Module) -> torch.device | str | int:
-    """Where ``model`` wants its inputs: where accelerate executes it, else where its first tensor lies."""
+    """Return where ``model`` wants its inputs: where accelerate executes it, else where its first tensor lies."""
     execution = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
     if execution is not None:
         return execution
@@ -83,7 +193,7 @@ def device_of(model: nn.Module) -> torch.device | str | int:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients, the training flags restored after."""
+    """Run in eval mode without gradients; restore the training flags afterwards."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -95,7 +205,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def options_for(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, Any]:
-    """Arguments that spare a language model what nobody looks at: its cache, and logits of all but the last token."""
+    """Return arguments that spare a language model what nobody reads: its cache, all but the last token's logits."""
     accepted = signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
     get_head: Any = getattr(model, "get_output_embeddings", None)

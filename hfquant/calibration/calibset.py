@@ -149,7 +149,7 @@ class BaseCalibSet(Dataset):
             seed: Seed of the order.
             **kwargs: Further arguments of `torch.utils.data.DataLoader`.
         """
-        kwargs.setdefault("collate_fn", join if collate else list)
+        kwargs.setdefault("collate_fn", join if collate else as_list)
         if shuffle:
             kwargs["sampler"] = _ChunkwiseShuffle([len(chunk) for chunk in self.chunks], self.cached_chunks, seed)
         # Without a generator of its own a loader draws from the global one, which is the caller's.
@@ -175,15 +175,20 @@ class _ChunkwiseShuffle(Sampler[int]):
             yield from (group[j] for j in torch.randperm(len(group), generator=generator).tolist())
 
 
+def as_list(samples: list[Any]) -> list[Any]:
+    """Return samples as a batch: in a list, a bare tensor travels as a 1-tuple (a list of tensors is one sample)."""
+    return [(sample,) if isinstance(sample, torch.Tensor) else sample for sample in samples]
+
+
 def join(samples: list[Any]) -> Any:
     """Joins samples along their batch dimension where their shapes agree; gives the list back where they do not.
 
     The batch dimension's size is that of the first dimension of a sample's first tensor.
     """
     try:
-        return _join(samples, next(_batch_sizes(samples[0]))) if len(samples) > 1 else samples
+        return _join(samples, next(_batch_sizes(samples[0]))) if len(samples) > 1 else as_list(samples)
     except (_Mismatch, StopIteration):
-        return samples
+        return as_list(samples)
 
 
 class _Mismatch(Exception):

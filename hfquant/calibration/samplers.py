@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hfquant.calibration.batches import applicable, options_for
 from hfquant.calibration.recorder import Recording, Target, find_layer, is_pipeline, record
 
 _TIME_ARGUMENTS = ("timestep", "timesteps", "t", "timestep_ratio", "r")
@@ -186,12 +187,8 @@ class LanguageModelSampler(BaseSampler):
         """Calls the model once."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"LanguageModelSampler runs a transformers model, got {type(model).__name__}.")
-        accepted = inspect.signature(model.forward).parameters
-        if "use_cache" in accepted:
-            kwargs.setdefault("use_cache", False)
-        base = getattr(model, "base_model", model)
-        if "logits_to_keep" in accepted and base is not model and any(m is target.layer for m in base.modules()):
-            kwargs.setdefault("logits_to_keep", 1)
+        options = options_for(model, target.layer.modules())
+        kwargs = {**applicable(options, kwargs), **kwargs}
         super().run(model, target, args, kwargs)
 
 

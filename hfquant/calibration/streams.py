@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from hfquant.calibration.batches import CalibrationData, CalibrationError
 from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Batches(Iterable[Any]):
         try:
             first = next(batches)
         except StopIteration:
-            raise ValueError(f"the calibration data is empty: {self._empty}.") from None
+            raise CalibrationError(f"the calibration data is empty: {self._empty}.") from None
         yield first
         yield from batches
 
@@ -116,8 +117,8 @@ def calibration_batches(
         `[batch, ...]`; for several columns a dict of these; for a calibration set lists of samples.
 
     Raises:
-        TypeError: A generator, which can be walked only once, or something that is no data at all.
-        ValueError: A bad dict (the message names the key), a path that holds no set, or, when walked, no data.
+        CalibrationError: A bad dict (the message names the key), a path that holds no set, a generator, something that
+            is no data at all, or, when iterated, no data.
         FileNotFoundError: A local source that is not there.
     """
     tokenizer = tokenizer or getattr(processor, "tokenizer", None)
@@ -133,7 +134,7 @@ def calibration_batches(
         stored = load_calibrate_set(calibration)
         if stored is None:
             advice = f"For a dataset give {{'dataset': {str(calibration)!r}}}."
-            raise ValueError(f"{calibration} holds no finished calibration set. {advice}")
+            raise CalibrationError(f"{calibration} holds no finished calibration set. {advice}")
         calibration = stored
     if isinstance(calibration, BaseCalibSet):
         return calibration.get_dataloader(batch_size=size)
@@ -142,15 +143,9 @@ def calibration_batches(
         return Batches(lambda: _from_texts(calibration, spec, tokenizer, limit, size), "there is no text in the list")
     if isinstance(calibration, Sequence) and calibration and all(_is_image(image) for image in calibration):
         return Batches(lambda: (_images(group, processor) for group in _grouped(calibration, size)), "no images")
-    if isinstance(calibration, Iterator):
-        raise TypeError("calibration data is walked more than once: give a list or a DataLoader, not a generator.")
-    if not isinstance(calibration, Iterable) and not hasattr(calibration, "__getitem__"):
-        raise TypeError(
-            "calibration must be a dict with a 'dataset', a datasets object, a list of strings, a calibration set or "
-            f"its path, a DataLoader or an iterable of model inputs; got {type(calibration).__name__}."
-        )
+    CalibrationData(calibration)  # checks it
     if isinstance(calibration, Sequence) and not calibration:
-        raise ValueError("the calibration data is empty: the list has no items.")
+        raise CalibrationError("calibration data: the list is empty")
     return calibration
 
 
@@ -161,10 +156,10 @@ def _parse(spec: Mapping[str, Any]) -> StreamSpec:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            raise ValueError(
+            raise CalibrationError(
                 f"calibration: unknown key {key!r}; allowed are {list(StreamSpec.model_fields)}."
             ) from None
-        raise ValueError(f"calibration[{key!r}]: {first['msg'].removeprefix('Value error, ')}.") from None
+        raise CalibrationError(f"calibration[{key!r}]: {first['msg'].removeprefix('Value error, ')}.") from None
 
 
 def _length_limit(tokenizer: Any, model: Any) -> int:
@@ -190,7 +185,7 @@ def _from_spec(spec: StreamSpec, tokenizer: Any, processor: Any, limit: int, siz
     columns = spec.column if isinstance(spec.column, dict) else {"": spec.column or _default_column(names)}
     for column in columns.values():
         if column not in names:
-            raise ValueError(f"{spec.dataset} has no column {column!r}; it has {names}.")
+            raise CalibrationError(f"{spec.dataset} has no column {column!r}; it has {names}.")
     data = data.select_columns(list(dict.fromkeys(columns.values())))
     if isinstance(spec.column, dict):
         for group in _grouped(islice(_rows(data, spec), spec.samples), size):
@@ -230,7 +225,9 @@ def _open(spec: StreamSpec) -> tuple[Any, bool]:
     if path.is_file():
         builder = _BUILDERS.get(path.suffix.lower())
         if builder is None:
-            raise ValueError(f"{path}: unknown kind of file; known are {sorted(_BUILDERS)}, and folders of images.")
+            raise CalibrationError(
+                f"{path}: unknown kind of file; known are {sorted(_BUILDERS)}, and folders of images."
+            )
         if builder == "text":
             options["chunksize"] = 1 << 20  # the default of 10 MB, decoded, is most of what calibration would hold
         return datasets.load_dataset(builder, data_files=str(path), **options), builder == "text"
@@ -249,7 +246,7 @@ def _open(spec: StreamSpec) -> tuple[Any, bool]:
 def _default_column(names: list[str]) -> str:
     found = next((name for name in _COLUMNS if name in names), names[0] if len(names) == 1 else None)
     if found is None:
-        raise ValueError(f"calibration['column']: choose one of {names}.")
+        raise CalibrationError(f"calibration['column']: choose one of {names}.")
     return found
 
 

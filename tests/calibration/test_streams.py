@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast
 
 from hfquant.calibration import BaseCalibSet, calibration_batches
+from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.streams import _packed, _paragraphs, _shuffled, _spread
 from tests.calibration.tiny_models import tiny_llama
 
@@ -297,10 +298,10 @@ def test_model_limits_the_length():
         ({"dataset": 3}, ValueError, r"calibration\['dataset'\]: must be a hub id"),
         ({"dataset": "x", "samples": 0}, ValueError, r"calibration\['samples'\]: .*greater than 0"),
         ({"dataset": "x", "seqlen": "512"}, ValueError, r"calibration\['seqlen'\]: .*valid integer"),
-        (iter([1]), TypeError, "walked more than once"),
-        ((x for x in [1]), TypeError, "not a generator"),
-        (3, TypeError, "calibration must be a dict"),
-        ([], ValueError, "empty"),
+        (iter([1]), CalibrationError, "list_iterator can be walked only once"),
+        ((x for x in [1]), CalibrationError, "generator can be walked only once"),
+        (3, CalibrationError, "expected a DataLoader or an iterable of batches, got int"),
+        ([], CalibrationError, "empty"),
     ],
 )
 def test_bad_calibration(calibration, error, message):

@@ -62,13 +62,42 @@ def test_static_preset_with_data(kind, checkpoint, tmp_path):
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path), model)
 
 
-def test_text_is_tokenized_by_the_tokenizer_saved_with_the_model(tmp_path):
+def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *"abcdefghij"])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
+
+
+@pytest.mark.parametrize("how", ["quantize", "from_pretrained", "sampler"])
+def test_the_language_modelling_collator(how, checkpoint):
+    """Its labels call for the logits of every token, whose labels are -100 where padded."""
+    tokenizer = word_tokenizer()
+    rows = [tokenizer(text) for text in ("a b c d e", "f g h", "i j a b", "b d f h j a")]
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    loader = DataLoader(rows, batch_size=2, collate_fn=collator)
+    plain = [{k: v for k, v in batch.items() if k != "labels"} for batch in loader]
+    assert len(plain) == 2
+    if how == "from_pretrained":
+        config = HfQuantConfig("w8a8", calibration=loader)
+        model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+    elif how == "quantize":
+        model = hfquant.quantize(small_models.llama(), loader, "w8a8")
+    else:
+        sampler = hfquant.LanguageModelSampler()
+        seen = hfquant.generate_calibrate_set(small_models.llama(), sampler, loader, "")
+        assert [sorted(sample) for sample in seen] == [
+            ["attention_mask", "input_ids", "labels", "use_cache"] for _ in range(2)
+        ]
+        model = hfquant.quantize(small_models.llama(), seen.get_dataloader(), "w8a8")
+        hfquant.generate_calibrate_set(model, sampler, loader, "model.layers.1.mlp")
+    assert_same(model, hfquant.quantize(small_models.llama(), plain, "w8a8"), ids())
+
+
+def test_text_is_tokenized_by_the_tokenizer_saved_with_the_model(tmp_path):
+    tokenizer = word_tokenizer()
     small_models.llama().save_pretrained(tmp_path / "float")
     text = ["a b c d e", "f g h", "i j a b c d e f g"]
     config = HfQuantConfig("w8a8", calibration=text)
