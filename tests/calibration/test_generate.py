@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import zstandard
@@ -27,6 +28,7 @@ from hfquant.calibration import (
     load_calibrate_set,
     storage,
 )
+from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.generate import generate_shard
 from hfquant.calibration.recorder import Recording
 from tests.calibration.test_recorder import identical
@@ -306,6 +308,29 @@ def test_language_model_set(tmp_path):
         handle.remove()
         again = torch.cat([model.model.layers[1].mlp(*batch[0]) for batch in stored.get_dataloader()])
     torch.testing.assert_close(again, hidden[0])
+
+
+def test_a_dict_or_a_path_names_a_dataset(tmp_path):
+    data = datasets.Dataset.from_dict({"prompt": PROMPTS[:3]})
+    data.to_parquet(tmp_path / "prompts.parquet")
+
+    def seen(source):
+        return list(generate_calibrate_set(tiny_pipeline(DDIMScheduler()), BaseSampler(1), source, "unet"))
+
+    spec = {"dataset": data, "seed": None, "batch_size": 2}
+    expected = seen([PROMPTS[:2], PROMPTS[2:3]])
+    assert len(expected) == 2
+    assert identical(seen(spec), expected)
+    assert identical(seen({**spec, "dataset": str(tmp_path / "prompts.parquet")}), expected)
+    assert identical(seen({**spec, "dataset": datasets.DatasetDict({"train": data})}), expected)
+    assert (
+        len(seen(data)) == len(seen(tmp_path / "prompts.parquet")) == len(seen(str(tmp_path / "prompts.parquet"))) == 3
+    )
+    model, tokens = tiny_llama(), {"dataset": datasets.Dataset.from_dict({"input_ids": [[1, 2, 3]]})}
+    (sample,) = generate_calibrate_set(model, LanguageModelSampler(), tokens, "")
+    assert sample["input_ids"].tolist() == [[1, 2, 3]]
+    with pytest.raises(CalibrationError, match="unknown key 'prompt'; allowed are"):
+        seen({"prompt": "a cat"})
 
 
 def test_text_encoder_of_a_pipeline():
