@@ -11,17 +11,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hfquant.config import ConfigError
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A strict, frozen section of a stored config."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class StepperConfig(_Section):
+class StepperConfig(Section):
     """The runs that the affiner is fitted on.
 
     Attributes:
         max_timestep: Denoising steps of each run (`num_inference_steps`). None: the pipeline's own default, 50 for a
             bare denoiser.
-        sample_size: Samples of the dataset to fit on; None for all.
+        sample_size: Samples of the dataset to fit on; None for all (an endless stream needs a number).
         batch_size: Samples of one pipeline call.
         recurrent: Fit step t on the latents that the quantized model reaches with the corrections of the steps before,
             all samples side by side; their latents and conditioning stay in memory until the end. Otherwise every step
@@ -62,8 +64,8 @@ class StepperConfig(_Section):
         return self
 
 
-class SolverConfig(_Section):
-    """How the maps of type "blockwise" are fitted; see :mod:`hfquant.affiner.solvers` for the objective.
+class SolverConfig(Section):
+    """How the maps of type "blockwise" are fitted; see :func:`hfquant.affiner.solvers.objective`.
 
     Attributes:
         type: "mserel", squared error blended with relative squared error.
@@ -89,7 +91,7 @@ class SolverConfig(_Section):
     scale: float = Field(1.0, ge=0.0, le=1.0)
 
 
-class BlocksConfig(_Section):
+class BlocksConfig(Section):
     """Alignment of the denoiser's own blocks, fitted before the predictions; see :mod:`hfquant.affiner.blocks`.
 
     Attributes:
@@ -106,12 +108,12 @@ class BlocksConfig(_Section):
     lambda2: float = Field(0.01, ge=0.0)
 
 
-class AffinerConfig(_Section):
+class AffinerConfig(Section):
     """The whole config.
 
     Attributes:
-        type: "blockwise"; "ptqd" and "tac" are baselines by the same interface (see the solvers). "tac" also corrects
-            the mean of the latents after each step where `recurrent` is set.
+        type: "blockwise"; "ptqd" and "tac" are baselines (see :mod:`hfquant.affiner.maps`). "tac" also corrects the
+            mean of the latents after each step where `recurrent` is set.
         stepper: The runs.
         solver: The fit; of type "blockwise" only.
         blocks: Block alignment; None for none.
@@ -138,13 +140,13 @@ class AffinerConfig(_Section):
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """The config in JSON's own types; `extra_args` that JSON cannot carry are left out."""
+        """Return the config in JSON's own types; `extra_args` that JSON cannot carry are left out."""
         dumped = self.model_dump(mode="json", exclude={"extra_args"})
         return dumped | {"extra_args": {k: v for k, v in self.extra_args.items() if _is_json(v)}}
 
 
 def parse(config: AffinerConfig | Mapping[str, Any]) -> AffinerConfig:
-    """Validates a config dict. The caller's dict is left alone.
+    """Validate a config dict. The caller's dict is left alone.
 
     Raises:
         ConfigError: Unknown key, bad value or impossible combination; the message names them and what is allowed.
@@ -169,7 +171,7 @@ def parse(config: AffinerConfig | Mapping[str, Any]) -> AffinerConfig:
     return checked.model_copy(update={"extra_args": dict(extra)})
 
 
-_SECTIONS: dict[str, type[_Section]] = {"stepper": StepperConfig, "solver": SolverConfig, "blocks": BlocksConfig}
+_SECTIONS: dict[str, type[Section]] = {"stepper": StepperConfig, "solver": SolverConfig, "blocks": BlocksConfig}
 
 
 def _explain(error: Any) -> str:
