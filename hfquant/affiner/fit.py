@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,15 +14,13 @@ from tqdm.auto import tqdm
 
 from hfquant.affiner.affiner import BlockwiseAffiner
 from hfquant.affiner.blocks import Call, fit_blocks, hook_blocks
-from hfquant.affiner.config import AffinerConfig, parse
+from hfquant.affiner.config import StepperConfig, parse
 from hfquant.affiner.hooks import NEEDS_CFG, Affiner, corrected, half, run_step
 from hfquant.affiner.inputs import Samples, as_pipeline, call_batches, check_alike, fresh_call
 from hfquant.affiner.runs import Event, Run
 from hfquant.calibration.samplers import seeded
 from hfquant.config import ConfigError
-from hfquant.diffusion import check_layout, compute_dtype, device_of, eval_mode, find_denoiser, find_denoisers
-
-Turn = Callable[[str], None]
+from hfquant.diffusion import check_layout, compute_dtype, eval_mode, find_denoiser
 
 
 def load_affiner(
@@ -89,31 +88,29 @@ def load_affiner(
             calls = _denoiser_calls(real, samples, checked.blocks.timesteps)
             affiner.blocks = fit_blocks(find_denoiser(real), find_denoiser(quant), calls, checked.blocks)
             stack.callback(hook_blocks(find_denoiser(quant), affiner.blocks))
-        turn = stack.enter_context(_turns(real, quant, stepper.offload))
-        _Fit(affiner, checked, real, quant, turn).run(samples)
+        _Fit(affiner, stepper, real, quant).run(samples)
     return affiner
 
 
+@dataclass
 class _Batch:
     """The runs of both models on one batch, and the latents that both continue from."""
 
-    def __init__(self, real: Run, quant: Run, free: Run | None) -> None:
-        self.real, self.quant = real, quant
-        self.free = free  # the real model's run undisturbed
-        self.latents: Any = None  # a tensor from the first step on
+    real: Run
+    quant: Run
+    free: Run | None  # the real model's run undisturbed
+    latents: Any = None  # a tensor from the first step on
 
     def close(self) -> None:
-        for run in (self.real, self.quant, self.free):
-            if run is not None:
-                run.close()
+        for run in filter(None, (self.real, self.quant, self.free)):
+            run.close()
 
 
 class _Fit:
     """The lock step: both models predict, the affiner observes and solves, both continue from the same latents."""
 
-    def __init__(self, affiner: Any, config: AffinerConfig, real: Any, quant: Any, turn: Turn) -> None:
-        self.affiner, self.stepper = affiner, config.stepper
-        self.real, self.quant, self.turn = real, quant, turn
+    def __init__(self, affiner: Any, stepper: StepperConfig, real: Any, quant: Any) -> None:
+        self.affiner, self.stepper, self.real, self.quant = affiner, stepper, real, quant
         self.latents: Affiner | None = getattr(affiner, "latents", None) if self.stepper.recurrent else None
         self.target, self.uncond_half = self.stepper.noise_target, 0
 
@@ -122,10 +119,9 @@ class _Fit:
             self.uncond_half = self._find_uncond_half(samples[0])
             if hasattr(self.affiner, "uncond_half"):
                 self.affiner.uncond_half = self.uncond_half
-        together = self.stepper.recurrent or self.stepper.offload is not None
         seen: dict[float, None] = {}
         with tqdm(desc="fitting the affiner", unit="call") as progress:
-            for group in [samples] if together else [[sample] for sample in samples]:
+            for group in [samples] if self.stepper.recurrent else [[sample] for sample in samples]:
                 batches = [self._batch(sample) for sample in group]
                 try:
                     seen |= dict.fromkeys(self._lock_step(batches, progress, len(samples)))
@@ -152,10 +148,8 @@ class _Fit:
     def _lock_step(self, batches: list[_Batch], progress: Any, count: int) -> Iterator[float]:
         """Lead the batches through their runs, yielding the timestep after each step."""
         while True:
-            self.turn("real")
             reals = [batch.real.resume(batch.latents) for batch in batches]
             frees = [batch.free.resume() and batch.free.resume() for batch in batches if batch.free is not None]
-            self.turn("quant")
             quants = [batch.quant.resume(batch.latents) for batch in batches]
             if not any(reals) and not any(quants):
                 return
@@ -213,7 +207,6 @@ class _Fit:
         `s (first + v (second - first))`, v = w > 1 where the first half is the unconditional one, and v = 1 - w < 0
         where it is the second.
         """
-        self.turn("real")
         run = Run(self.real, fresh_call(sample), at_denoiser=True)
         try:
             behind = run.resume()
@@ -291,24 +284,3 @@ def _denoiser_calls(pipeline: Any, samples: Samples, count: int) -> list[Call]:
         picked = torch.linspace(0, len(held) - 1, min(count, len(held))).round().int().tolist()
         calls += [held[i] for i in picked]
     return calls
-
-
-@contextmanager
-def _turns(real: Any, quant: Any, device: str | None) -> Iterator[Turn]:
-    """A function that brings one of the models to `device` and sends the other to the CPU; nothing for None."""
-    models, here = {"real": real, "quant": quant}, ""
-    homes = {name: device_of(find_denoisers(model)[0]) for name, model in models.items()}
-
-    def turn(name: str) -> None:
-        nonlocal here
-        if device is not None and name != here:
-            models["quant" if name == "real" else "real"].to("cpu")
-            models[name].to(device)
-            here = name
-
-    try:
-        yield turn
-    finally:
-        if here:
-            for name, model in models.items():
-                model.to(homes[name])

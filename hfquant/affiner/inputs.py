@@ -78,7 +78,7 @@ def call_batches(dataset: Any, pipeline: Any, latents: Tensor | None, shuffle: b
         raise ValueError(f"latents has noise for {len(latents)} samples, {len(rows)} are needed")
     groups: list[list[tuple[int, dict[str, Any]]]] = []
     for row in rows:
-        if groups and len(groups[-1]) < stepper.batch_size and call.alike(groups[-1][0][1], row[1]):
+        if groups and len(groups[-1]) < stepper.batch_size and call.kind(groups[-1][0][1]) == call.kind(row[1]):
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -187,15 +187,15 @@ class _Call(NamedTuple):
         number = self.bare and isinstance(value, (int, float))
         return name == self.first or number or isinstance(value, (str, Tensor))
 
-    def alike(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
-        """Whether two rows can share a call."""
-
-        def same(name: str, mine: Any, theirs: Any) -> bool:
-            if isinstance(mine, Tensor):
-                return isinstance(theirs, Tensor) and mine.shape == theirs.shape
-            return type(mine) is type(theirs) and (self.joins(name, mine) or mine == theirs)
-
-        return one.keys() == other.keys() and all(same(k, v, other[k]) for k, v in one.items())
+    def kind(self, row: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """What rows have in common that can share a call."""
+        return {
+            name: (
+                type(value),
+                value.shape if isinstance(value, Tensor) else None if self.joins(name, value) else value,
+            )
+            for name, value in row.items()
+        }
 
     def joined(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The arguments of one call for several rows."""

@@ -170,10 +170,6 @@ class DenoisingLoop:
         self.transformer = denoiser
         self.scheduler = scheduler
 
-    def to(self, device: Any) -> None:
-        """Move the denoiser."""
-        self.transformer.to(device)
-
     @torch.no_grad()
     def __call__(
         self,

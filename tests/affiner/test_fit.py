@@ -297,32 +297,6 @@ def test_learned_variance_is_left_alone():
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
 
 
-def watch_moves(name, model, moves):
-    move = model.to
-
-    def to(device):
-        moves.append((name, str(device)))
-        return move(device)
-
-    model.to = to
-
-
-def test_offload_takes_turns_and_changes_nothing():
-    """On one device the result is the same; who sits where at each prediction is watched."""
-    made = []
-    for offload in (None, "cpu"):
-        real, quant = Toy(), Toy(gain=[0.9, 1.1])
-        moves = []
-        for name, model in (("real", real), ("quant", quant)):
-            watch_moves(name, model, moves)
-        config = toy_config(recurrent=False, offload=offload, steps=2)
-        affiner = load_affiner(config, list(range(5)), real, quant, latents=noise())
-        made.append(affiner.prediction.tensors("p"))
-        assert bool(moves) == (offload is not None)
-    assert all(torch.equal(made[0][k], made[1][k]) for k in made[0])
-    assert [name for name, _ in moves[:4]] == ["quant", "real", "real", "quant"]
-
-
 @pytest.mark.parametrize("name", ["unet", "sd3"])
 @pytest.mark.parametrize("given", [True, False])
 def test_models_of_two_dtypes(name, given):
