@@ -1,4 +1,4 @@
-"""INT4 and INT6 codes to bytes and back.
+"""Codes of fewer than 8 bits to bytes and back.
 
 Each row is a little-endian bit stream: code ``j`` takes bits ``[j * b, (j + 1) * b)`` of the row, low bits first, as
 an unsigned b-bit pattern of its two's complement; rows are padded with zero bits to whole bytes.
@@ -22,7 +22,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack int8 codes [..., K] into int8 bytes [..., ceil(K * bits / 8)].
 
     Raises:
-        ValueError: ``codes`` are not int8, or ``bits`` is neither 4 nor 6.
+        ValueError: ``codes`` are not int8, or ``bits`` is not from 2 to 7.
     """
     _check(codes, bits)
     columns, per_block = codes.shape[-1], lcm(bits, 8) // bits
@@ -64,7 +64,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def _check(tensor: Tensor, bits: int) -> None:
-    if bits not in (4, 6):
-        raise ValueError(f"only 4- and 6-bit codes are packed, not {bits}")
+    if not 2 <= bits <= 7:
+        raise ValueError(f"only codes of 2 to 7 bits are packed, not {bits}")
     if tensor.dtype != torch.int8:
         raise ValueError(f"expected int8, got {tensor.dtype}")

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfquant.algorithms.gptq import gptq
-from hfquant.algorithms.rounding import dequantize_weight, round_to_nearest, weight_grid
-from hfquant.config import CalibConfig, Calibrate, DType, WeightQuant
+from hfquant.algorithms.gptq import Gptq
+from hfquant.formats import FORMATS, Grid, GridRule
+from hfquant.statistics import LayerStats
 
 
 def problem(rows: int, columns: int, samples: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,22 +43,42 @@ def row_loss(w: torch.Tensor, w_hat: torch.Tensor, h: torch.Tensor) -> torch.Ten
     return ((error @ h.double()) * error).sum(-1)
 
 
+def gptq(weight: torch.Tensor, h: torch.Tensor, rule: GridRule, **options: object) -> tuple[torch.Tensor, Grid]:
+    return Gptq(**options).swept(weight, h, rule, "layer")
+
+
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("block_size", [1, 7, 128])
 def test_matches_the_textbook(act_order: bool, block_size: int) -> None:
     weight, h = problem(24, 40, 400)
-    quant = WeightQuant(type=DType.INT4, axis=-1)
-    calib = CalibConfig(type=Calibrate.GPTQ, block_size=block_size, act_order=act_order)
-    codes, scale, zero = gptq(weight, h, quant, calib, (40,))
-    assert zero is None
+    options = {"block_size": block_size, "act_order": act_order}
+    codes, grid = gptq(weight, h, GridRule(FORMATS["int4"], (40,)), **options)
+    assert grid.zero_point is None
     order = np.argsort(-h.diagonal().numpy(), kind="stable") if act_order else np.arange(40)
-    grid = scale.double().expand(-1, 40).numpy()
-    expected = textbook(weight.double().numpy(), h.double().numpy(), grid, 7, calib.damp, order)
-    kept_nearest = (codes == round_to_nearest(weight, scale, None, quant.type, (40,))).all(1)
+    scale = grid.scale.double().expand(-1, 40).numpy()
+    expected = textbook(weight.double().numpy(), h.double().numpy(), scale, 7, Gptq(**options).damp, order)
+    kept_nearest = (codes == grid.quantize(weight)).all(1)
     assert not kept_nearest.all()
-    loss = row_loss(weight, codes.double() * scale, h)[~kept_nearest]
-    target = row_loss(weight, torch.from_numpy(expected) * scale, h)[~kept_nearest]
+    loss = row_loss(weight, codes.double() * grid.scale, h)[~kept_nearest]
+    target = row_loss(weight, torch.from_numpy(expected) * grid.scale, h)[~kept_nearest]
     torch.testing.assert_close(loss, target, rtol=1e-6, atol=0)
+    assert np.array_equal(codes[~kept_nearest].numpy(), expected[~kept_nearest.numpy()].astype(np.int8))
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("block_size", [1, 7, 16, 128])
+def test_matches_the_textbook_with_a_short_last_group(act_order: bool, block_size: int) -> None:
+    """On the grid that came out: in natural order a group's is fitted when the sweep reaches it."""
+    weight, h = problem(24, 40, 400)
+    columns = (16, 16, 8)
+    codes, grid = gptq(weight, h, GridRule(FORMATS["int4"], columns), block_size=block_size, act_order=act_order)
+    assert grid.columns == columns
+    assert grid.scale.shape == (24, 3)
+    order = np.argsort(-h.diagonal().numpy(), kind="stable") if act_order else np.arange(40)
+    scale = grid.scale.double().repeat_interleave(torch.tensor(columns), 1).numpy()
+    expected = textbook(weight.double().numpy(), h.double().numpy(), scale, 7, 0.01, order)
+    kept_nearest = (codes == GridRule(FORMATS["int4"], columns).fit(weight).quantize(weight)).all(1)
+    assert kept_nearest.sum() <= 12
     assert np.array_equal(codes[~kept_nearest].numpy(), expected[~kept_nearest.numpy()].astype(np.int8))
 
 
@@ -66,75 +86,81 @@ def test_matches_the_textbook(act_order: bool, block_size: int) -> None:
 @given(
     seed=st.integers(0, 1000),
     samples=st.sampled_from([1, 5, 64, 300]),
-    dtype=st.sampled_from([DType.INT4, DType.INT6, DType.INT8, DType.FP8E4M3, DType.FP8E5M2]),
-    group=st.sampled_from([None, 8, 16]),
+    form=st.sampled_from(["int4", "int6", "int8", "fp8e4m3", "fp8e5m2"]),
+    columns=st.sampled_from([(48,), (8,) * 6, (16,) * 3, (20, 20, 8)]),
     act_order=st.booleans(),
     symmetric=st.booleans(),
     clip=st.sampled_from(["amax", "mse"]),
 )
 def test_never_worse_than_rounding(
-    seed: int, samples: int, dtype: DType, group: int | None, act_order: bool, symmetric: bool, clip: str
+    seed: int, samples: int, form: str, columns: tuple[int, ...], act_order: bool, symmetric: bool, clip: str
 ) -> None:
     """Rank-deficient Hessians included: one sample, fewer rows than columns."""
     weight, h = problem(10, 48, samples, seed)
-    quant = WeightQuant(type=dtype, axis=-1, group_size=group, symmetric=symmetric or not dtype.is_integer, clip=clip)
-    columns = (group,) * (48 // group) if group else (48,)
-    codes, scale, zero = gptq(
-        weight, h, quant, CalibConfig(type=Calibrate.GPTQ, block_size=12, act_order=act_order), columns
-    )
-    grid, zeros = weight_grid(weight, quant, columns, None, h.diagonal())
-    nearest = round_to_nearest(weight, grid, zeros, dtype, columns)
-    loss = row_loss(weight, dequantize_weight(codes, scale, zero, dtype, columns), h)
-    base = row_loss(weight, dequantize_weight(nearest, grid, zeros, dtype, columns), h)
+    rule = GridRule(FORMATS[form], columns, None, symmetric or not FORMATS[form].is_integer, clip)
+    codes, grid = gptq(weight, h, rule, block_size=12, act_order=act_order)
+    nearest = rule.fit(weight, h.diagonal())
+    loss = row_loss(weight, grid.dequantize(codes), h)
+    base = row_loss(weight, nearest.dequantize(nearest.quantize(weight)), h)
     assert (loss <= base * (1 + 1e-4) + 1e-12).all()
 
 
 def test_helps_a_lot_on_correlated_inputs() -> None:
     weight, h = problem(32, 64, 1000)
-    quant = WeightQuant(type=DType.INT4, group_size=16)
-    columns = (16,) * 4
+    rule = GridRule(FORMATS["int4"], (16,) * 4)
     # The problem's last columns weigh most, so only act_order leaves columns to make up for them.
-    codes, scale, zero = gptq(weight, h, quant, CalibConfig(type=Calibrate.GPTQ, act_order=True), columns)
-    grid, _ = weight_grid(weight, quant, columns)
-    nearest = round_to_nearest(weight, grid, None, quant.type, columns)
-    nearest = dequantize_weight(nearest, grid, None, quant.type, columns)
-    after = row_loss(weight, dequantize_weight(codes, scale, zero, quant.type, columns), h).sum()
-    assert after < 0.6 * row_loss(weight, nearest, h).sum()
+    codes, grid = gptq(weight, h, rule, act_order=True)
+    nearest = rule.fit(weight)
+    after = row_loss(weight, grid.dequantize(codes), h).sum()
+    assert after < 0.6 * row_loss(weight, nearest.dequantize(nearest.quantize(weight)), h).sum()
 
 
 def test_dead_columns_round_to_nearest_and_get_no_error() -> None:
     weight, h = problem(6, 20, 200)
     h[3], h[:, 3] = 0, 0
-    quant = WeightQuant(type=DType.INT8, axis=-1)
-    codes, scale, _ = gptq(weight, h, quant, CalibConfig(type=Calibrate.GPTQ), (20,))
-    assert torch.equal(codes[:, 3], round_to_nearest(weight, scale, None, quant.type, (20,))[:, 3])
+    codes, grid = gptq(weight, h, GridRule(FORMATS["int8"], (20,)))
+    assert torch.equal(codes[:, 3], grid.quantize(weight)[:, 3])
 
 
 def test_no_input_at_all_is_rounding() -> None:
     weight, _ = problem(6, 20, 10)
-    quant = WeightQuant(type=DType.INT4, axis=-1)
-    codes, scale, _ = gptq(weight, torch.zeros(20, 20), quant, CalibConfig(type=Calibrate.GPTQ), (20,))
-    assert torch.equal(codes, round_to_nearest(weight, scale, None, quant.type, (20,)))
+    codes, grid = gptq(weight, torch.zeros(20, 20), GridRule(FORMATS["int4"], (20,)))
+    assert torch.equal(codes, grid.quantize(weight))
 
 
 def test_hopeless_hessian_falls_back_loudly(caplog: pytest.LogCaptureFixture) -> None:
     weight, h = problem(6, 20, 200)
     indefinite = -100 * h + 101 * h.diagonal().mean() * torch.eye(20)
-    quant = WeightQuant(type=DType.INT4, axis=-1)
-    codes, scale, _ = gptq(weight, indefinite, quant, CalibConfig(type=Calibrate.GPTQ), (20,), name="blocks.1.down")
-    assert torch.equal(codes, round_to_nearest(weight, scale, None, quant.type, (20,)))
+    codes, grid = Gptq().swept(weight, indefinite, GridRule(FORMATS["int4"], (20,)), "blocks.1.down")
+    assert torch.equal(codes, grid.quantize(weight))
     assert "layer 'blocks.1.down': its Hessian cannot be factorized" in caplog.text
 
 
 def test_all_zero_weight() -> None:
     _, h = problem(6, 20, 200)
-    quant = WeightQuant(type=DType.INT4, group_size=10, symmetric=False, clip="mse")
-    codes, scale, zero = gptq(torch.zeros(6, 20), h, quant, CalibConfig(type=Calibrate.GPTQ), (10, 10))
-    assert (dequantize_weight(codes, scale, zero, quant.type, (10, 10)) == 0).all()
+    rule = GridRule(FORMATS["int4"], (10, 10), symmetric=False, clip="mse")
+    codes, grid = gptq(torch.zeros(6, 20), h, rule)
+    assert (grid.dequantize(codes) == 0).all()
 
 
 def test_rows_that_share_a_scale_keep_sharing_it() -> None:
     weight, h = problem(8, 20, 200)
-    _, scale, _ = gptq(weight, h, WeightQuant(type=DType.INT4), CalibConfig(type=Calibrate.GPTQ), (12, 8), rows=(5, 3))
-    assert (scale[:5] == scale[0]).all()
-    assert (scale[5:] == scale[5]).all()
+    _, grid = gptq(weight, h, GridRule(FORMATS["int4"], (12, 8), rows=(5, 3)))
+    assert (grid.scale[:5] == grid.scale[0]).all()
+    assert (grid.scale[5:] == grid.scale[5]).all()
+
+
+def test_solves_for_the_hessian_of_what_the_layer_sees() -> None:
+    weight, _ = problem(6, 20, 10)
+    x, divisor = torch.randn(200, 20) @ torch.randn(20, 20), torch.rand(20) + 0.5
+    rule, weight_seen = GridRule(FORMATS["int4"], (20,)), weight * divisor
+    stats = LayerStats.of(x, torch.rand(200).double(), Gptq.needs).divided(divisor)
+    codes, grid = Gptq().solve(weight_seen, rule, stats, "layer")
+    seen = (x / divisor).double()
+    by_hand, same = gptq(weight_seen, (seen.T @ seen / 200).float(), rule)
+    assert torch.equal(codes, by_hand)
+    assert torch.equal(grid.scale, same.scale)
+
+
+def test_cost_grows_with_the_inverse() -> None:
+    assert Gptq().cost(200, 10) > 7 * Gptq().cost(100, 10) > 0

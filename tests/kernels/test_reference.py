@@ -6,8 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hfquant.formats import FORMATS, Grid
 from hfquant.kernels.reference import scaled_matmul
 from tests import oracle
+
+
+def product(x, x_scale, w, w_scale, zero, columns, segments) -> torch.Tensor:
+    """With codes given as numbers, of 16 bits at most and a sign."""
+    grid = Grid(FORMATS["int16"], tuple(columns), w_scale, zero)
+    return scaled_matmul(x, x_scale, w, grid, segments)
 
 
 def by_hand(x, x_scale, w, w_scale, zero, columns, segments) -> np.ndarray:
@@ -37,7 +44,15 @@ def by_hand(x, x_scale, w, w_scale, zero, columns, segments) -> np.ndarray:
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (0,)])
 @pytest.mark.parametrize(
     ("columns", "segments"),
-    [((12,), (12,)), ((4, 4, 4), (12,)), ((5, 7), (5, 7)), ((2,) * 6, (4, 8)), ((1, 2, 9), (1, 2, 9))],
+    [
+        ((12,), (12,)),
+        ((4, 4, 4), (12,)),
+        ((5, 7), (5, 7)),
+        ((2,) * 6, (4, 8)),
+        ((1, 2, 9), (1, 2, 9)),
+        ((5, 5, 2), (12,)),
+        ((4, 3, 4, 1), (7, 5)),
+    ],
 )
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("scales", ["token", "tensor", "weight", "none"])
@@ -47,7 +62,7 @@ def test_against_float64(scales, zero, columns, segments, lead) -> None:
     x_scale = {"token": torch.rand(*lead, len(segments)), "tensor": torch.rand(len(segments))}.get(scales)
     w_scale = None if scales == "none" else torch.rand(5, len(columns)) + 0.1
     zero_point = torch.randint(-8, 8, (5, len(columns)), dtype=torch.int8) if zero else None
-    y = scaled_matmul(x, x_scale, w, w_scale, zero_point, columns, segments)
+    y = product(x, x_scale, w, w_scale, zero_point, columns, segments)
     assert y.dtype == torch.float32
     assert y.shape == (*lead, 5)
     expected = by_hand(x, x_scale, w, w_scale, zero_point, columns, segments)
@@ -77,7 +92,7 @@ def test_extreme_integer_codes_are_exact(left, right, k, signs) -> None:
             sign = torch.randint(0, 2, (k,)) * 2.0 - 1
     x = (left * sign)[None]
     w = torch.stack([torch.full((k,), float(right)), right * sign, right * torch.ones(k).cumsum(0) // k])
-    y = scaled_matmul(x, None, w, None, None, (k,), (k,))
+    y = product(x, None, w, None, None, (k,), (k,))
     xs, ws = [int(v) for v in x[0].tolist()], [[int(v) for v in row] for row in w.tolist()]
     exact = [sum(a * b for a, b in zip(xs, row, strict=True)) for row in ws]
     assert y[0].tolist() == [np.float32(v).item() for v in exact]
@@ -89,7 +104,7 @@ def test_extreme_zero_points_cancel_exactly() -> None:
     x = torch.full((1, k), 127.0 * 256)
     w = torch.stack([torch.full((k,), 127.0), torch.full((k,), -128.0)])
     zero = torch.tensor([[-128], [127]], dtype=torch.int8)
-    y = scaled_matmul(x, None, w, None, zero, (k,), (k,))
+    y = product(x, None, w, None, zero, (k,), (k,))
     assert y[0].tolist() == [127.0 * 256 * 255 * k, -127.0 * 256 * 255 * k]
 
 
@@ -97,7 +112,9 @@ def test_fp8_values_are_exact() -> None:
     values = torch.from_numpy(oracle.decode("fp8e4m3"))
     values = values[values.isfinite()].float()
     x, w = values[None], torch.stack([values, values.flip(0), values.roll(17)])
-    y = scaled_matmul(x, None, w, None, None, (len(values),), (len(values),))
+    form = FORMATS["fp8e4m3"]
+    grid = Grid(form, (len(values),), None)
+    y = scaled_matmul(x, None, form.quantize(w, torch.ones(())), grid, (len(values),))
     xs = [int(v * 2**9) for v in x[0].tolist()]
     exact = [sum(a * int(b * 2**9) for a, b in zip(xs, row, strict=True)) for row in w.tolist()]
     assert y[0].tolist() == [np.float32(v / 2**18).item() for v in exact]
@@ -106,11 +123,11 @@ def test_fp8_values_are_exact() -> None:
 def test_nothing_overflows_on_the_way() -> None:
     x = torch.full((1, 64), 1e37)
     w = torch.full((2, 64), 127.0)
-    y = scaled_matmul(x, None, w, torch.full((2, 1), 1e-4), None, (64,), (64,))
+    y = product(x, None, w, torch.full((2, 1), 1e-4), None, (64,), (64,))
     np.testing.assert_allclose(y.numpy(), 1e37 * 127 * 64 * 1e-4, rtol=1e-6)
-    tiny = scaled_matmul(torch.ones(1, 64), torch.tensor([1e-30]), w, torch.full((2, 1), 1e-30), None, (64,), (64,))
+    tiny = product(torch.ones(1, 64), torch.tensor([1e-30]), w, torch.full((2, 1), 1e-30), None, (64,), (64,))
     assert (tiny == 0).all()  # 8e-57 is no float32
-    y = scaled_matmul(w[:1], torch.tensor([1e-30]), w * 1e6, torch.full((2, 1), 1e-20), None, (64,), (64,))
+    y = product(w[:1], torch.tensor([1e-30]), w * 1e6, torch.full((2, 1), 1e-20), None, (64,), (64,))
     np.testing.assert_allclose(y.numpy(), 127.0 * 1e-30 * 127e6 * 1e-20 * 64, rtol=1e-6)
 
 
@@ -123,7 +140,7 @@ def test_segments_add_up(segments, seed, groups) -> None:
     w = torch.randint(-127, 128, (4, sum(segments)), generator=generator).float()
     x_scale = torch.rand(3, len(segments), generator=generator)
     w_scale = torch.rand(4, len(columns), generator=generator)
-    y = scaled_matmul(x, x_scale, w, w_scale, None, columns, segments)
+    y = product(x, x_scale, w, w_scale, None, columns, segments)
     np.testing.assert_allclose(
         y.numpy(), by_hand(x, x_scale, w, w_scale, None, columns, segments), rtol=1e-6, atol=1e-6
     )
@@ -131,7 +148,7 @@ def test_segments_add_up(segments, seed, groups) -> None:
     for i, size in enumerate(segments):
         count = size if groups else 1
         parts.append(
-            scaled_matmul(
+            product(
                 x[:, start : start + size], x_scale[:, i : i + 1], w[:, start : start + size],
                 w_scale[:, first : first + count], None, columns[first : first + count], [size],
             )

@@ -1,0 +1,88 @@
+"""Smoothing against float64 formulas: the vector, the grid of strengths, what it does to a layer."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hfquant.algorithms import Smooth
+from hfquant.algorithms.smooth import SearchAlpha, segment_ranges, smoothing_vector
+from hfquant.statistics import LayerStats
+
+
+@given(alpha=st.floats(0, 1), seed=st.integers(0, 2**16))
+def test_smoothing_vector_is_the_formula(alpha: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, w = rng.lognormal(sigma=4, size=(2, 33)).astype(np.float32)
+    expected = x.astype(np.float64) ** alpha / w.astype(np.float64) ** (1 - alpha)
+    found = smoothing_vector(torch.from_numpy(x), torch.from_numpy(w), alpha)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected, rtol=3e-7)
+
+
+def test_smoothing_leaves_dead_channels_alone_and_stays_finite() -> None:
+    x = torch.tensor([0.0, 3.0, 0.0, 1e30, 1e-38])
+    w = torch.tensor([2.0, 0.0, 0.0, 1e-30, 1e30])
+    found = smoothing_vector(x, w, 0.5)
+    assert found[:3].tolist() == [1.0, 1.0, 1.0]
+    assert found.isfinite().all()
+    assert (found > 0).all()
+
+
+def stats_of(x: torch.Tensor) -> LayerStats:
+    return LayerStats.of(x, torch.rand(len(x)).double())
+
+
+@pytest.mark.parametrize(
+    ("search", "expected"),
+    [
+        ({}, [i / 10 for i in range(11)]),
+        ({"min": 0.1, "max": 0.9, "step": 0.2}, [0.1, 0.3, 0.5, 0.7, 0.9]),
+        ({"min": 0.3, "max": 0.3}, [0.3]),
+        ({"step": 0.3}, [0.0, 0.3, 0.6, 0.9, 1.0]),  # the last step is short
+        ({"min": 0.2, "max": 0.7, "step": 1.0}, [0.2, 0.7]),
+    ],
+)
+def test_the_grid_has_both_ends(search, expected) -> None:
+    assert SearchAlpha(**search).grid() == pytest.approx(expected)
+
+
+def test_no_more_than_a_thousand_alphas() -> None:
+    assert len(SearchAlpha(step=0.002).grid()) == 501
+    with pytest.raises(ValueError, match=r"step=1e-07 makes 1e\+07 alphas, at most 1000 are tried"):
+        SearchAlpha(step=1e-7)
+    with pytest.raises(ValueError, match=r"min=0.8 is above max=0.2"):
+        SearchAlpha(min=0.8, max=0.2)
+
+
+@pytest.mark.parametrize("magnitude", ["amax", "rms"])
+def test_magnitudes(magnitude) -> None:
+    x, weight = torch.randn(100, 7) * 3, torch.randn(5, 7)
+    found = Smooth(magnitude=magnitude).magnitudes(weight, stats_of(x))
+    for values, of in zip(found, (x.double(), weight.double()), strict=True):
+        exact = of.abs().amax(0) if magnitude == "amax" else of.square().mean(0).sqrt()
+        torch.testing.assert_close(values.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_input_and_weight_change_and_the_product_does_not() -> None:
+    x, weight, transform = torch.randn(64, 20), torch.randn(12, 20), Smooth()
+    vectors = [torch.rand(20) + 0.5, torch.rand(20) + 0.5]
+    tensors = {"smooth": transform.joined("smooth", vectors)}
+    assert tensors["smooth"].shape == transform.tensors(20, (5, 7))["smooth"].shape == (2, 20)
+    for i, rows in enumerate((slice(0, 5), slice(5, 12))):
+        product = transform.input(x, tensors, i) @ (weight[rows] * vectors[i]).T
+        torch.testing.assert_close(product, x @ weight[rows].T, rtol=1e-4, atol=1e-4)
+    smoothed = torch.cat([weight[:5] * vectors[0], weight[5:] * vectors[1]])
+    torch.testing.assert_close(transform.restored(smoothed, tensors, (5, 7)), weight, rtol=1e-6, atol=1e-6)
+    assert torch.equal(transform.input(x, {"smooth": vectors[0]}, 0), x / vectors[0])
+    assert transform.output(x, tensors, (5, 7)) is None
+
+
+@pytest.mark.parametrize("segments", [(20,), (13, 7), (8, 8, 4)])
+def test_ranges_of_segments(segments) -> None:
+    x = torch.randn(50, 20)
+    low, high = segment_ranges(stats_of(x), segments)
+    parts = x.split(list(segments), 1)
+    assert low.tolist() == [p.min().item() for p in parts]
+    assert high.tolist() == [p.max().item() for p in parts]

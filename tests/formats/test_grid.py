@@ -1,0 +1,270 @@
+"""The weight grid: whose extremes make each scale, what clipping buys, and rounding on it."""
+
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hfquant.formats import FORMATS, Grid, GridRule, NumberFormat, split_columns
+from hfquant.formats.grid import CLIP_FACTORS
+from tests import oracle
+from tests.formats.format_cases import CASTS, INTEGERS, SCALED, name
+
+INT4 = FORMATS["int4"]
+COLUMNS = {"channel": (12,), "group": (4, 4, 4), "segments": (5, 7), "unit": (1,) * 12, "short": (5, 5, 2)}
+ROWS = {"each": None, "tensor": (6,), "blocks": (1, 2, 3)}
+#: 4304 columns by 64: the last group has 16.
+SHORT = split_columns((4304,), 64)
+
+
+def blocks(rows, columns):
+    """(rows, column index, columns) of every block that shares a scale, as slices."""
+    for r0, r1 in pairwise(accumulate(rows or (1,) * 6, initial=0)):
+        for g, (c0, c1) in enumerate(pairwise(accumulate(columns, initial=0))):
+            yield slice(r0, r1), g, slice(c0, c1)
+
+
+def weights() -> torch.Tensor:
+    w = torch.randn(6, 12) * torch.logspace(-2, 2, 6)[:, None]
+    w[2, 3], w[4] = 1e3, 0.0
+    return w
+
+
+def squared_error(w: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """Of each row and column block, in float64."""
+    error = (grid.dequantize(grid.quantize(w)).double() - w.double()) ** 2
+    if importance is not None:
+        error = error * importance.double()
+    return torch.stack([part.sum(-1) for part in error.split(list(grid.columns), -1)], -1)
+
+
+def check_symmetric(w: torch.Tensor, form: NumberFormat, columns, rows) -> None:
+    grid = GridRule(form, columns, rows).fit(w)
+    assert grid.zero_point is None
+    assert (grid.format, grid.columns) == (form, columns)
+    assert grid.scale.shape == (len(w), len(columns))
+    assert grid.scale.dtype == torch.float32
+    codes = grid.quantize(w)
+    back = grid.dequantize(codes)
+    assert codes.shape == back.shape == w.shape
+    assert codes.dtype == form.code_dtype
+    assert torch.equal(grid.round(w), back)
+    for r, g, c in blocks(rows or (1,) * len(w), columns):
+        part = w[r, c].numpy()
+        s = oracle.scale_of(np.abs(part).max(), form.name)
+        assert (grid.scale[r, g] == s.item()).all()
+        expected = (oracle.codes_of(part, s, form.name) * np.float64(s)).astype(np.float32)
+        np.testing.assert_array_equal(back[r, c].numpy(), expected)
+
+
+def check_asymmetric(w: torch.Tensor, form: NumberFormat, columns, rows) -> None:
+    grid = GridRule(form, columns, rows, symmetric=False).fit(w)
+    scale, zero = grid.scale, grid.zero_point
+    assert scale.shape == zero.shape == (len(w), len(columns))
+    assert zero.dtype == form.code_dtype
+    codes = grid.quantize(w)
+    back = grid.dequantize(codes)
+    assert torch.equal(grid.round(w), back)
+    levels, half = 2**form.bits - 1, 2 ** (form.bits - 1)
+    for r, g, c in blocks(rows or (1,) * len(w), columns):
+        part = w[r, c].numpy()
+        low, high = min(part.min(), 0.0), max(part.max(), 0.0)
+        step = (np.float64(high) - low) / levels if high > low else 1.0
+        np.testing.assert_allclose(scale[r, g].numpy(), step, rtol=2e-7)
+        s, z = scale[r, g][0].numpy(), int(zero[r, g][0]) + half
+        assert (zero[r, g] == zero[r, g][0]).all()
+        assert z == np.rint(-np.float32(low) / s)
+        unsigned = np.clip(np.rint(part / s) + z, 0, levels)
+        np.testing.assert_array_equal(codes[r, c].int().numpy() + half, unsigned)
+        np.testing.assert_array_equal(back[r, c].numpy(), ((unsigned - z) * np.float64(s)).astype(np.float32))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("form", SCALED, ids=name)
+def test_symmetric_grid_against_oracle(form, columns, rows) -> None:
+    check_symmetric(weights(), form, COLUMNS[columns], ROWS[rows])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("form", INTEGERS, ids=name)
+def test_asymmetric_grid_against_oracle(form, columns, rows) -> None:
+    w = weights() + 0.5
+    w[4] = 0.0
+    check_asymmetric(w, form, COLUMNS[columns], ROWS[rows])
+
+
+@pytest.mark.parametrize("form", SCALED, ids=name)
+def test_a_short_last_group_against_oracle(form) -> None:
+    assert SHORT == (64,) * 67 + (16,)
+    w = torch.randn(3, 4304) * torch.logspace(-2, 2, 4304)
+    check_symmetric(w, form, SHORT, None)
+    check_symmetric(w, form, SHORT, (1, 2))
+    if form.is_integer:
+        check_asymmetric(w + 0.5, form, SHORT, None)
+
+
+@pytest.mark.parametrize("form", CASTS, ids=name)
+def test_casts_have_no_grid(form) -> None:
+    w = weights()
+    for columns in ((12,), (5, 7)):
+        grid = GridRule(form, columns).fit(w)
+        assert grid.scale is grid.zero_point is None
+        expected = oracle.codes_of(w.numpy(), None, form.name)
+        np.testing.assert_array_equal(grid.dequantize(grid.quantize(w)).numpy(), expected)
+        np.testing.assert_array_equal(grid.round(w).numpy(), expected)
+
+
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_any_float_dtype(source) -> None:
+    w = torch.randn(6, 12).to(source)
+    for form in SCALED:
+        a, b = (GridRule(form, (4, 4, 4)).fit(v) for v in (w, w.float()))
+        assert torch.equal(a.scale, b.scale)
+        assert torch.equal(a.quantize(w), a.quantize(w.float()))
+
+
+@pytest.mark.parametrize("clip", ["amax", "mse"])
+@pytest.mark.parametrize("columns", [(12,), (4, 4, 4), (5, 5, 2), (1,) * 12])
+def test_strided_weights(columns, clip) -> None:
+    for w in (weights().T.contiguous().T, torch.randn(6, 24)[:, ::2], torch.randn(12, 13)[::2, 1:]):
+        assert not w.is_contiguous()
+        for form in SCALED:
+            for symmetric in (True, False) if form.is_integer else (True,):
+                rule = GridRule(form, columns, None, symmetric, clip)
+                grid, same = rule.fit(w), rule.fit(w.contiguous())
+                assert torch.equal(grid.scale, same.scale)
+                codes = grid.quantize(w)
+                assert torch.equal(codes, grid.quantize(w.contiguous()))
+                assert torch.equal(grid.round(w), grid.dequantize(codes.T.contiguous().T))
+
+
+@pytest.mark.parametrize("columns", [(4, 4, 4), (5, 5, 2)])
+def test_rows_of_another_grid_and_a_column_of_its_own(columns) -> None:
+    w, rows = weights() + 0.5, torch.tensor([True, False, False, True, True, False])
+    for symmetric in (True, False):
+        rule = GridRule(INT4, columns, symmetric=symmetric)
+        one, other = rule.fit(w), rule.fit(w * 3)
+        mixed = one.where(rows, other)
+        for i, chosen in enumerate(rows.tolist()):
+            theirs = other if chosen else one
+            assert torch.equal(mixed.scale[i], theirs.scale[i])
+            assert symmetric or torch.equal(mixed.zero_point[i], theirs.zero_point[i])
+        for g in range(3):
+            scale, zero_point = one.column(g)
+            assert torch.equal(scale, one.scale[:, g])
+            assert (zero_point is None) if symmetric else torch.equal(zero_point, one.zero_point[:, g])
+    cast = GridRule(FORMATS["fp16"], columns).fit(w)
+    assert cast.where(rows, cast) == cast
+
+
+# Clipping.
+
+
+def test_clip_factors() -> None:
+    assert CLIP_FACTORS[0] == 1.0
+    assert min(CLIP_FACTORS) == pytest.approx(0.6)
+    assert max(CLIP_FACTORS) == 1.0
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("columns", ["group", "segments", "short"])
+@pytest.mark.parametrize(
+    ("form", "symmetric"),
+    [("int4", True), ("int4", False), ("int8", True), ("int8", False), ("fp8e4m3", True)],
+)
+def test_clipping_is_the_best_of_its_factors(form, symmetric, columns, rows, weighted) -> None:
+    w, columns, rows = weights() + 0.1, COLUMNS[columns], ROWS[rows]
+    w[5] = 0.0
+    importance = torch.rand(12) ** 4 * 100 if weighted else None
+    plain = GridRule(FORMATS[form], columns, rows, symmetric)
+    grid = replace(plain, clip="mse").fit(w, importance)
+    for r, g, _ in blocks(rows, columns):
+        assert (grid.scale[r, g] == grid.scale[r, g][0]).all()
+        assert grid.zero_point is None or (grid.zero_point[r, g] == grid.zero_point[r, g][0]).all()
+    loss = squared_error(w, grid, importance)
+    best = None
+    for factor in CLIP_FACTORS:
+        # A clipped block is one whose extremes are those of the scaled block.
+        tried = squared_error(w, plain.fit(w * factor), importance)
+        tried = torch.cat([b.sum(0, keepdim=True) for b in tried.split(list(rows or (1,) * 6))])
+        best = tried if best is None else torch.minimum(best, tried)
+    loss = torch.cat([b.sum(0, keepdim=True) for b in loss.split(list(rows or (1,) * 6))])
+    assert (loss <= best * (1 + 1e-5) + 1e-12).all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_clipping_with_a_short_last_group_in_blocks_of_rows(weighted, monkeypatch) -> None:
+    """Each group, the short one too, has the grid that it would have alone; so has each block of rows."""
+    w = torch.randn(200, 144)
+    importance = torch.rand(144) if weighted else None
+    rule = GridRule(INT4, (64, 64, 16), clip="mse")
+    whole = rule.fit(w, importance)
+    for g, columns in enumerate((slice(0, 64), slice(64, 128), slice(128, 144))):
+        part = None if importance is None else importance[columns]
+        alone = GridRule(INT4, (columns.stop - columns.start,), clip="mse").fit(w[:, columns], part)
+        assert torch.equal(whole.scale[:, g], alone.scale[:, 0])
+    monkeypatch.setattr("hfquant.formats.grid.CHUNK", 1)
+    assert torch.equal(rule.fit(w, importance).scale, whole.scale)
+
+
+def test_clipping_pays_at_four_bits() -> None:
+    w = torch.randn(64, 64)
+    mse = GridRule(INT4, (64,), clip="mse")
+    losses = [squared_error(w, GridRule(INT4, (64,)).fit(w)), squared_error(w, mse.fit(w))]
+    assert (losses[1] <= losses[0]).all()
+    assert losses[1].sum() < 0.9 * losses[0].sum()
+    # An error in a column that matters counts more: there the grid is not clipped.
+    importance = torch.zeros(64)
+    importance[w[0].abs().argmax()] = 1.0
+    assert squared_error(w[:1], mse.fit(w[:1], importance), importance) < 1e-12
+
+
+@pytest.mark.parametrize("clip", ["amax", "mse"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("form", INTEGERS, ids=name)
+def test_all_zero_weights(form, rows, symmetric, clip) -> None:
+    w = torch.zeros(6, 12)
+    grid = GridRule(form, (4, 4, 4), ROWS[rows], symmetric, clip).fit(w)
+    assert (grid.scale == 1).all()
+    assert grid.zero_point is None or (grid.zero_point == -(2 ** (form.bits - 1))).all()
+    assert (grid.dequantize(grid.quantize(w)) == 0).all()
+
+
+@pytest.mark.parametrize("clip", ["amax", "mse"])
+def test_huge_weights_stay_finite(clip) -> None:
+    w = torch.tensor([[1e30, -2e30, 1e-30, 0.0], [3.4e38, -3.4e38, 1.0, 1e38]])
+    for form in SCALED:
+        for symmetric in (True, False) if form.is_integer else (True,):
+            grid = GridRule(form, (4,), None, symmetric, clip).fit(w)
+            assert grid.dequantize(grid.quantize(w)).isfinite().all()
+
+
+# What holds for any partition.
+
+
+@given(
+    st.sampled_from(SCALED),
+    st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    st.booleans(),
+    st.sampled_from(["amax", "mse"]),
+    st.integers(0, 2**31),
+)
+def test_a_partition_is_its_parts(form, columns, symmetric, clip, seed) -> None:
+    w = torch.randn(3, sum(columns), generator=torch.Generator().manual_seed(seed))
+    importance = torch.rand(sum(columns), generator=torch.Generator().manual_seed(seed + 1))
+
+    def back(part: torch.Tensor, sizes: list[int], weight: torch.Tensor) -> torch.Tensor:
+        rule = GridRule(form, tuple(sizes), None, symmetric or not form.is_integer, clip)
+        grid = rule.fit(part, weight)
+        return grid.dequantize(grid.quantize(part))
+
+    parts = zip(w.split(columns, -1), columns, importance.split(columns), strict=True)
+    assert torch.equal(back(w, columns, importance), torch.cat([back(p, [n], i) for p, n, i in parts], -1))
