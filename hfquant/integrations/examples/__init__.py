@@ -11,7 +11,6 @@ names of its own is in a short table of exceptions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,10 +45,14 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
         logger.debug("%s: no example inputs: not a model of transformers or diffusers", name)
         return None
     try:
-        candidates = candidates_of_diffusers if "diffusers" in libraries else candidates_of_transformers
-        made = (_placed(model, candidate) for candidate in candidates(model))
+        of_diffusers = "diffusers" in libraries
+        candidates = candidates_of_diffusers(model) if of_diffusers else candidates_of_transformers(model)
+        made = (_placed(model, candidate) for candidate in candidates)
         known = type(model).__module__.partition(".")[0] in ("transformers", "diffusers")
-        return next(made) if known else _first_that_runs(model, made)
+        # A language model that looks for pictures' tokens reads values, so on the meta device it runs on text alone.
+        if known and (of_diffusers or not any(p.is_meta for p in model.parameters())):
+            return next(made)
+        return _first_that_runs(model, list(made), known)
     except UnknownInput as error:
         logger.debug("%s: no example inputs: %s", name, error)
     except Exception as error:  # a config without the fields its class should have, or with senseless ones
@@ -57,10 +60,12 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
     return None
 
 
-def _first_that_runs(model: nn.Module, made: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first inputs with which the forward of an unknown class runs."""
+def _first_that_runs(model: nn.Module, made: list[dict[str, Any]], known: bool) -> dict[str, Any]:
+    """Return the first inputs with which the forward runs; else a ``known`` class needs values, which meta lacks."""
     from hfquant.dataflow.trace import PatternError, trace  # here, because trace offers example_inputs
 
+    if known and len(made) == 1:
+        return made[0]
     why = ""
     for inputs in made:
         try:
@@ -68,6 +73,8 @@ def _first_that_runs(model: nn.Module, made: Iterator[dict[str, Any]]) -> dict[s
             return inputs
         except PatternError as error:
             why = str(error)
+    if known:
+        return made[0]
     raise UnknownInput(why)
 
 

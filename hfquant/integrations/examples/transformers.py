@@ -28,7 +28,9 @@ def candidates_of_transformers(model: nn.Module) -> Iterator[dict[str, Any]]:
     made = [m for m in made if m]
     if not made:
         raise why or UnknownInput("no rule makes any parameter of its forward")
-    yield from made
+    yield made[0]
+    if made[1:] and made[1].keys() != made[0].keys():
+        yield made[1]
 
 
 def _main_rules(model: nn.Module) -> dict[str, Rule]:
@@ -44,14 +46,23 @@ def _all_rules(model: nn.Module) -> dict[str, Rule]:
     if "input_ids" not in s.parameters:
         return rules | {n: RULES[n] for n in ("bbox",)}
     rules["bbox"] = RULES["bbox"]
-    two_towers = hasattr(model, "logit_scale") or (hasattr(model, "text_model") and hasattr(model, "vision_model"))
+    two_towers = hasattr(model, "logit_scale") or (
+        hasattr(model, "text_model") and (hasattr(model, "vision_model") or hasattr(model, "audio_model"))
+    )
     if "pixel_values" in s.parameters and _has(s, VISION_CONFIGS):
         if two_towers:
-            return rules | {"input_ids": _text_ids, "pixel_values": pixels}
+            return rules | {"input_ids": _text_ids, "pixel_values": pixels} | _patch_masks(s)
         return rules | _with_pictures(s)
     if two_towers:
         return rules | {n: r for n, r in RULES.items() if n in ("input_features", "input_values", "input_ids")}
     return rules
+
+
+def _patch_masks(s: Sketch) -> dict[str, Rule]:
+    """Return the rules for which patches there are, for a vision tower that takes patches."""
+    if "spatial_shapes" not in s.parameters:
+        return {}
+    return {"pixel_attention_mask": _patch_mask, "spatial_shapes": _shapes}
 
 
 def _with_pictures(s: Sketch) -> dict[str, Rule]:
@@ -92,8 +103,8 @@ def _pictures(s: Sketch) -> tuple[dict[str, Any], int] | None:
     image = pixels(s)
     patches = (size // patch) ** 2
     name = type(s.config).__name__
-    if name.startswith(("Idefics3", "SmolVLM")):  # pictures in tiles
-        return {"pixel_values": image[:, None]}, patches // s.field("scale_factor", default=2) ** 2
+    if name.startswith(("Idefics3", "SmolVLM")):  # tiles; all zero they would count as padding
+        return {"pixel_values": 1 + image[:, None]}, patches // s.field("scale_factor", default=2) ** 2
     if name.startswith("Gemma3"):
         return {"pixel_values": image}, s.need("mm_tokens_per_image")
     if name.startswith("Mistral3"):
@@ -132,11 +143,16 @@ def _text(s: Sketch) -> Sketch:
 
 
 def _text_ids(s: Sketch) -> Tensor:
-    """Return token ids; the last one of each row is the largest, where some models look for the end of the text."""
+    """Return token ids, each row ended by the one end of text, which some classifiers look for."""
     vocabulary = s.field("vocab_size", default=_text(s).field("vocab_size"))
     if vocabulary is None:
         raise UnknownInput("its config has no vocab_size")
-    return ids(vocabulary, BATCH, TOKENS)
+    made = ids(vocabulary, BATCH, TOKENS)
+    end = s.field("eos_token_id", default=_text(s).field("eos_token_id"))
+    if isinstance(end, int) and 0 <= end < vocabulary:
+        made = torch.where(made == end, (end + 1) % vocabulary, made)
+        made[:, -1] = end
+    return made
 
 
 def _decoder_ids(s: Sketch) -> Tensor | None:
@@ -173,11 +189,12 @@ def _features(s: Sketch) -> Tensor:
     if audio.field("spec_size") is not None:  # CLAP: a picture of a spectrum
         return torch.zeros(BATCH, 1, audio.need("spec_size"), bins or 64)
     if bins is None:
-        bins = audio.need("input_channels", "feature_projection_input_dim")
+        bins = audio.need("feature_projection_input_dim", "input_channels")
+    if width := audio.field("feature_projection_input_dim"):
+        return torch.zeros(BATCH, 64, width)
     if audio.field("max_source_positions") and "input_feat_per_channel" not in _fields(audio):
         return torch.zeros(BATCH, bins, 2 * audio.need("max_source_positions"))
-    width = audio.field("feature_projection_input_dim", default=bins)
-    return torch.zeros(BATCH, 64, width)
+    return torch.zeros(BATCH, 64, bins)
 
 
 def _fields(s: Sketch) -> set[str]:
@@ -210,6 +227,15 @@ def _time_features(s: Sketch) -> Tensor:
     return torch.zeros(BATCH, _past(s).shape[1], s.need("num_time_features"))
 
 
+def _patch_mask(s: Sketch) -> Tensor:
+    return torch.ones(pixels(s).shape[:2], dtype=torch.long)
+
+
+def _shapes(s: Sketch) -> Tensor:
+    side = int(_within(s, VISION_CONFIGS).need("num_patches") ** 0.5)
+    return torch.tensor([[side, side]] * BATCH)
+
+
 RULES: dict[str, Rule] = {
     "input_ids": _text_ids,
     "decoder_input_ids": _decoder_ids,
@@ -223,14 +249,9 @@ RULES: dict[str, Rule] = {
 
 NEEDED_RULES: dict[str, Rule] = RULES | {
     "attention_mask": lambda s: torch.ones(BATCH, TOKENS, dtype=torch.long),
-    "pixel_attention_mask": lambda s: torch.ones(pixels(s).shape[:2], dtype=torch.long),
-    "spatial_shapes": lambda s: _shapes(s),
+    "pixel_attention_mask": _patch_mask,
+    "spatial_shapes": _shapes,
     "past_time_features": _time_features,
     "past_observed_mask": lambda s: torch.ones_like(_past(s)),
     "bool_masked_pos": lambda s: None,
 }
-
-
-def _shapes(s: Sketch) -> Tensor:
-    side = int(_within(s, VISION_CONFIGS).need("num_patches") ** 0.5)
-    return torch.tensor([[side, side]] * BATCH)
