@@ -1,5 +1,7 @@
 """Patterns on real model classes with tiny random configs, run with the example inputs derived from those configs."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -331,11 +333,20 @@ def test_hunyuan_skip_connection():
     assert trace(block, example | {"skip": hidden})["skip_linear"].input_segments == (12, 12)
 
 
-def test_no_example_inputs_for_what_is_not_known():
-    from diffusers import AutoencoderKL
+def test_no_example_inputs_for_what_is_not_known(caplog):
+    """None, and a debug line that says why."""
+    from diffusers import MotionAdapter
 
-    assert example_inputs(nn.Linear(2, 2)) is None
-    assert example_inputs(AutoencoderKL(norm_num_groups=1, block_out_channels=(4,))) is None
+    with torch.device("meta"):
+        models = [nn.Linear(2, 2), MotionAdapter(block_out_channels=(32,)), flux(), sd3()]
+    models[2].register_to_config(joint_attention_dim=None)  # configs that their classes cannot have
+    models[3].register_to_config(patch_size="two")
+    for model, why in zip(models, ["not a model of", "no forward of its own", "joint_attention_dim", ""], strict=True):
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG, "hfquant"):
+            assert example_inputs(model) is None
+        assert f"{type(model).__name__}: no example inputs" in caplog.text
+        assert why in caplog.text
 
 
 def test_example_inputs_take_the_models_dtype():
