@@ -38,14 +38,14 @@ class ModelFacts:
         skipped: names of linears that stay in full precision unless asked for, and why.
         prefix: a name without it means the same module (transformers' ``base_model_prefix``).
         example: gives inputs for pattern detection, or None where they are not known.
-        options: keyword arguments that a calibration sample may lack.
+        options: for the layers that are watched, keyword arguments that a calibration sample may lack.
         uncounted: names of modules that the share of quantized parameters leaves out (output heads).
     """
 
     skipped: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     example: Callable[[], Any] = lambda: None
-    options: Callable[[Any], Mapping[str, Any]] = lambda sample: {}
+    options: Callable[[Iterable[nn.Module]], Mapping[str, Any]] = lambda layers: {}
     uncounted: Collection[str] = ()
 
     def aliases(self, name: str) -> tuple[str, ...]:

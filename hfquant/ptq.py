@@ -271,12 +271,13 @@ def _solve_group(run: Run, names: Sequence[str]) -> Iterator[tuple[str, QuantLin
     if needs:
         with group.together():
             if run.data is not None:
+                linears = {n: run.linear(n) for n in needs}
                 stats = observe(
                     run.model,
-                    {n: run.linear(n) for n in needs},
+                    linears,
                     run.data,
                     needs,
-                    options=run.facts.options,
+                    options=run.facts.options(linears.values()),
                     stop_early=run.per_layer_mode,
                     shard=run.shard,
                 )

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
+from hfquant.observers import observe
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -28,7 +29,6 @@ from hfquant.cli import app
 from hfquant.demo import load_digits_pipeline
 from hfquant.distributed import processes
 from hfquant.nn.linear import quant_linears
-from hfquant.observers import observe
 from tests.calibration.tiny_models import tiny_pipeline, tiny_unet
 from tests.integrations.small_models import llama_of_64
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from hfquant.observers import LayerStats, layer_stats
 from safetensors.torch import load_file
 from torch import Tensor
 
 from hfquant.distributed import Processes, processes
-from hfquant.observers import LayerStats, layer_stats
 from tests import distributed_job
 
 EXACT = [

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hfquant.observers import LayerStats, layer_stats
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from hfquant.config import QuantRules
 from hfquant.nn.linear import QuantLinear
-from hfquant.observers import LayerStats, layer_stats
 from hfquant.planner import LayerPlan, layer_plan
 from hfquant.solver import Solution, solve
 

@@ -58,11 +58,6 @@ class LinearTrace:
     evidence: tuple[str, ...]
     obstacle: str | None = None
 
-    @property
-    def functional(self) -> bool:
-        """Whether replacing the module would break the model."""
-        return self.obstacle is not None
-
 
 def trace(
     model: nn.Module,

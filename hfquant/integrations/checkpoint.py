@@ -81,7 +81,7 @@ def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: boo
         # transformers initializes what is not marked, modules and tensors that stay on disk alike, and codes have no
         # random initialization. A tensor that is missing is replaced by one without the mark.
         for marked in (layer, *layer.parameters(), *layer.buffers()):
-            marked._is_hf_initialized = True  # type: ignore[assignment, union-attr]
+            setattr(marked, "_is_hf_initialized", True)  # noqa: B010 (a tensor has no such attribute)
         replacements[linear] = layer
     replace_modules(model, replacements)
 

@@ -16,7 +16,7 @@ from benchmarks import memory, metrics, models, quality, static, streaming
 from benchmarks.ablation import ABLATION, DIGITS_ABLATION
 from benchmarks.peers import PEERS, linearized
 from hfquant.config import parse
-from hfquant.observers import observe
+from hfquant.observe import observe
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def test_solving_from_shared_statistics_is_quantize(llama: LlamaForCausalLM) -> 
     batches = [{"input_ids": torch.randint(96, (2, 12))} for _ in range(3)]
     rules = static.CONFIGS["W8A8 static, SMOOTH search, GPTQ, weights in groups of 64"]
     linears = models.quantizable_linears(llama)
-    stats = observe(llama, linears, batches, dict.fromkeys(linears, True))
+    stats = observe(llama, linears, batches, dict.fromkeys(linears, ("hessian",)))
     found = static.solved(copy.deepcopy(llama), rules, stats)
     expected = hfquant.quantize(copy.deepcopy(llama), batches, rules)
     for a, b in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):

@@ -277,7 +277,7 @@ def test_real_classes(build):
         model = build()
     found = trace(model, example_inputs(model))
     assert found.keys() == {n for n, m in model.named_modules() if type(m) is nn.Linear}
-    assert not any(t.functional for t in found.values())
+    assert not any(t.obstacle for t in found.values())
     for name, expected in CLASSES[build].items():
         t = found[name]
         assert (t.input_segments, t.output_segments, t.activations) == expected, name

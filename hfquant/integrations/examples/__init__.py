@@ -55,7 +55,7 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
         return _first_that_runs(model, list(made), known)
     except UnknownInput as error:
         logger.debug("%s: no example inputs: %s", name, error)
-    except Exception as error:  # a config without the fields its class should have, or with senseless ones
+    except Exception as error:  # noqa: BLE001 (a config without the fields of its class, or with senseless ones)
         logger.debug("%s: no example inputs: %s: %s", name, type(error).__name__, error)
     return None
 
