@@ -20,8 +20,10 @@ from hfquant.diffusion import (
     denoiser_names,
     eval_mode,
     find_denoiser,
+    from_grid,
     is_pipeline,
     time_reader,
+    to_grid,
 )
 from hfquant.nn.linear import quant_linears
 
@@ -178,3 +180,12 @@ def test_a_component_that_fails_leaves_all_of_them_alone() -> None:
         pipe.transformer_2.blocks[0].ffn.net[2].weight[0, 0] = 0.0
     quantize_pipeline(pipe, None, "w8a16")
     assert all(quant_linears(part) for part in parts)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 7, 4, 5), (2, 16, 3), (2, 15, 3)])
+def test_layouts_go_there_and_back(shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape)
+    grid = to_grid(values)
+    channels = shape[2] if len(shape) == 3 else shape[1]
+    assert grid.shape[1] == channels
+    assert torch.equal(from_grid(grid, values), values)
