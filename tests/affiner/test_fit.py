@@ -76,7 +76,7 @@ def test_the_noise_of_steps_is_the_same_in_every_run(scheduler):
 
 @pytest.mark.parametrize("recurrent", [True, False])
 def test_predictions_are_observed_on_the_right_latents(recurrent):
-    """Against a plain loop: recurrent steps go on from corrected predictions, others along the real model's run."""
+    """Against a plain loop: recurrent steps continue from corrected predictions, others along the real model's run."""
     real, quant = Toy(), Toy(gain=[0.9, 1.1])
     config = toy_config(recurrent=recurrent)
     affiner = Recorder()
