@@ -9,6 +9,7 @@ import copy
 import inspect
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,7 +212,7 @@ def quantize_pipeline(
         **kwargs: Arguments of the pipeline's call (`num_inference_steps`, `guidance_scale`, ...).
 
     Returns:
-        `pipe`. All inputs are recorded before anything is quantized, so bad data leaves it as it was.
+        `pipe`. If anything fails, all components are as they were.
 
     Raises:
         ValueError: A component that the pipeline does not have.
@@ -231,9 +232,27 @@ def quantize_pipeline(
             folder = None if dump_path is None else Path(dump_path) / name
             seen = generate_calibrate_set(pipe, sampler or UniformSampler(), batches, name, folder, **kwargs)
             loaders[name] = seen.get_dataloader(batch_size=batch_size)
-    for name, loader in loaders.items():
-        quantize(pipe.components[name], loader, config)
+    with _undone_on_error([pipe.components[name] for name in names]):
+        for name, loader in loaders.items():
+            quantize(pipe.components[name], loader, config)
     return pipe
+
+
+@contextmanager
+def _undone_on_error(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Put all modules back as they were if the block raises, Ctrl-C included. Weights must not be changed in place."""
+    states = [vars(module) for model in models for module in model.modules()]
+    states += [vars(model.config) for model in models if hasattr(getattr(model, "config", None), "__dict__")]
+    # The dicts of parameters, submodules and hooks keep their identity: handles of hooks refer to them.
+    states += [value for state in states for value in state.values() if type(value) in (dict, OrderedDict)]
+    kept = [dict(state) for state in states]
+    try:
+        yield
+    except BaseException:
+        for state, old in zip(states, kept, strict=True):
+            state.clear()
+            state.update(old)
+        raise
 
 
 def _modules(pipe: Any) -> list[str]:
