@@ -31,7 +31,7 @@ class CalibrationError(ValueError):
 class CalibrationData:
     """The batches of a loader, checked once and opened once a pass.
 
-    Looking at the first batch costs no pass of its own: the first pass goes on with the iterator that it came from.
+    Looking at the first batch costs no pass of its own: the first pass continues the iterator that it came from.
 
     Args:
         loader: a DataLoader or another iterable of batches that starts anew each time it is iterated. A batch is a
