@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hfquant.integrations.examples.sketch import BATCH, TOKENS, Rule, Sketch, ids
 
+PIXELS = 64  # along each side of a picture
 SIDE = 4  # patches along each side of an image
 FRAMES = 2  # patches along time
 
@@ -211,6 +213,36 @@ def image_tokens(s: Sketch) -> Tensor | None:
     """Return an image encoder's output for video models that start from a picture."""
     width = s.field("image_dim", "image_embed_dim", "image_proj_dim")
     return torch.zeros(BATCH, s.field("pos_embed_seq_len", default=TOKENS), width) if width else None
+
+
+def wide(*names: str, tokens: int | None = TOKENS) -> Callable[[Sketch], Tensor | None]:
+    """Return a rule for features as wide as a config field says; of ``tokens`` tokens, or one vector a sample.
+
+    The rule leaves the parameter out where the config has none of ``names``.
+    """
+
+    def rule(s: Sketch) -> Tensor | None:
+        width = s.field(*names)
+        if width is None:
+            return None
+        return torch.zeros(BATCH, width) if tokens is None else torch.zeros(BATCH, tokens, width)
+
+    return rule
+
+
+def zeros(*shape: int, dtype: torch.dtype | None = None) -> Callable[[Sketch], Tensor]:
+    """Return a rule for zeros of a fixed shape, one sample of which is ``shape[1:]``."""
+    return lambda s: torch.zeros(shape, dtype=dtype)
+
+
+def ones(*shape: int, dtype: torch.dtype | None = None) -> Callable[[Sketch], Tensor]:
+    """Return a rule for ones of a fixed shape."""
+    return lambda s: torch.ones(shape, dtype=dtype)
+
+
+def field_latents(*names: str) -> Callable[[Sketch], Tensor]:
+    """Return a rule for latents with as many channels as a config field says."""
+    return lambda s: latents(s, s.need(*names))
 
 
 RULES: dict[str, Rule] = {
