@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfquant.integrations.examples.sketch import BATCH, TOKENS, Rule, Sketch, ids
+from hfquant.integrations.examples.sketch import BATCH, TOKENS, Rule, Sketch, UnknownInput, ids
 
 PIXELS = 64  # along each side of a picture
 SIDE = 4  # patches along each side of an image
@@ -87,7 +87,7 @@ def latents(s: Sketch, channels: int | None = None) -> Tensor:
 def sample(s: Sketch) -> Tensor:
     """Return zeros of the shape of a U-Net's latents, or of what an autoencoder takes: pixels, or a waveform."""
     if not hasattr(s.model, "encode") or not hasattr(s.model, "decode"):
-        return latents(s)
+        return latents(s, s.need("in_channels") - 4 if s.field("addition_embed_type") == "image_hint" else None)
     channels = s.field(
         "in_channels",
         "input_channels",
@@ -183,13 +183,16 @@ def added_conditions(s: Sketch) -> dict[str, Any] | None:
             made = {"text_embeds": torch.zeros(BATCH, width), "image_embeds": torch.zeros(BATCH, width)}
         case "image":
             made = {"image_embeds": torch.zeros(BATCH, s.need("encoder_hid_dim"))}
-        case "image_hint":
+        case "image_hint":  # a hint is joined to the latents, which are so many channels fewer
             hint = torch.zeros(BATCH, 3, 8 * side(s), 8 * side(s))
             made = {"image_embeds": torch.zeros(BATCH, s.need("encoder_hid_dim")), "hint": hint}
-    if s.field("encoder_hid_dim_type") in ("text_image_proj", "image_proj"):
-        made["image_embeds"] = torch.zeros(BATCH, s.field("cross_attention_dim"))
-        if s.field("encoder_hid_dim_type") == "image_proj":
+    match s.field("encoder_hid_dim_type"):
+        case "text_image_proj":
+            made["image_embeds"] = torch.zeros(BATCH, s.need("cross_attention_dim"))
+        case "image_proj":
             made["image_embeds"] = torch.zeros(BATCH, s.need("encoder_hid_dim"))
+        case "ip_image_proj":
+            raise UnknownInput("an IP-Adapter's picture")
     return made or None
 
 
