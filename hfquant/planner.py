@@ -82,9 +82,10 @@ class LayerPlan:
         """The config's transform, its options cut to the layer's size."""
         return self.config.opt.fitted(self.in_features, self.row_groups)
 
-    @property
+    @cached_property
     def columns(self) -> tuple[int, ...]:
         """Sizes of the column blocks that have a weight scale of their own: groups, else input segments."""
+        # Cached before the first forward: torch.compile cannot follow a section's missing field.
         return split_columns(self.input_segments, self.config.group_size)
 
     @property

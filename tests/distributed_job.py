@@ -14,10 +14,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from diffusers import DDIMScheduler
-from hfquant.observers import observe
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -28,7 +28,9 @@ import hfquant
 from hfquant.cli import app
 from hfquant.demo import load_digits_pipeline
 from hfquant.distributed import processes
-from hfquant.nn.linear import quant_linears
+from hfquant.nn.modules import quant_linears
+from hfquant.observe import observe
+from hfquant.statistics import STATISTICS, Reduction, Statistic
 from tests.calibration.tiny_models import tiny_pipeline, tiny_unet
 from tests.integrations.small_models import llama_of_64
 
@@ -53,18 +55,27 @@ def data(count: int, seed: int = 7) -> list[dict[str, Tensor]]:
     return [{"input_ids": torch.randint(3, 101, shape, generator=generator)} for shape in shapes]
 
 
+#: Statistics that hfquant lacks: one line each, and they are merged like the others.
+MADE_UP = {
+    "magnitudes": Statistic(lambda n: (n,), Reduction.SUM, lambda rows: rows.x.abs().sum(0)),
+    "largest": Statistic(lambda n: (n,), Reduction.MAX, lambda rows: rows.x.abs().amax(0)),
+}
+
+
 def statistics() -> dict[str, Tensor]:
     """Merged statistics of the layers that this process owns."""
     model = llama_of_64()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    with processes() as crew:
-        stats = observe(model, linears, data(5), dict.fromkeys(linears, True), shard=(crew.rank, crew.size))
-        owners = crew.share({n: m.weight.numel() for n, m in linears.items()})
-        stats = crew.merge(stats, owners, {n: m.in_features for n, m in linears.items()})
+    features, needs = {n: m.in_features for n, m in linears.items()}, {n: {"hessian", *MADE_UP} for n in linears}
+    with patch.dict(STATISTICS, MADE_UP), processes() as group:
+        stats = observe(model, linears, data(5), needs, shard=(group.rank, group.size))
+        owners = group.share({n: m.weight.numel() for n, m in linears.items()})
+        stats = group.merge(stats, owners, features, needs)
     kept = {}
     for name, found in stats.items():
-        kept[f"{name}.amax"], kept[f"{name}.hessian"] = found.amax, found.hessian
-        kept[f"{name}.sample"], kept[f"{name}.count"] = found.sample, torch.tensor([found.count])
+        kept |= {f"{name}.{key}": value for key, value in found.sums.items()}
+        kept |= {f"{name}.sample.{key}": value for key, value in vars(found.sample).items()}
+        kept[f"{name}.count"] = torch.tensor([found.count])
     return kept
 
 
@@ -80,18 +91,21 @@ def quantized(config: Any, batches: Any, **options: Any) -> dict[str, Tensor]:
 
 def prepared() -> dict[str, Tensor]:
     """Each process has data of its own, as from a loader that accelerate has prepared; the last may have none."""
-    with processes() as crew:
-        rank, size = crew.rank, crew.size
+    with processes() as group:
+        rank, size = group.rank, group.size
     state = quantized(STATIC, data(3)[rank::size])
     del state["errors"]  # batches have other numbers here, and so other rows are sampled
     return state
 
 
 def resumed(folder: Path) -> dict[str, Tensor]:
-    """Solved once, then found: by each process that sees the folder."""
+    """Solved once, then found: by each process that sees the folder. Not with other data."""
     first = quantized(GPTQ, data(4), resume_dir=folder)
-    again = quantized(GPTQ, [{"input_ids": torch.zeros(1, 2, dtype=torch.long)}], resume_dir=folder)
+    again = quantized(GPTQ, data(4), resume_dir=folder)
     assert all(torch.equal(first[k], again[k]) for k in first if k != "errors")
+    assert (again["errors"] == -1).all()
+    assert (first["errors"] > 0).all()
+    assert (quantized(GPTQ, data(4, seed=8), resume_dir=folder)["errors"] > 0).all()
     return again
 
 
@@ -112,15 +126,15 @@ def recorded(folder: Path | None) -> dict[str, Tensor]:
 
 def command(out: Path) -> dict[str, Tensor]:
     """`hfquant calibrate`; samples in an order that does not depend on who made them."""
-    with processes() as crew:
-        if crew.main:
+    with processes() as group:
+        if group.main:
             load_digits_pipeline().save_pretrained(out / "digits")
             (out / "labels.jsonl").write_text("".join(f'{{"label": {i}}}\n' for i in range(5)))
-        crew.gather(None)
+        group.gather(None)
     source = ["--source", str(out / "labels.jsonl"), "--column", "label", "--batch-size", "2", "--steps", "4"]
     ran = CliRunner().invoke(app, ["calibrate", str(out / "digits"), *source, "--out", str(out / "made"), "--debug"])
     assert ran.exit_code == 0, ran.output
-    assert ("samples" in ran.stdout) == crew.main
+    assert ("samples" in ran.stdout) == group.main
     made = hfquant.load_calibrate_set(out / "made")
     hidden = sorted((s["hidden_states"] for s in made), key=lambda x: float(x.sum()))
     return {f"{i}": tensor.contiguous() for i, tensor in enumerate(hidden)}
@@ -146,17 +160,17 @@ def save_words(folder: Path) -> None:
 
 def loaded(out: Path) -> dict[str, Tensor]:
     """Calibrated on a text stream inside from_pretrained, saved by one process: the checkpoint's bytes, for all."""
-    with processes() as crew:
+    with processes() as group:
         folder, saved = out / "float", out / "saved"
         llama_of_64().save_pretrained(folder)  # transformers writes in the first process alone
-        if crew.main:
+        if group.main:
             save_words(folder)
-        crew.gather(None)
+        group.gather(None)
         spec = {"dataset": str(folder / "text.txt"), "samples": 7, "seqlen": 20, "batch_size": 2}
         config = hfquant.HfQuantConfig(STATIC, calibration=spec)
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
         model.save_pretrained(saved)
-        crew.gather(None)
+        group.gather(None)
         file = (saved / "model.safetensors").read_bytes()
     assert len(quant_linears(model)) == 14
     return {"file": torch.frombuffer(bytearray(file), dtype=torch.uint8)}
@@ -219,8 +233,8 @@ def main(out: Path) -> None:
 
 def crash() -> None:
     """The last process dies without a word while the others calibrate."""
-    with processes() as crew:
-        last = crew.rank == crew.size - 1
+    with processes() as group:
+        last = group.rank == group.size - 1
 
     class Dies(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import copy
 import json
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,10 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5
 
 import hfquant.planner
 from hfquant import ConfigError, HfQuantConfig, SegPattern, plan
-from hfquant.config import DType, InputQuant, LayerConfig, OptConfig, Optimum, QuantRules, WeightQuant
+from hfquant.algorithms import Identity, TensorSpec
+from hfquant.algorithms.low_rank import LowRank
+from hfquant.config import InputQuant, LayerConfig, QuantRules, WeightQuant
 from hfquant.dataflow.trace import LinearTrace, PatternError
-from hfquant.formats.packing import packed_width
-from hfquant.planner import LayerPlan, Plan, aliases, layer_plan, matches
+from hfquant.formats import FORMATS
+from hfquant.integrations import model_facts
+from hfquant.integrations.facts import facts_of
+from hfquant.planner import LayerPlan, ModelFacts, Plan, layer_plan, matches, plan_layers
 
 FREE = {"opt": {"type": "default"}, "input_quant": None}
 OFF = {"default": {**FREE, "search_patterns": []}}
@@ -74,7 +78,10 @@ def test_every_linear_and_nothing_else() -> None:
     )
     found = plan(model, OFF)
     assert list(found.layers) == ["plain"]
-    assert found.skipped == {}
+    assert found.skipped == {
+        "special": "it is a subclass of nn.Linear, Special",
+        "attention.out_proj": "it is a subclass of nn.Linear, NonDynamicallyQuantizableLinear",
+    }
 
 
 def test_a_shared_module_is_planned_once() -> None:
@@ -129,7 +136,8 @@ def test_kept_in_float32() -> None:
     model = Net()
     model._keep_in_fp32_modules = ["up"]
     model._keep_in_fp32_modules_strict = {"blocks.1.down", "head.weight"}
-    assert list(plan(model, OFF).layers) == ["blocks.0.down"]
+    assert list(plan_layers(model, QuantRules(OFF), facts=facts_of(model)).layers) == ["blocks.0.down"]
+    assert len(plan(model, OFF).layers) == 5, "only a library's models are asked"
     assert model._keep_in_fp32_modules == ["up"]
 
 
@@ -149,9 +157,7 @@ def test_kept_in_float32() -> None:
     ],
 )
 def test_modules_to_not_convert(names, skipped) -> None:
-    model = Net()
-    model.base_model_prefix = "model"
-    found = plan(model, HfQuantConfig(OFF, modules_to_not_convert=names))
+    found = plan_layers(Net(), QuantRules(OFF), names, facts=ModelFacts(prefix="model"))
     assert found.skipped == dict.fromkeys(skipped, "in modules_to_not_convert")
     assert list(found.layers) == [n for n in NAMES if n not in skipped]
 
@@ -186,9 +192,9 @@ def test_base_model_prefix() -> None:
     whole = tiny_llama()
     with torch.device("meta"):
         base = LlamaModel(whole.config)
-    assert aliases("model.layers.0.mlp", whole) == ("model.layers.0.mlp", "layers.0.mlp")
-    assert aliases("layers.0.mlp", base) == ("layers.0.mlp", "model.layers.0.mlp")
-    assert aliases("x", nn.Module()) == ("x",)
+    assert model_facts(whole).aliases("model.layers.0.mlp") == ("model.layers.0.mlp", "layers.0.mlp")
+    assert model_facts(base).aliases("layers.0.mlp") == ("layers.0.mlp", "model.layers.0.mlp")
+    assert ModelFacts().aliases("x") == model_facts(nn.Module()).aliases("x") == ("x",)
     with_head, without = plan(whole, rules), plan(base, rules)
     assert [n.removeprefix("model.") for n in with_head.layers] == list(without.layers)
     assert len(without.layers) == 4
@@ -337,14 +343,21 @@ def test_without_example_or_with_a_failing_forward(caplog, monkeypatch) -> None:
 # Sizes that do not fit.
 
 
-@pytest.mark.parametrize("group", [3, 5, 16, 64])
-def test_group_size_must_divide(group) -> None:
-    with pytest.raises(ConfigError) as error:
-        plan(Net(), {**OFF, "*.up": {"weight_quant": {"group_size": group}}})
-    assert f"layer 'blocks.0.up': weight_quant.group_size={group} does not divide in_features=8" in str(error.value)
-    assert '{"blocks.0.up": {"weight_quant": {"group_size": ...}}}' in str(error.value)
-    with pytest.raises(ConfigError, match=f"layer 'blocks.0.up': calib.group_size={group} does not divide"):
-        plan(Net(), {**OFF, "*.up": {"calib": {"type": "gptq", "group_size": group}}})
+@pytest.mark.parametrize("section", [{"weight_quant": {"group_size": 3}}, {"calib": {"type": "gptq", "group_size": 3}}])
+def test_the_last_group_may_be_short(section, caplog) -> None:
+    with caplog.at_level(logging.INFO, "hfquant"):
+        found = plan(Net(), {**OFF, "*.up": section})
+    assert found.layers["blocks.0.up"].columns == found.layers["blocks.1.up"].columns == (3, 3, 2)
+    assert found.layers["blocks.0.up"].tensors()["weight_scale"].shape == (32, 3)
+    assert [r.getMessage() for r in caplog.records] == [
+        "Net: in 2 layers the last group of a segment is shorter, 'blocks.0.up' first"
+    ]
+
+
+@pytest.mark.parametrize("group", [16, 64])
+def test_a_group_wider_than_the_layer_is_the_row(group) -> None:
+    found = plan(Net(), {**OFF, "*.up": {"weight_quant": {"group_size": group}}})
+    assert found.layers["blocks.0.up"].columns == (8,)
 
 
 def test_groups_of_the_whole_row_or_a_single_column() -> None:
@@ -353,10 +366,13 @@ def test_groups_of_the_whole_row_or_a_single_column() -> None:
         assert found.layers["blocks.0.up"].columns == columns
 
 
-def test_low_rank_must_fit() -> None:
-    with pytest.raises(ConfigError, match=r"layer 'head': opt.low_rank=6 is over the layer's size, at most 5"):
-        plan(Net(), {"default": {**FREE, "opt": {"type": "svd", "low_rank": 6}}})
-    assert plan(Net(), {"default": {**FREE, "opt": {"type": "svd", "low_rank": 5}}}).layers["head"].rank == 5
+def test_a_rank_is_cut_to_the_layer(caplog) -> None:
+    with caplog.at_level(logging.INFO, "hfquant"):
+        found = plan(Net(), {"default": {**FREE, "search_patterns": [], "opt": {"type": "svd", "low_rank": 6}}})
+    assert [p.transform.low_rank for p in found.layers.values()] == [6, 6, 6, 6, 5]
+    assert {p.config.opt.low_rank for p in found.layers.values()} == {6}
+    assert found.layers["head"].tensors()["svd_up"].shape == (5, 5)
+    assert [r.getMessage() for r in caplog.records] == ["Net: in 1 layers opt is cut to the layer's size, 'head' first"]
 
 
 # Stored plans.
@@ -386,10 +402,8 @@ def test_stored_differences_round_trip(made) -> None:
     stored = json.loads(json.dumps(made.differences(rule)))
     assert layer_plan("fc", linear, rule, stored) == made
     # Nothing that the rule gives by itself is stored.
-    assert set(stored) == {key for key, value in vars(made).items() if value != vars(plain).get(key)} - {
-        "evidence",
-        *idle,
-    }
+    changed = {f.name for f in fields(LayerPlan) if getattr(made, f.name) != getattr(plain, f.name)}
+    assert set(stored) == changed - {"evidence", *idle}
 
 
 @pytest.mark.parametrize(
@@ -417,9 +431,9 @@ def test_stored_differences_round_trip(made) -> None:
         ({"dual": [True], "config": {"input_quant": {"type": "int16", "dynamic": True}}}, "not int16"),
         ({"config": {"enable": 3}}, "enable.*got 3"),
         ({"config": []}, "expected a dict"),
-        ({"config": {"weight_quant": {"group_size": 5}}}, "group_size=5 does not divide"),
-        ({"config": {"weight_quant": {"group_size": 16}}, "input_segments": [8, 24]}, r"segments \[8, 24\]"),
-        ({"config": {"opt": {"type": "svd", "low_rank": 5}}, "output_segments": [3, 3]}, "low_rank=5.*at most 3"),
+        ({"config": {"weight_quant": {"group_size": 0}}}, "group_size.*got 0"),
+        ({"config": {"opt": {"type": "svd", "low_rank": 0}}}, "low_rank.*got 0"),
+        ({"config": {"weight_quant": {"type": "int5"}}}, "unknown number format 'int5'"),
     ],
 )
 def test_malformed_stored_plans(stored, says) -> None:
@@ -432,33 +446,52 @@ def test_malformed_stored_plans(stored, says) -> None:
 # Tensors.
 
 
-@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("dtype", FORMATS)
 def test_tensors_of_a_plan(dtype) -> None:
     config = LayerConfig(
-        weight_quant=WeightQuant(type=dtype),
-        input_quant=InputQuant(type=DType.INT8),
-        opt=OptConfig(type=Optimum.SVD, low_rank=3),
+        weight_quant=WeightQuant(type=dtype), input_quant=InputQuant(type="int8"), opt=LowRank(low_rank=3)
     )
-    spec = LayerPlan(config, 13, 10, (6, 7), (4, 6), (True, False)).tensors(torch.bfloat16)
-    codes = torch.int16 if dtype.bits == 16 else torch.int8
-    assert spec["weight"] == ((10, packed_width(13, dtype.bits) if dtype.bits < 8 else 13), codes)
-    assert spec.get("weight_scale") == (((10, 2), torch.float32) if dtype.is_scaled else None)
+    form = FORMATS[dtype]
+    spec = LayerPlan(config, 13, 10, (6, 7), (4, 6), (True, False)).tensors()
+    codes = torch.int16 if form.bits == 16 else torch.int8
+    assert all(isinstance(s, TensorSpec) for s in spec.values())
+    assert spec["weight"] == ((10, -(-13 * form.bits // 8) if form.bits < 8 else 13), codes)
+    assert spec.get("weight_scale") == (((10, 2), torch.float32) if form.has_scale else None)
     assert spec["input_scale"] == spec["input_scale_neg"] == ((4,), torch.float32)
     assert spec["smooth"] == ((2, 13), torch.float32)
-    assert spec["svd_down"] == ((6, 13), torch.bfloat16)
-    assert spec["svd_up"] == ((10, 3), torch.bfloat16)
-    config = LayerConfig(weight_quant=WeightQuant(type=dtype), input_quant=None, opt=OptConfig(type=Optimum.DEFAULT))
+    # Of the model's dtype, whatever that is.
+    assert spec["svd_down"] == ((6, 13), None)
+    assert spec["svd_up"] == ((10, 3), None)
+    config = LayerConfig(weight_quant=WeightQuant(type=dtype), input_quant=None, opt=Identity())
     plain = LayerPlan(config, 13, 10, (13,), (10,), (False,))
-    assert set(plain.tensors(torch.float32)) == {"weight"} | ({"weight_scale"} if dtype.is_scaled else set())
+    assert set(plain.tensors()) == {"weight"} | ({"weight_scale"} if form.has_scale else set())
 
 
 def test_zero_points_and_groups() -> None:
-    config = LayerConfig(weight_quant=WeightQuant(type=DType.INT4, group_size=4, symmetric=False), input_quant=None)
-    spec = LayerPlan(config, 12, 5, (12,), (5,), (False,)).tensors(torch.float32)
-    assert spec["weight"] == ((5, 6), torch.int8)
-    assert spec["weight_scale"] == ((5, 3), torch.float32)
-    assert spec["weight_zero_point"] == ((5, 3), torch.int8)
-    assert spec["smooth"] == ((12,), torch.float32)
+    config = LayerConfig(weight_quant=WeightQuant(type="int4", group_size=4, symmetric=False), input_quant=None)
+    for columns, groups in ((12, 3), (10, 3), (9, 3), (13, 4)):
+        spec = LayerPlan(config, columns, 5, (columns,), (5,), (False,)).tensors()
+        assert spec["weight"] == ((5, -(-columns // 2)), torch.int8)
+        assert spec["weight_scale"] == ((5, groups), torch.float32)
+        assert spec["weight_zero_point"] == ((5, groups), torch.int8)
+        assert spec["smooth"] == ((columns,), torch.float32)
+
+
+def test_rules_say_what_the_plan_decided() -> None:
+    """What grids and inputs are found by: rows that share a scale, segments, dual scale, groups."""
+    config = config_of(weight_quant={"type": "int4", "axis": None}, input_quant={"type": "int8"})
+    found = replace(layer_plan("fc", nn.Linear(32, 6), config), input_segments=(8, 24), output_segments=(2, 4))
+    assert (found.grid_rule(6).rows, found.grid_rule(6).columns) == ((2, 4), (8, 24))
+    smooth = replace(found, config=config_of(**{**found.config.model_dump(), "opt": {"type": "smooth"}}))
+    assert smooth.row_groups == (2, 4)
+    assert smooth.grid_rule(4).rows == (4,)
+    rule = replace(found, dual=(True, False)).input_rule
+    assert (rule.static, rule.per_token, rule.segments, rule.dual) == (True, False, (8, 24), (True, False))
+    grouped = config_of(weight_quant={"type": "int4", "group_size": 16, "clip": "mse", "symmetric": False})
+    rule = replace(found, config=grouped).grid_rule(6)
+    assert (rule.format, rule.columns, rule.rows) == (FORMATS["int4"], (8, 16, 8), None)
+    assert (rule.symmetric, rule.clip) == (False, "mse")
+    assert replace(found, config=config_of(input_quant=None)).input_rule is None
 
 
 # The table.

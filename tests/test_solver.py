@@ -17,6 +17,7 @@ from hfquant.config import QuantRules
 from hfquant.nn.linear import QuantLinear
 from hfquant.planner import LayerPlan, layer_plan
 from hfquant.solver import Solution, solve
+from hfquant.statistics import LayerStats
 
 TOKEN = {"type": "int8", "axis": -1, "dynamic": True}
 CHANNEL = {"type": "int8", "axis": -1}
@@ -39,7 +40,7 @@ def inputs(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 def stats_of(x: torch.Tensor) -> LayerStats:
     draw = torch.rand(len(x), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return layer_stats(x, draw, hessian=True)
+    return LayerStats.of(x, draw, {"hessian"})
 
 
 def error(solution: Solution, weight: torch.Tensor, x: torch.Tensor) -> float:
@@ -130,7 +131,8 @@ def test_search_equals_brute_force(quant: dict[str, Any] | None, opt: dict[str, 
     if quant == {"type": "int8"}:
         low, high = (torch.stack([part.amin(0), part.amax(0)]) for part in (x[draw], x[~draw]))
         halves = [
-            (replace(stats, fold_low=r[:1], fold_high=r[1:]), rows) for r, rows in ((low, x[~draw]), (high, x[draw]))
+            (replace(stats, sums={**stats.sums, "low": r[:1], "high": r[1:]}), rows)
+            for r, rows in ((low, x[~draw]), (high, x[draw]))
         ]
     grid = [0.1, 0.3, 0.5, 0.7, 0.9]
     losses = np.zeros((len(grid), len(segments)))
@@ -268,7 +270,40 @@ def test_nan_weights_are_refused() -> None:
 def test_statistics_are_not_changed_by_solving() -> None:
     weight, x = torch.randn(8, 16), inputs(100, 16)
     stats = stats_of(x)
-    before = {k: v.clone() for k, v in vars(stats).items() if isinstance(v, torch.Tensor)}
+    before = {**stats.sums, **vars(stats.sample)}
+    copies = {k: v.clone() for k, v in before.items()}
+    assert len(before) == 7
     solve("layer", weight, make_plan(8, 16, opt=SVD, calib={"type": "gptq"}), stats)
-    assert all(torch.equal(getattr(stats, k), v) for k, v in before.items())
-    assert stats.count == replace(stats).count == 100
+    assert all(torch.equal(before[k], v) for k, v in copies.items())
+    assert stats.count == 100
+    assert stats.divisor is None
+
+
+@pytest.mark.parametrize("opt", [{"type": "default"}, SMOOTH, SEARCH, SVD])
+@pytest.mark.parametrize("calib", ["amax", "gptq"])
+@pytest.mark.parametrize("segments", [[40], [22, 18]])
+def test_groups_may_end_short(opt: dict[str, Any], calib: str, segments: list[int]) -> None:
+    """Each segment's last group holds what is left, and the layer is no worse for it."""
+    weight, x = torch.randn(12, 40), inputs(200, 40)
+    stored = {"input_segments": segments} if len(segments) > 1 else {}
+    config = {"opt": opt, "calib": {"type": calib}, "input_quant": None}
+    plan = make_plan(12, 40, stored, **config, weight_quant={"type": "int4", "group_size": 16})
+    assert plan.columns == ((16, 16, 8) if len(segments) == 1 else (16, 6, 16, 2))
+    solution = solve("layer", weight, plan, stats_of(x))
+    assert solution.tensors["weight_scale"].shape == (12, len(plan.columns))
+    whole = solve(
+        "layer", weight, make_plan(12, 40, stored, **config, weight_quant={"type": "int4", "axis": -1}), stats_of(x)
+    )
+    assert error(solution, weight, x) < error(whole, weight, x)
+    layer = QuantLinear.from_tensors(solution.plan, solution.tensors, None)
+    fake = layer(x)
+    layer.real_quant = True
+    torch.testing.assert_close(layer(x), fake, rtol=1e-5, atol=1e-5 * float(fake.abs().max()))
+
+
+def test_a_rank_above_the_layer_s_size_is_cut() -> None:
+    weight, x = torch.randn(2, 20), inputs(100, 20)
+    opt = {"type": "svd", "low_rank": 32}
+    solution = solve("layer", weight, make_plan(2, 20, opt=opt, weight_quant=CHANNEL), stats_of(x))
+    assert solution.tensors["svd_up"].shape == (2, 2)
+    assert error(solution, weight, x) < 1e-5  # a branch of full rank leaves nothing over

@@ -6,14 +6,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from hfquant import QuantLinear, formats
-from hfquant.config import DType, InputQuant, LayerConfig, OptConfig, Optimum, WeightQuant
+from hfquant import QuantLinear
+from hfquant.algorithms import Identity, Smooth, Transform
+from hfquant.algorithms.low_rank import LowRank
+from hfquant.config import InputQuant, LayerConfig, WeightQuant
+from hfquant.formats import FORMATS
 from hfquant.planner import LayerPlan
 from tests import oracle
 
 IN, OUT = 24, 10
-PLAIN, SMOOTH = OptConfig(type=Optimum.DEFAULT), OptConfig(type=Optimum.SMOOTH)
-SVD = OptConfig(type=Optimum.SVD, low_rank=3)
+PLAIN, SMOOTH, SVD = Identity(), Smooth(), LowRank(low_rank=3)
+
+
+def rank(plan: LayerPlan) -> int:
+    """The rank of the branch, 0 without one."""
+    return getattr(plan.transform, "low_rank", 0)
 
 
 @dataclass
@@ -21,25 +28,29 @@ class Case:
     """A plan, short of its input format."""
 
     weight: WeightQuant
-    opt: OptConfig = PLAIN
+    opt: Transform = PLAIN
     inputs: tuple[int, ...] = (IN,)
     outputs: tuple[int, ...] = (OUT,)
     dual: tuple[bool, ...] = ()
 
     def plan(self, quant: InputQuant | None = None, real: bool = False) -> LayerPlan:
         config = LayerConfig(weight_quant=self.weight, input_quant=quant, opt=self.opt, real_quant=real)
-        dual = self.dual if quant and quant.type.is_integer and quant.type.bits < 16 else ()
+        dual = self.dual if quant and quant.format.is_integer and quant.format.bits < 16 else ()
         return LayerPlan(
             config, sum(self.inputs), sum(self.outputs), self.inputs, self.outputs, dual or (False,) * len(self.inputs)
         )
 
 
-def cases(dtype: DType) -> dict[str, Case]:
-    channel, zero = WeightQuant(type=dtype), {"symmetric": not dtype.is_integer}
-    group = {"group_size": 4} if dtype.is_scaled else {}
+def cases(dtype: str) -> dict[str, Case]:
+    form = FORMATS[dtype]
+    channel, zero = WeightQuant(type=dtype), {"symmetric": not form.is_integer}
+    group = {"group_size": 4} if form.has_scale else {}
+    short = {"group_size": 10} if form.has_scale else {}
     return {
         "channel": Case(channel),
         "group": Case(WeightQuant(type=dtype, **group)),
+        "short group": Case(WeightQuant(type=dtype, **short, **zero)),
+        "short groups of segments": Case(WeightQuant(type=dtype, **short), SMOOTH, (13, 11), (3, 7), (True, False)),
         "input segments": Case(channel, inputs=(5, 8, 11)),
         "dual": Case(channel, inputs=(9, 15), dual=(True, False)),
         "asymmetric": Case(WeightQuant(type=dtype, **zero, **group)),
@@ -52,21 +63,22 @@ def cases(dtype: DType) -> dict[str, Case]:
 
 def random_tensors(plan: LayerPlan, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Tensors as a solver could have made them, but random: codes over their whole range, unpacked."""
-    made = {name: torch.rand(shape) + 0.5 for name, (shape, _) in plan.tensors(dtype).items()}
+    made = {name: torch.rand(spec.shape) + 0.5 for name, spec in plan.tensors().items()}
     weight, shape = plan.config.weight_quant, (plan.out_features, plan.in_features)
-    half = 2 ** (weight.type.bits - 1)
-    if weight.type.is_integer:
+    form = weight.format
+    half = 2 ** (form.bits - 1)
+    if form.is_integer:
         low = -half if not weight.symmetric else 1 - half
-        made["weight"] = torch.randint(low, half, shape).to(formats.code_dtype(weight.type))
+        made["weight"] = torch.randint(low, half, shape).to(form.code_dtype)
     else:
-        made["weight"] = formats.quantize(torch.randn(shape), torch.full((1,), 0.01), weight.type)
+        made["weight"] = form.quantize(torch.randn(shape), torch.full((1,), 0.01))
     if "weight_scale" in made:
-        made["weight_scale"] /= formats.qmax(weight.type)
+        made["weight_scale"] /= form.qmax
     if "weight_zero_point" in made:
         zero = torch.randint(-half, half, made["weight_zero_point"].shape)
-        made["weight_zero_point"] = zero.to(formats.code_dtype(weight.type))
+        made["weight_zero_point"] = zero.to(form.code_dtype)
     if "input_scale" in made:
-        made["input_scale"] *= 2 / formats.qmax(plan.config.input_quant.type)
+        made["input_scale"] *= 2 / plan.config.input_quant.format.qmax
     if "input_scale_neg" in made:
         flags = torch.tensor(plan.dual * len(plan.row_groups))
         made["input_scale_neg"] = torch.where(flags, made["input_scale"] / 8, made["input_scale"])
@@ -92,11 +104,11 @@ def some_input(*lead: int, features: int = IN) -> torch.Tensor:
 
 def weight_by_hand(plan: LayerPlan, tensors) -> np.ndarray:
     """The smoothed weight in float64."""
-    dtype = plan.config.weight_quant.type
+    form = plan.config.weight_quant.format
     codes = tensors["weight"].numpy()
-    if not dtype.is_integer:
-        values = oracle.decode(dtype.value)[codes.view(f"u{codes.itemsize}")]
-        if not dtype.is_scaled:
+    if not form.is_integer:
+        values = oracle.decode(form.name)[codes.view(f"u{codes.itemsize}")]
+        if not form.has_scale:
             return values
     else:
         values = codes.astype(np.float64)
@@ -118,19 +130,19 @@ def forward_by_hand(plan: LayerPlan, tensors, x: torch.Tensor) -> tuple[np.ndarr
             xs = x / tensors["smooth"].reshape(-1, plan.in_features)[i].numpy()
         if quant is None:
             values = xs.astype(np.float64)
-        elif quant.dynamic or not quant.type.is_scaled:
-            values, _ = oracle.activation(xs, quant.type.value, quant.axis, segments, plan.dual)
+        elif quant.dynamic or not quant.format.has_scale:
+            values, _ = oracle.activation(xs, quant.type, quant.axis, segments, plan.dual)
         else:
             column = np.repeat(np.arange(len(segments)), segments)
             scale = tensors["input_scale"].reshape(-1, len(segments))[i].numpy()[column]
             if "input_scale_neg" in tensors:
                 negative = tensors["input_scale_neg"].reshape(-1, len(segments))[i].numpy()[column]
                 scale = np.where(xs < 0, negative, scale)
-            values = oracle.codes_of(xs, scale, quant.type.value) * scale.astype(np.float64)
+            values = oracle.codes_of(xs, scale, quant.type) * scale.astype(np.float64)
         block = slice(start, start + rows)
         part, bound = values @ w[block].T, np.abs(values) @ np.abs(w[block]).T
-        if plan.rank:
-            down = tensors["svd_down"].double().numpy().reshape(-1, plan.rank, plan.in_features)[i]
+        if rank(plan):
+            down = tensors["svd_down"].double().numpy().reshape(-1, rank(plan), plan.in_features)[i]
             up = tensors["svd_up"].double().numpy()[block]
             part = part + x.astype(np.float64) @ down.T @ up.T
             bound = bound + np.abs(x.astype(np.float64)) @ np.abs(down).T @ np.abs(up).T

@@ -1,13 +1,15 @@
-"""What QuantLinear computes, against float64: every format, every plan, fake and real."""
+"""QuantLinear: what it computes, against float64, in every format, plan and way to run; and what it is as a module."""
+
+import copy
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-import hfquant.nn.linear
-from hfquant import QuantLinear, formats
-from hfquant.config import DType, InputQuant, WeightQuant
+from hfquant import QuantLinear
+from hfquant.config import InputQuant, WeightQuant
+from hfquant.formats import FORMATS, Grid, NumberFormat
 from tests.nn.linear_cases import (
     IN,
     OUT,
@@ -17,13 +19,14 @@ from tests.nn.linear_cases import (
     forward_by_hand,
     layer_of,
     random_tensors,
+    rank,
     some_input,
     weight_by_hand,
 )
 
 INPUTS = [
     None,
-    *[InputQuant(type=d, axis=a, dynamic=y) for d in DType for a, y in ((None, False), (None, True), (-1, True))],
+    *[InputQuant(type=d, axis=a, dynamic=y) for d in FORMATS for a, y in ((None, False), (None, True), (-1, True))],
 ]
 
 
@@ -31,8 +34,8 @@ def refuse(*args, **kwargs):
     raise AssertionError("the real path used dequantized weights")
 
 
-@pytest.mark.parametrize("case", cases(DType.INT8))
-@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("case", cases("int8"))
+@pytest.mark.parametrize("dtype", FORMATS)
 def test_fake_and_real_against_oracle(dtype, case, monkeypatch) -> None:
     x = some_input(3)
     for quant in INPUTS:
@@ -44,8 +47,8 @@ def test_fake_and_real_against_oracle(dtype, case, monkeypatch) -> None:
         layer.real_quant = True
         with monkeypatch.context() as patch:
             patch.setattr(QuantLinear, "dequantize", refuse)
-            patch.setattr(hfquant.nn.linear, "dequantize_weight", refuse)
-            patch.setattr(formats, "dequantize", refuse)
+            patch.setattr(Grid, "dequantize", refuse)
+            patch.setattr(NumberFormat, "dequantize", refuse)
             real = layer(x)
         assert_close(real, expected, size)
         assert real.dtype == fake.dtype == torch.float32
@@ -54,7 +57,7 @@ def test_fake_and_real_against_oracle(dtype, case, monkeypatch) -> None:
 @pytest.mark.parametrize("real", [False, True])
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3), (2, 1, 3), (0,), (2, 0)])
 def test_leading_dimensions(lead, real) -> None:
-    for case in cases(DType.INT4).values():
+    for case in cases("int4").values():
         for quant in (None, InputQuant(dynamic=True), InputQuant(dynamic=True, axis=-1), InputQuant()):
             plan = case.plan(quant, real)
             layer, tensors = layer_of(plan)
@@ -66,7 +69,7 @@ def test_leading_dimensions(lead, real) -> None:
 
 
 @pytest.mark.parametrize("real", [False, True])
-@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("sizes", [(7, 5), (1, 1), (1, 5), (5, 1), (33, 3)])
 def test_odd_sizes(sizes, dtype, real) -> None:
     case = Case(WeightQuant(type=dtype), inputs=sizes[:1], outputs=sizes[1:])
@@ -81,7 +84,7 @@ def test_odd_sizes(sizes, dtype, real) -> None:
 @pytest.mark.parametrize("real", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_input_dtypes(dtype, real) -> None:
-    for case in cases(DType.INT8).values():
+    for case in cases("int8").values():
         plan = case.plan(InputQuant(dynamic=True, axis=-1), real)
         layer, _ = layer_of(plan)
         x = some_input(4).to(dtype)
@@ -93,7 +96,7 @@ def test_other_input_dtypes(dtype, real) -> None:
 
 @pytest.mark.parametrize("real", [False, True])
 def test_strided_inputs_and_autocast(real) -> None:
-    plan = cases(DType.INT8)["all at once"].plan(InputQuant(dynamic=True), real)
+    plan = cases("int8")["all at once"].plan(InputQuant(dynamic=True), real)
     layer, _ = layer_of(plan)
     x = some_input(5, 4).transpose(0, 1)
     assert not x.is_contiguous()
@@ -108,14 +111,14 @@ def test_strided_inputs_and_autocast(real) -> None:
 @pytest.mark.parametrize("real", [False, True])
 def test_extreme_codes(real) -> None:
     """Full-range codes on both sides: where saturating 16-bit sums go wrong."""
-    for dtype, wide in ((DType.INT8, 512), (DType.INT4, 512), (DType.INT6, 100), (DType.INT16, 300)):
-        limit = int(formats.qmax(dtype))
+    for dtype, wide in (("int8", 512), ("int4", 512), ("int6", 100), ("int16", 300)):
+        limit = int(FORMATS[dtype].qmax)
         for dual in ((True,), (False,)):
             case = Case(WeightQuant(type=dtype), inputs=(wide,), outputs=(2,), dual=dual)
             plan = case.plan(InputQuant(type=dtype, axis=-1, dynamic=True), real)
             tensors = random_tensors(plan)
             tensors["weight"] = torch.stack([torch.full((wide,), limit), torch.full((wide,), -limit)]).to(
-                formats.code_dtype(dtype)
+                FORMATS[dtype].code_dtype
             )
             tensors["weight_scale"] = torch.ones(2, 1)
             x = torch.full((1, wide), float(limit))
@@ -124,7 +127,7 @@ def test_extreme_codes(real) -> None:
 
 
 def test_real_does_not_overflow_where_fake_does_not() -> None:
-    plan = Case(WeightQuant(type=DType.INT8)).plan(None)
+    plan = Case(WeightQuant(type="int8")).plan(None)
     tensors = random_tensors(plan)
     tensors["weight"].fill_(127)
     tensors["weight_scale"].fill_(1e-4)
@@ -137,8 +140,8 @@ def test_real_does_not_overflow_where_fake_does_not() -> None:
 
 
 def test_zeros_and_bad_tokens() -> None:
-    for dtype in DType:
-        for quant in (InputQuant(type=d, axis=-1, dynamic=True) for d in DType):
+    for dtype in FORMATS:
+        for quant in (InputQuant(type=d, axis=-1, dynamic=True) for d in FORMATS):
             for real in (False, True):
                 layer, _ = layer_of(cases(dtype)["dual"].plan(quant, real), bias=False)
                 x = some_input(3)
@@ -150,8 +153,8 @@ def test_zeros_and_bad_tokens() -> None:
                 assert torch.equal(y[[0, 2]], clean[[0, 2]])
 
 
-@pytest.mark.parametrize("dtype", DType)
-@pytest.mark.parametrize("case", cases(DType.INT8))
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("case", cases("int8"))
 def test_effective_weight_and_to_linear(dtype, case) -> None:
     plan = cases(dtype)[case].plan(None)
     layer, tensors = layer_of(plan)
@@ -162,7 +165,7 @@ def test_effective_weight_and_to_linear(dtype, case) -> None:
         block = slice(start, start + rows)
         if "smooth" in tensors:
             w[block] /= tensors["smooth"].reshape(-1, IN)[i].double().numpy()
-        if plan.rank:
+        if rank(plan):
             w[block] += (
                 tensors["svd_up"][block].double().numpy() @ tensors["svd_down"].view(-1, 3, IN)[i].double().numpy()
             )
@@ -191,3 +194,205 @@ def test_errors_of_forward() -> None:
             for wrong in (torch.zeros(2, IN + 1), torch.zeros(2, IN - 1), torch.zeros(2, 1), torch.zeros(())):
                 with pytest.raises(ValueError, match=r"QuantLinear\(24, 10\) got an input of shape"):
                     layer(wrong)
+
+
+# As a module: tensors, casts, copies, compiling, loading.
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("case", cases("int8"))
+def test_tensors_are_as_planned(dtype, case) -> None:
+    for quant in (None, InputQuant(), InputQuant(type="fp8e4m3")):
+        plan = cases(dtype)[case].plan(quant)
+        layer, _ = layer_of(plan, dtype=torch.bfloat16)
+        spec = {n: (shape, kind or torch.bfloat16) for n, (shape, kind) in plan.tensors().items()}
+        spec["bias"] = (OUT,), torch.bfloat16
+        assert {n: (tuple(t.shape), t.dtype) for n, t in layer.state_dict().items()} == spec
+        bits = plan.config.weight_quant.format.bits
+        assert layer.weight.shape == (OUT, -(-IN * bits // 8) if bits < 8 else IN)
+        assert layer.weight.dtype in (torch.int8, torch.int16)
+        assert layer.weight.nbytes == OUT * IN * bits / 8
+        # Nothing flat to slice wrongly, nothing without a dimension.
+        assert all(t.dim() == 2 for n, t in layer.state_dict().items() if n.startswith("weight") or n.startswith("svd"))
+        assert all(t.dim() >= 1 for t in layer.state_dict().values())
+        assert [n for n, _ in layer.named_parameters()] == ["weight", "bias"]
+        assert not any(p.requires_grad for p in layer.parameters())
+        assert isinstance(layer, nn.Linear)
+        assert (layer.in_features, layer.out_features) == (IN, OUT)
+
+
+def test_as_many_parameters_as_the_float_layer() -> None:
+    layer, _ = layer_of(Case(WeightQuant(type="int8")).plan(InputQuant()))
+    assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in nn.Linear(IN, OUT).parameters())
+
+
+@pytest.mark.parametrize("case", cases("int8"))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casts_move_only_the_models_floats(dtype, case) -> None:
+    for weight in ("int4", "int16", "fp8e4m3"):
+        plan = cases(weight)[case].plan(InputQuant(type="int8"))
+        for cast in (lambda m: m.to(dtype), lambda m: m.type(dtype), lambda m: nn.Sequential(m).to(dtype)[0]):
+            layer, _ = layer_of(plan)
+            x = some_input(3)
+            before = {k: v.clone() for k, v in layer.state_dict().items()}
+            cast(layer)
+            for name, tensor in layer.state_dict().items():
+                if name in ("bias", "svd_down", "svd_up"):
+                    assert tensor.dtype == dtype
+                else:
+                    assert tensor.dtype == before[name].dtype
+                    assert torch.equal(tensor, before[name])
+            if not rank(plan):
+                bias = before["bias"].to(dtype).float()
+                expected = layer(x) - bias
+                layer.bias = None
+                torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_half_float_double_methods() -> None:
+    layer, _ = layer_of(cases("int8")["all at once"].plan(InputQuant()))
+    for method, dtype in (("half", torch.float16), ("bfloat16", torch.bfloat16), ("double", torch.float64)):
+        getattr(layer, method)()
+        assert layer.svd_down.dtype == layer.bias.dtype == dtype
+        assert layer.weight_scale.dtype == layer.smooth.dtype == layer.input_scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_state_dict_deepcopy_and_meta(real) -> None:
+    x = some_input(3)
+    for dtype in FORMATS:
+        for case in cases(dtype).values():
+            plan = case.plan(InputQuant(type="int8"), real)
+            layer, _ = layer_of(plan)
+            y = layer(x)
+            twin = copy.deepcopy(layer)
+            assert torch.equal(twin(x), y)
+            twin.weight.data.zero_()
+            assert torch.equal(layer(x), y)
+            empty = QuantLinear(plan, device="meta")
+            assert all(t.is_meta for t in empty.state_dict().values())
+            shape = empty(x.to("meta")).shape
+            assert shape == y.shape
+            assigned = copy.deepcopy(empty)
+            assigned.load_state_dict(layer.state_dict(), assign=True)
+            assert torch.equal(assigned(x), y)
+            copied = empty.to_empty(device="cpu")
+            copied.load_state_dict(layer.state_dict())
+            assert torch.equal(copied(x), y)
+            assert not any(p.requires_grad for p in [*assigned.parameters(), *copied.parameters()])
+
+
+def test_gradients_reach_the_input() -> None:
+    """An adapter before a quantized linear must be able to train."""
+    layer, _ = layer_of(Case(WeightQuant()).plan(None))
+    for real in (False, True):
+        layer.real_quant = real
+        x = some_input(3).requires_grad_()
+        layer(x).sum().backward()
+        torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(3, IN), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("case", ["channel", "all at once"])
+def test_compiles_whole(case, real) -> None:
+    torch._dynamo.reset()
+    for quant in (None, InputQuant(axis=-1, dynamic=True)):
+        layer, _ = layer_of(cases("int4")[case].plan(quant, real))
+        x = some_input(3)
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-6, atol=1e-6)
+
+
+def test_set_tensor() -> None:
+    plan = cases("int4")["all at once"].plan(InputQuant())
+    layer, tensors = layer_of(plan)
+    x = some_input(3)
+    y = layer(x)
+    other = QuantLinear(plan, device="meta")
+    packed = layer.weight.data
+    for codes in (tensors["weight"], packed, packed[None], tensors["weight"][None]):
+        for name, value in {**layer.state_dict(), "weight": codes}.items():
+            other.set_tensor(name, value)
+        assert torch.equal(other(x), y)
+    # The model's dtype is whatever it is.
+    other.set_tensor("svd_up", layer.svd_up.bfloat16())
+    other.set_tensor("bias", layer.bias.double())
+    wrong = {
+        "weight": [
+            packed[:, :-1],
+            packed[:-1],
+            packed.float(),
+            tensors["weight"].float(),
+            packed.short(),
+            packed[None, None],
+        ],
+        "weight_scale": [layer.weight_scale.bfloat16(), layer.weight_scale[:, :-1], layer.weight_scale.flatten()],
+        "weight_zero_point": [layer.weight_zero_point.float()],
+        "input_scale": [layer.input_scale[:1], layer.input_scale.half()],
+        "bias": [torch.zeros(OUT + 1), torch.zeros(OUT, dtype=torch.int8)],
+        "svd_down": [layer.svd_down.T, layer.svd_down.to(torch.int32)],
+    }
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=rf"tensor '{name}': expected shape .* got "):
+                layer.set_tensor(name, value)
+    for name in ("qweight", "plan", "weight_zero"):
+        with pytest.raises(ValueError, match=f"no tensor '{name}'; there are weight, .*weight_scale"):
+            layer.set_tensor(name, torch.zeros(1))
+    plain, _ = layer_of(Case(WeightQuant()).plan(None), bias=False)
+    for name in ("bias", "smooth", "input_scale"):
+        with pytest.raises(ValueError, match=f"no tensor '{name}'"):
+            plain.set_tensor(name, torch.zeros(OUT))
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+def test_codes_in_the_shape_they_have_on_disk_run() -> None:
+    layer, _ = layer_of(Case(WeightQuant(type="int6")).plan(None))
+    x = some_input(2)
+    y = layer(x)
+    layer.weight = nn.Parameter(layer.weight.data[None], requires_grad=False)
+    assert torch.equal(layer(x), y)
+
+
+def test_repr_says_what_it_is() -> None:
+    text = repr(layer_of(cases("int4")["all at once"].plan(InputQuant(dynamic=True)))[0])
+    for word in ("in_features=24", "out_features=10", "bias=True", "weight=int4", "group_size=4", "input=int8 dynamic",
+                 "input_segments=[8, 16]", "output_segments=[3, 7]", "dual", "rank=3"):  # fmt: skip
+        assert word in text
+    assert "dual" not in repr(layer_of(Case(WeightQuant()).plan(None))[0])
+
+
+def test_reset_parameters_is_harmless() -> None:
+    layer, _ = layer_of(Case(WeightQuant()).plan(None))
+    before = layer.weight.clone()
+    layer.reset_parameters()
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_codes_go_to_disk_and_back(dtype) -> None:
+    """Of rank 3, which no plain linear takes; FP8 as uint8, which no INT8 layer takes, nor the other way round."""
+    case = Case(WeightQuant(type=dtype))
+    layer, tensors = layer_of(case.plan(None), bias=False)
+    stored = layer.codes_on_disk()
+    assert stored.shape == (1, *layer.weight.shape)
+    assert stored.dtype == FORMATS[dtype].disk_dtype
+    assert not stored.is_floating_point()
+    assert torch.equal(layer.codes_on_disk(stored), stored)
+    x = some_input(3)
+    for codes in (stored, stored[0]):
+        other = QuantLinear(case.plan(None), bias=False, device="meta")
+        for name, value in {**layer.state_dict(), "weight": codes}.items():
+            other.set_tensor(name, value)
+        assert other.weight.dtype == layer.weight.dtype
+        assert torch.equal(other.weight, layer.weight)
+        assert torch.equal(other.codes(), tensors["weight"])
+        assert torch.equal(other(x), layer(x))
+    # As it is on disk it runs too: offloaded weights come straight from there.
+    layer_on_disk = copy.deepcopy(layer)
+    layer_on_disk.weight = nn.Parameter(stored, requires_grad=False)
+    assert torch.equal(layer_on_disk(x), layer(x))
+    for wrong in {torch.uint8, torch.int8, torch.int16} - {layer.weight.dtype, FORMATS[dtype].disk_dtype}:
+        with pytest.raises(ValueError, match=r"tensor 'weight': expected shape .* got "):
+            layer.set_tensor("weight", stored.to(wrong))

@@ -1,19 +1,17 @@
-"""Statistics: exact against numpy, mergeable, deduplicated, padding masked, bad data refused."""
+"""One pass over the data: whose inputs are seen, what of them, how often, and when it stops."""
 
-import weakref
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hfquant.observers import SAMPLE_ROWS, LayerStats, layer_stats, observe
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from hfquant import observers
 from hfquant.calibration.batches import CalibrationError
+from hfquant.integrations.facts import call_options
+from hfquant.observe import observe
+from hfquant.statistics import SAMPLE_ROWS, LayerStats
 
 
 class Net(nn.Module):
@@ -37,16 +35,19 @@ def watched(net: Net) -> dict[str, nn.Module]:
 def test_statistics_are_those_of_all_rows() -> None:
     net = Net().train()
     batches = [torch.randn(4, 5, 6), torch.randn(2, 6), torch.randn(3, 1, 2, 6)]
-    stats = observe(net, watched(net), batches, {"q": True, "k": False, "out": True, "never": True})
+    stats = observe(net, watched(net), batches, {"q": {"hessian"}, "k": (), "out": {"hessian"}, "never": {"hessian"}})
     rows = np.concatenate([b.reshape(-1, 6).double().numpy() for b in batches])
     assert set(stats) == {"q", "k", "out"}
     assert stats["q"].count == len(rows) == 28
     np.testing.assert_array_equal(stats["q"].low.numpy(), rows.min(0).astype(np.float32))
     np.testing.assert_array_equal(stats["q"].amax.numpy(), np.abs(rows).max(0).astype(np.float32))
-    np.testing.assert_allclose(stats["q"].hessian, rows.T @ rows, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(stats["k"].power, (rows**2).sum(0), rtol=1e-5)
-    assert stats["k"].hessian is None
-    assert sorted(map(tuple, stats["q"].sample.tolist())) == sorted(map(tuple, rows.astype(np.float32).tolist()))
+    np.testing.assert_array_equal(stats["q"].high.numpy(), rows.max(0).astype(np.float32))
+    np.testing.assert_allclose(stats["q"].sums["hessian"], rows.T @ rows, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(stats["q"].hessian, rows.T @ rows / 28, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(stats["k"].sums["power"], (rows**2).sum(0), rtol=1e-5)
+    np.testing.assert_allclose(stats["k"].mean_square, (rows**2).mean(0), rtol=1e-5)
+    assert "hessian" not in stats["k"].sums
+    assert sorted(map(tuple, stats["q"].rows.tolist())) == sorted(map(tuple, rows.astype(np.float32).tolist()))
     assert net.training
     assert net.dropout.training
     assert not any(m._forward_pre_hooks for m in net.modules())
@@ -54,7 +55,8 @@ def test_statistics_are_those_of_all_rows() -> None:
 
 def test_a_shared_input_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(observers, "layer_stats", lambda *a: calls.append(1) or layer_stats(*a))
+    measure = LayerStats.of
+    monkeypatch.setattr(LayerStats, "of", lambda *a: calls.append(1) or measure(*a))
     net = Net()
     stats = observe(net, watched(net), [torch.randn(4, 6)] * 3)
     assert stats["q"] is stats["k"]
@@ -78,33 +80,10 @@ def test_a_tensor_changed_in_place_is_measured_again() -> None:
     assert stats["b"].high.tolist() == [2, 2, 2]
 
 
-@given(sizes=st.lists(st.integers(1, 200), min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_merging_does_not_depend_on_the_order(sizes: list[int], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    parts = [
-        layer_stats(torch.randn(n, 5, generator=generator), torch.rand(n, generator=generator).double(), True)
-        for n in sizes
-    ]
-
-    def merged(order: list[LayerStats]) -> LayerStats:
-        total = order[0]
-        for part in order[1:]:
-            total = total.merge(part)
-        return total
-
-    one, other = merged(parts), merged(parts[::-1])
-    assert one.count == other.count == sum(sizes)
-    assert torch.equal(one.low, other.low)
-    assert torch.equal(one.high, other.high)
-    assert len(one.sample) == min(SAMPLE_ROWS, sum(sizes))
-    assert torch.equal(one.sample[one.keys.argsort()], other.sample[other.keys.argsort()])
-    torch.testing.assert_close(one.hessian, other.hessian, rtol=1e-6, atol=1e-4)
-
-
 def test_the_sample_is_spread_over_the_data() -> None:
     net = nn.Sequential(nn.Linear(8, 1))
     batches = list(torch.eye(8)[:, None].expand(8, 300, 8))
-    sample = observe(net, {"0": net[0]}, batches)["0"].sample
+    sample = observe(net, {"0": net[0]}, batches)["0"].rows
     assert len(sample) == SAMPLE_ROWS
     assert (sample.sum(0) > 10).all()  # expectation 32
 
@@ -113,48 +92,10 @@ def test_samples_of_a_batch_are_drawn_apart() -> None:
     where = torch.arange(1.0, 301).expand(8, 300).T  # a row says its position, rows are about as large
     rows = torch.cat([torch.full((300, 8), 1e4), where], 1)
     net = nn.Sequential(nn.Linear(16, 1))
-    positions = observe(net, {"0": net[0]}, [[(rows,), (rows,)]])["0"].sample[:, 8].tolist()
+    positions = observe(net, {"0": net[0]}, [[(rows,), (rows,)]])["0"].rows[:, 8].tolist()
     assert len(positions) == SAMPLE_ROWS
     # With one draw for both, every position but one would be there twice.
     assert len(set(positions)) > 0.6 * SAMPLE_ROWS
-
-
-def test_the_sample_holds_the_rows_that_matter_and_stands_for_all() -> None:
-    """One row in 500 has nearly all of the energy; weighted sums over the sample are unbiased with little variance."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4000, 6, generator=generator) * torch.rand(4000, 1, generator=generator).exp()
-    x[::500] *= 1000
-    noise = torch.rand(4000, generator=generator) + 0.5  # an error a row in proportion to its norm, more or less
-    x[:, 5] = x[:, :5].norm(dim=1) * noise
-    ratios = []
-    for seed in range(40):
-        draw = torch.rand(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        stats = layer_stats(x[:1500], draw[:1500]).merge(layer_stats(x[1500:], draw[1500:]))
-        assert {tuple(r) for r in x[::500].tolist()} <= {tuple(r) for r in stats.sample.tolist()}
-        light = stats.sample[:, 5] < 100
-        estimate = (stats.sample[light, 5].double().square() * stats.row_weights[light]).sum()
-        ratios.append(float(estimate / x[x[:, 5] < 100, 5].double().square().sum()))
-    assert np.std(ratios) < 0.1
-    assert abs(np.mean(ratios) - 1) < 3 * np.std(ratios) / len(ratios) ** 0.5
-    everything = layer_stats(x[:SAMPLE_ROWS], draw[:SAMPLE_ROWS])
-    assert everything.row_weights.tolist() == [1.0] * SAMPLE_ROWS
-
-
-def test_halves_have_each_others_rows() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, draw = torch.randn(100, 6, generator=generator), torch.rand(100, dtype=torch.float64, generator=generator)
-    stats = layer_stats(x[:60], draw[:60]).merge(layer_stats(x[60:], draw[60:]))
-    (first, first_rows), (second, second_rows) = stats.halves()
-    assert torch.equal(first_rows, ~second_rows)
-    for half, rows in ((first, first_rows), (second, second_rows)):
-        others = stats.sample[~rows]
-        assert len(others) > 30
-        assert torch.equal(half.amax, others.abs().amax(0))
-    assert torch.equal(torch.maximum(first.high, second.high), stats.high)
-
-    ((whole, rows),) = layer_stats(x[:1], draw[:1]).halves()
-    assert rows.all()
-    assert torch.equal(whole.amax, x[0].abs())
 
 
 def test_padding_is_masked_out() -> None:
@@ -194,28 +135,6 @@ def test_nan_and_inf_name_layer_batch_and_count(bad: float) -> None:
     assert not net.linear._forward_pre_hooks
 
 
-def generator() -> Iterator[torch.Tensor]:
-    yield torch.ones(1, 6)
-
-
-@pytest.mark.parametrize(
-    ("loader", "error", "message"),
-    [
-        ([], CalibrationError, "empty"),
-        (generator(), CalibrationError, "walked only once"),
-        ("text", CalibrationError, "expected a DataLoader"),
-        (7, CalibrationError, "expected a DataLoader"),
-        ({"x": torch.ones(1, 6)}, CalibrationError, "expected a DataLoader"),
-        (["text"], CalibrationError, "tokenize text first"),
-        ([3], CalibrationError, "a sample is a tensor"),
-    ],
-)
-def test_unusable_data(loader: Any, error: type[Exception], message: str) -> None:
-    net = Net()
-    with pytest.raises(error, match=message):
-        observe(net, watched(net), loader)
-
-
 def test_stop_early_runs_no_further_than_needed() -> None:
     net = Net()
     ran = []
@@ -226,18 +145,42 @@ def test_stop_early_runs_no_further_than_needed() -> None:
     assert len(ran) == 2
 
 
-def test_measurements_go_with_their_tensor() -> None:
-    """Kept to the end of a batch, the samples and Hessians of all layers would add up."""
-    seen = observers.Observer({"q": True})
-    seen.start(0, 0, None, "cpu")
-    x = torch.randn(4, 6)
-    seen.see("q", x)
-    measured = weakref.ref(next(iter(seen._measured.values())).stats)
-    seen.stats.clear()
-    assert measured() is not None
-    del x
-    assert measured() is None
-    assert not seen._measured
+def test_options_are_made_for_each_sample_and_yield_to_its_own() -> None:
+    net, asked = Net(), []
+
+    def options(sample: Any) -> dict[str, Any]:
+        asked.append(sample)
+        return {"scale": 3.0}
+
+    x = torch.ones(2, 6)
+    samples = [{"x": x}, {"x": x, "scale": 2.0}, (x,), x]
+    highs = [observe(net, {"q": net.q}, [s], options=options)["q"].high[0].item() for s in samples]
+    assert highs == [3.0, 2.0, 1.0, 1.0]
+    assert asked[0] is samples[0]
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize("bad", ["text", 3])
+def test_a_sample_that_cannot_be_used_leaves_no_hooks(bad: Any) -> None:
+    net = Net().train()
+    with pytest.raises(CalibrationError, match="a sample is a tensor, a tuple or a dict"):
+        observe(net, watched(net), [torch.ones(1, 6), bad])
+    assert net.training
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_a_process_takes_its_batches_and_all_together_see_each_row_once() -> None:
+    """Whatever is drawn of a batch does not depend on who runs it."""
+    net, batches = Net(), [torch.randn(1 + i, 6) for i in range(5)]
+    whole = observe(net, {"q": net.q}, batches, {"q": {"hessian"}})["q"]
+    parts = [observe(net, {"q": net.q}, batches, {"q": {"hessian"}}, shard=(rank, 3))["q"] for rank in range(3)]
+    assert [p.count for p in parts] == [1 + 4, 2 + 5, 3]
+    merged = parts[0].merge(parts[1]).merge(parts[2])
+    assert merged.count == whole.count
+    assert torch.equal(merged.low, whole.low)
+    assert torch.equal(merged.high, whole.high)
+    assert torch.equal(merged.rows, whole.rows)
+    torch.testing.assert_close(merged.hessian, whole.hessian, rtol=1e-5, atol=1e-6)
 
 
 class Language(nn.Module):
@@ -258,13 +201,14 @@ class Language(nn.Module):
 
 def test_a_language_model_makes_no_cache_and_logits_of_the_last_token_alone() -> None:
     model = Language()
-    stats = observe(model, {"body": model.body}, [{"x": torch.randn(2, 5, 6)}])
+    stats = observe(model, {"body": model.body}, [{"x": torch.randn(2, 5, 6)}], options=partial(call_options, model))
     assert model.calls == [(False, 1)]
     assert stats["body"].count == 10
 
 
 def test_an_observed_head_sees_every_token_and_a_callers_arguments_win() -> None:
     model = Language()
-    stats = observe(model, {"head": model.head}, [{"x": torch.randn(2, 5, 6), "use_cache": True}])
+    batch = {"x": torch.randn(2, 5, 6), "use_cache": True}
+    stats = observe(model, {"head": model.head}, [batch], options=partial(call_options, model))
     assert model.calls == [(True, 0)]
     assert stats["head"].count == 10

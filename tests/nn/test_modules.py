@@ -1,0 +1,120 @@
+"""Quantized modules within a model: put in place, taken out, switched, counted; accelerate's hooks move along."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from accelerate import cpu_offload, dispatch_model
+from torch import nn
+
+from hfquant import QuantLinear, set_real_quant
+from hfquant.config import InputQuant, WeightQuant
+from hfquant.nn.modules import dequantized, log_share, quant_linears, replace_modules
+from tests.nn.linear_cases import IN, OUT, Case, layer_of, some_input
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(IN, IN)
+        self.b = self.a
+        self.c = nn.Sequential(self.a, nn.GELU(), nn.Linear(IN, OUT))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+def quantized_twin(linear: nn.Linear) -> QuantLinear:
+    case = Case(WeightQuant(type="int8"), inputs=(linear.in_features,), outputs=(linear.out_features,))
+    return layer_of(case.plan(InputQuant(dynamic=True, axis=-1)))[0]
+
+
+def test_replace_modules_everywhere() -> None:
+    model = Shared().train()
+    model.a.eval()
+    old, last = model.a, model.c[2]
+    new, new_last = quantized_twin(old), quantized_twin(last)
+    replace_modules(model, {old: new, last: new_last})
+    assert model.a is model.b is model.c[0] is new
+    assert model.c[2] is new_last
+    assert not new.training
+    assert new_last.training
+    assert quant_linears(model) == {"a": new, "c.2": new_last}
+
+
+def test_set_real_quant() -> None:
+    model = Shared()
+    with pytest.raises(ValueError, match="Shared has no quantized linear"):
+        set_real_quant(model)
+    replace_modules(model, {m: quantized_twin(m) for m in (model.a, model.c[2])})
+    x = some_input(3)
+    fake = model(x)
+    set_real_quant(model)
+    assert all(layer.real_quant for layer in quant_linears(model).values())
+    torch.testing.assert_close(model(x), fake, rtol=1e-5, atol=1e-5)
+    set_real_quant(model, False)
+    assert torch.equal(model(x), fake)
+
+
+def offloaded(how: str, model: nn.Module, folder) -> None:
+    match how:
+        case "cpu_offload":
+            cpu_offload(model, execution_device=torch.device("cpu"))
+        case "cpu_offload buffers":
+            cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+        case "device_map":
+            dispatch_model(
+                model, {"0": "cpu", "2": "disk", "3": "cpu"}, main_device="cpu", offload_dir=folder, force_hooks=True
+            )
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "cpu_offload buffers", "device_map"])
+def test_accelerate_hooks_move_along(how, tmp_path) -> None:
+    model = nn.Sequential(nn.Linear(IN, IN), nn.GELU(), nn.Linear(IN, IN), nn.Sequential(nn.Linear(IN, OUT)))
+    new = [quantized_twin(m) for m in (model[0], model[2], model[3][0])]
+    plain = nn.Sequential(copy.deepcopy(new[0]), nn.GELU(), copy.deepcopy(new[1]), copy.deepcopy(new[2]))
+    x = some_input(3)
+    offloaded(how, model, tmp_path)
+    old = [model[0], model[2], model[3][0]]
+    assert model[2].weight.is_meta
+    y = model(x)
+    replace_modules(model, dict(zip(old, new, strict=True)))
+    assert model[2].weight.is_meta
+    assert torch.equal(model(x), plain(x))
+    assert torch.equal(model(x), plain(x))
+    assert model[2].weight.is_meta
+    # And back, as a failing caller would.
+    replace_modules(model, dict(zip(new, old, strict=True)))
+    assert torch.equal(model(x), y)
+
+
+def test_dequantized() -> None:
+    model = Shared()
+    replace_modules(model, {m: quantized_twin(m) for m in (model.a, model.c[2])})
+    before = {name: layer.effective_weight() for name, layer in quant_linears(model).items()}
+    assert dequantized(model, torch.bfloat16) is model
+    assert quant_linears(model) == {}
+    assert model.a is model.b is model.c[0]
+    for name, weight in before.items():
+        linear = model.get_submodule(name)
+        assert type(linear) is nn.Linear
+        assert linear.weight.requires_grad
+        assert torch.equal(linear.weight, weight.bfloat16())
+
+
+def test_the_share_that_was_quantized(caplog) -> None:
+    """Embeddings, vectors and what is not to be counted stay out of it."""
+    model = nn.ModuleDict({"a": nn.Linear(IN, IN), "b": nn.Linear(IN, OUT), "embed": nn.Embedding(999, IN)})
+    model["head"] = nn.Linear(IN, 999)
+    replace_modules(model, {model["a"]: quantized_twin(model["a"])})
+    with caplog.at_level(logging.INFO, "hfquant"):
+        log_share(model)
+        log_share(model, ["head"])
+        replace_modules(model, {model["b"]: quantized_twin(model["b"])})
+        log_share(model, ["head"])
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", "1 linears quantized, 2 % of the parameters in matrices; the largest left: head.weight, b.weight"),
+        ("WARNING", "1 linears quantized, 71 % of the parameters in matrices; the largest left: b.weight"),
+        ("INFO", "2 linears quantized, 100 % of the parameters in matrices"),
+    ]
