@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,8 +15,8 @@ from hfquant.formats.columns import expand_columns, range_columns, sum_columns
 
 #: Factors of amax that ``clip="mse"`` tries.
 CLIP_FACTORS = tuple(1.0 - 0.02 * i for i in range(21))
-#: The same for scales in two levels, in steps of theirs (1/32 to 1/64): down to 0.6.
-CLIP_STEPS = tuple(range(0, 34, 2))
+#: The same for scales in two levels, in steps of theirs (1/32 to 1/64), tried first; then the best one's neighbors.
+CLIP_STEPS = tuple(range(0, 36, 3))
 #: Weights in a block of rows that ``clip="mse"`` works on: 512 kB of float32, within a core's second-level cache.
 CHUNK = 1 << 17
 
@@ -109,15 +109,12 @@ class Grid:
         """Return the grid of some rows."""
         return self._with(self, lambda ours, _: ours[rows])
 
-    def smaller(self) -> Iterator[Tensor]:
-        """Yield candidates for clipping, as shares of the scale: scalars, or for scales in two levels [out, G]."""
+    def smaller(self, steps: int | Tensor) -> Tensor:
+        """Return the scale some steps of its byte down, as a share of the scale, [out, G]; in two levels only."""
         assert self.scale is not None
-        if self.scale_codes is None or self.scale_row is None:
-            yield from self.scale.new_tensor(CLIP_FACTORS)
-            return
-        for step in CLIP_STEPS:
-            codes = (self.scale_codes.int() - step).clamp(min=0)
-            yield scales.values(codes) * self.scale_row / self.scale
+        assert self.scale_codes is not None
+        codes = (self.scale_codes.int() - steps).clamp(0, 255)
+        return scales.values(codes) * self.scale_row / self.scale
 
     def column(self, group: int) -> tuple[Tensor, Tensor | None]:
         """Return scale and zero point of one block of columns, [out] each."""
@@ -203,30 +200,45 @@ class GridRule:
             blocks = [slice(start, start + count) for start in range(0, len(w), count)]
         else:
             blocks = [slice(None)]
-        steps = torch.cat([self._best_steps(w[rows], widest.part(rows), importance) for rows in blocks])
+        best = torch.cat([self._best_share(w[rows], widest.part(rows), importance) for rows in blocks])
         if widest.scale_codes is not None and widest.scale_row is not None:
-            lower = steps.new_tensor(CLIP_STEPS)[steps]
-            codes = (widest.scale_codes - lower).clamp(min=0).to(torch.uint8)
+            codes = (widest.scale_codes - best).clamp(0, 255).to(torch.uint8)
             return Grid.two_level(self.format, self.columns, codes, widest.scale_row, widest.zero_point)
-        factors = low.new_tensor(CLIP_FACTORS)[steps]
-        return replace(self._reaching(low * factors, high * factors), zero_point=widest.zero_point)
+        return replace(self._reaching(low * best, high * best), zero_point=widest.zero_point)
 
-    def _best_steps(self, w: Tensor, widest: Grid, importance: Tensor | None) -> Tensor:
-        """Return for each scale the number of the best of its candidates, [rows, G] int64."""
+    def _best_share(self, w: Tensor, widest: Grid, importance: Tensor | None) -> Tensor:
+        """Return the factor for each scale with the least squared error, or in two levels the number of steps down."""
         assert widest.scale is not None
         # Counted in steps of the widest grid.
         steps = widest._grouped(w / expand_columns(widest.scale, self.columns))
         shift = per_column(widest.zero_point, self.columns)
         importance = None if importance is None else importance.to(w)
-        best, number = torch.full_like(widest.scale, torch.inf), torch.zeros_like(widest.scale, dtype=torch.int64)
-        for i, factor in enumerate(widest.smaller()):
-            error = self.format.round(steps, per_column(factor, self.columns) if factor.dim() else factor, shift)
-            error = error.sub_(steps).square_().view(w.shape)
+        least, best = torch.full_like(widest.scale, torch.inf), torch.zeros_like(widest.scale)
+
+        def consider(candidate: Tensor, share: Tensor) -> None:
+            nonlocal least, best
+            error = self.format.round(steps, share, shift).sub_(steps).square_().view(w.shape)
             if importance is not None:
                 error *= importance
             loss = sum_columns(error, self.columns)
             if self.rows is not None:
                 loss = self._over_rows(loss, torch.sum)
-            number = torch.where(loss < best, i, number)
-            best = torch.minimum(best, loss)
-        return number
+            best = torch.where(loss < least, candidate, best)
+            least = torch.minimum(least, loss)
+
+        if widest.scale_codes is None:
+            for factor in widest.scale.new_tensor(CLIP_FACTORS):
+                consider(factor, factor)
+            return best
+        for step in widest.scale.new_tensor(CLIP_STEPS, dtype=torch.int32):
+            consider(step, _spread(widest.smaller(step), self.columns))
+        coarse = best.int()
+        for neighbor in (coarse - 1, coarse + 1):
+            consider(neighbor, _spread(widest.smaller(neighbor), self.columns))
+        return best.int()
+
+
+def _spread(values: Tensor, columns: Sequence[int]) -> Tensor:
+    spread = per_column(values, columns)
+    assert spread is not None
+    return spread

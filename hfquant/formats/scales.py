@@ -1,9 +1,9 @@
 """Group scales in two levels: one byte a group times one float32 a row.
 
 The byte is an unsigned float of 3 exponent and 5 mantissa bits, ``2^(e - 7) (1 + m / 32)``. On weights of SmolLM2 in
-INT4 groups of 64 it costs 0.03 to 0.14 % of squared error over float32 scales, also in rows where one group is a hundred
-times as large as the others. Bytes of FP8 E4M3 cost 6 to 10 %; steps of equal size (k / 255 of the row's largest) cost
-nothing in even rows, but 1.5 to 4 % in such. Decoding is a shift and an add on float32's own bits.
+INT4 groups of 64 it costs 0.03 to 0.14 % of squared error over float32 scales, also in rows where one group is a
+hundred times as large as the others. Bytes of FP8 E4M3 cost 6 to 10 %; steps of equal size (k / 255 of the row's
+largest) cost nothing in even rows, but 1.5 to 4 % in such. Decoding is a shift and an add on float32's own bits.
 """
 
 from __future__ import annotations
