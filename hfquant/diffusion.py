@@ -9,7 +9,6 @@ import copy
 import inspect
 import math
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -217,8 +216,9 @@ def quantize_pipeline(
     Raises:
         ValueError: A component that the pipeline does not have.
     """
-    from hfquant import HfQuantConfig, UniformSampler, generate_calibrate_set, quantize
-    from hfquant.calibration import calibration_batches
+    from hfquant import HfQuantConfig
+    from hfquant.calibration import UniformSampler, calibration_batches, generate_calibrate_set
+    from hfquant.integrations import quantize_model
 
     config = HfQuantConfig.of(config)
     names = list(components) if components is not None else denoiser_names(pipe)
@@ -232,31 +232,16 @@ def quantize_pipeline(
             folder = None if dump_path is None else Path(dump_path) / name
             seen = generate_calibrate_set(pipe, sampler or UniformSampler(), batches, name, folder, **kwargs)
             loaders[name] = seen.get_dataloader(batch_size=batch_size)
-    with _undone_on_error([pipe.components[name] for name in names]):
-        for name, loader in loaders.items():
-            quantize(pipe.components[name], loader, config)
-    return pipe
-
-
-@contextmanager
-def _undone_on_error(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Put all modules back as they were if the block raises, Ctrl-C included. Weights must not be changed in place."""
-    states = [vars(module) for model in models for module in model.modules()]
-    states += [vars(model.config) for model in models if hasattr(getattr(model, "config", None), "__dict__")]
-    # The dicts of parameters, submodules and hooks keep their identity: handles of hooks refer to them.
-    states += [value for state in states for value in state.values() if type(value) in (dict, OrderedDict)]
-    kept = [dict(state) for state in states]
+    undone: list[Callable[[], None]] = []
     try:
-        yield
+        for name, loader in loaders.items():
+            undone.append(quantize_model(pipe.components[name], loader, config))
     except BaseException:
-        for state, old in zip(states, kept, strict=True):
-            state.clear()
-            state.update(old)
+        for undo in reversed(undone):
+            undo()
         raise
+    return pipe
 
 
 def _modules(pipe: Any) -> list[str]:
     return [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
-
-
-denoiser = denoiser_name  # the command's name for it

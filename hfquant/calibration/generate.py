@@ -16,11 +16,12 @@ from tqdm.auto import tqdm
 from hfquant.calibration import storage
 from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set, open_stored
-from hfquant.calibration.provenance import differences, provenance, update
+from hfquant.calibration.provenance import differences, provenance
 from hfquant.calibration.recorder import Recording, find_layer
 from hfquant.calibration.samplers import BaseSampler, seeded
 from hfquant.calibration.storage import CalibSetError, Cursor, Index
 from hfquant.calibration.streams import calibration_batches, is_source
+from hfquant.digests import update
 from hfquant.distributed import processes
 
 logger = logging.getLogger(__name__)

@@ -26,6 +26,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from hfquant.diffusion import is_pipeline
+from hfquant.digests import content
+
 
 @dataclass
 class Recording:
@@ -107,11 +110,6 @@ def _store(value: Tensor, tensors: dict[str, Tensor], where: str) -> list[Any]:
         # The layer may go on to change its input in place; a view must not keep the whole alive.
         tensors[key] = tensor.clone()
     return [key, dtype, shape]
-
-
-def content(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor of any dtype, without a copy."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def decode(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -220,13 +218,6 @@ class Target(NamedTuple):
     layer: nn.Module
     name: str
     component: nn.Module
-
-
-def is_pipeline(model: Any) -> bool:
-    """Return whether `model` is a pipeline: something callable made of named components, and no module itself."""
-    return (
-        not isinstance(model, nn.Module) and callable(model) and isinstance(getattr(model, "components", None), Mapping)
-    )
 
 
 def find_layer(model: Any, calib_layer: nn.Module | str) -> Target:

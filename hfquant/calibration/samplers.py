@@ -7,7 +7,6 @@ each run, and which ones matters: evenly spread (Q-Diffusion, arXiv 2302.04304),
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from hfquant.calibration.batches import applicable, options_for, placed, samples
-from hfquant.calibration.recorder import Recording, Target, find_layer, is_pipeline, record
-
-_TIME_ARGUMENTS = ("timestep", "timesteps", "t", "timestep_ratio", "r")
+from hfquant.calibration.recorder import Recording, Target, find_layer, record
+from hfquant.diffusion import is_pipeline, time_reader
 
 
 class BaseSampler:
@@ -105,7 +103,7 @@ class BaseSampler:
         entropy: tuple[int, ...],
         steps: int | None,
     ) -> tuple[Recording, int | None]:
-        read_time = _time_reader(target.component) if is_pipeline(model) else None
+        read_time = time_reader(target.component) if is_pipeline(model) else None
         for _ in range(3):
             recording, clock = Recording(), _Clock(read_time, partial(self._plan, model, entropy, steps))
             with (
@@ -234,20 +232,6 @@ class _Clock:
             self.steps, self.kept = self.plan()
         if now != self.time:
             self.step, self.time = self.step + 1, now
-
-
-def _time_reader(component: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Any] | None:
-    """Return a function that picks the timestep from a call's arguments; None where the component takes none."""
-    parameters = list(inspect.signature(component.forward).parameters)
-    name = next((name for name in _TIME_ARGUMENTS if name in parameters), None)
-    if name is None:
-        return None
-    position = parameters.index(name)
-
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return kwargs[name] if name in kwargs else args[position] if position < len(args) else None
-
-    return read
 
 
 def _scheduled_steps(pipeline: Any) -> int:

@@ -88,8 +88,7 @@ def calibrate(
     }
     with _errors_in_one_line(debug), log_shown():
         from hfquant.calibration import calibration_batches, generate_calibrate_set
-        from hfquant.calibration.recorder import is_pipeline
-        from hfquant.diffusion import denoiser
+        from hfquant.diffusion import denoiser_name, is_pipeline
         from hfquant.distributed import is_main
         from hfquant.integrations.data import transformers_batches
         from hfquant.integrations.hub import load
@@ -99,7 +98,7 @@ def calibrate(
         kind = sampler or (SamplerName.UNIFORM if pipeline else SamplerName.LANGUAGE)
         if sampler is None:
             _check_sampler(kind, timesteps=timesteps, mean=mean, std=std)
-        target = layer if layer is not None else denoiser(loaded) if pipeline else ""
+        target = layer if layer is not None else denoiser_name(loaded) if pipeline else ""
         batches = calibration_batches(spec) if pipeline else transformers_batches(loaded, spec)
         made = generate_calibrate_set(
             loaded,

@@ -113,6 +113,7 @@ class Grid:
         """Return the scale some steps of its byte down, as a share of the scale, [out, G]; in two levels only."""
         assert self.scale is not None
         assert self.scale_codes is not None
+        assert self.scale_row is not None
         codes = (self.scale_codes.int() - steps).clamp(0, 255)
         return scales.values(codes) * self.scale_row / self.scale
 
