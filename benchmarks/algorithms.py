@@ -32,20 +32,20 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+import hfquant
 from benchmarks import models
 from benchmarks.ablation import GPTQ, GROUP, INT8, SEARCH, SMOOTH, STATIC, SVD, TOKEN, config
 from benchmarks.memory import MB, load_watched, save_tiny, watch
 from benchmarks.quality import environment
 from benchmarks.streaming import above
-from hfquant import HfQuantConfig
-from hfquant.algorithms import svd
+from hfquant import quantize
+from hfquant.algorithms import low_rank
 from hfquant.algorithms.smooth import smoothing_vector
 from hfquant.nn.linear import QuantLinear
-from hfquant.observers import LayerStats, observe
-from hfquant.planner import plan_layers
-from hfquant.ptq import quantize
+from hfquant.observe import observe
 from hfquant.report.layers import layer_report
 from hfquant.solver import solve
+from hfquant.statistics import LayerStats
 
 Row = dict[str, Any]
 Batches = list[dict[str, Tensor]]
@@ -126,7 +126,7 @@ def measure_pieces(model: nn.Module, batches: Batches, pieces: Mapping[str, Piec
 
     def passed(layers: Mapping[str, nn.Module], hessian: bool = False) -> tuple[dict[str, LayerStats], Clock]:
         # Without layers to look at this is the plain forward, with the same loop and the same model arguments.
-        return timed(lambda: observe(model, layers, batches, dict.fromkeys(layers, hessian)))
+        return timed(lambda: observe(model, layers, batches, dict.fromkeys(layers, ("hessian",) if hessian else ())))
 
     observe(model, {}, batches[:1])  # what is allocated and chosen once
     took: dict[str, tuple[Clock, Clock | None]] = {}
@@ -164,7 +164,7 @@ def measure_pieces(model: nn.Module, batches: Batches, pieces: Mapping[str, Piec
 def solve_all(model: nn.Module, batches: Batches, piece: Piece, stats: Mapping[str, LayerStats]) -> tuple[Clock, Clock]:
     """Time to solve every linear of the model from its statistics, and to report on it."""
     linears = models.quantizable_linears(model)
-    plan = plan_layers(model, HfQuantConfig.of(piece.config).rules, (), batches[0])
+    plan = hfquant.plan(model, piece.config, batches[0])
     solving = reporting = Clock(0, 0)
     with torch.no_grad():
         for name, linear in linears.items():
@@ -262,7 +262,7 @@ def _lost(weights: Sequence[Tensor], energies: Sequence[Tensor], rank: int) -> R
     lost, took, fell_back = [], [], 0
     for w, energy in zip(weights, energies, strict=True):
         with _counted_exact() as calls:
-            (up, down), clock = timed(lambda w=w: svd.low_rank(w, rank))  # type: ignore[misc]
+            (up, down), clock = timed(lambda w=w: low_rank.low_rank(w, rank))  # type: ignore[misc]
         fell_back += len(calls)
         took.append(clock.cpu)
         left = (w.double() - up.double() @ down.double()).square().sum()
@@ -283,7 +283,7 @@ def _lost(weights: Sequence[Tensor], energies: Sequence[Tensor], rank: int) -> R
 @contextmanager
 def _counted_exact() -> Iterator[list[Any]]:
     """A list that grows with every call of the exact way, which ``low_rank`` takes where the fast one does not pay."""
-    with patch.object(svd, "_exact", wraps=svd._exact) as mock:
+    with patch.object(low_rank, "_exact", wraps=low_rank._exact) as mock:
         yield mock.mock_calls
 
 

@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from hfquant.config import SegPattern
-from hfquant.dataflow.trace import LinearTrace, example_inputs, trace
+from hfquant.dataflow.trace import LinearTrace, trace
+from hfquant.integrations.examples import example_inputs
 
 
 def flux() -> nn.Module:
@@ -172,7 +173,7 @@ def measure(name: str) -> dict[str, Any]:
 
 def _kind(found: LinearTrace) -> str:
     name = re.sub(r"\.\d+(?=\.)", ".*", found.name)
-    flags = " (weight read elsewhere)" if found.functional else ""
+    flags = f" ({found.obstacle})" if found.obstacle else ""
     return f"{name}{flags} | {'; '.join(found.evidence) or '-'}"
 
 

@@ -26,14 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import hfquant
 from benchmarks import metrics, models
 from benchmarks.ablation import FINE, FP8, GPTQ, INT8, INT8_GROUP, SEARCH, SMOOTH, STATIC, TOKEN, config
 from benchmarks.quality import environment
-from hfquant import HfQuantConfig, QuantLinear
-from hfquant.nn.linear import replace_modules
-from hfquant.observers import LayerStats, observe
-from hfquant.planner import plan_layers
+from hfquant import QuantLinear
+from hfquant.nn.modules import replace_modules
+from hfquant.observe import observe
 from hfquant.solver import solve
+from hfquant.statistics import LayerStats
 
 Batches = list[dict[str, Tensor]]
 
@@ -82,7 +83,7 @@ def help_batches(tokenizer: Any, like: Batches) -> Batches:
 @torch.no_grad()
 def solved(model: nn.Module, rules: dict[str, Any], stats: Mapping[str, LayerStats]) -> nn.Module:
     """What ``quantize`` makes of ``model``, from statistics that serve several configs."""
-    plan = plan_layers(model, HfQuantConfig.of(rules).rules, (), {"input_ids": torch.zeros(1, 8, dtype=torch.long)})
+    plan = hfquant.plan(model, rules, {"input_ids": torch.zeros(1, 8, dtype=torch.long)})
     layers = {}
     for name, layer in plan.layers.items():
         linear = model.get_submodule(name)
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     @cache
     def observed(text: str) -> dict[str, LayerStats]:
         linears = models.quantizable_linears(model)
-        return observe(model, linears, calibrations[text], dict.fromkeys(linears, True))
+        return observe(model, linears, calibrations[text], dict.fromkeys(linears, ("hessian",)))
 
     rows: dict[str, dict[str, float]] = stored.get("rows", {})
     for name, (text, rules) in work.items():

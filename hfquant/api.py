@@ -56,6 +56,8 @@ def quantize(
         RuntimeError: it failed in another process, which the message names with its cause.
     """
     config = HfQuantConfig.of(config)
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
     settings = ptq.Settings(
         config.modules_to_not_convert or (),
         per_layer_mode or config.per_layer_mode,

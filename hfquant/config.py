@@ -328,12 +328,23 @@ def _other_type(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> boo
 
 def _validate(entry: Mapping[str, Any], where: str, patch: bool = False) -> LayerConfig:
     fields: dict[str, Any] = dict(entry)
+    errors = []
     for key, value in entry.items():
-        if isinstance(value, dict) and key in _TABLES:
-            fields[key] = _typed_section(key, value, f"{where}.{key}", patch)
-        elif isinstance(value, dict) and key in _QUANTS:
-            fields[key] = _section(_QUANTS[key], value, f"{where}.{key}", patch)
-    return _section(LayerConfig, fields, where, patch)
+        try:
+            if isinstance(value, dict) and key in _TABLES:
+                fields[key] = _typed_section(key, value, f"{where}.{key}", patch)
+            elif isinstance(value, dict) and key in _QUANTS:
+                fields[key] = _section(_QUANTS[key], value, f"{where}.{key}", patch)
+        except ConfigError as error:
+            errors.append(str(error))
+            del fields[key]
+    try:
+        config: LayerConfig = _section(LayerConfig, fields, where, patch)
+    except ConfigError as error:
+        errors.append(str(error))
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return config
 
 
 def _typed_section(key: str, entry: Mapping[str, Any], where: str, patch: bool) -> Section:
@@ -351,8 +362,9 @@ def _typed_section(key: str, entry: Mapping[str, Any], where: str, patch: bool) 
             allowed = dict.fromkeys(f for kind in table.values() for f in kind.model_fields)
             raise ConfigError(f"{where}.{field}: unknown key; allowed are {', '.join(allowed)}")
         other = _section(table[others[0]], {field: entry[field]}, where, patch=True)
-        if not patch and getattr(other, field) != table[others[0]].model_fields[field].default:
-            raise ConfigError(f"{where}: {field}={entry[field]!r} needs type {' or '.join(f'{n!r}' for n in others)}")
+        if getattr(other, field) != table[others[0]].model_fields[field].default:
+            needed = " or ".join(f'"{n}"' for n in others)
+            raise ConfigError(f"{where}: {field}={entry[field]!r} needs type {needed}")
         del fields[field]
     return _section(table[name], fields, where, patch)
 

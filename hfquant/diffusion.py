@@ -5,7 +5,9 @@ Everything here works on any object that looks like a diffusers pipeline; diffus
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,6 +88,17 @@ def output_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def with_tensor(output: Any, tensor: Tensor) -> Any:
+    """Return the same output with another prediction; the first entry stands for it, as in :func:`output_tensor`."""
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, tuple):
+        return (tensor, *output[1:])
+    changed = copy.copy(output)
+    changed[next(iter(output.keys()))] = tensor
+    return changed
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Return the device of a module's first parameter that is loaded, the CPU without one."""
     return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
@@ -118,6 +131,58 @@ def eval_mode(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def to_grid(latents: Tensor) -> Tensor:
+    """Return latents of any layout as `[B, C, H, W]`.
+
+    Video `[B, C, T, H, W]`: frames become samples. Packed tokens `[B, L, C]`: a square of side sqrt(L) if L is a square
+    number, else a column of L pixels.
+
+    Raises:
+        ValueError: Another number of dimensions.
+    """
+    match latents.dim():
+        case 4:
+            return latents
+        case 5:
+            return latents.transpose(1, 2).flatten(0, 1)
+        case 3:
+            side = math.isqrt(latents.shape[1])
+            size = (side, side) if side * side == latents.shape[1] else (latents.shape[1], 1)
+            return latents.transpose(1, 2).unflatten(2, size)
+    raise ValueError(f"latents have 3, 4 or 5 dimensions, got shape {list(latents.shape)}")
+
+
+def from_grid(grid: Tensor, like: Tensor) -> Tensor:
+    """Return a grid in the layout of the latents that :func:`to_grid` was called with."""
+    match like.dim():
+        case 5:
+            return grid.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
+        case 3:
+            return grid.flatten(2).transpose(1, 2)
+    return grid
+
+
+def check_layout(latents: Tensor, denoiser: nn.Module) -> None:
+    """Check that latents have their channels where :func:`to_grid` looks for them, by what the denoiser's config says.
+
+    Raises:
+        ValueError: They look like `[B, T, C, H, W]` or `[B, C, L]`.
+    """
+    config = getattr(denoiser, "config", None)
+    channels = {getattr(config, key, None) for key in ("in_channels", "out_channels")}
+    shape = list(latents.shape)
+    if len(shape) == 5 and shape[2] in channels:
+        raise ValueError(
+            f"video latents must be [B, C, T, H, W]; {shape} looks like [B, T, C, H, W] with C={shape[2]}, which is "
+            "not supported (if T is equal to C by chance, take another T)"
+        )
+    if len(shape) == 3 and shape[1] in channels and shape[2] not in channels:
+        raise ValueError(
+            f"latents of three dimensions must be packed tokens [B, L, C]; {shape} looks like [B, C, L] with "
+            f"C={shape[1]}, which is not supported"
+        )
 
 
 def quantize_pipeline(

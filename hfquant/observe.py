@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -25,7 +25,7 @@ def observe(
     data: Iterable[Any],
     needs: Mapping[str, Collection[str]] | None = None,
     *,
-    options: Callable[[Any], Mapping[str, Any]] = lambda sample: {},
+    options: Mapping[str, Any] | None = None,
     stop_early: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> dict[str, LayerStats]:
@@ -38,7 +38,7 @@ def observe(
         layers: name -> module (of ``model``).
         data: batches, opened once.
         needs: name -> statistics it needs beside those that are always collected; default: none.
-        options: keyword arguments that are added to a sample's own.
+        options: keyword arguments that a sample of keyword arguments may lack.
         stop_early: cut each forward short once all ``layers`` have run.
         shard: (rank, size): of every ``size`` batches only number ``rank`` is run.
 
@@ -78,7 +78,7 @@ def observe(
                     seen.clear()
                     collector.start(index + 1_000_003 * number)
                     with suppress(_AllSeen):
-                        forward(model, sample, options(sample))
+                        forward(model, sample, options)
                 release_free_memory()
     finally:
         for handle in handles:

@@ -18,10 +18,13 @@ from torch import nn
 
 from hfquant.algorithms import TensorSpec, Transform
 from hfquant.config import ConfigError, LayerConfig, QuantRules, SegPattern
-from hfquant.dataflow.trace import LinearTrace, PatternError, trace
+from hfquant.dataflow import LinearTrace, PatternError, obstacles_in_source, trace
 from hfquant.formats import GridRule, InputRule, split_columns
 
 logger = logging.getLogger(__name__)
+
+#: Reasons for which the user leaves a linear in full precision.
+EXCLUDED, SWITCHED_OFF = "in modules_to_not_convert", "enable=False"
 
 _OUTPUT_PATTERNS = {SegPattern.LINEAR2CHUNK, SegPattern.LINEAR2SPLIT}
 _INPUT_PATTERNS = {SegPattern.CONCAT2LINEAR, SegPattern.STACK2LINEAR, SegPattern.RESHAPE2LINEAR}
@@ -35,14 +38,14 @@ class ModelFacts:
         skipped: names of linears that stay in full precision unless asked for, and why.
         prefix: a name without it means the same module (transformers' ``base_model_prefix``).
         example: gives inputs for pattern detection, or None where they are not known.
-        options: keyword arguments that a calibration sample may lack.
+        options: for the layers that are watched, keyword arguments that a calibration sample may lack.
         uncounted: names of modules that the share of quantized parameters leaves out (output heads).
     """
 
     skipped: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     example: Callable[[], Any] = lambda: None
-    options: Callable[[Any], Mapping[str, Any]] = lambda sample: {}
+    options: Callable[[Iterable[nn.Module]], Mapping[str, Any]] = lambda layers: {}
     uncounted: Collection[str] = ()
 
     def aliases(self, name: str) -> tuple[str, ...]:
@@ -287,9 +290,9 @@ def plan_layers(
         elif not name:
             skipped[name] = "it is the whole model, so nothing can hold its replacement; wrap it in nn.Sequential"
         elif matches(names, not_convert):
-            skipped[name] = "in modules_to_not_convert"
+            skipped[name] = EXCLUDED
         elif not layer.enable:
-            skipped[name] = "enable=False"
+            skipped[name] = SWITCHED_OFF
         elif name in skips and not asked:
             skipped[name] = skips[name]
         else:
@@ -300,8 +303,10 @@ def plan_layers(
     for key in unused:
         logger.warning("%s: modules_to_not_convert: %r matches no module", who, key)
     traces = _traces(model, chosen, example, facts)
-    for name in [n for n in chosen if n in traces and traces[n].functional]:
-        skipped[name] = "its weight is read outside its own forward"
+    # Where no forward was watched the source code says what it can.
+    obstacles = {n: t.obstacle for n, t in traces.items() if t.obstacle} if traces else obstacles_in_source(model)
+    for name in [n for n in chosen if n in obstacles]:
+        skipped[name] = obstacles[name]
         del chosen[name]
     order = sorted(chosen, key=lambda n: traces[n].order if n in traces else len(traces))
     layers = {n: _with_trace(n, model.get_submodule(n), chosen[n], traces.get(n)) for n in order}
@@ -332,7 +337,8 @@ def _traces(
                 logger.info("%s: no example inputs, so layers are quantized without segments", type(model).__name__)
             return {}
         try:
-            return trace(model, example, patterns=patterns)
+            codes = {name: layer.weight_quant.format.code_dtype for name, layer in chosen.items()}
+            return trace(model, example, patterns=patterns, codes=codes)
         except PatternError as error:
             logger.warning("%s: pattern detection failed (%s); going on without segments", type(model).__name__, error)
             return {}

@@ -27,7 +27,7 @@ from hfquant.memory import free_memory, release_free_memory
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import log_real_quant, log_share, quant_linears, replace_modules
 from hfquant.observe import observe
-from hfquant.planner import LayerPlan, ModelFacts, Plan, plan_layers
+from hfquant.planner import EXCLUDED, SWITCHED_OFF, LayerPlan, ModelFacts, Plan, plan_layers
 from hfquant.report.layers import LayerReport, QuantReport, layer_report
 from hfquant.resume import Cache
 from hfquant.solver import Solution, check_finite, solve
@@ -150,8 +150,8 @@ def _prepared(
         if example is None and data is not None and has_data:
             example = samples(data.first)[0]
         plan = plan_layers(model, rules, settings.not_convert, example, facts)
-        if not plan.layers and not plan.skipped:
-            raise ValueError(f"{type(model).__name__} has nothing to quantize: no nn.Linear")
+        if not plan.layers and not {EXCLUDED, SWITCHED_OFF} & set(plan.skipped.values()):
+            raise ValueError(f"{type(model).__name__} has nothing to quantize: {plan.skipped or 'no nn.Linear'}")
         needing = [name for name, layer in plan.layers.items() if layer.config.needs_data]
         if needing and data is None:
             more = f" (and {len(needing) - 1} more)" if len(needing) > 1 else ""
@@ -160,7 +160,8 @@ def _prepared(
             for name, param in model.named_parameters():
                 # A NaN here would show as one in the input of some layer after it.
                 if param.is_floating_point() and not param.is_meta:
-                    check_finite(name, "values of the parameter", param.detach())
+                    layer, _, tensor = name.rpartition(".")
+                    check_finite(layer, f"values of its {tensor}", param.detach())
     _check_models_agree(model, group)
     found = group.gather((plan, has_data))
     if data is not None and not any(has for _, has in found):
@@ -270,12 +271,13 @@ def _solve_group(run: Run, names: Sequence[str]) -> Iterator[tuple[str, QuantLin
     if needs:
         with group.together():
             if run.data is not None:
+                linears = {n: run.linear(n) for n in needs}
                 stats = observe(
                     run.model,
-                    {n: run.linear(n) for n in needs},
+                    linears,
                     run.data,
                     needs,
-                    options=run.facts.options,
+                    options=run.facts.options(linears.values()),
                     stop_early=run.per_layer_mode,
                     shard=run.shard,
                 )

@@ -1,4 +1,4 @@
-"""Trains the embedded digits denoiser and writes it as a pipeline folder.
+"""Train the embedded digits denoiser and write it as a pipeline folder.
 
 A class-conditional DiT (Peebles and Xie, arXiv 2212.09748) learns the noise in scikit-learn's 8x8 digits (Ho et al.,
 arXiv 2006.11239), with label dropout for classifier-free guidance. Seeded; about ten minutes on one core:
@@ -22,13 +22,13 @@ from hfquant.demo.pipeline import DigitsPipeline
 
 NUM_CLASSES = 10
 LABEL_DROPOUT = 0.1
-# The range of noise of latent diffusion models. Neighbouring pixels of an 8x8 image say little about each other, so
-# it is gone long before the end of the linear schedule that 256x256 images are trained with.
+# The noise schedule of latent diffusion models. Neighbouring pixels of an 8x8 image say little about each other, so
+# under the linear schedule used for 256x256 images nothing is left of the digit long before the last step.
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
 def build_transformer() -> DiTTransformer2DModel:
-    """A DiT of 1.6 M parameters: 16 tokens of 2x2 pixels, two blocks, width 192 (not a power of two on purpose)."""
+    """Return a DiT of 1.6 M parameters: 16 tokens of 2x2 pixels, two blocks, width 192 (deliberately no power of 2)."""
     model = DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=48,
@@ -38,17 +38,17 @@ def build_transformer() -> DiTTransformer2DModel:
         patch_size=2,
         num_embeds_ada_norm=NUM_CLASSES,
     )
-    # adaLN-Zero: every block starts as the identity, which diffusers leaves to whoever trains.
+    # adaLN-Zero: every block starts as the identity. diffusers leaves this initialization to the training code.
     for layer in [*(block.norm1.linear for block in model.transformer_blocks), model.proj_out_1, model.proj_out_2]:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-    # In training mode each block would drop labels for itself, and none would learn to work without any; so stay in
-    # eval mode (nothing else depends on it) and drop them in `train` for the whole model at once.
+    # In training mode each block drops labels independently, so the model as a whole would never learn to do without
+    # them. It therefore stays in eval mode (nothing else depends on it), and `train` drops them for all blocks at once.
     return model.eval()
 
 
 def train(steps: int, batch_size: int, lr: float) -> DiTTransformer2DModel:
-    """Fits the denoiser on the training split and returns the moving average of its weights."""
+    """Fit the denoiser to the training split and return the moving average of its weights, in float32."""
     images, _, labels, _ = digits_split()
     data = torch.from_numpy(images)[:, None] * 2 - 1
     classes = torch.from_numpy(labels)
@@ -67,7 +67,7 @@ def train(steps: int, batch_size: int, lr: float) -> DiTTransformer2DModel:
     average_loss = 1.0
     for _ in progress:
         pick = torch.randint(len(data), (batch_size,))
-        # One timestep from each of batch_size equal slices: the same distribution as independent draws, less variance.
+        # One timestep from each of batch_size equal intervals: distributed as independent draws, with less variance.
         t = ((torch.arange(batch_size) + torch.rand(batch_size)) / batch_size * 1000).long().clamp(max=999)
         label = torch.where(torch.rand(batch_size) < LABEL_DROPOUT, NUM_CLASSES, classes[pick])
         noise = torch.randn(batch_size, *data.shape[1:])
@@ -85,7 +85,7 @@ def train(steps: int, batch_size: int, lr: float) -> DiTTransformer2DModel:
 
 
 def main() -> None:
-    """Trains, saves in float16, reloads what was saved and reports how often the judge reads the asked digit."""
+    """Train, save in float16, reload, and print how often the classifier reads the digit that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("hfquant/demo/digits"))
     parser.add_argument("--steps", type=int, default=6000)
@@ -97,7 +97,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     transformer = train(args.steps, args.batch_size, args.lr)
     scheduler = DPMSolverMultistepScheduler(**NOISE)
-    # Half precision halves the file; it is read back into float32.
+    # float16 halves the size of the file, which is loaded back as float32.
     DigitsPipeline(transformer.half(), scheduler).save_pretrained(args.out)
 
     pipe = DigitsPipeline.from_pretrained(args.out)

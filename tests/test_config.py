@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 import pytest
 
+from hfquant.algorithms.smooth import SearchAlpha
 from hfquant.config import (
     PRESETS,
     Calibrate,
@@ -16,10 +17,10 @@ from hfquant.config import (
     LayerConfig,
     Optimum,
     QuantRules,
-    SearchAlpha,
     SegPattern,
     parse,
 )
+from hfquant.formats import number_format
 
 REFERENCE = {
     "default": {
@@ -75,11 +76,11 @@ def test_search_patterns() -> None:
 
 
 def test_facts_of_the_formats() -> None:
-    assert {d.name: d.bits for d in DType} == {
+    assert {d.name: number_format(d.value).bits for d in DType} == {
         "INT4": 4, "INT6": 6, "INT8": 8, "INT16": 16, "FP8E4M3": 8, "FP8E5M2": 8, "FP16": 16, "BF16": 16,
     }  # fmt: skip
-    assert [d.name for d in DType if d.is_integer] == ["INT4", "INT6", "INT8", "INT16"]
-    assert [d.name for d in DType if not d.is_scaled] == ["FP16", "BF16"]
+    assert [d.name for d in DType if number_format(d).is_integer] == ["INT4", "INT6", "INT8", "INT16"]
+    assert [d.name for d in DType if not number_format(d).has_scale] == ["FP16", "BF16"]
 
 
 @pytest.mark.parametrize(("low", "high", "step"), [(0, 1, 0.1), (0.2, 0.9, 0.25), (0.5, 0.5, 0.1), (0.1, 0.7, 0.3)])
@@ -173,7 +174,7 @@ def test_another_type_replaces_the_section() -> None:
         }
     )
     a, b, c = (rules.resolve(n) for n in "abc")
-    assert (a.opt.alpha, a.opt.low_rank, a.weight_quant.group_size) == (0.5, 32, None)
+    assert (a.opt.type, a.opt.alpha, a.weight_quant.group_size) == (Optimum.SMOOTH, 0.5, None)
     assert (b.opt.alpha, b.opt.low_rank) == (0.9, 4)
     # The default entry leaves the type to its default, int8, which the override names: the same type.
     assert b.weight_quant.group_size == 32
@@ -210,10 +211,10 @@ WRONG = [
     ({"enable": "yes"}, "enable", "'yes'"),
     ({"real_quant": None}, "real_quant", "None"),
     ({"search_patterns": "all"}, "search_patterns", "'all'"),
-    ({"search_patterns": ["linear"]}, "search_patterns.0", "linear2chunk"),
+    ({"search_patterns": ["linear"]}, "search_patterns", "linear2chunk"),
     ({"opt": "smooth"}, "opt", "'smooth'"),
     ({"opt": None}, "opt", "None"),
-    ({"opt": {"type": "smoth"}}, "opt.type", "'default', 'smooth' or 'svd', got 'smoth'"),
+    ({"opt": {"type": "smoth"}}, "opt.type", "default, smooth, svd, got 'smoth'"),
     ({"opt": {"type": DType.INT8}}, "opt.type", "'int8'"),
     ({"opt": {"alpha": True}}, "opt.alpha", "True"),
     ({"opt": {"alpha": "0.5"}}, "opt.alpha", "'0.5'"),
@@ -226,13 +227,13 @@ WRONG = [
     ({"opt": {"search_alpha_config": {"enable": 1}}}, "opt.search_alpha_config.enable", "1"),
     ({"opt": {"search_alpha_config": {"step": 0}}}, "opt.search_alpha_config.step", "greater than 0, got 0"),
     ({"opt": {"search_alpha_config": {"min": 0.9, "max": 0.1}}}, "opt.search_alpha_config", "min=0.9 is above max=0.1"),
-    ({"calib": {"type": "GPTQ2"}}, "calib.type", "'amax' or 'gptq'"),
+    ({"calib": {"type": "GPTQ2"}}, "calib.type", "amax, gptq"),
     ({"calib": {"type": "gptq", "damp": 0}}, "calib.damp", "got 0"),
     ({"calib": {"type": "gptq", "block_size": None}}, "calib.block_size", "None"),
     ({"input_quant": {"axis": 1}}, "input_quant.axis", "None or -1, got 1"),
     ({"input_quant": {"dynamic": 0}}, "input_quant.dynamic", "0"),
     ({"weight_quant": None}, "weight_quant", "None"),
-    ({"weight_quant": {"type": "int5"}}, "weight_quant.type", "'int4', 'int6', 'int8', 'int16', 'fp8e4m3'"),
+    ({"weight_quant": {"type": "int5"}}, "weight_quant.type", "int4, int6, int8, int16, fp8e4m3"),
     ({"weight_quant": {"type": 8}}, "weight_quant.type", "8"),
     ({"weight_quant": {"axis": 0}}, "weight_quant.axis", "None, 1 or -1, got 0"),
     ({"weight_quant": {"axis": True}}, "weight_quant.axis", "True"),
@@ -244,7 +245,7 @@ WRONG = [
     ({"weight_quant": {"clip": "max"}}, "weight_quant.clip", "'amax' or 'mse', got 'max'"),
     # Unknown keys, at each level.
     ({"enabled": True}, "enabled", "allowed are enable, seglinear"),
-    ({"opt": {"rank": 4}}, "opt.rank", "allowed are type, alpha, magnitude, low_rank, search_alpha_config"),
+    ({"opt": {"rank": 4}}, "opt.rank", "allowed are type, alpha, magnitude, search_alpha_config, low_rank"),
     ({"opt": {"search_alpha_config": {"stop": 1}}}, "stop", "allowed are enable, min, max, step"),
     ({"input_quant": {"clip": "mse"}}, "input_quant.clip", "allowed are type, axis, dynamic"),
     # Keys that are not strings, and what JSON cannot hold.
@@ -288,7 +289,10 @@ def test_several_errors_are_all_listed() -> None:
 
 IMPOSSIBLE = [
     ({"input_quant": {"axis": -1}}, "axis=-1 (one scale a token) needs dynamic=True"),
-    ({"calib": {"type": "gptq"}, "weight_quant": {"type": "fp16"}}, 'calib.type "gptq" needs an integer or FP8'),
+    (
+        {"calib": {"type": "gptq"}, "weight_quant": {"type": "fp16"}},
+        'calib.type "gptq" needs a weight_quant.type with a scale, not fp16',
+    ),
     (
         {"calib": {"type": "gptq", "group_size": 32}, "weight_quant": {"group_size": 64}},
         "calib.group_size=32 contradicts weight_quant.group_size=64",
@@ -310,12 +314,11 @@ def test_impossible_combinations(entry, says) -> None:
     with pytest.raises(ConfigError) as error:
         QuantRules({"default": entry})
     assert says in str(error.value)
-    # In an override it is found once the layer is known, and the message names it.
+    # In an override it is found at the latest once the layer is known.
     with pytest.raises(ConfigError) as error:
         QuantRules({"*.fc": entry}).resolve("block.fc")
     assert says in str(error.value)
     assert "'*.fc'" in str(error.value)
-    assert "layer 'block.fc'" in str(error.value)
 
 
 def test_a_combination_may_span_entries() -> None:
@@ -326,8 +329,8 @@ def test_a_combination_may_span_entries() -> None:
         rules.resolve("a")
     # Neither half is wrong by itself, and the layer that gets both is.
     rules = QuantRules({"x*": {"calib": {"type": "gptq"}}, "*y": {"weight_quant": {"type": "fp16"}}})
-    assert rules.resolve("xa").calib.type is Calibrate.GPTQ
-    assert rules.resolve("ay").weight_quant.type is DType.FP16
+    assert rules.resolve("xa").calib.type == Calibrate.GPTQ
+    assert rules.resolve("ay").weight_quant.type == DType.FP16
     with pytest.raises(ConfigError, match=r"config\['x\*'\] \+ config\['\*y'\] for layer 'xy'"):
         rules.resolve("xy")
 
@@ -355,8 +358,8 @@ def test_presets(name) -> None:
         assert (weight.type, inputs.type) == (DType.FP8E4M3, DType.FP8E4M3)
     else:
         bits, activations = name.split("-")[0].removeprefix("w").split("a")
-        assert weight.type.bits == int(bits)
-        assert (16 if inputs is None else inputs.type.bits) == int(activations)
+        assert weight.format.bits == int(bits)
+        assert (16 if inputs is None else inputs.format.bits) == int(activations)
     if "dynamic" in name:
         assert inputs.dynamic
 
@@ -389,3 +392,56 @@ FREE = {"opt": {"type": "default"}, "input_quant": None}
 )
 def test_needs_data(config, needs) -> None:
     assert QuantRules(config).needs_data is needs
+
+
+def test_the_references_own_spellings_are_read() -> None:
+    rules = QuantRules(
+        {
+            "default": {
+                "search_patterns": ["linear_to_chunk", "activation_to_linear"],
+                "calib": {"type": "gptq", "blocksize": 64, "percdamp": 0.02, "groupsize": 32, "actorder": True},
+                "input_quant": {"type": "fpe4m3"},
+                "weight_quant": {"type": "fpe5m2"},
+            }
+        }
+    )
+    assert rules.raw["default"] == {
+        "search_patterns": ["linear2chunk", "activation2linear"],
+        "calib": {"type": "gptq", "block_size": 64, "damp": 0.02, "group_size": 32, "act_order": True},
+        "input_quant": {"type": "fp8e4m3"},
+        "weight_quant": {"type": "fp8e5m2"},
+    }
+
+
+def test_a_flat_dict_is_told_to_wrap_itself() -> None:
+    with pytest.raises(ConfigError, match=r"'weight_quant' is a field.*\{\"default\": \{"):
+        QuantRules({"weight_quant": {"type": "int4"}})
+
+
+def test_an_unknown_preset_gets_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'w4a16-gptq'"):
+        parse("w4a16_gptq")
+
+
+def test_a_search_of_too_many_alphas_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"step=1e-07 makes 1e\+07 alphas, at most 1000"):
+        default(opt={"search_alpha_config": {"enable": True, "step": 1e-7}})
+    assert len(SearchAlpha(step=0.001).grid()) == 1001
+
+
+def test_needs_data_looks_at_each_glob_once(monkeypatch) -> None:
+    from hfquant import config
+
+    calls = 0
+
+    def counted(name: str, glob: str) -> bool:
+        nonlocal calls
+        calls += 1
+        return name == glob
+
+    rules = QuantRules(
+        {"default": {**parse("w8a8-dynamic").raw["default"]}, **{f"layer.{i}.*": {"enable": False} for i in range(500)}}
+    )
+    monkeypatch.setattr(config, "fnmatchcase", counted)
+    assert not rules.needs_data
+    assert calls == 0

@@ -23,7 +23,7 @@ from hfquant.diffusion import (
     is_pipeline,
     time_reader,
 )
-from hfquant.nn.linear import quant_linears
+from hfquant.nn.modules import quant_linears
 
 STATIC = {"default": {"weight_quant": {"type": "int8", "axis": -1}, "input_quant": {"type": "int8"}}}
 

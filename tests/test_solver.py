@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hfquant.observers import LayerStats, layer_stats
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

@@ -1,37 +1,52 @@
-"""The affiner itself: one affine map a timestep, what it is fitted from, how it is applied and stored."""
+"""The affiner itself: maps of predictions, of latents and of blocks, how they are attached and stored."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
+import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hfquant.affiner import solvers
-from hfquant.affiner.blocks import BlockMap, fold_blocks, hook_blocks
-from hfquant.affiner.config import AffinerConfig, parse
-from hfquant.affiner.hooks import Attachment, Step, Undo, attach, find_denoiser, step_coefficients
-from hfquant.affiner.maps import AffineMaps, checked_tensor
-from hfquant.affiner.solvers import Grid, Moments
+from hfquant.affiner.blocks import BlockMap, hook_blocks
+from hfquant.affiner.config import AffinerConfig, Section, parse
+from hfquant.affiner.hooks import NoiseTarget, Step, attach
+from hfquant.affiner.maps import METHODS, checked_tensor
 from hfquant.config import ConfigError
+from hfquant.diffusion import find_denoiser
 
 CONFIG_FILE, TENSORS_FILE = "affiner_config.json", "affiner.safetensors"
-_FORMAT, _VERSION = "hfquant-affiner", 1
-_MAX_PIXELS = 1 << 22  # of a latent, whose maps are expanded to pixels; a file that asks for more is not believed
+SUBFOLDER = "affiner"
+#: Of a latent, whose maps are expanded to pixels; a file that asks for more is not believed.
+MAX_PIXELS = 1 << 22
+
+_Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+
+
+class _Stored(Section):
+    """What `affiner_config.json` holds. `blocks`: names of modules and numbers of their outputs."""
+
+    format: Literal["hfquant-affiner"] = "hfquant-affiner"
+    version: Literal[1] = 1
+    config: dict[str, Any]
+    size: _Size
+    latent_size: _Size | None
+    uncond_half: Literal[0, 1] | None
+    blocks: tuple[tuple[str, Annotated[int, Field(ge=0)]], ...]
 
 
 class BlockwiseAffiner:
     """Corrects a quantized denoiser, `e ~ K_t e^ + b_t` with maps constant on blocks of the latents.
 
-    Comes from :func:`hfquant.load_affiner` or :meth:`from_pretrained`. The baselines "ptqd" and "tac" are the same
-    object with another solver and one block a channel.
+    Comes from :func:`hfquant.load_affiner` or :meth:`from_pretrained`. The baselines "ptqd" and "tac" have other maps,
+    see :data:`hfquant.affiner.maps.METHODS`.
 
     Args:
         config: See :class:`hfquant.affiner.config.AffinerConfig`.
@@ -45,14 +60,15 @@ class BlockwiseAffiner:
 
     def __init__(self, config: AffinerConfig | Mapping[str, Any]) -> None:
         self.config = parse(config)
-        self.prediction = _maps(self.config)
-        self.latents = _latent_maps(self.config)
+        method = METHODS[self.config.type]
+        self.prediction = method(self.config)
+        self.latents = method.of_latents(self.config)
         self.blocks: list[BlockMap] = []
-        self.uncond_half: int | None = None
-        self._attachments: list[tuple[Attachment, Undo]] = []
+        self.uncond_half: Literal[0, 1] | None = None
+        self._attachments = ExitStack()
 
     @property
-    def noise_target(self) -> Any:
+    def noise_target(self) -> NoiseTarget:
         """What of the denoiser's predictions is corrected."""
         return self.config.stepper.noise_target
 
@@ -66,80 +82,43 @@ class BlockwiseAffiner:
         """For each timestep the mean squared error of predictions on the fitted samples, before and after."""
         return {t: self.prediction.errors[t] for t in self.timesteps}
 
-    # ------------------------------------------------------------------------------------ the protocol of an affiner
-
     def observe(self, timestep: float, real: Tensor, quant: Tensor) -> None:
-        """Adds a batch of predictions of both models on the same latents."""
+        """Add a batch of predictions of both models on the same latents."""
         self.prediction.observe(timestep, real, quant)
 
     def solve(self, timestep: float) -> None:
-        """Fits the map of a timestep."""
+        """Fit the map of a timestep."""
         self.prediction.solve(timestep)
 
     def correct(self, timestep: float, prediction: Tensor) -> Tensor:
-        """Applies the map of a timestep; of a learned-sigma prediction `[B, 2C, H, W]` to the first C channels.
-
-        Raises:
-            ValueError: The timestep lies outside the fitted ones, or the channels differ.
-        """
-        fitted = next(iter(self.prediction.table.values()))[0].shape[0] if self.prediction.table else 0
-        if prediction.dim() == 4 and prediction.shape[1] == 2 * fitted:
-            noise, variance = prediction.chunk(2, dim=1)
-            return torch.cat([self.prediction.apply(timestep, noise), variance], dim=1)
-        return self.prediction.apply(timestep, prediction)
-
-    def correct_latents(self, timestep: float, latents: Tensor) -> Tensor:
-        """Applies the map of the latents that the step at `timestep` ended in."""
-        return latents if self.latents is None else self.latents.apply(timestep, latents)
+        """Apply the map of a timestep; see :meth:`hfquant.affiner.maps.AffineMaps.correct`."""
+        return self.prediction.correct(timestep, prediction)
 
     def noise_scale(self, step: Step) -> float:
-        """PTQD's variance schedule calibration (section 3.4): what to multiply the scheduler's own noise by.
-
-        A stochastic step adds noise of variance sigma^2 and carries c^2 times what is left of the quantization noise's
-        variance; the first is lowered by the second, to 0 at the least. 1 for the other types, other noise targets
-        than "all", deterministic schedulers, timesteps between fitted ones, and steps that are not enabled.
-        """
-        applies = self.config.type == "ptqd" and self.noise_target == "all"
-        if not applies or step.timestep not in self.prediction.errors:
-            return 1.0
-        scale, shift = self.prediction.table[step.timestep]
-        if bool((scale == 1).all()) and not bool(shift.any()):
-            return 1.0
-        c, sigma = step_coefficients(step)
-        if not (math.isfinite(c) and math.isfinite(sigma)) or sigma == 0:
-            return 1.0
-        return math.sqrt(max(0.0, 1 - c * c * self.prediction.errors[step.timestep][1] / (sigma * sigma)))
-
-    # ----------------------------------------------------------------------------------------------------- attaching
+        """Return what to multiply the scheduler's own noise by: 1, unless the method says otherwise."""
+        return self.prediction.noise_scale(step)
 
     def attach(self, model: Any) -> BlockwiseAffiner:
-        """Corrects every run of a pipeline (or every call of a bare denoiser) from now on.
+        """Correct every run of a pipeline (or every call of a bare denoiser) from now on.
 
         `with affiner.attach(pipe): ...` detaches at the end. The pipeline keeps working with any batch size, scheduler
         and number of steps whose timesteps lie in the fitted range, and with latents of any size (packed ones: see
-        :meth:`hfquant.affiner.maps.AffineMaps.apply`).
+        :meth:`hfquant.affiner.maps.AffineMaps.correct`).
 
         Raises:
-            ValueError: An affiner is attached already, or nothing has been fitted.
-            TypeError: `model` has no denoiser.
+            ValueError: An affiner is attached already, nothing has been fitted, or `model` has no such denoiser.
         """
-        if not self.prediction.table:
-            raise ValueError("this affiner has not been fitted: use hfquant.load_affiner or from_pretrained")
-        attachment = attach(model, self)
-        try:
-            undo = hook_blocks(find_denoiser(model), self.blocks)
-        except BaseException:
-            attachment.detach()
-            raise
-        self._attachments.append((attachment, undo))
+        self._check_fitted("use hfquant.load_affiner or from_pretrained")
+        with ExitStack() as stack:
+            stack.enter_context(attach(model, self))
+            if self.blocks:
+                stack.callback(hook_blocks(find_denoiser(model), self.blocks))
+            self._attachments.push(stack.pop_all())
         return self
 
     def detach(self) -> None:
-        """Takes the affiner off everything that it is attached to; outputs are bit for bit as before."""
-        for attachment, undo in self._attachments:
-            undo()
-            attachment.detach()
-        self._attachments = []
+        """Take the affiner off everything that it is attached to; outputs are bit for bit as before."""
+        self._attachments.close()
 
     def __enter__(self) -> BlockwiseAffiner:
         return self
@@ -147,33 +126,13 @@ class BlockwiseAffiner:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def fold_blocks(self, model: Any) -> list[str]:
-        """Moves the maps of blocks that are linears into these linears' scales and biases, for good.
-
-        Other maps stay hooks: a transformer or UNet block ends in a residual stream that several layers read, so there
-        is no next linear to take them. See :func:`hfquant.affiner.blocks.fold_blocks`.
-
-        Returns:
-            The names of the linears; the affiner no longer has maps for them.
-
-        Raises:
-            ValueError: The affiner is attached.
-        """
-        if self._attachments:
-            raise ValueError("detach the affiner before its block maps are folded")
-        folded = fold_blocks(find_denoiser(model), self.blocks)
-        self.blocks = [block for block in self.blocks if block.module not in folded]
-        return folded
-
-    # ------------------------------------------------------------------------------------------------------- storage
-
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Writes affiner.safetensors and affiner_config.json.
+        """Write affiner.safetensors and affiner_config.json.
 
         In the subfolder "affiner" of a pipeline's folder, :func:`hfquant.affiner.load_pipeline` picks them up.
         """
-        if not self.prediction.table:
-            raise ValueError("this affiner has not been fitted; there is nothing to save")
+        self._check_fitted("there is nothing to save")
+        assert self.prediction.size is not None
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self.prediction.tensors("prediction")
@@ -181,17 +140,15 @@ class BlockwiseAffiner:
             tensors |= self.latents.tensors("latents")
         for i, block in enumerate(self.blocks):
             tensors |= {f"blocks.{i}.scale": block.scale, f"blocks.{i}.shift": block.shift}
-        description = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "config": self.config.to_json(),
-            "size": self.prediction.size,
-            "latent_size": None if self.latents is None else self.latents.size,
-            "uncond_half": self.uncond_half,
-            "blocks": [[block.module, block.output] for block in self.blocks],
-        }
+        stored = _Stored.model_construct(
+            config=self.config.to_json(),
+            size=self.prediction.size,
+            latent_size=None if self.latents is None else self.latents.size,
+            uncond_half=self.uncond_half,
+            blocks=tuple((block.module, block.output) for block in self.blocks),
+        )
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / TENSORS_FILE, {"format": "pt"})
-        (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(stored.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -201,7 +158,7 @@ class BlockwiseAffiner:
         subfolder: str = "",
         **hub_kwargs: Any,
     ) -> BlockwiseAffiner:
-        """Loads what :meth:`save_pretrained` or :meth:`push_to_hub` wrote.
+        """Load what :meth:`save_pretrained` or :meth:`push_to_hub` wrote.
 
         Args:
             pretrained_model_name_or_path: A folder, or the id of a repository.
@@ -214,39 +171,37 @@ class BlockwiseAffiner:
         """
         config_path, tensors_path = _files(pretrained_model_name_or_path, subfolder, hub_kwargs)
         try:
-            description = json.loads(config_path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{config_path} is damaged: {error}") from error
-        if not isinstance(description, dict) or description.get("format") != _FORMAT:
-            raise ValueError(f"{config_path} is not the config of an affiner")
-        if description.get("version") != _VERSION:
-            raise ValueError(f"{config_path} has version {description.get('version')!r}; this hfquant reads {_VERSION}")
-        try:
-            affiner = cls(description.get("config", {}))
-            affiner._load(description, tensors_path)
-        except (ConfigError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{config_path.parent}: {error}") from error
+            stored = _Stored.model_validate_json(config_path.read_bytes())
+            affiner = cls(stored.config)
+            affiner._load(stored, load_file(tensors_path))
+        except ValidationError as error:
+            reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ValueError(
+                f"{config_path} is damaged, of another version, or not the config of an affiner: {reason}"
+            ) from error
+        except (ConfigError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{config_path.parent} is damaged: {error}") from error
         return affiner
 
-    def _load(self, description: Mapping[str, Any], tensors_path: Path) -> None:
-        half = description["uncond_half"]
-        if half not in (None, 0, 1) or isinstance(half, bool):
-            raise ValueError(f"uncond_half is None, 0 or 1, got {half!r}")
-        self.uncond_half = half
-        tensors = _read(tensors_path)
-        self.prediction.load("prediction", _size(description["size"]), tensors)
-        if self.latents is not None:
-            self.latents.load("latents", _size(description["latent_size"]), tensors)
-        for i, entry in enumerate(description["blocks"]):
-            match entry:
-                case [str(module), int(output)] if output >= 0:
-                    names = (f"blocks.{i}.scale", f"blocks.{i}.shift")
-                    scale, shift = (checked_tensor(tensors, name, torch.float32) for name in names)
-                    if scale.dim() != 1 or scale.shape != shift.shape:
-                        raise ValueError(f"blocks.{i}: shapes {list(scale.shape)} and {list(shift.shape)} do not fit")
-                    self.blocks.append(BlockMap(module, output, scale, shift))
-                case _:
-                    raise ValueError(f"blocks[{i}] is a module's name and the number of an output, got {entry!r}")
+    def _load(self, stored: _Stored, tensors: Mapping[str, Tensor]) -> None:
+        self.uncond_half = stored.uncond_half
+        for name, maps, size in (
+            ("prediction", self.prediction, stored.size),
+            ("latents", self.latents, stored.latent_size),
+        ):
+            if maps is not None:
+                if size is None or size[0] * size[1] > MAX_PIXELS:
+                    raise ValueError(f"size of {name}: expected at most {MAX_PIXELS} pixels, got {size}")
+                maps.load(name, size, tensors)
+        for i, (module, output) in enumerate(stored.blocks):
+            scale, shift = (checked_tensor(tensors, f"blocks.{i}.{part}", torch.float32) for part in ("scale", "shift"))
+            if scale.dim() != 1 or scale.shape != shift.shape:
+                raise ValueError(f"blocks.{i}: shapes {list(scale.shape)} and {list(shift.shape)} do not fit")
+            self.blocks.append(BlockMap(module, output, scale, shift))
+
+    def _check_fitted(self, hint: str) -> None:
+        if not self.prediction.table:
+            raise ValueError(f"this affiner has not been fitted: {hint}")
 
     def push_to_hub(
         self,
@@ -257,7 +212,7 @@ class BlockwiseAffiner:
         token: str | None = None,
         commit_message: str = "Upload affiner",
     ) -> str:
-        """Uploads what :meth:`save_pretrained` writes, creating the repository where it is missing.
+        """Upload what :meth:`save_pretrained` writes, creating the repository where it is missing.
 
         Args:
             repo_id: "user/name".
@@ -269,8 +224,6 @@ class BlockwiseAffiner:
         Returns:
             Address of the commit.
         """
-        import tempfile
-
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
@@ -283,66 +236,49 @@ class BlockwiseAffiner:
         return str(commit)
 
 
-def _maps(config: AffinerConfig) -> AffineMaps:
-    enabled = config.stepper.enable_timesteps
-    match config.type:
-        case "ptqd":
-            return AffineMaps(None, lambda sums, _: solvers.solve_ptqd(sums), enabled=enabled)
-        case "tac":
-            return AffineMaps(None, lambda sums, _: solvers.solve_tac(sums), enabled=enabled)
-    solver = config.solver
-    interpolate = solver.sample_mode == "interpolate"
-    terms = solver.alpha, solver.lambda1, solver.lambda2
+def load_pipeline(pipeline_class: Any, pretrained: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Load a pipeline and attach the affiner in its subfolder "affiner", if there is one.
 
-    def solve(sums: Moments, grid: Grid) -> tuple[Tensor, Tensor]:
-        pair = solvers.solve_interpolated(sums, grid, *terms) if interpolate else solvers.solve_blocks(sums, *terms)
-        limited = solvers.limit(*pair, solver.percentile, solver.greater, solver.scale)
-        if interpolate:
-            # Pixels between a limited node and another may end up worse than they were.
-            identity = torch.ones_like(pair[0]), torch.zeros_like(pair[1])
-            return min(limited, identity, key=lambda maps: solvers.objective(sums, maps[0], maps[1], *terms, grid))
-        return limited
+    Args:
+        pipeline_class: `DiffusionPipeline` or any of its subclasses.
+        pretrained: Folder, or id of a repository.
+        **kwargs: Of `pipeline_class.from_pretrained`; `revision`, `token`, `cache_dir` and `local_files_only` serve the
+            affiner too.
 
-    return AffineMaps(solver.blocksize, solve, interpolate, enabled)
+    Returns:
+        The pipeline; `pipe.affiner` is the affiner (None without one), `pipe.affiner.detach()` takes it off.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    pipe = pipeline_class.from_pretrained(pretrained, **kwargs)
+    pipe.affiner = None
+    if Path(pretrained).is_dir() and not (Path(pretrained) / SUBFOLDER / CONFIG_FILE).is_file():
+        return pipe
+    hub = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
+    try:
+        pipe.affiner = BlockwiseAffiner.from_pretrained(pretrained, subfolder=SUBFOLDER, **hub)
+    except LocalEntryNotFoundError:
+        # Whether the repository has one cannot be known off line; on line it is a failed download.
+        if not (kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE):
+            raise
+    except EntryNotFoundError:
+        pass
+    if pipe.affiner is not None:
+        pipe.affiner.attach(pipe)
+    return pipe
 
 
-def _latent_maps(config: AffinerConfig) -> AffineMaps | None:
-    if config.type == "tac" and config.stepper.recurrent:
-        return AffineMaps(None, lambda sums, _: solvers.solve_bias(sums), enabled=config.stepper.enable_timesteps)
-    return _maps(config) if config.stepper.enable_latent_affine else None
-
-
-def _files(source: str | os.PathLike[str], subfolder: str, hub_kwargs: Mapping[str, Any]) -> tuple[Path, Path]:
-    folder = Path(source) / subfolder
+def _files(source: str | os.PathLike[str], subfolder: str, hub_kwargs: Mapping[str, Any]) -> list[Path]:
+    """The two files of an affiner, here or fetched from the hub."""
+    names = CONFIG_FILE, TENSORS_FILE
     if Path(source).is_dir():
-        paths = folder / CONFIG_FILE, folder / TENSORS_FILE
-        for path in paths:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is not there: {folder} holds no affiner")
+        paths = [Path(source, subfolder, name) for name in names]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise FileNotFoundError(f"{missing[0]} is not there: {missing[0].parent} holds no affiner")
         return paths
     if Path(source).is_absolute() or str(source).startswith("."):
         raise FileNotFoundError(f"there is no folder {source}")
     from huggingface_hub import hf_hub_download
 
-    config, tensors = (
-        Path(hf_hub_download(str(source), name, subfolder=subfolder or None, **hub_kwargs))
-        for name in (CONFIG_FILE, TENSORS_FILE)
-    )
-    return config, tensors
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def _size(value: Any) -> tuple[int, int]:
-    match value:
-        case [int(height), int(width)] if min(height, width) >= 1 and height * width <= _MAX_PIXELS:
-            return height, width
-    raise ValueError(f"size is height and width in latent pixels, got {value!r}")
+    return [Path(hf_hub_download(str(source), name, subfolder=subfolder or None, **hub_kwargs)) for name in names]

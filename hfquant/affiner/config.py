@@ -11,17 +11,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hfquant.config import ConfigError
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A strict, frozen section of a stored config."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class StepperConfig(_Section):
+class StepperConfig(Section):
     """The runs that the affiner is fitted on.
 
     Attributes:
         max_timestep: Denoising steps of each run (`num_inference_steps`). None: the pipeline's own default, 50 for a
             bare denoiser.
-        sample_size: Samples of the dataset to fit on; None for all.
+        sample_size: Samples of the dataset to fit on; None for all (an endless stream needs a number).
         batch_size: Samples of one pipeline call.
         recurrent: Fit step t on the latents that the quantized model reaches with the corrections of the steps before,
             all samples side by side; their latents and conditioning stay in memory until the end. Otherwise every step
@@ -33,8 +35,6 @@ class StepperConfig(_Section):
             run of the real model; needs `recurrent`.
         enable_timesteps: Numbers of the steps that get a correction, 0 being the first and noisiest; the others keep
             the identity. None for all.
-        offload: Device on which the two models take turns, the waiting one being on the CPU; all samples then run
-            side by side. None: each stays where it is, on one device or on two.
         seed: Of the initial noise and of the shuffle.
     """
 
@@ -44,8 +44,7 @@ class StepperConfig(_Section):
     recurrent: bool = True
     noise_target: Literal["all", "uncond", "text"] = "all"
     enable_latent_affine: bool = False
-    enable_timesteps: tuple[int, ...] | None = None
-    offload: str | None = None
+    enable_timesteps: tuple[int, ...] | None = Field(None, strict=False)  # JSON has lists alone
     seed: int = Field(0, ge=0)
 
     @field_validator("enable_timesteps")
@@ -62,8 +61,8 @@ class StepperConfig(_Section):
         return self
 
 
-class SolverConfig(_Section):
-    """How the maps of type "blockwise" are fitted; see :mod:`hfquant.affiner.solvers` for the objective.
+class SolverConfig(Section):
+    """How the maps of type "blockwise" are fitted; see :func:`hfquant.affiner.solvers.objective`.
 
     Attributes:
         type: "mserel", squared error blended with relative squared error.
@@ -89,7 +88,7 @@ class SolverConfig(_Section):
     scale: float = Field(1.0, ge=0.0, le=1.0)
 
 
-class BlocksConfig(_Section):
+class BlocksConfig(Section):
     """Alignment of the denoiser's own blocks, fitted before the predictions; see :mod:`hfquant.affiner.blocks`.
 
     Attributes:
@@ -99,19 +98,19 @@ class BlocksConfig(_Section):
         alpha, lambda1, lambda2: As in the solver.
     """
 
-    modules: tuple[str, ...] = Field(min_length=1)
+    modules: tuple[str, ...] = Field(min_length=1, strict=False)
     timesteps: int = Field(5, ge=1)
     alpha: float = Field(0.5, ge=0.0, le=1.0)
     lambda1: float = Field(0.01, ge=0.0)
     lambda2: float = Field(0.01, ge=0.0)
 
 
-class AffinerConfig(_Section):
+class AffinerConfig(Section):
     """The whole config.
 
     Attributes:
-        type: "blockwise"; "ptqd" and "tac" are baselines by the same interface (see the solvers). "tac" also corrects
-            the mean of the latents after each step where `recurrent` is set.
+        type: "blockwise"; "ptqd" and "tac" are baselines (see :mod:`hfquant.affiner.maps`). "tac" also corrects the
+            mean of the latents after each step where `recurrent` is set.
         stepper: The runs.
         solver: The fit; of type "blockwise" only.
         blocks: Block alignment; None for none.
@@ -131,20 +130,18 @@ class AffinerConfig(_Section):
                 raise ValueError(f'solver has no effect on type "{self.type}"; leave it out or use type "blockwise"')
             if self.stepper.enable_latent_affine:
                 raise ValueError(f'stepper.enable_latent_affine needs type "blockwise", not "{self.type}"')
-        if self.blocks is not None and self.stepper.offload is not None:
-            raise ValueError("blocks are fitted with both models in place; leave stepper.offload out")
         if self.stepper.max_timestep is not None and "num_inference_steps" in self.extra_args:
             raise ValueError("stepper.max_timestep and extra_args.num_inference_steps are the same; give one")
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """The config in JSON's own types; `extra_args` that JSON cannot carry are left out."""
+        """Return the config in JSON's own types; `extra_args` that JSON cannot carry are left out."""
         dumped = self.model_dump(mode="json", exclude={"extra_args"})
         return dumped | {"extra_args": {k: v for k, v in self.extra_args.items() if _is_json(v)}}
 
 
 def parse(config: AffinerConfig | Mapping[str, Any]) -> AffinerConfig:
-    """Validates a config dict. The caller's dict is left alone.
+    """Validate a config dict. The caller's dict is left alone.
 
     Raises:
         ConfigError: Unknown key, bad value or impossible combination; the message names them and what is allowed.
@@ -154,22 +151,13 @@ def parse(config: AffinerConfig | Mapping[str, Any]) -> AffinerConfig:
         return config
     if not isinstance(config, Mapping):
         raise TypeError(f"an affiner's config is a dict, got {type(config).__name__}")
-    extra = config.get("extra_args", {})
-    if not isinstance(extra, Mapping):
-        raise ConfigError(f"config.extra_args: expected a dict of keyword arguments, got {extra!r}")
-    plain = {key: value for key, value in config.items() if key != "extra_args"}
     try:
-        # Strict, but by JSON's rules (tuples come as lists). What extra_args hold need not be JSON.
-        text = json.dumps(plain | {"extra_args": dict.fromkeys(extra)})
-        checked = AffinerConfig.model_validate_json(text)
+        return AffinerConfig.model_validate(dict(config))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"config: not JSON: {error}") from None
-    return checked.model_copy(update={"extra_args": dict(extra)})
 
 
-_SECTIONS: dict[str, type[_Section]] = {"stepper": StepperConfig, "solver": SolverConfig, "blocks": BlocksConfig}
+_SECTIONS: dict[str, type[Section]] = {"stepper": StepperConfig, "solver": SolverConfig, "blocks": BlocksConfig}
 
 
 def _explain(error: Any) -> str:

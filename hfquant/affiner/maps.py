@@ -1,48 +1,66 @@
-"""Tables of affine maps, one a timestep: solved from sums, applied to latents of any layout, stored as tensors."""
+"""Tables of affine maps, one a timestep: solved from sums, applied to latents of any layout, stored as tensors.
+
+Each class is an :class:`~hfquant.affiner.hooks.Affiner` by itself, like a third party's; it says how K and b follow
+from the sums.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hfquant.affiner import solvers
+from hfquant.affiner.config import AffinerConfig
+from hfquant.affiner.hooks import Step, step_coefficients
 from hfquant.affiner.solvers import Grid, Moments
+from hfquant.diffusion import from_grid, to_grid
+
+Maps = tuple[Tensor, Tensor]
 
 
 class AffineMaps:
     """A table of maps `x <- K_t x + b_t`, float32 `[C, h, w]` a timestep, and the sums that they are solved from.
 
-    Args:
+    Attributes:
         blocksize: Side of the blocks in pixels; None for one block a channel.
-        solve: Gives K and b from sums of blocks (of pixels where `interpolate`).
         interpolate: Maps are bilinear between block centres instead of constant on blocks.
         enabled: Numbers of the timesteps, in order of their first observation, that get a map; the others keep the
-            identity.
+            identity. None for all.
+        size: Height and width of the latents.
+        table: Timestep to (K, b).
+        errors: Timestep to the mean squared error over all samples and pixels, before and after.
     """
 
-    def __init__(
-        self,
-        blocksize: int | None,
-        solve: Callable[[Moments, Grid], tuple[Tensor, Tensor]],
-        interpolate: bool = False,
-        enabled: tuple[int, ...] | None = None,
-    ) -> None:
-        self.blocksize, self.interpolate, self.enabled = blocksize, interpolate, enabled
+    blocksize: int | None = None
+    interpolate = False
+
+    def __init__(self, config: AffinerConfig) -> None:
+        self.enabled = config.stepper.enable_timesteps
         self.size: tuple[int, int] | None = None
-        #: timestep -> (K, b)
-        self.table: dict[float, tuple[Tensor, Tensor]] = {}
-        #: timestep -> mean squared error over all samples and pixels (before, after)
+        self.table: dict[float, Maps] = {}
         self.errors: dict[float, tuple[float, float]] = {}
-        self._solve = solve
         self._order: list[float] = []
         self._sums: dict[float, Moments] = {}
 
+    def fit(self, sums: Moments) -> Maps:
+        """Return K and b, `[C, h, w]`, from sums of blocks (of pixels where `interpolate`)."""
+        raise NotImplementedError
+
+    @classmethod
+    def of_latents(cls, config: AffinerConfig) -> AffineMaps | None:
+        """Return an empty table for the latents after each step, where the method corrects these too."""
+        return None
+
+    def noise_scale(self, step: Step) -> float:
+        """Return what to multiply the scheduler's own noise by."""
+        return 1.0
+
     def observe(self, timestep: float, real: Tensor, quant: Tensor) -> None:
-        """Adds a batch: `[B, C, H, W]`, or packed or video latents (see :func:`to_grid`)."""
+        """Add a batch of any layout that :func:`~hfquant.diffusion.to_grid` knows."""
         real, quant = to_grid(real), to_grid(quant)
         size = (real.shape[-2], real.shape[-1])
         if self.size not in (None, size):
@@ -54,32 +72,37 @@ class AffineMaps:
         self._sums[timestep] = self._sums[timestep] + sums if timestep in self._sums else sums
 
     def solve(self, timestep: float) -> None:
-        """Fits the map of one timestep to all that was observed there."""
-        sums, grid = self._sums[timestep], self._grid()
-        scale, shift = self._solve(sums, grid)
+        """Fit the map of one timestep to all that was observed there."""
+        sums = self._sums[timestep]
+        scale, shift = self.fit(sums)
         if self.enabled is not None and self._order.index(timestep) not in self.enabled:
             scale, shift = torch.ones_like(scale), torch.zeros_like(shift)
         self.table[timestep] = scale.float(), shift.float()
-        spread = [solvers.expand(x, grid, True) for x in (scale, shift)] if self.interpolate else (scale, shift)
-        after = sums.squared_error(*spread)
+        spread = [solvers.expand(x, self._grid(), True) for x in (scale, shift)] if self.interpolate else (scale, shift)
         count = float(sums.n.sum())
-        self.errors[timestep] = float(sums.squared_error().sum()) / count, float(after.sum()) / count
+        before, after = sums.squared_error(), sums.squared_error(*spread)
+        self.errors[timestep] = float(before.sum()) / count, float(after.sum()) / count
         # Second-order schedulers come back to a timestep at once; sums of earlier ones are done with.
         self._sums = {t: s for t, s in self._sums.items() if t == timestep or t not in self.table}
 
-    def apply(self, timestep: float, values: Tensor) -> Tensor:
-        """`K_t x + b_t`, computed in float32, for latents of any size; in the dtype of `values`.
+    def correct(self, timestep: float, values: Tensor) -> Tensor:
+        """Return `K_t x + b_t`, computed in float32, for latents of any size; in the dtype of `values`.
 
-        K and b are interpolated linearly between the neighbouring timesteps that were fitted. Latents of another size
-        than fitted have the maps stretched to theirs (nearest block, or bilinear where `interpolate`); packed tokens
-        only from a square to a square, as nothing tells the height and width of others.
+        Of a learned-sigma prediction `[B, 2C, H, W]` the first C channels are corrected. K and b are interpolated
+        linearly between the neighbouring timesteps that were fitted. Latents of another size than fitted have the maps
+        stretched to theirs (nearest block, or bilinear where `interpolate`); packed tokens only from a square to a
+        square, as nothing tells the height and width of others.
 
         Raises:
             ValueError: The timestep lies outside the fitted ones, the channels differ, or packed tokens of another
                 number than fitted are no square.
         """
+        scale, shift = self.at(timestep)
+        if values.dim() == 4 and values.shape[1] == 2 * len(scale):
+            noise, variance = values.chunk(2, dim=1)
+            return torch.cat([self.correct(timestep, noise), variance], dim=1)
         grid = to_grid(values)
-        size, (scale, shift) = (grid.shape[-2], grid.shape[-1]), self.at(timestep)
+        size = (grid.shape[-2], grid.shape[-1])
         if grid.shape[1] != len(scale):
             raise ValueError(f"the affiner was fitted on {len(scale)} channels, got {grid.shape[1]}")
         assert self.size is not None
@@ -91,30 +114,16 @@ class AffineMaps:
         scale, shift = (self._stretched(x, size).to(values.device) for x in (scale, shift))
         return from_grid((grid.float() * scale + shift).to(values.dtype), values)
 
-    def _grid(self) -> Grid:
-        assert self.size is not None
-        return Grid(*self.size, self.blocksize or max(self.size))
-
-    def _stretched(self, blocks: Tensor, size: tuple[int, int]) -> Tensor:
-        pixels = solvers.expand(blocks, self._grid(), self.interpolate)
-        if size == self.size:
-            return pixels
-        if self.interpolate:
-            return F.interpolate(pixels[None], size, mode="bilinear", align_corners=False)[0]
-        return F.interpolate(pixels[None], size, mode="nearest-exact")[0]
-
-    def at(self, timestep: float) -> tuple[Tensor, Tensor]:
-        """K and b of a timestep, `[C, h, w]`.
+    def at(self, timestep: float) -> Maps:
+        """Return K and b of a timestep, `[C, h, w]`.
 
         Raises:
             ValueError: It lies outside the fitted range.
         """
         if timestep in self.table:
             return self.table[timestep]
-        below, above = (
-            max((t for t in self.table if t < timestep), default=None),
-            min((t for t in self.table if t > timestep), default=None),
-        )
+        below = max((t for t in self.table if t < timestep), default=None)
+        above = min((t for t in self.table if t > timestep), default=None)
         if below is None or above is None:
             fitted = f"[{min(self.table):g}, {max(self.table):g}]" if self.table else "nothing"
             raise ValueError(
@@ -126,7 +135,7 @@ class AffineMaps:
         return torch.lerp(k0, k1, share), torch.lerp(b0, b1, share)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """The table as tensors: timesteps [T], scale and shift [T, C, h, w], errors [T, 2]; highest timestep first."""
+        """Return the table: timesteps [T], highest first, scale and shift [T, C, h, w], errors [T, 2]."""
         times = sorted(self.table, reverse=True)
         return {
             f"{prefix}.timesteps": torch.tensor(times, dtype=torch.float64),
@@ -136,7 +145,7 @@ class AffineMaps:
         }
 
     def load(self, prefix: str, size: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
-        """The reverse of :meth:`tensors`.
+        """Read what :meth:`tensors` returned.
 
         Raises:
             ValueError: A tensor is missing, has another dtype, or shapes do not fit each other.
@@ -151,43 +160,116 @@ class AffineMaps:
                 f"errors {list(errors.shape)} do not fit a grid of {list(size)} in blocks of {self.blocksize}"
             )
         self._order = times.tolist()
-        self.table = {t: (scale[i].clone(), shift[i].clone()) for i, t in enumerate(self._order)}
-        self.errors = {t: (float(errors[i, 0]), float(errors[i, 1])) for i, t in enumerate(self._order)}
+        self.table = dict(zip(self._order, zip(scale, shift, strict=True), strict=True))
+        self.errors = {t: (before, after) for t, (before, after) in zip(self._order, errors.tolist(), strict=True)}
+
+    def _grid(self) -> Grid:
+        assert self.size is not None
+        return Grid(*self.size, self.blocksize or max(self.size))
+
+    def _stretched(self, blocks: Tensor, size: tuple[int, int]) -> Tensor:
+        pixels = solvers.expand(blocks, self._grid(), self.interpolate)
+        if size == self.size:
+            return pixels
+        if self.interpolate:
+            return F.interpolate(pixels[None], size, mode="bilinear", align_corners=False)[0]
+        return F.interpolate(pixels[None], size, mode="nearest-exact")[0]
 
 
-def to_grid(values: Tensor) -> Tensor:
-    """Any latents as `[B, C, H, W]`.
+class Blockwise(AffineMaps):
+    """Ridge regression block by block, or between block centres."""
 
-    Video `[B, C, T, H, W]`: frames become samples. Packed tokens `[B, L, C]`: a square of side sqrt(L) if L is a square
-    number, else a column of L pixels.
+    def __init__(self, config: AffinerConfig) -> None:
+        super().__init__(config)
+        self.solver = config.solver
+        self.blocksize, self.interpolate = self.solver.blocksize, self.solver.sample_mode == "interpolate"
 
-    Raises:
-        ValueError: Another number of dimensions.
+    @classmethod
+    def of_latents(cls, config: AffinerConfig) -> AffineMaps | None:
+        """See :meth:`AffineMaps.of_latents`."""
+        return cls(config) if config.stepper.enable_latent_affine else None
+
+    def fit(self, sums: Moments) -> Maps:
+        """See :meth:`AffineMaps.fit`."""
+        solver, grid = self.solver, self._grid()
+        terms = solver.alpha, solver.lambda1, solver.lambda2
+        if self.interpolate:
+            scale, shift = solvers.solve_interpolated(sums, grid, *terms)
+        else:
+            scale, shift = solvers.solve_blocks(sums, *terms)
+        limited = solvers.limit(scale, shift, solver.percentile, solver.greater, solver.scale)
+        if not self.interpolate:
+            return limited
+        # Pixels between a limited node and another may end up worse than they were.
+        identity = torch.ones_like(scale), torch.zeros_like(shift)
+        return min(limited, identity, key=lambda maps: solvers.objective(sums, maps[0], maps[1], *terms, grid))
+
+
+class PTQD(AffineMaps):
+    """PTQD's correction (He et al., NeurIPS 2023, arXiv 2305.10657, section 3): one K, one b a channel.
+
+    The quantization noise is split as `q - r = k r + rest`. The slope k of its linear regression on r removes the
+    correlated part, `K = 1 / (1 + k)`; b takes the mean of what is left away. K is 1 where r is constant or 1 + k is
+    not positive.
     """
-    match values.dim():
-        case 4:
-            return values
-        case 5:
-            return values.transpose(1, 2).flatten(0, 1)
-        case 3:
-            side = math.isqrt(values.shape[1])
-            size = (side, side) if side * side == values.shape[1] else (values.shape[1], 1)
-            return values.transpose(1, 2).unflatten(2, size)
-    raise ValueError(f"an affiner corrects latents of 3, 4 or 5 dimensions, got shape {list(values.shape)}")
+
+    def fit(self, sums: Moments) -> Maps:
+        """See :meth:`AffineMaps.fit`."""
+        n, q, r, qr, rr = (x.sum() for x in (sums.n, sums.q, sums.r, sums.qr, sums.rr))
+        variance, covariance = rr - r * r / n, qr - q * r / n
+        scale = variance / covariance if bool(covariance > 1e-12 * rr) and bool(variance > 0) else torch.ones_like(n)
+        scale = scale.expand_as(sums.n).clone()
+        return scale, (sums.r - scale * sums.q) / sums.n
+
+    def noise_scale(self, step: Step) -> float:
+        """Return what to multiply the scheduler's own noise by (section 3.4, variance schedule calibration).
+
+        A stochastic step adds noise of variance sigma^2 and carries c^2 times what is left of the quantization noise's
+        variance; the first is lowered by the second, to 0 at the least. 1 for deterministic schedulers, timesteps
+        between fitted ones, and steps that are not enabled.
+        """
+        if step.timestep not in self.errors:
+            return 1.0
+        scale, shift = self.table[step.timestep]
+        if bool((scale == 1).all()) and not bool(shift.any()):
+            return 1.0
+        c, sigma = step_coefficients(step)
+        if not (math.isfinite(c) and math.isfinite(sigma)) or sigma == 0:
+            return 1.0
+        return math.sqrt(max(0.0, 1 - c * c * self.errors[step.timestep][1] / (sigma * sigma)))
 
 
-def from_grid(grid: Tensor, like: Tensor) -> Tensor:
-    """The reverse of :func:`to_grid`, given what it was called with."""
-    match like.dim():
-        case 5:
-            return grid.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
-        case 3:
-            return grid.flatten(2).transpose(1, 2)
-    return grid
+class TAC(AffineMaps):
+    """TAC-Diffusion's noise estimation reconstruction (Yao et al., ECCV 2024, arXiv 2407.03917): one K a channel.
+
+    Least squares through the origin. Absolute and relative error, which the paper blends, have the same minimum here,
+    as one K covers all pixels that share a weight. Its input bias correction acts on the latents.
+    """
+
+    @classmethod
+    def of_latents(cls, config: AffinerConfig) -> AffineMaps | None:
+        """See :meth:`AffineMaps.of_latents`."""
+        return MeanShift(config) if config.stepper.recurrent else None
+
+    def fit(self, sums: Moments) -> Maps:
+        """See :meth:`AffineMaps.fit`."""
+        scale = torch.where(sums.qq > 0, sums.qr / torch.where(sums.qq > 0, sums.qq, 1.0), 1.0)
+        return scale, torch.zeros_like(scale)
+
+
+class MeanShift(AffineMaps):
+    """The mean difference of each channel alone, K = 1."""
+
+    def fit(self, sums: Moments) -> Maps:
+        """See :meth:`AffineMaps.fit`."""
+        return torch.ones_like(sums.n), (sums.r - sums.q) / sums.n
+
+
+METHODS: dict[str, type[AffineMaps]] = {"blockwise": Blockwise, "ptqd": PTQD, "tac": TAC}
 
 
 def checked_tensor(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
-    """The tensor of that name.
+    """Return the tensor of that name.
 
     Raises:
         ValueError: It is missing, of another dtype, or not finite.

@@ -9,29 +9,21 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hfquant.affiner.hooks import (
-    Step,
-    find_denoiser,
-    float_dtype,
-    intercept,
-    is_intercepted,
-    output_tensor,
-    previous_sample,
-    timestep_reader,
-    with_sample,
-    with_tensor,
-)
+from hfquant.affiner.hooks import Step, intercept, refuse_intercepted, timestep_reader
+from hfquant.diffusion import compute_dtype, device_of, find_denoisers, output_tensor, with_tensor
 
 
 class Event(NamedTuple):
-    """Where a run has stopped, and the tensor that it goes on with unless :meth:`Run.resume` is given another.
+    """Where a run has stopped, and the tensor that it continues with unless :meth:`Run.resume` is given another.
 
     "denoised": `value` is the denoiser's output (only if the run stops there); "predicted": the guided prediction that
     goes to the scheduler; "stepped": the latents after the step. `sample`: the latents before it.
@@ -41,6 +33,10 @@ class Event(NamedTuple):
     timestep: float
     value: Tensor
     sample: Tensor | None = None
+
+
+class _Stop(BaseException):
+    """Raised inside a pipeline to end it; no `except Exception` on the way may catch it."""
 
 
 class Run:
@@ -56,12 +52,18 @@ class Run:
         ValueError: The scheduler has no usable `step`, or an affiner is attached.
     """
 
-    def __init__(self, pipeline: Any, kwargs: Mapping[str, Any], *, at_denoiser: bool = False, finish: Any = None):
+    def __init__(
+        self,
+        pipeline: Any,
+        kwargs: Mapping[str, Any],
+        *,
+        at_denoiser: bool = False,
+        finish: Callable[[Step, Tensor], Any] = lambda step, prediction: step.run(prediction),
+    ) -> None:
         self.pipeline = own_copy(pipeline)
         intercept(self.pipeline.scheduler, self._around_step)  # never released: the copy ends with the run
         self.timesteps: list[float] = []
-        self._finish = finish or (lambda step, prediction: step.run(prediction))
-        self._kwargs = dict(kwargs)
+        self._finish, self._kwargs = finish, dict(kwargs)
         self._replies: SimpleQueue[Any] = SimpleQueue()
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -70,7 +72,7 @@ class Run:
         self._steps = 0
 
     def resume(self, value: Tensor | None = None) -> Event | None:
-        """Goes on to the next stop, with `value` in place of the last event's; None when no step is left.
+        """Continue to the next stop, with `value` in place of the last event's; None when no step is left.
 
         Raises:
             Exception: Whatever the pipeline raised.
@@ -94,7 +96,7 @@ class Run:
         return None
 
     def close(self) -> None:
-        """Ends the call wherever it is."""
+        """End the call wherever it is."""
         if not self._over and self._thread.ident is not None:
             self._replies.put(_Stop)
             self._events.get()
@@ -103,21 +105,17 @@ class Run:
 
     def _work(self) -> None:
         error: BaseException | None = None
-        handle = None
         try:
-            if self._at_denoiser:
-                denoiser = find_denoiser(self.pipeline)
-                self._read_time = timestep_reader(denoiser)
-                handle = denoiser.register_forward_hook(self._behind_denoiser, with_kwargs=True)
-            with torch.no_grad():  # a thread does not inherit the caller's
+            with ExitStack() as stack, torch.no_grad():  # a thread does not inherit the caller's
+                for denoiser in find_denoisers(self.pipeline) if self._at_denoiser else ():
+                    hook = partial(self._behind_denoiser, timestep_reader(denoiser))
+                    stack.callback(denoiser.register_forward_hook(hook, with_kwargs=True).remove)
                 self.pipeline(**self._kwargs)
         except _Stop:
             pass
         except BaseException as caught:  # handed to whoever waits in resume()
             error = caught
         finally:
-            if handle is not None:
-                handle.remove()
             # The class made by intercept() is a cycle that leads here; these need not wait for the garbage collector.
             self.pipeline, self._kwargs = None, {}
         self._events.put(error)
@@ -131,39 +129,28 @@ class Run:
 
     def _around_step(self, step: Step) -> Any:
         if not self._steps:
-            self.timesteps = _remaining(step)
+            # From the present one on: image-to-image starts late.
+            timesteps = [float(t) for t in step.scheduler.timesteps]
+            self.timesteps = timesteps[timesteps.index(step.timestep) :] if step.timestep in timesteps else []
         prediction = self._pause(Event("predicted", step.timestep, step.prediction, step.sample))
         result = self._finish(step, prediction)
         self._steps += 1
-        latents = self._pause(Event("stepped", step.timestep, previous_sample(result), step.sample))
-        return with_sample(result, latents)
+        return with_tensor(result, self._pause(Event("stepped", step.timestep, output_tensor(result), step.sample)))
 
-    def _behind_denoiser(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _behind_denoiser(self, read: Any, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         # The module is shared, so every run's hook is called by every run.
         if threading.get_ident() != self._thread.ident:
             return None
-        value = self._pause(Event("denoised", self._read_time(args, kwargs), output_tensor(output)))
-        return with_tensor(output, value)
-
-
-class _Stop(BaseException):
-    """Raised inside a pipeline to end it; no `except Exception` on the way may catch it."""
-
-
-def _remaining(step: Step) -> list[float]:
-    """The scheduler's timesteps from the present one on; image-to-image starts late."""
-    timesteps = [float(t) for t in step.scheduler.timesteps]
-    return timesteps[timesteps.index(step.timestep) :] if step.timestep in timesteps else []
+        return with_tensor(output, self._pause(Event("denoised", read(args, kwargs), output_tensor(output))))
 
 
 def own_copy(pipeline: Any) -> Any:
-    """A pipeline with the same modules and its own scheduler, quiet.
+    """Return a pipeline with the same modules and its own scheduler, quiet.
 
     Raises:
         ValueError: An affiner is attached to it.
     """
-    if is_intercepted(pipeline.scheduler):
-        raise ValueError("an affiner is attached to this pipeline already; call its detach() first")
+    refuse_intercepted(pipeline.scheduler)
     clone = copy.copy(pipeline)
     clone.scheduler = copy.deepcopy(pipeline.scheduler)
     if hasattr(clone, "set_progress_bar_config"):
@@ -191,23 +178,24 @@ class DenoisingLoop:
         generator: torch.Generator | None = None,
         **arguments: Any,
     ) -> tuple[Tensor]:
-        """Runs all steps from `latents` (unit Gaussian noise), or from noise of the shape that the config tells.
+        """Run all steps from `latents` (unit Gaussian noise), or from noise of the shape that the config tells.
 
         `generator` draws that noise and the noise of stochastic schedulers.
 
         Raises:
             ValueError: Neither latents nor a config that tells their shape.
         """
-        device, dtype = next(self.transformer.parameters()).device, float_dtype(self.transformer)
+        device = device_of(self.transformer)
         if latents is None:
-            size, channels = (getattr(self.transformer.config, k, None) for k in ("sample_size", "in_channels"))
+            config = getattr(self.transformer, "config", None)
+            size, channels = (getattr(config, key, None) for key in ("sample_size", "in_channels"))
             if not isinstance(size, int) or not isinstance(channels, int):
                 raise ValueError("give latents: the denoiser's config does not tell their shape")
-            latents = torch.randn(_batch(arguments), channels, size, size, generator=generator)
+            batch = next((len(v) for v in arguments.values() if isinstance(v, Tensor) and v.dim()), 1)
+            latents = torch.randn(batch, channels, size, size, generator=generator)
         arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        latents = latents.to(device, dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        latents = latents.to(device, compute_dtype(self.transformer)) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         scale = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)
         noise = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         for t in self.scheduler.timesteps:
@@ -216,7 +204,3 @@ class DenoisingLoop:
             prediction = output_tensor(output)[:, : latents.shape[1]]
             latents = self.scheduler.step(prediction, t, latents, return_dict=False, **noise)[0]
         return (latents,)
-
-
-def _batch(arguments: Mapping[str, Any]) -> int:
-    return next((len(v) for v in arguments.values() if isinstance(v, Tensor) and v.dim()), 1)

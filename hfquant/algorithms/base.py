@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from hfquant.formats import Grid, GridRule, InputRule
 from hfquant.schema import Section

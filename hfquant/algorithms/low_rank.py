@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear
-from typing_extensions import Self
 
 from hfquant.algorithms.base import Problem, TensorSpec, Transformed
 from hfquant.algorithms.smooth import Smooth

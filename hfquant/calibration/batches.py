@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from inspect import signature
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ _TENSOR_ARGUMENTS = {
     *("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "inputs_embeds"),
     *("pixel_values", "input_features", "input_values", "decoder_input_ids", "decoder_attention_mask"),
 }
+# Names of arguments that keep their precision: a timestep of 999 is 1000 in bfloat16.
+_PRECISE = re.compile(r"time|sigma|ids$|rot|rope|freq|coord|pos")
 
 
 class CalibrationError(ValueError):
@@ -68,9 +71,11 @@ class CalibrationData:
     def __iter__(self) -> Iterator[Any]:
         peeked = self._peek()
         rest, self._rest = self._rest, None
-        if rest is not None or not peeked:
+        if rest is not None:  # a DataLoader's iterator has a length, so its truth value would be that
             yield from peeked
-            yield from rest or ()
+            yield from rest
+            return
+        if not peeked:
             return
         empty = True
         for batch in self.loader:
@@ -127,7 +132,7 @@ def samples(batch: Any) -> list[Any]:
 
 
 def forward(model: nn.Module, sample: Any, options: Mapping[str, Any] | None = None) -> None:
-    """Run ``model`` on one sample, moved to the device and converted to the dtype that the model expects.
+    """Run ``model`` on one sample, on the device and in the dtype that the model expects.
 
     Args:
         model: called as it is.
@@ -140,21 +145,53 @@ def forward(model: nn.Module, sample: Any, options: Mapping[str, Any] | None = N
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(sample, Mapping):
-        kwargs = {**applicable(options or {}, sample), **{k: _as_tensor(k, v) for k, v in sample.items()}}
-    elif isinstance(sample, tuple):
-        args = tuple(_as_tensor("", value) for value in sample)
-    elif isinstance(sample, (Tensor, np.ndarray)):
-        args = (_as_tensor("", sample),)
+        kwargs = {**applicable(options or {}, sample), **sample}
+    elif isinstance(sample, (tuple, Tensor, np.ndarray)):
+        args = sample if isinstance(sample, tuple) else (sample,)
     else:
         hint = "; tokenize text first" if isinstance(sample, str) else ""
         raise CalibrationError(
             f"calibration data: a sample is a tensor, a tuple or a dict, got {type(sample).__name__}{hint}"
         )
-    args, kwargs = send_to_device((args, kwargs), device_of(model))
+    args, kwargs = placed(model, args, kwargs)
     model(*args, **kwargs)
 
 
 run = forward
+
+
+def placed(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call of ``model`` as tensors, where and in the dtype that it expects them.
+
+    Floating-point tensors are cast to the model's dtype, but not those whose values would suffer: times, positions
+    and angles, known by their names, and numbers and vectors ([], [n]), which models cast themselves.
+    """
+    dtype, names = dtype_of(model), list(signature(model.forward).parameters)
+    args = tuple(
+        _cast(name, _as_tensor(name, value), dtype)
+        for name, value in zip_longest(names[: len(args)], args, fillvalue="")
+    )
+    kwargs = {name: _cast(name, _as_tensor(name, value), dtype) for name, value in kwargs.items()}
+    return send_to_device((args, kwargs), device_of(model))
+
+
+def _cast(name: str, value: Any, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, Tensor):
+        fits = dtype is None or not value.is_floating_point() or value.dim() < 2 or _PRECISE.search(name)
+        return value if fits else value.to(dtype)
+    if isinstance(value, Mapping):
+        return {key: _cast(str(key), item, dtype) for key, item in value.items()}
+    return type(value)(_cast(name, item, dtype) for item in value) if type(value) in (list, tuple) else value
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype that ``model`` says it has, else that of all its floating-point parameters; None for several."""
+    floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    said = getattr(model, "dtype", None)
+    found = {said} if isinstance(said, torch.dtype) else {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return found.pop() if len(found) == 1 and found <= set(floats) else None
 
 
 def applicable(options: Mapping[str, Any], sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from hfquant.calibration.provenance import differences, provenance, update
 from hfquant.calibration.recorder import Recording, find_layer
 from hfquant.calibration.samplers import BaseSampler, seeded
 from hfquant.calibration.storage import CalibSetError, Cursor, Index
+from hfquant.calibration.streams import calibration_batches, is_source
 from hfquant.distributed import processes
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ def generate_calibrate_set(
         model: A diffusers pipeline or a torch module; put back as it was afterwards.
         sampler: Which timesteps to keep, and how to run the model.
         sample_dataloader: Inputs of the pipeline or model: each batch a mapping of keyword arguments, a tuple of
-            positional ones, a list of such, or the one positional argument (a list of prompts, a tensor).
+            positional ones, a list of such, or the one positional argument (a list of prompts, a tensor). Or where
+            these come from: a dict naming a dataset, a `datasets` object or a path (see :func:`calibration_batches`).
         calib_layer: Layer whose inputs are collected, or its name ("transformer", "unet.mid_block", ...).
         dump_path: Directory to write to; None keeps the set in memory.
         chunk_size: Samples a stored chunk; while generating, one chunk at most is held in memory.
@@ -103,6 +105,8 @@ def generate_shard(
         raise TypeError(f"sampler must be a BaseSampler, got {type(sampler).__name__}.")
     if type(chunk_size) is not int or chunk_size < 1:
         raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}.")
+    if is_source(sample_dataloader):
+        sample_dataloader = calibration_batches(sample_dataloader, model=model)
     if call_kwargs.get("generator") is not None:
         raise ValueError(
             "generator: the noise is drawn from the sampler's seed, so that a run can be repeated; set that."

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
-from torch import nn
+from torch import Tensor, nn
 
 from hfquant.calibration.recorder import Target, content
 from hfquant.calibration.samplers import BaseSampler
 
 _PACKAGES = ("hfquant", "torch", "transformers", "diffusers", "safetensors", "zstandard")
 _PROBES = 16
+_REDACTED = "(redacted)"
+_SECRET_NAMES = re.compile(r"secret|passw|api.?key|access.?key|private.?key|authorization|credential|cookie")
+# Tokens of the hub, of HTTP headers and in addresses.
+_SECRET_FORMS = re.compile(
+    r"\bhf_\w{16,}|\b(?:bearer|basic) [\w.~+/=-]{8,}|(?<=//)[^\s/@]+:[^\s/@]+(?=@)", re.IGNORECASE
+)
 
 
 def provenance(
     model: Any, target: Target, sampler: BaseSampler, call_kwargs: Mapping[str, Any], shard: tuple[int, int]
 ) -> dict[str, Any]:
-    """Describes a set that is about to be generated, as JSON.
+    """Describe a set that is about to be generated, as JSON, without secrets.
 
     The model's entry holds a digest of a few values of each weight and of the scheduler's config, so a checkpoint under
     the same name but with other weights is told apart.
@@ -39,30 +45,44 @@ def provenance(
     return {
         "model": {
             "class": type(model).__name__,
-            "name": str(getattr(model, "name_or_path", "")),
+            "name": without_secrets(str(getattr(model, "name_or_path", ""))),
             "weights": weights.hexdigest(),
         },
         "layer": target.name,
-        "sampler": {"class": type(sampler).__name__, **{k: _describe(v) for k, v in sorted(vars(sampler).items())}},
-        "call": {key: _describe(value) for key, value in sorted(call_kwargs.items())},
+        "sampler": {"class": type(sampler).__name__, **_described(vars(sampler))},
+        "call": _described(call_kwargs),
         "shard": list(shard),
         "versions": {name: _version(name) for name in _PACKAGES},
     }
 
 
+def without_secrets(value: Any) -> Any:
+    """Return a value with all that looks like a secret replaced, by its name or by its form, at any depth.
+
+    Numbers under a name with "token" stay: they count or number tokens.
+    """
+    if isinstance(value, Mapping):
+        return {key: _REDACTED if _is_secret(key, item) else without_secrets(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [without_secrets(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return _SECRET_FORMS.sub(_REDACTED, value) if isinstance(value, str) else value
+
+
+def _is_secret(name: Any, value: Any) -> bool:
+    text = str(name).lower()
+    return bool(_SECRET_NAMES.search(text)) or ("token" in text and not isinstance(value, (bool, int, float, Tensor)))
+
+
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What keeps a stored set from being the wanted one, in words. Versions do not count."""
+    """Return what keeps a stored set from being the wanted one, in words. Versions do not count."""
     keys = sorted((stored.keys() | wanted.keys()) - {"versions"})
-    return [
-        f"{key} is {stored.get(key)!r} there, {wanted.get(key)!r} here"
-        for key in keys
-        if stored.get(key) != wanted.get(key)
-    ]
+    return [f"{k} is {stored.get(k)!r} there, {wanted.get(k)!r} here" for k in keys if stored.get(k) != wanted.get(k)]
 
 
 def update(digest: xxhash.xxh3_128, value: Any) -> None:
-    """Feeds a value to a digest: tensors, arrays and images by content, containers item by item."""
-    if isinstance(value, torch.Tensor):
+    """Feed a value to a digest: tensors, arrays and images by content, containers item by item."""
+    if isinstance(value, Tensor):
         digest.update(f"{value.dtype}{list(value.shape)}".encode())
         digest.update(content(value.detach().cpu().contiguous()))
     elif isinstance(value, np.ndarray) and value.dtype != object:
@@ -86,7 +106,7 @@ def update(digest: xxhash.xxh3_128, value: Any) -> None:
 
 
 def update_with_weights(digest: xxhash.xxh3_128, module: nn.Module) -> None:
-    """Feeds a module's names, dtypes and shapes to a digest, and some numbers of each tensor."""
+    """Feed a module's names, dtypes and shapes to a digest, and some numbers of each tensor."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
         if tensor.is_meta or not tensor.numel():
@@ -99,16 +119,18 @@ def update_with_weights(digest: xxhash.xxh3_128, module: nn.Module) -> None:
             continue
 
 
-def _describe(value: Any) -> Any:
-    """The value itself where JSON can hold it, else its type and a digest."""
-    try:
-        if json.loads(json.dumps(value, allow_nan=False)) == value:
-            return value
-    except (TypeError, ValueError):
-        pass
-    digest = xxhash.xxh3_128()
-    update(digest, value)
-    return f"{type(value).__name__} {digest.hexdigest()}"
+def _described(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments as JSON: a value itself where JSON can hold it, else its type and a digest."""
+    described = {}
+    for name, value in sorted(without_secrets(arguments).items()):
+        try:
+            plain = json.loads(json.dumps(value, allow_nan=False)) == value
+        except (TypeError, ValueError):
+            plain = False
+        digest = xxhash.xxh3_128()
+        update(digest, value)
+        described[name] = value if plain else f"{type(value).__name__} {digest.hexdigest()}"
+    return described
 
 
 def _version(package: str) -> str | None:

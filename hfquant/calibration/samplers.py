@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hfquant.calibration.batches import applicable, options_for
+from hfquant.calibration.batches import applicable, options_for, placed, samples
 from hfquant.calibration.recorder import Recording, Target, find_layer, is_pipeline, record
 
 _TIME_ARGUMENTS = ("timestep", "timesteps", "t", "timestep_ratio", "r")
@@ -93,10 +93,7 @@ class BaseSampler:
     def run(self, model: Any, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Calls the model once."""
         if isinstance(model, nn.Module):
-            from accelerate.utils import send_to_device
-
-            device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-            args, kwargs = send_to_device(args, device), send_to_device(kwargs, device)
+            args, kwargs = placed(model, args, kwargs)
         model(*args, **kwargs)
 
     def _record_run(
@@ -232,7 +229,7 @@ class _Clock:
         if time is None:
             return
         # Some models take a time for each token; the largest is the run's.
-        now = float(time.max()) if isinstance(time, torch.Tensor) else float(time)
+        now = float(time.max()) if isinstance(time, Tensor) else float(time)
         if self.step < 0:
             self.steps, self.kept = self.plan()
         if now != self.time:
@@ -260,9 +257,9 @@ def _scheduled_steps(pipeline: Any) -> int:
 
 
 def _calls(batch: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The calls (args, kwargs) that a batch stands for."""
-    if isinstance(batch, list) and batch and all(isinstance(b, (Mapping, tuple, torch.Tensor)) for b in batch):
-        return [call for item in batch for call in _calls(item)]
+    """Return the calls (args, kwargs) that a batch stands for."""
+    if isinstance(batch, list) and any(isinstance(item, (Mapping, tuple, list, Tensor)) for item in batch):
+        return [call for sample in samples(batch) for call in _calls(sample)]
     if isinstance(batch, Mapping):
         return [((), dict(batch))]
     return [(batch if isinstance(batch, tuple) else (batch,), {})]

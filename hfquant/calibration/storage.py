@@ -6,46 +6,54 @@
 
 Every file is written under a temporary name, flushed to the disk and renamed, a chunk before the index that lists it.
 So whenever the writer is killed, the index describes a set that is whole as far as it goes; `cursor` says how far that
-is, and the next run goes on from there. Reading trusts nothing: file names follow from the position in the index, sizes
-are compared before memory is taken, and checksums before anything is parsed.
+is, and the next run continues from there.
+
+Reading trusts nothing: files must be regular ones, not links or pipes; their names follow from the position in the
+index; sizes are compared before memory is taken, and checksums before anything is parsed; a sample holds the tensors
+that the index declares, and no more than a file of its size can stand for.
 
 Processes that share the work write a directory each, `shard-00000-of-00004` and so on, every one a set in itself.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import stat
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import safetensors.torch
 import torch
 import xxhash
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 
-from hfquant.calibration.recorder import Recording, layout, placeholders
+from hfquant.calibration.batches import CalibrationError
+from hfquant.calibration.recorder import Recording, layout, placeholders, size_of
 
 INDEX = "index.json"
 _FORMAT = "hfquant.calibration"
 _VERSION = 1
 # zstd turns 128 KiB of equal bytes into a block of 4; nothing expands further, so a larger claim is a lie.
 _MAX_EXPANSION = 1 << 15
+_MAX_INDEX = 256 << 20
 _PARALLEL_SIZE = 4 << 20
-# What safetensors calls each dtype. Others are stored as flat bytes; a sample's structure says what they are.
-_NAMES = {
-    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64"},
-    **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "bool": "BOOL", "uint8": "U8", "int8": "I8"},
-    **{"int64": "I64", "int32": "I32", "int16": "I16", "uint64": "U64", "uint32": "U32", "uint16": "U16"},
+# Stored under their own dtype. Others are stored as flat bytes; a sample's structure says what they are.
+_DTYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
 }
 
 
-class CalibSetError(ValueError):
+class CalibSetError(CalibrationError):
     """A calibration set on disk is damaged, or is not the one asked for. The message names the file."""
 
 
@@ -58,7 +66,7 @@ _Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
 
 class Cursor(_Strict):
-    """How far a set has come: `taken` samples of batch `batch` are stored, all of those before, none of those after."""
+    """How far a set has come: ``taken`` samples of batch ``batch`` are stored, all of those before, none after."""
 
     batch: _Count = 0
     taken: _Count = 0
@@ -75,8 +83,8 @@ class ChunkEntry(_Strict):
     raw_size: _Count
     """Bytes before compression."""
     xxh3_128: _Digest
-    layouts: list[list[_Count]]
-    """Run lengths over the samples: [number of the layout in the index, samples]."""
+    layouts: list[tuple[_Count, _Count]]
+    """Run lengths over the samples: (number of the layout in the index, samples)."""
 
 
 class Index(_Strict):
@@ -90,8 +98,8 @@ class Index(_Strict):
     length: _Count = 0
     provenance: dict[str, Any]
     cursor: Cursor = Cursor()
-    layouts: list[dict[str, list[Any]]] = []
-    """The distinct sets of tensors that samples are made of: path in the sample to [dtype, shape]."""
+    layouts: list[dict[str, tuple[str, list[_Count]]]] = []
+    """The distinct sets of tensors that samples are made of: path in the sample to (dtype, shape)."""
     chunks: list[ChunkEntry] = []
 
 
@@ -101,40 +109,51 @@ class ChunkFile:
 
     path: Path
     entry: ChunkEntry
-    compress: bool
+    index: Index
 
     def __len__(self) -> int:
         return self.entry.samples
 
     def load(self) -> Recording:
-        """Reads the chunk.
+        """Read the chunk.
 
         Raises:
-            FileNotFoundError: It is not there.
-            CalibSetError: It is not what the index says, or nothing that can be read.
+            FileNotFoundError: it is not there.
+            CalibSetError: it is not what the index says, or cannot be read.
         """
-        self.check_size()
-        data = self.path.read_bytes()
-        if len(data) != self.entry.size or xxhash.xxh3_128_hexdigest(data) != self.entry.xxh3_128:
-            raise CalibSetError(f"{self.path} is damaged: its checksum is not the one in {INDEX}.")
+        data, entry = read_file(self.path, self.entry.size), self.entry
+        if xxhash.xxh3_128_hexdigest(data) != entry.xxh3_128:
+            raise CalibSetError(f"{self.path} is damaged: its checksum is not the one in {INDEX}")
         try:
-            recording = _parse(_decompress(data, self.entry.raw_size) if self.compress else data)
+            recording = _parse(_decompress(data, entry.raw_size) if self.index.compress else data)
+            if len(recording) != len(self):
+                raise ValueError(f"it holds {len(recording)} samples, {INDEX} promises {len(self)}")
+            declared = (self.index.layouts[number] for number, count in entry.layouts for _ in range(count))
+            for structure, expected in zip(recording.samples, declared, strict=True):
+                _check_sample(structure, expected, _MAX_EXPANSION * entry.size)
         except MemoryError as error:
-            raise CalibSetError(f"{self.path} needs {self.entry.raw_size} bytes, more than there is.") from error
-        except (zstandard.ZstdError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CalibSetError(f"{self.path} cannot be read: {error!r}.") from error
-        if len(recording) != self.entry.samples:
-            raise CalibSetError(f"{self.path} does not hold the {self.entry.samples} samples that {INDEX} promises.")
+            raise CalibSetError(f"{self.path} needs {entry.raw_size} bytes, more than there is") from error
+        except (zstandard.ZstdError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CalibSetError(f"{self.path} cannot be read: {error}") from error
         return recording
 
     def check_size(self) -> None:
-        """Compares the size on disk with the index, which costs no reading."""
-        try:
-            size = self.path.stat().st_size
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{self.path}, a chunk of this calibration set, is missing.") from None
-        if size != self.entry.size:
-            raise CalibSetError(f"{self.path} has {size} bytes, {INDEX} says {self.entry.size}: cut off or replaced.")
+        """Compare the file's kind and size with the index, which costs no reading.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            CalibSetError: it is not a regular file of the size that the index says.
+        """
+        os.close(_open(self.path, self.entry.size))
+
+
+def _check_sample(structure: Any, declared: dict[str, tuple[str, list[int]]], limit: int) -> None:
+    """Raise ValueError unless a sample's tensors are those declared, within ``limit`` bytes in all."""
+    found = list(placeholders(structure))
+    if sum(size_of(*spec) for _, _, spec in found) > limit:
+        raise ValueError("a sample of it claims more memory than a file of its size can stand for")
+    if {path: tuple(spec) for _, path, spec in found} != declared:
+        raise ValueError(f"the tensors of a sample are not those that {INDEX} declares")
 
 
 def _decompress(data: bytes, size: int) -> bytes:
@@ -145,67 +164,32 @@ def _decompress(data: bytes, size: int) -> bytes:
 
 
 def _parse(raw: bytes) -> Recording:
-    """Reads a safetensors file in memory, without a copy of the tensors."""
-    start = 8 + int.from_bytes(raw[:8], "little")
-    if not 8 <= start <= len(raw):
-        raise ValueError("its header is longer than the file")
-    header = json.loads(raw[8:start])
-    samples = json.loads(header.pop("__metadata__")["samples"])
+    tensors = safetensors.torch.load(raw)
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    samples = json.loads(header["__metadata__"]["samples"])
     if not isinstance(samples, list):
         raise ValueError("its samples are no list")
-    body, tensors = memoryview(raw)[start:], {}
-    for key, spec in header.items():
-        begin, end = spec["data_offsets"]
-        if not 0 <= begin <= end <= len(body):
-            raise ValueError(f"tensor {key!r} lies outside the file")
-        tensors[key] = body[begin:end]
     return Recording(samples, tensors)
 
 
-def _serialize(chunk: Recording) -> Iterator[bytes | memoryview]:
-    """The parts of a safetensors file: the header, then each tensor, without a copy of them."""
-    specs = {key: spec for sample in chunk.samples for key, _, spec in placeholders(sample)}
-    # Wide elements first, so that each tensor is aligned when the file is mapped to memory.
-    order = sorted(specs, key=lambda key: -getattr(torch, specs[key][0]).itemsize)
-    header: dict[str, Any] = {"__metadata__": {"samples": json.dumps(chunk.samples, separators=(",", ":"))}}
-    end = 0
-    for key in order:
-        dtype, shape = specs[key]
-        begin, end = end, end + chunk.tensors[key].nbytes
-        name = _NAMES.get(dtype)
-        header[key] = {
-            "dtype": name or "U8",
-            "shape": shape if name else [end - begin],
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for key in order:
-        yield chunk.tensors[key]
+def _serialize(chunk: Recording) -> bytes:
+    tensors = {
+        key: tensor if tensor.dtype in _DTYPES else tensor.reshape(-1).view(torch.uint8)
+        for key, tensor in chunk.tensors.items()
+    }
+    return safetensors.torch.save(tensors, {"samples": json.dumps(chunk.samples, separators=(",", ":"))})
 
 
-def _compress(parts: Sequence[bytes | memoryview], size: int) -> Iterator[bytes]:
+def _compress(data: bytes) -> bytes:
+    # Level 2 takes half the time of 3, zstd's default, and dense floats come out smaller; after a ReLU they do not.
+    middle = data[len(data) // 2 :][: 1 << 20]
+    level = min(2, 3, key=lambda level: len(zstandard.compress(middle, level)))
     # zstd gives the same bytes for any number of threads but none, so that must not depend on the machine.
-    threads = -1 if size >= _PARALLEL_SIZE else 0
-    compressor = zstandard.ZstdCompressor(level=_level(parts), threads=threads).compressobj(size=size)
-    for part in parts:
-        yield compressor.compress(part)
-    yield compressor.flush()
-
-
-def _level(parts: Sequence[bytes | memoryview]) -> int:
-    """The better of two zstd levels on a probe of at most 2 MiB.
-
-    Level 2 takes half the time of 3, zstd's default, and dense floats come out smaller; sparse ones, after a ReLU, do
-    not.
-    """
-    probe = b"".join(bytes(part[: 1 << 17]) for part in parts[:: len(parts) // 8 or 1])
-    return min(2, 3, key=lambda level: len(zstandard.compress(probe, level)))
+    return zstandard.ZstdCompressor(level=level, threads=-1 if len(data) >= _PARALLEL_SIZE else 0).compress(data)
 
 
 class Writer:
-    """Appends samples to a set on disk, chunk by chunk."""
+    """Append samples to a set on disk, chunk by chunk."""
 
     def __init__(self, directory: Path, index: Index) -> None:
         self.directory = directory
@@ -214,59 +198,56 @@ class Writer:
         self._layouts = {json.dumps(tensors): i for i, tensors in enumerate(index.layouts)}
 
     def add(self, recording: Recording, position: int, cursor: Cursor) -> None:
-        """Appends one sample; `cursor` says how far the set has come with it."""
+        """Append one sample; ``cursor`` says how far the set has come with it."""
         self._chunk.take(recording, position)
         if len(self._chunk) == self.index.chunk_size:
             self._flush(cursor)
             write_index(self.directory, self.index)
 
     def finish(self, cursor: Cursor) -> None:
-        """Writes what is left and declares the set complete."""
+        """Write what is left and declare the set complete."""
         if self._chunk.samples:
             self._flush(cursor)
         self.index.complete = True
         write_index(self.directory, self.index)
 
     def _flush(self, cursor: Cursor) -> None:
-        chunk, self._chunk = self._chunk, Recording()
-        ids = [self._layout_id(layout(sample)) for sample in chunk.samples]
-        parts = list(_serialize(chunk))
-        raw_size = sum(map(len, parts))
-        file = _chunk_name(len(self.index.chunks), self.index.compress)
-        stored = _compress(parts, raw_size) if self.index.compress else parts
-        size, checksum = _write_atomically(self.directory / file, stored)
+        chunk, self._chunk, index = self._chunk, Recording(), self.index
+        numbers = [self._layout_number(layout(sample)) for sample in chunk.samples]
+        raw = _serialize(chunk)
+        data = _compress(raw) if index.compress else raw
         entry = ChunkEntry(
-            file=file,
+            file=_chunk_name(len(index.chunks), index.compress),
             samples=len(chunk),
-            size=size,
-            raw_size=raw_size,
-            xxh3_128=checksum,
-            layouts=[[number, len(list(run))] for number, run in groupby(ids)],
+            size=len(data),
+            raw_size=len(raw),
+            xxh3_128=xxhash.xxh3_128_hexdigest(data),
+            layouts=[(number, len(list(run))) for number, run in groupby(numbers)],
         )
-        self.index.chunks.append(entry)
-        self.index.length += len(chunk)
-        self.index.cursor = cursor
+        _write_atomically(self.directory / entry.file, data)
+        index.chunks.append(entry)
+        index.length += len(chunk)
+        index.cursor = cursor
 
-    def _layout_id(self, tensors: dict[str, list[Any]]) -> int:
+    def _layout_number(self, tensors: dict[str, Any]) -> int:
         number = self._layouts.setdefault(json.dumps(tensors), len(self._layouts))
         if number == len(self.index.layouts):
-            self.index.layouts.append(tensors)
+            self.index.layouts.append({path: (dtype, shape) for path, (dtype, shape) in tensors.items()})
         return number
 
 
 def chunk_files(directory: Path, index: Index) -> list[ChunkFile]:
-    """The chunks that an index lists, each checked for presence and size."""
-    files = [ChunkFile(directory / entry.file, entry, index.compress) for entry in index.chunks]
+    """Return the chunks that an index lists, each checked for presence, kind and size."""
+    files = [ChunkFile(directory / entry.file, entry, index) for entry in index.chunks]
     for file in files:
         file.check_size()
     return files
 
 
 def write_index(directory: Path, index: Index) -> None:
-    """Writes index.json, with a checksum of itself."""
+    """Write index.json, with a checksum of itself."""
     body = index.model_dump(mode="json")
-    text = json.dumps(body | {"checksum": _checksum(body)}, indent=1)
-    _write_atomically(directory / INDEX, [text.encode()])
+    _write_atomically(directory / INDEX, json.dumps(body | {"checksum": _checksum(body)}, indent=1).encode())
     # A power cut that undoes a rename leaves an older index, which is as good; only the last one is waited for.
     if index.complete and os.name == "posix":
         handle = os.open(directory, os.O_RDONLY)
@@ -277,53 +258,67 @@ def write_index(directory: Path, index: Index) -> None:
 
 
 def read_index(directory: Path) -> Index | None:
-    """Reads and checks index.json; None where there is neither an index nor a chunk.
+    """Read and check index.json; return None where there is neither an index nor a chunk.
 
     Raises:
-        CalibSetError: The index is damaged, not one of ours, from a newer version, or missing beside its chunks.
+        CalibSetError: the index is damaged, not one of ours, from a newer version, or missing beside its chunks.
     """
     path = directory / INDEX
     try:
-        body = json.loads(path.read_bytes())
+        body = json.loads(read_file(path))
     except FileNotFoundError:
-        if any(directory.glob("chunk-*.safetensors*")):
-            raise CalibSetError(f"{path} is missing, yet there are chunks beside it.") from None
+        if any(path.suffix != ".tmp" for path in directory.glob("chunk-*.safetensors*")):
+            raise CalibSetError(f"{path} is missing, yet there are chunks beside it") from None
         return None
     except NotADirectoryError:
-        raise CalibSetError(f"{directory} is a file, not the directory of a calibration set.") from None
+        raise CalibSetError(f"{directory} is a file, not the directory of a calibration set") from None
+    except CalibSetError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise CalibSetError(f"{path} is damaged: {error}.") from error
+        raise CalibSetError(f"{path} is damaged: {error}") from error
     if not isinstance(body, dict) or body.get("format") != _FORMAT:
-        raise CalibSetError(f"{path} is not the index of a calibration set.")
+        raise CalibSetError(f"{path} is not the index of a calibration set")
     version = body.get("version")
     if isinstance(version, int) and version > _VERSION:
-        raise CalibSetError(f"{path} has format version {version}; this hfquant reads {_VERSION}: upgrade it.")
+        raise CalibSetError(f"{path} has format version {version}; this hfquant reads {_VERSION}: upgrade it")
     checksum = body.pop("checksum", None)
     try:
-        index = Index.model_validate(body)
+        index = Index.model_validate_json(json.dumps(body))
     except ValidationError as error:
         first = error.errors()[0]
-        raise CalibSetError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+        raise CalibSetError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     if checksum != _checksum(body):
-        raise CalibSetError(f"{path} is damaged: its checksum does not match.")
-    for i, entry in enumerate(index.chunks):
-        if entry.file != _chunk_name(i, index.compress):
-            raise CalibSetError(
-                f"{path}: chunk {i} must be named {_chunk_name(i, index.compress)}, not {entry.file!r}."
-            )
-        if not index.compress and entry.raw_size != entry.size:
-            raise CalibSetError(f"{path}: chunk {i} is not compressed, yet its two sizes differ.")
-    if index.length != sum(entry.samples for entry in index.chunks):
-        raise CalibSetError(f"{path}: the chunks do not add up to {index.length} samples.")
+        raise CalibSetError(f"{path} is damaged: its checksum does not match")
+    try:
+        _check_index(index)
+    except ValueError as error:
+        raise CalibSetError(f"{path}: {error}") from error
     return index
+
+
+def _check_index(index: Index) -> None:
+    """Raise ValueError where parts of an index contradict each other."""
+    for tensors in index.layouts:
+        for dtype, shape in tensors.values():
+            size_of(dtype, shape)
+    for i, entry in enumerate(index.chunks):
+        if entry.file != (name := _chunk_name(i, index.compress)):
+            raise ValueError(f"chunk {i} must be named {name}, not {entry.file!r}")
+        if not index.compress and entry.raw_size != entry.size:
+            raise ValueError(f"chunk {i} is not compressed, yet its two sizes differ")
+        numbers = [number for number, _ in entry.layouts]
+        if max(numbers, default=0) >= len(index.layouts) or sum(n for _, n in entry.layouts) != entry.samples:
+            raise ValueError(f"the layouts of chunk {i} are not those of {entry.samples} samples")
+    if index.length != sum(entry.samples for entry in index.chunks):
+        raise ValueError(f"the chunks do not add up to {index.length} samples")
 
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Keeps two processes from writing one set. The lock goes with the process, however that ends.
+    """Keep two processes from writing one set. The lock goes with the process, however that ends.
 
     Raises:
-        RuntimeError: Another process holds it.
+        RuntimeError: another process holds it.
     """
     try:
         import fcntl
@@ -335,21 +330,32 @@ def exclusive(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"another process is writing the calibration set {directory}.") from None
+            raise RuntimeError(f"another process is writing the calibration set {directory}") from None
         yield
     finally:
         os.close(handle)
 
 
 def shard_name(rank: int, world_size: int) -> str:
-    """Directory that process `rank` of `world_size` writes its share of a set to."""
+    """Return the directory that process ``rank`` of ``world_size`` writes its share of a set to."""
     return f"shard-{rank:05d}-of-{world_size:05d}"
 
 
+def shards(directory: Path) -> list[Path]:
+    """Return the directories in which several processes wrote their shares.
+
+    Raises:
+        CalibSetError: one is a link.
+    """
+    found = sorted(p for p in directory.glob("shard-*") if re.fullmatch(r"shard-\d{5}-of-\d{5}", p.name) and p.is_dir())
+    if link := next((path for path in found if path.is_symlink()), None):
+        raise CalibSetError(f"{link} is a link, not a directory of this calibration set")
+    return found
+
+
 def writers(directory: Path) -> set[int]:
-    """By how many processes the set in `directory` was begun: one number, none, or several where runs were mixed."""
-    shards = (re.fullmatch(r"shard-\d{5}-of-(\d{5})", path.name) for path in directory.glob("shard-*") if path.is_dir())
-    return {int(match[1]) for match in shards if match} | ({1} if (directory / INDEX).exists() else set())
+    """Return by how many processes the set was begun: one number, none, or several where runs were mixed."""
+    return {int(path.name[-5:]) for path in shards(directory)} | ({1} if (directory / INDEX).exists() else set())
 
 
 def _chunk_name(number: int, compress: bool) -> str:
@@ -360,16 +366,49 @@ def _checksum(body: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
 
 
-def _write_atomically(path: Path, parts: Iterable[bytes | memoryview], *, sync_rename: bool = False) -> tuple[int, str]:
-    """Writes a file that is there whole or not at all; gives its size and checksum."""
+def _open(path: Path, size: int | None) -> int:
+    """Open a regular file of ``size`` bytes (an index: of any sane size) and return its descriptor."""
+    try:
+        # A pipe would otherwise block until somebody writes to it.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}, a file of this calibration set, is missing") from None
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
+            raise
+        raise CalibSetError(f"{path} is a link or a socket, not a file; copy the set with its files in place") from None
+    found = os.fstat(handle)
+    reason = None
+    if not stat.S_ISREG(found.st_mode):
+        reason = "is not a regular file"
+    elif size is None and found.st_size > _MAX_INDEX:
+        reason = f"has {found.st_size} bytes, too many for an index"
+    elif size is not None and found.st_size != size:
+        reason = f"has {found.st_size} bytes, {INDEX} says {size}: truncated or replaced"
+    if reason is not None:
+        os.close(handle)
+        raise CalibSetError(f"{path} {reason}")
+    return handle
+
+
+def read_file(path: Path, size: int | None = None) -> bytes:
+    """Return the content of a regular file of ``size`` bytes.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        CalibSetError: it is a link, a pipe, a socket, a directory, or of another size.
+    """
+    with open(_open(path, size), "rb") as file:
+        return file.read()
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    digest = xxhash.xxh3_128()
-    with open(temporary, "wb") as file:
-        for part in parts:
-            digest.update(part)
-            file.write(part)
+    # What a killed run left, or a link that somebody put there: it must be replaced, never followed.
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "xb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
-        size = file.tell()
     os.replace(temporary, path)
-    return size, digest.hexdigest()

@@ -1,6 +1,6 @@
 """Calibration data from wherever it lies to batches of model inputs.
 
-Everything here is lazy and can be walked again: each walk opens its source anew and, for one seed, gives the same
+Everything here is lazy and can be iterated again: each pass opens its source anew and, for one seed, gives the same
 batches. What is held at a time is one batch and one shuffle buffer, however long the source.
 """
 
@@ -14,54 +14,58 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from inspect import signature
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
 
+from hfquant.calibration import storage
 from hfquant.calibration.batches import CalibrationData, CalibrationError
 from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set
 
 logger = logging.getLogger(__name__)
 
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
-_COLUMNS = ("text", "prompt", "caption", "input_ids", "image", "latent", "latents")
+_COLUMNS = ("text", "prompt", "caption", "messages", "input_ids", "image", "latent", "latents")
 _PARAGRAPH_CHARS = 1 << 16
 _MAX_LENGTH = 1 << 20  # tokenizers without a limit report 1e30
 
 _Positive = Annotated[int, Field(gt=0)]
 
 
-def _check_source(value: Any) -> Any:
-    if isinstance(value, (str, os.PathLike)) or _is_datasets_object(value):
+def _check_dataset(value: Any) -> Any:
+    if isinstance(value, (str, os.PathLike)) or _of_datasets(value) or are_texts(value):
         return value
-    raise ValueError("must be a hub id, a path, or a datasets.Dataset or IterableDataset")
+    raise ValueError("must be a hub id, a path, a datasets object or a list of strings")
 
 
 class StreamSpec(BaseModel):
     """A calibration stream as the user writes it: `{"dataset": ..., ...}`.
 
     Attributes:
-        dataset: Hub id, local file or folder, or a `datasets` object.
-        name: Configuration of a hub dataset.
-        split: Which split to read.
-        column: Column to read, or {argument of the model: column}. By default the first known name: text, prompt,
-            caption, input_ids, image, latent.
-        samples: Sequences (text), or rows (all else), to read; None for all.
-        seqlen: Tokens a sequence, capped by the tokenizer's limit.
-        seed: Seed of the order; None reads the source in its own order.
-        batch_size: Samples a batch.
-        buffer_size: Rows in the shuffle buffer of a stream.
-        pack: Join texts with the end-of-text token and cut them to `seqlen`, instead of one text a sequence. By default
+        dataset: hub id, local file or folder, a `datasets` object, or a list of strings (of which, unless `samples` and
+            `seed` say otherwise, all are read in their order).
+        name: configuration of a hub dataset.
+        split: which split to read; by default "train", or the only one of a `DatasetDict`.
+        column: column to read, or {argument of the model: column}. By default the first known name: text, prompt,
+            caption, messages, input_ids, image, latent (for a tokenizer messages comes first). Chats (lists of role and
+            content) are rendered by the tokenizer's template.
+        samples: sequences (text), or rows (all else), to read; None for all.
+        seqlen: tokens a sequence, capped by the tokenizer's limit.
+        seed: seed of the order; None reads the source in its own order.
+        batch_size: samples a batch.
+        buffer_size: rows in the shuffle buffer of a stream.
+        pack: join texts with the end-of-text token and cut them to `seqlen`, instead of one text a sequence. By default
             where the tokenizer has such a token and marks no beginning of its own (BERT's [CLS]).
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, strict=True)
 
-    dataset: Annotated[Any, BeforeValidator(_check_source)]
+    dataset: Annotated[Any, BeforeValidator(_check_dataset)]
     name: str | None = None
-    split: str = "train"
+    split: str | None = None
     column: str | dict[str, str] | None = None
     samples: _Positive | None = 128
     seqlen: _Positive = 512
@@ -71,21 +75,34 @@ class StreamSpec(BaseModel):
     pack: bool | None = None
 
 
+class _Reader(NamedTuple):
+    """What turns raw rows into model inputs."""
+
+    tokenizer: Any = None
+    processor: Any = None
+    limit: int = _MAX_LENGTH
+    for_module: bool = False
+
+
 class Batches(Iterable[Any]):
-    """Batches of model inputs that can be walked any number of times."""
+    """Batches of model inputs that can be iterated any number of times."""
 
     def __init__(self, make: Callable[[], Iterator[Any]], empty: str) -> None:
         self._make = make
         self._empty = empty
 
     def __iter__(self) -> Iterator[Any]:
-        batches = self._make()
-        try:
-            first = next(batches)
-        except StopIteration:
-            raise CalibrationError(f"the calibration data is empty: {self._empty}.") from None
-        yield first
-        yield from batches
+        empty = True
+        for batch in self._make():
+            empty = False
+            yield batch
+        if empty:
+            raise CalibrationError(f"the calibration data is empty: {self._empty}")
+
+
+def is_source(data: Any) -> bool:
+    """Return whether data has yet to be turned into batches: a dict naming a dataset, a datasets object or a path."""
+    return isinstance(data, (Mapping, str, os.PathLike)) or _of_datasets(data)
 
 
 def calibration_batches(
@@ -96,20 +113,21 @@ def calibration_batches(
     model: Any = None,
     batch_size: int | None = None,
 ) -> Iterable[Any]:
-    """Turns what a user gives as calibration data into batches of model inputs.
+    """Turn what a user gives as calibration data into batches of model inputs.
 
     Args:
-        calibration: One of
+        calibration: one of
 
-            - a dict, see :class:`StreamSpec`: `{"dataset": "wikitext.parquet", "column": "text", "samples": 128}`;
-            - a `datasets.Dataset` or `IterableDataset`, as if in such a dict;
+            - a dict, see :class:`StreamSpec`: `{"dataset": "wikitext.parquet", "column": "text", "samples": 128}`; it
+              may also hold the `tokenizer` or `processor`;
+            - a `datasets` object, a path or a hub id, as if in such a dict;
             - a list of strings;
             - a calibration set or its path;
-            - a DataLoader or any other iterable of model inputs that can be walked again, given back as it is.
-        tokenizer: Turns text into tokens; by default the processor's. Without one, text comes as lists of prompts.
-        processor: Image processor; without one, images come as {"image": [...]}.
-        model: Its position limit caps the length of sequences.
-        batch_size: Samples a batch where `calibration` does not say; 1 by default.
+            - a DataLoader or any other iterable of model inputs that starts anew, given back as it is.
+        tokenizer: turns text into tokens; by default the processor's. Without one, text comes as lists of prompts.
+        processor: image processor; without one, images come as {"image": [...]}.
+        model: its position limit caps the length of sequences; a torch module takes no untokenized text.
+        batch_size: samples a batch where `calibration` does not say; 1 by default.
 
     Returns:
         An iterable of, for text with a tokenizer, {"input_ids", "attention_mask"} int64 `[batch, length]` without any
@@ -117,30 +135,32 @@ def calibration_batches(
         `[batch, ...]`; for several columns a dict of these; for a calibration set lists of samples.
 
     Raises:
-        CalibrationError: A bad dict (the message names the key), a path that holds no set, a generator, something that
-            is no data at all, or, when iterated, no data.
-        FileNotFoundError: A local source that is not there.
+        CalibrationError: a bad dict (the message names the key), a path that holds no finished set, a generator,
+            something that is no data at all, or, when iterated, no data.
+        FileNotFoundError: a local source that is not there.
     """
-    tokenizer = tokenizer or getattr(processor, "tokenizer", None)
-    limit = _length_limit(tokenizer, model)
-    if _is_datasets_object(calibration):
-        calibration = {"dataset": calibration}
-    if isinstance(calibration, Mapping):
-        spec = _parse(calibration)
-        size = spec.batch_size or batch_size or 1
-        return Batches(lambda: _from_spec(spec, tokenizer, processor, limit, size), f"{spec.dataset} gives no rows")
     size = batch_size or 1
-    if isinstance(calibration, (str, os.PathLike)):
+    if isinstance(calibration, (str, os.PathLike)) and holds_set(calibration):
         stored = load_calibrate_set(calibration)
         if stored is None:
-            advice = f"For a dataset give {{'dataset': {str(calibration)!r}}}."
-            raise CalibrationError(f"{calibration} holds no finished calibration set. {advice}")
+            raise CalibrationError(
+                f"{calibration} holds no finished calibration set: generate_calibrate_set finishes it"
+            )
         calibration = stored
     if isinstance(calibration, BaseCalibSet):
         return calibration.get_dataloader(batch_size=size)
-    if isinstance(calibration, Sequence) and calibration and all(isinstance(text, str) for text in calibration):
-        spec = StreamSpec(dataset="", samples=None)
-        return Batches(lambda: _from_texts(calibration, spec, tokenizer, limit, size), "there is no text in the list")
+    if isinstance(calibration, (str, os.PathLike)) or _of_datasets(calibration) or are_texts(calibration):
+        calibration = {"dataset": calibration}
+    if isinstance(calibration, Mapping):
+        # All of a list, in the caller's order.
+        given = {"samples": None, "seed": None} if are_texts(calibration.get("dataset")) else {}
+        given.update(calibration)
+        tokenizer, processor = given.pop("tokenizer", tokenizer), given.pop("processor", processor)
+        tokenizer = tokenizer or getattr(processor, "tokenizer", None)
+        reader = _Reader(tokenizer, processor, _length_limit(tokenizer, model), isinstance(model, nn.Module))
+        spec = _parse(given)
+        source = "there is no text in the list" if are_texts(spec.dataset) else f"{spec.dataset} gives no rows"
+        return Batches(lambda: _from_spec(spec, reader, spec.batch_size or size), source)
     if isinstance(calibration, Sequence) and calibration and all(_is_image(image) for image in calibration):
         return Batches(lambda: (_images(group, processor) for group in _grouped(calibration, size)), "no images")
     CalibrationData(calibration)  # checks it
@@ -151,15 +171,14 @@ def calibration_batches(
 
 def _parse(spec: Mapping[str, Any]) -> StreamSpec:
     try:
-        return StreamSpec.model_validate(dict(spec))
+        return StreamSpec.model_validate(spec)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # what was written is to blame first
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            raise CalibrationError(
-                f"calibration: unknown key {key!r}; allowed are {list(StreamSpec.model_fields)}."
-            ) from None
-        raise CalibrationError(f"calibration[{key!r}]: {first['msg'].removeprefix('Value error, ')}.") from None
+            allowed = [*StreamSpec.model_fields, "tokenizer", "processor"]
+            raise CalibrationError(f"calibration: unknown key {key!r}; allowed are {allowed}") from None
+        raise CalibrationError(f"calibration[{key!r}]: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _length_limit(tokenizer: Any, model: Any) -> int:
@@ -168,8 +187,19 @@ def _length_limit(tokenizer: Any, model: Any) -> int:
     return min([_MAX_LENGTH, *(int(limit) for limit in limits if isinstance(limit, (int, float)) and limit > 0)])
 
 
-def _is_datasets_object(value: Any) -> bool:
-    return type(value).__module__.startswith("datasets.") and hasattr(value, "features")
+def holds_set(path: str | os.PathLike[str]) -> bool:
+    """Return whether there is a calibration set at ``path``, finished or not."""
+    path = Path(path)
+    return path.is_dir() and ((path / storage.INDEX).exists() or any(path.glob("shard-*-of-*")))
+
+
+def _of_datasets(value: Any) -> bool:
+    return type(value).__module__.startswith("datasets.") and (hasattr(value, "features") or isinstance(value, Mapping))
+
+
+def are_texts(value: Any) -> bool:
+    """Return whether ``value`` is a list of strings, not empty."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(text, str) for text in value)
 
 
 def _is_image(value: Any) -> bool:
@@ -179,21 +209,25 @@ def _is_image(value: Any) -> bool:
 # ------------------------------------------------------------------------------------------------- rows of a dataset
 
 
-def _from_spec(spec: StreamSpec, tokenizer: Any, processor: Any, limit: int, size: int) -> Iterator[Any]:
+def _from_spec(spec: StreamSpec, reader: _Reader, size: int) -> Iterator[Any]:
+    if are_texts(spec.dataset):
+        texts = [spec.dataset[i] for i in _spread(len(spec.dataset), spec.seed)]
+        yield from _from_texts(texts, spec, reader, "", size)
+        return
     data, is_lines = _open(spec)
     names = list(data.features or next(iter(data), {}))
-    columns = spec.column if isinstance(spec.column, dict) else {"": spec.column or _default_column(names)}
+    columns = spec.column if isinstance(spec.column, dict) else {"": spec.column or _default_column(names, reader)}
     for column in columns.values():
         if column not in names:
-            raise CalibrationError(f"{spec.dataset} has no column {column!r}; it has {names}.")
+            raise CalibrationError(f"{spec.dataset} has no column {column!r}; it has {names}")
     data = data.select_columns(list(dict.fromkeys(columns.values())))
     if isinstance(spec.column, dict):
         for group in _grouped(islice(_rows(data, spec), spec.samples), size):
-            yield {argument: _stack([row[name] for row in group]) for argument, name in columns.items()}
+            yield {argument: _stack(name, [row[name] for row in group]) for argument, name in columns.items()}
         return
 
     column = columns[""]
-    if is_lines and tokenizer is not None:
+    if is_lines and reader.tokenizer is not None:
         # Lines of a text file only make sense in order, so they are joined first and shuffled afterwards.
         values: Iterator[Any] = _paragraphs(row[column] for row in data)
         if spec.seed is not None:
@@ -206,47 +240,56 @@ def _from_spec(spec: StreamSpec, tokenizer: Any, processor: Any, limit: int, siz
     if first is None:
         return
     values = chain([first], values)
-    if isinstance(first, str) or column == "input_ids":
-        yield from _from_texts(values, spec, tokenizer, limit, size)
+    if isinstance(first, str) or column == "input_ids" or _is_chat(first):
+        yield from _from_texts(values, spec, reader, column, size)
     else:
         groups = _grouped(islice(values, spec.samples), size)
-        yield from (_images(group, processor) if _is_image(first) else _stack(group) for group in groups)
+        yield from (_images(g, reader.processor) if _is_image(first) else _stack(column, g) for g in groups)
 
 
 def _open(spec: StreamSpec) -> tuple[Any, bool]:
-    """The dataset, and whether its rows are the lines of text files."""
+    """Return the dataset, and whether its rows are the lines of text files."""
     import datasets
 
     source = spec.dataset
-    if _is_datasets_object(source):
-        return source, False
+    if _of_datasets(source):
+        return _split(source, spec), False
     path = Path(source)
-    options: dict[str, Any] = {"split": spec.split, "streaming": True}
+    options: dict[str, Any] = {"split": spec.split or "train", "streaming": True}
     if path.is_file():
         builder = _BUILDERS.get(path.suffix.lower())
         if builder is None:
             raise CalibrationError(
-                f"{path}: unknown kind of file; known are {sorted(_BUILDERS)}, and folders of images."
+                f"{path}: unknown kind of file; known are {sorted(_BUILDERS)}, and folders of images"
             )
         if builder == "text":
             options["chunksize"] = 1 << 20  # the default of 10 MB, decoded, is most of what calibration would hold
         return datasets.load_dataset(builder, data_files=str(path), **options), builder == "text"
     if path.is_dir():
-        if (path / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(str(path))[spec.split], False
-        if (path / "state.json").is_file():
-            return datasets.load_from_disk(str(path)), False
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return _split(datasets.load_from_disk(str(path)), spec), False
         texts = any(file.suffix == ".txt" for file in path.iterdir())
         return datasets.load_dataset(str(path), spec.name, **options), texts
-    if path.is_absolute() or str(source).startswith(".") or path.suffix.lower() in _BUILDERS:
-        raise FileNotFoundError(f"calibration['dataset']: {source} is not there.")
+    is_path = isinstance(source, os.PathLike) or path.is_absolute() or str(source).startswith(".")
+    if is_path or path.suffix.lower() in _BUILDERS:
+        raise FileNotFoundError(f"calibration['dataset']: {source} is not there")
     return datasets.load_dataset(str(source), spec.name, **options), False
 
 
-def _default_column(names: list[str]) -> str:
-    found = next((name for name in _COLUMNS if name in names), names[0] if len(names) == 1 else None)
+def _split(data: Any, spec: StreamSpec) -> Any:
+    if not isinstance(data, Mapping):
+        return data
+    wanted = spec.split or ("train" if len(data) != 1 else next(iter(data)))
+    if wanted not in data:
+        raise CalibrationError(f"calibration['split']: choose one of {list(data)}, there is no {wanted!r}")
+    return data[wanted]
+
+
+def _default_column(names: list[str], reader: _Reader) -> str:
+    order = _COLUMNS if reader.tokenizer is None else ("text", "messages", *_COLUMNS)
+    found = next((name for name in order if name in names), names[0] if len(names) == 1 else None)
     if found is None:
-        raise CalibrationError(f"calibration['column']: choose one of {names}.")
+        raise CalibrationError(f"calibration['column']: choose one of {names}")
     return found
 
 
@@ -262,7 +305,7 @@ def _rows(data: Any, spec: StreamSpec) -> Iterator[Mapping[str, Any]]:
 
 
 def _spread(count: int, seed: int | None) -> Iterator[int]:
-    """Every number below `count` once, each few of them spread evenly (golden-ratio stride), without a table."""
+    """Yield every number below `count` once, each few of them spread evenly (golden-ratio stride), without a table."""
     if seed is None or count < 3:
         yield from range(count)
         return
@@ -273,7 +316,7 @@ def _spread(count: int, seed: int | None) -> Iterator[int]:
 
 
 def _shuffled(items: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
-    """Shuffles with a bounded buffer: each item leaves at random as another comes in."""
+    """Shuffle with a bounded buffer: each item leaves at random as another comes in."""
     draw = random.Random(seed)
     buffer: list[Any] = []
     for item in items:
@@ -288,7 +331,7 @@ def _shuffled(items: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Joins lines up to the next empty one, or to `_PARAGRAPH_CHARS` characters."""
+    """Join lines up to the next empty one, or to `_PARAGRAPH_CHARS` characters."""
     held: list[str] = []
     length = 0
     for line in lines:
@@ -306,43 +349,66 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------- values to model inputs
 
 
-def _from_texts(values: Iterable[Any], spec: StreamSpec, tokenizer: Any, limit: int, size: int) -> Iterator[Any]:
-    """Texts, or lists of token ids, to token batches; texts without a tokenizer to lists of prompts."""
-    values = iter(values)
-    first = next(values, None)
-    if first is None:
-        return
-    values = chain([first], values)
+def _from_texts(values: Iterable[Any], spec: StreamSpec, reader: _Reader, column: str, size: int) -> Iterator[Any]:
+    """Turn texts, chats or lists of token ids into token batches; texts without a tokenizer into lists of prompts."""
+    tokenizer, texts = reader.tokenizer, iter(values)
+    first = next(texts)
+    texts = chain([first], texts)
     if isinstance(first, str) and tokenizer is None:
-        yield from _grouped(islice(values, spec.samples), size)
+        if reader.for_module:
+            raise CalibrationError(
+                "calibration data: it is text, and there is no tokenizer; pass one as "
+                "{'dataset': ..., 'tokenizer': tokenizer}"
+            )
+        yield from _grouped(islice(texts, spec.samples), size)
         return
-    seqlen = min(spec.seqlen, limit)
+    is_chat = _is_chat(first)
+    if is_chat:
+        texts = _rendered(texts, tokenizer, column)
+    seqlen = min(spec.seqlen, reader.limit)
     eos = getattr(tokenizer, "eos_token_id", None)
     pack = spec.pack
     if pack is None:
         pack = tokenizer is None or (eos is not None and getattr(tokenizer, "cls_token_id", None) is None)
     if pack:
-        sequences = _packed(_token_ids(values, tokenizer, None), eos, seqlen)
+        sequences = _packed(_token_ids(texts, tokenizer, None, special=False), eos, seqlen)
     else:
-        sequences = (ids for ids in _token_ids(values, tokenizer, seqlen) if ids)
+        sequences = (ids for ids in _token_ids(texts, tokenizer, seqlen, special=not is_chat) if ids)
     yield from _token_batches(_counted(sequences, spec.samples), size)
 
 
-def _token_ids(values: Iterable[Any], tokenizer: Any, seqlen: int | None) -> Iterator[list[int]]:
-    """Tokens of each text: whole texts without special tokens to be packed, or cut to `seqlen` with them."""
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _rendered(chats: Iterable[Any], tokenizer: Any, column: str) -> Iterator[str]:
+    """Yield chats as text, with the special tokens of the tokenizer's template."""
+    for chat in chats:
+        if any(not {"role", "content"} <= turn.keys() for turn in chat):
+            raise CalibrationError(
+                f"column {column!r} holds lists of dicts with keys {list(chat[0])}, which are no chats: those have "
+                "'role' and 'content'"
+            )
+        if not getattr(tokenizer, "chat_template", None):
+            lack = "there is no tokenizer" if tokenizer is None else "the tokenizer has no chat template"
+            raise CalibrationError(
+                f"column {column!r} holds chats, and {lack}; render them to text, or pass one that has"
+            )
+        yield tokenizer.apply_chat_template(chat, tokenize=False)
+
+
+def _token_ids(values: Iterable[Any], tokenizer: Any, seqlen: int | None, *, special: bool) -> Iterator[list[int]]:
+    """Yield the tokens of each text, whole or cut to ``seqlen``, with special tokens or without."""
+    cut = {} if seqlen is None else {"truncation": True, "max_length": seqlen}
     for value in values:
-        if isinstance(value, str):
-            if seqlen is None:  # verbose=False: a text longer than the model's limit is no mistake here
-                yield tokenizer(value, add_special_tokens=False, verbose=False)["input_ids"]
-            else:
-                yield tokenizer(value, truncation=True, max_length=seqlen)["input_ids"]
+        if isinstance(value, str):  # verbose=False: a text longer than the model's limit is no mistake here
+            yield tokenizer(value, add_special_tokens=special, verbose=False, **cut)["input_ids"]
         else:
-            ids = [int(token) for token in value]
-            yield ids if seqlen is None else ids[:seqlen]
+            yield [int(token) for token in value][:seqlen]
 
 
 def _packed(documents: Iterable[list[int]], eos: int | None, seqlen: int) -> Iterator[list[int]]:
-    """Joins documents, an end-of-text token after each, and cuts the result to `seqlen`; the rest comes last."""
+    """Join documents, an end-of-text token after each, and cuts the result to `seqlen`; the rest comes last."""
     held: list[int] = []
     for document in documents:
         if not document:
@@ -365,11 +431,11 @@ def _counted(items: Iterable[Any], samples: int | None) -> Iterator[Any]:
         count += 1
         yield item
     if samples is not None and count < samples:
-        logger.warning("the calibration data gives %d sequences, not the %d asked for.", count, samples)
+        logger.warning("the calibration data gives %d sequences, not the %d asked for", count, samples)
 
 
 def _token_batches(sequences: Iterable[list[int]], size: int) -> Iterator[Any]:
-    """Batches without padding: sequences of one length make a tensor, a batch of several lengths a list of them."""
+    """Batch without padding: sequences of one length make a tensor, a batch of several lengths a list of them."""
     for group in _grouped(sequences, size):
         lengths = dict.fromkeys(map(len, group))
         tensors = [torch.tensor([ids for ids in group if len(ids) == length]) for length in lengths]
@@ -384,11 +450,16 @@ def _images(images: list[Any], processor: Any) -> Any:
     return dict(processor(images=[image.convert("RGB") for image in images], return_tensors="pt"))
 
 
-def _stack(values: list[Any]) -> Any:
-    """Numbers and arrays of one shape to a tensor `[batch, ...]`, float64 to float32; all else stays a list."""
+def _stack(column: str, values: list[Any]) -> Any:
+    """Stack numbers and arrays of one shape to a tensor `[batch, ...]`, float64 as float32; all else stays a list."""
     if isinstance(values[0], (str, Mapping)) or _is_image(values[0]):
         return values
-    tensor = torch.stack([v if isinstance(v, torch.Tensor) else torch.from_numpy(np.asarray(v)) for v in values])
+    try:
+        tensor = torch.stack([v if isinstance(v, Tensor) else torch.from_numpy(np.asarray(v)) for v in values])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CalibrationError(
+            f"column {column!r}: the rows make no tensor ({error}); they must have one shape, or batch_size be 1"
+        ) from None
     return tensor.float() if tensor.dtype is torch.float64 else tensor
 
 

@@ -1,7 +1,7 @@
-"""Integer tensors that shadow others (see :mod:`~hfquant.dataflow.tracker`): plain functions that keep stride 0.
+"""Plain functions on index maps and label maps (see :mod:`~hfquant.dataflow.tracker`) that keep stride 0.
 
-A dimension with stride 0 is one that the shadow does not depend on. A shadow of a [2, 4096, 12288] tensor whose values
-depend on the last dimension alone holds 12288 numbers.
+A dimension with stride 0 is one that the map does not depend on. A map of a [2, 4096, 12288] tensor whose values depend
+on the last dimension alone holds 12288 numbers.
 """
 
 from __future__ import annotations
@@ -13,23 +13,28 @@ import torch
 from torch import Tensor
 
 
-def squash(shadow: Tensor) -> Tensor:
-    """The shadow with each dimension that it does not depend on cut to size 1."""
-    return shadow[tuple(slice(0, 1) if step == 0 else slice(None) for step in shadow.stride())]
+def squash(index: Tensor) -> Tensor:
+    """Return the map with each dimension that it does not depend on cut to size 1."""
+    return index[tuple(slice(0, 1) if step == 0 else slice(None) for step in index.stride())]
 
 
-def values(shadow: Tensor) -> list[int]:
-    """The different numbers in a shadow, sorted."""
-    return torch.unique(squash(shadow)).tolist()
+def values(index: Tensor) -> list[int]:
+    """Return the different numbers in a map, sorted."""
+    return torch.unique(squash(index)).tolist()
 
 
-def count(shadow: Tensor) -> int:
-    """How many different numbers a shadow holds."""
-    return len(torch.unique(squash(shadow)))
+def count(index: Tensor) -> int:
+    """Return how many different numbers a map holds."""
+    return len(torch.unique(squash(index)))
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two maps say the same and depend on the same dimensions."""
+    return a is b or (a.shape == b.shape and squash(a).shape == squash(b).shape and torch.equal(squash(a), squash(b)))
 
 
 def groups(before: torch.Size, after: torch.Size) -> list[tuple[slice, slice]]:
-    """The dimensions of a reshape's input and output in groups of equal size, as small as can be."""
+    """Return the dimensions of a reshape's input and output in groups of equal size, as small as can be."""
     found: list[tuple[slice, slice]] = []
     i = j = 0
     while i < len(before) and j < len(after):
@@ -44,20 +49,20 @@ def groups(before: torch.Size, after: torch.Size) -> list[tuple[slice, slice]]:
     return found
 
 
-def reshape(shadow: Tensor, shape: torch.Size) -> Tensor:
-    """Reshape group by group of dimensions, so that groups that the shadow does not depend on keep stride 0."""
-    if not shadow.numel():
-        return shadow.reshape(shape)
-    keep, middle = [slice(None)] * shadow.ndim, list(shape)
-    for ins, outs in groups(shadow.shape, shape):
-        if not any(shadow.stride()[ins]):
+def reshape(index: Tensor, shape: torch.Size) -> Tensor:
+    """Reshape a map group by group of dimensions, so that groups that it does not depend on keep stride 0."""
+    if not index.numel():
+        return index.reshape(shape)
+    keep, middle = [slice(None)] * index.ndim, list(shape)
+    for ins, outs in groups(index.shape, shape):
+        if not any(index.stride()[ins]):
             keep[ins] = [slice(0, 1)] * (ins.stop - ins.start)
             middle[outs] = [1] * (outs.stop - outs.start)
-    return shadow[tuple(keep)].reshape(middle).expand(shape)
+    return index[tuple(keep)].reshape(middle).expand(shape)
 
 
 def merged_dims(before: torch.Size, after: torch.Size) -> tuple[int, tuple[int, ...]]:
-    """The last dimension of ``after`` that a reshape merged out of several, and their sizes; ``(0, ())`` for none.
+    """Return the last dimension of ``after`` that a reshape merged out of several, and their sizes, or ``(0, ())``.
 
     A batch merged with what follows it is left out, unless nothing follows the result.
     """
@@ -71,17 +76,20 @@ def merged_dims(before: torch.Size, after: torch.Size) -> tuple[int, tuple[int, 
     return 0, ()
 
 
-def expand_row(shadow: Tensor, index: Any, shape: torch.Size) -> Tensor | None:
-    """``shadow[index]`` for an index of unknown values: the last dimension must be all that matters, and left alone."""
-    index = index if isinstance(index, tuple) else (index,)
-    indexed = sum(i.ndim if isinstance(i, Tensor) and i.dtype == torch.bool else i is not None for i in index)
-    if any(i is Ellipsis for i in index) or indexed >= shadow.ndim or any(shadow.stride()[:-1]):
+def expand_row(index: Tensor, key: Any, shape: torch.Size) -> Tensor | None:
+    """Return ``index[key]``, of shape ``shape``, for a key of unknown values, or None where they matter.
+
+    They do not where the map depends on its last dimension alone and the key leaves that one whole.
+    """
+    key = key if isinstance(key, tuple) else (key,)
+    indexed = sum(i.ndim if isinstance(i, Tensor) and i.dtype == torch.bool else i is not None for i in key)
+    if any(i is Ellipsis for i in key) or indexed >= index.ndim or any(index.stride()[:-1]):
         return None
-    return shadow[(0,) * (shadow.ndim - 1)].expand(shape)
+    return index[(0,) * (index.ndim - 1)].expand(shape)
 
 
 def cuts_of(hulls: Iterable[tuple[int, int]], size: int) -> frozenset[int]:
-    """Where to cut ``range(size)`` so that no cut falls inside a hull: the ends of the hulls' overlapping groups.
+    """Return where to cut ``range(size)`` so that no cut falls inside a hull: the ends of overlapping hulls' groups.
 
     Interleaved pieces (per-head fused qkv, rotary halves) have overlapping hulls, so they stay together.
     """

@@ -42,8 +42,6 @@ def quantize_model(
     Returns:
         A function that undoes it.
     """
-    if getattr(model, "is_quantized", False):
-        raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
     settings = settings or ptq.Settings(config.modules_to_not_convert or (), config.per_layer_mode)
     facts, restore = model_facts(model), _snapshot(model)
 

@@ -78,8 +78,10 @@ def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: boo
         layer = QuantLinear(plan, linear.bias is not None, "meta", linear.weight.dtype)
         if on_disk:
             layer.weight = nn.Parameter(layer.codes_on_disk(), requires_grad=False)
-        # transformers initializes what is not marked, and a codes tensor has no random initialization.
-        layer._is_hf_initialized = True  # type: ignore[assignment]
+        # transformers initializes what is not marked, modules and tensors that stay on disk alike, and codes have no
+        # random initialization. A tensor that is missing is replaced by one without the mark.
+        for marked in (layer, *layer.parameters(), *layer.buffers()):
+            setattr(marked, "_is_hf_initialized", True)  # noqa: B010 (a tensor has no such attribute)
         replacements[linear] = layer
     replace_modules(model, replacements)
 

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from hfquant.calibration.batches import CalibrationError
-from hfquant.calibration.streams import calibration_batches
+from hfquant.calibration.streams import are_texts, calibration_batches, holds_set, is_source
 
 
 def transformers_batches(model: Any, calibration: Any) -> Any:
-    """Batches for a transformers model; text is tokenized by the given tokenizer or the one saved with the model.
+    """Return batches for a transformers model; the tokenizer is the one given or the one saved with the model.
 
     Args:
         model: just loaded; ``name_or_path`` is where a tokenizer or image processor is looked for.
-        calibration: what :func:`~hfquant.calibration.calibration_batches` takes; a dict may also name a ``tokenizer``
-            or ``processor`` object, and its ``dataset`` may be a list of strings.
+        calibration: what :func:`~hfquant.calibration.calibration_batches` takes.
 
     Raises:
         CalibrationError: the data is text and no tokenizer is at hand.
     """
     tokenizer = processor = None
-    if isinstance(calibration, Mapping):
-        calibration = dict(calibration)
-        tokenizer, processor = calibration.pop("tokenizer", None), calibration.pop("processor", None)
-        source = calibration.get("dataset")
-        if isinstance(source, list) and set(calibration) == {"dataset"}:
-            calibration = source
-    if tokenizer is None and processor is None and _is_raw(calibration):
+    given = isinstance(calibration, Mapping) and (calibration.get("tokenizer") or calibration.get("processor"))
+    if _is_raw(calibration) and not given:
         tokenizer, processor = _saved_with(model)
         if tokenizer is None and processor is None:
             raise CalibrationError(
@@ -38,7 +33,7 @@ def transformers_batches(model: Any, calibration: Any) -> Any:
 
 
 def diffusers_batches(calibration: Any) -> Any:
-    """Batches for a denoiser: recorded inputs or a calibration set, never a dataset.
+    """Return batches for a denoiser: recorded inputs or a calibration set, never a dataset.
 
     Raises:
         CalibrationError: the data are prompts or a dataset, which only the whole pipeline can turn into inputs.
@@ -52,10 +47,10 @@ def diffusers_batches(calibration: Any) -> Any:
 
 
 def _is_raw(calibration: Any) -> bool:
-    """Whether the data has to be tokenized or otherwise processed: a dataset, a dict naming one, a list of strings."""
-    if isinstance(calibration, Mapping) or type(calibration).__module__.partition(".")[0] == "datasets":
-        return True
-    return isinstance(calibration, (list, tuple)) and bool(calibration) and isinstance(calibration[0], str)
+    """Return whether the data has to be tokenized or otherwise processed: a dataset or a list of strings."""
+    if isinstance(calibration, (str, os.PathLike)):
+        return not holds_set(calibration)
+    return is_source(calibration) or are_texts(calibration)
 
 
 def _saved_with(model: Any) -> tuple[Any, Any]:

@@ -150,7 +150,8 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             return
         assert isinstance(module, QuantLinear)
         # diffusers has cast param_value to the model's dtype; scales must stay as they are stored.
-        value = param_value if tensor in module._model_floats else state_dict[param_name]
+        stored = state_dict[param_name]
+        value = param_value if tensor in module._model_floats and stored.is_floating_point() else stored
         try:
             module.set_tensor(tensor, value.to(target_device))
         except ValueError as error:

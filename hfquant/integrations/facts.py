@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from hfquant.calibration.batches import options_for
 from hfquant.integrations.examples import example_inputs
 from hfquant.planner import ModelFacts, matches
 
@@ -34,7 +33,7 @@ def facts_of(model: nn.Module) -> ModelFacts:
         skipped=skips,
         prefix=getattr(model, "base_model_prefix", ""),
         example=lambda: example_inputs(model),
-        options=lambda sample: call_options(model, sample),
+        options=lambda layers: options_for(model, layers),
         uncounted=frozenset(heads),
     )
 
@@ -43,22 +42,3 @@ def _head(model: nn.Module) -> nn.Module | None:
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head else None
     return head if isinstance(head, nn.Module) else None
-
-
-def call_options(model: nn.Module, sample: Any) -> dict[str, Any]:
-    """Return arguments that spare a language model what nobody looks at: its cache, and logits of all but one token.
-
-    Args:
-        model: about to run.
-        sample: its inputs.
-    """
-    if not isinstance(sample, Mapping):
-        return {}
-    accepted = inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-    if "logits_to_keep" in accepted:
-        head = _head(model)
-        # A head that is quantized has to see all tokens.
-        if head is not None and not head._forward_pre_hooks:
-            options["logits_to_keep"] = 1
-    return {key: value for key, value in options.items() if key not in sample}

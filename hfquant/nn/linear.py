@@ -93,13 +93,13 @@ class QuantLinear(nn.Linear):
         if current is None:
             there = [*self._parameters, *self._buffers]
             raise ValueError(f"{self._get_name()} has no tensor {name!r}; there are {', '.join(there)}")
-        expected = current.shape
+        expected, dtype = current.shape, current.dtype
         if name == "weight":
-            expected, value = expected[-2:], self._in_memory(value)
+            expected, dtype, value = expected[-2:], self.format.code_dtype, self._in_memory(value)
         both_floats = name in self._model_floats and value.is_floating_point()
-        if value.shape != expected or (value.dtype != current.dtype and not both_floats):
+        if value.shape != expected or (value.dtype != dtype and not both_floats):
             raise ValueError(
-                f"tensor {name!r}: expected shape {tuple(expected)} of {current.dtype}, "
+                f"tensor {name!r}: expected shape {tuple(expected)} of {dtype}, "
                 f"got {tuple(value.shape)} of {value.dtype}"
             )
         if name in self._parameters:

@@ -94,13 +94,13 @@ def test_low_rank_against_the_best(llama: LlamaForCausalLM, tmp_path: Path) -> N
     for (_, rank), (name, row) in zip(expected, rows.items(), strict=True):
         assert -1e-3 < row["most lost %"] < 0.1, name
         assert row["captured %"] > (95 if rank == 4 else 99.9), name
-        assert row["exact"] == (4 * max(rank, algorithms.svd.BLOCK) > min(row["rows"], row["columns"])), name
+        assert row["exact"] == (4 * max(rank, algorithms.low_rank.BLOCK) > min(row["rows"], row["columns"])), name
 
 
 def test_a_bad_low_rank_branch_is_noticed(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = algorithms.svd._exact
-    monkeypatch.setattr(algorithms.svd, "_exact", lambda w, rank: tuple(f * 0.9 for f in exact(w, rank)))
-    monkeypatch.setattr(algorithms.svd, "low_rank", lambda w, rank: algorithms.svd._exact(w, rank))
+    exact = algorithms.low_rank._exact
+    monkeypatch.setattr(algorithms.low_rank, "_exact", lambda w, rank: tuple(f * 0.9 for f in exact(w, rank)))
+    monkeypatch.setattr(algorithms.low_rank, "low_rank", lambda w, rank: algorithms.low_rank._exact(w, rank))
     assert run("--parts", "low-rank", "--blocks", 0, "--ranks", 4) == 1
 
 

@@ -16,7 +16,7 @@ from benchmarks import memory, metrics, models, quality, static, streaming
 from benchmarks.ablation import ABLATION, DIGITS_ABLATION
 from benchmarks.peers import PEERS, linearized
 from hfquant.config import parse
-from hfquant.observers import observe
+from hfquant.observe import observe
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_every_config_is_valid(rows: dict[str, object]) -> None:
     for name, row in rows.items():
         if isinstance(row, str | dict):
             resolved = parse(row).default
-            assert resolved.weight_quant.type.bits == (8 if name[0] == "f" else int(name[1])), name
+            assert resolved.weight_quant.format.bits == (8 if name[0] == "f" else int(name[1])), name
             assert (resolved.input_quant is None) == name.partition("/")[0].endswith("a16"), name
 
 
@@ -308,7 +308,8 @@ def test_clipping_is_measured_on_windows_kept_out(llama: LlamaForCausalLM) -> No
     everything = torch.cat([b["input_ids"] for b in calibration] + kept_out).sort(dim=0).values
     assert torch.equal(everything, torch.cat([b["input_ids"] for b in batches]).sort(dim=0).values)
     seen = [row[None] for batch in calibration for row in batch["input_ids"]]
-    assert set(static.clipped(llama, calibration, seen).values()) == {0.0}
+    # A batch of four rows and a row by itself round differently, by some 1e-7 of a value: squared, nothing.
+    assert max(static.clipped(llama, calibration, seen).values()) < 1e-12
     shares = static.clipped(llama, calibration, kept_out)
     assert list(shares) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     assert all(0 < share < 0.5 for share in shares.values())
@@ -339,7 +340,7 @@ def test_solving_from_shared_statistics_is_quantize(llama: LlamaForCausalLM) -> 
     batches = [{"input_ids": torch.randint(96, (2, 12))} for _ in range(3)]
     rules = static.CONFIGS["W8A8 static, SMOOTH search, GPTQ, weights in groups of 64"]
     linears = models.quantizable_linears(llama)
-    stats = observe(llama, linears, batches, dict.fromkeys(linears, True))
+    stats = observe(llama, linears, batches, dict.fromkeys(linears, ("hessian",)))
     found = static.solved(copy.deepcopy(llama), rules, stats)
     expected = hfquant.quantize(copy.deepcopy(llama), batches, rules)
     for a, b in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):

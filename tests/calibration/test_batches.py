@@ -260,14 +260,74 @@ def test_labels_leave_the_logits_alone():
 
 def test_a_calibration_set_s_loader_is_not_taken_for_positional_arguments():
     made = BaseCalibSet.from_samples([A, B, (A, B), {"x": A}])
-    for collate in (False, True):
-        loader = made.get_dataloader(batch_size=3, collate=collate)
-        assert identical(calls(loader), [((A,), {}), ((B,), {}), ((A, B), {}), ((), {"x": A})])
-    assert identical(
-        calls(BaseCalibSet.from_samples([A, B]).get_dataloader(2, collate=True)), [((torch.cat([A, B]),), {})]
-    )
+    loader = made.get_dataloader(batch_size=3)
+    assert identical(calls(loader), [((A,), {}), ((B,), {}), ((A, B), {}), ((), {"x": A})])
 
 
 def test_what_torch_s_collate_does():
     """The reason for reading a list of tensors as positional arguments."""
     assert identical(default_collate([(A[0], B[0])]), [A, B])
+
+
+class Half(nn.Module):
+    def __init__(self, *dtypes: torch.dtype) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(2, 2, dtype=dtype) for dtype in dtypes)
+
+    def forward(self, hidden_states, timestep=None, img_ids=None, image_rotary_emb=None, extra=None, mask=None):
+        self.seen = hidden_states, timestep, img_ids, image_rotary_emb, extra, mask
+
+
+def test_floats_are_cast_to_the_model_s_dtype_where_that_loses_nothing():
+    net = Half(torch.bfloat16, torch.bfloat16)
+    time, ids = torch.tensor([999.0]), torch.tensor([[257.0, 1.0]])
+    mask = torch.ones(1, 2, dtype=torch.int64)
+    sample = {
+        "hidden_states": A,
+        "timestep": time,
+        "img_ids": ids,
+        "image_rotary_emb": (A, B),
+        "extra": {"text_embeds": A.double(), "time_ids": ids, "residuals": [A, (B,)]},
+        "mask": mask,
+    }
+    expected = (
+        *(A.bfloat16(), time, ids, (A, B)),
+        {"text_embeds": A.bfloat16(), "time_ids": ids, "residuals": [A.bfloat16(), (B.bfloat16(),)]},
+        mask,
+    )
+    forward(net, sample)
+    assert identical(net.seen, expected)
+    forward(net, tuple(sample.values()))
+    assert identical(net.seen, expected)
+    assert sample["hidden_states"].dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ((torch.float32,), torch.float32),
+        ((torch.float16,), torch.float16),
+        ((torch.float32, torch.bfloat16), torch.float64),
+        ((), torch.float64),
+    ],
+)
+def test_a_model_of_several_dtypes_gets_what_is_given(dtypes, expected):
+    net = Half(*dtypes)
+    forward(net, A.double())
+    assert net.seen[0].dtype is expected
+
+
+def test_float_data_for_a_half_precision_denoiser():
+    import hfquant
+    from tests.calibration.tiny_models import tiny_unet
+
+    unet = tiny_unet().to(torch.bfloat16)
+    batch = {
+        "sample": torch.randn(2, 2, 8, 8),
+        "timestep": torch.tensor([10.0, 999.0]),
+        "encoder_hidden_states": torch.randn(2, 3, 12),
+    }
+    seen = hfquant.generate_calibrate_set(unet, hfquant.calibration.BaseSampler(), [batch], "mid_block")
+    assert seen[0]["hidden_states"].dtype is torch.bfloat16
+    hfquant.quantize(unet, [batch], "w8a8")
+    assert hfquant.nn.linear.quant_linears(unet)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import zstandard
@@ -27,6 +28,7 @@ from hfquant.calibration import (
     load_calibrate_set,
     storage,
 )
+from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.generate import generate_shard
 from hfquant.calibration.recorder import Recording
 from tests.calibration.test_recorder import identical
@@ -308,6 +310,29 @@ def test_language_model_set(tmp_path):
     torch.testing.assert_close(again, hidden[0])
 
 
+def test_a_dict_or_a_path_names_a_dataset(tmp_path):
+    data = datasets.Dataset.from_dict({"prompt": PROMPTS[:3]})
+    data.to_parquet(tmp_path / "prompts.parquet")
+
+    def seen(source):
+        return list(generate_calibrate_set(tiny_pipeline(DDIMScheduler()), BaseSampler(1), source, "unet"))
+
+    spec = {"dataset": data, "seed": None, "batch_size": 2}
+    expected = seen([PROMPTS[:2], PROMPTS[2:3]])
+    assert len(expected) == 2
+    assert identical(seen(spec), expected)
+    assert identical(seen({**spec, "dataset": str(tmp_path / "prompts.parquet")}), expected)
+    assert identical(seen({**spec, "dataset": datasets.DatasetDict({"train": data})}), expected)
+    assert (
+        len(seen(data)) == len(seen(tmp_path / "prompts.parquet")) == len(seen(str(tmp_path / "prompts.parquet"))) == 3
+    )
+    model, tokens = tiny_llama(), {"dataset": datasets.Dataset.from_dict({"input_ids": [[1, 2, 3]]})}
+    (sample,) = generate_calibrate_set(model, LanguageModelSampler(), tokens, "")
+    assert sample["input_ids"].tolist() == [[1, 2, 3]]
+    with pytest.raises(CalibrationError, match="unknown key 'prompt'; allowed are"):
+        seen({"prompt": "a cat"})
+
+
 def test_text_encoder_of_a_pipeline():
     stored = generate_calibrate_set(tiny_pipeline(DDIMScheduler()), BaseSampler(1), ["a b", "c"], "text_encoder")
     assert [sample[0].tolist() for sample in stored] == [[[1, 1, 0]], [[0, 0, 0]], [[1, 0, 0]], [[0, 0, 0]]]
@@ -340,20 +365,19 @@ def test_bad_arguments(arguments, error, message, tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_compression_does_not_depend_on_threads(monkeypatch, threads):
-    """Several megabytes, so that there is work for several threads; the parts are those of a chunk."""
-    parts = [
-        memoryview(torch.randn(1 << 18, generator=torch.Generator().manual_seed(i)).numpy()).cast("B") for i in range(9)
-    ]
-    size = sum(map(len, parts))
-    expected = b"".join(storage._compress(parts, size))
+    """Several megabytes, so that there is work for several threads."""
+    data = b"".join(
+        torch.randn(1 << 18, generator=torch.Generator().manual_seed(i)).numpy().tobytes() for i in range(9)
+    )
+    expected = storage._compress(data)
     original = zstandard.ZstdCompressor
     monkeypatch.setattr(
         zstandard, "ZstdCompressor", lambda level, threads=0: original(level=level, threads=threads and forced)
     )
     forced = threads
-    assert size > 2 * storage._PARALLEL_SIZE
-    assert b"".join(storage._compress(parts, size)) == expected
-    assert zstandard.decompress(expected) == b"".join(parts)
+    assert len(data) > 2 * storage._PARALLEL_SIZE
+    assert storage._compress(data) == expected
+    assert zstandard.decompress(expected) == data
 
 
 def test_one_chunk_at_most_is_held(tmp_path, monkeypatch):

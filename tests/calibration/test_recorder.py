@@ -1,13 +1,11 @@
 """Every kind of recorded argument comes back as it was: type, value, dtype, shape, bit for bit."""
 
-import dataclasses
 import json
 from collections import OrderedDict, namedtuple
 
 import numpy as np
 import pytest
 import torch
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,17 +16,6 @@ from hfquant.calibration.recorder import Recording, Target, decode, encode, find
 from tests.calibration.tiny_models import tiny_llama
 
 Pair = namedtuple("Pair", "left right")
-
-
-@dataclasses.dataclass
-class Plain:
-    x: torch.Tensor
-    scale: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-    name: str
 
 
 DTYPES = [
@@ -49,21 +36,17 @@ def identical(a, b) -> bool:
         )
     if isinstance(a, (np.ndarray, np.generic)):
         return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    if isinstance(a, complex):
-        return identical(a.real, b.real) and identical(a.imag, b.imag)
     if isinstance(a, float):  # which of its NaNs a Python float is cannot be told in Python
         return (np.isnan(a) and np.isnan(b)) or np.float64(a).tobytes() == np.float64(b).tobytes()
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(identical, a, b))
     if isinstance(a, dict):
         return list(a) == list(b) and all(identical(a[k], b[k]) for k in a)
-    if dataclasses.is_dataclass(a):
-        return all(identical(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
     return a == b
 
 
 def round_trip(value):
-    tensors: dict[str, memoryview] = {}
+    tensors: dict[str, torch.Tensor] = {}
     structure = json.loads(json.dumps(encode(value, tensors, "x"), allow_nan=False))
     return decode(structure, tensors)
 
@@ -84,7 +67,7 @@ tensors = st.builds(
     st.integers(0, 1000),
 )
 scalars = st.one_of(
-    *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.complex_numbers()),
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.text()),
     *(st.sampled_from(DTYPES), st.just(torch.device("cpu")), st.just(np.float32(0.1)), tensors),
 )
 keys = st.one_of(st.text(max_size=3), st.integers(), st.tuples(st.integers(), st.text(max_size=2)))
@@ -94,8 +77,6 @@ values = st.recursive(
         st.lists(inner, max_size=3),
         st.lists(inner, max_size=3).map(tuple),
         st.dictionaries(keys, inner, max_size=3),
-        st.builds(Pair, inner, inner),
-        st.builds(Plain, tensors, st.floats(allow_nan=False)),
     ),
     max_leaves=8,
 )
@@ -117,9 +98,6 @@ def test_tensors_of_every_dtype_and_shape(dtype, shape):
 @pytest.mark.parametrize(
     "value",
     [
-        BaseModelOutput(last_hidden_state=torch.ones(2, 3), hidden_states=(torch.zeros(1), torch.zeros(2))),
-        Transformer2DModelOutput(sample=torch.ones(2)),
-        Frozen("a"),
         {"$tensor": [1, 2], "$unknown": None},  # keys that look like our own tags
         {1: {2: {3: (None, [True, 1, 1.0])}}},
         np.arange(6).reshape(2, 3)[:, ::2],
@@ -129,13 +107,6 @@ def test_tensors_of_every_dtype_and_shape(dtype, shape):
 )
 def test_objects_round_trip(value):
     assert identical(round_trip(value), value)
-
-
-def test_output_classes_keep_both_interfaces():
-    back = round_trip(BaseModelOutput(last_hidden_state=torch.ones(2), attentions=None))
-    assert back.attentions is None
-    assert list(back) == ["last_hidden_state"]
-    assert torch.equal(back[0], back["last_hidden_state"])
 
 
 def test_mappings_and_sizes_become_plain():
@@ -188,6 +159,8 @@ def test_equal_tensors_are_kept_once():
         (lambda: None, "function cannot be recorded"),
         (DynamicCache(), "use_cache=False"),
         ({1, 2}, "set cannot be recorded"),
+        (Pair(1, 2), "Pair cannot be recorded"),
+        (BaseModelOutput(last_hidden_state=torch.ones(2)), "BaseModelOutput cannot be recorded"),
     ],
 )
 def test_what_cannot_be_stored_is_refused(value, message):
@@ -216,35 +189,11 @@ def test_what_cannot_be_stored_is_refused(value, message):
         {},
         {"$tuple": [], "$dict": []},
         {"$object": ["os:system", []]},
-        {"$object": ["subprocess:Popen", [["args", "true"]]]},
-        {"$object": ["not_loaded_anywhere:Thing", []]},
-        {"$object": ["transformers.not_there:Thing", []]},
-        {"$object": ["transformers.modeling_outputs:BaseModelOutput", [["__class__", 1]]]},
-        {"$object": [f"{__name__}:Plain", [["x", 1]]]},
-        {"$object": [f"{__name__}:Pair", [["left", 1]]]},
     ],
 )
 def test_malformed_structures_are_refused(structure):
     with pytest.raises(ValueError):
-        decode([structure], {"k": memoryview(bytes(16)), "empty": memoryview(b"")})
-
-
-def test_decoding_runs_no_constructor():
-    ran = []
-
-    @dataclasses.dataclass
-    class Loud:
-        x: int
-
-        def __post_init__(self):
-            ran.append(self.x)
-
-    globals()["Loud"] = Loud
-    Loud.__qualname__ = "Loud"
-    structure = encode(Loud(1), {}, "x")
-    assert ran == [1]
-    assert decode(structure, {}).x == 1
-    assert ran == [1]
+        decode([structure], {"k": torch.zeros(16, dtype=torch.uint8), "empty": torch.empty(0)})
 
 
 class Recorded(nn.Module):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import tracemalloc
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -270,8 +271,9 @@ def test_calibration_sets(tmp_path):
     for source in (stored, tmp_path / "set", str(tmp_path / "set")):
         batches = list(calibration_batches(source, batch_size=2))
         assert [[int(sample["x"][0]) for sample in batch] for batch in batches] == [[0, 1], [2]]
-    with pytest.raises(ValueError, match=r"no finished calibration set. For a dataset give \{'dataset'"):
-        calibration_batches(tmp_path / "nothing")
+    (tmp_path / "shards" / "shard-00000-of-00001").mkdir(parents=True)
+    with pytest.raises(CalibrationError, match="shards holds no finished calibration set"):
+        calibration_batches(tmp_path / "shards")
 
 
 def test_model_inputs_pass_through():
@@ -328,3 +330,98 @@ def test_caller_s_dict_is_not_changed():
     before = dict(source)
     list(calibration_batches(source, tokenizer=make_tokenizer()))
     assert source == before
+
+
+# --------------------------------------------------------------------------------------------- a source of every kind
+
+
+def chat_tokenizer(template: str | None = "{% for m in messages %}{{ m['content'] }} {% endfor %}"):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+CHATS = [[{"role": "user", "content": text}, {"role": "assistant", "content": "w9 w8"}] for text in ("w1 w2", "w3")]
+
+
+def test_a_column_of_chats():
+    data = datasets.Dataset.from_dict({"prompt": ["x", "y"], "messages": CHATS})
+    spec = {"dataset": data, "seed": None, "samples": None}
+    batches = list(calibration_batches(spec, tokenizer=chat_tokenizer()))
+    assert flat(batches) == ids_of(["w1 w2 w9 w8", "w3 w9 w8"])
+    named = list(calibration_batches({**spec, "column": "messages", "pack": False}, tokenizer=chat_tokenizer()))
+    assert [batch["input_ids"].tolist() for batch in named] == [[[5, 6, 13, 12]], [[7, 13, 12]]]
+    assert list(calibration_batches(spec, batch_size=2)) == [["x", "y"]], "without a tokenizer the prompts are wanted"
+
+
+@pytest.mark.parametrize(
+    ("column", "tokenizer", "message"),
+    [
+        (CHATS, chat_tokenizer(None), "column 'messages' holds chats, and the tokenizer has no chat template"),
+        (CHATS, None, "column 'messages' holds chats, and there is no tokenizer"),
+        (
+            [[{"from": "a", "value": "b"}]],
+            chat_tokenizer(),
+            r"holds lists of dicts with keys \['from', 'value'\], .*'role'",
+        ),
+    ],
+)
+def test_chats_that_cannot_be_read(column, tokenizer, message):
+    data = datasets.Dataset.from_dict({"messages": column})
+    with pytest.raises(CalibrationError, match=message):
+        list(calibration_batches(data, tokenizer=tokenizer))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_dataset_dicts(streaming):
+    one, other = (datasets.Dataset.from_dict({"text": [text]}) for text in ("w1", "w2"))
+    kind = datasets.DatasetDict
+    if streaming:
+        kind, one, other = datasets.IterableDatasetDict, one.to_iterable_dataset(), other.to_iterable_dataset()
+
+    def read(source):
+        return flat(calibration_batches(source, tokenizer=make_tokenizer()))
+
+    assert read(kind({"test": other, "train": one})) == [5, 1]
+    assert read(kind({"test": other})) == [6, 1]
+    assert read({"dataset": kind({"a": one, "b": other}), "split": "b"}) == [6, 1]
+    for split in ({}, {"split": "train"}):
+        with pytest.raises(CalibrationError, match=r"\['split'\]: choose one of \['a', 'b'\]"):
+            read({"dataset": kind({"a": one, "b": other}), **split})
+
+
+def test_a_bare_path_is_a_dataset(tmp_path):
+    path = write_texts(tmp_path, "parquet")
+    expected = flat(calibration_batches({"dataset": path}, tokenizer=make_tokenizer()))
+    for source in (path, Path(path)):
+        assert flat(calibration_batches(source, tokenizer=make_tokenizer())) == expected
+    datasets.DatasetDict({"a": datasets.Dataset.from_dict({"text": TEXTS})}).save_to_disk(str(tmp_path / "splits"))
+    assert sorted(flat(calibration_batches(tmp_path / "splits", tokenizer=make_tokenizer()))) == sorted(ids_of(TEXTS))
+    for missing in (tmp_path / "nothing", str(tmp_path / "nothing.json"), "nothing.parquet"):
+        with pytest.raises(FileNotFoundError, match=r"nothing.* is not there"):
+            list(calibration_batches(missing, tokenizer=make_tokenizer()))
+
+
+def test_a_list_of_strings_named_by_a_dict():
+    named = {"dataset": TEXTS, "tokenizer": make_tokenizer(), "samples": None, "seed": None}
+    assert flat(calibration_batches(named)) == ids_of(TEXTS)
+    assert list(calibration_batches({"dataset": ["a", "b"], "seed": None, "batch_size": 2})) == [["a", "b"]]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [([[1, 2], [3]], "column 'x': the rows make no tensor"), ([{"a": 1}], None), ([None, None], "empty")],
+)
+def test_rows_that_make_no_tensor(column, message):
+    batches = calibration_batches({"dataset": datasets.Dataset.from_dict({"x": column}), "batch_size": 2, "seed": None})
+    if message is None:
+        assert list(batches) == [column]
+        return
+    with pytest.raises(CalibrationError, match=message):
+        list(batches)
+
+
+def test_text_for_a_model_needs_a_tokenizer():
+    for source in ({"dataset": ["a b"]}, ["a b"], datasets.Dataset.from_dict({"text": ["a b"]})):
+        with pytest.raises(CalibrationError, match=r"text, .*'tokenizer': tokenizer"):
+            list(calibration_batches(source, model=tiny_llama()))

@@ -35,46 +35,6 @@ def joined(x, n=5):
     return torch.cat([x.repeat(1, 1, 3)[..., :n].cumsum(0), x.repeat(1, 1, 3)[..., n:].cumsum(0)], -1)
 
 
-# --- weights read outside the module ---------------------------------------------------------------------------------
-
-
-def test_weight_read_outside_its_forward():
-    found = trace(Toy(lambda m, x: F.linear(x, m.a.weight) + m.c(x)), X)
-    assert found["a"].functional
-    assert found["a"].calls == 0
-    assert found["a"].evidence == ("weight read outside its forward",)
-    assert not found["c"].functional
-    assert of(lambda m, x: x @ m.a.weight.T, "a").functional
-    assert of(lambda m, x: m.a(x) + torch.einsum("oi,bni->bno", m.a.weight, x), "a").functional
-
-
-def test_looking_at_dtype_and_shape_of_a_weight_is_no_read():
-    def run(m, x):
-        x = x.to(m.a.weight.dtype).to(m.a.weight.device).type_as(m.a.weight).to(m.a.weight)
-        return m.a(x) + torch.zeros_like(m.a.weight).sum() + m.a.weight.shape[0] + m.a.weight.new_zeros(1)
-
-    assert not of(run, "a").functional
-
-
-def test_tied_embedding_is_no_read():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
-            self.head.weight = self.embed.weight
-
-        def forward(self, ids):
-            return self.head(self.embed(ids))
-
-    assert not trace(Model(), torch.zeros(2, 3, dtype=torch.long))["head"].functional
-
-
-def test_linears_that_torch_fuses_are_functional():
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    found = trace(nn.Sequential(nn.Linear(8, 8), layer), X)
-    assert {n: t.functional for n, t in found.items()} == {"0": False, "1.linear1": True, "1.linear2": True}
-
-
 def test_subclasses_of_linear_are_not_reported():
     class Custom(nn.Linear):
         pass
@@ -88,9 +48,6 @@ def test_subclasses_of_linear_are_not_reported():
             return self.plain(self.custom(self.attn(x, x, x)[0]))
 
     assert list(trace(Model(), X)) == ["plain"]
-
-
-# --- what goes in, and what must stay --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Following features: every pattern in every spelling on toy modules, and shadows against data that name themselves."""
+"""Following features: every pattern in every spelling on toy modules."""
 
 import functools
 
@@ -10,35 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hfquant.config import SegPattern as P
-from hfquant.dataflow.index_map import cuts_of
 from hfquant.dataflow.trace import trace
-from hfquant.dataflow.tracker import Provenance
-
-X = torch.zeros(2, 5, 8)
-
-
-class Toy(nn.Module):
-    """``a`` (8 -> 24) and ``b`` (24 -> 8) around a function of the module and the input."""
-
-    def __init__(self, forward, a=24, b=24):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(8, a), nn.Linear(b, 8), nn.Linear(8, 24)
-        self.norm, self.rms = nn.LayerNorm(b), nn.RMSNorm(b)
-        self.table = nn.Parameter(torch.zeros(1, 3, 8))
-        self.run = forward
-
-    def forward(self, x):
-        return self.run(self, x)
-
-
-def of(forward, layer, x=X, **sizes):
-    return trace(Toy(forward, **sizes), x)[layer]
-
-
-def used(pieces):
-    """Use every piece in something that is no view."""
-    return [p.cumsum(0) for p in pieces]
-
+from tests.dataflow.toys import Toy, X, of, two, used
 
 SPLITS = {
     "chunk": (lambda y: y.chunk(3, -1), (8, 8, 8), P.LINEAR2CHUNK),
@@ -71,6 +44,42 @@ SPLITS = {
         P.LINEAR2SPLIT,
     ),
     "select": (lambda y: [y.unflatten(-1, (2, 12)).select(2, i) for i in (0, 1)], (12, 12), P.LINEAR2SPLIT),
+    "index_select": (
+        lambda y: [y.index_select(-1, torch.arange(9)), torch.index_select(y, 2, torch.arange(9, 24))],
+        (9, 15),
+        P.LINEAR2SPLIT,
+    ),
+    "index_select by keywords": (
+        lambda y: [torch.index_select(dim=-1, index=torch.arange(a, a + 12), input=y) for a in (0, 12)],
+        (12, 12),
+        P.LINEAR2SPLIT,
+    ),
+    "index_select of a given list": (
+        lambda y: [y.index_select(-1, torch.tensor([1, 0, 2])), y.index_select(-1, torch.arange(3, 24))],
+        (3, 21),
+        P.LINEAR2SPLIT,
+    ),
+    "gather": (
+        lambda y: [y.gather(-1, torch.arange(*r).expand(2, 5, -1)) for r in ((0, 8), (8, 24))],
+        (8, 16),
+        P.LINEAR2SPLIT,
+    ),
+    "take_along_dim": (
+        lambda y: [torch.take_along_dim(y, torch.arange(*r)[None, None], dim=2) for r in ((0, 8), (8, 24))],
+        (8, 16),
+        P.LINEAR2SPLIT,
+    ),
+    "index with a range": (lambda y: [y[..., torch.arange(8)], y[..., torch.arange(8, 24)]], (8, 16), P.LINEAR2SPLIT),
+    "two pieces added": (lambda y: [y[..., :12] + y[..., 12:]], (12, 12), P.LINEAR2SPLIT),
+    "vsplit and dsplit": (lambda y: [y.dsplit(2)[0], y[0].mT.vsplit(2)[1]], (12, 12), None),
+    "hsplit": (lambda y: y.flatten(0, 1).hsplit([6]), (6, 18), P.LINEAR2SPLIT),
+    "unsafe_chunk": (lambda y: torch.unsafe_chunk(y, 2, -1), (12, 12), P.LINEAR2CHUNK),
+    "after index_select on leading dims": (
+        lambda y: y.index_select(1, torch.ones(3, dtype=torch.long)).chunk(2, -1),
+        (12, 12),
+        P.LINEAR2CHUNK,
+    ),
+    "after an activation spelled out": (lambda y: (y * torch.sigmoid(y)).chunk(2, -1), (12, 12), P.LINEAR2CHUNK),
     "after merging leading dims": (lambda y: y.reshape(10, 24).chunk(2, 1), (12, 12), P.LINEAR2CHUNK),
     "after transposing": (lambda y: y.transpose(1, 2).chunk(2, dim=1), (12, 12), P.LINEAR2CHUNK),
     "after a cast": (lambda y: y.to(torch.bfloat16).chunk(2, -1), (12, 12), P.LINEAR2CHUNK),
@@ -119,6 +128,10 @@ WHOLE = {
         (y := m.a(x).view(2, 5, 3, 8)) * 2 + torch.cat([-y[..., 4:], y[..., :4]], -1)
     ),
     "heads of fused qkv interleaved": lambda m, x: used(m.a(x).view(2, 5, 2, 12).chunk(3, -1)),
+    "features picked by unknown numbers": lambda m, x: used([m.a(x).index_select(-1, torch.ones(12).long())]),
+    "even and odd features by index_select": lambda m, x: used(
+        [(y := m.a(x)).index_select(-1, torch.arange(0, 24, 2)), y.index_select(-1, torch.arange(1, 24, 2))]
+    ),
     "even and odd features": lambda m, x: used([m.a(x)[..., ::2], m.a(x)[..., 1::2]]),
     "tokens, not features": lambda m, x: used(m.a(x).split([2, 3], dim=1)),
     "batch": lambda m, x: used(m.a(x).chunk(2)),
@@ -153,17 +166,22 @@ def test_partial_rotary_does_not_hide_fused_qkv():
     assert of(run, "a").output_segments == (12, 6, 6)
 
 
-def two(x, n=12):
-    """Two tensors that come from nowhere known, 12 and 24 - 12 wide."""
-    return x.repeat(1, 1, 2)[..., :n].cumsum(0), x.repeat(1, 1, 3)[..., : 24 - n].cumsum(0)
-
-
 JOINS = {
     "cat": (lambda m, x: torch.cat(two(x), -1), (12, 12), P.CONCAT2LINEAR),
     "cat, unequal, dim positive": (lambda m, x: torch.cat(two(x, 5), 2), (5, 19), P.CONCAT2LINEAR),
     "cat by keywords": (lambda m, x: torch.cat(tensors=two(x, 7), dim=2), (7, 17), P.CONCAT2LINEAR),
     "concat": (lambda m, x: torch.concat(two(x, 5), dim=-1), (5, 19), P.CONCAT2LINEAR),
     "concatenate along axis": (lambda m, x: torch.concatenate(two(x, 5), axis=-1), (5, 19), P.CONCAT2LINEAR),
+    "hstack": (lambda m, x: torch.hstack([t[:, 0] for t in two(x, 5)]), (5, 19), P.CONCAT2LINEAR),
+    "hstack of one token": (lambda m, x: torch.hstack(tensors=[t[0, 0] for t in two(x, 5)]), (5, 19), P.CONCAT2LINEAR),
+    "column_stack": (lambda m, x: torch.column_stack([t[:, 0] for t in two(x, 5)]), (5, 19), P.CONCAT2LINEAR),
+    "dstack": (lambda m, x: torch.dstack(two(x, 5)), (5, 19), P.CONCAT2LINEAR),
+    "vstack of columns": (lambda m, x: torch.vstack([t[:, 0].mT for t in two(x, 5)]).mT, (5, 19), P.CONCAT2LINEAR),
+    "row_stack of columns": (
+        lambda m, x: torch.row_stack([t[:, 0].mT for t in two(x, 5)]).mT,
+        (5, 19),
+        P.CONCAT2LINEAR,
+    ),
     "cat of a list of three": (lambda m, x: torch.cat([x.cumsum(0), x.cumsum(1), x], -1), (8, 8, 8), P.CONCAT2LINEAR),
     "nested cat": (
         lambda m, x: torch.cat([torch.cat([x, x[..., :4]], -1), two(x)[0]], -1),
@@ -243,6 +261,9 @@ NOT_JOINED = {
     "a joined position code added": lambda m, x: (
         x.repeat(1, 1, 3) + torch.cat([m.norm.weight[:4], m.norm.weight[4:]])[None]
     ),
+    "tokens by hstack": lambda m, x: torch.hstack([x.repeat(1, 1, 3), x.repeat(1, 1, 3)]),
+    "batch by vstack": lambda m, x: torch.vstack([x.repeat(1, 1, 3), x.repeat(1, 1, 3)]),
+    "single features by column_stack": lambda m, x: torch.column_stack([x[0, :, 0].cumsum(0)] * 24),
     "one operand": lambda m, x: torch.cat([x.repeat(1, 1, 3)], -1),
     "leading dims merged": lambda m, x: x.repeat(1, 1, 3).reshape(-1, 24),
     "a convolution between": lambda m, x: F.conv1d(torch.cat(two(x), -1).mT, torch.ones(24, 24, 1)).mT,
@@ -256,90 +277,12 @@ def test_input_left_whole(name):
     assert (found.input_segments, found.patterns, found.evidence) == ((24,), (), ())
 
 
-def quick_gelu():
-    from transformers.activations import ACT2FN
-
-    return ACT2FN["quick_gelu"]
-
-
-def new_gelu():
-    from transformers.activations import ACT2FN
-
-    return ACT2FN["gelu_new"]
-
-
-ACTIVATIONS = {
-    "nn.SiLU": (lambda m, x: nn.SiLU()(m.a(x)), "silu"),
-    "nn.GELU tanh": (lambda m, x: nn.GELU("tanh")(m.a(x)), "gelu"),
-    "nn.ReLU in place": (lambda m, x: nn.ReLU(inplace=True)(m.a(x)), "relu"),
-    "F.silu": (lambda m, x: F.silu(m.a(x)), "silu"),
-    "F.gelu by keywords": (lambda m, x: F.gelu(input=m.a(x), approximate="tanh"), "gelu"),
-    "torch.relu": (lambda m, x: torch.relu(m.a(x)), "relu"),
-    "method relu_": (lambda m, x: m.a(x).relu_(), "relu"),
-    "relu squared": (lambda m, x: F.relu(m.a(x)).square(), "relu"),
-    "leaky_relu": (lambda m, x: F.leaky_relu(m.a(x), 0.1), "leaky_relu"),
-    "elu": (lambda m, x: F.elu(m.a(x)), "elu"),
-    "mish": (lambda m, x: F.mish(m.a(x)), "mish"),
-    "hardswish": (lambda m, x: F.hardswish(m.a(x)), "hardswish"),
-    "softplus": (lambda m, x: F.softplus(m.a(x)), "softplus"),
-    "SwiGLU": (lambda m, x: F.silu(m.c(x)) * m.a(x), "silu"),
-    "SwiGLU, gate second, cast": (lambda m, x: m.a(x) * F.silu(m.c(x).float()).to(x.dtype), "silu"),
-    "GEGLU of one linear": (lambda m, x: (h := torch.cat([m.a(x), m.c(x)], -1).chunk(2, -1))[0] * F.gelu(h[1]), "gelu"),
-    "F.glu": (lambda m, x: F.glu(torch.cat([m.a(x), m.c(x)], -1)), "sigmoid"),
-    "quick gelu": (lambda m, x: quick_gelu()(m.a(x)), "sigmoid"),
-    "dropout, cast, leading dims": (lambda m, x: F.dropout(F.silu(m.a(x)), 0.1).double().float().flatten(0, 1), "silu"),
-    "first token": (lambda m, x: F.silu(m.a(x))[:, 0], "silu"),
-    "scaled by a parameter": (lambda m, x: F.silu(m.a(x)) * m.norm.weight, "silu"),
-    "rms norm": (lambda m, x: m.rms(F.silu(m.a(x))), "silu"),
-    "tokens joined": (lambda m, x: torch.cat([F.silu(m.a(x)), F.silu(m.c(x))], 1), "silu"),
-    "tokens of two kinds joined": (lambda m, x: torch.cat([F.silu(m.a(x)), m.c(x)], 1), None),
-    "layer norm": (lambda m, x: m.norm(F.silu(m.a(x))), None),
-    "shifted": (lambda m, x: F.silu(m.a(x)) + 1, None),
-    "residual": (lambda m, x: F.silu(m.a(x)) + m.c(x), None),
-    "another linear": (lambda m, x: m.a(F.silu(x)), None),
-    "tanh": (lambda m, x: torch.tanh(m.a(x)), None),
-}
-
-
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations(name):
-    run, activation = ACTIVATIONS[name]
-    found = of(lambda m, x: m.b(run(m, x)), "b")
-    assert found.activations == (activation,)
-    assert found.patterns == ((P.ACTIVATION2LINEAR,) if activation else ())
-
-
-def test_activation_modules_of_transformers_written_as_formulas():
-    class Model(nn.Sequential):
-        pass
-
-    assert trace(Model(nn.Linear(8, 4), new_gelu(), nn.Linear(4, 2)), X)["2"].activations == ("newgelu",)
-    assert trace(Model(nn.Linear(8, 4), quick_gelu(), nn.Linear(4, 2)), X)["2"].activations == ("sigmoid",)
-
-
-@pytest.mark.parametrize("name", ["GEGLU", "SwiGLU", "GELU"])
-def test_feed_forwards_of_diffusers(name):
-    from diffusers.models import activations
-
-    gated = name != "GELU"
-    block = nn.Sequential(getattr(activations, name)(8, 12), nn.Dropout(0.1), nn.Linear(12, 8))
-    found = trace(block, X)
-    assert found["0.proj"].output_segments == ((12, 12) if gated else (12,))
-    assert found["2"].activations == ("silu" if name == "SwiGLU" else "gelu",)
-
-
-def test_each_segment_has_its_own_activation():
-    """FLUX's single blocks: attention and MLP joined."""
-    found = of(lambda m, x: m.b(torch.cat([x, F.gelu(m.a(x))], 2)), "b", a=16)
-    assert found.input_segments == (8, 16)
-    assert found.activations == (None, "gelu")
-    assert found.patterns == (P.CONCAT2LINEAR, P.ACTIVATION2LINEAR)
-    assert found.evidence == ("input = cat: 8, 16 gelu",)
-
-
-def test_activation_of_joined_features_keeps_the_parts():
-    found = of(lambda m, x: m.b(F.silu(torch.cat(two(x, 5), -1))), "b")
-    assert (found.input_segments, found.activations) == ((5, 19), ("silu", "silu"))
+def test_picks_by_a_buffer():
+    toy = Toy(lambda m, x: used([m.a(x).index_select(-1, m.low), m.a(x)[..., m.high]]))
+    toy.register_buffer("low", torch.arange(9))
+    toy.register_buffer("high", torch.arange(9, 24))
+    assert trace(toy, X)["a"].output_segments == (9, 15)
+    assert trace(toy.to("meta"), X)["a"].output_segments == (24,)  # whose numbers nobody knows
 
 
 def test_glu_splits_its_linear():
@@ -412,69 +355,3 @@ def test_any_partition_is_found(sizes, kind):
     else:
         parts = functools.partial(map, lambda n: torch.zeros(2, 5, n))
         assert of(lambda m, x: m.b(torch.cat(list(parts(sizes)), -1)), "b", b=total).input_segments == tuple(sizes)
-
-
-@st.composite
-def views(draw, shape):
-    """A chain of view operations on a tensor of ``shape``, as functions."""
-    chain, shape = [], list(shape)
-    for _ in range(draw(st.integers(1, 6))):
-        kind = draw(
-            st.sampled_from(["permute", "flatten", "unflatten", "slice", "chunk", "select", "unsqueeze", "expand"])
-        )
-        d = draw(st.integers(0, len(shape) - 1))
-        if kind == "permute":
-            order = draw(st.permutations(range(len(shape))))
-            chain.append(lambda t, o=order: t.permute(o))
-            shape = [shape[i] for i in order]
-        elif kind == "flatten" and d + 1 < len(shape):
-            chain.append(lambda t, d=d: t.flatten(d, d + 1))
-            shape[d : d + 2] = [shape[d] * shape[d + 1]]
-        elif kind == "unflatten" and shape[d] % 2 == 0 and len(shape) < 6:
-            chain.append(lambda t, d=d, n=shape[d]: t.unflatten(d, (2, n // 2)))
-            shape[d : d + 1] = [2, shape[d] // 2]
-        elif kind == "slice" and shape[d] > 2:
-            chain.append(lambda t, d=d: t[(slice(None),) * d + (slice(1, None),)])
-            shape[d] -= 1
-        elif kind == "chunk" and shape[d] > 1:
-            chain.append(lambda t, d=d: t.chunk(2, d)[1])
-            shape[d] -= (shape[d] + 1) // 2
-        elif kind == "select" and len(shape) > 2:
-            chain.append(lambda t, d=d: t.select(d, 0))
-            del shape[d]
-        elif kind == "unsqueeze" and len(shape) < 6:
-            chain.append(lambda t, d=d: t.unsqueeze(d))
-            shape.insert(d, 1)
-        elif kind == "expand" and shape[d] == 1:
-            sizes = [-1] * d + [3] + [-1] * (len(shape) - d - 1)
-            chain.append(lambda t, s=sizes: t.expand(s))
-            shape[d] = 3
-    return chain
-
-
-@given(views((2, 3, 24)))
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_shadows_agree_with_data_that_names_itself(chain):
-    """Run on data whose values are the feature numbers (and part numbers): shadows must say what the data say."""
-    linear = nn.Linear(24, 24, bias=False)
-    with torch.no_grad():
-        linear.weight.copy_(torch.eye(24))
-    x = torch.arange(24.0).expand(2, 3, 24).contiguous()
-    watch = Provenance(P.all(), {})
-    with torch.no_grad(), watch:
-        y = linear(x)
-        watch.call_linear("linear", linear, x, y)
-        parts = torch.cat([torch.full((2, 3, n), float(n)) for n in (5, 12, 7)], -1)
-        for view in chain:
-            y, parts = view(y), view(parts)
-    assert torch.equal(watch._slices[y].index.float(), y)
-    labels = watch._labels[parts]
-    value_of = {int(i): float(v) for i, v in zip(labels.flatten(), parts.flatten(), strict=True)}
-    assert torch.equal(torch.tensor([value_of[int(i)] for i in labels.flatten()]).view_as(parts), parts)
-
-
-def test_cuts_of():
-    assert cuts_of([(0, 4), (4, 9)], 9) == {4}
-    assert cuts_of([(0, 9), (0, 4), (4, 9)], 9) == frozenset()
-    assert cuts_of([(0, 6), (3, 8), (9, 10)], 12) == {8, 9, 10}
-    assert cuts_of([], 9) == frozenset()

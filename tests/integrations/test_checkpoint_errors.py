@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 import hfquant
 from hfquant import CalibrationError, ConfigError, HfQuantConfig
 from hfquant.integrations.checkpoint import CheckpointError
-from hfquant.nn.linear import quant_linears
+from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
 from tests.integrations.small_models import denoiser_inputs, outputs, transformers_inputs
 
@@ -268,3 +268,120 @@ def test_no_pickles(library, static_folders, tmp_path):
             model.save_pretrained(tmp_path, safe_serialization=False)
     model.save_pretrained(tmp_path)
     assert {f.suffix for f in tmp_path.iterdir()} == {".json", ".safetensors"}
+
+
+VALUES: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
+    "scale nan": ("weight_scale", lambda t: torch.full_like(t, torch.nan), "finite and positive"),
+    "scale inf": ("weight_scale", lambda t: torch.full_like(t, torch.inf), "finite and positive"),
+    "scale zero": ("weight_scale", torch.zeros_like, "finite and positive"),
+    "scale negative": ("weight_scale", torch.neg, "finite and positive"),
+    "input scale zero": ("input_scale", torch.zeros_like, "finite and positive"),
+    "divisor negative": ("smooth", torch.neg, "finite and positive"),
+    "bias nan": ("bias", lambda t: torch.full_like(t, torch.nan), "NaN or Inf"),
+    "bias bool": ("bias", lambda t: t > 0, "bias"),
+    "bias int": ("bias", lambda t: t.to(torch.int32), "bias"),
+}
+
+
+@pytest.fixture(scope="module")
+def biased_folders(tmp_path_factory) -> dict[str, Path]:
+    made = {}
+    for library, model in (("transformers", small_models.llama(mlp_bias=True)), ("diffusers", small_models.dit())):
+        hfquant.quantize(model, [inputs(library)], "w8a8")
+        made[library] = tmp_path_factory.mktemp(library)
+        model.save_pretrained(made[library])
+    return made
+
+
+@both_libraries
+@pytest.mark.parametrize("case", VALUES)
+def test_values_of_a_stored_tensor_are_checked(library, case, biased_folders, tmp_path):
+    tensor, change, says = VALUES[case]
+    key = f"{LAYER[library]}.{tensor}"
+    folder = damaged(biased_folders[library], library, tmp_path / "x", lambda t: t.update({key: change(t[key])}))
+    with pytest.raises(CheckpointError, match=says) as caught:
+        CLASSES[library].from_pretrained(folder)
+    assert LAYER[library] in str(caught.value)
+    assert tensor in str(caught.value)
+
+
+@both_libraries
+def test_zero_points_out_of_range(library, tmp_path):
+    model = small_models.llama() if library == "transformers" else small_models.dit()
+    config = {"weight_quant": {"type": "int6", "group_size": 8, "symmetric": False}, "input_quant": None}
+    hfquant.quantize(model, None, {"default": {"opt": {"type": "default"}, **config}})
+    model.save_pretrained(tmp_path / "good")
+    key = f"{LAYER[library]}.weight_zero_point"
+    folder = damaged(tmp_path / "good", library, tmp_path / "x", lambda t: t[key].fill_(-33))
+    with pytest.raises(CheckpointError, match=rf"{key}.*\[-32, 32\)"):
+        CLASSES[library].from_pretrained(folder)
+
+
+@both_libraries
+def test_a_tensor_that_the_config_does_not_explain(library, static_folders, tmp_path):
+    """A smoothed checkpoint read as a plain one would lose 11 dB without a word."""
+
+    def plain(config: dict[str, Any]) -> None:
+        config["config"]["default"]["opt"] = {"type": "default"}
+
+    folder = edited(static_folders[library], tmp_path / "plain", plain)
+    with pytest.raises(CheckpointError, match=r"smooth.*does not explain"):
+        CLASSES[library].from_pretrained(folder)
+    folder = damaged(
+        static_folders[library], library, tmp_path / "x", lambda t: t.update({f"{LAYER[library]}.extra": torch.ones(1)})
+    )
+    with pytest.raises(CheckpointError, match=rf"{LAYER[library]}.extra"):
+        CLASSES[library].from_pretrained(folder)
+
+
+@both_libraries
+def test_int8_and_fp8_are_not_taken_for_each_other(library, static_folders, tmp_path):
+    model = small_models.llama() if library == "transformers" else small_models.dit()
+    hfquant.quantize(model, None, "fp8-dynamic").save_pretrained(tmp_path / "fp8")
+    key = f"{LAYER[library]}.weight"
+    assert load_file(tmp_path / "fp8" / WEIGHTS[library])[key].dtype == torch.uint8
+    assert load_file(static_folders[library] / WEIGHTS[library])[key].dtype == torch.int8
+
+    def to_int8(config: dict[str, Any]) -> None:
+        config["config"]["default"]["weight_quant"]["type"] = "int8"
+
+    with pytest.raises(CheckpointError, match=r"expected.*torch.int8, got.*torch.uint8"):
+        CLASSES[library].from_pretrained(edited(tmp_path / "fp8", tmp_path / "int8", to_int8))
+
+
+@pytest.mark.parametrize("config", ["w4a16", "w8a8-dynamic"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_tensor_that_the_index_lists_and_its_shard_lacks(config, quantized, tmp_path):
+    model = small_models.dit()
+    if quantized:
+        hfquant.quantize(model, None, config)
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    index = json.loads(next(tmp_path.glob("*.index.json")).read_text())["weight_map"]
+    key = f"{LAYER['diffusers']}.weight"
+    tensors = load_file(tmp_path / index[key])
+    del tensors[key]
+    save_file(tensors or {"unrelated": torch.ones(1)}, tmp_path / index[key], {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"no file has: {key}"):
+        DiTTransformer2DModel.from_pretrained(
+            tmp_path, quantization_config=None if quantized else HfQuantConfig(config)
+        )
+
+
+def test_a_user_pattern_is_a_pattern_and_a_skipped_name_is_exact(tmp_path):
+    model = small_models.llama()
+    # The checkpoint that skips "proj" by its exact name says nothing of another module's "block.proj".
+    hfquant.quantize(model, None, HfQuantConfig("w8a16", modules_to_not_convert=["*.layers.0.*"])).save_pretrained(
+        tmp_path
+    )
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert stored["modules_to_not_convert"] == ["*.layers.0.*"]
+    assert "model.layers.0.mlp.down_proj" in stored["skipped"]
+    assert "model.layers.1.mlp.down_proj" not in stored["skipped"]
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert quant_linears(again).keys() == quant_linears(model).keys()
+
+    def skip_bare_name(config: dict[str, Any]) -> None:
+        config["skipped"]["down_proj"] = "its exact name, of another model"
+
+    same = LlamaForCausalLM.from_pretrained(edited(tmp_path, tmp_path / "other", skip_bare_name))
+    assert quant_linears(same).keys() == quant_linears(model).keys()

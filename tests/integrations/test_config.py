@@ -43,7 +43,7 @@ def test_defaults() -> None:
 
 def test_dict_and_json_round_trip() -> None:
     config = HfQuantConfig(CONFIG, modules_to_not_convert=("head", "*.gate"), per_layer_mode=True)
-    config.layers = copy.deepcopy(LAYERS)
+    config.layers, config.skipped = copy.deepcopy(LAYERS), {"lm_head": "the model's output head"}
     stored = config.to_dict()
     assert stored == {
         "quant_method": "hfquant",
@@ -52,6 +52,7 @@ def test_dict_and_json_round_trip() -> None:
         "modules_to_not_convert": ["head", "*.gate"],
         "per_layer_mode": True,
         "layers": LAYERS,
+        "skipped": {"lm_head": "the model's output head"},
     }
     for again in (
         HfQuantConfig.from_dict(stored),
@@ -66,7 +67,7 @@ def test_dict_and_json_round_trip() -> None:
 
 def test_to_dict_gives_no_way_in() -> None:
     config = HfQuantConfig(CONFIG, modules_to_not_convert=["head"])
-    config.layers = copy.deepcopy(LAYERS)
+    config.layers, config.skipped = copy.deepcopy(LAYERS), {"lm_head": "the model's output head"}
     stored = config.to_dict()
     stored["config"]["default"]["opt"]["type"] = "svd"
     stored["layers"]["a.proj"]["dual"].append(True)
@@ -93,9 +94,11 @@ def test_data_is_shared_by_copies_and_never_stored() -> None:
 
 def test_a_models_own_copy() -> None:
     config = HfQuantConfig("w8a8", calibration=Uncopyable(), modules_to_not_convert=["*.gate"])
-    own = config.for_model(copy.deepcopy(LAYERS), ["lm_head", "b.gate"])
-    assert (own.layers, own.modules_to_not_convert, own.calibration) == (LAYERS, ["b.gate", "lm_head"], None)
-    assert (config.layers, config.modules_to_not_convert) == ({}, ["*.gate"])
+    skipped = {"lm_head": "the model's output head", "b.gate": "in modules_to_not_convert"}
+    own = config.for_model(copy.deepcopy(LAYERS), skipped)
+    assert (own.layers, own.skipped, own.modules_to_not_convert) == (LAYERS, skipped, ["*.gate"])
+    assert own.calibration is None
+    assert (config.layers, config.skipped, config.modules_to_not_convert) == ({}, {}, ["*.gate"])
     assert isinstance(config.calibration, Uncopyable)
 
 
@@ -109,7 +112,11 @@ def test_from_dict_takes_run_time_arguments() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format_version": FORMAT_VERSION + 1}, f"up to {FORMAT_VERSION}, the checkpoint has {FORMAT_VERSION + 1}"),
+        ({"format_version": FORMAT_VERSION - 1}, "quantize the model again"),
+        (
+            {"format_version": FORMAT_VERSION + 1},
+            f"reads version {FORMAT_VERSION}, the checkpoint has {FORMAT_VERSION + 1}; upgrade",
+        ),
         ({"format_version": 0}, "format_version"),
         ({"format_version": "1"}, "format_version"),
         ({"format_version": True}, "format_version"),

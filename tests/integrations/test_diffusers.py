@@ -16,7 +16,7 @@ from torch import nn
 
 import hfquant
 from hfquant import PRESETS, HfQuantConfig, QuantLinear
-from hfquant.nn.linear import quant_linears
+from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
 from tests.integrations.small_models import assert_same, denoiser_inputs, outputs, sqnr
 

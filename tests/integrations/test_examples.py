@@ -1,12 +1,15 @@
 """Patterns on real model classes with tiny random configs, run with the example inputs derived from those configs."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
 
 from hfquant.config import SegPattern as P
-from hfquant.dataflow import trace as patterns
-from hfquant.dataflow.trace import example_inputs, trace
+from hfquant.dataflow import twin
+from hfquant.dataflow.trace import trace
+from hfquant.integrations.examples import example_inputs
 
 
 def flux():
@@ -258,11 +261,11 @@ CLASSES = {
     neox: {"gpt_neox.layers.0.attention.query_key_value": ((12,), (36,), (None,))},
     mpt: {"transformer.blocks.0.attn.Wqkv": ((12,), (12,) * 3, (None,))},
     mixtral: {"model.layers.0.self_attn.o_proj": ((6,) * 2, (12,), (None,) * 2)},
-    t5: {"encoder.block.0.layer.1.DenseReluDense.wo": ((20,), (12,), ("newgelu",))},
+    t5: {"encoder.block.0.layer.1.DenseReluDense.wo": ((20,), (12,), ("gelu",))},
     bart: {"model.decoder.layers.0.fc2": ((20,), (12,), ("gelu",))},
     bert: {"encoder.layer.1.output.dense": ((20,), (12,), ("gelu",))},
     vit: {"vit.layers.0.mlp.fc2": ((20,), (12,), ("gelu",))},
-    clip: {"text_model.encoder.layers.0.mlp.fc2": ((20,), (12,), ("sigmoid",))},
+    clip: {"text_model.encoder.layers.0.mlp.fc2": ((20,), (12,), ("quick_gelu",))},
     whisper: {"model.encoder.layers.0.fc2": ((20,), (12,), ("gelu",))},
 }
 
@@ -274,7 +277,7 @@ def test_real_classes(build):
         model = build()
     found = trace(model, example_inputs(model))
     assert found.keys() == {n for n, m in model.named_modules() if type(m) is nn.Linear}
-    assert not any(t.functional for t in found.values())
+    assert not any(t.obstacle for t in found.values())
     for name, expected in CLASSES[build].items():
         t = found[name]
         assert (t.input_segments, t.output_segments, t.activations) == expected, name
@@ -294,7 +297,7 @@ def test_real_classes_on_real_tensors(build, monkeypatch):
     def refuse(**kwargs):
         raise NotImplementedError("no fakes today")
 
-    monkeypatch.setattr(patterns, "FakeTensorMode", refuse)
+    monkeypatch.setattr(twin, "FakeTensorMode", refuse)
     assert trace(model, example) == found
 
 
@@ -330,11 +333,20 @@ def test_hunyuan_skip_connection():
     assert trace(block, example | {"skip": hidden})["skip_linear"].input_segments == (12, 12)
 
 
-def test_no_example_inputs_for_what_is_not_known():
-    from diffusers import AutoencoderKL
+def test_no_example_inputs_for_what_is_not_known(caplog):
+    """None, and a debug line that says why."""
+    from diffusers import MotionAdapter
 
-    assert example_inputs(nn.Linear(2, 2)) is None
-    assert example_inputs(AutoencoderKL(norm_num_groups=1, block_out_channels=(4,))) is None
+    with torch.device("meta"):
+        models = [nn.Linear(2, 2), MotionAdapter(block_out_channels=(32,)), flux(), sd3()]
+    models[2].register_to_config(joint_attention_dim=None)  # configs that their classes cannot have
+    models[3].register_to_config(patch_size="two")
+    for model, why in zip(models, ["not a model of", "no forward of its own", "joint_attention_dim", ""], strict=True):
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG, "hfquant"):
+            assert example_inputs(model) is None
+        assert f"{type(model).__name__}: no example inputs" in caplog.text
+        assert why in caplog.text
 
 
 def test_example_inputs_take_the_models_dtype():

@@ -39,7 +39,7 @@ from transformers import (
 import hfquant
 from hfquant import HfQuantConfig
 from hfquant.demo import DIGITS_PATH, load_digits_pipeline
-from hfquant.nn.linear import quant_linears
+from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
 from tests.integrations.small_models import sqnr
 

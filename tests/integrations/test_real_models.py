@@ -24,7 +24,7 @@ from benchmarks.models import (
     token_batches,
 )
 from hfquant import PRESETS, HfQuantConfig
-from hfquant.nn.linear import quant_linears
+from hfquant.nn.modules import quant_linears
 
 
 @pytest.fixture

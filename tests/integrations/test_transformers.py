@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 import hfquant
 from hfquant import PRESETS, HfQuantConfig
-from hfquant.nn.linear import quant_linears
+from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
 from tests.integrations.small_models import assert_same, outputs, sqnr, transformers_inputs
 
@@ -341,10 +341,12 @@ def test_config_json_is_enough_and_holds_nothing_else(checkpoint, tmp_path):
         "modules_to_not_convert",
         "per_layer_mode",
         "layers",
+        "skipped",
     }
     assert stored["quant_method"] == "hfquant"
     assert stored["config"] == PRESETS["w8a8"]
-    assert stored["modules_to_not_convert"] == ["lm_head"]
+    assert stored["modules_to_not_convert"] is None
+    assert stored["skipped"] == {"lm_head": "the model's output head"}
     assert set(stored["layers"]) <= set(quant_linears(model))
     rebuilt = HfQuantConfig.from_dict(stored)
     assert rebuilt.calibration is None
@@ -437,3 +439,28 @@ def test_another_config_for_a_quantized_checkpoint_is_ignored_with_a_warning(che
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         again = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=HfQuantConfig("fp8-dynamic"))
     assert_same(again, model)
+
+
+@pytest.mark.parametrize("name", ["t5_encoder", "clip_text"])
+def test_pre_quantized_models_are_offloaded_to_disk(name, checkpoint, tmp_path):
+    """Their weight initialization touches each linear's weight, of modules that are offloaded too."""
+    kind = type(getattr(small_models, name)())
+    model = kind.from_pretrained(checkpoint(name), quantization_config=HfQuantConfig("w8a16"))
+    model.save_pretrained(tmp_path / "q")
+    parts = {n: "disk" for n, _ in model.named_children()}
+    again = kind.from_pretrained(tmp_path / "q", device_map=parts, offload_folder=tmp_path / "offload")
+    assert any(layer.weight.is_meta for layer in quant_linears(again).values())
+    inputs = transformers_inputs(model)
+    assert torch.equal(outputs(again, inputs), outputs(model, inputs))
+
+
+@pytest.mark.parametrize("preset", ["w4a8-svd", "w4a4-svd"])
+def test_low_rank_models_are_bit_identical_after_reload(preset, checkpoint, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(
+        checkpoint("llama"), quantization_config=HfQuantConfig(preset, calibration=[ids()])
+    )
+    for layer in quant_linears(model).values():
+        assert layer.svd_up.is_contiguous()
+        assert layer.svd_down.is_contiguous()
+    model.save_pretrained(tmp_path)
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path), model)

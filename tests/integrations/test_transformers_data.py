@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -14,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 import hfquant
 from hfquant import HfQuantConfig
-from hfquant.nn.linear import quant_linears
+from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
 from tests.integrations.small_models import assert_same, transformers_inputs
 
@@ -115,3 +116,19 @@ def test_text_is_tokenized_by_the_tokenizer_saved_with_the_model(tmp_path):
     assert first.input_scale.item() <= scale.item() * (1 + 1e-6)
     model.save_pretrained(tmp_path / "quantized")
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "quantized"), model, ids())
+
+
+def test_a_bare_path_is_a_dataset(tmp_path):
+    small_models.llama().save_pretrained(tmp_path / "float")
+    word_tokenizer().save_pretrained(tmp_path / "float")
+    path = tmp_path / "x.parquet"
+    datasets.Dataset.from_dict({"text": ["a b c d e", "f g h", "i j a b c d e f g"]}).to_parquet(path)
+    made = [
+        LlamaForCausalLM.from_pretrained(
+            tmp_path / "float", quantization_config=HfQuantConfig("w8a8", calibration=calibration)
+        )
+        for calibration in (str(path), path, {"dataset": str(path)})
+    ]
+    assert len(quant_linears(made[0])) > 0
+    for model in made[1:]:
+        assert_same(model, made[0], ids())

@@ -22,10 +22,10 @@ from diffusers import (
 
 from hfquant.affiner import Affiner, BlockwiseAffiner, attach, load_affiner
 from hfquant.affiner.hooks import Step, intercept, release, step_coefficients
-from hfquant.affiner.maps import from_grid, to_grid
 from hfquant.affiner.runs import DenoisingLoop
 from hfquant.demo import load_digits_pipeline
-from tests.affiner.affiner_pipelines import Toy
+from hfquant.diffusion import from_grid, to_grid
+from tests.affiner.pipelines import Toy
 
 SCHEDULERS = [
     DDIMScheduler(clip_sample=False),
@@ -288,7 +288,7 @@ def test_unfitted_and_unfit():
 
     with pytest.raises(ValueError, match="no step\\(model_output, timestep, sample\\)"):
         intercept(Odd(), lambda step: None)
-    with pytest.raises(TypeError, match="none of the denoisers"):
+    with pytest.raises(ValueError, match="none of the denoisers"):
         attach(type("Pipe", (), {"scheduler": DDIMScheduler()})(), load_affiner.__class__)
 
 

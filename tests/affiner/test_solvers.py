@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfquant.affiner import BlockwiseAffiner
+from hfquant.affiner.config import parse
+from hfquant.affiner.maps import PTQD, TAC, MeanShift
 from hfquant.affiner.solvers import (
     EPS,
     Grid,
@@ -14,11 +16,8 @@ from hfquant.affiner.solvers import (
     limit,
     moments,
     objective,
-    solve_bias,
     solve_blocks,
     solve_interpolated,
-    solve_ptqd,
-    solve_tac,
 )
 
 
@@ -111,12 +110,12 @@ def test_equal_predictions_give_the_identity(ridge):
     for scale, shift in (
         solve_blocks(moments(real, real, 2), 0.5, ridge, ridge),
         solve_interpolated(moments(real, real, 1), Grid(5, 7, 2), 0.5, ridge, ridge),
-        solve_tac(moments(real, real, None)),
-        solve_bias(moments(real, real, None)),
+        TAC(parse({})).fit(moments(real, real, None)),
+        MeanShift(parse({})).fit(moments(real, real, None)),
     ):
         assert torch.equal(scale, torch.ones_like(scale))
         assert torch.equal(shift, torch.zeros_like(shift))
-    scale, shift = solve_ptqd(moments(real, real, None))
+    scale, shift = PTQD(parse({})).fit(moments(real, real, None))
     torch.testing.assert_close(scale, torch.ones_like(scale), rtol=0, atol=1e-12)
     torch.testing.assert_close(shift, torch.zeros_like(shift), rtol=0, atol=1e-12)
 
@@ -180,7 +179,7 @@ def test_limited_nodes_never_do_worse_than_no_correction():
 
 def test_ptqd_is_the_regression_slope_and_the_channel_means():
     real, quant = predictions()
-    scale, shift = solve_ptqd(moments(real, quant, None))
+    scale, shift = PTQD(parse({})).fit(moments(real, quant, None))
     slope = np.polyfit(real.numpy().ravel(), (quant - real).numpy().ravel(), 1)[0]
     assert scale.flatten().tolist() == pytest.approx([1 / (1 + slope)] * 2, abs=1e-12)
     rest = scale * quant + shift - real
@@ -189,7 +188,7 @@ def test_ptqd_is_the_regression_slope_and_the_channel_means():
 
 def test_tac_is_a_line_through_the_origin():
     real, quant = predictions()
-    scale, _ = solve_tac(moments(real, quant, None))
+    scale, _ = TAC(parse({})).fit(moments(real, quant, None))
     for c in range(2):
         expected = np.linalg.lstsq(quant[:, c].numpy().reshape(-1, 1), real[:, c].numpy().ravel(), rcond=None)[0]
         assert scale[c].item() == pytest.approx(expected[0], abs=1e-12)

@@ -4,8 +4,6 @@ import copy
 import gc
 import weakref
 
-import datasets
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -17,9 +15,11 @@ from diffusers import (
 )
 
 from hfquant import quantize
-from hfquant.affiner import BlockwiseAffiner, load_affiner
+from hfquant.affiner import Affiner, BlockwiseAffiner, attach, load_affiner
+from hfquant.affiner.config import parse
+from hfquant.affiner.maps import METHODS
 from hfquant.affiner.runs import DenoisingLoop, Run
-from tests.affiner.affiner_pipelines import (
+from tests.affiner.pipelines import (
     BUILDERS,
     EXACT,
     W4A8,
@@ -117,38 +117,6 @@ def test_predictions_are_observed_on_the_right_latents(recurrent):
             latents = scheduler.step(q + 0.05 if recurrent else r, t, latents).prev_sample
 
 
-def test_shuffle_and_sample_size_choose_rows():
-    drawn = []
-    for shuffle in (False, True):
-        real = Toy()
-        seen = []
-        real.register_forward_pre_hook(
-            lambda m, a, k, seen=seen: seen.append(k["class_labels"].tolist()), with_kwargs=True
-        )
-        config = toy_config(sample_size=3, steps=1)
-        load_affiner(config, list(range(20)), real, Toy(), noise(3), shuffle, thirdparty_affiner=Recorder())
-        drawn.append([label for batch in seen for label in batch])
-    assert drawn[0] == [0, 1, 2]
-    assert len(set(drawn[1])) == 3
-    assert drawn[1] != drawn[0]
-
-
-def test_datasets_and_dicts_and_numbers_are_the_same():
-    found = []
-    for rows in (
-        [0, 1, 2],
-        [{"class_labels": i} for i in range(3)],
-        [np.int64(i) for i in range(3)],
-        [torch.tensor(i) for i in range(3)],
-        datasets.Dataset.from_dict({"class_labels": [0, 1, 2]}),
-        datasets.Dataset.from_dict({"label": [0, 1, 2]}),
-    ):
-        affiner = load_affiner(toy_config(steps=2), rows, Toy(), Toy(gain=[0.9, 1.1]), latents=noise(3))
-        found.append(affiner.prediction.tensors("p"))
-    for other in found[1:]:
-        assert all(torch.equal(found[0][k], other[k]) for k in found[0])
-
-
 @pytest.mark.parametrize("kind", [{}, {"type": "ptqd"}, {"type": "tac"}, {"solver": {"blocksize": 2}}])
 def test_every_type_lowers_the_error_on_its_own_samples(digits, kind):
     quant = copy.deepcopy(digits)
@@ -164,6 +132,27 @@ def test_every_type_lowers_the_error_on_its_own_samples(digits, kind):
         corrected = digits_images(quant)
     assert (corrected - reference).square().mean() < 0.5 * (plain - reference).square().mean()
     assert torch.equal(digits_images(quant), plain)
+
+
+@pytest.mark.parametrize("kind", ["blockwise", "ptqd", "tac"])
+def test_a_method_alone_is_a_third_partys_affiner(kind):
+    """The same protocol; only the latents, which are the whole affiner's, are left out."""
+    real, quant = Toy(), Toy(gain=[0.8, 1.3], offset=[0.2, -0.1])
+    config = {**toy_config(DDPMScheduler(clip_sample=False), recurrent=False), "type": kind}
+    config.pop("solver")
+    method = METHODS[kind](parse({}))
+    assert isinstance(method, Affiner)
+    assert load_affiner(config, range(5), real, quant, noise(), thirdparty_affiner=method) is method
+    ours = load_affiner(config, range(5), real, quant, noise())
+    expected = ours.prediction.tensors("p")
+    assert all(torch.equal(value, expected[key]) for key, value in method.tensors("p").items())
+    loop = DenoisingLoop(quant, config["scheduler"])
+    found = []
+    for affiner in (method, ours):
+        with attach(loop, affiner):
+            draw = torch.Generator().manual_seed(9)
+            found.append(loop(4, latents=noise(3, seed=8), class_labels=torch.arange(3), generator=draw)[0])
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("target", ["uncond", "text"])
@@ -306,32 +295,6 @@ def test_learned_variance_is_left_alone():
         t, labels = torch.tensor([affiner.timesteps[0]] * 3), torch.arange(3)
         out, want = quant(noise(3), timestep=t, class_labels=labels)[0], real(noise(3), t, labels)[0]
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
-
-
-def watch_moves(name, model, moves):
-    move = model.to
-
-    def to(device):
-        moves.append((name, str(device)))
-        return move(device)
-
-    model.to = to
-
-
-def test_offload_takes_turns_and_changes_nothing():
-    """On one device the result is the same; who sits where at each prediction is watched."""
-    made = []
-    for offload in (None, "cpu"):
-        real, quant = Toy(), Toy(gain=[0.9, 1.1])
-        moves = []
-        for name, model in (("real", real), ("quant", quant)):
-            watch_moves(name, model, moves)
-        config = toy_config(recurrent=False, offload=offload, steps=2)
-        affiner = load_affiner(config, list(range(5)), real, quant, latents=noise())
-        made.append(affiner.prediction.tensors("p"))
-        assert bool(moves) == (offload is not None)
-    assert all(torch.equal(made[0][k], made[1][k]) for k in made[0])
-    assert [name for name, _ in moves[:4]] == ["quant", "real", "real", "quant"]
 
 
 @pytest.mark.parametrize("name", ["unet", "sd3"])

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
+from torch.utils.data import DataLoader
 
 from hfquant.affiner import load_affiner
 from hfquant.config import ConfigError
-from tests.affiner.affiner_pipelines import Recorder, Toy, noise, toy_config
+from tests.affiner.pipelines import Recorder, Toy, noise, toy_config
 
 
 class Broken(Toy):
@@ -80,6 +82,15 @@ class Narrow(Toy):
         ({"dataset": "a prompt"}, TypeError, "dataset must be"),
         ({"dataset": [{"class_labels": 1, "colour": 2}]}, ValueError, "takes no \\['colour'\\]"),
         ({"dataset": [(1, 2)]}, ValueError, "expected a dict"),
+        ({"dataset": iter([])}, ValueError, "dataset is empty"),
+        ({"dataset": None}, TypeError, "dataset must be .*got NoneType"),
+        ({"dataset": DataLoader([0, 1, 2])}, TypeError, "dataset must be .*got DataLoader"),
+        ({"dataset": DatasetDict(train=Dataset.from_dict({"label": [0]}))}, TypeError, "got DatasetDict"),
+        (
+            {"dataset": iter(range(3)), "config": toy_config(sample_size=9)},
+            ValueError,
+            "sample_size=9, but the dataset has 3 rows",
+        ),
         ({"latents": noise(2)}, ValueError, "noise for 2 samples, 3 are needed"),
         ({"model_quant": Narrow()}, ValueError, r"real one predicts \[2, 2, 6, 6\], the quantized one \[2, 1, 6, 6\]"),
         ({"model_quant": "model"}, TypeError, "both be pipelines or both be denoisers"),
@@ -126,7 +137,7 @@ def test_bad_input_is_refused_and_leaves_no_trace(change, error, message):
 def test_unlike_pipelines_are_refused(digits):
     other = copy.deepcopy(digits)
     other.scheduler = DDIMScheduler.from_config(digits.scheduler.config)
-    with pytest.raises(ValueError, match="schedulers differ: DPMSolverMultistepScheduler"):
+    with pytest.raises(ValueError, match="schedulers differ in class: 'DPMSolverMultistepScheduler"):
         load_affiner({}, [1], digits, other)
     other.scheduler = copy.deepcopy(digits.scheduler)
     other.transformer = DiTTransformer2DModel.from_config(dict(digits.transformer.config) | {"in_channels": 2})

@@ -1,0 +1,180 @@
+"""Run a copy of a model once without touching the model, on fake tensors where that is possible.
+
+The copy, called the twin, has the model's module tree. Its parameters are fake (shapes and dtypes, no numbers) or share
+the model's storage, so whatever a forward stores, caches or draws stays out of the model. This file gathers the private
+names of torch that :mod:`hfquant.dataflow` uses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import gc
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from torch._C import DisableTorchFunction
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+    from torch.utils._pytree import tree_map_only
+    from torch.utils.weak import WeakTensorKeyDictionary
+except ImportError as error:
+    raise ImportError(f"torch {torch.__version__} lacks a private name that hfquant.dataflow needs: {error}") from error
+
+__all__ = [
+    "FakeTensor",
+    "PatternError",
+    "WeakTensorKeyDictionary",
+    "described",
+    "paused",
+    "run_twin",
+    "unset_fake_temporarily",
+]
+
+logger = logging.getLogger(__name__)
+
+Watch = TypeVar("Watch", bound=AbstractContextManager[Any])
+
+#: Logs every operation that has no fake kernel, as a warning.
+FAKE_TENSOR_LOG = "torch._subclasses.fake_tensor"
+
+_LruCache = type(functools.lru_cache(lambda: None))
+
+
+class PatternError(RuntimeError):
+    """The model's forward could not be watched; the cause says why."""
+
+
+def run_twin(
+    model: nn.Module, example: Any, watch: Callable[[nn.Module], Watch], fakes: Sequence[bool] = (True, False)
+) -> tuple[Watch, bool]:
+    """Run a twin of ``model`` on fake tensors or, where that fails, on real ones.
+
+    Args:
+        model: any model that can run forward, on any device, meta included.
+        example: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+        watch: makes the context manager that surrounds the forward, given the twin, which it may hook.
+        fakes: whether to use fake tensors, the choices in the order in which they are tried.
+
+    Returns:
+        The context manager of the run that succeeded, and whether that was on fake tensors.
+
+    Raises:
+        PatternError: No run succeeded.
+    """
+    name, earlier = type(model).__name__, ""
+    for fake in fakes:
+        kind = "fake tensors" if fake else "real ones"
+        try:
+            return _run(model, example, watch, FakeTensorMode(allow_non_fake_inputs=True) if fake else None), fake
+        except Exception as error:  # whatever a model's own code raises, with no numbers to look at or with them
+            if fake is fakes[-1] or _needs_fakes(model, example):
+                how = f"runs neither on {earlier} nor on" if earlier else "does not run on"
+                raise PatternError(f"{name} {how} {kind}: {described(error)}") from error
+            earlier = f"{kind} ({described(error)})"
+            logger.info("%s does not run on %s: trying real ones", name, earlier)
+    raise ValueError("fakes is empty")
+
+
+def described(error: BaseException) -> str:
+    """Return an exception's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Let torch functions run on real tensors and unseen by function modes."""
+    with DisableTorchFunction(), unset_fake_temporarily():
+        yield
+
+
+def _needs_fakes(model: nn.Module, example: Any) -> bool:
+    """Return whether tensors on the meta device leave nothing to run on; offloading hooks fetch theirs."""
+    offloaded = any(hasattr(m, "_hf_hook") for m in model.modules())
+    return not offloaded and any(t.is_meta for t in _tensors_of(model, example))
+
+
+def _tensors_of(model: nn.Module, example: Any) -> list[Tensor]:
+    found = [*model.parameters(), *model.buffers()]
+    tree_map_only(Tensor, found.append, dict(example) if isinstance(example, Mapping) else example)
+    return found
+
+
+def _run(model: nn.Module, example: Any, watch: Callable[[nn.Module], Watch], fake: FakeTensorMode | None) -> Watch:
+    def stand_in(t: Tensor) -> Tensor:
+        return t.detach().clone() if fake is None else _empty(t)
+
+    cuda = sorted(
+        {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
+    )
+    with torch.random.fork_rng(cuda), torch.no_grad(), fake or contextlib.nullcontext(), _no_trace_left():
+        twin = _twin(model, fake is not None)
+        inputs = tree_map_only(Tensor, stand_in, dict(example) if isinstance(example, Mapping) else example)
+        watching = watch(twin)
+        with watching:
+            if isinstance(inputs, dict):
+                twin(**inputs)
+            elif isinstance(inputs, (tuple, list)):
+                twin(*inputs)
+            else:
+                twin(inputs)
+    return watching
+
+
+def _empty(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+
+
+def _twin(model: nn.Module, fake: bool) -> nn.Module:
+    """Return a copy of the module tree in eval mode, with fake tensors or with parameters that share storage."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name in ("config", "_internal_dict", "_hf_hook", "_diffusers_hook"):  # not written to; some hold weights
+                memo[id(value)] = value
+            elif isinstance(value, Tensor):  # a computed attribute (weight norm has some), which deepcopy refuses
+                memo[id(value)] = value.detach().clone()
+        for p in module.parameters(recurse=False):
+            memo[id(p)] = nn.Parameter(_empty(p) if fake else p.detach(), requires_grad=False)
+        for b in module.buffers(recurse=False) if fake else ():
+            memo[id(b)] = _empty(b)
+    twin: nn.Module = copy.deepcopy(model, memo)
+    for module in twin.modules():  # offloading hooks would fetch weights; some run the original module's forward
+        if "_diffusers_hook" in vars(module) or (fake and "_hf_hook" in vars(module)):
+            vars(module).pop("forward", None)
+    return twin.eval()
+
+
+@contextlib.contextmanager
+def _no_trace_left() -> Iterator[None]:
+    """Keep torch from logging what it cannot fake, and empty each ``lru_cache`` that took in a fake tensor.
+
+    Such a cache (of position codes, say) would hand the fake to the next real forward.
+    """
+    log = logging.getLogger(FAKE_TENSOR_LOG)
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
+        for cache in [o for o in gc.get_objects() if type(o) is _LruCache]:
+            own = (getattr(cache, "__module__", None) or "").partition(".")[0] in ("torch", "sympy")
+            if not own and cache.cache_info().currsize and _holds_fake(cache):
+                cache.cache_clear()
+
+
+def _holds_fake(holder: Any, depth: int = 4) -> bool:
+    """Return whether a fake tensor is reachable from a cache: through its links, and its results' tuples and lists."""
+    inner = gc.get_referents(holder)
+    if any(type(o) is FakeTensor for o in inner):
+        return True
+    return depth > 0 and any(
+        _holds_fake(o, depth - 1) for o in inner if type(o) in (dict, list, tuple) or "lru" in type(o).__name__
+    )

@@ -1,0 +1,257 @@
+"""Inputs of transformers' models: by the names of their forwards' parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfquant.integrations.examples.sketch import BATCH, TOKENS, Rule, Sketch, UnknownInput, fixed, ids
+
+TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "decoder", "thinker_config")
+VISION_CONFIGS = ("vision_config", "vision_encoder_config", "encoder", "backbone_config")
+AUDIO_CONFIGS = ("audio_config", "audio_encoder_config", "encoder_config", "speech_encoder", "encoder")
+IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_patch_id")
+
+
+def candidates_of_transformers(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield keyword arguments for ``model``: those for all it takes in, then those for its main input alone."""
+    why: UnknownInput | None = None
+    made: list[dict[str, Any]] = []
+    for rules in (_all_rules(model), _main_rules(model)):
+        try:
+            made.append(Sketch(model, model.config).fill(rules, NEEDED_RULES))
+        except UnknownInput as error:
+            why = why or error
+    made = [m for m in made if m]
+    if not made:
+        raise why or UnknownInput("no rule makes any parameter of its forward")
+    yield made[0]
+    if made[1:] and made[1].keys() != made[0].keys():
+        yield made[1]
+
+
+def _main_rules(model: nn.Module) -> dict[str, Rule]:
+    """Return the rules for a model's main input, and for a decoder's."""
+    main = getattr(model, "main_input_name", "input_ids")
+    return {n: rule for n, rule in RULES.items() if n == main or n.startswith("decoder_")}
+
+
+def _all_rules(model: nn.Module) -> dict[str, Rule]:
+    """Return the rules for what a model takes in one forward: text, and pictures or sound beside it."""
+    rules = _main_rules(model)
+    s = Sketch(model, model.config)
+    if "input_ids" not in s.parameters:
+        return rules | {n: RULES[n] for n in ("bbox",)}
+    rules["bbox"] = RULES["bbox"]
+    two_towers = hasattr(model, "logit_scale") or (
+        hasattr(model, "text_model") and (hasattr(model, "vision_model") or hasattr(model, "audio_model"))
+    )
+    if "pixel_values" in s.parameters and _has(s, VISION_CONFIGS):
+        if two_towers:
+            return rules | {"input_ids": _text_ids, "pixel_values": pixels} | _patch_masks(s)
+        return rules | _with_pictures(s)
+    if two_towers:
+        return rules | {n: r for n, r in RULES.items() if n in ("input_features", "input_values", "input_ids")}
+    return rules
+
+
+def _patch_masks(s: Sketch) -> dict[str, Rule]:
+    """Return the rules for which patches there are, for a vision tower that takes patches."""
+    if "spatial_shapes" not in s.parameters:
+        return {}
+    return {"pixel_attention_mask": _patch_mask, "spatial_shapes": _shapes}
+
+
+def _with_pictures(s: Sketch) -> dict[str, Rule]:
+    """Return the rules for a vision-language model's text with pictures in it, or none where that is not known."""
+    made = _pictures(s)
+    token = _token(s)
+    if made is None or token is None:
+        return {}
+    pictures, count = made
+    text = [t for t in range(TOKENS + 1) if t != token][:TOKENS]
+    row = torch.tensor([*text[:4], *[token] * count, *text[4:]])
+    vocabulary = _text(s).need("vocab_size")
+    if token >= vocabulary:
+        return {}
+    row = torch.where(row == token, row, row % vocabulary)
+    input_ids = row.expand(BATCH, -1).clone()
+    made_all = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **pictures}
+    if "mm_token_type_ids" in s.parameters:
+        made_all["mm_token_type_ids"] = (input_ids == token).int()
+    if "token_type_ids" in s.parameters:
+        made_all["token_type_ids"] = (input_ids == token).long()
+    return {name: fixed(value) for name, value in made_all.items()}
+
+
+def _pictures(s: Sketch) -> tuple[dict[str, Any], int] | None:
+    """Return the inputs of a vision tower, one picture a sample, and how many tokens of text a picture stands for."""
+    vision = _within(s, VISION_CONFIGS)
+    if "image_grid_thw" in s.parameters:  # Qwen-VL and kin: patches of all pictures in one row
+        merge = vision.field("spatial_merge_size", default=s.field("spatial_merge_size", default=2))
+        side = 2 * merge
+        patch, frames = vision.need("patch_size"), vision.field("temporal_patch_size", default=1)
+        channels = vision.field("in_channels", "in_chans", "num_channels", default=3)
+        flat = torch.zeros(BATCH * side * side, channels * frames * patch * patch)
+        return {"pixel_values": flat, "image_grid_thw": torch.tensor([[1, side, side]] * BATCH)}, (side // merge) ** 2
+    size, patch = vision.field("image_size"), vision.field("patch_size")
+    if not isinstance(size, int) or not isinstance(patch, int):
+        return None
+    image = pixels(s)
+    patches = (size // patch) ** 2
+    name = type(s.config).__name__
+    if name.startswith(("Idefics3", "SmolVLM")):  # tiles; all zero they would count as padding
+        return {"pixel_values": 1 + image[:, None]}, patches // s.field("scale_factor", default=2) ** 2
+    if name.startswith("Gemma3"):
+        return {"pixel_values": image}, s.need("mm_tokens_per_image")
+    if name.startswith("Mistral3"):
+        merged = patches // s.field("spatial_merge_size", default=2) ** 2
+        return {"pixel_values": image, "image_sizes": torch.tensor([[size, size]] * BATCH)}, merged
+    if name.startswith("LlavaNext"):  # the whole picture, then its tiles: one, with a token for each end of a row
+        tiles = torch.zeros(BATCH, 2, *image.shape[1:])
+        rows = size // patch
+        tokens = 2 * patches + rows
+        return {"pixel_values": tiles, "image_sizes": torch.tensor([[size, size]] * BATCH)}, tokens
+    if name.startswith("InternVL"):
+        return {"pixel_values": image}, int(patches * s.field("downsample_ratio", default=0.5) ** 2)
+    queries = s.field("num_query_tokens", "image_seq_length" if name.startswith("Blip") else "num_query_tokens")
+    whole = s.field("vision_feature_select_strategy") == "full"
+    return {"pixel_values": image}, queries or patches + (1 if whole else 0)
+
+
+def _token(s: Sketch) -> int | None:
+    token = s.field(*IMAGE_TOKENS)
+    return token if isinstance(token, int) else None
+
+
+def _within(s: Sketch, names: tuple[str, ...]) -> Sketch:
+    """Return a sketch of a part's config, or of the whole where the parts have none of their own."""
+    found = s.field(*names)
+    return s if found is None or isinstance(found, (str, dict, list)) else Sketch(s.model, found)
+
+
+def _has(s: Sketch, names: tuple[str, ...]) -> bool:
+    return s.field(*names) is not None
+
+
+def _text(s: Sketch) -> Sketch:
+    part = _within(s, TEXT_CONFIGS)
+    return _within(part, TEXT_CONFIGS)  # a thinker's text, say
+
+
+def _text_ids(s: Sketch) -> Tensor:
+    """Return token ids, each row ended by the one end of text, which some classifiers look for."""
+    vocabulary = s.field("vocab_size", default=_text(s).field("vocab_size"))
+    if vocabulary is None:
+        raise UnknownInput("its config has no vocab_size")
+    made = ids(vocabulary, BATCH, TOKENS)
+    end = s.field("eos_token_id", default=_text(s).field("eos_token_id"))
+    if isinstance(end, int) and 0 <= end < vocabulary:
+        made = torch.where(made == end, (end + 1) % vocabulary, made)
+        made[:, -1] = end
+    return made
+
+
+def _decoder_ids(s: Sketch) -> Tensor | None:
+    if not s.field("is_encoder_decoder"):
+        return None
+    vocabulary = s.field("decoder_vocab_size", "vocab_size") or _within(s, ("decoder", "text_config")).need(
+        "vocab_size"
+    )
+    return ids(vocabulary, BATCH, TOKENS)
+
+
+def _size(vision: Sketch) -> tuple[int, int]:
+    size = vision.field("image_size", "input_size", "crop_size", default=224)  # convolutional backbones take any size
+    if isinstance(size, dict):
+        return size["height"], size["width"]
+    return (size, size) if isinstance(size, int) else (size[-2], size[-1])
+
+
+def pixels(s: Sketch) -> Tensor:
+    """Return black pictures of the size that position embeddings are kept for; clips for a video model."""
+    vision = _within(s, VISION_CONFIGS)
+    channels = vision.field("num_channels", "in_channels", "in_chans", default=3)
+    if "Siglip2" in type(vision.config).__name__:  # patches, with masks of those that are there
+        return torch.zeros(BATCH, vision.need("num_patches"), channels * vision.need("patch_size") ** 2)
+    frames = vision.field("num_frames", "frames_per_clip")
+    clip = frames is not None and s.field("tubelet_size", "num_frames") is not None
+    return torch.zeros(BATCH, *((frames,) if clip else ()), channels, *_size(vision))
+
+
+def _features(s: Sketch) -> Tensor:
+    """Return log-mel features: channels first and of full length for Whisper, else a few frames of them."""
+    audio = _within(s, AUDIO_CONFIGS)
+    bins = audio.field("num_mel_bins", "input_feat_per_channel", "feature_size", "mel_bins")
+    if audio.field("spec_size") is not None:  # CLAP: a picture of a spectrum
+        return torch.zeros(BATCH, 1, audio.need("spec_size"), bins or 64)
+    if bins is None:
+        bins = audio.need("feature_projection_input_dim", "input_channels")
+    if width := audio.field("feature_projection_input_dim"):
+        return torch.zeros(BATCH, 64, width)
+    if audio.field("max_source_positions") and "input_feat_per_channel" not in _fields(audio):
+        return torch.zeros(BATCH, bins, 2 * audio.need("max_source_positions"))
+    return torch.zeros(BATCH, 64, bins)
+
+
+def _fields(s: Sketch) -> set[str]:
+    return set(s.config.to_dict()) if hasattr(s.config, "to_dict") else set()
+
+
+def _waveform(s: Sketch) -> Tensor:
+    """Return a short silence; for spectrogram transformers and codecs what they take instead."""
+    if (length := s.field("max_length")) and s.field("num_mel_bins") and s.field("patch_size"):
+        return torch.zeros(BATCH, length, s.need("num_mel_bins"))
+    channels = s.field("audio_channels")
+    if hasattr(s.model, "encode") and hasattr(s.model, "decode"):
+        return torch.zeros(BATCH, channels or 1, 4000)
+    return torch.zeros(BATCH, 4000)
+
+
+def _boxes(s: Sketch) -> Tensor:
+    return torch.zeros(BATCH, TOKENS, 4, dtype=torch.long)
+
+
+def _past(s: Sketch) -> Tensor:
+    """Return a series long enough for every lag that a time series model looks back."""
+    lags = s.field("lags_sequence", default=[0])
+    shape = (BATCH, s.need("context_length") + max(lags))
+    channels = s.field("num_input_channels", "input_size", default=1)
+    return torch.zeros(*shape, channels) if channels != 1 or s.field("num_input_channels") else torch.zeros(shape)
+
+
+def _time_features(s: Sketch) -> Tensor:
+    return torch.zeros(BATCH, _past(s).shape[1], s.need("num_time_features"))
+
+
+def _patch_mask(s: Sketch) -> Tensor:
+    return torch.ones(pixels(s).shape[:2], dtype=torch.long)
+
+
+def _shapes(s: Sketch) -> Tensor:
+    side = int(_within(s, VISION_CONFIGS).need("num_patches") ** 0.5)
+    return torch.tensor([[side, side]] * BATCH)
+
+
+RULES: dict[str, Rule] = {
+    "input_ids": _text_ids,
+    "decoder_input_ids": _decoder_ids,
+    "pixel_values": pixels,
+    "pixel_values_videos": pixels,
+    "input_features": _features,
+    "input_values": _waveform,
+    "bbox": _boxes,
+    "past_values": _past,
+}
+
+NEEDED_RULES: dict[str, Rule] = RULES | {
+    "attention_mask": lambda s: torch.ones(BATCH, TOKENS, dtype=torch.long),
+    "pixel_attention_mask": _patch_mask,
+    "spatial_shapes": _shapes,
+    "past_time_features": _time_features,
+    "past_observed_mask": lambda s: torch.ones_like(_past(s)),
+    "bool_masked_pos": lambda s: None,
+}

@@ -1,0 +1,89 @@
+"""Rows of datasets of every kind, as the arguments of calls."""
+
+import itertools
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+from hfquant.affiner import inputs, load_affiner
+from tests.affiner.pipelines import Recorder, Toy, noise, toy_config
+
+
+class Stream(IterableDataset):
+    """Torch's kind, whose base class defines `__getitem__` too."""
+
+    def __init__(self, rows, length=None):
+        self.rows, self.read, self.length = rows, 0, length
+
+    def __iter__(self):
+        for row in self.rows:
+            self.read += 1
+            yield row
+
+    def __len__(self):
+        if self.length is None:
+            raise TypeError("no length")
+        return self.length
+
+
+def drawn(dataset, shuffle, count=3, size=None):
+    """The labels that a fit on one step runs."""
+    real, seen = Toy(), []
+    real.register_forward_pre_hook(lambda m, a, k: seen.append(k["class_labels"].tolist()), with_kwargs=True)
+    config = toy_config(sample_size=size, steps=1)
+    load_affiner(config, dataset, real, Toy(), noise(count), shuffle, thirdparty_affiner=Recorder())
+    return [label for batch in seen for label in batch]
+
+
+def test_shuffle_and_sample_size_choose_rows():
+    assert drawn(list(range(20)), False, size=3) == [0, 1, 2]
+    shuffled = drawn(list(range(20)), True, size=3)
+    assert len(set(shuffled)) == 3
+    assert shuffled != [0, 1, 2]
+
+
+def test_datasets_and_dicts_and_numbers_are_the_same():
+    found = []
+    for rows in (
+        [0, 1, 2],
+        [{"class_labels": i} for i in range(3)],
+        [np.int64(i) for i in range(3)],
+        [torch.tensor(i) for i in range(3)],
+        datasets.Dataset.from_dict({"class_labels": [0, 1, 2]}),
+        datasets.Dataset.from_dict({"label": [0, 1, 2]}),
+        datasets.Dataset.from_dict({"label": [0, 1, 2]}).to_iterable_dataset(),
+        Stream(range(3)),
+        Stream(range(3), length=3),
+        iter(range(3)),
+    ):
+        affiner = load_affiner(toy_config(steps=2), rows, Toy(), Toy(gain=[0.9, 1.1]), latents=noise(3), shuffle=False)
+        found.append(affiner.prediction.tensors("p"))
+    for other in found[1:]:
+        assert all(torch.equal(found[0][k], other[k]) for k in found[0])
+
+
+@pytest.mark.parametrize("kind", ["torch", "datasets"])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_streams_are_read_no_further_than_needed(kind, shuffle, monkeypatch):
+    """An endless one, of which the shuffle keeps a few rows."""
+    monkeypatch.setattr(inputs, "BUFFER", 4)
+    if kind == "torch":
+        stream = Stream(itertools.count())
+    else:
+        stream = datasets.IterableDataset.from_generator(lambda: ({"class_labels": i} for i in itertools.count()))
+    labels = drawn(stream, shuffle, size=3)
+    assert len(set(labels)) == 3
+    assert max(labels) < 7
+    assert (labels == [0, 1, 2]) != shuffle
+    if kind == "torch":
+        assert stream.read == (7 if shuffle else 3)
+
+
+def test_a_shuffled_stream_gives_every_row_once():
+    rows = drawn(Stream(range(6)), True, count=6)
+    assert sorted(rows) == list(range(6))
+    assert rows != list(range(6))
+    assert rows == drawn(Stream(range(6)), True, count=6)

@@ -1,0 +1,110 @@
+"""Running a twin: what torch must offer, and what is said where a model fails."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hfquant.dataflow import failure, twin
+from hfquant.dataflow.functions import name_of
+
+X = torch.zeros(2, 5, 8)
+
+PRIVATE = {
+    "torch._C.DisableTorchFunction": lambda: torch._C.DisableTorchFunction,
+    "torch._subclasses.fake_tensor.FakeTensor": lambda: torch._subclasses.fake_tensor.FakeTensor,
+    "torch._subclasses.fake_tensor.FakeTensorMode": lambda: torch._subclasses.fake_tensor.FakeTensorMode,
+    "torch._subclasses.fake_tensor.unset_fake_temporarily": lambda: (
+        torch._subclasses.fake_tensor.unset_fake_temporarily
+    ),
+    "torch.utils._pytree.tree_map_only": lambda: torch.utils._pytree.tree_map_only,
+    "torch.utils.weak.WeakTensorKeyDictionary": lambda: torch.utils.weak.WeakTensorKeyDictionary,
+    "torch.overrides.TorchFunctionMode": lambda: torch.overrides.TorchFunctionMode,
+    "torch.Tag.pointwise": lambda: torch.Tag.pointwise,
+    "torch.ops.aten.mul.overloads": lambda: torch.ops.aten.mul.overloads,
+}
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_torch_has_what_dataflow_uses(name):
+    try:
+        PRIVATE[name]()
+    except AttributeError as error:
+        pytest.fail(f"torch {torch.__version__} has no {name}, which hfquant.dataflow needs: {error}")
+
+
+def test_torch_logs_what_it_cannot_fake_where_it_is_kept_from_it():
+    assert torch._subclasses.fake_tensor.log is logging.getLogger(twin.FAKE_TENSOR_LOG)
+
+
+def test_function_modes_see_properties_by_name():
+    """Reading ``weight.dtype`` arrives as ``__get__`` of a descriptor called ``dtype``."""
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(name_of(func))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        _ = X.dtype, X.is_floating_point()
+    assert seen == ["dtype", "is_floating_point"]
+
+
+class Picky(nn.Module):
+    """Refuses what is not floating point, as a quantized linear does."""
+
+    def forward(self, x):
+        if not x.is_floating_point():
+            raise TypeError(f"Picky got {x.dtype}\nand more")
+        return x
+
+
+class Caught(nn.Module):
+    """Catches the error of a module inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"picky": Picky()})
+
+    def forward(self, x):
+        try:
+            self.inner["picky"](x.to(torch.int8))
+        except TypeError:
+            return x
+
+
+class Outer(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.caught, self.block, self.dtype = Caught(), nn.Sequential(nn.Linear(8, 8), Picky()), dtype
+
+    def forward(self, x):
+        return self.block[1](self.block[0](self.caught(x)).to(self.dtype))
+
+
+def test_failure_names_the_error_and_the_innermost_module():
+    assert failure(Outer(torch.float32), X) is None
+    said = failure(Outer(torch.int8), X)
+    assert "TypeError: Picky got torch.int8" in said
+    assert said.endswith("(in block.1)")
+    assert "\n" not in said
+
+
+def test_failure_on_the_meta_device():
+    assert failure(Outer(torch.float32).to("meta"), X) is None
+    assert failure(Outer(torch.int8).to("meta"), X) == (
+        "Outer does not run on fake tensors: TypeError: Picky got torch.int8 (in block.1)"
+    )
+
+
+def test_failure_in_the_model_itself():
+    class Model(nn.Module):
+        def forward(self, x):
+            return F.linear(x, torch.ones(3, 4))
+
+    said = failure(Model(), X)
+    assert said.startswith("Model runs neither on fake tensors (RuntimeError: ")
+    assert "(in " not in said

@@ -1,0 +1,201 @@
+"""Tiny models for the common tasks of transformers, by class name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+TEXT = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GQA = TEXT | {"num_key_value_heads": 1, "head_dim": 8}
+VISION = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+    "image_size": 16,
+    "patch_size": 8,
+}
+TOWER_TEXT = {k: v for k, v in TEXT.items() if k != "num_hidden_layers"} | {"num_hidden_layers": 1}
+T5 = {"vocab_size": 50, "d_model": 12, "d_kv": 6, "num_heads": 2, "d_ff": 20, "num_layers": 1}
+T5 |= {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+BART = {"vocab_size": 50, "d_model": 12, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 20}
+BART |= {"decoder_ffn_dim": 20, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0}
+BART |= {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+QWEN_TEXT = GQA | {"rope_parameters": MROPE}
+QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+IMAGE = {"image_token_id": 40, "video_token_id": 41, "vision_start_token_id": 42, "vision_end_token_id": 43}
+SPEECH = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+}
+SPEECH |= {"conv_dim": (8, 8), "conv_kernel": (10, 8), "conv_stride": (5, 8), "num_conv_pos_embeddings": 4}
+SPEECH |= {"num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2, "feat_extract_norm": "layer"}
+
+# Class: its config's class, and the config.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LlamaForCausalLM": ("LlamaConfig", GQA),
+    "LlamaForSequenceClassification": ("LlamaConfig", GQA | {"num_labels": 3}),
+    "Qwen3ForCausalLM": ("Qwen3Config", GQA),
+    "Gemma2ForCausalLM": ("Gemma2Config", GQA),
+    "MambaForCausalLM": ("MambaConfig", {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1}),
+    "BertForMaskedLM": ("BertConfig", TEXT),
+    "BertForSequenceClassification": ("BertConfig", TEXT),
+    "BertForTokenClassification": ("BertConfig", TEXT),
+    "BertForQuestionAnswering": ("BertConfig", TEXT),
+    "ModernBertModel": ("ModernBertConfig", TEXT | {"cls_token_id": 1, "sep_token_id": 2}),
+    "LayoutLMModel": ("LayoutLMConfig", TEXT),
+    "T5ForConditionalGeneration": ("T5Config", T5),
+    "T5EncoderModel": ("T5Config", T5),
+    "UMT5EncoderModel": ("UMT5Config", T5),
+    "BartForConditionalGeneration": ("BartConfig", BART),
+    "BartForSequenceClassification": ("BartConfig", BART),
+    "ViTForImageClassification": ("ViTConfig", VISION),
+    "Dinov2Model": ("Dinov2Config", VISION),
+    "SwinModel": (
+        "SwinConfig",
+        {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    ),
+    "SegformerForSemanticSegmentation": (
+        "SegformerConfig",
+        {
+            "hidden_sizes": [8, 8, 8, 8],
+            "depths": [1] * 4,
+            "num_attention_heads": [1, 1, 2, 2],
+            "decoder_hidden_size": 8,
+            "sr_ratios": [2, 2, 1, 1],
+        },
+    ),
+    "ConvNextForImageClassification": ("ConvNextConfig", {"hidden_sizes": [8] * 4, "depths": [1] * 4}),
+    "VideoMAEModel": ("VideoMAEConfig", VISION | {"num_frames": 4, "tubelet_size": 2}),
+    "VivitModel": ("VivitConfig", VISION | {"num_frames": 4, "tubelet_size": [2, 8, 8]}),
+    "CLIPModel": ("CLIPConfig", {"text_config": TOWER_TEXT, "vision_config": VISION, "projection_dim": 6}),
+    "CLIPTextModelWithProjection": ("CLIPTextConfig", TOWER_TEXT | {"projection_dim": 6}),
+    "CLIPVisionModelWithProjection": ("CLIPVisionConfig", VISION | {"projection_dim": 6}),
+    "SiglipModel": ("SiglipConfig", {"text_config": TOWER_TEXT, "vision_config": VISION}),
+    "SiglipVisionModel": ("SiglipVisionConfig", VISION),
+    "Siglip2VisionModel": ("Siglip2VisionConfig", VISION | {"num_patches": 4}),
+    "Siglip2Model": ("Siglip2Config", {"text_config": TOWER_TEXT, "vision_config": VISION | {"num_patches": 4}}),
+    "WhisperForConditionalGeneration": ("WhisperConfig", BART | {"num_mel_bins": 8, "max_source_positions": 10}),
+    "WhisperForAudioClassification": ("WhisperConfig", BART | {"num_mel_bins": 8, "max_source_positions": 10}),
+    "Speech2TextForConditionalGeneration": (
+        "Speech2TextConfig",
+        BART | {"input_feat_per_channel": 8, "conv_channels": 8, "max_source_positions": 100},
+    ),
+    "Wav2Vec2ForCTC": ("Wav2Vec2Config", SPEECH),
+    "HubertModel": ("HubertConfig", SPEECH),
+    "Wav2Vec2BertModel": ("Wav2Vec2BertConfig", SPEECH | {"feature_projection_input_dim": 8}),
+    "ASTForAudioClassification": (
+        "ASTConfig",
+        {k: v for k, v in VISION.items() if k != "image_size"} | {"max_length": 32, "num_mel_bins": 16},
+    ),
+    "LlavaForConditionalGeneration": (
+        "LlavaConfig",
+        {
+            "text_config": GQA | {"model_type": "llama"},
+            "vision_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 6, "num_hidden_layers": 2},
+            "image_token_index": 40,
+        },
+    ),
+    "PaliGemmaForConditionalGeneration": (
+        "PaliGemmaConfig",
+        {
+            "text_config": GQA | {"model_type": "gemma"},
+            "vision_config": VISION | {"model_type": "siglip_vision_model", "projection_dim": 16},
+            "image_token_index": 40,
+            "projection_dim": 16,
+        },
+    ),
+    "Gemma3ForConditionalGeneration": (
+        "Gemma3Config",
+        {
+            "text_config": GQA,
+            "vision_config": VISION | {"model_type": "siglip_vision_model"},
+            "image_token_index": 40,
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "Qwen2VLForConditionalGeneration": (
+        "Qwen2VLConfig",
+        {"text_config": QWEN_TEXT, "vision_config": QWEN_VISION | {"embed_dim": 16, "hidden_size": 16}, **IMAGE},
+    ),
+    "Qwen2_5_VLForConditionalGeneration": (
+        "Qwen2_5_VLConfig",
+        {
+            "text_config": QWEN_TEXT,
+            "vision_config": QWEN_VISION
+            | {
+                "hidden_size": 16,
+                "out_hidden_size": 16,
+                "intermediate_size": 20,
+                "fullatt_block_indexes": [0],
+                "window_size": 16,
+            },
+            **IMAGE,
+        },
+    ),
+    "Qwen3VLForConditionalGeneration": (
+        "Qwen3VLConfig",
+        {
+            "text_config": QWEN_TEXT,
+            "vision_config": QWEN_VISION
+            | {
+                "hidden_size": 16,
+                "out_hidden_size": 16,
+                "intermediate_size": 20,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+            **IMAGE,
+        },
+    ),
+    "Idefics3ForConditionalGeneration": (
+        "Idefics3Config",
+        {
+            "text_config": GQA | {"model_type": "llama"},
+            "vision_config": VISION,
+            "image_token_id": 40,
+            "scale_factor": 2,
+        },
+    ),
+    "ClapModel": (
+        "ClapConfig",
+        {
+            "text_config": TOWER_TEXT,
+            "audio_config": {
+                "spec_size": 64,
+                "num_mel_bins": 16,
+                "patch_size": 4,
+                "patch_stride": [4, 4],
+                "patch_embeds_hidden_size": 8,
+                "hidden_size": 16,
+                "depths": [1, 1],
+                "num_attention_heads": [2, 2],
+                "window_size": 4,
+            },
+            "projection_dim": 6,
+        },
+    ),
+}
+
+
+def build(name: str, device: str = "meta") -> nn.Module:
+    """A model of the class, in eval mode."""
+    config, fields = MODELS[name]
+    with torch.device(device):
+        return getattr(transformers, name)(getattr(transformers, config)(**fields)).eval()

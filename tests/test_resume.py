@@ -1,0 +1,134 @@
+"""Solved layers on disk: what a later run may take from them, and what it must not."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import hfquant
+from hfquant import ptq, resume
+
+CONFIG = {
+    "default": {
+        "opt": {"type": "smooth"},
+        "weight_quant": {"type": "int4", "group_size": 8},
+        "input_quant": {"type": "int8"},
+    }
+}
+
+
+class Net(nn.Module):
+    """Two branches of equal weights whose inputs differ by a factor of 1000 a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.two.load_state_dict(self.one.state_dict())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = torch.logspace(-2, 2, 16)
+        return self.out(self.one(x * scale) + self.two(x / scale))
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def data() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(8, 16, generator=generator) for _ in range(3)]
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the layers that are solved, as they are."""
+    solve, names = ptq.solve, []
+
+    def counted(name: str, *args: Any) -> Any:
+        names.append(name)
+        return solve(name, *args)
+
+    monkeypatch.setattr(ptq, "solve", counted)
+    return names
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.state_dict())
+
+
+def same(one: nn.Module, two: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(state(one).values(), state(two).values(), strict=True))
+
+
+def test_layers_of_equal_weights_are_told_apart(net: Net, data: Any, tmp_path: Path) -> None:
+    straight = hfquant.quantize(copy.deepcopy(net), data, CONFIG)
+    for _ in range(2):
+        assert same(hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path), straight)
+
+
+def test_other_data_or_mode_takes_nothing(net: Net, data: Any, tmp_path: Path, solved: list[str]) -> None:
+    hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path)
+    for change in (
+        {"calib_data_loader": [*data[:2], data[2] * 3]},
+        {"calib_data_loader": data[:2]},
+        {"per_layer_mode": True},
+    ):
+        solved.clear()
+        arguments = {"calib_data_loader": data, **change}
+        model = hfquant.quantize(copy.deepcopy(net), config=CONFIG, resume_dir=tmp_path, **arguments)
+        assert solved == ["one", "two", "out"], change
+        solved.clear()
+        assert same(hfquant.quantize(copy.deepcopy(net), config=CONFIG, resume_dir=tmp_path, **arguments), model)
+        assert not solved
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_file_is_named_and_solved_anew(
+    net: Net, data: Any, tmp_path: Path, solved: list[str], damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    straight = hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path)
+    broken = sorted(tmp_path.glob("*.safetensors"))[0]
+    content = bytearray(broken.read_bytes())
+    content[-1] ^= 1
+    broken.write_bytes({"cut": content[:50], "flipped": content, "empty": b""}[damage])
+    solved.clear()
+    with caplog.at_level(logging.WARNING, "hfquant"):
+        again = hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path)
+    assert len(solved) == 1
+    assert sum(f"{broken} is damaged" in r.getMessage() for r in caplog.records) == 1
+    assert same(again, straight)
+    solved.clear()
+    hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path)
+    assert not solved  # the file is whole again
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_calibration(
+    net: Net, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ptq, "observe", lambda *args, **kwargs: pytest.fail("calibrated"))
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(OSError, match=r"resume_dir .*file. cannot be written"):
+        hfquant.quantize(net, data, CONFIG, resume_dir=file)
+
+
+def test_a_full_disk_names_layer_and_file(net: Net, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(resume, "save_file", full)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(OSError, match=rf"layer 'one' cannot be written to {tmp_path}.*No space left"):
+        hfquant.quantize(net, data, CONFIG, resume_dir=tmp_path)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert not list(tmp_path.iterdir())

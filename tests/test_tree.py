@@ -1,0 +1,130 @@
+"""The tests mirror the package: hfquant/a/b.py is tested in tests/a/test_b.py, or where a table here says."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+#: Modules without a test file at the mirrored place, and the test file that covers them.
+ELSEWHERE = {
+    "__init__.py": "integrations/test_config.py",
+    "affiner/__init__.py": "affiner/test_affiner_config.py",
+    "affiner/affiner.py": "affiner/test_affiner_storage.py",
+    "affiner/blocks.py": "affiner/test_affiner_blocks.py",
+    "affiner/config.py": "affiner/test_affiner_config.py",
+    "affiner/fit.py": "affiner/test_affiner_fit.py",
+    "affiner/hooks.py": "affiner/test_affiner_hooks.py",
+    "affiner/inputs.py": "affiner/test_affiner_fit.py",
+    "affiner/maps.py": "affiner/test_affiner_hooks.py",
+    "affiner/runs.py": "affiner/test_affiner_fit.py",
+    "affiner/solvers.py": "affiner/test_affiner_solvers.py",
+    "algorithms/__init__.py": "test_solver.py",
+    "algorithms/base.py": "test_solver.py",
+    "algorithms/low_rank.py": "algorithms/test_smooth_svd.py",
+    "algorithms/nearest.py": "algorithms/test_rounding.py",
+    "algorithms/smooth.py": "algorithms/test_smooth_svd.py",
+    "api.py": "test_ptq.py",
+    "calibration/provenance.py": "calibration/test_generate.py",
+    "calibration/storage.py": "calibration/test_calibset.py",
+    "cli/__init__.py": "cli/test_calibrate.py",
+    "console.py": "test_ptq.py",
+    "dataflow/index_map.py": "dataflow/test_tracker.py",
+    "demo/__main__.py": "demo/test_demo.py",
+    "demo/classifier.py": "demo/test_demo.py",
+    "demo/pipeline.py": "demo/test_demo.py",
+    "digests.py": "test_resume.py",
+    "formats/base.py": "formats/test_formats.py",
+    "formats/columns.py": "algorithms/test_rounding.py",
+    "formats/floating.py": "formats/test_formats.py",
+    "formats/grid.py": "algorithms/test_rounding.py",
+    "formats/inputs.py": "formats/test_activations.py",
+    "formats/integer.py": "formats/test_formats.py",
+    "integrations/__init__.py": "integrations/test_config.py",
+    "integrations/checkpoint.py": "integrations/test_checkpoint_errors.py",
+    "integrations/data.py": "integrations/test_transformers_data.py",
+    "integrations/facts.py": "test_planner.py",
+    "integrations/hub.py": "cli/test_calibrate.py",
+    "memory.py": "test_ptq.py",
+    "nn/modules.py": "nn/test_linear_module.py",
+    "observe.py": "test_observers.py",
+    "presets.py": "test_config.py",
+    "report/affiner.py": "affiner/test_affiner_fit.py",
+    "report/layers.py": "test_ptq.py",
+    "schema.py": "test_config.py",
+    "statistics.py": "test_observers.py",
+}
+#: Test files that are about more than one module, or about the project itself.
+WIDE = {
+    "affiner/test_affiner_refusals.py",
+    "calibration/test_diffusers_pipelines.py",
+    "calibration/test_digits.py",
+    "calibration/test_end_to_end.py",
+    "integrations/test_pipelines.py",
+    "integrations/test_real_models.py",
+    "smoke/test_smoke.py",
+    "test_floors.py",
+    "test_golden.py",
+    "test_imports.py",
+    "test_tree.py",
+}
+
+
+def mirrored(module: str) -> str:
+    """Return the test file of a module, each as a path in its tree: "a/b.py" -> "a/test_b.py".
+
+    A package's own code is tested in "a/test_a.py".
+    """
+    path = Path(module)
+    name = path.parent.name or "hfquant" if path.stem == "__init__" else path.stem
+    return (path.parent / f"test_{name}.py").as_posix()
+
+
+def faults(modules: Iterable[str], tests: Iterable[str], elsewhere: Mapping[str, str], wide: set[str]) -> list[str]:
+    """Return what keeps ``tests`` from mirroring ``modules``, a line each, sorted."""
+    modules, tests = set(modules), set(tests)
+    own = {module: mirrored(module) for module in modules}
+    found = [f"{m} has no {test}" for m, test in own.items() if m not in elsewhere and test not in tests]
+    for module, test in elsewhere.items():
+        if module not in modules:
+            found.append(f"{module} is in the table and does not exist")
+        elif mirrored(module) in tests:
+            found.append(f"{module} is in the table and has {mirrored(module)}")
+        if test not in tests:
+            found.append(f"{test}, which the table names for {module}, does not exist")
+    found += [f"{test} mirrors no module" for test in tests - wide - {*own.values()} - {*elsewhere.values()}]
+    found += [f"{test} is listed as wide and does not exist" for test in wide - tests]
+    return sorted(found)
+
+
+def defines_something(path: Path) -> bool:
+    """Whether a module has functions or classes of its own: a package's list of names needs no test."""
+    return any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.parse(path.read_text()).body)
+
+
+def files(folder: str, pattern: str) -> dict[str, Path]:
+    base = ROOT / folder
+    return {path.relative_to(base).as_posix(): path for path in base.rglob(pattern)}
+
+
+def test_tests_mirror_the_package() -> None:
+    modules = [name for name, path in files("hfquant", "*.py").items() if defines_something(path)]
+    tests = [name for name in files("tests", "test_*.py") if not name.startswith("benchmarks/")]
+    assert faults(modules, tests, ELSEWHERE, WIDE) == []
+
+
+def test_each_fault_is_found() -> None:
+    assert faults(["a/b.py", "c.py"], ["a/test_b.py", "test_x.py"], {"c.py": "test_x.py"}, set()) == []
+    assert faults(["a.py"], [], {}, set()) == ["a.py has no test_a.py"]
+    assert faults(["a/__init__.py"], ["a/test_a.py"], {}, set()) == []
+    assert faults([], ["test_a.py"], {}, set()) == ["test_a.py mirrors no module"]
+    assert faults(["a.py"], ["test_a.py", "test_b.py"], {"a.py": "test_b.py"}, set()) == [
+        "a.py is in the table and has test_a.py"
+    ]
+    assert faults([], ["test_b.py"], {"a.py": "test_b.py"}, set()) == ["a.py is in the table and does not exist"]
+    assert faults(["a.py"], [], {"a.py": "test_b.py"}, {"test_c.py"}) == [
+        "test_b.py, which the table names for a.py, does not exist",
+        "test_c.py is listed as wide and does not exist",
+    ]
