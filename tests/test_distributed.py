@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hfquant.observers import LayerStats, layer_stats
 from safetensors.torch import load_file
 from torch import Tensor
 

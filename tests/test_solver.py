@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hfquant.observers import LayerStats, layer_stats
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
