@@ -1,0 +1,112 @@
+"""Digests: equal for equal content, another for whatever could change a result."""
+
+import enum
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from PIL import Image
+from torch import nn
+
+from hfquant.digests import digest_of, update_with_weights
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+X = torch.arange(6.0)
+DIFFERENT = [
+    X,
+    X.double(),
+    X.int(),
+    X.view(2, 3),
+    X.view(1, 6),
+    X.flip(0),
+    X[:5],
+    X + torch.tensor([0, 0, 0, 0, 0, 2.0**-20]),
+    X.numpy(),
+    X.numpy().reshape(2, 3),
+    [X],
+    (X,),
+    [X, X],
+    {"a": X},
+    {"b": X},
+    [],
+    (),
+    {},
+    None,
+    0,
+    1,
+    True,
+    1.0,
+    "1",
+    b"1",
+    "",
+    [1, 2],
+    [[1], 2],
+    [1, [2]],
+    ["ab", "c"],
+    ["a", "bc"],
+    Image.new("L", (2, 3)),
+    Image.new("L", (3, 2)),
+    Image.new("RGB", (2, 3)),
+    Color.RED,
+]
+
+
+def test_different_values_have_different_digests() -> None:
+    digests = [digest_of(value) for value in DIFFERENT]
+    assert all(len(digest) == 32 and int(digest, 16) >= 0 for digest in digests)
+    assert len(set(digests)) == len(digests)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (X, X.clone()),
+        (X.view(2, 3).T, X.view(2, 3).T.contiguous()),
+        (X, nn.Parameter(X)),
+        (X.numpy()[::2], X.numpy()[::2].copy()),
+        ({"a": [X, (1, "b")]}, {"a": [X.clone(), (1, "b")]}),
+        (torch.empty(2, 3, device="meta"), torch.empty(2, 3, device="meta")),
+        (object(), object()),
+    ],
+    ids=["tensor", "strides", "parameter", "array", "nested", "meta", "type"],
+)
+def test_equal_content_has_one_digest(one, other) -> None:
+    assert digest_of(one) == digest_of(other)
+    assert digest_of(one, 1) != digest_of(one, 2)
+
+
+def test_every_float_s_bits_count() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.complex64):
+        zeros = torch.zeros(1000).to(dtype)
+        changed = zeros.clone()
+        changed[999] = 1
+        assert digest_of(zeros) != digest_of(changed)
+    assert digest_of(torch.zeros(1)) != digest_of(-torch.zeros(1))
+
+
+def weights_digest(module: nn.Module) -> str:
+    digest = xxhash.xxh3_128()
+    update_with_weights(digest, module)
+    return digest.hexdigest()
+
+
+def test_a_module_s_names_parameters_and_buffers_count() -> None:
+    module = nn.ModuleDict({"a": nn.Linear(3, 3), "norm": nn.BatchNorm1d(3)})
+    before = weights_digest(module)
+    assert before == weights_digest(module)
+    with torch.no_grad():
+        module["a"].weight[2, 2] += 1
+    changed = weights_digest(module)
+    module["norm"].running_mean[0] = 1
+    renamed = nn.ModuleDict({"b": module["a"], "norm": module["norm"]})
+    digests = {before, changed, weights_digest(module), weights_digest(renamed), weights_digest(nn.Sequential())}
+    assert len(digests) == 5
+
+
+def test_object_arrays_are_told_by_their_type_alone() -> None:
+    assert digest_of(np.array([object()])) == digest_of(np.array([object(), 1]))
