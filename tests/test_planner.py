@@ -472,8 +472,9 @@ def test_zero_points_and_groups() -> None:
     for columns, groups in ((12, 3), (10, 3), (9, 3), (13, 4)):
         spec = LayerPlan(config, columns, 5, (columns,), (5,), (False,)).tensors()
         assert spec["weight"] == ((5, -(-columns // 2)), torch.int8)
-        assert spec["weight_scale"] == ((5, groups), torch.float32)
-        assert spec["weight_zero_point"] == ((5, groups), torch.int8)
+        assert spec["weight_scale"] == ((5, groups), torch.uint8)
+        assert spec["weight_scale_row"] == ((5, 1), torch.float32)
+        assert spec["weight_zero_point"] == ((5, -(-groups // 2)), torch.int8)
         assert spec["smooth"] == ((columns,), torch.float32)
 
 

@@ -50,7 +50,8 @@ def test_half_to_even(form) -> None:
 @pytest.mark.parametrize("form", INTEGERS, ids=name)
 def test_asymmetric_ranges(form, low, high) -> None:
     levels, half = 2**form.bits - 1, 2 ** (form.bits - 1)
-    scale, zero = form.scale_from_range(torch.tensor(low), torch.tensor(high))
+    scale = form.scale_from_range(torch.tensor(low), torch.tensor(high))
+    zero = form.zero_point(torch.tensor(low), scale)
     assert zero.dtype == form.code_dtype
     widened = max(high, 0.0) - min(low, 0.0)
     assert scale.item() == pytest.approx(widened / levels, rel=2e-7)
@@ -75,7 +76,8 @@ def test_asymmetric_corner_cases(form) -> None:
     assert (scale == MIN_SCALE).all()
     x = torch.tensor([-MAX, 0.0, MAX])
     for low, high in ((-MAX, MAX), (0.0, MAX), (-MAX, 0.0), (-MAX / 3, MAX)):
-        scale, zero = form.scale_from_range(torch.tensor(low), torch.tensor(high))
+        scale = form.scale_from_range(torch.tensor(low), torch.tensor(high))
+        zero = form.zero_point(torch.tensor(low), scale)
         fake = form.dequantize(form.quantize(x.clamp(low, high), scale, zero), scale, zero)
         assert fake.isfinite().all()
         assert fake[1] == 0

@@ -72,11 +72,14 @@ def random_tensors(plan: LayerPlan, dtype: torch.dtype = torch.float32) -> dict[
         made["weight"] = torch.randint(low, half, shape).to(form.code_dtype)
     else:
         made["weight"] = form.quantize(torch.randn(shape), torch.full((1,), 0.01))
-    if "weight_scale" in made:
+    if plan.two_level:
+        made["weight_scale"] = torch.randint(150, 256, made["weight_scale"].shape, dtype=torch.uint8)
+        made["weight_scale_row"] /= form.qmax
+    elif "weight_scale" in made:
         made["weight_scale"] /= form.qmax
     if "weight_zero_point" in made:
-        zero = torch.randint(-half, half, made["weight_zero_point"].shape)
-        made["weight_zero_point"] = zero.to(form.code_dtype)
+        zero = torch.randint(-half, half, (plan.out_features, len(plan.columns)))
+        made["weight_zero_point"] = form.pack(zero.to(form.code_dtype))
     if "input_scale" in made:
         made["input_scale"] *= 2 / plan.config.input_quant.format.qmax
     if "input_scale_neg" in made:
@@ -114,8 +117,19 @@ def weight_by_hand(plan: LayerPlan, tensors) -> np.ndarray:
         values = codes.astype(np.float64)
     group = np.repeat(np.arange(len(plan.columns)), plan.columns)
     if "weight_zero_point" in tensors:
-        values = values - tensors["weight_zero_point"].numpy()[:, group]
-    return values * tensors["weight_scale"].double().numpy()[:, group]
+        zero = form.unpack(tensors["weight_zero_point"], len(plan.columns))
+        values = values - zero.numpy()[:, group]
+    return values * scales_by_hand(tensors)[:, group]
+
+
+def scales_by_hand(tensors) -> np.ndarray:
+    """The weight's scales in float64; those in two levels are one product of float32 numbers."""
+    scale = tensors["weight_scale"].numpy()
+    if "weight_scale_row" not in tensors:
+        return scale.astype(np.float64)
+    exponent, mantissa = scale >> 5, scale & 31
+    value = np.ldexp(1 + mantissa / 32.0, exponent.astype(int) - 7).astype(np.float32)
+    return (value * tensors["weight_scale_row"].numpy()).astype(np.float64)
 
 
 def forward_by_hand(plan: LayerPlan, tensors, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

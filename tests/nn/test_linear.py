@@ -254,7 +254,8 @@ def test_half_float_double_methods() -> None:
     for method, dtype in (("half", torch.float16), ("bfloat16", torch.bfloat16), ("double", torch.float64)):
         getattr(layer, method)()
         assert layer.svd_down.dtype == layer.bias.dtype == dtype
-        assert layer.weight_scale.dtype == layer.smooth.dtype == layer.input_scale.dtype == torch.float32
+        assert layer.weight_scale_row.dtype == layer.smooth.dtype == layer.input_scale.dtype == torch.float32
+        assert layer.weight_scale.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("real", [False, True])
