@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "affiner.md"
 
 
 def rounded(weight: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-    """Round to nearest, nothing else."""
+    """Return a config that rounds to nearest and does nothing else."""
     return {"default": {"opt": {"type": "default"}, "weight_quant": weight, "input_quant": inputs}}
 
 
@@ -60,12 +60,12 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def noise(seed: int, count: int) -> Tensor:
-    """Initial noise of `count` runs, `[count, 1, 8, 8]`; ranges of seeds do not meet."""
+    """Return initial noise of `count` runs, `[count, 1, 8, 8]`; ranges of seeds do not meet."""
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 def images(pipe: DigitsPipeline, seeds: int, classes: int, steps: int) -> Tensor:
-    """`classes` images from each of `seeds` noises, `[seeds * classes, 1, 8, 8]` in [0, 1]; seeds vary slowest."""
+    """Return `classes` images of each of `seeds` noises, `[seeds * classes, 1, 8, 8]` in [0, 1]; seeds vary slowest."""
     labels = torch.arange(seeds * classes) % CLASSES
     latents = noise(EVALUATION_SEED, seeds).repeat_interleave(classes, 0)
     parts = zip(labels.split(160), latents.split(160), strict=True)
@@ -73,7 +73,7 @@ def images(pipe: DigitsPipeline, seeds: int, classes: int, steps: int) -> Tensor
 
 
 def quantized_pipeline(config: Any, steps: int) -> DigitsPipeline:
-    """The digits pipeline, its denoiser calibrated on calls recorded from its own runs."""
+    """Return the digits pipeline, its denoiser calibrated on calls recorded from its own runs."""
     pipe = quiet(load_digits_pipeline())
     calls: list[dict[str, Any]] = []
     handle = pipe.transformer.register_forward_pre_hook(lambda _m, _a, kw: calls.append(kw), with_kwargs=True)
@@ -84,13 +84,13 @@ def quantized_pipeline(config: Any, steps: int) -> DigitsPipeline:
 
 
 def quiet(pipe: DigitsPipeline) -> DigitsPipeline:
-    """The pipeline without its progress bar."""
+    """Return the pipeline without its progress bar."""
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def measure(config: Any, steps: int, seeds: int, classes: int) -> list[tuple[str, Tensor, float, int]]:
-    """For each method, "none" first: name, PSNR of each seed `[seeds]`, seconds to fit, and block maps kept.
+    """Return for each method, "none" first: name, PSNR of each seed `[seeds]`, seconds to fit, and block maps kept.
 
     The PSNR of a seed is the mean over its classes, which share their noise and so are not independent.
     """
@@ -115,7 +115,7 @@ def measure(config: Any, steps: int, seeds: int, classes: int) -> list[tuple[str
 
 
 def table(rows: list[tuple[str, Tensor, float, int]]) -> str:
-    """A markdown table: PSNR, and the gain over "none" seed by seed, both with standard errors over seeds."""
+    """Return a markdown table: PSNR, and the gain over "none" seed by seed, both with standard errors over seeds."""
     lines = [
         "| method | PSNR (dB) | gain over none (dB) | fit (s) | blocks kept |",
         "| --- | --- | --- | --- | --- |",
@@ -132,7 +132,7 @@ def table(rows: list[tuple[str, Tensor, float, int]]) -> str:
 
 
 def comparisons(rows: list[tuple[str, Tensor, float, int]]) -> str:
-    """The paired differences that the methods are about, in words."""
+    """Return the paired differences that the methods are about, in words."""
     values = {name: v for name, v, _, _ in rows}
     pairs = [
         ("blockwise, recurrent", "blockwise, not recurrent"),
@@ -150,7 +150,7 @@ def comparisons(rows: list[tuple[str, Tensor, float, int]]) -> str:
 
 
 def main() -> None:
-    """Runs the settings asked for and writes the page."""
+    """Run the settings asked for and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--seeds", type=int, default=64, help="seeds to judge on")

@@ -4,10 +4,10 @@ Importing it makes ``quant_method: "hfquant"`` known to transformers and diffuse
 checkpoint is loaded.
 """
 
-import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hfquant.registration import after_import
 
 if TYPE_CHECKING:
     from hfquant.affiner import BlockwiseAffiner, load_affiner
@@ -86,11 +86,27 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    value = getattr(import_module(_LAZY[name]), name)
+    if (
+        name == "HfQuantConfig"
+    ):  # on its way into one of the libraries, whichever modules of theirs are imported by then
+        _register_transformers()
+        _register_diffusers()
+    return value
 
 
-# `hfquant --help` need not wait seconds for both libraries: the command's own loading registers.
-if not sys.argv or Path(sys.argv[0]).stem != "hfquant":
-    from hfquant.integrations import register
+def _register_transformers() -> None:
+    from hfquant.integrations import register_transformers
 
-    register()
+    register_transformers()
+
+
+def _register_diffusers() -> None:
+    from hfquant.integrations import register_diffusers
+
+    register_diffusers()
+
+
+# Neither library is imported for this: each learns of hfquant once its models can be loaded.
+after_import("transformers.modeling_utils", _register_transformers)
+after_import("diffusers.models.modeling_utils", _register_diffusers)

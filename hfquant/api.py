@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hfquant import ptq
-from hfquant.integrations import model_facts, quantize_model
+from hfquant.integrations import batches_for, model_facts, quantize_model
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.nn.modules import dequantized, quant_linears
 from hfquant.planner import Plan, plan_layers
@@ -36,8 +36,9 @@ def quantize(
     Args:
         model: any module. Where quantization fails, or is interrupted, it is left as it was.
         calib_data_loader: batches for calibration; each a tensor, a tuple (or list of tensors) of positional arguments,
-            a dict of keyword arguments, or a list of such samples. Must start anew each time it is iterated. May be
-            None where the config needs no data.
+            a dict of keyword arguments, or a list of such samples. Must start anew each time it is iterated. Or a
+            source of such batches: a ``datasets`` object, a file's path, a dict naming a dataset (see
+            :func:`~hfquant.calibration.calibration_batches`). May be None where the config needs no data.
         config: a dict, the name of a preset, an :class:`~hfquant.HfQuantConfig`, or None (the reference's dict).
         per_layer_mode: solve layers in execution order, each on inputs that the quantized layers before it produce.
         verbose: log each layer's decision and error, and the whole report at the end; shown on the console even where
@@ -66,7 +67,7 @@ def quantize(
         memory_budget,
         resume_dir,
     )
-    quantize_model(model, calib_data_loader, config, settings)
+    quantize_model(model, batches_for(model, calib_data_loader), config, settings)
     return model
 
 

@@ -142,12 +142,16 @@ class InputQuant(_Quant):
 
 
 class WeightQuant(_Quant):
-    """Weights. ``axis``: None = one scale a tensor, 1 or -1 = one an output channel; ``group_size`` overrides it."""
+    """Weights. ``axis``: None = one scale a tensor, 1 or -1 = one an output channel; ``group_size`` overrides it.
+
+    ``scale``: how the scales of groups are stored, as a byte a group times a float32 a row, or each as a float32.
+    """
 
     axis: Annotated[Literal[None, 1, -1], BeforeValidator(_int_or_none)] = None
     group_size: int | None = Field(None, ge=1)
     symmetric: bool = True
     clip: Literal["amax", "mse"] = "amax"
+    scale: Literal["two_level", "float32"] = "two_level"
 
     @model_validator(mode="after")
     def _fields_fit_type(self, info: ValidationInfo) -> WeightQuant:

@@ -211,13 +211,14 @@ def quantize_pipeline(
         **kwargs: Arguments of the pipeline's call (`num_inference_steps`, `guidance_scale`, ...).
 
     Returns:
-        `pipe`. All inputs are recorded before anything is quantized, so bad data leaves it as it was.
+        `pipe`. If anything fails, all components are as they were.
 
     Raises:
         ValueError: A component that the pipeline does not have.
     """
-    from hfquant import HfQuantConfig, UniformSampler, generate_calibrate_set, quantize
-    from hfquant.calibration import calibration_batches
+    from hfquant import HfQuantConfig
+    from hfquant.calibration import UniformSampler, calibration_batches, generate_calibrate_set
+    from hfquant.integrations import quantize_model
 
     config = HfQuantConfig.of(config)
     names = list(components) if components is not None else denoiser_names(pipe)
@@ -231,13 +232,16 @@ def quantize_pipeline(
             folder = None if dump_path is None else Path(dump_path) / name
             seen = generate_calibrate_set(pipe, sampler or UniformSampler(), batches, name, folder, **kwargs)
             loaders[name] = seen.get_dataloader(batch_size=batch_size)
-    for name, loader in loaders.items():
-        quantize(pipe.components[name], loader, config)
+    undone: list[Callable[[], None]] = []
+    try:
+        for name, loader in loaders.items():
+            undone.append(quantize_model(pipe.components[name], loader, config))
+    except BaseException:
+        for undo in reversed(undone):
+            undo()
+        raise
     return pipe
 
 
 def _modules(pipe: Any) -> list[str]:
     return [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
-
-
-denoiser = denoiser_name  # the command's name for it

@@ -11,12 +11,18 @@ import xxhash
 from torch import Tensor, nn
 
 
+def content(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor of any dtype, without a copy."""
+    # A dimension of size 1 may have any stride, which a view as bytes refuses.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+
+
 def update(digest: xxhash.xxh3_128, value: Any) -> None:
     """Feed a value to a digest: tensors, arrays and images by content, containers item by item, others by type."""
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype}{list(value.shape)}".encode())
         if not value.is_meta:
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(content(value.detach().cpu().contiguous()))
     elif isinstance(value, np.ndarray) and value.dtype != object:
         digest.update(f"{value.dtype}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value).tobytes())

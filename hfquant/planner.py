@@ -107,7 +107,12 @@ class LayerPlan:
         sharing: tuple[int, ...] | None = None
         if quant.axis is None and not self.config.group_size:
             sharing = self.output_segments if len(self.row_groups) == 1 else (rows,)
-        return GridRule(quant.format, self.columns, sharing, quant.symmetric, quant.clip)
+        return GridRule(quant.format, self.columns, sharing, quant.symmetric, quant.clip, self.two_level)
+
+    @property
+    def two_level(self) -> bool:
+        """Whether weight scales are stored as a byte a group times a float32 a row."""
+        return self.config.group_size is not None and self.config.weight_quant.scale == "two_level"
 
     @property
     def static_input(self) -> bool:
@@ -119,10 +124,13 @@ class LayerPlan:
         weight, rows = self.config.weight_quant, self.out_features
         form = weight.format
         spec = {"weight": TensorSpec((rows, form.packed_width(self.in_features)), form.code_dtype)}
+        groups = len(self.columns)
         if form.has_scale:
-            spec["weight_scale"] = TensorSpec((rows, len(self.columns)), torch.float32)
+            spec["weight_scale"] = TensorSpec((rows, groups), torch.uint8 if self.two_level else torch.float32)
+        if self.two_level:
+            spec["weight_scale_row"] = TensorSpec((rows, 1), torch.float32)
         if not weight.symmetric:
-            spec["weight_zero_point"] = TensorSpec((rows, len(self.columns)), form.code_dtype)
+            spec["weight_zero_point"] = TensorSpec((rows, form.packed_width(groups)), form.code_dtype)
         if self.static_input:
             spec["input_scale"] = TensorSpec((len(self.row_groups) * len(self.input_segments),), torch.float32)
             if any(self.dual):

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hfquant.digests import content
 from hfquant.planner import LayerPlan
 from hfquant.solver import Solution
 
@@ -59,7 +59,7 @@ class Cache:
         """Return the digest of one layer's solution."""
         digest = xxhash.xxh3_128()
         digest.update("\0".join([self.context, name, str(weight.dtype), repr(plan)]).encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(content(weight.detach().cpu().contiguous()))
         return digest.hexdigest()
 
     def store(self, name: str, key: str, solution: Solution) -> None:
@@ -107,5 +107,5 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str
     digest = xxhash.xxh3_128(json.dumps(dict(metadata), sort_keys=True).encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(content(tensor.cpu().contiguous()))
     return digest.hexdigest()

@@ -100,10 +100,7 @@ def _solve_rows(name: str, w: Tensor, plan: LayerPlan, stats: LayerStats | None,
     codes, grid = plan.config.calib.solve(transformed.weight, rule, seen, name)
     tensors = dict(transformed.tensors)
     tensors["weight"] = codes
-    if grid.scale is not None:
-        tensors["weight_scale"] = grid.scale.contiguous()
-    if grid.zero_point is not None:
-        tensors["weight_zero_point"] = grid.zero_point.contiguous()
+    tensors |= grid.tensors()
     if plan.static_input:
         if seen is None:
             raise CalibrationError(f"layer {name!r}: a static input scale needs calibration data")

@@ -38,6 +38,8 @@ def quantized(case: str) -> nn.Module:
     """The model of a case, quantized on fixed data."""
     kind, _, preset = case.partition("/")
     config = copy.deepcopy(PRESETS[preset])
+    if "group_size" in config["default"]["weight_quant"]:
+        config["default"]["weight_quant"]["scale"] = "float32"  # what there was when the digests were recorded
     if preset.endswith("svd"):
         config["proj_out_2"] = {"opt": {"low_rank": 4}}
     if kind == "digits":
@@ -67,6 +69,9 @@ def figures(case: str) -> dict[str, Any]:
         if not isinstance(layer, QuantLinear):
             continue
         tensors = {key: t.contiguous() for key, t in sorted(layer.state_dict().items())}
+        zero_point = layer.grid().zero_point
+        if zero_point is not None:
+            tensors["weight_zero_point"] = zero_point  # recorded unpacked
         if is_data_free(case):
             digest = hashlib.sha256()
             for key, tensor in tensors.items():

@@ -20,8 +20,10 @@ from hfquant.diffusion import (
     denoiser_names,
     eval_mode,
     find_denoiser,
+    from_grid,
     is_pipeline,
     time_reader,
+    to_grid,
 )
 from hfquant.nn.modules import quant_linears
 
@@ -158,3 +160,32 @@ def test_eval_mode_puts_each_module_back() -> None:
     with eval_mode(model):
         assert not any(m.training for m in model.modules())
     assert [m.training for m in model.modules()] == [True, False, True]
+
+
+def test_a_component_that_fails_leaves_all_of_them_alone() -> None:
+    pipe = wan()
+    rows = [{k: v.expand(2, 6, 16) for k, v in row.items()} for row in wan_rows(1)]
+    with torch.no_grad():
+        pipe.transformer_2.blocks[0].ffn.net[2].weight[0, 0] = float("nan")
+    parts = (pipe.transformer, pipe.transformer_2)
+    before = [(repr(part), dict(part.config), list(vars(part))) for part in parts]
+    tensors = [dict(part.named_parameters()) for part in parts]
+    with pytest.raises(ValueError, match=r"NaN|finite"):
+        quantize_pipeline(pipe, rows, "w8a16")
+    assert [(repr(part), dict(part.config), list(vars(part))) for part in parts] == before
+    for part, old in zip(parts, tensors, strict=True):
+        assert all(p is old[name] for name, p in part.named_parameters())
+        assert not quant_linears(part)
+    with torch.no_grad():
+        pipe.transformer_2.blocks[0].ffn.net[2].weight[0, 0] = 0.0
+    quantize_pipeline(pipe, None, "w8a16")
+    assert all(quant_linears(part) for part in parts)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 7, 4, 5), (2, 16, 3), (2, 15, 3)])
+def test_layouts_go_there_and_back(shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape)
+    grid = to_grid(values)
+    channels = shape[2] if len(shape) == 3 else shape[1]
+    assert grid.shape[1] == channels
+    assert torch.equal(from_grid(grid, values), values)

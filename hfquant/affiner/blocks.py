@@ -91,18 +91,16 @@ def fit_blocks(
     best, kept = float("inf"), 0
     # One pass gives the error with the maps so far and the outputs of the next block behind them.
     for name in tqdm([*names, ""], desc="aligning blocks", disable=not progress):
-        undo = hook_blocks(quant, fitted)
-        try:
-            error = 0.0
-            sums: dict[int, Moments] = {}
+        error = 0.0
+        sums: dict[int, Moments] = {}
+        with ExitStack() as stack:
+            stack.callback(hook_blocks(quant, fitted))
             for call, other in pairs:
                 expected, reals = _outputs(real, name, call)
                 predicted, quants = _outputs(quant, name, other)
                 error += float((expected.double() - predicted.to(expected.device).double()).square().sum())
                 for i, added in _moments(name, reals, quants) if name else ():
                     sums[i] = sums[i] + added if i in sums else added
-        finally:
-            undo()
         if error < best:
             best, kept = error, len(fitted)
         for i, total in sums.items():

@@ -240,7 +240,7 @@ def _advance(run: Run, value: Tensor) -> Event:
 
 
 def _checked(real: Event | None, quant: Event | None, number: int) -> tuple[Event, Event]:
-    """Both events, if they are of the same point and sound."""
+    """Both events, checked: at the same point, of one shape and start, finite."""
     if real is None or quant is None or real.kind != quant.kind or real.timestep != quant.timestep:
         at = ["the end" if e is None else f"timestep {e.timestep:g}" for e in (real, quant)]
         raise ValueError(f"the pipelines do not run alike: the real one is at {at[0]}, the quantized one at {at[1]}")

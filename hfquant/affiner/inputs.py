@@ -189,13 +189,11 @@ class _Call(NamedTuple):
 
     def kind(self, row: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """What rows have in common that can share a call."""
-        return {
-            name: (
-                type(value),
-                value.shape if isinstance(value, Tensor) else None if self.joins(name, value) else value,
-            )
-            for name, value in row.items()
-        }
+
+        def fixed(name: str, value: Any) -> Any:
+            return value.shape if isinstance(value, Tensor) else None if self.joins(name, value) else value
+
+        return {name: (type(value), fixed(name, value)) for name, value in row.items()}
 
     def joined(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The arguments of one call for several rows."""

@@ -75,10 +75,7 @@ class Gptq(Rounding):
         columns = rule.columns
         starts = list(accumulate(columns, initial=0))
         refit = rule.rows is None and not self.act_order and len(columns) > 1
-        assert grid.scale is not None
-        grid = replace(
-            grid, scale=grid.scale.clone(), zero_point=None if grid.zero_point is None else grid.zero_point.clone()
-        )
+        grid = grid.clone()
         group_of = torch.repeat_interleave(torch.arange(len(columns)), torch.tensor(columns)).tolist()
         visited = order.tolist()
         # Transposed, a column is contiguous memory.
@@ -97,8 +94,8 @@ class Gptq(Rounding):
                         ahead = work[j:last].clone()
                         if last > end and j > start:
                             ahead[end - j :] -= upper[start:j, end:last].T @ errors[: j - start]
-                        part = replace(rule, columns=(columns[group],)).fit(ahead.T, importance[j:last])
-                        _set_column(grid, group, part)
+                        part = replace(rule, columns=(columns[group],))
+                        grid.with_column(group, part.fit(ahead.T, importance[j:last], grid.scale_row))
                     scale, zero_point = grid.column(group)
                 column = work[j]
                 q = rule.format.quantize(column, scale, zero_point)
@@ -112,12 +109,6 @@ class Gptq(Rounding):
         back = torch.empty_like(codes)
         back[order] = codes
         return back.T.contiguous(), grid
-
-
-def _set_column(grid: Grid, group: int, part: Grid) -> None:
-    for ours, theirs in ((grid.scale, part.scale), (grid.zero_point, part.zero_point)):
-        if ours is not None and theirs is not None:
-            ours[:, group] = theirs[:, 0]
 
 
 def _row_loss(w: Tensor, codes: Tensor, grid: Grid, h: Tensor) -> Tensor:

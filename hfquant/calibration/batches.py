@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from inspect import signature
 from itertools import islice, zip_longest
 from typing import Any
@@ -31,7 +30,7 @@ class CalibrationError(ValueError):
 class CalibrationData:
     """The batches of a loader, checked once and opened once a pass.
 
-    Looking at the first batch costs no pass of its own: the first pass goes on with the iterator that it came from.
+    Looking at the first batch costs no pass of its own: the first pass continues the iterator that it came from.
 
     Args:
         loader: a DataLoader or another iterable of batches that starts anew each time it is iterated. A batch is a
@@ -96,19 +95,6 @@ class CalibrationData:
         return len(self.loader)
 
 
-def batches(loader: Any, may_be_empty: bool = False) -> Any:
-    """Return ``loader``, checked; None where it is empty and may be.
-
-    Raises:
-        CalibrationError: not an iterable, an iterator, or empty.
-    """
-    if CalibrationData(loader).first is not None:
-        return loader
-    if may_be_empty:
-        return None
-    raise CalibrationError("calibration data: the loader is empty")
-
-
 def samples(batch: Any) -> list[Any]:
     """Return the samples of a batch.
 
@@ -155,9 +141,6 @@ def forward(model: nn.Module, sample: Any, options: Mapping[str, Any] | None = N
         )
     args, kwargs = placed(model, args, kwargs)
     model(*args, **kwargs)
-
-
-run = forward
 
 
 def placed(
@@ -248,13 +231,3 @@ def options_for(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, Any]
     if head is not None and "logits_to_keep" in accepted and not any(layer is head for layer in layers):
         options["logits_to_keep"] = 1
     return options
-
-
-def release_free_memory() -> None:
-    """Give pages that malloc keeps for later back to the system, where the C library can (glibc).
-
-    Statistics that are replaced with every batch, and all that solving a layer takes, leave holes between what stays;
-    they would come to more than is in use.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

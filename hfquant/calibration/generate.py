@@ -1,4 +1,4 @@
-"""Making a calibration set: run the sampler over the data, write what it records, go on where a killed run stopped."""
+"""Make a calibration set: run the sampler over the data, write what it records, continue where a killed run stopped."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hfquant.calibration import storage
+from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set, open_stored
-from hfquant.calibration.provenance import differences, provenance, update
+from hfquant.calibration.provenance import differences, provenance
 from hfquant.calibration.recorder import Recording, find_layer
 from hfquant.calibration.samplers import BaseSampler, seeded
 from hfquant.calibration.storage import CalibSetError, Cursor, Index
 from hfquant.calibration.streams import calibration_batches, is_source
+from hfquant.digests import update
 from hfquant.distributed import processes
 
 logger = logging.getLogger(__name__)
@@ -35,24 +37,24 @@ def generate_calibrate_set(
     compress: bool = True,
     **kwargs: Any,
 ) -> BaseCalibSet:
-    """Runs a pipeline or model over data and collects the inputs of one layer.
+    """Run a pipeline or model over data and collect the inputs of one layer.
 
-    With `dump_path`, a run that was killed goes on where it stopped when called again with the same arguments, and ends
-    with the same files byte for byte; a finished set is simply opened. Both need data that comes in the same order
+    With `dump_path`, a run that was killed continues where it stopped when called again with the same arguments, and
+    ends with the same files byte for byte; a finished set is simply opened. Both need data that comes in the same order
     again: shuffling by torch's global random state does (it is seeded from the sampler's seed), Python's and numpy's
     does not, and a source that changed is noticed.
 
     Args:
         model: A diffusers pipeline or a torch module; put back as it was afterwards.
-        sampler: Which timesteps to keep, and how to run the model.
-        sample_dataloader: Inputs of the pipeline or model: each batch a mapping of keyword arguments, a tuple of
+        sampler: which timesteps to keep, and how to run the model.
+        sample_dataloader: inputs of the pipeline or model: each batch a mapping of keyword arguments, a tuple of
             positional ones, a list of such, or the one positional argument (a list of prompts, a tensor). Or where
             these come from: a dict naming a dataset, a `datasets` object or a path (see :func:`calibration_batches`).
-        calib_layer: Layer whose inputs are collected, or its name ("transformer", "unet.mid_block", ...).
-        dump_path: Directory to write to; None keeps the set in memory.
-        chunk_size: Samples a stored chunk; while generating, one chunk at most is held in memory.
-        compress: Compress chunks with zstd.
-        **kwargs: Arguments of the pipeline's or model's call (guidance_scale, num_inference_steps, ...).
+        calib_layer: layer whose inputs are collected, or its name ("transformer", "unet.mid_block", ...).
+        dump_path: directory to write to; None keeps the set in memory.
+        chunk_size: samples a stored chunk; while generating, one chunk at most is held in memory.
+        compress: compress chunks with zstd.
+        **kwargs: arguments of the pipeline's or model's call (guidance_scale, num_inference_steps, ...).
 
     Under `accelerate launch` all processes call this with the same data and take turns at its batches; each gets the
     whole set. In memory it is what one process makes; with `dump_path`, which all must see, each process writes a
@@ -60,25 +62,26 @@ def generate_calibrate_set(
 
     Raises:
         TypeError: `model` is neither pipeline nor module, or the layer is called with something that cannot be stored.
-        ValueError: Unknown layer or bad argument; a `generator` (seed the sampler instead); the layer never ran.
+        ValueError: unknown layer or bad argument; a `generator` (seed the sampler instead).
+        CalibrationError: no data, or the layer never ran.
         CalibSetError: `dump_path` holds another set, or a damaged one.
-        RuntimeError: It failed in another process.
+        RuntimeError: it failed in another process.
     """
-    with processes() as crew:
-        shard = crew.rank, crew.size
-        with crew.together():
+    with processes() as group:
+        shard = group.rank, group.size
+        with group.together():
             made = generate_shard(
                 model, sampler, sample_dataloader, calib_layer, dump_path, chunk_size, compress, kwargs, shard
             )
-        if crew.size == 1:
+        if group.size == 1:
             return made
-        with crew.together():
+        with group.together():
             whole = None if dump_path is None else load_calibrate_set(dump_path)
         if whole is not None:
             return whole
         # Recordings, one a batch, put together in the order of the batches.
         everything, mine = Recording(), [chunk for chunk in made.chunks if isinstance(chunk, Recording)]
-        for turn in itertools.zip_longest(*crew.gather(mine), fillvalue=Recording()):
+        for turn in itertools.zip_longest(*group.gather(mine), fillvalue=Recording()):
             for recording in turn:
                 for position in range(len(recording)):
                     everything.take(recording, position)
@@ -102,14 +105,14 @@ def generate_shard(
     shards together are those of one process.
     """
     if not isinstance(sampler, BaseSampler):
-        raise TypeError(f"sampler must be a BaseSampler, got {type(sampler).__name__}.")
+        raise TypeError(f"sampler must be a BaseSampler, got {type(sampler).__name__}")
     if type(chunk_size) is not int or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}.")
+        raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}")
     if is_source(sample_dataloader):
         sample_dataloader = calibration_batches(sample_dataloader, model=model)
     if call_kwargs.get("generator") is not None:
         raise ValueError(
-            "generator: the noise is drawn from the sampler's seed, so that a run can be repeated; set that."
+            "generator: the noise is drawn from the sampler's seed, so that a run can be repeated; set that"
         )
     target = find_layer(model, calib_layer)
     origin = provenance(model, target, sampler, call_kwargs, shard)
@@ -126,8 +129,8 @@ def generate_shard(
 
     if others := storage.writers(Path(dump_path)) - {shard[1]}:
         raise CalibSetError(
-            f"{dump_path} was begun by {min(others)} process(es), these are {shard[1]}: go on with as many, or choose "
-            "another path."
+            f"{dump_path} was begun by {min(others)} process(es), these are {shard[1]}: continue with as "
+            "many, or choose another path"
         )
     directory = Path(dump_path) if shard[1] == 1 else Path(dump_path) / storage.shard_name(*shard)
     directory.mkdir(parents=True, exist_ok=True)
@@ -142,7 +145,7 @@ def generate_shard(
 
 
 def _resume(directory: Path, wanted: Index) -> Index:
-    """The index to go on with: that of the set in the directory where it is the one wanted, else a new one."""
+    """Return the index to continue: that of the set in the directory where it is the one wanted, else a new one."""
     stored = storage.read_index(directory)
     if stored is None or not (stored.complete or stored.length):  # a run that died before its first chunk
         storage.write_index(directory, wanted)
@@ -153,14 +156,14 @@ def _resume(directory: Path, wanted: Index) -> Index:
         if getattr(stored, name) != getattr(wanted, name)
     ]
     if reasons:
-        raise CalibSetError(f"{directory} holds another calibration set ({'; '.join(reasons)}): choose another path.")
+        raise CalibSetError(f"{directory} holds another calibration set ({'; '.join(reasons)}): choose another path")
     storage.chunk_files(directory, stored)
     if stored.complete:
-        logger.info("%s is complete with %d samples: nothing to generate.", directory, stored.length)
+        logger.info("%s is complete with %d samples: nothing to generate", directory, stored.length)
     elif stored.length:
-        logger.info("%s has %d samples: going on from batch %d.", directory, stored.length, stored.cursor.batch)
+        logger.info("%s has %d samples: continuing from batch %d", directory, stored.length, stored.cursor.batch)
     if stored.provenance.get("versions") != wanted.provenance["versions"]:
-        logger.warning("%s was begun with other versions: %s.", directory, stored.provenance.get("versions"))
+        logger.warning("%s was begun with other versions: %s", directory, stored.provenance.get("versions"))
     return stored
 
 
@@ -173,7 +176,7 @@ def _samples(
     shard: tuple[int, int],
     start: Cursor,
 ) -> Iterator[tuple[Recording, int, Cursor]]:
-    """Yields the samples after `start`: a recording, the sample's place in it, how far the set has come with it."""
+    """Yield the samples after `start`: a recording, the sample's place in it, how far the set has come with it."""
     rank, world_size = shard
     source = xxhash.xxh3_128()
     steps, ran, found = None, False, start.taken > 0
@@ -194,7 +197,7 @@ def _samples(
             skip = start.taken if number == start.batch else 0
             if skip and source.hexdigest() != start.source:
                 raise CalibSetError(
-                    "sample_dataloader gives other data than when this set was begun: choose another path."
+                    "sample_dataloader gives other data than when this set was begun: choose another path"
                 )
             recording, steps = sampler.sample(model, batch, layer, call_kwargs, index=number, steps=steps)
             ran, found = True, found or len(recording) > 0
@@ -203,11 +206,11 @@ def _samples(
     finally:
         progress.close()
     if start.taken and number <= start.batch:
-        raise CalibSetError(f"sample_dataloader ends after {number} batches, fewer than when this set was begun.")
+        raise CalibSetError(f"sample_dataloader ends after {number} batches, fewer than when this set was begun")
     if ran and not found:
-        raise ValueError("calib_layer was never called with a timestep that is kept: nothing was recorded.")
+        raise CalibrationError("calib_layer was never called with a timestep that is kept: nothing was recorded")
     if not number:
-        raise ValueError("sample_dataloader is empty: nothing was recorded.")
+        raise CalibrationError("sample_dataloader is empty: nothing was recorded")
 
 
 def _length(loader: Iterable[Any]) -> int | None:

@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import xxhash
 from torch import Tensor, nn
 
-from hfquant.calibration.recorder import Target, content
+from hfquant.calibration.recorder import Target
 from hfquant.calibration.samplers import BaseSampler
+from hfquant.digests import update, update_with_weights
 
 _PACKAGES = ("hfquant", "torch", "transformers", "diffusers", "safetensors", "zstandard")
 _PROBES = 16
@@ -78,45 +78,6 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     """Return what keeps a stored set from being the wanted one, in words. Versions do not count."""
     keys = sorted((stored.keys() | wanted.keys()) - {"versions"})
     return [f"{k} is {stored.get(k)!r} there, {wanted.get(k)!r} here" for k in keys if stored.get(k) != wanted.get(k)]
-
-
-def update(digest: xxhash.xxh3_128, value: Any) -> None:
-    """Feed a value to a digest: tensors, arrays and images by content, containers item by item."""
-    if isinstance(value, Tensor):
-        digest.update(f"{value.dtype}{list(value.shape)}".encode())
-        digest.update(content(value.detach().cpu().contiguous()))
-    elif isinstance(value, np.ndarray) and value.dtype != object:
-        digest.update(f"{value.dtype}{value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            digest.update(f"{key!r}:".encode())
-            update(digest, item)
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"{type(value).__name__}{len(value)}".encode())
-        for item in value:
-            update(digest, item)
-    elif value is None or isinstance(value, (bool, int, float, str, bytes)):
-        digest.update(f"{value!r};".encode())
-    elif hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image
-        digest.update(f"{value.mode}{value.size}".encode())
-        digest.update(value.tobytes())
-    else:
-        digest.update(type(value).__qualname__.encode())
-
-
-def update_with_weights(digest: xxhash.xxh3_128, module: nn.Module) -> None:
-    """Feed a module's names, dtypes and shapes to a digest, and some numbers of each tensor."""
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        if tensor.is_meta or not tensor.numel():
-            continue
-        try:
-            flat = tensor.detach().reshape(-1)
-            probes = flat[:: max(1, len(flat) // _PROBES)][:_PROBES]
-            digest.update(content(probes.cpu().contiguous()))
-        except (NotImplementedError, RuntimeError):  # quantized tensor subclasses cannot always be indexed
-            continue
 
 
 def _described(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from hfquant.diffusion import is_pipeline
+from hfquant.digests import content
+
 
 @dataclass
 class Recording:
@@ -107,11 +110,6 @@ def _store(value: Tensor, tensors: dict[str, Tensor], where: str) -> list[Any]:
         # The layer may go on to change its input in place; a view must not keep the whole alive.
         tensors[key] = tensor.clone()
     return [key, dtype, shape]
-
-
-def content(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor of any dtype, without a copy."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def decode(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -222,15 +220,8 @@ class Target(NamedTuple):
     component: nn.Module
 
 
-def is_pipeline(model: Any) -> bool:
-    """Whether `model` is a pipeline: something callable made of named components, and no module itself."""
-    return (
-        not isinstance(model, nn.Module) and callable(model) and isinstance(getattr(model, "components", None), Mapping)
-    )
-
-
 def find_layer(model: Any, calib_layer: nn.Module | str) -> Target:
-    """Finds a layer in a model, or in the components of a pipeline.
+    """Find a layer in a model, or in the components of a pipeline.
 
     Args:
         model: A module, or a pipeline with `components`.
@@ -246,7 +237,7 @@ def find_layer(model: Any, calib_layer: nn.Module | str) -> Target:
     elif is_pipeline(model):
         parts = {name: part for name, part in model.components.items() if isinstance(part, nn.Module)}
     else:
-        raise TypeError(f"model must be a torch module or a diffusers pipeline, got {type(model).__name__}.")
+        raise TypeError(f"model must be a torch module or a diffusers pipeline, got {type(model).__name__}")
     names: list[str] = []
     for prefix, part in parts.items():
         for suffix, module in part.named_modules():
@@ -255,7 +246,7 @@ def find_layer(model: Any, calib_layer: nn.Module | str) -> Target:
                 return Target(module, name, part)
             names.append(name)
     if not isinstance(calib_layer, str):
-        raise ValueError(f"calib_layer, a {type(calib_layer).__name__}, is no part of this {type(model).__name__}.")
+        raise ValueError(f"calib_layer, a {type(calib_layer).__name__}, is no part of this {type(model).__name__}")
     close = difflib.get_close_matches(calib_layer, names, n=3) or names[:3]
     raise ValueError(f"{type(model).__name__} has no layer {calib_layer!r}; did you mean one of {close}?")
 
@@ -288,6 +279,6 @@ def _as_sample(
     if len(args) > len(named):
         raise TypeError(
             f"{name or 'model'} is called with {len(args)} positional and some keyword arguments, but its forward "
-            f"names only {named}: record a layer inside it, or the one that calls it."
+            f"names only {named}: record a layer inside it, or the one that calls it"
         )
     return dict(zip(named, args, strict=False)) | kwargs

@@ -7,7 +7,6 @@ each run, and which ones matters: evenly spread (Q-Diffusion, arXiv 2302.04304),
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,32 +17,31 @@ import torch
 from torch import Tensor, nn
 
 from hfquant.calibration.batches import applicable, options_for, placed, samples
-from hfquant.calibration.recorder import Recording, Target, find_layer, is_pipeline, record
-
-_TIME_ARGUMENTS = ("timestep", "timesteps", "t", "timestep_ratio", "r")
+from hfquant.calibration.recorder import Recording, Target, find_layer, record
+from hfquant.diffusion import is_pipeline, time_reader
 
 
 class BaseSampler:
-    """Keeps the last `timesteps` steps of each run, those nearest the clean image.
+    """Keep the last `timesteps` steps of each run, those nearest the clean image.
 
     Subclasses override :meth:`select`. In a model that is run by itself, and in a part of a pipeline that takes no
     timestep (a text encoder, the VAE), every call is kept.
 
     Args:
-        timesteps: Steps kept of each run; a shorter run is kept whole, and so is every run when None.
-        seed: Fixes both the noise of the runs and the choice of steps; batch i always runs under the same noise.
+        timesteps: steps kept of each run; a shorter run is kept whole, and so is every run when None.
+        seed: fixes both the noise of the runs and the choice of steps; batch i always runs under the same noise.
     """
 
     def __init__(self, timesteps: int | None = 10, *, seed: int = 0) -> None:
         if timesteps is not None and (type(timesteps) is not int or timesteps < 1):
-            raise ValueError(f"timesteps must be a positive integer or None, got {timesteps!r}.")
+            raise ValueError(f"timesteps must be a positive integer or None, got {timesteps!r}")
         if type(seed) is not int or seed < 0:
-            raise ValueError(f"seed must be an integer from 0 on, got {seed!r}.")
+            raise ValueError(f"seed must be an integer from 0 on, got {seed!r}")
         self.timesteps = timesteps
         self.seed = seed
 
     def select(self, steps: int, count: int, generator: torch.Generator) -> list[int]:
-        """Chooses the steps to keep.
+        """Choose the steps to keep.
 
         Args:
             steps: Steps of the run; step 0 starts from noise. A step is a stretch of calls with one timestep.
@@ -65,7 +63,7 @@ class BaseSampler:
         index: int = 0,
         steps: int | None = None,
     ) -> tuple[Recording, int | None]:
-        """Runs the model on one batch and records the calls of `calib_layer` in the steps chosen.
+        """Run the model on one batch and record the calls of `calib_layer` in the steps chosen.
 
         Args:
             model: A diffusers pipeline or any torch module. It is run in eval mode without gradients; its modules'
@@ -91,7 +89,7 @@ class BaseSampler:
         return recording, steps
 
     def run(self, model: Any, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Calls the model once."""
+        """Call the model once."""
         if isinstance(model, nn.Module):
             args, kwargs = placed(model, args, kwargs)
         model(*args, **kwargs)
@@ -105,7 +103,7 @@ class BaseSampler:
         entropy: tuple[int, ...],
         steps: int | None,
     ) -> tuple[Recording, int | None]:
-        read_time = _time_reader(target.component) if is_pipeline(model) else None
+        read_time = time_reader(target.component) if is_pipeline(model) else None
         for _ in range(3):
             recording, clock = Recording(), _Clock(read_time, partial(self._plan, model, entropy, steps))
             with (
@@ -118,10 +116,10 @@ class BaseSampler:
             if clock.step + 1 == clock.steps:
                 return recording, clock.steps or None
             steps = clock.step + 1
-        raise RuntimeError(f"the number of denoising steps changes from run to run of one batch (now {steps}).")
+        raise RuntimeError(f"the number of denoising steps changes from run to run of one batch (now {steps})")
 
     def _plan(self, model: Any, entropy: tuple[int, ...], steps: int | None) -> tuple[int, Sequence[int]]:
-        """How many steps the run that begins will have, and which of them to keep."""
+        """Return how many steps the run that begins will have, and which of them to keep."""
         steps = steps or _scheduled_steps(model)
         count = steps if self.timesteps is None else min(self.timesteps, steps)
         if count == steps:
@@ -130,7 +128,7 @@ class BaseSampler:
 
 
 class UniformSampler(BaseSampler):
-    """Keeps steps at a fixed interval over the whole run, from a random first one (Q-Diffusion, section 3.3)."""
+    """Keep steps at a fixed interval over the whole run, from a random first one (Q-Diffusion, section 3.3)."""
 
     def select(self, steps: int, count: int, generator: torch.Generator) -> list[int]:
         """See :meth:`BaseSampler.select`."""
@@ -139,22 +137,22 @@ class UniformSampler(BaseSampler):
 
 
 class NormalSampler(BaseSampler):
-    """Keeps steps drawn from a normal distribution over the diffusion time, PTQ4DM's DNTC (section 4.3).
+    """Keep steps drawn from a normal distribution over the diffusion time, PTQ4DM's DNTC (section 4.3).
 
     Args:
-        mean: Mean of the diffusion time as a fraction of the run, 0 = clean image, 1 = noise. PTQ4DM asks for at most
+        mean: mean of the diffusion time as a fraction of the run, 0 = clean image, 1 = noise. PTQ4DM asks for at most
             0.5, since inputs near the clean image matter more.
-        timesteps: Steps kept of each run, without repetition.
-        std: Standard deviation, in the same unit.
-        seed: See :class:`BaseSampler`.
+        timesteps: steps kept of each run, without repetition.
+        std: standard deviation, in the same unit.
+        seed: see :class:`BaseSampler`.
     """
 
     def __init__(self, mean: float = 0.4, timesteps: int | None = 10, *, std: float = 0.4, seed: int = 0) -> None:
         super().__init__(timesteps, seed=seed)
         if not 0 <= mean <= 1:
-            raise ValueError(f"mean is a fraction of the diffusion time, from 0 to 1; got {mean!r}.")
+            raise ValueError(f"mean is a fraction of the diffusion time, from 0 to 1; got {mean!r}")
         if not std > 0:
-            raise ValueError(f"std must be positive, got {std!r}.")
+            raise ValueError(f"std must be positive, got {std!r}")
         self.mean = float(mean)
         self.std = float(std)
 
@@ -168,33 +166,33 @@ class NormalSampler(BaseSampler):
 
 
 class LanguageModelSampler(BaseSampler):
-    """Runs a transformers model over token batches and keeps every call.
+    """Run a transformers model over token batches and keep every call.
 
     A batch is a mapping (input_ids, attention_mask, ...) or a tensor of token ids `[batch, length]`, int64. No
     key-value cache is filled, and logits that nobody records are not computed.
 
     Args:
-        seed: Seed of whatever is random in the model.
+        seed: seed of whatever is random in the model.
     """
 
     def __init__(self, *, seed: int = 0) -> None:
         super().__init__(None, seed=seed)
 
     def run(self, model: Any, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Calls the model once."""
+        """Call the model once."""
         if not isinstance(model, nn.Module):
-            raise TypeError(f"LanguageModelSampler runs a transformers model, got {type(model).__name__}.")
+            raise TypeError(f"LanguageModelSampler runs a transformers model, got {type(model).__name__}")
         options = options_for(model, target.layer.modules())
         kwargs = {**applicable(options, kwargs), **kwargs}
         super().run(model, target, args, kwargs)
 
 
 class _Clock:
-    """Counts the denoising steps of one run by the timestep that the denoiser is given.
+    """Count the denoising steps of one run by the timestep that the denoiser is given.
 
     Args:
-        read_time: Picks the timestep from a call's arguments; None for a component that takes none.
-        plan: Called at the first step: the steps that the run should have, and those to keep.
+        read_time: picks the timestep from a call's arguments; None for a component that takes none.
+        plan: called at the first step: the steps that the run should have, and those to keep.
     """
 
     def __init__(
@@ -209,7 +207,7 @@ class _Clock:
         self.kept: Sequence[int] = ()
 
     def keeps(self) -> bool:
-        """Whether calls are recorded now."""
+        """Return whether calls are recorded now."""
         return self.read_time is None or self.step in self.kept
 
     @contextmanager
@@ -236,22 +234,8 @@ class _Clock:
             self.step, self.time = self.step + 1, now
 
 
-def _time_reader(component: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Any] | None:
-    """A function that picks the timestep from a call's arguments; None where the component takes none."""
-    parameters = list(inspect.signature(component.forward).parameters)
-    name = next((name for name in _TIME_ARGUMENTS if name in parameters), None)
-    if name is None:
-        return None
-    position = parameters.index(name)
-
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return kwargs[name] if name in kwargs else args[position] if position < len(args) else None
-
-    return read
-
-
 def _scheduled_steps(pipeline: Any) -> int:
-    """Distinct timesteps that the scheduler is set to. Only a guess: image-to-image skips some of them."""
+    """Return how many distinct timesteps the scheduler is set to: a guess, since image-to-image skips some of them."""
     timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
     return 1 if timesteps is None else len(torch.unique_consecutive(torch.as_tensor(timesteps)))
 

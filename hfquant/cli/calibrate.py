@@ -39,7 +39,7 @@ def calibrate(
     source: Annotated[
         str, typer.Option(help="Data: a hub dataset, or a local parquet, json, csv or text file, or a folder.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the calibration set. One that was cut off is gone on with.")],
+    out: Annotated[Path, typer.Option(help="Folder of the calibration set; an unfinished one is continued.")],
     sampler: Annotated[
         SamplerName | None, typer.Option(help="Default: uniform for a pipeline, language for a model.")
     ] = None,
@@ -50,7 +50,7 @@ def calibrate(
         str | None, typer.Option(help="Layer to record; default: a pipeline's denoiser, the whole model.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    split: Annotated[str | None, typer.Option(help="Split of the dataset; default: train, or the only one.")] = None,
     column: Annotated[
         list[str] | None,
         typer.Option(help="Column to read; ARGUMENT=COLUMN, repeated, for several; default: a usual name."),
@@ -72,7 +72,7 @@ def calibrate(
 ) -> None:
     """Record what a layer sees while the model runs over a dataset, as a calibration set on disk.
 
-    Repeat the same command to go on where it was cut off.
+    Repeat the same command to continue a run that was interrupted.
     """
     if sampler is not None:
         _check_sampler(sampler, timesteps=timesteps, mean=mean, std=std)
@@ -88,8 +88,7 @@ def calibrate(
     }
     with _errors_in_one_line(debug), log_shown():
         from hfquant.calibration import calibration_batches, generate_calibrate_set
-        from hfquant.calibration.recorder import is_pipeline
-        from hfquant.diffusion import denoiser
+        from hfquant.diffusion import denoiser_name, is_pipeline
         from hfquant.distributed import is_main
         from hfquant.integrations.data import transformers_batches
         from hfquant.integrations.hub import load
@@ -99,7 +98,7 @@ def calibrate(
         kind = sampler or (SamplerName.UNIFORM if pipeline else SamplerName.LANGUAGE)
         if sampler is None:
             _check_sampler(kind, timesteps=timesteps, mean=mean, std=std)
-        target = layer if layer is not None else denoiser(loaded) if pipeline else ""
+        target = layer if layer is not None else denoiser_name(loaded) if pipeline else ""
         batches = calibration_batches(spec) if pipeline else transformers_batches(loaded, spec)
         made = generate_calibrate_set(
             loaded,
@@ -122,7 +121,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 def _check_sampler(kind: SamplerName, **options: Any) -> None:
     for option in _given(options):
         if option not in _SAMPLER_OPTIONS[kind]:
-            raise typer.BadParameter(f"the {kind.value} sampler has no such option.", param_hint=f"--{option}")
+            raise typer.BadParameter(f"the {kind.value} sampler has no such option", param_hint=f"--{option}")
 
 
 def _sampler(kind: SamplerName, seed: int, **options: Any) -> BaseSampler:
@@ -141,7 +140,7 @@ def _pairs(option: str, values: Sequence[str]) -> dict[str, str]:
     pairs = [value.partition("=") for value in values]
     for value, (key, equals, _) in zip(values, pairs, strict=True):
         if not (key and equals):
-            raise typer.BadParameter(f"{value!r} is not KEY=VALUE.", param_hint=option)
+            raise typer.BadParameter(f"{value!r} is not KEY=VALUE", param_hint=option)
     return {key: value for key, _, value in pairs}
 
 
@@ -160,7 +159,7 @@ def _parsed(value: str) -> Any:
 
 @contextmanager
 def _errors_in_one_line(debug: bool) -> Iterator[None]:
-    """Turns what bad input raises into one line on stderr and exit code 1; anything else is a bug, and shows as one."""
+    """Turn what bad input raises into one line on stderr and exit code 1; anything else is a bug, and shows as one."""
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:

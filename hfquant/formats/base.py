@@ -66,8 +66,12 @@ class NumberFormat(ABC):
         scale = torch.where(amax == 0, torch.ones_like(scale), scale)
         return torch.where(amax == torch.inf, amax, scale)
 
-    def scale_from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the asymmetric scale (float32) and zero point (``code_dtype``) of ranges; integer formats only."""
+    def scale_from_range(self, low: Tensor, high: Tensor) -> Tensor:
+        """Return the asymmetric scale (float32) of ranges; integer formats only."""
+        raise TypeError(f"{self.name} has no zero point")
+
+    def zero_point(self, low: Tensor, scale: Tensor) -> Tensor:
+        """Return the zero point (``code_dtype``) with which codes reach ``low``; integer formats only."""
         raise TypeError(f"{self.name} has no zero point")
 
     @abstractmethod

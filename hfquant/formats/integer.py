@@ -31,20 +31,22 @@ class IntegerFormat(NumberFormat):
         """Bits left for the shift: both sides' codes are one 16-bit integer, (Q+ << e) + Q-."""
         return 16 - self.bits
 
-    def scale_from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scale ``(max - min) / (2^b - 1)`` and zero point; the range is widened to contain 0.
-
-        An all-zero range has scale 1 and (unshifted) zero point 0.
-        """
-        levels, offset = 2.0**self.bits - 1, 2.0 ** (self.bits - 1)
-        # Rounding the zero point moves the range by up to half a step, which must not take it beyond float32.
-        limit = torch.finfo(torch.float32).max * (1 - 1 / offset)
-        low, high = low.float().clamp(-limit, 0), high.float().clamp(0, limit)
+    def scale_from_range(self, low: Tensor, high: Tensor) -> Tensor:
+        """Return ``(max - min) / (2^b - 1)``, 1 for an all-zero range; the range is widened to contain 0."""
+        low, high = self._widened(low, high)
         # Halved before subtracting: max - min of float32 extremes overflows.
-        scale = ((high / 2 - low / 2) / (levels / 2)).clamp(min=MIN_SCALE)
-        scale = torch.where((low == 0) & (high == 0), torch.ones_like(scale), scale)
-        zero_point = torch.round(-low / scale).clamp(0, levels) - offset
-        return scale, zero_point.to(self.code_dtype)
+        scale = ((high / 2 - low / 2) / ((2.0**self.bits - 1) / 2)).clamp(min=MIN_SCALE)
+        return torch.where((low == 0) & (high == 0), torch.ones_like(scale), scale)
+
+    def zero_point(self, low: Tensor, scale: Tensor) -> Tensor:
+        """Return ``round(-min / scale)`` clamped to codes, less 2^(b-1)."""
+        low, _ = self._widened(low, low)
+        return (torch.round(-low / scale).clamp(0, 2.0**self.bits - 1) - 2.0 ** (self.bits - 1)).to(self.code_dtype)
+
+    def _widened(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        # Rounding the zero point moves the range by up to half a step, which must not take it beyond float32.
+        limit = torch.finfo(torch.float32).max * (1 - 2.0 ** (1 - self.bits))
+        return low.float().clamp(-limit, 0), high.float().clamp(0, limit)
 
     def quantize(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:
         """Return ``clamp(round(x / scale) + zero_point)``."""

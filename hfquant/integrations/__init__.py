@@ -32,6 +32,22 @@ def model_facts(model: nn.Module) -> ModelFacts:
     return facts_of(model) if library(model) else ModelFacts()
 
 
+def batches_for(model: nn.Module, data: Any) -> Any:
+    """Return calibration data as batches of ``model``'s inputs: a dataset, file or texts are turned into them."""
+    from hfquant.calibration.streams import calibration_batches
+    from hfquant.integrations.data import diffusers_batches, is_raw, transformers_batches
+
+    if data is None or not is_raw(data):
+        return data
+    match library(model):
+        case "transformers":
+            return transformers_batches(model, data)
+        case "diffusers":
+            return diffusers_batches(data)
+        case _:
+            return calibration_batches(data)
+
+
 def quantize_model(
     model: nn.Module, loader: Any, config: HfQuantConfig, settings: ptq.Settings | None = None
 ) -> Callable[[], None]:
@@ -100,21 +116,27 @@ def attach(model: nn.Module, config: HfQuantConfig) -> None:
             attach_diffusers(model, config)
 
 
-def register() -> None:
-    """Make "hfquant" known to those of transformers and diffusers that are installed; safe to call again."""
-    if find_spec("transformers") is not None:
-        from transformers.quantizers import auto as transformers_auto
+def register_transformers() -> None:
+    """Make "hfquant" known to transformers, where it is installed; safe to call again."""
+    if find_spec("transformers") is None:
+        return
+    from transformers.quantizers import auto
 
-        from hfquant.integrations.transformers import HfQuantTransformersQuantizer
+    from hfquant.integrations.transformers import HfQuantTransformersQuantizer
 
-        if METHOD not in transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-            transformers_auto.register_quantization_config(METHOD)(HfQuantConfig)
-            transformers_auto.register_quantizer(METHOD)(HfQuantTransformersQuantizer)
-    if find_spec("diffusers") is not None:
-        from diffusers.quantizers import auto as diffusers_auto
+    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(METHOD)(HfQuantConfig)
+        auto.register_quantizer(METHOD)(HfQuantTransformersQuantizer)
 
-        from hfquant.integrations.diffusers import HfQuantDiffusersQuantizer
 
-        # diffusers has no public registration.
-        diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, HfQuantConfig)
-        diffusers_auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, HfQuantDiffusersQuantizer)
+def register_diffusers() -> None:
+    """Make "hfquant" known to diffusers, where it is installed; safe to call again."""
+    if find_spec("diffusers") is None:
+        return
+    from diffusers.quantizers import auto
+
+    from hfquant.integrations.diffusers import HfQuantDiffusersQuantizer
+
+    # diffusers has no public registration.
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, HfQuantConfig)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, HfQuantDiffusersQuantizer)

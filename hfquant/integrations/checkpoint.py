@@ -172,12 +172,14 @@ def check_values(name: str, layer: QuantLinear) -> None:
     for key, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
         if tensor.is_meta:
             continue
-        if key == "smooth" or "scale" in key:
+        if key == "smooth" or ("scale" in key and tensor.is_floating_point()):
             if not (tensor.isfinite() & (tensor > 0)).all():
                 raise CheckpointError(f"{name}.{key}: scales must be finite and positive")
         elif key == "weight_zero_point":
+            # Packed ones cannot leave their range.
             half = 2 ** (layer.format.bits - 1)
-            if tensor.numel() and not -half <= int(tensor.min()) <= int(tensor.max()) < half:
+            points = layer.format.unpack(tensor, len(layer.plan.columns))
+            if points.numel() and not -half <= int(points.min()) <= int(points.max()) < half:
                 raise CheckpointError(f"{name}.{key}: zero points must lie in [{-half}, {half})")
         elif tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(f"{name}.{key}: has NaN or Inf")

@@ -22,7 +22,7 @@ def transformers_batches(model: Any, calibration: Any) -> Any:
     """
     tokenizer = processor = None
     given = isinstance(calibration, Mapping) and (calibration.get("tokenizer") or calibration.get("processor"))
-    if _is_raw(calibration) and not given:
+    if is_raw(calibration) and not given:
         tokenizer, processor = _saved_with(model)
         if tokenizer is None and processor is None:
             raise CalibrationError(
@@ -38,7 +38,7 @@ def diffusers_batches(calibration: Any) -> Any:
     Raises:
         CalibrationError: the data are prompts or a dataset, which only the whole pipeline can turn into inputs.
     """
-    if _is_raw(calibration):
+    if is_raw(calibration):
         raise CalibrationError(
             "a pipeline's component cannot turn a dataset or prompts into its own inputs: use "
             "hfquant.quantize_pipeline(pipe, data, config), or record them with hfquant.generate_calibrate_set"
@@ -46,7 +46,7 @@ def diffusers_batches(calibration: Any) -> Any:
     return calibration_batches(calibration)
 
 
-def _is_raw(calibration: Any) -> bool:
+def is_raw(calibration: Any) -> bool:
     """Return whether the data has to be tokenized or otherwise processed: a dataset or a list of strings."""
     if isinstance(calibration, (str, os.PathLike)):
         return not holds_set(calibration)

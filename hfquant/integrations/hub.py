@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hfquant.integrations import register
+import hfquant  # noqa: F401 (registers)
 
 PIPELINE_FILE, MODEL_FILE = "model_index.json", "config.json"
 
@@ -28,7 +28,6 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Any:
         ValueError: an unknown dtype, or a pipeline class that diffusers lacks.
         OSError: the hub has no such repository, or cannot be reached.
     """
-    register()
     options: dict[str, Any] = {} if dtype is None else {"torch_dtype": _floating(dtype)}
     if _is_pipeline(name):
         import diffusers

@@ -185,12 +185,9 @@ class QuantLinear(nn.Linear):
 
     def grid(self, rows: slice = slice(None)) -> Grid:
         """Return the grid of the codes."""
-        scale, zero_point = (self._buffers.get(name) for name in ("weight_scale", "weight_zero_point"))
-        return Grid(
-            self.format,
-            self.plan.columns,
-            None if scale is None else scale[rows],
-            None if zero_point is None else zero_point[rows],
+        stored = {name: tensor for name, tensor in self._buffers.items() if name.startswith("weight_")}
+        return Grid.from_tensors(
+            self.format, self.plan.columns, {k: None if v is None else v[rows] for k, v in stored.items()}
         )
 
     def dequantize(self, rows: slice = slice(None)) -> Tensor:

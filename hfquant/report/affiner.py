@@ -9,7 +9,7 @@ from hfquant.affiner import BlockwiseAffiner
 
 
 def plot_affiner(affiner: BlockwiseAffiner, path: str | os.PathLike[str]) -> Any:
-    """Writes a PNG of the mean squared error of predictions on the fitted samples, by timestep.
+    """Write a PNG of the mean squared error of predictions on the fitted samples, by timestep.
 
     Args:
         affiner: A fitted affiner.

@@ -16,6 +16,8 @@ from diffusers import (
 )
 
 from hfquant import quantize
+from hfquant.affiner import load_affiner
+from hfquant.affiner.runs import DenoisingLoop
 
 W4A8 = {
     "default": {
@@ -145,3 +147,19 @@ class Recorder:
     def correct(self, timestep, prediction):
         self.corrected.append(timestep)
         return prediction + 0.05
+
+
+class Loop(DenoisingLoop):
+    """A pipeline, not a denoiser, for whoever attaches: the scheduler's step is what is corrected."""
+
+    def sample(self, steps=4, size=6, count=3):
+        noise = torch.randn(count, 2, size, size, generator=torch.Generator().manual_seed(8))
+        generator = torch.Generator().manual_seed(9)
+        return self(steps, latents=noise, generator=generator, class_labels=torch.arange(count))[0]
+
+
+def fitted(scheduler, solver=None, steps=4, **config):
+    real, quant = Loop(Toy(), scheduler), Loop(Toy(gain=[0.8, 1.3]), copy.deepcopy(scheduler))
+    config = {"stepper": {"max_timestep": steps}, **({"solver": solver} if solver else {}), **config}
+    noise = torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(7))
+    return load_affiner(config, list(range(5)), real, quant, latents=noise), real, quant

@@ -22,10 +22,8 @@ from diffusers import (
 
 from hfquant.affiner import Affiner, BlockwiseAffiner, attach, load_affiner
 from hfquant.affiner.hooks import Step, intercept, release, step_coefficients
-from hfquant.affiner.runs import DenoisingLoop
 from hfquant.demo import load_digits_pipeline
-from hfquant.diffusion import from_grid, to_grid
-from tests.affiner.pipelines import Toy
+from tests.affiner.pipelines import Loop, Toy, fitted
 
 SCHEDULERS = [
     DDIMScheduler(clip_sample=False),
@@ -40,22 +38,6 @@ SCHEDULERS = [
     PNDMScheduler(skip_prk_steps=True),
     UniPCMultistepScheduler(),
 ]
-
-
-class Loop(DenoisingLoop):
-    """A pipeline, not a denoiser, for whoever attaches: the scheduler's step is what is corrected."""
-
-    def sample(self, steps=4, size=6, count=3):
-        noise = torch.randn(count, 2, size, size, generator=torch.Generator().manual_seed(8))
-        generator = torch.Generator().manual_seed(9)
-        return self(steps, latents=noise, generator=generator, class_labels=torch.arange(count))[0]
-
-
-def fitted(scheduler, solver=None, steps=4, **config):
-    real, quant = Loop(Toy(), scheduler), Loop(Toy(gain=[0.8, 1.3]), copy.deepcopy(scheduler))
-    config = {"stepper": {"max_timestep": steps}, **({"solver": solver} if solver else {}), **config}
-    noise = torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(7))
-    return load_affiner(config, list(range(5)), real, quant, latents=noise), real, quant
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: type(s).__name__)
@@ -171,67 +153,6 @@ def test_a_wrapped_denoiser_hides_its_timestep():
         torch.testing.assert_close(quant.sample(), real.sample(), rtol=2e-3, atol=2e-3)
     with pytest.raises(TypeError, match="Wrapper takes none of the arguments timestep"):
         affiner.attach(quant.transformer)
-
-
-def test_unseen_timesteps_are_between_their_neighbours():
-    affiner, _, quant = fitted(DDIMScheduler(clip_sample=False))
-    high, low = affiner.timesteps[:2]
-    (k0, b0), (k1, b1) = affiner.prediction.at(low), affiner.prediction.at(high)
-    scale, shift = affiner.prediction.at(0.25 * low + 0.75 * high)
-    torch.testing.assert_close(scale, 0.25 * k0 + 0.75 * k1)
-    torch.testing.assert_close(shift, 0.25 * b0 + 0.75 * b1)
-    with affiner.attach(quant), pytest.raises(ValueError, match="outside what the affiner was fitted on"):
-        quant.sample(steps=8)
-
-
-@pytest.mark.parametrize("mode", ["block", "interpolate"])
-def test_other_sizes_stretch_the_maps(mode):
-    affiner, _, quant = fitted(EulerDiscreteScheduler(), {"blocksize": 3, "sample_mode": mode})
-    timestep = affiner.timesteps[0]
-    ones = torch.ones(1, 2, 6, 6)
-    fitted_map = affiner.correct(timestep, ones)
-    doubled = affiner.correct(timestep, torch.ones(4, 2, 12, 12))
-    assert doubled.shape == (4, 2, 12, 12)
-    if mode == "block":
-        assert torch.equal(doubled[3:], fitted_map.repeat_interleave(2, 2).repeat_interleave(2, 3))
-    torch.testing.assert_close(doubled[:1].mean((2, 3)), fitted_map.mean((2, 3)), rtol=1e-3, atol=1e-3)
-    with affiner.attach(quant):
-        assert quant.sample(size=10).shape == (3, 2, 10, 10)
-    with pytest.raises(ValueError, match="fitted on 2 channels, got 3"):
-        affiner.correct(timestep, torch.ones(1, 3, 6, 6))
-
-
-@pytest.mark.parametrize(("fitted_on", "used_on"), [(16, 15), (15, 16), (15, 30)])
-def test_packed_tokens_stretch_from_square_to_square(fitted_on, used_on):
-    """The height and width of other numbers of tokens are not known, and a map of one block needs none."""
-    for blocksize in (2, None):
-        affiner = BlockwiseAffiner({"solver": {"blocksize": blocksize}})
-        real = torch.randn(3, fitted_on, 2)
-        affiner.observe(1.0, real, real * torch.rand(1, fitted_on, 1))
-        affiner.solve(1.0)
-        if blocksize is None:
-            assert affiner.correct(1.0, torch.ones(2, used_on, 2)).shape == (2, used_on, 2)
-        else:
-            with pytest.raises(ValueError, match=f"fitted on {fitted_on} packed tokens .* to {used_on}"):
-                affiner.correct(1.0, torch.ones(2, used_on, 2))
-        assert affiner.correct(1.0, torch.ones(2, fitted_on, 2)).shape == (2, fitted_on, 2)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 7, 4, 5), (2, 16, 3), (2, 15, 3)])
-def test_layouts_go_there_and_back(shape):
-    values = torch.randn(shape)
-    grid = to_grid(values)
-    channels = shape[2] if len(shape) == 3 else shape[1]
-    assert grid.shape[1] == channels
-    assert torch.equal(from_grid(grid, values), values)
-
-
-def test_half_precision_identity_is_exact():
-    affiner, _, _ = fitted(EulerDiscreteScheduler(), stepper={"max_timestep": 4, "enable_timesteps": [0]})
-    values = torch.randn(2, 2, 6, 6).half()
-    corrected = affiner.correct(affiner.timesteps[2], values)
-    assert corrected.dtype == torch.float16
-    assert torch.equal(corrected, values)
 
 
 def test_a_third_party_attaches_the_same_way():

@@ -177,23 +177,6 @@ def test_limited_nodes_never_do_worse_than_no_correction():
     assert 0 < gone < 20
 
 
-def test_ptqd_is_the_regression_slope_and_the_channel_means():
-    real, quant = predictions()
-    scale, shift = PTQD(parse({})).fit(moments(real, quant, None))
-    slope = np.polyfit(real.numpy().ravel(), (quant - real).numpy().ravel(), 1)[0]
-    assert scale.flatten().tolist() == pytest.approx([1 / (1 + slope)] * 2, abs=1e-12)
-    rest = scale * quant + shift - real
-    torch.testing.assert_close(rest.mean((0, 2, 3)), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
-
-
-def test_tac_is_a_line_through_the_origin():
-    real, quant = predictions()
-    scale, _ = TAC(parse({})).fit(moments(real, quant, None))
-    for c in range(2):
-        expected = np.linalg.lstsq(quant[:, c].numpy().reshape(-1, 1), real[:, c].numpy().ravel(), rcond=None)[0]
-        assert scale[c].item() == pytest.approx(expected[0], abs=1e-12)
-
-
 def test_limiting_spares_the_blocks_on_the_other_side():
     scale = torch.tensor([[[1.1, 0.5, 1.2, 1.9]]], dtype=torch.float64)
     shift = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]], dtype=torch.float64)

@@ -149,7 +149,7 @@ def test_several_columns_name_arguments(digits, labels, tmp_path) -> None:
     assert torch.equal(plain[0]["hidden_states"], by_name[0]["hidden_states"])
 
 
-def test_a_set_that_was_cut_off_is_gone_on_with(digits, labels, tmp_path, monkeypatch) -> None:
+def test_an_interrupted_set_is_continued(digits, labels, tmp_path, monkeypatch) -> None:
     def run(name: str) -> Result:
         return of_digits(digits, labels, tmp_path / name, "--chunk-size", 4, "--timesteps", 4)
 
@@ -171,7 +171,7 @@ def test_a_set_that_was_cut_off_is_gone_on_with(digits, labels, tmp_path, monkey
     monkeypatch.setattr(BaseSampler, "sample", sample)
     again = run("cut")
     assert again.exit_code == 0, again.output
-    assert f"has {held.length} samples: going on from batch" in again.stderr
+    assert f"has {held.length} samples: continuing from batch" in again.stderr
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert "complete with 12 samples: nothing to generate" in run("cut").stderr
     assert not logging.getLogger("hfquant").handlers

@@ -355,6 +355,15 @@ def test_example_inputs_take_the_models_dtype():
     assert example_inputs(llama())["input_ids"].dtype == torch.long
 
 
+def test_weights_read_outside_their_forward():
+    """HunyuanDiT's pooler hands its linears' weights to a fused attention: replacing them would break the model."""
+    from tests.integrations.tiny_diffusers import build
+
+    model = build("HunyuanDiT2DModel")
+    found = {name for name, t in trace(model, example_inputs(model)).items() if t.functional}
+    assert found == {f"time_extra_emb.pooler.{part}_proj" for part in "cqkv"}
+
+
 @pytest.mark.slow
 def test_flux_as_published():
     from diffusers import FluxTransformer2DModel
@@ -414,6 +423,12 @@ INPUTS = {
     ),
     "conditional UNet with projected text": lambda: small_conditional_unet(
         encoder_hid_dim=6, encoder_hid_dim_type="text_proj"
+    ),
+    "conditional UNet with a text's and a picture's time": lambda: small_conditional_unet(
+        addition_embed_type="text_image", encoder_hid_dim=6, encoder_hid_dim_type="text_image_proj"
+    ),
+    "conditional UNet with a picture's time": lambda: small_conditional_unet(
+        addition_embed_type="image", encoder_hid_dim=6, encoder_hid_dim_type="image_proj"
     ),
 }
 

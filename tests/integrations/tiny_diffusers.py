@@ -16,12 +16,30 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-DEPTHS = {
-    *("num_layers", "num_single_layers", "num_hidden_layers", "num_visual_blocks", "num_text_blocks", "dit_depth"),
-    *("depth", "n_layers", "n_refiner_layers", "num_refiner_layers", "num_mmdit_layers", "num_single_dit_layers"),
-    *("mmdit_layers", "layers_per_block", "num_layerwise_text_blocks", "num_refiner_text_blocks"),
-    *("transformer_num_layers", "decoder_num_layers", "encoder_num_hidden_layers", "decoder_num_hidden_layers"),
-}
+DEPTHS = {"layers_per_block": 1} | dict.fromkeys(
+    (
+        "num_layers",
+        "num_single_layers",
+        "num_hidden_layers",
+        "num_visual_blocks",
+        "num_text_blocks",
+        "dit_depth",
+        "depth",
+        "n_layers",
+        "n_refiner_layers",
+        "num_refiner_layers",
+        "num_mmdit_layers",
+        "num_single_dit_layers",
+        "mmdit_layers",
+        "num_layerwise_text_blocks",
+        "num_refiner_text_blocks",
+        "transformer_num_layers",
+        "decoder_num_layers",
+        "encoder_num_hidden_layers",
+        "decoder_num_hidden_layers",
+    ),
+    2,
+)
 
 HUNYUAN_DIT = {"in_channels": 4, "patch_size": 2, "hidden_size": 16 * 88}
 UNION = {
@@ -57,6 +75,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "HunyuanDiT2DControlNetModel": HUNYUAN_DIT | {"transformer_num_layers": 4},
     "HunyuanDiT2DModel": HUNYUAN_DIT | {"num_layers": 4},
+    "Kandinsky3UNet": {"layers_per_block": 2},
     "LatteTransformer3DModel": {
         "in_channels": 4,
         "patch_size": 2,
@@ -241,5 +260,5 @@ def build(name: str) -> nn.Module:
             return MADE[name]()
         model = exported()[name]
         known = inspect.signature(model.__init__).parameters.items()
-        few = {k: min(2, p.default) for k, p in known if k in DEPTHS and isinstance(p.default, int)}
+        few = {k: min(DEPTHS[k], p.default) for k, p in known if k in DEPTHS and isinstance(p.default, int)}
         return model(**few | CONFIGS.get(name, {}))

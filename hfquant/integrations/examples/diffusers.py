@@ -8,9 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfquant.integrations.examples.diffusers_exceptions import EXCEPTIONS, REFUSED
+from hfquant.integrations.examples.diffusers_exceptions import EXCEPTIONS
 from hfquant.integrations.examples.diffusers_rules import CHANNELS, LAYOUTS, NEEDED_RULES, RULES, is_sequence
 from hfquant.integrations.examples.sketch import BATCH, Sketch, UnknownInput, fixed
+
+# Classes whose forward does not run by itself, and why.
+REFUSED: dict[str, str] = {
+    "AnyFlowFARTransformer3DModel": "its forward without a cache needs compiled flex attention",
+    "AutoencoderKLAllegro": "its forward runs with tiling alone, on whole clips",
+    "Cosmos3OmniTransformer": "it takes text, pictures and sound in one row, and where each token goes",
+    "ControlNetXSAdapter": "it has no forward of its own",
+    "RFD4ProteinaAutoencoder": "its inputs are a protein's residues and dozens of their features",
+    "RFD4ProteinaTransformer": "its inputs are a protein's residues and dozens of their features",
+    "WanAnimate2Transformer3DModel": "it runs with a cache alone, which another forward fills",
+    "MotionAdapter": "it has no forward of its own",
+}
 
 
 def candidates_of_diffusers(model: nn.Module) -> Iterator[dict[str, Any]]:

@@ -5,72 +5,32 @@ The key ``layout`` says how latents are laid out, where that does not show. None
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hfquant.integrations.examples.diffusers_codecs import CODEC_EXCEPTIONS
 from hfquant.integrations.examples.diffusers_rules import (
     FRAMES,
+    PIXELS,
     SIDE,
     control_image,
+    field_latents,
     latents,
     mask,
+    ones,
     patches,
-    sample,
     side,
     text,
     time,
+    wide,
+    zeros,
 )
 from hfquant.integrations.examples.sketch import BATCH, TOKENS, Rule, Sketch, ids
 
-PIXELS = 64  # along each side of a picture
 GRID = SIDE * SIDE
 VIDEO = FRAMES * GRID  # patches of a video
-
-
-def wide(*names: str, tokens: int | None = TOKENS) -> Callable[[Sketch], Tensor | None]:
-    """Return a rule for features as wide as a config field says; of ``tokens`` tokens, or one vector a sample.
-
-    The rule leaves the parameter out where the config has none of ``names``.
-    """
-
-    def rule(s: Sketch) -> Tensor | None:
-        width = s.field(*names)
-        if width is None:
-            return None
-        return torch.zeros(BATCH, width) if tokens is None else torch.zeros(BATCH, tokens, width)
-
-    return rule
-
-
-def zeros(*shape: int, dtype: torch.dtype | None = None) -> Callable[[Sketch], Tensor]:
-    """Return a rule for zeros of a fixed shape, one sample of which is ``shape[1:]``."""
-    return lambda s: torch.zeros(shape, dtype=dtype)
-
-
-def ones(*shape: int, dtype: torch.dtype | None = None) -> Callable[[Sketch], Tensor]:
-    """Return a rule for ones of a fixed shape."""
-    return lambda s: torch.ones(shape, dtype=dtype)
-
-
-def field_latents(*names: str) -> Callable[[Sketch], Tensor]:
-    """Return a rule for latents with as many channels as a config field says."""
-    return lambda s: latents(s, s.need(*names))
-
-
-def _clip(s: Sketch, frames: int) -> Tensor:
-    """Return an autoencoder's clip of a number of frames."""
-    return sample(s)[:, :, :1].repeat(1, 1, frames, 1, 1)
-
-
-def _neighbourhood(s: Sketch) -> Tensor:
-    """Return latents wide enough for neighbourhood attention at each stage."""
-    kernels = s.need("decoder_stage_kernels")
-    smallest = [max(kernel[axis] for kernel in kernels) for axis in range(3)]
-    return torch.zeros(BATCH, s.need("latent_channels"), *smallest)
 
 
 def _history(frames: int) -> Rule:
@@ -185,17 +145,9 @@ def _slots(s: Sketch) -> Tensor:
     return torch.arange(TOKENS + GRID // 4).expand(BATCH, -1) >= TOKENS
 
 
-def _image_times(s: Sketch) -> Tensor:
-    return torch.zeros(BATCH, VIDEO, dtype=torch.long)
-
-
 def _effnet(s: Sketch) -> Tensor | None:
     channels = s.field("effnet_in_channels")
     return torch.zeros(BATCH, channels, SIDE, SIDE) if channels else None
-
-
-def _encodings(s: Sketch) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.zeros(BATCH, TOKENS, s.need("d_model")), torch.ones(BATCH, TOKENS))]
 
 
 def _rope_of_heads(s: Sketch) -> tuple[Tensor, Tensor]:
@@ -227,331 +179,228 @@ def _micro(s: Sketch) -> Tensor:
     return torch.ones(BATCH, s.need("micro_cond_embed_dim") // s.need("micro_cond_encode_dim"))
 
 
-def _motion_sample(s: Sketch) -> Tensor:
-    return torch.zeros(BATCH, s.need("in_channels"), FRAMES, side(s), side(s))
-
-
 _H3_AUDIO = 4  # audio tokens
 _H3_LENGTH = TOKENS + VIDEO + _H3_AUDIO
 
-EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "AceStepAudioTokenizer": {
-        "hidden_states": lambda s: torch.zeros(
-            BATCH, TOKENS, s.need("pool_window_size"), s.need("audio_acoustic_hidden_dim")
-        )
-    },
-    "AceStepAudioTokenDetokenizer": {"hidden_states": wide("hidden_size")},
-    "AceStepConditionEncoder": {
-        "text_hidden_states": wide("text_hidden_dim"),
-        "text_attention_mask": mask,
-        "lyric_hidden_states": wide("text_hidden_dim"),
-        "lyric_attention_mask": mask,
-        "refer_audio_acoustic_hidden_states_packed": wide("timbre_hidden_dim"),
-        "refer_audio_order_mask": lambda s: torch.arange(BATCH),
-    },
-    "AceStepTransformer1DModel": {
-        "layout": "tokens",
-        "hidden_states": wide("audio_acoustic_hidden_dim"),
-        "context_latents": lambda s: torch.zeros(
-            BATCH, TOKENS, s.need("in_channels") - s.need("audio_acoustic_hidden_dim")
-        ),
-        "encoder_hidden_states": wide("encoder_hidden_size", "hidden_size"),
-        "timestep_r": time,
-    },
-    "AnimaTextConditioner": {
-        "source_hidden_states": wide("source_dim"),
-        "target_input_ids": lambda s: ids(s.need("target_vocab_size"), BATCH, TOKENS),
-    },
-    "AnyFlowTransformer3DModel": {
-        "layout": "frames first",
-        "timestep": ones(BATCH, FRAMES),
-        "r_timestep": ones(BATCH, FRAMES),
-    },
-    "AutoencoderKLHunyuanVideo15": {"sample": lambda s: sample(s)[:1]},  # its attention drops a batch's dimension
-    "AutoencoderKLMiniMaxH3": {"sample": lambda s: _clip(s, 2 * s.need("clip_length"))},
-    "AutoencoderKLMochi": {"sample": lambda s: sample(s)[:, :3]},  # it adds Fourier features as channels
-    "AutoencoderKLQwenImage21": {"layout": "video", "sample": lambda s: _clip(s, 1)},
-    "AudioLDM2ProjectionModel": {
-        "hidden_states": wide("text_encoder_dim"),
-        "hidden_states_1": lambda s: torch.zeros(
-            BATCH, s.field("max_seq_length", default=TOKENS), s.need("text_encoder_1_dim")
-        ),
-        "attention_mask": ones(BATCH, TOKENS, dtype=torch.long),
-        "attention_mask_1": lambda s: torch.ones(BATCH, s.field("max_seq_length", default=TOKENS), dtype=torch.long),
-    },
-    "BriaFibo2Transformer2DModel": {
-        "encoder_hidden_states": lambda s: torch.zeros(
-            BATCH, 1 + len(s.need("injection_layer_ids")), TOKENS, s.need("cap_feat_dim")
-        )
-    },
-    "BriaFiboTransformer2DModel": {"text_encoder_layers": _text_layers},
-    "CLIPImageProjection": {"x": wide("hidden_size", tokens=None)},
-    "CogVideoXTransformer3DModel": _COGVIDEO,
-    "ConsisIDTransformer3DModel": _COGVIDEO,
-    "ControlNetUnionModel": {
-        "controlnet_cond": lambda s: [control_image(s)],
-        "control_type": _unions,
-        "control_type_idx": [0],
-    },
-    "Cosmos3AVAEAudioTokenizer": {
-        "sample": lambda s: torch.zeros(BATCH, 2 if s.need("stereo") else 1, 2 * math.prod(s.need("dec_strides")))
-    },
-    "CosmosControlNetModel": {
-        "layout": "video",
-        "controls_latents": field_latents("latent_channels"),
-        "latents": lambda s: latents(s, s.need("latent_channels") - 2),
-        "condition_mask": lambda s: latents(s, 1),
-        "padding_mask": zeros(1, 1, PIXELS, PIXELS),
-    },
-    "CosmosTransformer3DModel": {"padding_mask": zeros(1, 1, PIXELS, PIXELS)},
-    "EasyAnimateTransformer3DModel": {"encoder_hidden_states_t5": wide("text_embed_dim_t5")},
-    "ErnieImageTransformer2DModel": {
-        "text_bth": wide("text_in_dim"),
-        "text_lens": lambda s: torch.full((BATCH,), TOKENS),
-    },
-    "GlmImageTransformer2DModel": {
-        "prior_token_id": lambda s: ids(s.need("prior_vq_quantizer_codebook_size"), BATCH, GRID),
-        "prior_token_drop": zeros(BATCH, GRID, dtype=torch.bool),
-    },
-    "HiDreamImageTransformer2DModel": {
-        "layout": "image",
-        "encoder_hidden_states_t5": lambda s: torch.zeros(BATCH, TOKENS, s.need("caption_channels")[0]),
-        "encoder_hidden_states_llama3": _llama_layers,
-        "img_ids": None,
-    },
-    "HunyuanDiT2DModel": _HUNYUAN_DIT,
-    "HunyuanDiT2DControlNetModel": _HUNYUAN_DIT,
-    "HunyuanVideoFramepackTransformer3DModel": {
-        "indices_latents": lambda s: torch.arange(FRAMES),
-        "latents_clean": _history(FRAMES),
-        "indices_latents_clean": lambda s: torch.arange(FRAMES),
-        "latents_history_2x": _history(2),
-        "indices_latents_history_2x": lambda s: torch.arange(2),
-        "latents_history_4x": _history(4),
-        "indices_latents_history_4x": lambda s: torch.arange(4),
-    },
-    "I2VGenXLUNet": {
-        "layout": "video",
-        "fps": ones(BATCH),
-        "image_latents": latents,
-        "image_embeddings": wide("cross_attention_dim", tokens=None),
-    },
-    "Ideogram4PromptEnhancerHead": {"hidden_states": wide("hidden_size")},
-    "Ideogram4Transformer2DModel": {
-        "layout": "tokens",
-        "position_ids": zeros(BATCH, TOKENS, 3, dtype=torch.long),
-        "segment_ids": ones(BATCH, TOKENS, dtype=torch.long),
-        "indicator": ones(BATCH, TOKENS, dtype=torch.long),
-    },
-    "JoyImageEditPlusTransformer3DModel": {
-        "hidden_states": lambda s: torch.zeros(BATCH, GRID, s.need("in_channels"), *s.need("patch_size")),
-        "shape_list": lambda s: [[(1, SIDE, SIDE)]] * BATCH,
-    },
-    "Kandinsky3UNet": {"encoder_attention_mask": mask},
-    "Kandinsky5Transformer3DModel": _KANDINSKY
-    | {"visual_rope_pos": lambda s: _positions(FRAMES, SIDE, SIDE), "text_rope_pos": lambda s: torch.arange(TOKENS)},
-    "Kandinsky6Transformer3DModel": _KANDINSKY
+EXCEPTIONS: dict[str, dict[str, Any]] = (
+    CODEC_EXCEPTIONS
     | {
-        "visual_rope_pos": lambda s: _positions(FRAMES, SIDE, SIDE),
-        "audio_hidden_states": wide("in_audio_dim"),
-    },
-    "Kandinsky6SRTransformer3DModel": {  # attention in blocks of 8 x 8 patches
-        "hidden_states": lambda s: torch.zeros(BATCH, FRAMES, 8, 8, 2 * s.need("in_visual_dim") + 1),
-    },
-    "Kandinsky6SRLatentUpscalerBank": {"layout": "video", "scale": lambda s: s.need("scales")[0]},
-    "Krea2Transformer2DModel": {
-        "layout": "packed",
-        "encoder_hidden_states": lambda s: torch.zeros(
-            BATCH, TOKENS, s.need("num_text_layers"), s.need("text_hidden_dim")
-        ),
-        "position_ids": zeros(TOKENS + GRID, 3, dtype=torch.long),
-    },
-    "LTX2VideoDiffusionDecoderModel": {"z": _neighbourhood},
-    "LTX2VideoTransformer3DModel": {
-        "audio_hidden_states": wide("audio_in_channels"),
-        "audio_encoder_hidden_states": wide("caption_channels"),
-        "audio_num_frames": TOKENS,
-        "sigma": time,
-    },
-    "LongCatAudioDiTTransformer": {"layout": "tokens", "latent_cond": wide("latent_dim")},
-    "LatteTransformer3DModel": {  # its position embedding along time is as long as the clip
-        "hidden_states": lambda s: latents(s)[:, :, :1].repeat(1, 1, s.need("video_length"), 1, 1),
-    },
-    "LuminaNextDiT2DModel": {"image_rotary_emb": _lumina_rope, "cross_attention_kwargs": lambda s: {}},
-    "MMAudioVAE": {"sample": lambda s: torch.zeros(BATCH, 8 * s.need("hop_length"))},
-    "MMAudioVocoder": {"mel": lambda s: torch.zeros(BATCH, s.need("num_mels"), TOKENS)},
-    "MiniMaxH3Transformer3DModel": {
-        "hidden_states": lambda s: torch.zeros(1, VIDEO, 4 * s.need("in_channels")),
-        "audio_hidden_states": lambda s: torch.zeros(1, _H3_AUDIO, s.need("audio_in_channels")),
-        "encoder_hidden_states": lambda s: torch.zeros(1, TOKENS, s.need("text_dim")),
-        "timestep": ones(1),
-        "timestep_indices": zeros(_H3_LENGTH, dtype=torch.long),
-        "token_tags": zeros(_H3_LENGTH, dtype=torch.long),
-        "position_ids": zeros(_H3_LENGTH, 3),
-        "text_indices": lambda s: torch.arange(TOKENS),
-        "video_indices": lambda s: torch.arange(TOKENS, TOKENS + VIDEO),
-        "audio_indices": lambda s: torch.arange(TOKENS + VIDEO, _H3_LENGTH),
-    },
-    "MiniMaxMusic3ConditionEncoder": {
-        "hidden_states": lambda s: torch.zeros(
-            BATCH, TOKENS, s.need("num_condition_layers") * s.need("condition_hidden_dim")
-        )
-    },
-    "MiniMaxMusic3RVQDepthDecoder": {"inputs_embeds": wide("hidden_size")},
-    "MiniMaxMusic3Transformer1DModel": {
-        "layout": "audio",
-        "encoder_hidden_states": lambda s: torch.zeros(BATCH, SIDE, s.need("condition_dim")),
-    },
-    "MiniMaxMusic3Vocoder": {"layout": "audio", "latents": lambda s: latents(s, s.need("latent_channels"))},
-    "OmniGenTransformer2DModel": {
-        "input_img_latents": lambda s: [],
-        "input_image_sizes": lambda s: {},
-        "attention_mask": lambda s: torch.ones(BATCH, TOKENS + 1 + GRID, TOKENS + 1 + GRID),
-        "position_ids": lambda s: torch.arange(TOKENS + 1 + GRID).expand(BATCH, -1),
-    },
-    "PriorTransformer": {
-        "hidden_states": wide("embedding_dim", tokens=None),
-        "proj_embedding": wide("embedding_proj_dim", "embedding_dim", tokens=None),
-        "encoder_hidden_states": lambda s: (
-            torch.zeros(BATCH, s.need("num_embeddings"), s.need("embedding_dim"))
-            if s.field("encoder_hid_proj_type")
-            else None
-        ),
-    },
-    "QwenImage21Transformer2DModel": {"img_mask": _slots},
-    "QwenImageTransformer2DModel": {
-        "additional_t_cond": lambda s: zeros(BATCH, dtype=torch.long)(s) if s.field("use_additional_t_cond") else None
-    },
-    "ReduxImageEncoder": {"x": wide("redux_dim")},
-    "SanaWMLTX2RefinerTransformer3DModel": {
-        "layout": "tokens",
-        "hidden_states": lambda s: torch.zeros(BATCH, VIDEO, s.need("in_channels")),
-        "video_rotary_emb": _rope_of_heads,
-    },
-    "SanaWMTransformer3DModel": {
-        "encoder_hidden_states": lambda s: torch.zeros(BATCH, 1, TOKENS, s.need("caption_channels")),
-        "timestep": ones(BATCH, 1, FRAMES),
-        "mask": mask,
-    },
-    "SparseControlNetModel": {
-        "layout": "video",
-        "controlnet_cond": _sparse_control,
-        "encoder_hidden_states": lambda s: torch.zeros(BATCH * FRAMES, TOKENS, s.need("cross_attention_dim")),
-        "conditioning_mask": lambda s: _sparse_control(s)[:, :1] if s.field("concat_conditioning_mask") else None,
-    },
-    "StableAudio3DiTModel": {
-        "layout": "audio",
-        "global_hidden_states": wide("global_cond_dim", tokens=None),
-        "local_add_cond": lambda s: (
-            torch.zeros(BATCH, s.need("local_add_cond_dim"), SIDE)
-            if s.field("local_add_cond_dim") and s.need("patch_size") == 1
-            else None
-        ),
-    },
-    "StableAudio3DurationEmbedder": {"seconds": ones(BATCH)},
-    "StableAudioDiTModel": {
-        "layout": "audio",
-        "global_hidden_states": wide("global_states_input_dim", tokens=1),
-    },
-    "StableAudioProjectionModel": {
-        "text_hidden_states": wide("text_encoder_dim"),
-        "start_seconds": ones(BATCH),
-        "end_seconds": ones(BATCH),
-    },
-    "StableCascadeUNet": {
-        "layout": "image",
-        "timestep_ratio": time,
-        "clip_text_pooled": wide("clip_text_pooled_in_channels", tokens=1),
-        "clip_text": wide("clip_text_in_channels"),
-        "clip_img": wide("clip_image_in_channels", tokens=1),
-        "effnet": _effnet,
-    },
-    "MultiAdapter": {
-        "xs": lambda s: [
-            torch.zeros(BATCH, a.config["in_channels"], PIXELS, PIXELS) for a in s.model.get_submodule("adapters")
-        ]
-    },
-    "T2IAdapter": {"x": lambda s: torch.zeros(BATCH, s.need("in_channels"), PIXELS, PIXELS)},
-    "T5FilmDecoder": {
-        "encodings_and_masks": _encodings,
-        "decoder_input_tokens": lambda s: torch.zeros(BATCH, s.need("targets_length"), s.need("input_dims")),
-        "decoder_noise_time": ones(BATCH),
-    },
-    "Transformer2DModel": _TRANSFORMER_2D,
-    "DreamLiteTransformer2DModel": _TRANSFORMER_2D,
-    "TransformerTemporalModel": {
-        "layout": "image",
-        "hidden_states": lambda s: torch.zeros(BATCH * FRAMES, s.need("in_channels"), SIDE, SIDE),
-        "num_frames": FRAMES,
-        "encoder_hidden_states": lambda s: None,
-        "timestep": _class_conditions,
-    },
-    "UNet1DModel": {
-        "sample": lambda s: torch.zeros(BATCH, s.need("in_channels"), 16 * 2 ** len(s.need("block_out_channels")))
-    },
-    "UNet3DConditionModel": {"layout": "video"},
-    "UNetMotionModel": {
-        "layout": "video",
-        "encoder_hidden_states": lambda s: torch.zeros(BATCH * FRAMES, TOKENS, s.need("cross_attention_dim")),
-    },
-    "UNetControlNetXSModel": {"sample": lambda s: latents(s, s.field("in_channels", default=4))},
-    "UNetSpatioTemporalConditionModel": {
-        "layout": "frames first",
-        "encoder_hidden_states": wide("cross_attention_dim", tokens=1),
-        "added_time_ids": lambda s: torch.ones(
-            BATCH, s.need("projection_class_embeddings_input_dim") // s.need("addition_time_embed_dim")
-        ),
-    },
-    "UVit2DModel": {
-        "input_ids": lambda s: ids(s.need("vocab_size"), BATCH, side(s), side(s)),
-        "encoder_hidden_states": wide("encoder_hidden_size"),
-        "pooled_text_emb": wide("cond_embed_dim", tokens=None),
-        "micro_conds": _micro,
-    },
-    "UniDiffuserModel": {
-        "latent_image_embeds": lambda s: torch.zeros(
-            BATCH, s.need("in_channels"), s.need("sample_size"), s.need("sample_size")
-        ),
-        "image_embeds": wide("clip_img_dim", tokens=1),
-        "prompt_embeds": lambda s: torch.zeros(BATCH, s.need("num_text_tokens"), s.need("text_dim")),
-        "timestep_img": time,
-        "timestep_text": time,
-    },
-    "UniDiffuserTextDecoder": {
-        "input_ids": lambda s: ids(s.need("vocab_size"), BATCH, TOKENS),
-        "prefix_embeds": lambda s: torch.zeros(BATCH, s.need("prefix_length"), s.need("prefix_inner_dim")),
-    },
-    "WanAnimateTransformer3DModel": {
-        "pose_hidden_states": lambda s: latents(s, s.need("latent_channels"))[:, :, 1:],
-        "face_pixel_values": _motion_faces,
-    },
-    "WanVACETransformer3DModel": {
-        "control_hidden_states": field_latents("vace_in_channels"),
-        "control_hidden_states_scale": _vace_scale,
-    },
-    "ZImageControlNetModel": {
-        "x": lambda s: _pictures(s, _embedded(s, "all_x_embedder")),
-        "cap_feats": lambda s: [torch.zeros(TOKENS, s.model.get_submodule("cap_embedder.1").in_features)] * BATCH,
-        "control_context": lambda s: _pictures(s, s.need("control_in_dim")),
-        "patch_size": lambda s: s.need("all_patch_size")[0],
-        "f_patch_size": lambda s: s.need("all_f_patch_size")[0],
-    },
-    "ZImageTransformer2DModel": {
-        "x": _pictures,
-        "cap_feats": lambda s: [torch.zeros(TOKENS, s.need("cap_feat_dim")) for _ in range(BATCH)],
-        "patch_size": lambda s: s.need("all_patch_size")[0],
-        "f_patch_size": lambda s: s.need("all_f_patch_size")[0],
-    },
-}
-
-# Classes whose forward does not run by itself, and why.
-REFUSED: dict[str, str] = {
-    "AnyFlowFARTransformer3DModel": "its forward without a cache needs compiled flex attention",
-    "AutoencoderKLAllegro": "its forward runs with tiling alone, on whole clips",
-    "Cosmos3OmniTransformer": "it takes text, pictures and sound in one row, and where each token goes",
-    "ControlNetXSAdapter": "it has no forward of its own",
-    "RFD4ProteinaAutoencoder": "its inputs are a protein's residues and dozens of their features",
-    "RFD4ProteinaTransformer": "its inputs are a protein's residues and dozens of their features",
-    "WanAnimate2Transformer3DModel": "it runs with a cache alone, which another forward fills",
-    "MotionAdapter": "it has no forward of its own",
-}
+        "AnyFlowTransformer3DModel": {
+            "layout": "frames first",
+            "timestep": ones(BATCH, FRAMES),
+            "r_timestep": ones(BATCH, FRAMES),
+        },
+        "BriaFibo2Transformer2DModel": {
+            "encoder_hidden_states": lambda s: torch.zeros(
+                BATCH, 1 + len(s.need("injection_layer_ids")), TOKENS, s.need("cap_feat_dim")
+            )
+        },
+        "BriaFiboTransformer2DModel": {"text_encoder_layers": _text_layers},
+        "CogVideoXTransformer3DModel": _COGVIDEO,
+        "ConsisIDTransformer3DModel": _COGVIDEO,
+        "ControlNetUnionModel": {
+            "controlnet_cond": lambda s: [control_image(s)],
+            "control_type": _unions,
+            "control_type_idx": [0],
+        },
+        "CosmosControlNetModel": {
+            "layout": "video",
+            "controls_latents": field_latents("latent_channels"),
+            "latents": lambda s: latents(s, s.need("latent_channels") - 2),
+            "condition_mask": lambda s: latents(s, 1),
+            "padding_mask": zeros(1, 1, PIXELS, PIXELS),
+        },
+        "CosmosTransformer3DModel": {"padding_mask": zeros(1, 1, PIXELS, PIXELS)},
+        "EasyAnimateTransformer3DModel": {"encoder_hidden_states_t5": wide("text_embed_dim_t5")},
+        "ErnieImageTransformer2DModel": {
+            "text_bth": wide("text_in_dim"),
+            "text_lens": lambda s: torch.full((BATCH,), TOKENS),
+        },
+        "GlmImageTransformer2DModel": {
+            "prior_token_id": lambda s: ids(s.need("prior_vq_quantizer_codebook_size"), BATCH, GRID),
+            "prior_token_drop": zeros(BATCH, GRID, dtype=torch.bool),
+        },
+        "HiDreamImageTransformer2DModel": {
+            "layout": "image",
+            "encoder_hidden_states_t5": lambda s: torch.zeros(BATCH, TOKENS, s.need("caption_channels")[0]),
+            "encoder_hidden_states_llama3": _llama_layers,
+            "img_ids": None,
+        },
+        "HunyuanDiT2DModel": _HUNYUAN_DIT,
+        "HunyuanDiT2DControlNetModel": _HUNYUAN_DIT,
+        "HunyuanVideoFramepackTransformer3DModel": {
+            "indices_latents": lambda s: torch.arange(FRAMES),
+            "latents_clean": _history(FRAMES),
+            "indices_latents_clean": lambda s: torch.arange(FRAMES),
+            "latents_history_2x": _history(2),
+            "indices_latents_history_2x": lambda s: torch.arange(2),
+            "latents_history_4x": _history(4),
+            "indices_latents_history_4x": lambda s: torch.arange(4),
+        },
+        "I2VGenXLUNet": {
+            "layout": "video",
+            "fps": ones(BATCH),
+            "image_latents": latents,
+            "image_embeddings": wide("cross_attention_dim", tokens=None),
+        },
+        "Ideogram4Transformer2DModel": {
+            "layout": "tokens",
+            "position_ids": zeros(BATCH, TOKENS, 3, dtype=torch.long),
+            "segment_ids": ones(BATCH, TOKENS, dtype=torch.long),
+            "indicator": ones(BATCH, TOKENS, dtype=torch.long),
+        },
+        "JoyImageEditPlusTransformer3DModel": {
+            "hidden_states": lambda s: torch.zeros(BATCH, GRID, s.need("in_channels"), *s.need("patch_size")),
+            "shape_list": lambda s: [[(1, SIDE, SIDE)]] * BATCH,
+        },
+        "Kandinsky3UNet": {"encoder_attention_mask": mask},
+        "Kandinsky5Transformer3DModel": _KANDINSKY
+        | {
+            "visual_rope_pos": lambda s: _positions(FRAMES, SIDE, SIDE),
+            "text_rope_pos": lambda s: torch.arange(TOKENS),
+        },
+        "Kandinsky6Transformer3DModel": _KANDINSKY
+        | {
+            "visual_rope_pos": lambda s: _positions(FRAMES, SIDE, SIDE),
+            "audio_hidden_states": wide("in_audio_dim"),
+        },
+        "Kandinsky6SRTransformer3DModel": {  # attention in blocks of 8 x 8 patches
+            "hidden_states": lambda s: torch.zeros(BATCH, FRAMES, 8, 8, 2 * s.need("in_visual_dim") + 1),
+        },
+        "Krea2Transformer2DModel": {
+            "layout": "packed",
+            "encoder_hidden_states": lambda s: torch.zeros(
+                BATCH, TOKENS, s.need("num_text_layers"), s.need("text_hidden_dim")
+            ),
+            "position_ids": zeros(TOKENS + GRID, 3, dtype=torch.long),
+        },
+        "LTX2VideoTransformer3DModel": {
+            "audio_hidden_states": wide("audio_in_channels"),
+            "audio_encoder_hidden_states": wide("caption_channels"),
+            "audio_num_frames": TOKENS,
+            "sigma": time,
+        },
+        "LatteTransformer3DModel": {  # its position embedding along time is as long as the clip
+            "hidden_states": lambda s: latents(s)[:, :, :1].repeat(1, 1, s.need("video_length"), 1, 1),
+        },
+        "LuminaNextDiT2DModel": {"image_rotary_emb": _lumina_rope, "cross_attention_kwargs": lambda s: {}},
+        "MiniMaxH3Transformer3DModel": {
+            "hidden_states": lambda s: torch.zeros(1, VIDEO, 4 * s.need("in_channels")),
+            "audio_hidden_states": lambda s: torch.zeros(1, _H3_AUDIO, s.need("audio_in_channels")),
+            "encoder_hidden_states": lambda s: torch.zeros(1, TOKENS, s.need("text_dim")),
+            "timestep": ones(1),
+            "timestep_indices": zeros(_H3_LENGTH, dtype=torch.long),
+            "token_tags": zeros(_H3_LENGTH, dtype=torch.long),
+            "position_ids": zeros(_H3_LENGTH, 3),
+            "text_indices": lambda s: torch.arange(TOKENS),
+            "video_indices": lambda s: torch.arange(TOKENS, TOKENS + VIDEO),
+            "audio_indices": lambda s: torch.arange(TOKENS + VIDEO, _H3_LENGTH),
+        },
+        "OmniGenTransformer2DModel": {
+            "input_img_latents": lambda s: [],
+            "input_image_sizes": lambda s: {},
+            "attention_mask": lambda s: torch.ones(BATCH, TOKENS + 1 + GRID, TOKENS + 1 + GRID),
+            "position_ids": lambda s: torch.arange(TOKENS + 1 + GRID).expand(BATCH, -1),
+        },
+        "PriorTransformer": {
+            "hidden_states": wide("embedding_dim", tokens=None),
+            "proj_embedding": wide("embedding_proj_dim", "embedding_dim", tokens=None),
+            "encoder_hidden_states": lambda s: (
+                torch.zeros(BATCH, s.need("num_embeddings"), s.need("embedding_dim"))
+                if s.field("encoder_hid_proj_type")
+                else None
+            ),
+        },
+        "QwenImage21Transformer2DModel": {"img_mask": _slots},
+        "QwenImageTransformer2DModel": {
+            "additional_t_cond": lambda s: (
+                zeros(BATCH, dtype=torch.long)(s) if s.field("use_additional_t_cond") else None
+            )
+        },
+        "SanaWMLTX2RefinerTransformer3DModel": {
+            "layout": "tokens",
+            "hidden_states": lambda s: torch.zeros(BATCH, VIDEO, s.need("in_channels")),
+            "video_rotary_emb": _rope_of_heads,
+        },
+        "SanaWMTransformer3DModel": {
+            "encoder_hidden_states": lambda s: torch.zeros(BATCH, 1, TOKENS, s.need("caption_channels")),
+            "timestep": ones(BATCH, 1, FRAMES),
+            "mask": mask,
+        },
+        "SparseControlNetModel": {
+            "layout": "video",
+            "controlnet_cond": _sparse_control,
+            "encoder_hidden_states": lambda s: torch.zeros(BATCH * FRAMES, TOKENS, s.need("cross_attention_dim")),
+            "conditioning_mask": lambda s: _sparse_control(s)[:, :1] if s.field("concat_conditioning_mask") else None,
+        },
+        "StableCascadeUNet": {
+            "layout": "image",
+            "timestep_ratio": time,
+            "clip_text_pooled": wide("clip_text_pooled_in_channels", tokens=1),
+            "clip_text": wide("clip_text_in_channels"),
+            "clip_img": wide("clip_image_in_channels", tokens=1),
+            "effnet": _effnet,
+        },
+        "Transformer2DModel": _TRANSFORMER_2D,
+        "DreamLiteTransformer2DModel": _TRANSFORMER_2D,
+        "TransformerTemporalModel": {
+            "layout": "image",
+            "hidden_states": lambda s: torch.zeros(BATCH * FRAMES, s.need("in_channels"), SIDE, SIDE),
+            "num_frames": FRAMES,
+            "encoder_hidden_states": lambda s: None,
+            "timestep": _class_conditions,
+        },
+        "UNet1DModel": {
+            "sample": lambda s: torch.zeros(BATCH, s.need("in_channels"), 16 * 2 ** len(s.need("block_out_channels")))
+        },
+        "UNet3DConditionModel": {"layout": "video"},
+        "UNetMotionModel": {
+            "layout": "video",
+            "encoder_hidden_states": lambda s: torch.zeros(BATCH * FRAMES, TOKENS, s.need("cross_attention_dim")),
+        },
+        "UNetControlNetXSModel": {"sample": lambda s: latents(s, s.field("in_channels", default=4))},
+        "UNetSpatioTemporalConditionModel": {
+            "layout": "frames first",
+            "encoder_hidden_states": wide("cross_attention_dim", tokens=1),
+            "added_time_ids": lambda s: torch.ones(
+                BATCH, s.need("projection_class_embeddings_input_dim") // s.need("addition_time_embed_dim")
+            ),
+        },
+        "UVit2DModel": {
+            "input_ids": lambda s: ids(s.need("vocab_size"), BATCH, side(s), side(s)),
+            "encoder_hidden_states": wide("encoder_hidden_size"),
+            "pooled_text_emb": wide("cond_embed_dim", tokens=None),
+            "micro_conds": _micro,
+        },
+        "UniDiffuserModel": {
+            "latent_image_embeds": lambda s: torch.zeros(
+                BATCH, s.need("in_channels"), s.need("sample_size"), s.need("sample_size")
+            ),
+            "image_embeds": wide("clip_img_dim", tokens=1),
+            "prompt_embeds": lambda s: torch.zeros(BATCH, s.need("num_text_tokens"), s.need("text_dim")),
+            "timestep_img": time,
+            "timestep_text": time,
+        },
+        "WanAnimateTransformer3DModel": {
+            "pose_hidden_states": lambda s: latents(s, s.need("latent_channels"))[:, :, 1:],
+            "face_pixel_values": _motion_faces,
+        },
+        "WanVACETransformer3DModel": {
+            "control_hidden_states": field_latents("vace_in_channels"),
+            "control_hidden_states_scale": _vace_scale,
+        },
+        "ZImageControlNetModel": {
+            "x": lambda s: _pictures(s, _embedded(s, "all_x_embedder")),
+            "cap_feats": lambda s: [torch.zeros(TOKENS, s.model.get_submodule("cap_embedder.1").in_features)] * BATCH,
+            "control_context": lambda s: _pictures(s, s.need("control_in_dim")),
+            "patch_size": lambda s: s.need("all_patch_size")[0],
+            "f_patch_size": lambda s: s.need("all_f_patch_size")[0],
+        },
+        "ZImageTransformer2DModel": {
+            "x": _pictures,
+            "cap_feats": lambda s: [torch.zeros(TOKENS, s.need("cap_feat_dim")) for _ in range(BATCH)],
+            "patch_size": lambda s: s.need("all_patch_size")[0],
+            "f_patch_size": lambda s: s.need("all_f_patch_size")[0],
+        },
+    }
+)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hfquant.integrations.examples.sketch import BATCH, TOKENS, Rule, Sketch, ids
+from hfquant.integrations.examples.sketch import BATCH, TOKENS, Rule, Sketch, UnknownInput, ids
 
+PIXELS = 64  # along each side of a picture
 SIDE = 4  # patches along each side of an image
 FRAMES = 2  # patches along time
 
@@ -85,7 +87,7 @@ def latents(s: Sketch, channels: int | None = None) -> Tensor:
 def sample(s: Sketch) -> Tensor:
     """Return zeros of the shape of a U-Net's latents, or of what an autoencoder takes: pixels, or a waveform."""
     if not hasattr(s.model, "encode") or not hasattr(s.model, "decode"):
-        return latents(s)
+        return latents(s, s.need("in_channels") - 4 if s.field("addition_embed_type") == "image_hint" else None)
     channels = s.field(
         "in_channels",
         "input_channels",
@@ -181,13 +183,16 @@ def added_conditions(s: Sketch) -> dict[str, Any] | None:
             made = {"text_embeds": torch.zeros(BATCH, width), "image_embeds": torch.zeros(BATCH, width)}
         case "image":
             made = {"image_embeds": torch.zeros(BATCH, s.need("encoder_hid_dim"))}
-        case "image_hint":
+        case "image_hint":  # a hint is joined to the latents, which are so many channels fewer
             hint = torch.zeros(BATCH, 3, 8 * side(s), 8 * side(s))
             made = {"image_embeds": torch.zeros(BATCH, s.need("encoder_hid_dim")), "hint": hint}
-    if s.field("encoder_hid_dim_type") in ("text_image_proj", "image_proj"):
-        made["image_embeds"] = torch.zeros(BATCH, s.field("cross_attention_dim"))
-        if s.field("encoder_hid_dim_type") == "image_proj":
+    match s.field("encoder_hid_dim_type"):
+        case "text_image_proj":
+            made["image_embeds"] = torch.zeros(BATCH, s.need("cross_attention_dim"))
+        case "image_proj":
             made["image_embeds"] = torch.zeros(BATCH, s.need("encoder_hid_dim"))
+        case "ip_image_proj":
+            raise UnknownInput("an IP-Adapter's picture")
     return made or None
 
 
@@ -211,6 +216,36 @@ def image_tokens(s: Sketch) -> Tensor | None:
     """Return an image encoder's output for video models that start from a picture."""
     width = s.field("image_dim", "image_embed_dim", "image_proj_dim")
     return torch.zeros(BATCH, s.field("pos_embed_seq_len", default=TOKENS), width) if width else None
+
+
+def wide(*names: str, tokens: int | None = TOKENS) -> Callable[[Sketch], Tensor | None]:
+    """Return a rule for features as wide as a config field says; of ``tokens`` tokens, or one vector a sample.
+
+    The rule leaves the parameter out where the config has none of ``names``.
+    """
+
+    def rule(s: Sketch) -> Tensor | None:
+        width = s.field(*names)
+        if width is None:
+            return None
+        return torch.zeros(BATCH, width) if tokens is None else torch.zeros(BATCH, tokens, width)
+
+    return rule
+
+
+def zeros(*shape: int, dtype: torch.dtype | None = None) -> Callable[[Sketch], Tensor]:
+    """Return a rule for zeros of a fixed shape, one sample of which is ``shape[1:]``."""
+    return lambda s: torch.zeros(shape, dtype=dtype)
+
+
+def ones(*shape: int, dtype: torch.dtype | None = None) -> Callable[[Sketch], Tensor]:
+    """Return a rule for ones of a fixed shape."""
+    return lambda s: torch.ones(shape, dtype=dtype)
+
+
+def field_latents(*names: str) -> Callable[[Sketch], Tensor]:
+    """Return a rule for latents with as many channels as a config field says."""
+    return lambda s: latents(s, s.need(*names))
 
 
 RULES: dict[str, Rule] = {

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 BATCH = 2  # not 1: a batch of one cannot be told from a broadcast dimension
 TOKENS = 8
-NEVER_LEFT_OUT = ("encoder_hidden_states", "img_ids", "txt_ids")  # defaults that a forward has, but cannot run with
+NEVER_LEFT_OUT = (
+    "encoder_hidden_states",
+    "img_ids",
+    "txt_ids",
+    "added_cond_kwargs",
+)  # defaults that a forward has, but cannot run with
 
 
 class UnknownInput(LookupError):

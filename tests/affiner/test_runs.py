@@ -1,0 +1,48 @@
+"""Pipeline calls that stop at every step."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from hfquant.affiner.runs import DenoisingLoop, Run
+from tests.affiner.pipelines import Toy, noise
+
+
+def test_a_finished_run_keeps_no_tensors():
+    """Even before the garbage collector comes: batch after batch would pile up."""
+    gc.collect()
+    gc.disable()
+    try:
+        loop, latents = DenoisingLoop(Toy(), DDIMScheduler()), noise(2)
+        alive = weakref.ref(latents)
+        run = Run(loop, {"latents": latents, "class_labels": torch.arange(2), "num_inference_steps": 2})
+        while run.resume() is not None:
+            pass
+        del latents, run
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_run_goes_on_with_what_it_is_given_and_can_be_left():
+    loop = DenoisingLoop(Toy(), DDIMScheduler(clip_sample=False))
+    arguments = {"latents": noise(2), "class_labels": torch.arange(2), "num_inference_steps": 3}
+    run = Run(loop, arguments)
+    first = run.resume()
+    assert (first.kind, first.timestep) == ("predicted", 666)
+    assert run.resume(torch.zeros_like(first.value)).kind == "stepped"
+    marked = torch.full_like(first.value, 3.0)
+    assert torch.equal(run.resume(marked).sample, marked)
+    run.close()
+    assert run.resume() is None
+    assert type(loop.scheduler) is DDIMScheduler
+
+
+def test_what_the_pipeline_raises_reaches_the_caller():
+    run = Run(DenoisingLoop(Toy(), DDIMScheduler()), {"class_labels": torch.arange(2)})
+    with pytest.raises(ValueError, match="give latents"):
+        run.resume()
+    assert run.resume() is None

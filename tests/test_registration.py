@@ -1,0 +1,44 @@
+"""Acting once a module has been imported, without importing it."""
+
+import importlib
+import sys
+
+import pytest
+
+from hfquant.registration import after_import
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "awaited_module.py").write_text("ready = False\nready = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    finders = list(sys.meta_path)
+    yield "awaited_module"
+    sys.modules.pop("awaited_module", None)
+    assert sys.meta_path == finders, "nothing stays behind"
+
+
+def test_the_action_waits_for_the_whole_module(module):
+    seen = []
+    after_import(module, lambda: seen.append(sys.modules[module].ready))
+    assert not seen
+    assert module not in sys.modules
+    assert importlib.import_module(module).ready
+    assert seen == [True]
+    importlib.reload(sys.modules[module])
+    assert seen == [True]
+
+
+def test_a_module_that_is_there_already(module):
+    importlib.import_module(module)
+    seen = []
+    after_import(module, lambda: seen.append(1))
+    assert seen == [1]
+
+
+def test_a_module_that_is_missing():
+    finders = list(sys.meta_path)
+    after_import("no_such_module_at_all", lambda: None)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("no_such_module_at_all")
+    assert sys.meta_path == finders
