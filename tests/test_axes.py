@@ -1,0 +1,331 @@
+"""The three open axes: a number format, a transform and a rounding of this file's own, one line in a table each.
+
+Each quantizes a plain module, a Llama and a denoiser, is saved, loaded and run on codes. Nothing else in hfquant knows
+of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import hfquant
+from hfquant.algorithms import ROUNDINGS, TRANSFORMS, Problem, Rounding, TensorSpec, Transform, Transformed
+from hfquant.config import ConfigError, parse
+from hfquant.formats import FORMATS, Grid, GridRule, NumberFormat
+from hfquant.formats.integer import IntegerFormat
+from hfquant.nn.modules import quant_linears
+from hfquant.statistics import STATISTICS, LayerStats, Reduction, Statistic
+
+# A format of few bits is one line.
+INT5 = IntegerFormat("int5", 5, torch.int8)
+
+
+@dataclass(frozen=True)
+class Powers(NumberFormat):
+    """0 and signed powers of two from 2^-6 to 1. The code is sign (e + 7), one a byte, kept as it is."""
+
+    @property
+    def qmax(self) -> float:
+        return 1.0
+
+    def _steps(self, x: Tensor) -> Tensor:
+        exponent = torch.log2(x.abs()).round().clamp(-7, 0)  # -7 stands for 0
+        return torch.where(exponent > -7, x.sign() * (exponent + 7), torch.zeros_like(x))
+
+    def quantize(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:
+        assert scale is not None
+        return self._steps(x.float() / scale).to(self.code_dtype)
+
+    def values(self, codes: Tensor, zero_point: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        codes = codes.to(dtype)
+        return codes.sign() * torch.exp2(codes.abs() - 7)
+
+    def snap(self, x: Tensor) -> Tensor:
+        return self.values(self._steps(x))
+
+    def round(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:
+        assert scale is not None
+        return self.snap(x.float() / scale) * scale
+
+
+POWERS = Powers("powers", 8, torch.int8)
+
+
+class Shuffle(Transform):
+    """Put the input channels into an order drawn by chance: one stored tensor of integers."""
+
+    type: Literal["shuffle"] = "shuffle"
+    seed: int = Field(0, ge=0)
+
+    def tensors(self, in_features: int, rows: Sequence[int]) -> dict[str, TensorSpec]:
+        return {"order": TensorSpec((in_features,), torch.int64)}
+
+    def solve(self, weight: Tensor, problem: Problem) -> Transformed:
+        order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(self.seed))
+        return Transformed(weight[:, order], {"order": order})
+
+    def input(self, x: Tensor, tensors: Mapping[str, Tensor | None], group: int) -> Tensor:
+        order = tensors["order"]
+        assert order is not None
+        return x[..., order]
+
+    def restored(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
+        order = tensors["order"]
+        assert order is not None
+        return weight[:, order.argsort()]
+
+    def describe(self) -> str:
+        return f"seed={self.seed}"
+
+
+class Centred(Transform):
+    """Take the inputs' mean out of the input, and put what it gives into the output: solved from a statistic."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"total"})
+    needs_data: ClassVar[bool] = True
+    type: Literal["centred"] = "centred"
+
+    def tensors(self, in_features: int, rows: Sequence[int]) -> dict[str, TensorSpec]:
+        return {"mean": TensorSpec((in_features,), torch.float32), "shift": TensorSpec((sum(rows),), None)}
+
+    def solve(self, weight: Tensor, problem: Problem) -> Transformed:
+        stats = problem.stats
+        assert stats is not None
+        mean = stats.sums["total"] / stats.count
+        return Transformed(weight, {"mean": mean, "shift": (weight @ mean).to(problem.dtype)})
+
+    def input(self, x: Tensor, tensors: Mapping[str, Tensor | None], group: int) -> Tensor:
+        mean = tensors["mean"]
+        assert mean is not None
+        return x - mean
+
+    def output(self, x: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor | None:
+        shift = tensors["shift"]
+        assert shift is not None
+        return shift.float().expand(*x.shape[:-1], sum(rows))
+
+
+class HalfUp(Rounding):
+    """Round halves up, or by chance with an even number of ``dice``."""
+
+    needs_scale: ClassVar[bool] = True
+    type: Literal["half_up"] = "half_up"
+    dice: int = Field(1, ge=1)
+
+    def cost(self, in_features: int, out_features: int) -> float:
+        return float(in_features * out_features)
+
+    def solve(self, weight: Tensor, rule: GridRule, stats: LayerStats | None, name: str) -> tuple[Tensor, Grid]:
+        grid = rule.fit(weight)
+        half = 0.5 if self.dice % 2 else torch.rand(weight.shape, generator=torch.Generator().manual_seed(self.dice))
+        assert grid.scale is not None
+        steps = weight / grid.scale.repeat_interleave(torch.tensor(rule.columns), 1)
+        codes = torch.floor(steps + half).clamp(-rule.format.qmax, rule.format.qmax)
+        return codes.to(rule.format.code_dtype), grid
+
+
+DYNAMIC = {"type": "int8", "dynamic": True, "axis": -1}
+PLAIN = {"opt": {"type": "default"}, "input_quant": None, "weight_quant": {"type": "int8", "group_size": 10}}
+#: What is put into which table, and the fields of a config that use it.
+AXES: dict[str, tuple[dict[str, Any], str, Any, dict[str, Any]]] = {
+    "format": (FORMATS, "int5", INT5, {"weight_quant": {"type": "int5", "group_size": 10}}),
+    "asymmetric format": (
+        FORMATS, "int5", INT5, {"weight_quant": {"type": "int5", "group_size": 10, "symmetric": False, "clip": "mse"}},
+    ),
+    "format of inputs": (
+        FORMATS, "int5", INT5, {"weight_quant": {"type": "int5", "axis": -1}, "input_quant": {"type": "int5"}},
+    ),
+    "format of one's own": (
+        FORMATS, "powers", POWERS,
+        {"weight_quant": {"type": "powers", "axis": -1}, "input_quant": {**DYNAMIC, "type": "powers"}},
+    ),
+    "format, smoothed": (
+        FORMATS, "int5", INT5,
+        {"weight_quant": {"type": "int5"}, "opt": {"type": "svd", "low_rank": 2}, "calib": {"type": "gptq"}},
+    ),
+    "transform": (TRANSFORMS, "shuffle", Shuffle, {"opt": {"type": "shuffle", "seed": 3}, "input_quant": DYNAMIC}),
+    "transform with data": (TRANSFORMS, "centred", Centred, {"opt": {"type": "centred"}, "input_quant": DYNAMIC}),
+    "rounding": (ROUNDINGS, "half_up", HalfUp, {"calib": {"type": "half_up"}}),
+    "rounding by chance": (
+        ROUNDINGS, "half_up", HalfUp, {"calib": {"type": "half_up", "dice": 2}, "weight_quant": {"type": "int4"}},
+    ),
+}  # fmt: skip
+
+
+MADE_UP = {name for _, name, _, _ in AXES.values()}
+
+
+@pytest.fixture(params=AXES)
+def config(request: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    table, name, entry, fields = AXES[request.param]
+    monkeypatch.setitem(table, name, entry)
+    monkeypatch.setitem(STATISTICS, "total", Statistic(lambda n: (n,), Reduction.SUM, lambda rows: rows.x.sum(0)))
+    return {"default": {**PLAIN, **fields}}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(24, 32), nn.Linear(32, 24, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, -1)
+        return x + self.down(torch.cat([nn.functional.silu(gate), value], -1))
+
+
+def llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def ids() -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(0, 64, (3, 9))}
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(v, theirs[k]) and v.dtype == theirs[k].dtype for k, v in ours.items()
+    )
+
+
+def check_layers(model: nn.Module, count: int, run: Callable[[], Tensor], exact: Tensor) -> Tensor:
+    """All layers are quantized, close to what they were, and run on codes as they do on floats."""
+    layers = quant_linears(model)
+    assert len(layers) == count
+    for layer in layers.values():
+        chosen = layer.plan.config
+        assert {chosen.weight_quant.type, chosen.opt.type, chosen.calib.type} & MADE_UP
+        if chosen.weight_quant.type == "int5":
+            assert layer.weight.nbytes == layer.out_features * -(-layer.in_features * 5 // 8)
+    output = run()
+    assert 0 < (output - exact).norm() < 0.4 * exact.norm()
+    hfquant.set_real_quant(model)
+    torch.testing.assert_close(run(), output, rtol=1e-4, atol=1e-4)
+    hfquant.set_real_quant(model, False)
+    assert torch.equal(run(), output)
+    return output
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("per_layer_mode", [False, True])
+def test_a_plain_module(config: dict[str, Any], per_layer_mode: bool) -> None:
+    model, x = nn.Sequential(Block(), Block()), torch.randn(4, 7, 24)
+    exact = model(x)
+    twin = nn.Sequential(Block(), Block())
+    twin.load_state_dict(model.state_dict())
+    data = [torch.randn(4, 7, 24), x]
+    hfquant.quantize(model, data, config, per_layer_mode)
+    check_layers(model, 4, lambda: model(x), exact)
+    # Deterministic, so the same again; and resumed, so is each layer.
+    hfquant.quantize(twin, data, config, per_layer_mode)
+    assert same(model, twin)
+    hfquant.dequantize(model)
+    assert type(model[0].up) is nn.Linear
+    assert (model(x) - exact).norm() < 0.4 * exact.norm()
+
+
+@torch.no_grad()
+def test_a_plain_module_is_resumed(config: dict[str, Any], tmp_path: Path) -> None:
+    model, twin, data = nn.Sequential(Block()), nn.Sequential(Block()), [torch.randn(4, 24)]
+    twin.load_state_dict(model.state_dict())
+    hfquant.quantize(model, data, config, resume_dir=tmp_path)
+    hfquant.quantize(twin, data, config, resume_dir=tmp_path)
+    assert same(model, twin)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+@torch.no_grad()
+def test_a_llama_saved_and_loaded(config: dict[str, Any], tmp_path: Path) -> None:
+    model, inputs = llama(), ids()
+    exact = model(**inputs).logits
+    hfquant.quantize(model, [ids(), inputs], config)
+    output = check_layers(model, 14, lambda: model(**inputs).logits, exact)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert parse(stored["config"]).raw == parse(config).raw
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert same(model, loaded)
+    assert torch.equal(loaded(**inputs).logits, output)
+    hfquant.set_real_quant(loaded)
+    torch.testing.assert_close(loaded(**inputs).logits, output, rtol=1e-4, atol=1e-4)
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    assert (again / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+@torch.no_grad()
+def test_a_denoiser_saved_and_loaded(config: dict[str, Any], tmp_path: Path) -> None:
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=2, num_layers=1, sample_size=4, patch_size=2,
+        num_embeds_ada_norm=5, norm_num_groups=2,
+    ).eval()  # fmt: skip
+    batch = {"hidden_states": torch.randn(2, 2, 4, 4), "timestep": torch.tensor([3, 5])}
+    batch["class_labels"] = torch.tensor([1, 2])
+    hfquant.quantize(model, [batch], config)
+    assert len(quant_linears(model)) > 5
+    model.save_pretrained(tmp_path)
+    loaded = DiTTransformer2DModel.from_pretrained(tmp_path)
+    assert same(model, loaded)
+    assert torch.equal(loaded(**batch).sample, model(**batch).sample)
+
+
+@torch.no_grad()
+def test_a_llama_quantized_while_loading(config: dict[str, Any], tmp_path: Path) -> None:
+    """The same tensors as those of a model quantized in memory."""
+    model, inputs = llama(), ids()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=hfquant.HfQuantConfig(config, calibration=[inputs])
+    )
+    hfquant.quantize(model, [inputs], config)
+    assert same(model, loaded)
+
+
+def test_a_checkpoint_of_unknown_names_says_so(config: dict[str, Any], tmp_path: Path) -> None:
+    hfquant.quantize(llama(), [ids()], config).save_pretrained(tmp_path)
+    for table in (FORMATS, TRANSFORMS, ROUNDINGS):
+        for name in MADE_UP & table.keys():
+            del table[name]
+    with pytest.raises(ConfigError, match="|".join(MADE_UP)):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_names_and_options_are_checked_like_hfquant_s_own(config: dict[str, Any]) -> None:
+    """A name that is in a table is known to errors; options are validated where the class declares them."""
+    for section, table in (("opt", TRANSFORMS), ("calib", ROUNDINGS), ("weight_quant", FORMATS)):
+        with pytest.raises(ConfigError) as error:
+            parse({"default": {**config["default"], section: {"type": "nothing"}}})
+        assert all(name in str(error.value) for name in table)
+    if "shuffle" in TRANSFORMS:
+        with pytest.raises(ConfigError, match=r"opt.seed.*got -1"):
+            parse({"default": {"opt": {"type": "shuffle", "seed": -1}}})
+        # A glob names an option without its type, and overrides it alone.
+        rules = parse({**config, "*.down": {"opt": {"seed": 7}}})
+        assert (rules.resolve("a.up").opt.seed, rules.resolve("a.down").opt.seed) == (3, 7)
+        assert isinstance(rules.resolve("a.down").opt, Shuffle)
+    if "half_up" in ROUNDINGS:
+        with pytest.raises(ConfigError, match=r'calib.type "half_up" needs a weight_quant.type with a scale, not fp16'):
+            parse({"default": {"calib": {"type": "half_up"}, "weight_quant": {"type": "fp16"}}})
+
+
+def test_the_tables_are_as_they_were() -> None:
+    """What a test puts there is gone again, or a name would be known by accident."""
+    assert "int5" not in FORMATS
+    assert "powers" not in FORMATS
+    assert TRANSFORMS.keys() == {"default", "smooth", "svd"}
+    assert ROUNDINGS.keys() == {"amax", "gptq"}
