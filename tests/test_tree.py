@@ -18,7 +18,7 @@ ELSEWHERE = {
     "cli/__init__.py": "cli/test_calibrate.py",
     "console.py": "test_ptq.py",
     "dataflow/functions.py": "dataflow/test_tracker.py",
-    "dataflow/labels.py": "dataflow/test_activations.py",
+    "dataflow/labels.py": "dataflow/test_tracker.py",
     "demo/__main__.py": "demo/test_demo.py",
     "demo/classifier.py": "demo/test_demo.py",
     "demo/pipeline.py": "demo/test_demo.py",
