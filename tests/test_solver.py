@@ -235,7 +235,7 @@ def test_without_data_the_stated_fallback() -> None:
     assert config.input_quant is not None
     assert config.input_quant.dynamic
     assert config.input_quant.axis == -1
-    assert set(solution.tensors) == {"weight", "weight_scale"}
+    assert set(solution.tensors) == {"weight", "weight_scale", "weight_scale_row"}
 
 
 @pytest.mark.parametrize("opt", [{"type": "default"}, SEARCH, SEARCH | {"magnitude": "rms"}, SVD])

@@ -49,6 +49,7 @@ def cases(dtype: str) -> dict[str, Case]:
     return {
         "channel": Case(channel),
         "group": Case(WeightQuant(type=dtype, **group)),
+        "float32 scales": Case(WeightQuant(type=dtype, **group, **zero, **({"scale": "float32"} if group else {}))),
         "short group": Case(WeightQuant(type=dtype, **short, **zero)),
         "short groups of segments": Case(WeightQuant(type=dtype, **short), SMOOTH, (13, 11), (3, 7), (True, False)),
         "input segments": Case(channel, inputs=(5, 8, 11)),
@@ -72,11 +73,14 @@ def random_tensors(plan: LayerPlan, dtype: torch.dtype = torch.float32) -> dict[
         made["weight"] = torch.randint(low, half, shape).to(form.code_dtype)
     else:
         made["weight"] = form.quantize(torch.randn(shape), torch.full((1,), 0.01))
-    if "weight_scale" in made:
+    groups = (plan.out_features, len(plan.columns))
+    if "weight_scale_row" in made:
+        made["weight_scale"] = torch.randint(96, 256, groups, dtype=torch.uint8)
+        made["weight_scale_row"] /= form.qmax
+    elif "weight_scale" in made:
         made["weight_scale"] /= form.qmax
     if "weight_zero_point" in made:
-        zero = torch.randint(-half, half, made["weight_zero_point"].shape)
-        made["weight_zero_point"] = zero.to(form.code_dtype)
+        made["weight_zero_point"] = form.pack(torch.randint(-half, half, groups).to(form.code_dtype))
     if "input_scale" in made:
         made["input_scale"] *= 2 / plan.config.input_quant.format.qmax
     if "input_scale_neg" in made:
@@ -112,10 +116,18 @@ def weight_by_hand(plan: LayerPlan, tensors) -> np.ndarray:
             return values
     else:
         values = codes.astype(np.float64)
-    group = np.repeat(np.arange(len(plan.columns)), plan.columns)
+    count = len(plan.columns)
+    group = np.repeat(np.arange(count), plan.columns)
     if "weight_zero_point" in tensors:
-        values = values - tensors["weight_zero_point"].numpy()[:, group]
-    return values * tensors["weight_scale"].double().numpy()[:, group]
+        zero = tensors["weight_zero_point"].numpy()
+        if form.bits < 8:
+            zero = np.array([oracle.unpacked(row.tobytes(), form.bits, count) for row in zero])
+        values = values - zero[:, group]
+    scale = tensors["weight_scale"].numpy()
+    if "weight_scale_row" in tensors:
+        row = tensors["weight_scale_row"].numpy()
+        scale = np.vectorize(oracle.group_scale)(scale).astype(np.float32) * row
+    return values * scale.astype(np.float64)[:, group]
 
 
 def forward_by_hand(plan: LayerPlan, tensors, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -254,7 +254,8 @@ def test_half_float_double_methods() -> None:
     for method, dtype in (("half", torch.float16), ("bfloat16", torch.bfloat16), ("double", torch.float64)):
         getattr(layer, method)()
         assert layer.svd_down.dtype == layer.bias.dtype == dtype
-        assert layer.weight_scale.dtype == layer.smooth.dtype == layer.input_scale.dtype == torch.float32
+        assert layer.weight_scale_row.dtype == layer.smooth.dtype == layer.input_scale.dtype == torch.float32
+        assert layer.weight_scale.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("real", [False, True])
@@ -327,6 +328,7 @@ def test_set_tensor() -> None:
             packed[None, None],
         ],
         "weight_scale": [layer.weight_scale.bfloat16(), layer.weight_scale[:, :-1], layer.weight_scale.flatten()],
+        "weight_scale_row": [layer.weight_scale_row.half(), layer.weight_scale_row.flatten()],
         "weight_zero_point": [layer.weight_zero_point.float()],
         "input_scale": [layer.input_scale[:1], layer.input_scale.half()],
         "bias": [torch.zeros(OUT + 1), torch.zeros(OUT, dtype=torch.int8)],
