@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import hfquant
 from hfquant.demo import load_digits_pipeline
-from hfquant.nn.linear import quant_linears
+from hfquant.nn.modules import quant_linears
 
 STATIC = {"default": {"weight_quant": {"type": "int8", "axis": -1}, "input_quant": {"type": "int8"}}}
 

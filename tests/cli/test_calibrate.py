@@ -21,7 +21,7 @@ from hfquant.calibration import BaseSampler, CalibSetError, NormalSampler, stora
 from hfquant.cli import app
 from hfquant.demo import load_digits_pipeline
 from hfquant.integrations.hub import load
-from hfquant.nn.linear import quant_linears
+from hfquant.nn.modules import quant_linears
 
 WORDS = ["</s>", "<unk>", *"abcdefgh"]
 

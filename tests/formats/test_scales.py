@@ -85,11 +85,24 @@ def test_a_grid_s_scales_are_what_is_stored_of_it(form, clip, symmetric, columns
     assert (grid.dequantize(codes)[3, : columns[0]] == 0).all()
 
 
-def test_two_levels_cost_little() -> None:
-    weight = torch.randn(64, 256)
-    exact, stored = (GridRule(FORMATS["int4"], (64,) * 4, two_level=two).fit(weight) for two in (False, True))
-    losses = [(grid.round(weight) - weight).square().sum().item() for grid in (exact, stored)]
-    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+def test_rows_of_zeros_and_groups_of_zeros() -> None:
+    weight = torch.zeros(3, 8)
+    weight[1, :4] = torch.tensor([1e-3, -7e-3, 2e-3, 0.0])
+    grid = GridRule(FORMATS["int4"], (4, 4), two_level=True).fit(weight)
+    assert grid.scale.isfinite().all()
+    assert (grid.scale > 0).all()
+    assert torch.equal(grid.round(weight)[0], weight[0])
+    assert grid.scale[1, 0].item() == pytest.approx(1e-3, rel=1e-6)
+
+
+def test_it_costs_next_to_nothing() -> None:
+    weight = torch.randn(64, 1024)
+    for clip, most in (("amax", 1.002), ("mse", 1.0)):
+        errors = []
+        for two_level in (False, True):
+            grid = GridRule(FORMATS["int4"], (64,) * 16, None, False, clip, two_level).fit(weight)
+            errors.append((grid.round(weight) - weight).square().sum())
+        assert errors[1] <= most * errors[0]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -112,3 +125,15 @@ def test_clipping_finds_nearly_the_best_of_all_bytes(symmetric) -> None:
     assert (found <= losses(widest) * (1 + 1e-6)).all()
     assert found.sum() <= best.sum() * 1.02
     assert (found <= best * (1 + 1e-5)).float().mean() > 0.7
+
+
+def test_clipping_weighs_errors_by_importance() -> None:
+    weight, importance = torch.randn(8, 64), torch.rand(64)
+    rule = GridRule(FORMATS["int4"], (32, 32), None, True, "mse", two_level=True)
+    grid = rule.fit(weight, importance)
+    loss = ((grid.round(weight) - weight).square() * importance).view(8, 2, 32).sum(-1)
+    for step in range(36):
+        codes = (255 - torch.full((8, 2), step)).to(torch.uint8)
+        other = Grid.two_level(grid.format, grid.columns, codes, grid.scale_row)
+        theirs = ((other.round(weight) - weight).square() * importance).view(8, 2, 32).sum(-1)
+        assert (loss <= theirs * 1.05).all()
