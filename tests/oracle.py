@@ -70,6 +70,19 @@ def codes_of(x: np.ndarray, scale: np.ndarray | None, dtype: str) -> np.ndarray:
         return nearest(x if scale is None else (x / np.asarray(scale, np.float64)).astype(np.float32), dtype)
 
 
+def group_scale(code: int) -> float:
+    """What the byte of a group's scale stands for: 3 bits of exponent, 5 of mantissa."""
+    exponent, mantissa = divmod(int(code), 32)
+    return 2.0 ** (exponent - 7) * (1 + mantissa / 32)
+
+
+def unpacked(row: bytes, bits: int, columns: int) -> list[int]:
+    """The codes of a packed row: a little-endian bit stream of two's complements."""
+    stream = int.from_bytes(row, "little")
+    codes = [(stream >> (j * bits)) % 2**bits for j in range(columns)]
+    return [c - 2**bits if c >= 2 ** (bits - 1) else c for c in codes]
+
+
 def exponent_of(low: float, high: float, dtype: str) -> int:
     """DualScale's e = floor(log2(s+ / s-)) in [0, 15 - (b - 1)], in exact arithmetic."""
     most = 15 - (INTEGERS[dtype] - 1)

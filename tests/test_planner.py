@@ -474,7 +474,12 @@ def test_zero_points_and_groups() -> None:
         assert spec["weight"] == ((5, -(-columns // 2)), torch.int8)
         assert spec["weight_scale"] == ((5, groups), torch.uint8)
         assert spec["weight_scale_row"] == ((5, 1), torch.float32)
-        assert spec["weight_zero_point"] == ((5, -(-groups // 2)), torch.int8)
+        assert spec["weight_zero_point"] == ((5, 2), torch.int8)
+        exact = WeightQuant(type="int4", group_size=4, scale="float32")
+        config_exact = LayerConfig(weight_quant=exact, input_quant=None)
+        spec_exact = LayerPlan(config_exact, columns, 5, (columns,), (5,), (False,)).tensors()
+        assert spec_exact["weight_scale"] == ((5, groups), torch.float32)
+        assert not {"weight_scale_row", "weight_zero_point"} & spec_exact.keys()
         assert spec["smooth"] == ((columns,), torch.float32)
 
 
@@ -491,7 +496,8 @@ def test_rules_say_what_the_plan_decided() -> None:
     grouped = config_of(weight_quant={"type": "int4", "group_size": 16, "clip": "mse", "symmetric": False})
     rule = replace(found, config=grouped).grid_rule(6)
     assert (rule.format, rule.columns, rule.rows) == (FORMATS["int4"], (8, 16, 8), None)
-    assert (rule.symmetric, rule.clip) == (False, "mse")
+    assert (rule.symmetric, rule.clip, rule.two_level) == (False, "mse", True)
+    assert not found.grid_rule(6).two_level
     assert replace(found, config=config_of(input_quant=None)).input_rule is None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -153,5 +154,4 @@ class Rounding(Section):
 
 def block_slices(sizes: Sequence[int]) -> list[slice]:
     """Return consecutive slices of these sizes."""
-    ends = torch.tensor(list(sizes)).cumsum(0).tolist()
-    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    return [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]

@@ -46,3 +46,5 @@ def test_floats_have_neither_zero_points_nor_a_second_scale(form) -> None:
     assert form.name in form.no_dual_scale
     with pytest.raises(TypeError, match=f"{form.name} has no zero point"):
         form.scale_from_range(torch.zeros(1), torch.ones(1))
+    with pytest.raises(TypeError, match=f"{form.name} has no zero point"):
+        form.zero_point(torch.zeros(1), torch.ones(1))

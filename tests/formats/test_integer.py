@@ -6,9 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfquant.formats import MIN_SCALE
+from hfquant.formats import MIN_SCALE, NumberFormat
 from hfquant.formats.integer import IntegerFormat
 from tests.formats.format_cases import INTEGERS, MAX, SCALES, name, values
+
+
+def scale_and_zero(form: NumberFormat, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = form.scale_from_range(low, high)
+    return scale, form.zero_point(low, scale)
 
 
 @pytest.mark.parametrize("zero", ["low", "middle", "high"])
@@ -50,8 +55,7 @@ def test_half_to_even(form) -> None:
 @pytest.mark.parametrize("form", INTEGERS, ids=name)
 def test_asymmetric_ranges(form, low, high) -> None:
     levels, half = 2**form.bits - 1, 2 ** (form.bits - 1)
-    scale = form.scale_from_range(torch.tensor(low), torch.tensor(high))
-    zero = form.zero_point(torch.tensor(low), scale)
+    scale, zero = scale_and_zero(form, torch.tensor(low), torch.tensor(high))
     assert zero.dtype == form.code_dtype
     widened = max(high, 0.0) - min(low, 0.0)
     assert scale.item() == pytest.approx(widened / levels, rel=2e-7)
@@ -68,28 +72,27 @@ def test_asymmetric_ranges(form, low, high) -> None:
 @pytest.mark.parametrize("form", INTEGERS, ids=name)
 def test_asymmetric_corner_cases(form) -> None:
     half = 2 ** (form.bits - 1)
-    scale, zero = form.scale_from_range(torch.zeros(2), torch.zeros(2))
+    scale, zero = scale_and_zero(form, torch.zeros(2), torch.zeros(2))
     assert scale.tolist() == [1.0, 1.0]
     assert zero.tolist() == [-half, -half]
     tiny = torch.tensor([1e-45, 1e-40])
-    scale, _ = form.scale_from_range(-tiny, tiny)
+    scale = form.scale_from_range(-tiny, tiny)
     assert (scale == MIN_SCALE).all()
     x = torch.tensor([-MAX, 0.0, MAX])
     for low, high in ((-MAX, MAX), (0.0, MAX), (-MAX, 0.0), (-MAX / 3, MAX)):
-        scale = form.scale_from_range(torch.tensor(low), torch.tensor(high))
-        zero = form.zero_point(torch.tensor(low), scale)
+        scale, zero = scale_and_zero(form, torch.tensor(low), torch.tensor(high))
         fake = form.dequantize(form.quantize(x.clamp(low, high), scale, zero), scale, zero)
         assert fake.isfinite().all()
         assert fake[1] == 0
         assert ((fake.double() - x.clamp(low, high).double()).abs() <= 3 * scale.double()).all()
-    scale, _ = form.scale_from_range(torch.tensor(torch.nan), torch.tensor(1.0))
+    scale = form.scale_from_range(torch.tensor(torch.nan), torch.tensor(1.0))
     assert scale.isnan()
 
 
 @given(st.sampled_from(INTEGERS), st.lists(values, min_size=1, max_size=20))
 def test_asymmetric_error_is_at_most_half_a_step(form, xs) -> None:
     x = torch.tensor(xs, dtype=torch.float32)
-    scale, zero = form.scale_from_range(x.min(), x.max())
+    scale, zero = scale_and_zero(form, x.min(), x.max())
     fake = form.dequantize(form.quantize(x, scale, zero), scale, zero)
     bound = scale.double() / 2 + (x.max().clamp(min=0).double() - x.min().clamp(max=0).double()) * 2.0**-21
     assert ((fake.double() - x.double()).abs() <= bound).all()

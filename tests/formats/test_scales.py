@@ -1,43 +1,88 @@
-"""Group scales in two levels, against the definition of the byte in Python's floats."""
+"""Group scales in two levels against Python's floats: every byte, the nearest byte, what a row cannot reach."""
 
-from __future__ import annotations
-
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfquant.formats import FORMATS, Grid, GridRule, scales
+from hfquant.formats import FORMATS, MIN_SCALE, Grid, GridRule
+from hfquant.formats.scales import LARGEST, encode, row_scale, values
+from tests import oracle
 
-ALL = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-
-
-def value(byte: int) -> float:
-    return 2.0 ** ((byte >> 5) - 7) * (1 + (byte & 31) / 32)
-
-
-def test_each_byte_is_an_unsigned_float_of_three_and_five_bits() -> None:
-    assert scales.values(ALL).tolist() == [value(byte) for byte in range(256)]
-    assert value(255) == scales.LARGEST
+BYTES = torch.arange(256, dtype=torch.uint8)
+ALL = np.array([oracle.group_scale(code) for code in range(256)])
 
 
-@given(st.lists(st.floats(-20, 20), min_size=2, max_size=9), st.floats(-60, 60))
-def test_the_nearest_byte_is_taken(exponents: list[float], shift: float) -> None:
-    scale = torch.exp2(torch.tensor([exponents]) + shift)
-    row = scales.row_scale(scale, torch.ones_like(scale, dtype=torch.bool))
-    assert row.shape == (1, 1)
-    table = torch.tensor([value(byte) for byte in range(256)], dtype=torch.float64) * row.double()
-    distance = (table - scale.double().T).abs()
-    taken = scales.encode(scale, row)[0].long()
-    chosen = distance.gather(1, taken[:, None])[:, 0]
-    # The nearest but for ties and for the rounding of one float32 quotient.
-    assert (chosen <= distance.amin(1) + 1e-6 * scale.double()[0]).all()
-    assert taken[scale[0].argmax()] == 255
+def test_every_byte_stands_for_its_float() -> None:
+    found = values(BYTES)
+    assert found.dtype == torch.float32
+    np.testing.assert_array_equal(found.double().numpy(), ALL)
+    assert (np.diff(ALL) > 0).all()
+    assert (ALL[0], ALL[-1]) == (2.0**-7, LARGEST)
+    assert values(BYTES.view(4, 8, 8)).shape == (4, 8, 8)
 
 
-def test_what_was_stored_is_found_again() -> None:
-    for row in (torch.tensor([[1e-30]]), torch.tensor([[0.0123]]), torch.tensor([[3e30]])):
-        assert torch.equal(scales.encode(scales.values(ALL)[None] * row, row)[0], ALL)
+@pytest.mark.parametrize("row", [1.0, 1 / 3, 7e-5, 2.0**-120, 1e30])
+def test_bytes_come_back(row) -> None:
+    scale = torch.full((1, 1), row)
+    assert torch.equal(encode(values(BYTES)[None] * scale, scale), BYTES[None])
+
+
+@given(st.lists(st.floats(2.0**-12, 4.0, width=32), min_size=1, max_size=20))
+def test_the_byte_is_the_nearest(scales) -> None:
+    """In the exponent's own steps: within half of one, saturated at both ends."""
+    codes = encode(torch.tensor([scales], dtype=torch.float32), torch.ones(1, 1))
+    assert codes.dtype == torch.uint8
+    for scale, code in zip(scales, codes[0].tolist(), strict=True):
+        distance = np.abs(ALL - scale)
+        assert distance[code] == distance.min()
+
+
+@given(st.lists(st.floats(2.0**-10, 1.0, width=32), min_size=1, max_size=12), st.floats(1e-20, 1e20))
+def test_within_a_64th_of_any_scale_that_is_not_tiny_beside_the_largest(scales, factor) -> None:
+    scale = torch.tensor([scales], dtype=torch.float64).mul(factor).float()
+    row = row_scale(scale, torch.ones_like(scale, dtype=torch.bool))
+    stored = (values(encode(scale, row)) * row).double()
+    near = scale >= scale.max() / 128
+    assert ((stored - scale.double()).abs() <= scale.double() / 64 * (1 + 1e-6))[near].all()
+    torch.testing.assert_close(stored.max(), scale.double().max(), rtol=1e-6, atol=0)
+
+
+def test_groups_of_zeros_do_not_set_a_row_s_scale() -> None:
+    scale = torch.tensor([[1.0, 0.002, 0.001], [1.0, 1.0, 1.0], [2.0**-126, 2.0**-126, 1.0]])
+    used = torch.tensor([[False, True, True], [False, False, False], [True, True, False]])
+    row = row_scale(scale, used)
+    assert row.shape == (3, 1)
+    assert row[0].item() == pytest.approx(0.002 / LARGEST)
+    assert row[1].item() == pytest.approx(1 / LARGEST)
+    assert row[2].item() == MIN_SCALE
+
+
+@pytest.mark.parametrize("form", ["int4", "int8", "fp8e4m3"])
+@pytest.mark.parametrize("clip", ["amax", "mse"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("columns", [(48, 48, 48), (64, 64, 16)])
+def test_a_grid_s_scales_are_what_is_stored_of_it(form, clip, symmetric, columns) -> None:
+    """Codes and zero points are found on the scales as stored, so that loading changes nothing."""
+    if not symmetric and not FORMATS[form].is_integer:
+        return
+    weight = torch.randn(6, 144) * torch.logspace(-2, 2, 6)[:, None] * torch.logspace(-1, 0, 144) + 0.01
+    weight[3, : columns[0]] = 0
+    rule = GridRule(FORMATS[form], columns, None, symmetric, clip, two_level=True)
+    grid = rule.fit(weight)
+    stored = grid.tensors()
+    shapes = {name: (tuple(t.shape), t.dtype) for name, t in stored.items() if name != "weight_zero_point"}
+    assert shapes == {"weight_scale": ((6, 3), torch.uint8), "weight_scale_row": ((6, 1), torch.float32)}
+    assert ("weight_zero_point" in stored) == (not symmetric)
+    loaded = Grid.from_tensors(FORMATS[form], columns, stored)
+    assert torch.equal(loaded.scale, grid.scale)
+    assert symmetric or torch.equal(loaded.zero_point, grid.zero_point)
+    by_hand = ALL[stored["weight_scale"].long()].astype(np.float32) * stored["weight_scale_row"].numpy()
+    np.testing.assert_array_equal(loaded.scale.numpy(), by_hand)
+    codes = grid.quantize(weight)
+    assert torch.equal(loaded.dequantize(codes), grid.round(weight))
+    assert (grid.dequantize(codes)[3, : columns[0]] == 0).all()
 
 
 def test_rows_of_zeros_and_groups_of_zeros() -> None:
@@ -50,22 +95,6 @@ def test_rows_of_zeros_and_groups_of_zeros() -> None:
     assert grid.scale[1, 0].item() == pytest.approx(1e-3, rel=1e-6)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("clip", ["amax", "mse"])
-@pytest.mark.parametrize("columns", [(16,) * 4, (16, 16, 16, 7)])
-def test_a_grid_is_what_its_tensors_say(symmetric: bool, clip: str, columns: tuple[int, ...]) -> None:
-    weight = torch.randn(12, sum(columns)) * torch.logspace(-1, 1, 12)[:, None]
-    rule = GridRule(FORMATS["int4"], columns, None, symmetric, clip, two_level=True)
-    grid = rule.fit(weight)
-    stored = grid.tensors()
-    assert stored["weight_scale"].dtype == torch.uint8
-    assert set(stored) == {"weight_scale", "weight_scale_row"} | (set() if symmetric else {"weight_zero_point"})
-    again = Grid.from_tensors(FORMATS["int4"], columns, stored)
-    assert torch.equal(again.scale, grid.scale)
-    codes = grid.quantize(weight)
-    assert torch.equal(again.dequantize(codes), grid.round(weight))
-
-
 def test_it_costs_next_to_nothing() -> None:
     weight = torch.randn(64, 1024)
     for clip, most in (("amax", 1.002), ("mse", 1.0)):
@@ -76,7 +105,29 @@ def test_it_costs_next_to_nothing() -> None:
         assert errors[1] <= most * errors[0]
 
 
-def test_clipping_finds_the_best_of_all_stored_scales() -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_clipping_finds_nearly_the_best_of_all_bytes(symmetric) -> None:
+    """Coarse steps, then the best one's neighbors: beside trying every byte, never worse than the widest grid."""
+    form, columns = FORMATS["int4"], (32, 32, 8)
+    weight = torch.randn(40, 72)
+    rule = GridRule(form, columns, None, symmetric, two_level=True)
+    widest, clipped = rule.fit(weight), GridRule(form, columns, None, symmetric, "mse", True).fit(weight)
+
+    def losses(grid: Grid) -> torch.Tensor:
+        parts = (grid.round(weight) - weight).square().split(list(columns), 1)
+        return torch.stack([p.sum(1) for p in parts], 1)
+
+    best = losses(widest)
+    for step in range(1, 36):
+        lower = (widest.scale_codes.int() - step).clamp(min=0).to(torch.uint8)
+        best = torch.minimum(best, losses(Grid.two_level(form, columns, lower, widest.scale_row, widest.zero_point)))
+    found = losses(clipped)
+    assert (found <= losses(widest) * (1 + 1e-6)).all()
+    assert found.sum() <= best.sum() * 1.02
+    assert (found <= best * (1 + 1e-5)).float().mean() > 0.7
+
+
+def test_clipping_weighs_errors_by_importance() -> None:
     weight, importance = torch.randn(8, 64), torch.rand(64)
     rule = GridRule(FORMATS["int4"], (32, 32), None, True, "mse", two_level=True)
     grid = rule.fit(weight, importance)

@@ -49,6 +49,7 @@ def cases(dtype: str) -> dict[str, Case]:
     return {
         "channel": Case(channel),
         "group": Case(WeightQuant(type=dtype, **group)),
+        "float32 scales": Case(WeightQuant(type=dtype, **group, **zero, **({"scale": "float32"} if group else {}))),
         "short group": Case(WeightQuant(type=dtype, **short, **zero)),
         "short groups of segments": Case(WeightQuant(type=dtype, **short), SMOOTH, (13, 11), (3, 7), (True, False)),
         "input segments": Case(channel, inputs=(5, 8, 11)),
@@ -72,14 +73,14 @@ def random_tensors(plan: LayerPlan, dtype: torch.dtype = torch.float32) -> dict[
         made["weight"] = torch.randint(low, half, shape).to(form.code_dtype)
     else:
         made["weight"] = form.quantize(torch.randn(shape), torch.full((1,), 0.01))
-    if plan.two_level:
-        made["weight_scale"] = torch.randint(150, 256, made["weight_scale"].shape, dtype=torch.uint8)
+    groups = (plan.out_features, len(plan.columns))
+    if "weight_scale_row" in made:
+        made["weight_scale"] = torch.randint(96, 256, groups, dtype=torch.uint8)
         made["weight_scale_row"] /= form.qmax
     elif "weight_scale" in made:
         made["weight_scale"] /= form.qmax
     if "weight_zero_point" in made:
-        zero = torch.randint(-half, half, (plan.out_features, len(plan.columns)))
-        made["weight_zero_point"] = form.pack(zero.to(form.code_dtype))
+        made["weight_zero_point"] = form.pack(torch.randint(-half, half, groups).to(form.code_dtype))
     if "input_scale" in made:
         made["input_scale"] *= 2 / plan.config.input_quant.format.qmax
     if "input_scale_neg" in made:
@@ -115,21 +116,18 @@ def weight_by_hand(plan: LayerPlan, tensors) -> np.ndarray:
             return values
     else:
         values = codes.astype(np.float64)
-    group = np.repeat(np.arange(len(plan.columns)), plan.columns)
+    count = len(plan.columns)
+    group = np.repeat(np.arange(count), plan.columns)
     if "weight_zero_point" in tensors:
-        zero = form.unpack(tensors["weight_zero_point"], len(plan.columns))
-        values = values - zero.numpy()[:, group]
-    return values * scales_by_hand(tensors)[:, group]
-
-
-def scales_by_hand(tensors) -> np.ndarray:
-    """The weight's scales in float64; those in two levels are one product of float32 numbers."""
+        zero = tensors["weight_zero_point"].numpy()
+        if form.bits < 8:
+            zero = np.array([oracle.unpacked(row.tobytes(), form.bits, count) for row in zero])
+        values = values - zero[:, group]
     scale = tensors["weight_scale"].numpy()
-    if "weight_scale_row" not in tensors:
-        return scale.astype(np.float64)
-    exponent, mantissa = scale >> 5, scale & 31
-    value = np.ldexp(1 + mantissa / 32.0, exponent.astype(int) - 7).astype(np.float32)
-    return (value * tensors["weight_scale_row"].numpy()).astype(np.float64)
+    if "weight_scale_row" in tensors:
+        row = tensors["weight_scale_row"].numpy()
+        scale = np.vectorize(oracle.group_scale)(scale).astype(np.float32) * row
+    return values * scale.astype(np.float64)[:, group]
 
 
 def forward_by_hand(plan: LayerPlan, tensors, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

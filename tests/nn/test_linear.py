@@ -328,6 +328,7 @@ def test_set_tensor() -> None:
             packed[None, None],
         ],
         "weight_scale": [layer.weight_scale.bfloat16(), layer.weight_scale[:, :-1], layer.weight_scale.flatten()],
+        "weight_scale_row": [layer.weight_scale_row.half(), layer.weight_scale_row.flatten()],
         "weight_zero_point": [layer.weight_zero_point.float()],
         "input_scale": [layer.input_scale[:1], layer.input_scale.half()],
         "bias": [torch.zeros(OUT + 1), torch.zeros(OUT, dtype=torch.int8)],
