@@ -20,7 +20,7 @@ from hfquant.demo import DIGITS_PATH, DigitsPipeline, load_digits_pipeline
 from hfquant.demo import __main__ as demo
 from hfquant.demo.classifier import agreement, classifier, digits_split
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LABELS_200 = list(range(10)) * 20
 
 

@@ -360,7 +360,7 @@ def test_weights_read_outside_their_forward():
     from tests.integrations.tiny_diffusers import build
 
     model = build("HunyuanDiT2DModel")
-    found = {name for name, t in trace(model, example_inputs(model)).items() if t.functional}
+    found = {name for name, t in trace(model, example_inputs(model)).items() if t.obstacle}
     assert found == {f"time_extra_emb.pooler.{part}_proj" for part in "cqkv"}
 
 
