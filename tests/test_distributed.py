@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hfquant import distributed
 from hfquant.distributed import Processes, processes
 from tests import distributed_job
 
@@ -153,3 +155,105 @@ def test_memory_is_shared_with_the_processes_of_a_machine(monkeypatch: pytest.Mo
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert Processes(1, 16).on_this_machine == 4
     assert Processes().on_this_machine == 1
+
+
+JOB = """
+import torch
+import hfquant
+from hfquant.distributed import processes
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+data = [torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+hfquant.quantize(model, data, "w8a8")
+with processes() as group:
+    print("rank", group.rank, "of", group.size, float(model[0].input_scale), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "expected"),
+    [
+        (["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], 2),
+        (["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"], 1),
+    ],
+    ids=["torchrun", "accelerate launch --cpu"],
+)
+def test_launchers_on_cpus(launcher: list[str], expected: int, tmp_path: Path) -> None:
+    """What README says of them: torchrun's processes share the work, ``accelerate launch --cpu`` starts one."""
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, str(script)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert [line.split()[:4] for line in lines] == [["rank", str(i), "of", str(expected)] for i in range(expected)]
+    assert len({line.split()[4] for line in lines}) == 1
+
+
+SLOW = """
+import os, sys, time, torch
+from hfquant.distributed import processes
+
+with processes() as group:
+    group.gather(0)
+    if group.rank == 1:
+        time.sleep(60) if sys.argv[1] == "late" else os._exit(3)
+    start = time.monotonic()
+    try:
+        group.gather(1)
+    except RuntimeError as error:
+        print("ERROR", f"{time.monotonic() - start:.0f}", error, flush=True)
+        os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("how", ["late", "gone"])
+def test_a_process_that_does_not_come_is_named_within_the_time_that_is_set(how: str, tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(SLOW)
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "HFQUANT_TIMEOUT": "4"}
+    base |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), how],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    try:
+        out, err = ranks[0].communicate(timeout=100)
+    finally:
+        for process in ranks:
+            process.kill()
+    assert "ERROR" in out, err
+    assert "another process is gone or did not come within 4 s (HFQUANT_TIMEOUT)" in out
+    assert "anks 1" in out or "ank 1" in out  # its rank
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan"])
+def test_a_timeout_that_makes_no_sense_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HFQUANT_TIMEOUT", value)
+    with pytest.raises(ValueError, match=rf"HFQUANT_TIMEOUT='{value}': expected a number of seconds above 0"):
+        distributed._timeout()
