@@ -102,8 +102,10 @@ def test_measurements_go_with_their_tensor() -> None:
     assert not seen._measured
 
 
-def test_statistics_of_nothing_change_nothing() -> None:
-    stats = LayerStats.of(*some_rows(9), {"hessian"})
+@pytest.mark.parametrize("shift", [-10.0, 0.0, 10.0])
+def test_statistics_of_nothing_change_nothing(shift) -> None:
+    x, draw = some_rows(9)
+    stats = LayerStats.of(x + shift, draw, {"hessian"})
     nothing = LayerStats.empty(6, {"hessian"})
     for merged in (nothing.merge(stats), stats.merge(nothing)):
         assert merged.count == 9

@@ -82,6 +82,19 @@ def test_matches_the_textbook_with_a_short_last_group(act_order: bool, block_siz
     assert np.array_equal(codes[~kept_nearest].numpy(), expected[~kept_nearest.numpy()].astype(np.int8))
 
 
+@pytest.mark.parametrize("columns", [(16, 16, 8), (40,), (3, 20, 17)])
+@pytest.mark.parametrize("two_level", [False, True])
+def test_blocks_change_nothing(columns: tuple[int, ...], two_level: bool) -> None:
+    """A group's scale is fitted to all errors before it, those of a block that is not yet done too."""
+    weight, h = problem(24, 40, 400)
+    rule = GridRule(FORMATS["int4"], columns, two_level=two_level)
+    codes, grid = gptq(weight, h, rule, block_size=1)
+    for block_size in (7, 16, 24, 128):
+        other_codes, other = gptq(weight, h, rule, block_size=block_size)
+        torch.testing.assert_close(other.scale, grid.scale, rtol=1e-4, atol=0)
+        assert torch.equal(other_codes, codes)
+
+
 @settings(max_examples=20)
 @given(
     seed=st.integers(0, 1000),
