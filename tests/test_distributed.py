@@ -158,6 +158,7 @@ def test_memory_is_shared_with_the_processes_of_a_machine(monkeypatch: pytest.Mo
 
 
 JOB = """
+import sys
 import torch
 import hfquant
 from hfquant.distributed import processes
@@ -167,7 +168,8 @@ model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
 data = [torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
 hfquant.quantize(model, data, "w8a8")
 with processes() as group:
-    print("rank", group.rank, "of", group.size, float(model[0].input_scale), flush=True)
+    # One write, so that the lines of two processes do not mix.
+    sys.stdout.write(f"rank {group.rank} of {group.size} {float(model[0].input_scale)}\\n")
 """
 
 
