@@ -57,6 +57,7 @@ def quantize(
         RuntimeError: it failed in another process, which the message names with its cause.
     """
     config = HfQuantConfig.of(config)
+    _check_module(model)
     if getattr(model, "is_quantized", False):
         raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
     settings = ptq.Settings(
@@ -84,7 +85,16 @@ def plan(model: nn.Module, config: Any = None, example: Any = None) -> Plan:
         ConfigError: the config is invalid, or does not fit a layer.
     """
     config = HfQuantConfig.of(config)
+    _check_module(model)
     return plan_layers(model, config.rules, config.modules_to_not_convert or (), example, model_facts(model))
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}; a diffusion pipeline goes to "
+            "hfquant.quantize_pipeline"
+        )
 
 
 def dequantize(model: nn.Module) -> nn.Module:

@@ -294,8 +294,14 @@ def _enabled(entry: Mapping[str, Any]) -> LayerConfig:
     return _validate({**entry, "enable": True}, "config", patch=True)
 
 
-def _plain(value: Any, where: str, key: str = "") -> Any:
+#: Levels of nesting that a config has at most; a dict that holds itself has no end.
+_DEPTH = 8
+
+
+def _plain(value: Any, where: str, key: str = "", depth: int = 0) -> Any:
     """Turn enums into their strings, tuples into lists, the reference's spellings into ours: what JSON can carry."""
+    if depth > _DEPTH:
+        raise ConfigError(f"{where[:80]}: nested more than {_DEPTH} levels deep")
     if isinstance(value, Enum):
         value = value.value
     if isinstance(value, Section):
@@ -303,9 +309,9 @@ def _plain(value: Any, where: str, key: str = "") -> Any:
     if isinstance(value, Mapping):
         if odd := [k for k in value if not isinstance(k, str)]:
             raise ConfigError(f"{where}: key {odd[0]!r} is not a string")
-        return {_KEYS.get(k, str(k)): _plain(v, f"{where}[{k!r}]", k) for k, v in value.items()}
+        return {_KEYS.get(k, str(k)): _plain(v, f"{where}[{k!r}]", k, depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v, f"{where}[{i}]", key) for i, v in enumerate(value)]
+        return [_plain(v, f"{where}[{i}]", key, depth + 1) for i, v in enumerate(value)]
     if isinstance(value, str) and key in ("type", "search_patterns"):
         return _NAMES.get(value.lower(), value.lower())
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -445,3 +445,10 @@ def test_needs_data_looks_at_each_glob_once(monkeypatch) -> None:
     monkeypatch.setattr(config, "fnmatchcase", counted)
     assert not rules.needs_data
     assert calls == 0
+
+
+def test_a_config_without_an_end_is_refused() -> None:
+    endless: dict = {"default": {}}
+    endless["default"]["opt"] = endless
+    with pytest.raises(ConfigError, match="nested more than 8 levels"):
+        QuantRules(endless)

@@ -435,3 +435,46 @@ def test_groups_may_end_short_and_ranks_are_cut(caplog: pytest.LogCaptureFixture
     assert error < 0.08
     hfquant.set_real_quant(model)
     assert torch.allclose(model(x), exact, atol=0.08 * float(exact.abs().max()) * 4)
+
+
+@pytest.mark.parametrize("call", [lambda m: quantize(m, None, "w8a16"), lambda m: hfquant.plan(m, "w8a16")])
+@pytest.mark.parametrize("model", [None, "model", [1], torch.zeros(2)])
+def test_what_is_no_module_is_refused(call: Any, model: Any) -> None:
+    with pytest.raises(TypeError, match=f"expected a torch.nn.Module, got {type(model).__name__}"):
+        call(model)
+
+
+@pytest.mark.parametrize("example", ["text", 3, {"nothing": torch.zeros(1)}, (), [[]]])
+def test_a_senseless_example_costs_the_segments_and_no_more(
+    net: Net, example: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = hfquant.plan(net, "w8a16", example)
+    assert plan.layers
+    assert "pattern detection failed" in caplog.text
+
+
+def test_a_searched_alpha_at_16_bits_is_worse_neither_than_the_fixed_one_nor_than_8_bits() -> None:
+    """With one static scale and next to no rounding, a few clipped rows decide between alphas."""
+    from hfquant.demo import load_digits_pipeline
+
+    def batches(seed: int) -> list[dict[str, Any]]:
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            {
+                "hidden_states": torch.randn(4, 1, 8, 8, generator=generator),
+                "timestep": torch.full((4,), 40 + 60 * i),
+                "class_labels": torch.arange(4) + i % 6,
+            }
+            for i in range(16)
+        ]
+
+    exact, errors = load_digits_pipeline().transformer, []
+    search = {"search_alpha_config": {"enable": True}}
+    for dtype, options in (("int16", search), ("int16", {}), ("int8", search)):
+        config = {"weight_quant": {"type": dtype, "axis": -1}, "input_quant": {"type": dtype}}
+        model = quantize(
+            copy.deepcopy(exact), batches(1), {"default": {"opt": {"type": "smooth", **options}, **config}}
+        )
+        with torch.no_grad():
+            errors.append(sum((model(**b).sample - exact(**b).sample).square().sum().item() for b in batches(99)))
+    assert errors[0] == min(errors)

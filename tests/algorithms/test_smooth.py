@@ -115,3 +115,16 @@ def test_the_config_s_own_alpha_is_tried_too() -> None:
     own, *others = opt.losses(weight, problem, [0.5, 0.99, 1.0])[0, :, 0]
     assert 2 * own < min(others)
     assert opt.solve(weight, problem).alphas == (0.5,)
+
+
+@given(st.integers(0, 2**31))
+def test_the_alpha_chosen_is_worse_than_the_fixed_one_on_neither_half(seed: int) -> None:
+    losses = torch.rand(2, 7, 3, generator=torch.Generator().manual_seed(seed))
+    for fixed in range(7):
+        taken = chosen(losses, fixed)
+        for segment, alpha in enumerate(taken.tolist()):
+            assert (losses[:, alpha, segment] <= losses[:, fixed, segment]).all()
+            better = (losses[:, :, segment] < losses[:, fixed : fixed + 1, segment]).all(0)
+            assert alpha != fixed or not better.any()
+    one = losses[:1]
+    assert chosen(one, 0).tolist() == one[0].argmin(0).tolist()

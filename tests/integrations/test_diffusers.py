@@ -8,6 +8,7 @@ import json
 import logging
 import weakref
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoModel, FluxTransformer2DModel, SD3Transformer2DModel, WanTransformer3DModel
@@ -266,3 +267,27 @@ def test_save_twice_writes_the_same(checkpoint, tmp_path):
     first = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
     model.save_pretrained(tmp_path)
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == first
+
+
+def test_weights_read_outside_their_forward_stay_float_without_data(tmp_path):
+    """HunyuanDiT's pooler hands the weights of its projections to a functional attention."""
+    from hfquant.integrations.examples import example_inputs
+    from tests.integrations.tiny_diffusers import build
+
+    model = build("HunyuanDiT2DModel").to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data.normal_(0, 0.02, generator=generator)
+    model.save_pretrained(tmp_path)
+    quantized = diffusers.HunyuanDiT2DModel.from_pretrained(tmp_path, quantization_config=HfQuantConfig("w8a16"))
+    skipped = quantized.config["quantization_config"].skipped
+    reads = [name for name, why in skipped.items() if why == "its weight is read outside its own forward"]
+    assert any("pooler" in name for name in reads)
+    inputs = example_inputs(quantized)
+    with torch.no_grad():
+        assert quantized(**inputs).sample.isfinite().all()
+    quantized.save_pretrained(tmp_path / "q")
+    again = diffusers.HunyuanDiT2DModel.from_pretrained(tmp_path / "q")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).sample, quantized(**inputs).sample)
