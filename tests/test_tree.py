@@ -24,6 +24,7 @@ ELSEWHERE = {
     "demo/pipeline.py": "demo/test_demo.py",
     "formats/__init__.py": "formats/test_base.py",
     "integrations/__init__.py": "integrations/test_config.py",
+    "integrations/compat.py": "smoke/test_compat.py",
     "integrations/checkpoint.py": "integrations/test_checkpoint_errors.py",
     "integrations/data.py": "integrations/test_transformers_data.py",
     "integrations/examples/diffusers_codecs.py": "integrations/examples/test_diffusers.py",

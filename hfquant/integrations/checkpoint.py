@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from hfquant.integrations.compat import is_marked_initialized, mark_initialized
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import log_real_quant, quant_linears, replace_modules
@@ -81,7 +82,7 @@ def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: boo
         # transformers initializes what is not marked, modules and tensors that stay on disk alike, and codes have no
         # random initialization. A tensor that is missing is replaced by one without the mark.
         for marked in (layer, *layer.parameters(), *layer.buffers()):
-            setattr(marked, "_is_hf_initialized", True)  # noqa: B010 (a tensor has no such attribute)
+            mark_initialized(marked)
         replacements[linear] = layer
     replace_modules(model, replacements)
 
@@ -149,7 +150,7 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
         for key, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
             if tensor.device.type == "meta":  # offloaded to disk
                 continue
-            if not getattr(tensor, "_is_hf_initialized", False):
+            if not is_marked_initialized(tensor):
                 missing.append(f"{name}.{key}")
                 continue
             shape, dtype = spec[key]

@@ -6,7 +6,6 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from hfquant.integrations.checkpoint import (
     tensor_names,
     warn_if_empty,
 )
+from hfquant.integrations.compat import drop_quantization_config
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import check_data, diffusers_batches
 from hfquant.integrations.facts import facts_of
@@ -192,8 +192,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: ModelMixin) -> nn.Module:
         model = dequantized(model, model.dtype)
-        # There is no public way to take a key out of a model's config.
-        model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
+        drop_quantization_config(model)
         return model
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from hfquant.calibration.batches import options_for
+from hfquant.integrations.compat import keep_in_fp32
 from hfquant.integrations.examples import example_inputs
 from hfquant.planner import ModelFacts, matches
 
@@ -17,8 +18,7 @@ def facts_of(model: nn.Module) -> ModelFacts:
     Left in full precision unless asked for: output heads, tied weights (also those that are tied only once loaded),
     and the model's ``_keep_in_fp32_modules``.
     """
-    fp32 = (getattr(model, f"_keep_in_fp32_modules{strict}", None) for strict in ("", "_strict"))
-    keep = [key for keys in fp32 for key in keys or ()]
+    keep = keep_in_fp32(model)
     skips = {
         name: "in the model's _keep_in_fp32_modules"
         for name, module in model.named_modules()

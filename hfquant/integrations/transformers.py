@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
-from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.base import HfQuantizer
 
 from hfquant import integrations
@@ -25,6 +22,14 @@ from hfquant.integrations.checkpoint import (
     stored_plans,
     tensor_names,
     warn_if_empty,
+)
+from hfquant.integrations.compat import (
+    ConversionOps,
+    load_offloaded_parameter,
+    mark_initialized,
+    names_in_model,
+    save_as_named,
+    set_quantized,
 )
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import check_data, transformers_batches
@@ -148,7 +153,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         # transformers passes config.dtype, which is a string once the model has been saved.
         wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         model = dequantized(model, wanted)
-        model.config._is_quantized = False
+        set_quantized(model, False)
         return model
 
     def is_serializable(self) -> bool:
@@ -217,7 +222,7 @@ def _quantize_late(model: PreTrainedModel, plan: Plan) -> None:
         solved = solve(name, linear.weight.detach(), layer_plan, None)
         layer = QuantLinear.from_tensors(solved.plan, solved.tensors, linear.bias)
         for tensor in [*layer.parameters(), *layer.buffers()]:
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+            mark_initialized(tensor)
         replace_modules(model, {linear: layer})
 
 
@@ -227,9 +232,9 @@ def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
-    model.config._is_quantized = True
+    set_quantized(model, True)
     _untie(model)
-    _save_as_named(model)
+    save_as_named(model)
 
 
 def _untie(model: PreTrainedModel) -> None:
@@ -246,18 +251,6 @@ def _untie(model: PreTrainedModel) -> None:
     model.all_tied_weights_keys = kept
 
 
-def _save_as_named(model: PreTrainedModel) -> None:
-    """Save linears under the model's own names; plain renamings stay.
-
-    Some architectures' original checkpoints have linears fused or split otherwise, which cannot be done to codes.
-    """
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-    if any(isinstance(c, WeightConverter) for c in conversions):
-        model._weight_conversions = [c for c in conversions if type(c) is WeightRenaming]
-
-
 def _is_own(model: PreTrainedModel) -> bool:
     """Return whether the checkpoint was saved by ``model``'s own class; it must be complete then."""
     return type(model).__name__ in (model.config.architectures or ())
@@ -272,6 +265,4 @@ def _stored_names(model: PreTrainedModel, checkpoint_files: list[str] | None) ->
     if not checkpoint_files:
         return None
     keys = tensor_names(checkpoint_files)
-    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
-    own = model.state_dict()
-    return keys | {rename_source_key(key, renamings, [], model.base_model_prefix, own)[0] for key in keys}
+    return keys | names_in_model(model, sorted(keys))

@@ -1,0 +1,84 @@
+"""What integrations/compat.py needs of the libraries; ``make test-floors`` runs it on the oldest versions."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+from hfquant.integrations import compat
+
+
+@pytest.fixture
+def llama() -> transformers.LlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **sizes))
+
+
+def test_modules_kept_in_float32_are_named_by_the_class() -> None:
+    assert "wo" in compat.keep_in_fp32(transformers.T5EncoderModel(transformers.T5Config(d_model=8, num_layers=1)))
+    assert compat.keep_in_fp32(nn.Linear(2, 2)) == []
+
+
+def test_what_is_marked_is_not_initialized(llama: transformers.LlamaForCausalLM) -> None:
+    linear, other = llama.model.layers[0].mlp.up_proj, llama.model.layers[0].mlp.down_proj
+    for module in (linear, other):
+        module.weight.data.zero_()
+        module._is_hf_initialized = False
+        for owner in llama.modules():
+            owner._is_hf_initialized = False
+    for parameter in llama.parameters():
+        parameter._is_hf_initialized = False
+    compat.mark_initialized(linear.weight)
+    assert compat.is_marked_initialized(linear.weight)
+    assert not compat.is_marked_initialized(other.weight)
+    llama.initialize_weights()
+    assert not linear.weight.any()
+    assert other.weight.any()
+
+
+def test_a_config_says_that_its_model_is_quantized(llama: transformers.LlamaForCausalLM) -> None:
+    compat.set_quantized(llama, True)
+    assert llama.config._is_quantized
+    compat.set_quantized(llama, False)
+    assert not llama.config._is_quantized
+
+
+def test_the_quantization_config_leaves_a_frozen_config() -> None:
+    model = diffusers.DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1, sample_size=4)
+    model.register_to_config(quantization_config={"a": 1})
+    before = dict(model.config)
+    compat.drop_quantization_config(model)
+    assert dict(model.config) == {k: v for k, v in before.items() if k != "quantization_config"}
+
+
+def test_converters_go_and_renamings_stay(llama: transformers.LlamaForCausalLM) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=32, num_local_experts=2, **sizes, num_key_value_heads=1)
+    mixtral = transformers.MixtralForCausalLM(config)
+    compat.save_as_named(mixtral)
+    kept = mixtral._weight_conversions
+    assert not any(isinstance(c, WeightConverter) for c in kept)
+    assert all(type(c) is WeightRenaming for c in kept)
+    compat.save_as_named(llama)  # nothing to convert
+
+
+def test_names_are_those_of_the_model(llama: transformers.LlamaForCausalLM) -> None:
+    name = "layers.0.mlp.up_proj.weight"
+    assert compat.names_in_model(llama, [f"model.{name}"]) == {f"model.{name}"}
+    assert compat.names_in_model(llama.model, [f"model.{name}"]) == {name}
+
+
+def test_offloaded_parameters_are_read(llama: transformers.LlamaForCausalLM, tmp_path) -> None:
+    weight = llama.model.layers[0].mlp.up_proj.weight.detach().clone()
+    llama.save_pretrained(tmp_path / "model")
+    parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    again = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=parts | {"model.layers.0": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert again.get_parameter(name).is_meta
+    assert torch.equal(compat.load_offloaded_parameter(again, name), weight)
