@@ -426,7 +426,7 @@ def test_an_unknown_preset_gets_a_suggestion() -> None:
 def test_a_search_of_too_many_alphas_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"step=1e-07 makes 1e\+07 alphas, at most 1000"):
         default(opt={"search_alpha_config": {"enable": True, "step": 1e-7}})
-    assert len(SearchAlpha(step=0.001).grid()) == 1001
+    assert len(SearchAlpha(max=0.999, step=0.001).grid()) == 1000
 
 
 def test_needs_data_looks_at_each_glob_once(monkeypatch) -> None:

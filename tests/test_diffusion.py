@@ -14,7 +14,7 @@ from torch import nn
 from hfquant import diffusion, quantize_pipeline
 from hfquant.affiner import load_affiner
 from hfquant.demo import DigitsPipeline, load_digits_pipeline
-from hfquant.diffusion import (
+from hfquant.denoisers import (
     compute_dtype,
     denoiser_name,
     denoiser_names,

@@ -20,7 +20,7 @@ from hfquant.affiner.config import AffinerConfig, Section, parse
 from hfquant.affiner.hooks import NoiseTarget, Step, attach
 from hfquant.affiner.maps import METHODS, checked_tensor
 from hfquant.config import ConfigError
-from hfquant.diffusion import find_denoiser
+from hfquant.denoisers import find_denoiser
 
 CONFIG_FILE, TENSORS_FILE = "affiner_config.json", "affiner.safetensors"
 SUBFOLDER = "affiner"

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from hfquant.affiner.config import BlocksConfig
 from hfquant.affiner.hooks import Undo
 from hfquant.affiner.solvers import Moments, moments, solve_blocks
-from hfquant.diffusion import compute_dtype, run_denoiser
+from hfquant.denoisers import compute_dtype, run_denoiser
 
 logger = logging.getLogger(__name__)
 

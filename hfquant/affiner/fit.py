@@ -20,7 +20,7 @@ from hfquant.affiner.inputs import Samples, as_pipeline, call_batches, check_ali
 from hfquant.affiner.runs import Event, Run
 from hfquant.calibration.samplers import seeded
 from hfquant.config import ConfigError
-from hfquant.diffusion import check_layout, compute_dtype, eval_mode, find_denoiser
+from hfquant.denoisers import check_layout, compute_dtype, eval_mode, find_denoiser
 
 
 def load_affiner(

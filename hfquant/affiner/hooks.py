@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from hfquant.diffusion import TIME_ARGUMENTS, find_denoisers, output_tensor, time_reader, with_tensor
+from hfquant.denoisers import TIME_ARGUMENTS, find_denoisers, output_tensor, time_reader, with_tensor
 
 NoiseTarget = Literal["all", "uncond", "text"]
 Undo = Callable[[], None]

@@ -16,7 +16,7 @@ from hfquant.affiner.config import AffinerConfig, StepperConfig
 from hfquant.affiner.hooks import refuse_attached
 from hfquant.affiner.runs import DenoisingLoop, own_copy
 from hfquant.config import ConfigError
-from hfquant.diffusion import find_denoiser
+from hfquant.denoisers import find_denoiser
 
 Samples = list[dict[str, Any]]
 #: Rows of a stream that its shuffle draws from.

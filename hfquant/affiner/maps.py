@@ -17,7 +17,7 @@ from hfquant.affiner import solvers
 from hfquant.affiner.config import AffinerConfig
 from hfquant.affiner.hooks import Step, step_coefficients
 from hfquant.affiner.solvers import Grid, Moments
-from hfquant.diffusion import from_grid, to_grid
+from hfquant.denoisers import from_grid, to_grid
 
 Maps = tuple[Tensor, Tensor]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hfquant.affiner.hooks import Step, intercept, refuse_intercepted, timestep_reader
-from hfquant.diffusion import compute_dtype, device_of, find_denoisers, output_tensor, with_tensor
+from hfquant.denoisers import compute_dtype, device_of, find_denoisers, output_tensor, with_tensor
 
 
 class Event(NamedTuple):

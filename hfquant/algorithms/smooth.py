@@ -38,7 +38,7 @@ class SearchAlpha(Section):
             return self
         if self.min > self.max:
             raise ValueError(f"min={self.min} is above max={self.max}")
-        count = (self.max - self.min) / self.step
+        count = (self.max - self.min) / self.step + 1
         if count > MAX_ALPHAS:
             raise ValueError(f"step={self.step} makes {count:.3g} alphas, at most {MAX_ALPHAS} are tried")
         return self

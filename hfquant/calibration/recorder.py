@@ -26,7 +26,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from hfquant.diffusion import is_pipeline
+from hfquant.denoisers import is_pipeline
 from hfquant.digests import content
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hfquant.calibration.batches import applicable, options_for, placed, samples
 from hfquant.calibration.recorder import Recording, Target, find_layer, record
-from hfquant.diffusion import is_pipeline, time_reader
+from hfquant.denoisers import is_pipeline, time_reader
 
 
 class BaseSampler:

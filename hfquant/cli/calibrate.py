@@ -88,7 +88,7 @@ def calibrate(
     }
     with _errors_in_one_line(debug), log_shown():
         from hfquant.calibration import calibration_batches, generate_calibrate_set
-        from hfquant.diffusion import denoiser_name, is_pipeline
+        from hfquant.denoisers import denoiser_name, is_pipeline
         from hfquant.distributed import is_main
         from hfquant.integrations.data import transformers_batches
         from hfquant.integrations.hub import load

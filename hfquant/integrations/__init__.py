@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from hfquant import ptq
+from hfquant.integrations.apply import quantize_attached
 from hfquant.integrations.config import METHOD, HfQuantConfig
 from hfquant.integrations.facts import facts_of
-from hfquant.planner import ModelFacts, Plan
+from hfquant.planner import ModelFacts
 
 
 def library(model: Any) -> str | None:
@@ -53,49 +54,10 @@ def quantize_model(
 ) -> Callable[[], None]:
     """Quantize ``model`` in place, and set on a library's model what saving and reloading it needs.
 
-    One transaction: where anything fails, or is interrupted, the model is as it was.
-
     Returns:
         A function that undoes it.
     """
-    settings = settings or ptq.Settings(config.modules_to_not_convert or (), config.per_layer_mode)
-    facts, restore = model_facts(model), _snapshot(model)
-
-    def finish(applied: ptq.Applied) -> None:
-        attach(model, own_config(config, applied.plan, facts))
-        model.quant_report = applied.report  # type: ignore[assignment]
-
-    try:
-        applied = ptq.quantize(model, loader, config.rules, settings, facts, finish)
-    except BaseException:
-        restore()
-        raise
-
-    def undo() -> None:
-        applied.undo(model)
-        restore()
-
-    return undo
-
-
-def _snapshot(model: nn.Module) -> Callable[[], None]:
-    """Return a function that puts the attributes of a model and of its configs back as they are now."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    before = [(o, dict(vars(o))) for o in (model, config, text) if hasattr(o, "__dict__")]
-
-    def restore() -> None:
-        for holder, attributes in before:
-            vars(holder).clear()
-            vars(holder).update(attributes)
-
-    return restore
-
-
-def own_config(config: HfQuantConfig, plan: Plan, facts: ModelFacts) -> HfQuantConfig:
-    """Return a model's own copy of ``config``, with each layer's plan where it differs from the config's own rule."""
-    found = {n: p.differences(config.rules.resolve(*facts.aliases(n))) for n, p in plan.layers.items()}
-    return config.for_model({n: difference for n, difference in found.items() if difference}, plan.skipped)
+    return quantize_attached(model, loader, config, model_facts(model), attach, settings)
 
 
 def attach(model: nn.Module, config: HfQuantConfig) -> None:

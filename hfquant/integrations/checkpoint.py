@@ -175,7 +175,8 @@ def check_values(name: str, layer: QuantLinear) -> None:
     for key, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
         if tensor.is_meta:
             continue
-        if key == "smooth" or ("scale" in key and tensor.is_floating_point()):
+        positive = key == "smooth" or key.startswith(("weight_scale", "input_scale"))
+        if positive and tensor.is_floating_point():
             if not (tensor.isfinite() & (tensor > 0)).all():
                 raise CheckpointError(f"{name}.{key}: scales must be finite and positive")
         elif tensor.is_floating_point() and not tensor.isfinite().all():

@@ -9,7 +9,7 @@ import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from hfquant import integrations
+from hfquant.integrations.apply import own_config, quantize_attached
 from hfquant.integrations.checkpoint import (
     CheckpointError,
     check_names,
@@ -164,11 +164,11 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             self.disk_dtypes = disk_dtypes(model)
             return model
         if plan is None:
-            integrations.quantize_model(model, diffusers_batches(config.calibration), config)
+            quantize_attached(model, diffusers_batches(config.calibration), config, facts_of(model), attach)
         else:
             finish_loading(model)
             facts = facts_of(model)
-            attach(model, integrations.own_config(config, plan, facts))
+            attach(model, own_config(config, plan, facts))
             if plan.layers:
                 log_share(model, facts.uncounted)
         # from_pretrained makes this object model.hf_quantizer next: it must not keep the user's config and its data.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
-from hfquant import integrations
+from hfquant.integrations.apply import own_config, quantize_attached
 from hfquant.integrations.checkpoint import (
     CheckpointError,
     check_loaded,
@@ -125,7 +125,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         if self.failure is not None:
             raise self.failure
         if not self.pre_quantized and self.plan is None:
-            integrations.quantize_model(model, transformers_batches(model, config.calibration), config)
+            loader = transformers_batches(model, config.calibration)
+            quantize_attached(model, loader, config, facts_of(model), attach)
             return model
         if self.plan is not None:
             _quantize_late(model, self.plan)
@@ -133,7 +134,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         finish_loading(model)
         if self.plan is not None:
             facts = facts_of(model)
-            attach(model, integrations.own_config(config, self.plan, facts))
+            attach(model, own_config(config, self.plan, facts))
             if self.plan.layers:
                 log_share(model, facts.uncounted)
         return model

@@ -1,0 +1,185 @@
+"""What is known of denoisers and of the pipelines that run them, in one place.
+
+Everything here works on any object that looks like a diffusers pipeline; diffusers itself is not imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Names of the pipeline components that run at each step. Wan's second transformer takes the less noisy steps.
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet", "prior", "decoder")
+#: Names that the forwards of denoisers give to the timestep.
+TIME_ARGUMENTS = ("timestep", "timesteps", "t", "timestep_ratio", "r")
+
+
+def is_pipeline(model: Any) -> bool:
+    """Return whether `model` is a pipeline: something callable made of named components, and no module itself."""
+    return (
+        not isinstance(model, nn.Module) and callable(model) and isinstance(getattr(model, "components", None), Mapping)
+    )
+
+
+def denoiser_names(pipe: Any) -> list[str]:
+    """Return the names of the components that a pipeline runs at each step, the main one first.
+
+    Raises:
+        ValueError: No module goes by one of the names in `DENOISERS`.
+    """
+    if names := [name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)]:
+        return names
+    known = module_names(pipe) if is_pipeline(pipe) else []
+    hint = f"; name one of its modules: {', '.join(known)}" if known else ""
+    raise ValueError(f"{type(pipe).__name__} has none of the denoisers {', '.join(DENOISERS)}{hint}")
+
+
+def denoiser_name(pipe: Any) -> str:
+    """Return the name of the main denoiser of a pipeline; see :func:`denoiser_names`."""
+    return denoiser_names(pipe)[0]
+
+
+def find_denoiser(model: Any) -> nn.Module:
+    """Return the main denoiser of a pipeline; a module is its own."""
+    return find_denoisers(model)[0]
+
+
+def find_denoisers(model: Any) -> list[nn.Module]:
+    """Return all denoisers of a pipeline, the main one first; a module is its own.
+
+    Raises:
+        ValueError: The pipeline has none.
+    """
+    return [model] if isinstance(model, nn.Module) else [getattr(model, name) for name in denoiser_names(model)]
+
+
+def time_reader(denoiser: nn.Module) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Any] | None:
+    """Return a function that picks the timestep from a call's `(args, kwargs)`; None where the module takes none.
+
+    The function returns None for a call without a timestep.
+    """
+    plain = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile hides the signature
+    parameters = list(inspect.signature(plain.forward).parameters)
+    name = next((name for name in TIME_ARGUMENTS if name in parameters), None)
+    if name is None:
+        return None
+    position = parameters.index(name)
+
+    def read(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return kwargs[name] if name in kwargs else args[position] if position < len(args) else None
+
+    return read
+
+
+def output_tensor(output: Any) -> Tensor:
+    """Return the prediction in what a denoiser returned: a tensor, or the first entry of a tuple or output object."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_tensor(output: Any, tensor: Tensor) -> Any:
+    """Return the same output with another prediction; the first entry stands for it, as in :func:`output_tensor`."""
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, tuple):
+        return (tensor, *output[1:])
+    changed = copy.copy(output)
+    changed[next(iter(output.keys()))] = tensor
+    return changed
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of a module's first parameter that is loaded, the CPU without one."""
+    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype of a module's first parameter in a common float type; codes of quantized layers do not count."""
+    common = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return next((p.dtype for p in module.parameters() if p.dtype in common), torch.get_default_dtype())
+
+
+@torch.no_grad()
+def run_denoiser(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the prediction of one call, its arguments brought to the denoiser's device."""
+    from accelerate.utils import send_to_device
+
+    args, kwargs = send_to_device((args, dict(kwargs)), device_of(denoiser))
+    return output_tensor(denoiser(*args, **kwargs))
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Put a module, or all modules of a pipeline, into eval mode; afterwards each is in the mode it was in."""
+    parts = [getattr(model, name) for name in module_names(model)] if is_pipeline(model) else find_denoisers(model)
+    training = {module for part in parts for module in part.modules() if module.training}
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def to_grid(latents: Tensor) -> Tensor:
+    """Return latents of any layout as `[B, C, H, W]`.
+
+    Video `[B, C, T, H, W]`: frames become samples. Packed tokens `[B, L, C]`: a square of side sqrt(L) if L is a square
+    number, else a column of L pixels.
+
+    Raises:
+        ValueError: Another number of dimensions.
+    """
+    match latents.dim():
+        case 4:
+            return latents
+        case 5:
+            return latents.transpose(1, 2).flatten(0, 1)
+        case 3:
+            side = math.isqrt(latents.shape[1])
+            size = (side, side) if side * side == latents.shape[1] else (latents.shape[1], 1)
+            return latents.transpose(1, 2).unflatten(2, size)
+    raise ValueError(f"latents have 3, 4 or 5 dimensions, got shape {list(latents.shape)}")
+
+
+def from_grid(grid: Tensor, like: Tensor) -> Tensor:
+    """Return a grid in the layout of the latents that :func:`to_grid` was called with."""
+    match like.dim():
+        case 5:
+            return grid.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
+        case 3:
+            return grid.flatten(2).transpose(1, 2)
+    return grid
+
+
+def check_layout(latents: Tensor, denoiser: nn.Module) -> None:
+    """Check that latents have their channels where :func:`to_grid` looks for them, by what the denoiser's config says.
+
+    Raises:
+        ValueError: They look like `[B, T, C, H, W]` or `[B, C, L]`.
+    """
+    config = getattr(denoiser, "config", None)
+    channels = {getattr(config, key, None) for key in ("in_channels", "out_channels")}
+    shape = list(latents.shape)
+    if len(shape) == 5 and shape[2] in channels:
+        raise ValueError(
+            f"video latents must be [B, C, T, H, W]; {shape} looks like [B, T, C, H, W] with C={shape[2]}, which is "
+            "not supported (if T is equal to C by chance, take another T)"
+        )
+    if len(shape) == 3 and shape[1] in channels and shape[2] not in channels:
+        raise ValueError(
+            f"latents of three dimensions must be packed tokens [B, L, C]; {shape} looks like [B, C, L] with "
+            f"C={shape[1]}, which is not supported"
+        )
+
+
+def module_names(pipe: Any) -> list[str]:
+    """Return the names of the components of a pipeline that are modules."""
+    return [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]

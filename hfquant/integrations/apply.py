@@ -1,0 +1,75 @@
+"""Quantize a model and attach to it what saving and reloading needs, in one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from hfquant import ptq
+from hfquant.integrations.config import HfQuantConfig
+from hfquant.planner import ModelFacts, Plan
+
+
+def quantize_attached(
+    model: nn.Module,
+    loader: Any,
+    config: HfQuantConfig,
+    facts: ModelFacts,
+    attach: Callable[[Any, HfQuantConfig], None],
+    settings: ptq.Settings | None = None,
+) -> Callable[[], None]:
+    """Quantize ``model`` in place and attach its own config to it.
+
+    One transaction: where anything fails, or is interrupted, the model is as it was.
+
+    Args:
+        model: of either library, or of none.
+        loader: batches for calibration; may be None where the config needs none.
+        config: the user's.
+        facts: what is known of the model.
+        attach: sets on the model what saving and reloading it needs.
+        settings: what else the caller asks for; default: what the config says.
+
+    Returns:
+        A function that undoes it.
+    """
+    settings = settings or ptq.Settings(config.modules_to_not_convert or (), config.per_layer_mode)
+    restore = _snapshot(model)
+
+    def finish(applied: ptq.Applied) -> None:
+        attach(model, own_config(config, applied.plan, facts))
+        model.quant_report = applied.report  # type: ignore[assignment]
+
+    try:
+        applied = ptq.quantize(model, loader, config.rules, settings, facts, finish)
+    except BaseException:
+        restore()
+        raise
+
+    def undo() -> None:
+        applied.undo(model)
+        restore()
+
+    return undo
+
+
+def _snapshot(model: nn.Module) -> Callable[[], None]:
+    """Return a function that puts the attributes of a model and of its configs back as they are now."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    before = [(o, dict(vars(o))) for o in (model, config, text) if hasattr(o, "__dict__")]
+
+    def restore() -> None:
+        for holder, attributes in before:
+            vars(holder).clear()
+            vars(holder).update(attributes)
+
+    return restore
+
+
+def own_config(config: HfQuantConfig, plan: Plan, facts: ModelFacts) -> HfQuantConfig:
+    """Return a model's own copy of ``config``, with each layer's plan where it differs from the config's own rule."""
+    found = {n: p.differences(config.rules.resolve(*facts.aliases(n))) for n, p in plan.layers.items()}
+    return config.for_model({n: difference for n, difference in found.items() if difference}, plan.skipped)
