@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from torch import nn
 
-from hfquant import diffusion, quantize_pipeline
+from hfquant import denoisers, quantize_pipeline
 from hfquant.affiner import load_affiner
 from hfquant.demo import DigitsPipeline, load_digits_pipeline
 from hfquant.denoisers import (
@@ -126,7 +126,7 @@ def test_the_facts_need_neither_library() -> None:
     """The file by itself; what else `import hfquant` brings is not its business."""
     code = (
         "import sys, runpy; sys.modules['diffusers'] = sys.modules['transformers'] = None; "
-        f"print(runpy.run_path({diffusion.__file__!r})['DENOISERS'][0])"
+        f"print(runpy.run_path({denoisers.__file__!r})['DENOISERS'][0])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "transformer"
