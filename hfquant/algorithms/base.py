@@ -105,12 +105,29 @@ class Transform(Section):
         """Return the tensor ``name`` of several groups of rows as one."""
         return torch.cat(list(parts))
 
+    def divisor(self, tensors: Mapping[str, Tensor | None], group: int) -> Tensor | None:
+        """Return what the input of row group number ``group`` is divided by, [in] float32; None for nothing.
+
+        Kernels divide on the way, before they quantize.
+        """
+        return None
+
+    def branch(self, tensors: Mapping[str, Tensor | None], group: int, rows: slice) -> tuple[Tensor, Tensor] | None:
+        """Return ``down`` [r, in] and ``up`` [rows, r]: ``(x down^T) up^T`` of the raw input is added to the product.
+
+        Args:
+            tensors: of the layer, by name.
+            group: number of the row group.
+            rows: its rows.
+        """
+        return None
+
     def input(self, x: Tensor, tensors: Mapping[str, Tensor | None], group: int) -> Tensor:
-        """Return what is quantized in place of the input ``x`` [..., in] for row group number ``group``."""
+        """Return what a kernel gets in place of the input ``x`` [..., in], for what ``divisor`` cannot say."""
         return x
 
     def output(self, x: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor | None:
-        """Return what is added to the product, [..., out] float32, from the raw input; None for nothing."""
+        """Return what is added to the layer's output, [..., out] float32, from ``x``, for what ``branch`` cannot say."""
         return None
 
     def restored(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:

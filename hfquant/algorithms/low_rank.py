@@ -8,7 +8,6 @@ from typing import Literal, Self
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import linear
 
 from hfquant.algorithms.base import Problem, TensorSpec, Transformed
 from hfquant.algorithms.smooth import Smooth
@@ -47,18 +46,20 @@ class LowRank(Smooth):
         residual = smoothed - up.float() @ (down.float() * divisor)
         return Transformed(residual, {"smooth": divisor, "svd_down": down, "svd_up": up}, divisor, alphas)
 
-    def branch(self, x: Tensor, tensors: Mapping[str, Tensor], columns: slice) -> Tensor | None:
+    def added(self, x: Tensor, tensors: Mapping[str, Tensor], columns: slice) -> Tensor | None:
         """Return the low-rank branch's output for some input columns, [rows, out]."""
         return x[:, columns] @ tensors["svd_down"].float()[:, columns].T @ tensors["svd_up"].float().T
 
-    def output(self, x: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor | None:
-        """Return ``(x down^T) up^T``, [..., out] float32."""
+    def branch(self, tensors: Mapping[str, Tensor | None], group: int, rows: slice) -> tuple[Tensor, Tensor] | None:
+        """Return the factors."""
         down, up = tensors["svd_down"], tensors["svd_up"]
         assert down is not None
         assert up is not None
-        narrow = linear(x, down.float()).unflatten(-1, (-1, self.low_rank))
-        parts = [linear(narrow[..., i, :], u.float()) for i, u in enumerate(up.split(list(rows)))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return (
+            (down, up)
+            if len(down) == self.low_rank
+            else (down.view(-1, self.low_rank, down.shape[-1])[group], up[rows])
+        )
 
     def restored(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
         """Return ``W / s + up @ down``."""

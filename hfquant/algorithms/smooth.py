@@ -73,16 +73,16 @@ class Smooth(Transform):
         """Stack divisors, one a group of rows."""
         return torch.stack(list(parts)) if name == "smooth" else super().joined(name, parts)
 
-    def input(self, x: Tensor, tensors: Mapping[str, Tensor | None], group: int) -> Tensor:
-        """Return ``x / s``."""
+    def divisor(self, tensors: Mapping[str, Tensor | None], group: int) -> Tensor | None:
+        """Return s."""
         smooth = tensors["smooth"]
         assert smooth is not None
-        return x / (smooth if smooth.dim() == 1 else smooth[group])
+        return smooth if smooth.dim() == 1 else smooth[group]
 
     def restored(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
         """Return ``W / s``."""
         for group, part in enumerate(weight.split(list(rows))):
-            part.copy_(self.input(part, tensors, group))
+            part.div_(self.divisor(tensors, group))
         return weight
 
     def solve(self, weight: Tensor, problem: Problem) -> Transformed:
@@ -151,10 +151,10 @@ class Smooth(Transform):
                 quantized = quantized * expand_columns(scale, problem.segments)
         for columns in problem.blocks():
             output = quantized[:, columns] @ weight[:, columns].T
-            extra = self.branch(x, candidate.tensors, columns)
+            extra = self.added(x, candidate.tensors, columns)
             yield output if extra is None else output.add_(extra)
 
-    def branch(self, x: Tensor, tensors: Mapping[str, Tensor], columns: slice) -> Tensor | None:
+    def added(self, x: Tensor, tensors: Mapping[str, Tensor], columns: slice) -> Tensor | None:
         """Return what a branch beside the quantized product adds for some input columns; None without one."""
         return None
 

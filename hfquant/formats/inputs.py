@@ -81,10 +81,14 @@ class InputRule:
         assert scale is not None
         positive = expand_columns(scale, self.segments)
         if scale_neg is None or not any(self.dual):
-            return self.format.snap(x / positive), scale
+            return self._spoiled(self.format.snap(x / positive), x), scale
         negative = expand_columns(scale_neg, self.segments)
-        fine = self.format.snap(x / torch.where(x < 0, negative, positive))
+        fine = self._spoiled(self.format.snap(x / torch.where(x < 0, negative, positive)), x)
         return torch.where(x < 0, fine, fine * (positive / negative)), scale_neg
+
+    def _spoiled(self, values: Tensor, x: Tensor) -> Tensor:
+        """Return ``values``, NaN where ``x`` is infinite or NaN: a static scale would saturate it to a number."""
+        return values if self.dynamic else values.add_(x * 0)
 
 
 def dual_exponent(low: Tensor, high: Tensor, number_format: NumberFormat) -> Tensor:

@@ -1,1 +1,1 @@
-"""Matrix products on codes and scales alone: what ``real_quant=True`` runs."""
+"""Products on codes and scales: the op that runs a quantized layer, the table of kernels, and the kernels."""

@@ -13,6 +13,15 @@ from torch import Tensor
 
 from hfquant.formats import Grid
 from hfquant.formats.inputs import segment_of
+from hfquant.kernels.base import Kernel, Operands, Product
+
+
+def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
+    """Return ``x`` [tokens, in] times the weight, [tokens, out]."""
+    raw = x.float()
+    values, scale = operands.quantized_input(raw, product)
+    y = scaled_matmul(values, scale, operands.codes(product), operands.grid(product), product.segments)
+    return operands.added(raw, y).to(x.dtype)
 
 
 def scaled_matmul(x: Tensor, x_scale: Tensor | None, codes: Tensor, grid: Grid, segments: Sequence[int]) -> Tensor:
@@ -45,3 +54,6 @@ def scaled_matmul(x: Tensor, x_scale: Tensor | None, codes: Tensor, grid: Grid, 
         total += product
         start += size
     return total.float().reshape(*shape[:-1], weight.shape[0])
+
+
+KERNEL = Kernel("reference", "", lambda: "", lambda product: "", lambda *size: True, run)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hfquant.algorithms import block_slices
-from hfquant.formats import Grid, NumberFormat, expand_columns
-from hfquant.kernels.reference import scaled_matmul
+from hfquant.formats import Grid, NumberFormat
+from hfquant.kernels.base import Operands, Product
+from hfquant.kernels.op import linear
 from hfquant.planner import LayerPlan
 
 
@@ -45,6 +44,7 @@ class QuantLinear(nn.Linear):
         self.plan = plan
         self.in_features, self.out_features = plan.in_features, plan.out_features
         self.real_quant = plan.config.real_quant
+        self.product = Product(self.format, plan.columns, plan.input_segments, plan.input_rule)
         dtype = dtype or torch.get_default_dtype()
         #: Names of the tensors of the model's float dtype; the others keep theirs whatever the model is cast to.
         self._model_floats = {"bias"}
@@ -129,7 +129,10 @@ class QuantLinear(nn.Linear):
         return codes.view(1, *codes.shape[-2:]).view(self.format.disk_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` [..., in] of any float dtype to [..., out] of the same dtype; computed in float32.
+        """``input`` [..., in] of any float dtype to [..., out] of the same dtype.
+
+        Sums are exact or float32 whatever the dtype, autocast or not. In training the gradient reaches the input as if
+        its rounding were the identity (straight through).
 
         Raises:
             TypeError: ``input`` is not floating point (it was cast to the dtype of the codes).
@@ -144,44 +147,49 @@ class QuantLinear(nn.Linear):
             raise ValueError(
                 f"QuantLinear({self.in_features}, {self.out_features}) got an input of shape {tuple(input.shape)}"
             )
-        with _without_autocast(input.device.type):
-            x = input.float()
-            product = self._real if self.real_quant else self._fake
-            transform, groups = self.plan.transform, self.plan.row_groups
-            parts = [
-                product(transform.input(x, self._buffers, i), rows, i) for i, rows in enumerate(block_slices(groups))
-            ]
-            y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-            extra = transform.output(x, self._buffers, groups)
-            if extra is not None:
-                y = y + extra
-            if self.bias is not None:
-                y = y + self.bias.float()
-            return y.to(input.dtype)
+        transform, tensors, groups = self.plan.transform, self._buffers, self.plan.row_groups
+        parts = [
+            linear(transform.input(input, tensors, i), self._operands(i, rows), self.product, self.real_quant)
+            for i, rows in enumerate(block_slices(groups))
+        ]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        extra = transform.output(input, tensors, groups)
+        return y if extra is None else (y + extra).to(input.dtype)
 
-    def _activations(self, x: Tensor, group: int) -> tuple[Tensor, Tensor | None]:
-        rule = self.plan.input_rule
-        if rule is None:
-            return x, None
-        static = [self._buffers.get(name) for name in ("input_scale", "input_scale_neg")]
-        scale, negative = (None if s is None else s.view(-1, len(rule.segments))[group] for s in static)
-        return rule.quantize(x, scale, negative)
+    def _operands(self, group: int, rows: slice) -> Operands:
+        """Return what a kernel multiplies with for one group of rows."""
+        tensors, transform = self._buffers, self.plan.transform
+        down, up = transform.branch(tensors, group, rows) or (None, None)
+        operands = Operands(
+            self._stored_codes(),
+            tensors.get("weight_scale"),
+            tensors.get("weight_scale_row"),
+            tensors.get("weight_zero_point"),
+            tensors.get("input_scale"),
+            tensors.get("input_scale_neg"),
+            transform.divisor(tensors, group),
+            down,
+            None,
+            self.bias,
+        )
+        count = len(self.plan.row_groups)
+        if count > 1:
+            operands = operands.rows(rows)
+            for name in ("input_scale", "input_scale_neg"):
+                if (scale := tensors.get(name)) is not None:
+                    operands = operands._replace(**{name: scale.view(count, -1)[group]})
+        return operands._replace(up=up) if up is not None else operands
 
-    def _fake(self, x: Tensor, rows: slice, group: int) -> Tensor:
-        values, scale = self._activations(x, group)
-        if scale is not None:
-            values = values * expand_columns(scale, self.plan.input_segments)
-        return F.linear(values, self.dequantize(rows))
-
-    def _real(self, x: Tensor, rows: slice, group: int) -> Tensor:
-        values, scale = self._activations(x, group)
-        return scaled_matmul(values, scale, self.codes(rows), self.grid(rows), self.plan.input_segments)
+    def _stored_codes(self) -> Tensor:
+        # Offloaded weights come straight from disk: of rank 3, and FP8 as unsigned bytes.
+        weight = self.weight
+        if weight.dim() == 3:
+            weight = weight.view(weight.shape[-2:])
+        return weight if weight.dtype == self.format.code_dtype else weight.view(self.format.code_dtype)
 
     def codes(self, rows: slice = slice(None)) -> Tensor:
         """Return unpacked codes [out, in]."""
-        # Offloaded weights come straight from disk.
-        stored = self.weight.view(self.weight.shape[-2:]).view(self.format.code_dtype)
-        return self.format.unpack(stored[rows], self.in_features)
+        return self.format.unpack(self._stored_codes()[rows], self.in_features)
 
     def grid(self, rows: slice = slice(None)) -> Grid:
         """Return the grid of the codes."""
@@ -240,10 +248,3 @@ class QuantLinear(nn.Linear):
         if described := self.plan.transform.describe():
             words.append(described)
         return ", ".join(words)
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
-    """No autocast within; devices that have none (meta) need no switching off."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()

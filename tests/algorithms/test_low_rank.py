@@ -120,10 +120,11 @@ def test_nothing_is_lost_between_branch_and_residual() -> None:
     weight, x = torch.randn(12, 20), torch.randn(64, 20) * torch.logspace(-1, 1, 20)
     transform = LowRank(low_rank=4)
     solved = transform.solve(weight, problem(x))
-    product = F.linear(transform.input(x, solved.tensors, 0), solved.weight)
-    output = transform.output(x, solved.tensors, (12,))
+    product = F.linear(x / transform.divisor(solved.tensors, 0), solved.weight)
+    down, up = transform.branch(solved.tensors, 0, slice(0, 12))
+    output = x @ down.T @ up.T
     torch.testing.assert_close(product + output, x @ weight.T, rtol=1e-4, atol=1e-4)
-    parts = [transform.branch(x, solved.tensors, c) for c in (slice(0, 7), slice(7, 20))]
+    parts = [transform.added(x, solved.tensors, c) for c in (slice(0, 7), slice(7, 20))]
     torch.testing.assert_close(parts[0] + parts[1], output, rtol=1e-4, atol=1e-4)
     restored = transform.restored(solved.weight.clone(), solved.tensors, (12,))
     torch.testing.assert_close(restored, weight, rtol=1e-5, atol=1e-5)
@@ -138,7 +139,8 @@ def test_groups_of_rows_have_branches_of_their_own() -> None:
         n: spec.shape for n, spec in transform.tensors(20, rows).items()
     }
     residual = torch.cat([p.weight for p in parts])
-    products = [F.linear(transform.input(x, tensors, i), w) for i, w in enumerate(residual.split(list(rows)))]
-    found = torch.cat(products, 1) + transform.output(x, tensors, rows)
+    products = [F.linear(x / transform.divisor(tensors, i), w) for i, w in enumerate(residual.split(list(rows)))]
+    factors = [transform.branch(tensors, i, r) for i, r in enumerate((slice(0, 5), slice(5, 12)))]
+    found = torch.cat(products, 1) + torch.cat([x @ down.T @ up.T for down, up in factors], 1)
     torch.testing.assert_close(found, x @ weight.T, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(transform.restored(residual.clone(), tensors, rows), weight, rtol=1e-5, atol=1e-5)

@@ -72,12 +72,12 @@ def test_input_and_weight_change_and_the_product_does_not() -> None:
     tensors = {"smooth": transform.joined("smooth", vectors)}
     assert tensors["smooth"].shape == transform.tensors(20, (5, 7))["smooth"].shape == (2, 20)
     for i, rows in enumerate((slice(0, 5), slice(5, 12))):
-        product = transform.input(x, tensors, i) @ (weight[rows] * vectors[i]).T
+        product = (x / transform.divisor(tensors, i)) @ (weight[rows] * vectors[i]).T
         torch.testing.assert_close(product, x @ weight[rows].T, rtol=1e-4, atol=1e-4)
     smoothed = torch.cat([weight[:5] * vectors[0], weight[5:] * vectors[1]])
     torch.testing.assert_close(transform.restored(smoothed, tensors, (5, 7)), weight, rtol=1e-6, atol=1e-6)
-    assert torch.equal(transform.input(x, {"smooth": vectors[0]}, 0), x / vectors[0])
-    assert transform.output(x, tensors, (5, 7)) is None
+    assert torch.equal(transform.divisor({"smooth": vectors[0]}, 0), vectors[0])
+    assert transform.branch(tensors, 0, slice(0, 5)) is None
 
 
 @pytest.mark.parametrize("segments", [(20,), (13, 7), (8, 8, 4)])

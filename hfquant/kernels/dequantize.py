@@ -1,0 +1,61 @@
+"""The product in floats: blocks of the weight are dequantized and multiplied, so it is never there whole.
+
+It computes every product on every device; in fake quantization it is the only kernel, otherwise the last resort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hfquant.formats import expand_columns
+from hfquant.kernels.base import Kernel, Operands, Product
+
+#: Weights in a block: 2 MB of float32, within a core's second-level cache.
+BLOCK = 1 << 19
+
+
+def blocks(operands: Operands, product: Product) -> Iterator[tuple[slice, Tensor]]:
+    """Yield blocks of rows and their float32 weight [rows, in] (transformed, without the float branch)."""
+    out = len(operands.weight)
+    count = max(BLOCK // product.in_features, 16)
+    for start in range(0, out, count):
+        rows = slice(start, min(start + count, out))
+        part = operands.rows(rows) if count < out else operands
+        yield rows, part.grid(product).dequantize(part.codes(product))
+
+
+def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
+    """Return ``x`` [tokens, in] times the weight, [tokens, out], computed in float32."""
+    raw = x.float()
+    values, scale = operands.quantized_input(raw, product)
+    if scale is not None:
+        values = values * expand_columns(scale, product.segments)
+    y = values.new_empty(len(x), len(operands.weight))
+    for rows, weight in blocks(operands, product):
+        if weight.shape[0] == y.shape[1]:
+            y = values @ weight.T
+        else:
+            torch.mm(values, weight.T, out=y[:, rows])
+    return operands.added(raw, y).to(x.dtype)
+
+
+def gradient(grad: Tensor, operands: Operands, product: Product) -> Tensor:
+    """Return the gradient of the input, [tokens, in], for that of the output, [tokens, out].
+
+    Activations' rounding counts as the identity (straight through), so it is the product with the effective weight.
+    """
+    g = grad.float()
+    total = g.new_zeros(len(g), product.in_features)
+    for rows, weight in blocks(operands, product):
+        total.addmm_(g[:, rows], weight)
+    if operands.divisor is not None:
+        total /= operands.divisor
+    if operands.down is not None and operands.up is not None:
+        total.addmm_(g @ operands.up.float(), operands.down.float())
+    return total.to(grad.dtype)
+
+
+KERNEL = Kernel("dequantize", "", lambda: "", lambda product: "", lambda *size: True, run)

@@ -1,0 +1,154 @@
+"""``torch.ops.hfquant.linear``: the one op that runs a quantized layer, traced, exported and differentiated as one node.
+
+Outside of a trace, and where no gradient is asked for, :func:`linear` calls the kernel itself: the dispatcher and the
+text that names the product would cost as much as a small layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hfquant.kernels import dequantize
+from hfquant.kernels.base import Operands, Product, product_of
+from hfquant.kernels.table import pick
+
+_library = torch.library.Library("hfquant", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? scale_row, Tensor? zero_point, Tensor? input_scale, "
+    "Tensor? input_scale_neg, Tensor? divisor, Tensor? down, Tensor? up, Tensor? bias, str product, bool real) -> Tensor"
+)
+
+
+def linear(x: Tensor, operands: Operands, product: Product, real: bool) -> Tensor:
+    """Return the quantized product of ``x`` [..., in], any float dtype, as [..., out] of the same dtype.
+
+    Args:
+        x: the input.
+        operands: tensors of the product.
+        product: what is computed.
+        real: run on the codes where a kernel pays; else on dequantized floats.
+
+    Raises:
+        ValueError, TypeError: an operand's shape or dtype is not the product's; a forced kernel cannot compute it.
+    """
+    if (
+        type(x) in (Tensor, Parameter)
+        and not x.is_meta
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+    ):
+        return _run(x, operands, product, real)
+    y: Tensor = torch.ops.hfquant.linear(x, *operands, product.key, real)
+    return y
+
+
+def _run(x: Tensor, operands: Operands, product: Product, real: bool) -> Tensor:
+    lead = x.shape[:-1]
+    tokens = x.reshape(-1, x.shape[-1])
+    out = operands.weight.shape[0]
+    if not tokens.shape[0]:
+        return x.new_empty(*lead, out)
+    device = x.device.type
+    kernel = pick(product, device, x.dtype, tokens.shape[0], out) if real else dequantize.KERNEL
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return kernel.run(tokens, operands, product).view(*lead, out)
+    return kernel.run(tokens, operands, product).view(*lead, out)
+
+
+def _op(x: Tensor, *arguments: Any) -> Tensor:
+    *tensors, key, real = arguments
+    product, operands = product_of(key), Operands(*tensors)
+    check(x, operands, product)
+    return _run(x, operands, product, real)
+
+
+def _fake(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *tensors, ctx.key, _ = inputs
+    ctx.present = [tensor is not None for tensor in tensors]
+    ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = iter(ctx.saved_tensors)
+    tensors = [next(saved) if present else None for present in ctx.present]
+    return (torch.ops.hfquant.linear_gradient(grad, *tensors, ctx.key), *(None,) * 12)
+
+
+_library.define(
+    "linear_gradient(Tensor grad, Tensor weight, Tensor? scale, Tensor? scale_row, Tensor? zero_point, "
+    "Tensor? input_scale, Tensor? input_scale_neg, Tensor? divisor, Tensor? down, Tensor? up, Tensor? bias, "
+    "str product) -> Tensor"
+)
+
+
+def _gradient(grad: Tensor, *arguments: Any) -> Tensor:
+    *tensors, key = arguments
+    product = product_of(key)
+    flat = grad.reshape(-1, grad.shape[-1])
+    return dequantize.gradient(flat, Operands(*tensors), product).view(*grad.shape[:-1], product.in_features)
+
+
+def _fake_gradient(grad: Tensor, *arguments: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], product_of(arguments[-1]).in_features)
+
+
+_library.impl("linear", _op, "CompositeExplicitAutograd")
+_library.impl("linear_gradient", _gradient, "CompositeExplicitAutograd")
+torch.library.register_fake("hfquant::linear", _fake, lib=_library)
+torch.library.register_fake("hfquant::linear_gradient", _fake_gradient, lib=_library)
+torch.library.register_autograd("hfquant::linear", _backward, setup_context=_setup, lib=_library)
+
+
+def check(x: Tensor, operands: Operands, product: Product) -> None:
+    """Raise where tensors are not the product's: a kernel may trust shapes and dtypes.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape or a device is wrong.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"expected a floating-point input, got {x.dtype}")
+    form, columns, segments = product.weight, product.in_features, len(product.segments)
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ValueError(f"expected an input of {columns} features, got one of shape {tuple(x.shape)}")
+    if operands.weight.dim() != 2:
+        raise ValueError(f"expected a weight of rank 2, got {tuple(operands.weight.shape)}")
+    out, groups = len(operands.weight), len(product.columns)
+    static = product.input is not None and product.input.static
+    dual = static and product.input is not None and any(product.input.dual)
+    two_level = operands.scale_row is not None
+    rank = -1 if operands.down is None or operands.down.dim() != 2 else len(operands.down)
+    any_float = None
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype | None, bool]] = {
+        "weight": ((out, form.packed_width(columns)), form.code_dtype, True),
+        "scale": ((out, groups), torch.uint8 if two_level else torch.float32, form.has_scale),
+        "scale_row": ((out, 1), torch.float32, two_level and form.has_scale),
+        "zero_point": ((out, form.packed_width(groups)), form.code_dtype, operands.zero_point is not None),
+        "input_scale": ((segments,), torch.float32, static),
+        "input_scale_neg": ((segments,), torch.float32, dual),
+        "divisor": ((columns,), torch.float32, operands.divisor is not None),
+        "down": ((rank, columns), any_float, operands.up is not None),
+        "up": ((out, rank), any_float, operands.down is not None),
+        "bias": ((out,), any_float, operands.bias is not None),
+    }
+    for name, (shape, dtype, wanted) in expected.items():
+        tensor: Tensor | None = getattr(operands, name)
+        if tensor is None or not wanted:
+            if wanted or tensor is not None:
+                raise ValueError(f"{name}: expected {'a tensor' if wanted else 'none'} for {product.key}")
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected {dtype or 'a float dtype'}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: is on {tensor.device}, the input on {x.device}")
