@@ -127,7 +127,7 @@ class Transform(Section):
         return x
 
     def output(self, x: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor | None:
-        """Return what is added to the layer's output, [..., out] float32, from ``x``, for what ``branch`` cannot say."""
+        """Return what is added to the output, [..., out] float32, from ``x``, for what ``branch`` cannot say."""
         return None
 
     def restored(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
