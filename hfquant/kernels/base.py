@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from itertools import chain, groupby
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class Product:
 
     def _key(self) -> str:
         rule = self.input
-        spec = {
+        spec: dict[str, object] = {
             "weight": self.weight.name,
             "columns": [[size, len(list(run))] for size, run in groupby(self.columns)],
             "segments": list(self.segments),
@@ -53,7 +53,7 @@ class Product:
         return json.dumps(spec, separators=(",", ":"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def product_of(key: str) -> Product:
     """Return the product that :attr:`Product.key` names; equal texts give one object.
 

@@ -7,13 +7,14 @@ from functools import lru_cache
 
 import torch
 
-from hfquant.kernels import dequantize, reference
+from hfquant.kernels import cpu, dequantize, reference
 from hfquant.kernels.base import Kernel, Product, product_of
 
 #: Every kernel, in order of preference; the last two compute every product.
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
+        *cpu.KERNELS,
         dequantize.KERNEL,
         reference.KERNEL,
     )

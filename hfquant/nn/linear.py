@@ -182,7 +182,7 @@ class QuantLinear(nn.Linear):
 
     def _stored_codes(self) -> Tensor:
         # Offloaded weights come straight from disk: of rank 3, and FP8 as unsigned bytes.
-        weight = self.weight
+        weight: Tensor = self.weight
         if weight.dim() == 3:
             weight = weight.view(weight.shape[-2:])
         return weight if weight.dtype == self.format.code_dtype else weight.view(self.format.code_dtype)
