@@ -44,17 +44,18 @@ def linear(x: Tensor, operands: Operands, product: Product, real: bool) -> Tenso
 
 
 def _run(x: Tensor, operands: Operands, product: Product, real: bool) -> Tensor:
-    lead = x.shape[:-1]
-    tokens = x.reshape(-1, x.shape[-1])
     out = operands.weight.shape[0]
-    if not tokens.shape[0]:
-        return x.new_empty(*lead, out)
+    if not x.numel():
+        return x.new_zeros(*x.shape[:-1], out)
+    tokens = x if x.dim() == 2 else x.reshape(-1, product.in_features)
     device = x.device.type
     kernel = pick(product, device, x.dtype, tokens.shape[0], out) if real else dequantize.KERNEL
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return kernel.run(tokens, operands, product).view(*lead, out)
-    return kernel.run(tokens, operands, product).view(*lead, out)
+            y = kernel.run(tokens, operands, product)
+    else:
+        y = kernel.run(tokens, operands, product)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out)
 
 
 def _op(x: Tensor, *arguments: Any) -> Tensor:

@@ -31,46 +31,51 @@ struct Range {
   bool finite;
 };
 
+// Compares bits: as integers, positive floats are in order, and negative ones are once their sign is flipped. NaN and
+// infinities are above all else. Unlike comparisons of floats these are vectorized.
 inline Range range_of(const float* x, int64_t count) {
-  float low = x[0], high = x[0];
-  uint32_t bits = 0;
+  constexpr int32_t SIGN = INT32_MIN;
+  int32_t high = SIGN, low = SIGN;
   for (int64_t i = 0; i < count; ++i) {
-    low = x[i] < low ? x[i] : low;
-    high = x[i] > high ? x[i] : high;
-    const uint32_t magnitude = bits_of(x[i]) & 0x7fffffff;
-    bits = magnitude > bits ? magnitude : bits;
+    const int32_t bits = static_cast<int32_t>(bits_of(x[i])), flipped = bits ^ SIGN;
+    high = bits > high ? bits : high;
+    low = flipped > low ? flipped : low;
   }
-  return {low, high, bits < 0x7f800000};
+  high = high > 0 ? high : 0;
+  low = low > 0 ? low : 0;
+  return {-of_bits(low), of_bits(high), (high > low ? high : low) < 0x7f800000};
 }
 
 // Halves to even, for |x| below 2^22.
 inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
+// NaN becomes the lower limit: its token's scale is NaN.
+inline int16_t code_of(float quotient, float limit) {
+  quotient = quotient > -limit ? quotient : -limit;
+  quotient = quotient < limit ? quotient : limit;
+  return static_cast<int16_t>(static_cast<int32_t>(round_even(quotient)));
+}
+
 // Codes of x / scale in [-limit, limit]. The quotient is x times the reciprocal, but for what is so close to the middle
 // of two codes that the last bit decides: those are divided.
 inline void to_codes(const float* x, int64_t count, float scale, float limit, int16_t* codes) {
   const float inverse = 1.0f / scale;
-  constexpr int64_t CHUNK = 64;
+  constexpr int64_t CHUNK = 128;
   for (int64_t start = 0; start < count; start += CHUNK) {
     const int64_t size = count - start < CHUNK ? count - start : CHUNK;
     const float* in = x + start;
     int16_t* out = codes + start;
     int close = 0;
-    for (int64_t i = 0; i < size; ++i) {
-      float q = in[i] * inverse;
-      q = q > -limit ? q : -limit;  // NaN becomes a number here; the token's scale is NaN
-      q = q < limit ? q : limit;
-      const float r = round_even(q);
-      close |= std::fabs(q - r) > 0.4999f;
-      out[i] = static_cast<int16_t>(static_cast<int32_t>(r));
-    }
-    if (!close) continue;
-    for (int64_t i = 0; i < size; ++i) {
-      float q = in[i] / scale;
-      q = q > -limit ? q : -limit;
-      q = q < limit ? q : limit;
-      out[i] = static_cast<int16_t>(static_cast<int32_t>(round_even(q)));
-    }
+    auto code = [&](int64_t i) {
+      const float q = in[i] * inverse;
+      close |= std::fabs(q - round_even(q)) > 0.4999f;
+      out[i] = code_of(q, limit);
+    };
+    if (size == CHUNK)
+      for (int64_t i = 0; i < CHUNK; ++i) code(i);  // a constant count makes better code
+    else
+      for (int64_t i = 0; i < size; ++i) code(i);
+    for (int64_t i = 0; close && i < size; ++i) out[i] = code_of(in[i] / scale, limit);
   }
 }
 
@@ -115,10 +120,7 @@ inline void to_dual_codes(const float* x, int64_t count, Scales scales, float li
   const int most = CODE_LIMIT / static_cast<int>(limit);
   const int factor = ratio < 1 ? 1 : ratio > most ? most : ratio;
   for (int64_t i = 0; i < count; ++i) {
-    float q = x[i] / (x[i] < 0 ? scales.negative : scales.positive);
-    q = q > -limit ? q : -limit;
-    q = q < limit ? q : limit;
-    const int32_t code = static_cast<int32_t>(round_even(q));
+    const int32_t code = code_of(x[i] / (x[i] < 0 ? scales.negative : scales.positive), limit);
     codes[i] = static_cast<int16_t>(code < 0 ? code : code * factor);
   }
 }

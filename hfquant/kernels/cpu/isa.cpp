@@ -8,11 +8,10 @@ namespace HFQUANT_ISA {
 constexpr int64_t FEW = 8;
 
 bool few_tokens(const Job& job, ParallelFor parallel_for) {
-  const bool two = long_codes(job);
-  if (!EXACT_BYTES && job.bits == 8) return try_rows<Wide, 1>(job, parallel_for);
-  if (job.bits == 8) return two ? try_rows<Eights, 2>(job, parallel_for) : try_rows<Eights, 1>(job, parallel_for);
-  if (job.bits == 6) return two ? try_rows<Sixes, 2>(job, parallel_for) : try_rows<Sixes, 1>(job, parallel_for);
-  if (job.bits == 4) return two ? try_rows<Nibbles, 2>(job, parallel_for) : try_rows<Nibbles, 1>(job, parallel_for);
+  if (!EXACT_BYTES && job.bits == 8) return try_rows<Wide>(job, parallel_for);
+  if (job.bits == 8) return try_rows<Eights>(job, parallel_for);
+  if (job.bits == 6) return try_rows<Sixes>(job, parallel_for);
+  if (job.bits == 4) return try_rows<Nibbles>(job, parallel_for);
   return false;
 }
 

@@ -36,45 +36,50 @@ bool lanes_fit(const Job& job) {
   return g == 0 || g >= job.K || g % Format::CODES == 0 || (Format::CODES % g == 0 && g % LANE == 0);
 }
 
-// Codes of a token in a row's order, and what goes with them.
+// Codes of a token in a row's order, and what goes with them. Sums of a group are padded to whole vectors.
 struct Lines {
-  int64_t bytes;   // of a plane of a token
-  int8_t* codes;   // [count][planes][bytes]
-  float* scale;    // [count][scales]
-  int64_t scales;
-  float* sum;      // [count][G]: sums of a group's codes, in units of the scale where there are many
-  int32_t* total;  // [count]: sums of all codes
+  int64_t planes, bytes;  // bytes of a plane of a token
+  int8_t* codes;          // [count][planes][bytes]: high bytes first, where there are two planes
+  float* scale;           // [count][scales]
+  int64_t scales, groups;
+  float* sum;             // [count][groups]: sums of a group's codes, scaled where a token has many scales
+  int32_t* total;         // [count]: sums of all codes
 };
 
-template <class Format, int PLANES>
-void layout_line(const Job& job, const int16_t* codes, int64_t m, Lines& lines) {
-  int8_t* planes = lines.codes + m * PLANES * lines.bytes;
-  std::memset(planes, 0, PLANES * lines.bytes);
-  int16_t even_odd[Format::CODES];
+template <class Format>
+void layout_line(const Job& job, const std::vector<Block>& blocks, const int16_t* codes, int64_t m, Lines& lines) {
+  int8_t* planes = lines.codes + m * lines.planes * lines.bytes;
+  std::memset(planes, 0, lines.planes * lines.bytes);
+  int16_t ordered[Format::CODES];
   for (int64_t k = 0, at = 0; k < job.K; k += Format::CODES, at += Format::VECTORS * BYTES) {
     const int size = std::min<int64_t>(Format::CODES, job.K - k);
     if constexpr (std::is_same_v<Format, Wide>) {
       std::memcpy(planes + at, codes + k, size * sizeof(int16_t));
       continue;
     }
-    std::memset(even_odd, 0, sizeof(even_odd));
+    std::memset(ordered, 0, sizeof(ordered));
     if constexpr (std::is_same_v<Format, Nibbles>) {
-      for (int i = 0; i < size; ++i) even_odd[i % 2 * BYTES + i / 2] = codes[k + i];
+      for (int i = 0; i < size / 2; ++i) {
+        ordered[i] = codes[k + 2 * i];
+        ordered[BYTES + i] = codes[k + 2 * i + 1];
+      }
+      if (size % 2) ordered[size / 2] = codes[k + size - 1];
     } else {
-      std::memcpy(even_odd, codes + k, size * sizeof(int16_t));
+      std::memcpy(ordered, codes + k, size * sizeof(int16_t));
     }
-    int8_t* low = planes + (PLANES - 1) * lines.bytes + at;
-    for (int i = 0; i < Format::CODES; ++i) low[i] = static_cast<int8_t>(even_odd[i]);
-    if (PLANES == 2)
-      for (int i = 0; i < Format::CODES; ++i) planes[at + i] = static_cast<int8_t>((even_odd[i] - low[i]) >> 8);
+    int8_t* low = planes + (lines.planes - 1) * lines.bytes + at;
+    for (int i = 0; i < Format::CODES; ++i) low[i] = static_cast<int8_t>(ordered[i]);
+    if (lines.planes == 2)
+      for (int i = 0; i < Format::CODES; ++i) planes[at + i] = static_cast<int8_t>((ordered[i] - low[i]) >> 8);
   }
+  float* sums = lines.sum + m * lines.groups;
+  std::memset(sums, 0, lines.groups * sizeof(float));
   lines.total[m] = 0;
-  for (int64_t g = 0; g < job.G; ++g) lines.sum[m * job.G + g] = 0;
-  for (const Block& b : blocks_of(job)) {
+  for (const Block& b : blocks) {
     int32_t sum = 0;
     for (int i = 0; i < b.size; ++i) sum += codes[b.start + i];
     lines.total[m] += sum;
-    lines.sum[m * job.G + b.group] += sum * (lines.scales > 1 ? lines.scale[m * lines.scales + b.segment] : 1.0f);
+    sums[b.group] += sum * (lines.scales > 1 ? lines.scale[m * lines.scales + b.segment] : 1.0f);
   }
 }
 
@@ -83,10 +88,10 @@ template <class Format, int PLANES, int T>
 inline void multiply(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t plane, Ints sums[T]) {
   Ints w[Format::VECTORS];
   Format::read(weight, w);
-  for (int t = 0; t < T; ++t) {
-    for (int p = 0; p < PLANES; ++p) {
+  UNROLL for (int t = 0; t < T; ++t) {
+    UNROLL for (int p = 0; p < PLANES; ++p) {
       if (p) sums[t] = times256(sums[t]);
-      for (int v = 0; v < Format::VECTORS; ++v) {
+      UNROLL for (int v = 0; v < Format::VECTORS; ++v) {
         const Ints codes = load(x + t * stride + p * plane + v * BYTES);
         sums[t] = std::is_same_v<Format, Wide> ? dot_shorts(sums[t], w[v], codes) : dot_bytes(sums[t], w[v], codes);
       }
@@ -94,137 +99,207 @@ inline void multiply(const uint8_t* weight, const int8_t* x, int64_t stride, int
   }
 }
 
-// R rows from n by T tokens from m. PLAIN: one scale a row and one a token, so that sums stay integers.
-template <class Format, int PLANES, bool PLAIN, int R, int T>
-void rows_by_tokens(const Job& job, const Lines& lines, int64_t n, int64_t m, float* scales, float* zeros_) {
-  constexpr bool UNSIGNED = !std::is_same_v<Format, Wide>;
-  const int64_t stride = PLANES * lines.bytes, pitch = job.G + LANES;
-  const int64_t g = job.group_size && job.group_size < job.K ? job.group_size : 0;
+// What R rows of the weight have of their own, padded to whole vectors: scales (but for the row's own factor) and what
+// their codes are too large by.
+struct Factors {
+  int64_t groups;
+  float* scale;   // [R][groups]
+  float* offset;  // [R][groups]
+};
+
+// R rows from n by T tokens from m, to y [T][pitch]. LONG: the input's codes have 16 bits, and scales in each
+// FLOAT_BLOCK columns. GROUPED: so do the weight's in each group. With neither, sums stay integers to the end.
+template <class Format, bool LONG, bool GROUPED, int R, int T>
+void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, int64_t n, int64_t m, float* y,
+                    int64_t pitch) {
+  constexpr int PLANES = LONG && !std::is_same_v<Format, Wide> ? 2 : 1;
+  constexpr bool PLAIN = !LONG && !GROUPED;
+  const int64_t stride = PLANES * lines.bytes;
   const int8_t* x = lines.codes + m * stride;
+  const float* units = lines.scale + m * lines.scales;
   Ints lane_group = zeros();
-  if (g && g < Format::CODES) {
+  int groups_a_step = 0;
+  if (GROUPED && job.group_size < Format::CODES) {
     int32_t numbers[LANES];
-    for (int i = 0; i < LANES; ++i) numbers[i] = i * (Format::CODES / LANES) / g;
+    for (int i = 0; i < LANES; ++i) numbers[i] = i * (Format::CODES / LANES) / job.group_size;
     lane_group = load(numbers);
+    groups_a_step = Format::CODES / job.group_size;
   }
   Ints exact[R][T];
   Reals sums[R][T];
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) {
-      exact[r][t] = zeros();
-      sums[r][t] = repeat(0.0f);
-    }
-  const int64_t whole = (job.row_bytes - BYTES) / Format::STORED;  // vectors that end within a row
-  const int64_t count = (job.K + Format::CODES - 1) / Format::CODES;
-  for (int64_t c = 0; c < count; ++c) {
-    const int8_t* xc = x + c * Format::VECTORS * BYTES;
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const uint8_t* from = job.weight + (n + r) * job.row_bytes + c * Format::STORED;
-      uint8_t end[BYTES];
-      if (c > whole || job.row_bytes < BYTES) {
-        std::memset(end, 0, BYTES);
-        std::memcpy(end, from, job.row_bytes - c * Format::STORED);
-        from = end;
-      }
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) {
+    exact[r][t] = zeros();
+    sums[r][t] = repeat(0.0f);
+  }
+  // A vector of each row by the input's codes number k and on; `group` is that of the first.
+  auto step = [&](const uint8_t* const from[R], int64_t k, int64_t group) {
+    UNROLL for (int r = 0; r < R; ++r) {
       if constexpr (PLAIN) {
-        multiply<Format, PLANES, T>(from, xc, stride, lines.bytes, exact[r]);
+        multiply<Format, PLANES, T>(from[r], x, stride, lines.bytes, exact[r]);
       } else {
-        for (int t = 0; t < T; ++t) exact[r][t] = zeros();
-        multiply<Format, PLANES, T>(from, xc, stride, lines.bytes, exact[r]);
-        const float* row = scales + r * pitch;
-        const int64_t k = c * Format::CODES;
-        const Reals scale = !g ? repeat(1.0f) : g < Format::CODES ? pick(row + k / g, lane_group) : repeat(row[k / g]);
-        for (int t = 0; t < T; ++t) {
-          const float* units = lines.scale + (m + t) * lines.scales;
-          const Reals s = lines.scales > 1 ? mul(scale, repeat(units[k / FLOAT_BLOCK])) : scale;
-          sums[r][t] = fma(to_reals(exact[r][t]), s, sums[r][t]);
+        UNROLL for (int t = 0; t < T; ++t) exact[r][t] = zeros();
+        multiply<Format, PLANES, T>(from[r], x, stride, lines.bytes, exact[r]);
+        Reals scale = repeat(1.0f);
+        if constexpr (GROUPED) scale = pick(factors.scale + r * factors.groups + group, lane_group);
+        UNROLL for (int t = 0; t < T; ++t) {
+          const Reals unit = LONG ? mul(scale, repeat(units[t * lines.scales + k / FLOAT_BLOCK])) : scale;
+          sums[r][t] = fma(to_reals(exact[r][t]), unit, sums[r][t]);
         }
       }
     }
+  };
+  const uint8_t* from[R];
+  UNROLL for (int r = 0; r < R; ++r) from[r] = job.weight + (n + r) * job.row_bytes;
+  int64_t group = 0, in_group = job.group_size;
+  auto advance = [&] {
+    UNROLL for (int r = 0; r < R; ++r) from[r] += Format::STORED;
+    x += Format::VECTORS * BYTES;
+    group += groups_a_step;
+    if (GROUPED && !groups_a_step && (in_group -= Format::CODES) == 0) {
+      ++group;
+      in_group = job.group_size;
+    }
+  };
+  int64_t k = 0, left = job.row_bytes;
+  for (; left >= BYTES; k += Format::CODES, left -= Format::STORED) {
+    // The same place in the rows that come next: the hardware's own prefetching starts anew in each row.
+    UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(from[r] + R * job.row_bytes, 0, 3);
+    step(from, k, group);
+    advance();
   }
-  for (int r = 0; r < R; ++r) {
-    const float* row = scales + r * pitch;
-    const float* zero = zeros_ + r * pitch;
-    const float unit = g ? (job.scale ? 1 : job.scale_row[n + r]) : scale_at(job, n + r, 0);
-    float bias = 0, up = 0;
-    if (job.bias.data) to_floats(job.bias, n + r, 1, &bias);
-    for (int t = 0; t < T; ++t) {
-      float y;
+  for (; k < job.K; k += Format::CODES, left -= Format::STORED) {
+    // Vectors that reach beyond the row.
+    uint8_t ends[R][BYTES];
+    const uint8_t* copies[R];
+    UNROLL for (int r = 0; r < R; ++r) {
+      std::memset(ends[r], 0, BYTES);
+      std::memcpy(ends[r], from[r], left);
+      copies[r] = ends[r];
+    }
+    step(copies, k, group);
+    advance();
+  }
+  UNROLL for (int r = 0; r < R; ++r) {
+    const float* scale = factors.scale + r * factors.groups;
+    const float* offset = factors.offset + r * factors.groups;
+    const float own = !GROUPED ? scale_at(job, n + r, 0) : job.scale ? 1 : job.scale_row[n + r];
+    UNROLL for (int t = 0; t < T; ++t) {
+      const float* sum = lines.sum + (m + t) * lines.groups;
+      float total_;
       if constexpr (PLAIN) {
-        const int offset = UNSIGNED ? static_cast<int>(zero[0]) : static_cast<int>(zero[0]) - (1 << (job.bits - 1));
-        y = static_cast<float>(total(exact[r][t]) - offset * lines.total[m + t]);
+        total_ = static_cast<float>(total(exact[r][t]) - static_cast<int>(offset[0]) * lines.total[m + t]);
+      } else if constexpr (GROUPED) {
+        Reals excess = repeat(0.0f);
+        for (int64_t i = 0; i < factors.groups; i += LANES)
+          excess = fma(mul(load_reals(scale + i), load_reals(offset + i)), load_reals(sum + i), excess);
+        total_ = total(sums[r][t]) - total(excess);
       } else {
-        float offset = 0;
-        const float* sum = lines.sum + (m + t) * job.G;
-        const float signed_code = UNSIGNED ? 0 : 1 << (job.bits - 1);
-#pragma omp simd reduction(+ : offset)
-        for (int64_t i = 0; i < job.G; ++i) offset += (g ? row[i] : 1.0f) * (zero[i] - signed_code) * sum[i];
-        y = total(sums[r][t]) - offset;
+        total_ = total(sums[r][t]) - offset[0] * sum[0];
       }
-      y *= unit * (lines.scales > 1 ? 1 : lines.scale[(m + t) * lines.scales]);
-      for (int64_t i = 0; i < job.rank; ++i) {
-        to_floats(job.up, (n + r) * job.rank + i, 1, &up);
-        y += job.narrow[(m + t) * job.rank + i] * up;
-      }
-      y += bias;
-      from_floats(&y, 1, job.y, job.x.type, (m + t) * job.N + n + r);
+      y[t * pitch + r] = total_ * own * (lines.scales > 1 ? 1 : lines.scale[m + t]);
     }
   }
 }
 
-template <class Format, int PLANES, bool PLAIN>
+// A row's scales, but for the row's own factor, and the zero points that go with its codes as they are multiplied.
+template <class Format>
+void fill_factors(const Job& job, int64_t row, float* scale, float* offset) {
+  const int64_t at = row * job.G;
+  if (job.scale)
+    std::memcpy(scale, job.scale + at, job.G * sizeof(float));
+  else
+    for (int64_t i = 0; i < job.G; ++i) scale[i] = scale_value(job.scale_code[at + i]);
+  const float sign = std::is_same_v<Format, Wide> ? 1 << (job.bits - 1) : 0;
+  if (!job.zero) {
+    for (int64_t i = 0; i < job.G; ++i) offset[i] = (1 << (job.bits - 1)) - sign;
+  } else if (job.bits == 4) {
+    const uint8_t* packed = job.zero + row * job.zero_bytes;
+    for (int64_t i = 0; i < job.G / 2; ++i) {
+      offset[2 * i] = (packed[i] & 15) ^ 8;
+      offset[2 * i + 1] = (packed[i] >> 4) ^ 8;
+    }
+    if (job.G % 2) offset[job.G - 1] = zero_at(job, row, job.G - 1);
+  } else {
+    for (int64_t i = 0; i < job.G; ++i) offset[i] = zero_at(job, row, i) - sign;
+  }
+}
+
+// Adds the low-rank branch and the bias to y [count] of a token, and stores it.
+inline void finish(const Job& job, int64_t m, int64_t n, int64_t count, float* y, float* buffer) {
+  for (int64_t i = 0; job.rank && i < count; ++i) {
+    to_floats(job.up, (n + i) * job.rank, job.rank, buffer);
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t r = 0; r < job.rank; ++r) sum += job.narrow[m * job.rank + r] * buffer[r];
+    y[i] += sum;
+  }
+  if (job.bias.data) {
+    to_floats(job.bias, n, count, buffer);
+    for (int64_t i = 0; i < count; ++i) y[i] += buffer[i];
+  }
+  from_floats(y, count, job.y, job.x.type, m * job.N + n);
+}
+
+template <class Format, bool LONG, bool GROUPED>
 void by_rows(const Job& job, ParallelFor parallel_for) {
-  static thread_local Scratch of_codes, of_scale, of_sum, of_total;
+  static thread_local Scratch of_codes, of_scale, of_sum, of_total, of_floats, of_row;
+  const std::vector<Block> blocks = blocks_of(job);
   Lines lines;
-  lines.scales = input_scales(job);
+  lines.planes = LONG && !std::is_same_v<Format, Wide> ? 2 : 1;
   lines.bytes = (job.K + Format::CODES - 1) / Format::CODES * Format::VECTORS * BYTES;
-  lines.codes = of_codes.get<int8_t>(job.M * PLANES * lines.bytes);
+  lines.scales = LONG ? (job.K + FLOAT_BLOCK - 1) / FLOAT_BLOCK : 1;
+  lines.groups = (job.G + LANES - 1) / LANES * LANES;
+  lines.codes = of_codes.get<int8_t>(job.M * lines.planes * lines.bytes);
   lines.scale = of_scale.get<float>(job.M * lines.scales);
-  lines.sum = of_sum.get<float>(job.M * job.G);
+  lines.sum = of_sum.get<float>(job.M * lines.groups);
   lines.total = of_total.get<int32_t>(job.M);
   const std::vector<Range> shared = shared_ranges(job);
-  static thread_local Scratch of_floats, of_row;
   float* buffer = of_floats.get<float>(job.K);
   int16_t* codes = of_row.get<int16_t>(job.K);
   for (int64_t m = 0; m < job.M; ++m) {
-    quantize(job, m, shared, buffer, codes, lines.scale + m * lines.scales);
-    layout_line<Format, PLANES>(job, codes, m, lines);
+    float* scale = lines.scale + m * lines.scales;
+    quantize(job, m, shared, buffer, codes, scale);
+    // A token's one scale serves wherever floats have one of their own.
+    if (LONG && job.input_bits) std::fill(scale + 1, scale + lines.scales, scale[0]);
+    layout_line<Format>(job, blocks, codes, m, lines);
   }
   auto multiply_rows = [&](int64_t begin, int64_t end) {
-    static thread_local Scratch of_scales, of_zeros;
-    const int64_t pitch = job.G + LANES;
+    static thread_local Scratch of_factors, of_offsets, of_y, of_up;
     constexpr int MOST = 4;
-    float* scales = of_scales.get<float>(MOST * pitch);
-    float* zeros_ = of_zeros.get<float>(MOST * pitch);
-    auto block = [&](auto product, int64_t n, int64_t m) { product(job, lines, n, m, scales, zeros_); };
+    Factors factors{lines.groups, of_factors.get<float>((MOST + 1) * lines.groups),
+                    of_offsets.get<float>((MOST + 1) * lines.groups)};
+    std::memset(factors.scale, 0, MOST * lines.groups * sizeof(float));
+    std::memset(factors.offset, 0, MOST * lines.groups * sizeof(float));
+    const int64_t pitch = end - begin;
+    float* y = of_y.get<float>(job.M * pitch);
+    auto product = [&](auto product_, int64_t n, int64_t m) {
+      product_(job, lines, factors, n, m, y + m * pitch + n - begin, pitch);
+    };
     for (int64_t n = begin; n < end;) {
       const int count = end - n >= MOST ? MOST : 1;
       for (int r = 0; r < count; ++r)
-        for (int64_t i = 0; i < job.G; ++i) {
-          const int64_t at = (n + r) * job.G + i;
-          scales[r * pitch + i] = job.scale ? job.scale[at] : scale_value(job.scale_code[at]);
-          zeros_[r * pitch + i] = zero_at(job, n + r, i);
-        }
+        fill_factors<Format>(job, n + r, factors.scale + r * lines.groups, factors.offset + r * lines.groups);
       int64_t m = 0;
-      for (; count == MOST && m + 2 <= job.M; m += 2) block(rows_by_tokens<Format, PLANES, PLAIN, MOST, 2>, n, m);
-      for (; count == MOST && m < job.M; ++m) block(rows_by_tokens<Format, PLANES, PLAIN, MOST, 1>, n, m);
-      for (; m < job.M; ++m) block(rows_by_tokens<Format, PLANES, PLAIN, 1, 1>, n, m);
+      for (; count == MOST && m + 2 <= job.M; m += 2) product(rows_by_tokens<Format, LONG, GROUPED, MOST, 2>, n, m);
+      for (; count == MOST && m < job.M; ++m) product(rows_by_tokens<Format, LONG, GROUPED, MOST, 1>, n, m);
+      for (; m < job.M; ++m) product(rows_by_tokens<Format, LONG, GROUPED, 1, 1>, n, m);
       n += count;
     }
+    float* added = of_up.get<float>(std::max(job.rank, pitch));
+    for (int64_t m = 0; m < job.M; ++m) finish(job, m, begin, pitch, y + m * pitch, added);
   };
   run_parallel(parallel_for, job.N, std::max<int64_t>(16, 32768 / job.row_bytes / 4 * 4), multiply_rows);
 }
 
 // Computes the job by rows if its groups allow it.
-template <class Format, int PLANES>
+template <class Format>
 bool try_rows(const Job& job, ParallelFor parallel_for) {
-  if (!lanes_fit<Format>(job)) return false;
-  const bool one_group = !job.group_size || job.group_size >= job.K;
-  if (PLANES == 1 && one_group && job.K <= WIDEST && !long_codes(job))
-    by_rows<Format, PLANES, true>(job, parallel_for);
+  if (!lanes_fit<Format>(job) || job.K > WIDEST) return false;
+  const bool grouped = job.group_size && job.group_size < job.K;
+  if (long_codes(job))
+    grouped ? by_rows<Format, true, true>(job, parallel_for) : by_rows<Format, true, false>(job, parallel_for);
   else
-    by_rows<Format, PLANES, false>(job, parallel_for);
+    grouped ? by_rows<Format, false, true>(job, parallel_for) : by_rows<Format, false, false>(job, parallel_for);
   return true;
 }
 

@@ -10,6 +10,9 @@ namespace HFQUANT_ISA {
 
 constexpr int WIDTH = VECTORS * LANES;  // rows of a panel
 
+// Sums stay in registers where every loop over them is unrolled.
+#define UNROLL _Pragma("GCC unroll 16")
+
 template <class Function>
 void run_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, Function& function) {
   parallel_for(
@@ -157,35 +160,33 @@ void tile(const Job& job, const Layout& layout, const Tokens& tokens, const Pane
   const int64_t stride = tokens.planes * tokens.words;
   const uint32_t* x = tokens.codes + m * stride;
   Reals sums[T][VECTORS];
-  for (int i = 0; i < T; ++i)
-    for (int j = 0; j < VECTORS; ++j) sums[i][j] = repeat(0.0f);
+  UNROLL for (int i = 0; i < T; ++i)
+    UNROLL for (int j = 0; j < VECTORS; ++j) sums[i][j] = repeat(0.0f);
   const int64_t blocks = GROUPED ? tokens.blocks : 1;
   for (int64_t b = 0; b < blocks; ++b) {
     Ints exact[T][VECTORS];
-    for (int p = 0; p < PLANES; ++p) {
-      for (int i = 0; i < T; ++i)
-        for (int j = 0; j < VECTORS; ++j) {
+    UNROLL for (int p = 0; p < PLANES; ++p) {
+      UNROLL for (int i = 0; i < T; ++i)
+        UNROLL for (int j = 0; j < VECTORS; ++j) {
           Ints sum = p ? times256(exact[i][j]) : zeros();
           if (Dot::UNSIGNED && p == PLANES - 1)
             sum = dot_shorts(sum, load(panel.zero + b * WIDTH + j * LANES),
                              repeat(static_cast<int32_t>(tokens.negated[(m + i) * tokens.blocks + b])));
           exact[i][j] = sum;
         }
-      const uint32_t* xp = x + p * tokens.words;
-      for (int64_t w = layout.start[b]; w < layout.start[b + 1]; ++w) {
-        Ints weights[VECTORS];
-        for (int j = 0; j < VECTORS; ++j) weights[j] = panel.words[w * VECTORS + j];
-#pragma GCC unroll 8
-        for (int i = 0; i < T; ++i) {
-          const Ints word = repeat(static_cast<int32_t>(xp[i * stride + w]));
-#pragma GCC unroll 4
-          for (int j = 0; j < VECTORS; ++j) exact[i][j] = Dot::dot(exact[i][j], weights[j], word);
+      const uint32_t* xp = x + p * tokens.words + layout.start[b];
+      const Ints* weights = panel.words + layout.start[b] * VECTORS;
+      const Ints* const end = panel.words + layout.start[b + 1] * VECTORS;
+      for (; weights < end; weights += VECTORS, ++xp) {
+        UNROLL for (int i = 0; i < T; ++i) {
+          const Ints word = repeat(static_cast<int32_t>(xp[i * stride]));
+          UNROLL for (int j = 0; j < VECTORS; ++j) exact[i][j] = Dot::dot(exact[i][j], weights[j], word);
         }
       }
     }
-    for (int j = 0; j < VECTORS; ++j) {
+    UNROLL for (int j = 0; j < VECTORS; ++j) {
       const Reals scale = load_reals(panel.scale + b * WIDTH + j * LANES);
-      for (int i = 0; i < T; ++i) {
+      UNROLL for (int i = 0; i < T; ++i) {
         const Reals sum = to_reals(exact[i][j]);
         if constexpr (!GROUPED) {
           sums[i][j] = mul(sum, scale);
@@ -199,29 +200,29 @@ void tile(const Job& job, const Layout& layout, const Tokens& tokens, const Pane
     }
   }
   if constexpr (!MANY_SCALES)
-    for (int i = 0; i < T; ++i)
-      for (int j = 0; j < VECTORS; ++j) sums[i][j] = mul(sums[i][j], repeat(tokens.scale[(m + i) * tokens.scales]));
+    UNROLL for (int i = 0; i < T; ++i)
+      UNROLL for (int j = 0; j < VECTORS; ++j) sums[i][j] = mul(sums[i][j], repeat(tokens.scale[(m + i) * tokens.scales]));
   for (int64_t r = 0; r < job.rank; ++r)
-    for (int j = 0; j < VECTORS; ++j) {
+    UNROLL for (int j = 0; j < VECTORS; ++j) {
       const Reals up = load_reals(panel.up + r * WIDTH + j * LANES);
-      for (int i = 0; i < T; ++i) {
+      UNROLL for (int i = 0; i < T; ++i) {
         const int64_t token = std::min(first + m + i, job.M - 1);
         sums[i][j] = fma(repeat(job.narrow[token * job.rank + r]), up, sums[i][j]);
       }
     }
   if (job.bias.data)
-    for (int j = 0; j < VECTORS; ++j) {
+    UNROLL for (int j = 0; j < VECTORS; ++j) {
       const Reals bias = load_reals(panel.bias + j * LANES);
-      for (int i = 0; i < T; ++i) sums[i][j] = fma(repeat(1.0f), bias, sums[i][j]);
+      UNROLL for (int i = 0; i < T; ++i) sums[i][j] = fma(repeat(1.0f), bias, sums[i][j]);
     }
   const int64_t rows = std::min<int64_t>(WIDTH, job.N - n);
   for (int i = 0; i < T && first + m + i < job.M; ++i) {
     const int64_t at = (first + m + i) * job.N + n;
     if (rows == WIDTH && job.x.type == FLOAT32) {
-      for (int j = 0; j < VECTORS; ++j) store_reals(static_cast<float*>(job.y) + at + j * LANES, sums[i][j]);
+      UNROLL for (int j = 0; j < VECTORS; ++j) store_reals(static_cast<float*>(job.y) + at + j * LANES, sums[i][j]);
     } else {
       float line[WIDTH];
-      for (int j = 0; j < VECTORS; ++j) store_reals(line + j * LANES, sums[i][j]);
+      UNROLL for (int j = 0; j < VECTORS; ++j) store_reals(line + j * LANES, sums[i][j]);
       from_floats(line, rows, job.y, job.x.type, at);
     }
   }

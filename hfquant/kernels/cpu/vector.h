@@ -32,8 +32,15 @@ inline Ints times256(Ints a) { return _mm512_slli_epi32(a, 8); }
 inline Reals to_reals(Ints a) { return _mm512_cvtepi32_ps(a); }
 inline Reals mul(Reals a, Reals b) { return _mm512_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm512_fmadd_ps(a, b, c); }
-inline Ints dot_bytes(Ints sum, Ints weights, Ints x) { return _mm512_dpbusd_epi32(sum, weights, x); }
-inline Ints dot_shorts(Ints sum, Ints weights, Ints x) { return _mm512_dpwssd_epi32(sum, weights, x); }
+// In assembly, since GCC copies the sum of the intrinsics to another register and back.
+inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+  return sum;
+}
+inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+  return sum;
+}
 inline int32_t total(Ints a) { return _mm512_reduce_add_epi32(a); }
 inline float total(Reals a) { return _mm512_reduce_add_ps(a); }
 inline Reals pick(const float* table, Ints lanes) { return _mm512_permutexvar_ps(lanes, load_reals(table)); }
