@@ -27,14 +27,29 @@ struct Wide {
   static void read(const uint8_t* p, Ints w[]) { w[0] = widen(p); }
 };
 
-// Whether every lane of a vector lies within one group of columns, and groups within one segment.
-template <class Format>
-bool lanes_fit(const Job& job) {
-  constexpr int LANE = Format::CODES / LANES;
-  const int64_t g = job.group_size;
-  if (job.segments > 1) return false;
-  return g == 0 || g >= job.K || g % Format::CODES == 0 || (Format::CODES % g == 0 && g % LANE == 0);
-}
+// What the columns of each vector of a row share: the number of their first group, and of the input's scale.
+struct Steps {
+  std::vector<int32_t> group, unit;
+  bool fit;  // every lane lies within one group, every vector within one of the input's scales
+
+  template <class Format>
+  static Steps of(const Job& job, const std::vector<Block>& blocks) {
+    constexpr int CODES = Format::CODES, LANE = CODES / LANES;
+    const int64_t g = job.group_size, count = (job.K + CODES - 1) / CODES;
+    const bool small = g && g < CODES;
+    Steps steps{std::vector<int32_t>(count), std::vector<int32_t>(count), !small || (CODES % g == 0 && g % LANE == 0)};
+    for (const Block& b : blocks) {
+      // A block begins where a vector does, or somewhere within one all of whose groups are of the same size.
+      const int64_t first = (b.start + CODES - 1) / CODES, end = (b.start + b.size + CODES - 1) / CODES;
+      const bool same_unit = b.start % CODES == 0 || steps.unit[b.start / CODES] == b.segment;
+      const bool same_group = b.start % CODES == 0 || small || steps.group[b.start / CODES] == b.group;
+      steps.fit = steps.fit && same_unit && same_group && (!small || b.start % g == 0);
+      std::fill(steps.group.begin() + first, steps.group.begin() + end, b.group);
+      std::fill(steps.unit.begin() + first, steps.unit.begin() + end, b.segment);
+    }
+    return steps;
+  }
+};
 
 // Codes of a token in a row's order, and what goes with them. Sums of a group are padded to whole vectors.
 struct Lines {
@@ -42,8 +57,9 @@ struct Lines {
   int8_t* codes;          // [count][planes][bytes]: high bytes first, where there are two planes
   float* scale;           // [count][scales]
   int64_t scales, groups;
-  float* sum;             // [count][groups]: sums of a group's codes, scaled where a token has many scales
+  float* sum;             // [count][groups]: sums of a group's codes times their scales
   int32_t* total;         // [count]: sums of all codes
+  Steps steps;
 };
 
 template <class Format>
@@ -69,8 +85,10 @@ void layout_line(const Job& job, const std::vector<Block>& blocks, const int16_t
     }
     int8_t* low = planes + (lines.planes - 1) * lines.bytes + at;
     for (int i = 0; i < Format::CODES; ++i) low[i] = static_cast<int8_t>(ordered[i]);
-    if (lines.planes == 2)
-      for (int i = 0; i < Format::CODES; ++i) planes[at + i] = static_cast<int8_t>((ordered[i] - low[i]) >> 8);
+    if (lines.planes == 1) continue;
+    int8_t* high = planes + at;
+    for (int i = 0; i < Format::CODES; ++i)
+      high[i] = static_cast<int8_t>((ordered[i] - static_cast<int8_t>(ordered[i])) >> 8);
   }
   float* sums = lines.sum + m * lines.groups;
   std::memset(sums, 0, lines.groups * sizeof(float));
@@ -79,7 +97,7 @@ void layout_line(const Job& job, const std::vector<Block>& blocks, const int16_t
     int32_t sum = 0;
     for (int i = 0; i < b.size; ++i) sum += codes[b.start + i];
     lines.total[m] += sum;
-    sums[b.group] += sum * (lines.scales > 1 ? lines.scale[m * lines.scales + b.segment] : 1.0f);
+    sums[b.group] += sum * lines.scale[m * lines.scales + b.segment];
   }
 }
 
@@ -107,8 +125,8 @@ struct Factors {
   float* offset;  // [R][groups]
 };
 
-// R rows from n by T tokens from m, to y [T][pitch]. LONG: the input's codes have 16 bits, and scales in each
-// FLOAT_BLOCK columns. GROUPED: so do the weight's in each group. With neither, sums stay integers to the end.
+// R rows from n by T tokens from m, to y [T][pitch]. LONG: the input's codes have 16 bits. GROUPED: a row has several
+// scales. With neither, sums stay integers to the end.
 template <class Format, bool LONG, bool GROUPED, int R, int T>
 void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, int64_t n, int64_t m, float* y,
                     int64_t pitch) {
@@ -118,12 +136,10 @@ void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, 
   const int8_t* x = lines.codes + m * stride;
   const float* units = lines.scale + m * lines.scales;
   Ints lane_group = zeros();
-  int groups_a_step = 0;
-  if (GROUPED && job.group_size < Format::CODES) {
+  if (GROUPED && job.group_size && job.group_size < Format::CODES) {
     int32_t numbers[LANES];
     for (int i = 0; i < LANES; ++i) numbers[i] = i * (Format::CODES / LANES) / job.group_size;
     lane_group = load(numbers);
-    groups_a_step = Format::CODES / job.group_size;
   }
   Ints exact[R][T];
   Reals sums[R][T];
@@ -131,43 +147,35 @@ void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, 
     exact[r][t] = zeros();
     sums[r][t] = repeat(0.0f);
   }
-  // A vector of each row by the input's codes number k and on; `group` is that of the first.
-  auto step = [&](const uint8_t* const from[R], int64_t k, int64_t group) {
+  // A vector of each row by the input's codes.
+  auto multiply_step = [&](const uint8_t* const from[R], int64_t step) {
     UNROLL for (int r = 0; r < R; ++r) {
       if constexpr (PLAIN) {
         multiply<Format, PLANES, T>(from[r], x, stride, lines.bytes, exact[r]);
       } else {
         UNROLL for (int t = 0; t < T; ++t) exact[r][t] = zeros();
         multiply<Format, PLANES, T>(from[r], x, stride, lines.bytes, exact[r]);
-        Reals scale = repeat(1.0f);
-        if constexpr (GROUPED) scale = pick(factors.scale + r * factors.groups + group, lane_group);
         UNROLL for (int t = 0; t < T; ++t) {
-          const Reals unit = LONG ? mul(scale, repeat(units[t * lines.scales + k / FLOAT_BLOCK])) : scale;
+          Reals unit = repeat(units[t * lines.scales + lines.steps.unit[step]]);
+          if constexpr (GROUPED)
+            unit = mul(unit, pick(factors.scale + r * factors.groups + lines.steps.group[step], lane_group));
           sums[r][t] = fma(to_reals(exact[r][t]), unit, sums[r][t]);
         }
       }
     }
+    x += Format::VECTORS * BYTES;
   };
   const uint8_t* from[R];
   UNROLL for (int r = 0; r < R; ++r) from[r] = job.weight + (n + r) * job.row_bytes;
-  int64_t group = 0, in_group = job.group_size;
-  auto advance = [&] {
-    UNROLL for (int r = 0; r < R; ++r) from[r] += Format::STORED;
-    x += Format::VECTORS * BYTES;
-    group += groups_a_step;
-    if (GROUPED && !groups_a_step && (in_group -= Format::CODES) == 0) {
-      ++group;
-      in_group = job.group_size;
-    }
-  };
-  int64_t k = 0, left = job.row_bytes;
-  for (; left >= BYTES; k += Format::CODES, left -= Format::STORED) {
+  const int64_t steps = lines.steps.group.size();
+  int64_t step = 0, left = job.row_bytes;
+  for (; left >= BYTES; ++step, left -= Format::STORED) {
     // The same place in the rows that come next: the hardware's own prefetching starts anew in each row.
     UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(from[r] + R * job.row_bytes, 0, 3);
-    step(from, k, group);
-    advance();
+    multiply_step(from, step);
+    UNROLL for (int r = 0; r < R; ++r) from[r] += Format::STORED;
   }
-  for (; k < job.K; k += Format::CODES, left -= Format::STORED) {
+  for (; step < steps; ++step, left -= Format::STORED) {
     // Vectors that reach beyond the row.
     uint8_t ends[R][BYTES];
     const uint8_t* copies[R];
@@ -175,9 +183,9 @@ void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, 
       std::memset(ends[r], 0, BYTES);
       std::memcpy(ends[r], from[r], left);
       copies[r] = ends[r];
+      from[r] += Format::STORED;
     }
-    step(copies, k, group);
-    advance();
+    multiply_step(copies, step);
   }
   UNROLL for (int r = 0; r < R; ++r) {
     const float* scale = factors.scale + r * factors.groups;
@@ -188,6 +196,7 @@ void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, 
       float total_;
       if constexpr (PLAIN) {
         total_ = static_cast<float>(total(exact[r][t]) - static_cast<int>(offset[0]) * lines.total[m + t]);
+        total_ *= lines.scale[m + t];
       } else if constexpr (GROUPED) {
         Reals excess = repeat(0.0f);
         for (int64_t i = 0; i < factors.groups; i += LANES)
@@ -196,7 +205,7 @@ void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, 
       } else {
         total_ = total(sums[r][t]) - offset[0] * sum[0];
       }
-      y[t * pitch + r] = total_ * own * (lines.scales > 1 ? 1 : lines.scale[m + t]);
+      y[t * pitch + r] = total_ * own;
     }
   }
 }
@@ -241,13 +250,13 @@ inline void finish(const Job& job, int64_t m, int64_t n, int64_t count, float* y
 }
 
 template <class Format, bool LONG, bool GROUPED>
-void by_rows(const Job& job, ParallelFor parallel_for) {
+void by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, ParallelFor parallel_for) {
   static thread_local Scratch of_codes, of_scale, of_sum, of_total, of_floats, of_row;
-  const std::vector<Block> blocks = blocks_of(job);
   Lines lines;
+  lines.steps = std::move(steps);
   lines.planes = LONG && !std::is_same_v<Format, Wide> ? 2 : 1;
   lines.bytes = (job.K + Format::CODES - 1) / Format::CODES * Format::VECTORS * BYTES;
-  lines.scales = LONG ? (job.K + FLOAT_BLOCK - 1) / FLOAT_BLOCK : 1;
+  lines.scales = input_scales(job);
   lines.groups = (job.G + LANES - 1) / LANES * LANES;
   lines.codes = of_codes.get<int8_t>(job.M * lines.planes * lines.bytes);
   lines.scale = of_scale.get<float>(job.M * lines.scales);
@@ -257,10 +266,7 @@ void by_rows(const Job& job, ParallelFor parallel_for) {
   float* buffer = of_floats.get<float>(job.K);
   int16_t* codes = of_row.get<int16_t>(job.K);
   for (int64_t m = 0; m < job.M; ++m) {
-    float* scale = lines.scale + m * lines.scales;
-    quantize(job, m, shared, buffer, codes, scale);
-    // A token's one scale serves wherever floats have one of their own.
-    if (LONG && job.input_bits) std::fill(scale + 1, scale + lines.scales, scale[0]);
+    quantize(job, m, shared, buffer, codes, lines.scale + m * lines.scales);
     layout_line<Format>(job, blocks, codes, m, lines);
   }
   auto multiply_rows = [&](int64_t begin, int64_t end) {
@@ -294,12 +300,17 @@ void by_rows(const Job& job, ParallelFor parallel_for) {
 // Computes the job by rows if its groups allow it.
 template <class Format>
 bool try_rows(const Job& job, ParallelFor parallel_for) {
-  if (!lanes_fit<Format>(job) || job.K > WIDEST) return false;
-  const bool grouped = job.group_size && job.group_size < job.K;
+  const std::vector<Block> blocks = blocks_of(job);
+  const bool grouped = job.G > 1;
+  if (job.K > WIDEST && !grouped && !long_codes(job)) return false;
+  Steps steps = Steps::of<Format>(job, blocks);
+  if (!steps.fit) return false;
   if (long_codes(job))
-    grouped ? by_rows<Format, true, true>(job, parallel_for) : by_rows<Format, true, false>(job, parallel_for);
+    grouped ? by_rows<Format, true, true>(job, blocks, std::move(steps), parallel_for)
+            : by_rows<Format, true, false>(job, blocks, std::move(steps), parallel_for);
   else
-    grouped ? by_rows<Format, false, true>(job, parallel_for) : by_rows<Format, false, false>(job, parallel_for);
+    grouped ? by_rows<Format, false, true>(job, blocks, std::move(steps), parallel_for)
+            : by_rows<Format, false, false>(job, blocks, std::move(steps), parallel_for);
   return true;
 }
 

@@ -62,26 +62,26 @@ struct Tokens {
 template <class Dot>
 void layout_token(const Layout& layout, const int16_t* codes, int64_t m, Tokens& tokens) {
   uint32_t* words = tokens.codes + m * tokens.planes * tokens.words;
+  const int64_t planes = tokens.planes, plane = tokens.words;
   for (size_t b = 0; b < layout.blocks.size(); ++b) {
-    const Block& block = layout.blocks[b];
-    const int16_t* from = codes + block.start;
+    const int size = layout.blocks[b].size;
+    const int16_t* __restrict from = codes + layout.blocks[b].start;
     int32_t sum = 0;
-    for (int i = 0; i < block.size; ++i) sum -= from[i];
+    for (int i = 0; i < size; ++i) sum -= from[i];
     tokens.negated[m * tokens.blocks + b] =
         (static_cast<uint32_t>(sum >> 7) << 16) | (static_cast<uint32_t>(sum) & 127);
     uint32_t* to = words + layout.start[b];
     const int64_t last = layout.start[b + 1] - layout.start[b] - 1;
-    for (int64_t p = 0; p < tokens.planes; ++p) to[p * tokens.words + last] = 0;
+    for (int64_t p = 0; p < planes; ++p) to[p * plane + last] = 0;
     if (!Dot::UNSIGNED) {
-      std::memcpy(to, from, block.size * sizeof(int16_t));
+      std::memcpy(to, from, size * sizeof(int16_t));
       continue;
     }
-    int8_t* low = reinterpret_cast<int8_t*>(to + (tokens.planes - 1) * tokens.words);
-    for (int i = 0; i < block.size; ++i) low[i] = static_cast<int8_t>(from[i]);
-    if (tokens.planes == 2) {
-      int8_t* high = reinterpret_cast<int8_t*>(to);
-      for (int i = 0; i < block.size; ++i) high[i] = static_cast<int8_t>((from[i] - low[i]) >> 8);
-    }
+    int8_t* __restrict low = reinterpret_cast<int8_t*>(to + (planes - 1) * plane);
+    for (int i = 0; i < size; ++i) low[i] = static_cast<int8_t>(from[i]);
+    if (planes == 1) continue;
+    int8_t* __restrict high = reinterpret_cast<int8_t*>(to);
+    for (int i = 0; i < size; ++i) high[i] = static_cast<int8_t>((from[i] - static_cast<int8_t>(from[i])) >> 8);
   }
 }
 

@@ -17,7 +17,7 @@ using Ints = __m512i;
 using Reals = __m512;
 constexpr int LANES = 16;
 // 32 registers: 8 x 3 sums, or 4 x 3 sums in integers and as many in floats.
-constexpr int TOKENS = 8, TOKENS_GROUPED = 4, VECTORS = 3;
+constexpr int TOKENS = 8, TOKENS_GROUPED = 8, VECTORS = 3;
 constexpr bool EXACT_BYTES = true;
 
 inline Ints load(const void* p) { return _mm512_loadu_si512(p); }
