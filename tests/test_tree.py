@@ -35,6 +35,7 @@ ELSEWHERE = {
     "integrations/examples/sketch.py": "integrations/examples/test_examples.py",
     "integrations/facts.py": "test_planner.py",
     "integrations/hub.py": "cli/test_calibrate.py",
+    "offload.py": "smoke/test_offload.py",
     "presets.py": "test_config.py",
     "report/affiner.py": "affiner/test_fit.py",
     "report/layers.py": "test_ptq.py",

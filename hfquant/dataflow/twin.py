@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hfquant.offload import drop_wrappers, has_hook, hooks_of
+
 try:
     from torch._C import DisableTorchFunction
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -97,8 +99,7 @@ def paused() -> Iterator[None]:
 
 def _needs_fakes(model: nn.Module, example: Any) -> bool:
     """Return whether tensors on the meta device leave nothing to run on; offloading hooks fetch theirs."""
-    offloaded = any(hasattr(m, "_hf_hook") for m in model.modules())
-    return not offloaded and any(t.is_meta for t in _tensors_of(model, example))
+    return not has_hook(model) and any(t.is_meta for t in _tensors_of(model, example))
 
 
 def _tensors_of(model: nn.Module, example: Any) -> list[Tensor]:
@@ -136,19 +137,19 @@ def _twin(model: nn.Module, fake: bool) -> nn.Module:
     """Return a copy of the module tree in eval mode, with fake tensors or with parameters that share storage."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for name, value in vars(module).items():
-            if name in ("config", "_internal_dict", "_hf_hook", "_diffusers_hook"):  # not written to; some hold weights
-                memo[id(value)] = value
-            elif isinstance(value, Tensor):  # a computed attribute (weight norm has some), which deepcopy refuses
+        for shared in (getattr(module, "config", None), *hooks_of(module)):  # not written to; hooks may hold weights
+            if not isinstance(shared, nn.Module):
+                memo[id(shared)] = shared
+        for value in vars(module).values():
+            if isinstance(value, Tensor):  # a computed attribute (weight norm has some), which deepcopy refuses
                 memo[id(value)] = value.detach().clone()
         for p in module.parameters(recurse=False):
             memo[id(p)] = nn.Parameter(_empty(p) if fake else p.detach(), requires_grad=False)
         for b in module.buffers(recurse=False) if fake else ():
             memo[id(b)] = _empty(b)
     twin: nn.Module = copy.deepcopy(model, memo)
-    for module in twin.modules():  # offloading hooks would fetch weights; some run the original module's forward
-        if "_diffusers_hook" in vars(module) or (fake and "_hf_hook" in vars(module)):
-            vars(module).pop("forward", None)
+    for module in twin.modules():
+        drop_wrappers(module, fetch=not fake)
     return twin.eval()
 
 

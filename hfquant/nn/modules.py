@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
 from hfquant.nn.linear import QuantLinear
+from hfquant.offload import copy_hook
 
 logger = logging.getLogger(__name__)
 
@@ -50,27 +50,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
                 new.training = child.training
                 parent._modules[name] = new
     for old, new in replacements.items():
-        _copy_hook(old, new)
-
-
-def _copy_hook(old: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` the accelerate hook that ``old`` has. ``old`` keeps its own, so that it can be put back."""
-    hook: Any = getattr(old, "_hf_hook", None)
-    if hook is None or hasattr(new, "_hf_hook"):
-        return
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
-    if isinstance(hook, AlignDevicesHook):
-        # The old hook's weights_map has the float weights; a fresh one takes the new module's tensors.
-        hook = AlignDevicesHook(
-            execution_device=hook.execution_device,
-            offload=hook.offload,
-            io_same_device=hook.io_same_device,
-            offload_buffers=hook.offload_buffers,
-            place_submodules=hook.place_submodules,
-            skip_keys=hook.skip_keys,
-        )
-    add_hook_to_module(new, hook)
+        copy_hook(old, new)
 
 
 def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
