@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hfquant.offload import drop_wrappers, has_hook, hooks_of
 
@@ -109,15 +110,14 @@ def _tensors_of(model: nn.Module, example: Any) -> list[Tensor]:
 
 
 def _run(model: nn.Module, example: Any, watch: Callable[[nn.Module], Watch], fake: FakeTensorMode | None) -> Watch:
-    def stand_in(t: Tensor) -> Tensor:
-        return t.detach().clone() if fake is None else _empty(t)
-
     cuda = sorted(
         {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
     )
     with torch.random.fork_rng(cuda), torch.no_grad(), fake or contextlib.nullcontext(), _no_trace_left():
         twin = _twin(model, fake is not None)
-        inputs = tree_map_only(Tensor, stand_in, dict(example) if isinstance(example, Mapping) else example)
+        inputs = tree_map_only(
+            Tensor, _clone if fake is None else _empty, dict(example) if isinstance(example, Mapping) else example
+        )
         watching = watch(twin)
         with watching:
             if isinstance(inputs, dict):
@@ -127,6 +127,10 @@ def _run(model: nn.Module, example: Any, watch: Callable[[nn.Module], Watch], fa
             else:
                 twin(inputs)
     return watching
+
+
+def _clone(t: Tensor) -> Tensor:
+    return t.detach().clone()
 
 
 def _empty(t: Tensor) -> Tensor:
@@ -140,17 +144,32 @@ def _twin(model: nn.Module, fake: bool) -> nn.Module:
         for shared in (getattr(module, "config", None), *hooks_of(module)):  # not written to; hooks may hold weights
             if not isinstance(shared, nn.Module):
                 memo[id(shared)] = shared
-        for value in vars(module).values():
-            if isinstance(value, Tensor):  # a computed attribute (weight norm has some), which deepcopy refuses
-                memo[id(value)] = value.detach().clone()
         for p in module.parameters(recurse=False):
             memo[id(p)] = nn.Parameter(_empty(p) if fake else p.detach(), requires_grad=False)
-        for b in module.buffers(recurse=False) if fake else ():
-            memo[id(b)] = _empty(b)
-    twin: nn.Module = copy.deepcopy(model, memo)
+    with _TensorCopies(_empty if fake else _clone):
+        twin: nn.Module = copy.deepcopy(model, memo)
     for module in twin.modules():
         drop_wrappers(module, fetch=not fake)
     return twin.eval()
+
+
+class _TensorCopies(TorchFunctionMode):
+    """Have ``deepcopy`` copy each tensor by a function: buffers, and whatever lists, dicts and objects hold.
+
+    Its own copies cannot be fake, and it refuses tensors that were computed (weight norm has some).
+    """
+
+    def __init__(self, copied: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.copied = copied
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            memo[id(tensor)] = self.copied(tensor)
+        return memo[id(tensor)]
 
 
 @contextlib.contextmanager
