@@ -18,6 +18,7 @@ from torch import nn
 
 from hfquant.algorithms import TensorSpec, Transform
 from hfquant.config import ConfigError, LayerConfig, QuantRules, SegPattern
+from hfquant.console import counted
 from hfquant.dataflow import LinearTrace, PatternError, obstacles_in_source, trace
 from hfquant.formats import GridRule, InputRule, split_columns
 
@@ -328,7 +329,7 @@ def _log_cuts(who: str, layers: Mapping[str, LayerPlan]) -> None:
     small = [n for n, p in layers.items() if p.transform != p.config.opt]
     for names, what in ((short, "the last group of a segment is shorter"), (small, "opt is cut to the layer's size")):
         if names:
-            logger.info("%s: in %d layers %s, %r first", who, len(names), what, names[0])
+            logger.info("%s: in %s %s, %r first", who, counted(len(names), "layer"), what, names[0])
 
 
 def _traces(

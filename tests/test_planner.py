@@ -372,7 +372,7 @@ def test_a_rank_is_cut_to_the_layer(caplog) -> None:
     assert [p.transform.low_rank for p in found.layers.values()] == [6, 6, 6, 6, 5]
     assert {p.config.opt.low_rank for p in found.layers.values()} == {6}
     assert found.layers["head"].tensors()["svd_up"].shape == (5, 5)
-    assert [r.getMessage() for r in caplog.records] == ["Net: in 1 layers opt is cut to the layer's size, 'head' first"]
+    assert [r.getMessage() for r in caplog.records] == ["Net: in 1 layer opt is cut to the layer's size, 'head' first"]
 
 
 # Stored plans.

@@ -21,6 +21,7 @@ from hfquant.calibration.recorder import Recording, find_layer
 from hfquant.calibration.samplers import BaseSampler, seeded
 from hfquant.calibration.storage import CalibSetError, Cursor, Index
 from hfquant.calibration.streams import calibration_batches, is_source
+from hfquant.console import counted
 from hfquant.digests import update
 from hfquant.distributed import processes
 
@@ -159,9 +160,10 @@ def _resume(directory: Path, wanted: Index) -> Index:
         raise CalibSetError(f"{directory} holds another calibration set ({'; '.join(reasons)}): choose another path")
     storage.chunk_files(directory, stored)
     if stored.complete:
-        logger.info("%s is complete with %d samples: nothing to generate", directory, stored.length)
+        logger.info("%s is complete with %s: nothing to generate", directory, counted(stored.length, "sample"))
     elif stored.length:
-        logger.info("%s has %d samples: continuing from batch %d", directory, stored.length, stored.cursor.batch)
+        samples = counted(stored.length, "sample")
+        logger.info("%s has %s: continuing from batch %d", directory, samples, stored.cursor.batch)
     if stored.provenance.get("versions") != wanted.provenance["versions"]:
         logger.warning("%s was begun with other versions: %s", directory, stored.provenance.get("versions"))
     return stored

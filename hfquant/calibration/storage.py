@@ -38,6 +38,7 @@ from safetensors import SafetensorError
 
 from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.recorder import Recording, layout, placeholders, size_of
+from hfquant.console import counted
 
 INDEX = "index.json"
 _FORMAT = "hfquant.calibration"
@@ -127,7 +128,7 @@ class ChunkFile:
         try:
             recording = _parse(_decompress(data, entry.raw_size) if self.index.compress else data)
             if len(recording) != len(self):
-                raise ValueError(f"it holds {len(recording)} samples, {INDEX} promises {len(self)}")
+                raise ValueError(f"it holds {counted(len(recording), 'sample')}, {INDEX} promises {len(self)}")
             declared = (self.index.layouts[number] for number, count in entry.layouts for _ in range(count))
             for structure, expected in zip(recording.samples, declared, strict=True):
                 _check_sample(structure, expected, _MAX_EXPANSION * entry.size)

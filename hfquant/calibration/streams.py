@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hfquant.calibration import storage
 from hfquant.calibration.batches import CalibrationData, CalibrationError
 from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set
+from hfquant.console import counted
 
 logger = logging.getLogger(__name__)
 
@@ -431,7 +432,7 @@ def _counted(items: Iterable[Any], samples: int | None) -> Iterator[Any]:
         count += 1
         yield item
     if samples is not None and count < samples:
-        logger.warning("the calibration data gives %d sequences, not the %d asked for", count, samples)
+        logger.warning("the calibration data gives %s, not the %d asked for", counted(count, "sequence"), samples)
 
 
 def _token_batches(sequences: Iterable[list[int]], size: int) -> Iterator[Any]:

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
+from hfquant.console import counted
 from hfquant.nn.linear import QuantLinear
 from hfquant.offload import copy_hook
 
@@ -38,7 +39,8 @@ def log_real_quant(model: nn.Module) -> None:
     """Log one line where layers run on the reference kernel."""
     count = sum(layer.real_quant for layer in quant_linears(model).values())
     if count:
-        logger.info("%d linears run on the integer-exact reference kernel (exact, not fast)", count)
+        run = "runs" if count == 1 else "run"
+        logger.info("%s %s on the integer-exact reference kernel (exact, not fast)", counted(count, "linear"), run)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -75,8 +77,8 @@ def log_share(model: nn.Module, uncounted: Collection[str] = ()) -> None:
     largest = ", ".join(n for n, _ in sorted(kept, key=lambda item: -item[1].numel())[:3])
     logger.log(
         logging.INFO if share >= 0.8 else logging.WARNING,
-        "%d linears quantized, %.0f %% of the parameters in matrices%s",
-        len(layers),
+        "%s quantized, %.0f %% of the parameters in matrices%s",
+        counted(len(layers), "linear"),
         100 * share,
         f"; the largest left: {largest}" if kept else "",
     )

@@ -158,7 +158,7 @@ def test_datasets_objects(streaming, caplog):
     assert not caplog.text
     everything = list(calibration_batches(data, tokenizer=make_tokenizer()))
     assert sorted(flat(everything)) == sorted(ids_of(TEXTS))
-    assert "1 sequences, not the 128 asked for" in caplog.text
+    assert "1 sequence, not the 128 asked for" in caplog.text
 
 
 def test_generator_dataset_without_features():
