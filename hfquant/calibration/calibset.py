@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hfquant.calibration import storage
+from hfquant.calibration import files, storage
 from hfquant.calibration.recorder import Recording
 from hfquant.calibration.storage import CalibSetError, ChunkFile, Cursor, Index
 from hfquant.console import counted
@@ -103,7 +103,7 @@ class BaseCalibSet(Dataset):
         """
         directory = Path(dump_path)
         directory.mkdir(parents=True, exist_ok=True)
-        with storage.exclusive(directory):
+        with files.exclusive(directory):
             if storage.read_index(directory) is not None:
                 raise FileExistsError(f"{directory} holds a calibration set already")
             index = Index(chunk_size=chunk_size, compress=compress, provenance=self.provenance)

@@ -13,7 +13,7 @@ import xxhash
 from torch import nn
 from tqdm.auto import tqdm
 
-from hfquant.calibration import storage
+from hfquant.calibration import files, storage
 from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set, open_stored
 from hfquant.calibration.provenance import differences, provenance
@@ -135,7 +135,7 @@ def generate_shard(
         )
     directory = Path(dump_path) if shard[1] == 1 else Path(dump_path) / storage.shard_name(*shard)
     directory.mkdir(parents=True, exist_ok=True)
-    with storage.exclusive(directory):
+    with files.exclusive(directory):
         index = _resume(directory, Index(chunk_size=chunk_size, compress=compress, provenance=origin))
         if not index.complete:
             writer, cursor = storage.Writer(directory, index), index.cursor

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hfquant.calibration import BaseCalibSet, calibration_batches
 from hfquant.calibration.batches import CalibrationError
-from hfquant.calibration.streams import _packed, _paragraphs, _shuffled, _spread
+from hfquant.calibration.model_inputs import _packed
+from hfquant.calibration.streams import _paragraphs, _shuffled, _spread
 from tests.calibration.tiny_models import tiny_llama
 
 WORDS = [f"w{i}" for i in range(200)]
