@@ -57,6 +57,7 @@ WIDE = {
     "test_floors.py",
     "test_golden.py",
     "test_imports.py",
+    "test_layer_plan.py",
     "test_tree.py",
     "test_without_libraries.py",
 }
