@@ -78,7 +78,7 @@ def language_model(model: nn.Module, prompt: int, decoded: int, name: str) -> Su
         return run
 
     workloads = {f"{name} prefill of {prompt}": prefill, f"{name} decode of {decoded}": decode}
-    return Subject(model, [{"input_ids": ids[:, :prompt]}], workloads)
+    return Subject(model, [{"input_ids": ids[:, : min(prompt, 32)]}], workloads)
 
 
 def encoder(model: nn.Module, inputs: dict[str, Tensor], name: str) -> Subject:
