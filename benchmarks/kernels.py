@@ -205,9 +205,9 @@ def measure(
     kernels, faults = {}, {}
     for name, row in rows.items():
         try:
-            built = row.build(subject)
-            mine = [built.prepare(x) for x in inputs]
             with compiling():
+                built = row.build(subject)
+                mine = [built.prepare(x) for x in inputs]
                 error = timing.relative_error(built.run(mine[0]), built.expected(mine[0]))
         except Exception as caught:
             logging.debug("%s at %s", name, shape, exc_info=True)

@@ -152,8 +152,15 @@ def missing(row: str) -> str:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Have what is called compiled as its authors advise: weights are constants of the graph, and packed."""
+    """Have what is built and first called compiled as its authors advise: weights are constants of the graph.
+
+    The number of threads is afterwards what it was.
+    """
     # Read when sdnq is imported: uncompiled it is several times slower.
     os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "1")
-    with torch._inductor.config.patch(freezing=True), torch._dynamo.config.patch(recompile_limit=1 << 10):
-        yield
+    threads = torch.get_num_threads()
+    try:
+        with torch._inductor.config.patch(freezing=True), torch._dynamo.config.patch(recompile_limit=1 << 10):
+            yield
+    finally:
+        torch.set_num_threads(threads)  # importing ARK sets all that the machine has

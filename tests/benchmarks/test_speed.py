@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import kernels, models, speed, timing
-from benchmarks.peer_kernels import ALL_PEERS, PEER_KERNELS, missing, peer_rows
+from benchmarks.peer_kernels import ALL_PEERS, PEER_KERNELS, compiling, missing, peer_rows
 from hfquant import QuantLinear
 from hfquant.kernels.table import KERNELS
 from hfquant.presets import PRESETS
@@ -198,6 +198,13 @@ def test_shares_of_other_processes() -> None:
         assert share == []
     assert len(share) == 1
     assert timing.shares([0.123, -0.001, math.nan]) == "12%, 0%, unknown"
+
+
+def test_a_peer_that_sets_threads_changes_no_other_row() -> None:
+    before = torch.get_num_threads()
+    with compiling():
+        torch.set_num_threads(before + 1)
+    assert torch.get_num_threads() == before
 
 
 # --- peers that are known for speed ---------------------------------------------------------------------------------
