@@ -171,7 +171,7 @@ class QuantLinear(nn.Linear):
             return Operands(codes, scale, scale_row, zero, *inputs, divisor, down, up, bias)
         part = Operands(codes, scale, scale_row, zero, bias=bias).rows(rows)
         own = [None if s is None else s.view(len(self._row_groups), -1)[group] for s in inputs]
-        return Operands(*part[:4], *own, divisor, down, up, part.bias)
+        return Operands(part.weight, part.scale, part.scale_row, part.zero_point, *own, divisor, down, up, part.bias)
 
     def _stored_codes(self) -> Tensor:
         weight = self._parameters["weight"]
