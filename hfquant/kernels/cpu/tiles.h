@@ -110,10 +110,6 @@ struct Panel {
 template <class Dot>
 void unpack_row(const Job& job, const Layout& layout, int64_t row, uint8_t* bytes, void* out) {
   const uint8_t* packed = job.weight + row * job.row_bytes;
-  if constexpr (std::is_same_v<Dot, FloatsDot>) {
-    decode(packed, job.K, job.format, static_cast<float*>(out));
-    return;
-  }
   const int64_t vectors = has_order(job.bits) ? job.K : 0;
   for (int64_t k = 0; k < vectors; k += BYTES) store(bytes + k, codes_in_order(packed, job.row_bytes, k, job.bits));
   for (int64_t k = vectors; k < job.K; ++k) bytes[k] = code_at(packed, k, job.bits);
@@ -129,9 +125,10 @@ void unpack_row(const Job& job, const Layout& layout, int64_t row, uint8_t* byte
   }
 }
 
+// The words of a panel, a word of each row in the lanes of a vector.
 template <class Dot>
-void fill_panel(const Job& job, const Layout& layout, int64_t first, Panel& panel, Scratch& scratch) {
-  const int64_t rows = std::min<int64_t>(WIDTH, job.N - first), words = layout.words;
+void fill_words(const Job& job, const Layout& layout, int64_t first, Panel& panel, Scratch& scratch) {
+  const int64_t words = layout.words;
   uint8_t* bytes = scratch.get<uint8_t>(job.K + BYTES + LANES * words * 4);
   uint8_t* unpacked = bytes + (job.K + BYTES - 1) / BYTES * BYTES;
   const bool direct = Dot::UNSIGNED && layout.in_order && has_order(job.bits);
@@ -151,6 +148,33 @@ void fill_panel(const Job& job, const Layout& layout, int64_t first, Panel& pane
       for (int i = 0; i < LANES; ++i) panel.words[(w + i) * VECTORS + v] = tile[i];
     }
   }
+}
+
+template <>
+inline void fill_words<FloatsDot>(const Job& job, const Layout& layout, int64_t first, Panel& panel, Scratch&) {
+  constexpr int64_t COLUMNS = 4 * LANES;
+  const int64_t width = job.bits / 8;
+  alignas(64) float square[LANES][COLUMNS] = {};
+  for (int v = 0; v < VECTORS; ++v)
+    for (int64_t k = 0; k < job.K; k += COLUMNS) {
+      const int64_t count = std::min(COLUMNS, job.K - k);
+      for (int lane = 0; lane < LANES; ++lane) {
+        const int64_t row = std::min(first + v * LANES + lane, job.N - 1);
+        decode(job.weight + row * job.row_bytes + k * width, count, job.format, square[lane]);
+      }
+      for (int64_t w = 0; w < COLUMNS && k + w < layout.words; w += LANES) {
+        Ints tile[LANES];
+        for (int lane = 0; lane < LANES; ++lane) tile[lane] = load(&square[lane][w]);
+        transpose(tile);
+        for (int i = 0; i < LANES; ++i) panel.words[(k + w + i) * VECTORS + v] = tile[i];
+      }
+    }
+}
+
+template <class Dot>
+void fill_panel(const Job& job, const Layout& layout, int64_t first, Panel& panel, Scratch& scratch) {
+  const int64_t rows = std::min<int64_t>(WIDTH, job.N - first);
+  fill_words<Dot>(job, layout, first, panel, scratch);
   for (int i = 0; i < WIDTH; ++i) {
     const int64_t row = std::min(first + i, job.N - 1);
     for (size_t b = 0; b < layout.blocks.size(); ++b) {
