@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from itertools import chain, groupby
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ class Product:
         return json.dumps(spec, separators=(",", ":"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def product_of(key: str) -> Product:
     """Return the product that :attr:`Product.key` names; equal texts give one object.
 

@@ -7,13 +7,19 @@ from functools import lru_cache
 
 import torch
 
-from hfquant.kernels import dequantize, reference
+from hfquant.kernels import dequantize, int_mm, reference, scaled_mm
 from hfquant.kernels.base import Kernel, Product, product_of
+from hfquant.kernels.triton import integer, weight_only
 
 #: Every kernel, in order of preference; the last two compute every product.
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
+        integer.KERNEL,
+        weight_only.KERNEL,
+        scaled_mm.KERNEL,
+        int_mm.CUDA,
+        int_mm.KERNEL,
         dequantize.KERNEL,
         reference.KERNEL,
     )
