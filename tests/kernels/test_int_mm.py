@@ -1,5 +1,7 @@
 """torch._int_mm against float64, and extreme codes bit for bit against the reference."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -50,7 +52,7 @@ def test_dtypes(dtype) -> None:
 def test_sums_are_exact(tokens, columns, out, zero, kind, device) -> None:
     """On whatever path torch takes: pairs of the largest codes would saturate the 16 bits of some instructions."""
     rule = InputRule(FORMATS["int8"], False, False, (columns,), (False,))
-    product = Product(FORMATS["int8"], (columns,), (columns,), rule)
+    whole = Product(FORMATS["int8"], (columns,), (columns,), rule)
     codes = torch.randint(-128, 128, (out, columns), dtype=torch.int8)
     x = torch.randint(-127, 128, (tokens, columns)).float()
     if kind != "random":
@@ -60,9 +62,24 @@ def test_sums_are_exact(tokens, columns, out, zero, kind, device) -> None:
     point = torch.randint(-128, 128, (out, 1), dtype=torch.int8) if zero else None
     scale = torch.exp2(torch.randint(-9, 3, (out, 1)).float())
     operands = Operands(codes, scale, zero_point=point, input_scale=torch.ones(1))
-    expected = reference.run(x, operands, product)
+    expected = reference.run(x, operands, whole)
     operands = Operands(*[None if t is None else t.to(device) for t in operands])
-    assert torch.equal(int_mm.run(x.to(device), operands, product).cpu(), expected)
+    assert torch.equal(int_mm.run(x.to(device), operands, whole).cpu(), expected)
+
+
+def test_odd_shapes(device) -> None:
+    """Of all sizes: torch's own product is not right for each (one column, which the kernel refuses)."""
+    for tokens, columns, out in product((1, 2, 7, 16, 33), (2, 3, 7, 31, 64, 129), (1, 2, 5, 16, 65)):
+        if device == "cuda" and (columns % 8 or out % 8):
+            continue
+        codes = torch.randint(-128, 128, (out, columns), dtype=torch.int8)
+        x = torch.randint(-127, 128, (tokens, columns)).float()
+        rule = InputRule(FORMATS["int8"], False, False, (columns,), (False,))
+        operands = Operands(
+            codes.to(device), torch.ones(out, 1, device=device), input_scale=torch.ones(1, device=device)
+        )
+        y = int_mm.run(x.to(device), operands, Product(FORMATS["int8"], (columns,), (columns,), rule))
+        assert torch.equal(y.cpu(), (x.double() @ codes.double().T).float()), (tokens, columns, out)
 
 
 def test_blocks_of_tokens(monkeypatch, device) -> None:
@@ -97,6 +114,7 @@ def test_refusals() -> None:
     assert why("int8", "int16") == "the input is int16, not integers of up to 8 bits"
     assert why("int8", "int8", (32, 32)) == "the weight has several scales a row"
     assert why("int8", "int8", dual=True) == "the input has dual scale, codes of 16 bits"
+    assert why("int8", "int8", (1,)) == "torch._int_mm is wrong for one column"
     assert why("int8", "int8", (70000,)) == "sums over 70000 columns may not fit 32 bits"
     rule = InputRule(FORMATS["int8"], True, True, (20,), (False,))
     assert int_mm.refuses_on_cuda(Product(FORMATS["int8"], (20,), (20,), rule)) == "20 columns are no multiple of 8"
