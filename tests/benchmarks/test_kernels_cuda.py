@@ -1,4 +1,4 @@
-"""What of the benchmark of the CUDA kernels runs without a device: the products, their check, the table, the refusal."""
+"""What of the benchmark of CUDA kernels runs without a device: its products, their check, the table, the refusal."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_runs_are_checked(monkeypatch) -> None:
     assert [*runs] == ["F.linear", *kernels_cuda.KINDS]
     assert all(run().shape == (3, 32) for run in runs.values())
     monkeypatch.setattr(kernels_cuda.reference, "run", lambda x, operands, product: torch.ones(3, 32))
-    with pytest.raises(RuntimeError, match="W8A8 at .* off by"):
+    with pytest.raises(RuntimeError, match=r"W8A8 at .* off by"):
         kernels_cuda.runs_of(3, 64, 32, torch.bfloat16, "cpu")
 
 

@@ -111,7 +111,7 @@ def integer_product(
         start, end, segment = block_of(blocks, g, G, GROUP, ALIGNED)
         zero = None
         if zero_point is not None:
-            zero = unpacked(zero_point + n.to(tl.int64) * stride_zero, g, in_n, BITS)
+            zero = unpacked(zero_point + n.to(tl.int64) * stride_zero, g + tl.zeros((1,), tl.int32), in_n, BITS)
         sums = tl.zeros((BM, BN), tl.int32)
         # A loop can carry no None.
         high = tl.zeros((BM, BN) if PLANES == 2 else (1, 1), tl.int32)

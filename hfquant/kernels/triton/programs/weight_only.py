@@ -100,7 +100,7 @@ def weight_only_product(
         start, end, _ = block_of(blocks, g, G, GROUP, ALIGNED)
         zero = None
         if zero_point is not None:
-            zero = unpacked(zero_point + n.to(tl.int64) * stride_zero, g, in_n, BITS)
+            zero = unpacked(zero_point + n.to(tl.int64) * stride_zero, g + tl.zeros((1,), tl.int32), in_n, BITS)
         sums = tl.zeros((BM, BN), tl.float32)
         if SINGLE:
             sums = _add_columns(
