@@ -153,7 +153,7 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
 
 
 def stride(tensor: Tensor | None) -> int:
-    """Return how far rows lie apart; 0 for no tensor."""
+    """Return how far rows (of codes in planes: planes) lie apart; 0 for no tensor."""
     return 0 if tensor is None else tensor.stride(0)
 
 
@@ -184,7 +184,7 @@ def few_tokens(
     with torch.cuda.device_of(x):
         few_tokens_product[(-(-out // rows) * tokens,)](
             x, input_scale, divisor, operands.weight, operands.scale, operands.scale_row, operands.zero_point,
-            low.narrow, low.up, operands.bias, y, tokens, out, width, len(product.columns), x.stride(-2),
+            low.narrow, low.up, operands.bias, y, tokens, out, width, len(product.columns), x.stride(-2), stride(x),
             stride(operands.weight), stride(operands.scale), stride(operands.zero_point), stride(low.up), low.rank,
             BITS=product.weight.bits, PLANES=len(x) if x.dim() == 3 else 1, GROUP=group, RANK=low.padded,
             BN=rows, BK=step, num_warps=4,

@@ -54,7 +54,7 @@ def quantize(x: Tensor, operands: Operands, product: Product) -> tuple[Tensor, T
             given, given_neg = _scales_of_tensor(x, operands.divisor, segments, rule, rows, block, warps)
         programs.quantize[(-(-len(x) // rows), count)](
             x, operands.divisor, given, given_neg if dual else None, codes, scales, segments,
-            len(x), x.shape[1], count, x.stride(0),
+            len(x), x.shape[1], count, x.stride(0), codes.stride(0),
             QMAX=rule.format.qmax, LIMIT=_MAX_AMAX, DUAL=dual, MANTISSA=MANTISSA.get(rule.format.name, 0),
             ROWS=rows, BLOCK=block, ONE=longest <= block, num_warps=warps,
         )  # fmt: skip

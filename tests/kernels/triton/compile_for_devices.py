@@ -13,7 +13,11 @@ from triton.compiler import ASTSource
 from hfquant.kernels.triton.programs import few, integer, quantize, weight_only
 
 TILE = {"RANK": 32, "BM": 128, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 3}
-FEW = {"BM": 1, "BN": 16, "num_warps": 4}
+#: At run time the compiler takes a size of 1 for a constant.
+FEW = {"BM": 1, "BN": 16, "num_warps": 4, "M": 1, "S": 1}
+ONES = dict.fromkeys(
+    ("N", "K", "G", "rank", *[f"stride_{of}" for of in ("x", "plane", "weight", "scale", "zero", "up")]), 1
+)
 WEIGHT = {
     "weight": "*i8", "scale": "*u8", "scale_row": "*fp32", "zero_point": "*i8", "narrow": "*fp32", "up": "*bf16",
     "bias": "*bf16", "y": "*bf16", "blocks": "*i32", "divisor": None,
@@ -35,7 +39,7 @@ CODE = {
 PROGRAMS = {
     "w8a8": (integer.integer_product, CHANNEL, W8 | {"BN": 128, "BK": 128}),
     "w8a8 dual": (integer.integer_product, CHANNEL, W8 | {"GROUP": 0, "PLANES": 2, "WIDE": True, "BK": 128}),
-    "w8a8 one token": (integer.integer_product, CHANNEL, W8 | FEW | {"BK": 256}),
+    "w8a8 one token": (integer.integer_product, CHANNEL, W8 | FEW | {"BK": 256, "G": 1}),
     "w6a8": (integer.integer_product, CODES, W8 | {"BITS": 6}),
     "w4a8": (integer.integer_product, CODES, W4),
     "w4a8 one token": (few.few_tokens_product, CODES | {"x": "*i8"}, W4 | FEW | {"BK": 256}),
@@ -44,6 +48,13 @@ PROGRAMS = {
     "w8a16": (weight_only.weight_only_product, FLOATS | {"x": "*fp16"}, W8 | {"FLOAT32": False}),
     "w4a16 one token": (few.few_tokens_product, FLOATS | {"input_scale": None}, W4 | FEW | {"BK": 256}),
     "int8 codes": (quantize.quantize, ROWS, CODE),
+    "int8 codes of one token": (quantize.quantize, ROWS, CODE | {"M": 1, "S": 1, "DUAL": True}),
+    "ranges of one token": (quantize.ranges, ROWS, CODE | {"M": 1, "S": 1}),
+    "dual one token": (integer.integer_product, CHANNEL, W8 | FEW | {"GROUP": 0, "PLANES": 2, "WIDE": True, "K": 1}),
+    "w4a8 dual one token": (few.few_tokens_product, CODES | {"x": "*i8"}, W4 | FEW | {"BK": 256, "PLANES": 2}),
+    "all sizes one token": (integer.integer_product, CHANNEL, W8 | FEW | {"GROUP": 1} | ONES),
+    "weight all sizes one token": (weight_only.weight_only_product, FLOATS, W4 | FEW | {"GROUP": 1} | ONES),
+    "codes all sizes": (quantize.quantize, ROWS, CODE | {"BLOCK": 16, "M": 1, "S": 1} | ONES),
     "dual codes": (quantize.quantize, ROWS, CODE | {"DUAL": True, "ONE": False}),
     "fp8 codes": (quantize.quantize, ROWS, CODE | {"MANTISSA": 3, "QMAX": 448.0}),
     "ranges": (quantize.ranges, ROWS, CODE),

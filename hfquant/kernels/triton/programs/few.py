@@ -26,6 +26,7 @@ def few_tokens_product(
     K: tl.tensor,
     G: tl.tensor,
     stride_x: tl.tensor,
+    stride_plane: tl.tensor,
     stride_weight: tl.tensor,
     stride_scale: tl.tensor,
     stride_zero: tl.tensor,
@@ -48,6 +49,7 @@ def few_tokens_product(
         narrow, up, bias, y, rank, RANK: see ``tiles.finish``.
         M, N, K, G: tokens, output rows, columns, groups.
         stride_x, stride_weight, stride_scale, stride_zero, stride_up: of rows.
+        stride_plane: of planes.
         BITS: of the weight's codes.
         PLANES: of ``x``.
         GROUP: a power of two, at least 2, that divides K and BK; a group's sum fits 32 bits.
@@ -73,7 +75,7 @@ def few_tokens_product(
         if divisor is not None:
             a = tl.div_rn(a, tl.load(divisor + k, mask=k < K, other=1))
         if PLANES == 2:
-            a += tl.load(token + M.to(tl.int64) * stride_x + k, mask=k < K, other=0).to(tl.int32) * 256
+            a += tl.load(token + stride_plane + k, mask=k < K, other=0).to(tl.int32) * 256
         sums = tl.sum(w * tl.reshape(a, (1, BK // GROUP, GROUP)), 2)
         s = tl.load(scale + n[:, None] * stride_scale + g[None, :], mask=there, other=0)
         if scale_row is not None:

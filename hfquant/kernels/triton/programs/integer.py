@@ -64,6 +64,7 @@ def integer_product(
     K: tl.tensor,
     G: tl.tensor,
     S: tl.tensor,
+    stride_plane: tl.tensor,
     stride_weight: tl.tensor,
     stride_scale: tl.tensor,
     stride_zero: tl.tensor,
@@ -90,6 +91,7 @@ def integer_product(
         narrow, up, bias, y, rank, RANK: see ``tiles.finish``.
         blocks, GROUP, ALIGNED: see ``tiles.block_of``.
         M, N, K, G, S: tokens, output rows, columns, blocks of columns and input segments.
+        stride_plane: of the input's planes.
         stride_weight, stride_scale, stride_zero, stride_up: of rows.
         BITS: of the weight's codes.
         PLANES: 1, or 2 for codes of up to 16 bits.
@@ -105,7 +107,6 @@ def integer_product(
     in_m, in_n = m < M, n < N
     row = weight + n.to(tl.int64) * stride_weight
     code = codes + m.to(tl.int64) * K
-    plane = M.to(tl.int64) * K
     total = tl.zeros((BM, BN), tl.float32)
     for g in range(G):
         start, end, segment = block_of(blocks, g, G, GROUP, ALIGNED)
@@ -117,12 +118,12 @@ def integer_product(
         high = tl.zeros((BM, BN) if PLANES == 2 else (1, 1), tl.int32)
         if SINGLE:
             sums, high = _add_columns(
-                sums, high, code, plane, row, zero, in_m, in_n, start, end, BITS, PLANES, PAIRS, BM == 1, BN, BK
+                sums, high, code, stride_plane, row, zero, in_m, in_n, start, end, BITS, PLANES, PAIRS, BM == 1, BN, BK
             )
         else:
             for k in range(start, end, BK):
                 sums, high = _add_columns(
-                    sums, high, code, plane, row, zero, in_m, in_n, k, end, BITS, PLANES, PAIRS, BM == 1, BN, BK
+                    sums, high, code, stride_plane, row, zero, in_m, in_n, k, end, BITS, PLANES, PAIRS, BM == 1, BN, BK
                 )
         if PLANES == 2:
             sums = (high.to(tl.int64) * 256 + sums) if WIDE else high * 256 + sums

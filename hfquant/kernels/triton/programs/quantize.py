@@ -133,6 +133,7 @@ def quantize(
     K: tl.tensor,
     S: tl.tensor,
     stride_x: tl.tensor,
+    stride_plane: tl.tensor,
     QMAX: tl.constexpr,
     LIMIT: tl.constexpr,
     DUAL: tl.constexpr,
@@ -151,7 +152,7 @@ def quantize(
         scales: with DUAL those of the negative side.
         segments: [3, S] int32: first column, the one after the last, largest exponent of a second scale.
         M, K, S: tokens, columns, segments.
-        stride_x: of rows.
+        stride_x, stride_plane: of rows, and of the planes of codes.
         QMAX: largest value that a code stands for.
         LIMIT: magnitudes above are clipped when scales are found.
         DUAL: whether any segment has a second scale.
@@ -181,13 +182,12 @@ def quantize(
         negative = tl.load(given_neg + s) + tl.zeros((ROWS,), tl.float32) if DUAL else positive
     spoil = tl.where(spoiled != 0, float("nan"), 0.0)
     tl.store(scales + m * S + s, negative + spoil, mask=in_m)
-    plane = M.to(tl.int64) * K
     if ONE:
-        _store(value, in_m, start, end, codes + m * K, plane, positive, negative, QMAX, DUAL, MANTISSA, BLOCK)
+        _store(value, in_m, start, end, codes + m * K, stride_plane, positive, negative, QMAX, DUAL, MANTISSA, BLOCK)
     else:
         for k in range(start, end, BLOCK):
             value = _loaded(row, divisor, in_m, k, end, BLOCK)
-            _store(value, in_m, k, end, codes + m * K, plane, positive, negative, QMAX, DUAL, MANTISSA, BLOCK)
+            _store(value, in_m, k, end, codes + m * K, stride_plane, positive, negative, QMAX, DUAL, MANTISSA, BLOCK)
 
 
 @triton.jit
