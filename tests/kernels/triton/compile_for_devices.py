@@ -15,7 +15,8 @@ from hfquant.kernels.triton.programs import few, integer, quantize, weight_only
 TILE = {"RANK": 32, "BM": 128, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 3}
 #: At run time the compiler takes a size of 1 for a constant.
 FEW = {"BM": 1, "BN": 16, "num_warps": 4, "M": 1, "S": 1}
-ONES = dict.fromkeys(
+STRIDES = ("x", "plane", "weight", "scale", "zero", "up")
+ONES = dict.fromkeys(("N", "K", "G", "rank", *(f"stride_{of}" for of in STRIDES)), 1)
     ("N", "K", "G", "rank", *[f"stride_{of}" for of in ("x", "plane", "weight", "scale", "zero", "up")]), 1
 )
 WEIGHT = {
