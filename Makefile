@@ -18,7 +18,7 @@ demo: $(VENV)/.demo ## Quantize the embedded digits pipeline in several ways and
 test: $(VENV)/.dev models ## Run the fast tests
 	$(BIN)/pytest
 
-test-slow: $(VENV)/.dev models ## Run what takes more than a few seconds a test
+test-slow: $(VENV)/.dev $(VENV)/.benchmarks models ## Run what takes more than a few seconds a test, peers in benchmarks too
 	$(BIN)/pytest -m slow
 
 test-floors: $(FLOORS)/.test ## Run the smoke tests with the oldest versions that pyproject.toml allows

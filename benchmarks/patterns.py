@@ -25,8 +25,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from torch import nn
 
-from hfquant.config import SegPattern
 from hfquant.dataflow.trace import LinearTrace, trace
+from hfquant.enums import SegPattern
 from hfquant.integrations.examples import example_inputs
 
 

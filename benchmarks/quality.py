@@ -183,8 +183,12 @@ def environment() -> dict[str, Any]:
     """The CPU and the versions that the figures were made with."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
-    flags = [flag for flag in ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in info]
-    packages = ("torch", "transformers", "diffusers", "torchao", "optimum-quanto", "sdnq")
+    flags = [
+        flag
+        for flag in ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+        if flag in info
+    ]
+    packages = ("torch", "transformers", "diffusers", "torchao", "optimum-quanto", "sdnq", "auto-round-lib", "zentorch")
     versions = {name: d.version for name in packages for d in distributions(name=name)}
     return {"cpu": f"{name or platform.processor()} ({', '.join(flags)})", "versions": versions}
 

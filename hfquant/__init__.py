@@ -22,8 +22,9 @@ if TYPE_CHECKING:
         load_calibrate_set,
     )
     from hfquant.calibration.batches import CalibrationError
-    from hfquant.config import Calibrate, ConfigError, DType, Optimum, SegPattern
+    from hfquant.config import ConfigError
     from hfquant.diffusion import quantize_pipeline
+    from hfquant.enums import Calibrate, DType, Optimum, SegPattern
     from hfquant.integrations.config import HfQuantConfig
     from hfquant.nn.linear import QuantLinear
     from hfquant.nn.modules import set_real_quant
@@ -72,7 +73,8 @@ _LAZY = {
         ),
         "hfquant.calibration",
     ),
-    **dict.fromkeys(("Calibrate", "ConfigError", "DType", "Optimum", "SegPattern"), "hfquant.config"),
+    **dict.fromkeys(("Calibrate", "DType", "Optimum", "SegPattern"), "hfquant.enums"),
+    "ConfigError": "hfquant.config",
     **dict.fromkeys(("set_real_quant",), "hfquant.nn.modules"),
     **dict.fromkeys(("dequantize", "plan", "quantize"), "hfquant.api"),
     "CalibrationError": "hfquant.calibration.batches",

@@ -1,4 +1,4 @@
-"""What to quantize and how: the enums, the per-layer config and its validation.
+"""What to quantize and how: the per-layer config and its validation.
 
 A config is a plain JSON-able dict, ``{"default": {...}, "<glob>": {...}}``. :func:`parse` validates it once,
 :meth:`QuantRules.resolve` gives the :class:`LayerConfig` of one module. The Hugging Face facing class that carries
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from enum import Enum, EnumMeta
+from enum import Enum
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -24,71 +24,10 @@ from pydantic import (
 )
 
 from hfquant.algorithms import ROUNDINGS, TRANSFORMS, Identity, Nearest, Rounding, Smooth, Transform
-from hfquant.formats import FORMATS, NumberFormat, number_format
+from hfquant.enums import SegPattern
+from hfquant.formats import NumberFormat, number_format
 from hfquant.presets import PRESETS
 from hfquant.schema import ConfigError, Section, is_patch
-
-
-class _TableMeta(EnumMeta):
-    if TYPE_CHECKING:  # the members come from a table
-
-        def __getattr__(cls, name: str) -> Any: ...
-
-
-class _NamedEnum(str, Enum, metaclass=_TableMeta):
-    """A string enum whose value is its name in lower case, accepted in any case."""
-
-    @classmethod
-    def _missing_(cls, value: object) -> Enum | None:
-        return cls.__members__.get(value.upper()) if isinstance(value, str) else None
-
-    def __str__(self) -> str:
-        return str(self.value)
-
-
-class DType(_NamedEnum):
-    """Number formats for weights and activations: the names of :data:`hfquant.formats.FORMATS`."""
-
-    _ignore_ = "_name"
-    for _name in FORMATS:
-        vars()[_name.upper()] = _name
-
-
-class Optimum(_NamedEnum):
-    """How a layer is transformed before it is quantized: the names of :data:`hfquant.algorithms.TRANSFORMS`."""
-
-    _ignore_ = "_name"
-    for _name in TRANSFORMS:
-        vars()[_name.upper()] = _name
-
-
-class Calibrate(_NamedEnum):
-    """How weight codes are chosen: the names of :data:`hfquant.algorithms.ROUNDINGS`."""
-
-    _ignore_ = "_name"
-    for _name in ROUNDINGS:
-        vars()[_name.upper()] = _name
-
-
-class SegPattern(_NamedEnum):
-    """Dataflow around a linear that :mod:`hfquant.dataflow` looks for."""
-
-    LINEAR2CHUNK = "linear2chunk"
-    LINEAR2SPLIT = "linear2split"
-    CONCAT2LINEAR = "concat2linear"
-    STACK2LINEAR = "stack2linear"
-    RESHAPE2LINEAR = "reshape2linear"
-    ACTIVATION2LINEAR = "activation2linear"
-
-    @classmethod
-    def all(cls) -> list[SegPattern]:
-        """Return every pattern: segments and dual scale."""
-        return list(cls)
-
-    @classmethod
-    def seg(cls) -> list[SegPattern]:
-        """Return the patterns that split a layer into segments: all but ACTIVATION2LINEAR."""
-        return [p for p in cls if p is not cls.ACTIVATION2LINEAR]
 
 
 def _int_or_none(value: Any) -> Any:

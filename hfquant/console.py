@@ -9,6 +9,11 @@ from contextlib import contextmanager
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun, in the plural unless it is one: "1 layer", "3 layers"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 @contextmanager
 def log_shown() -> Iterator[None]:
     """This package's INFO lines appear, above any progress bar, also where nobody has set up logging."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -49,9 +49,9 @@ def observe(
         CalibrationError: NaN or Inf reached a layer, or a sample cannot be used.
     """
     collector = Collector(needs or dict.fromkeys(layers, ()))
-    device, (rank, size) = device_of(model), shard
+    device = device_of(model)
     mask: Tensor | None = None
-    where = ""
+    batch = 0
     seen: set[str] = set()
 
     def hook(name: str) -> Any:
@@ -59,7 +59,9 @@ def observe(
             x = args[0] if args else kwargs["input"]
             masked = mask is not None and x.shape[:2] == mask.shape
             if bad := collector.add(name, x, mask if masked else None):
-                raise CalibrationError(f"layer {name!r}: {bad} of {x.numel()} inputs are NaN or Inf in {where}")
+                raise CalibrationError(
+                    f"layer {name!r}: {bad} of {x.numel()} inputs are NaN or Inf in calibration batch {batch}"
+                )
             seen.add(name)
             if stop_early and len(seen) == len(layers):
                 raise _AllSeen
@@ -69,21 +71,25 @@ def observe(
     handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
     try:
         with evaluating(model):
-            for index, batch in enumerate(tqdm(data, "calibrating", disable=rank > 0)):
-                if index % size != rank:
-                    continue
-                where = f"calibration batch {index}"
-                for number, sample in enumerate(samples(batch)):
-                    mask = _padding_mask(sample, device)
-                    seen.clear()
-                    collector.start(index + 1_000_003 * number)
-                    with suppress(_AllSeen):
-                        forward(model, sample, options)
-                release_free_memory()
+            for batch, number, sample in _share(data, *shard):
+                mask = _padding_mask(sample, device)
+                seen.clear()
+                collector.start(batch + 1_000_003 * number)
+                with suppress(_AllSeen):
+                    forward(model, sample, options)
     finally:
         for handle in handles:
             handle.remove()
     return collector.stats
+
+
+def _share(data: Iterable[Any], rank: int, size: int) -> Iterator[tuple[int, int, Any]]:
+    """Yield (batch, number in the batch, sample) of one process's share of the batches."""
+    for index, batch in enumerate(tqdm(data, "calibrating", disable=rank > 0)):
+        if index % size == rank:
+            for number, sample in enumerate(samples(batch)):
+                yield index, number, sample
+            release_free_memory()
 
 
 def _padding_mask(sample: Any, device: torch.device | str | int) -> Tensor | None:

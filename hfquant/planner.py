@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from hfquant.algorithms import TensorSpec, Transform
-from hfquant.config import ConfigError, LayerConfig, QuantRules, SegPattern
+from hfquant.config import ConfigError, LayerConfig, QuantRules
+from hfquant.console import counted
 from hfquant.dataflow import LinearTrace, PatternError, obstacles_in_source, trace
+from hfquant.enums import SegPattern
 from hfquant.formats import GridRule, InputRule, split_columns
 
 logger = logging.getLogger(__name__)
@@ -278,6 +280,23 @@ def plan_layers(
         ConfigError: the config is invalid, or does not fit a layer.
     """
     facts = facts or ModelFacts()
+    chosen, skipped = _chosen(model, rules, not_convert, facts)
+    traces = _traces(model, chosen, example, facts)
+    # Where no forward was watched the source code says what it can.
+    obstacles = {n: t.obstacle for n, t in traces.items() if t.obstacle} if traces else obstacles_in_source(model)
+    for name in [n for n in chosen if n in obstacles]:
+        skipped[name] = obstacles[name]
+        del chosen[name]
+    order = sorted(chosen, key=lambda n: traces[n].order if n in traces else len(traces))
+    layers = {n: _with_trace(n, model.get_submodule(n), chosen[n], traces.get(n)) for n in order}
+    _log_cuts(type(model).__name__, layers)
+    return Plan(layers, skipped)
+
+
+def _chosen(
+    model: nn.Module, rules: QuantRules, not_convert: Collection[str], facts: ModelFacts
+) -> tuple[dict[str, LayerConfig], dict[str, str]]:
+    """Return the configs of the linears to quantize, and why each other one is not; warn of names that match none."""
     skips = shared_weights(model) | dict(facts.skipped)
     chosen: dict[str, LayerConfig] = {}
     skipped: dict[str, str] = {}
@@ -310,16 +329,7 @@ def plan_layers(
         logger.warning("%s: config[%r] matches no linear (those of a block are %r)", who, glob, f"{glob}.*")
     for key in unused:
         logger.warning("%s: modules_to_not_convert: %r matches no module", who, key)
-    traces = _traces(model, chosen, example, facts)
-    # Where no forward was watched the source code says what it can.
-    obstacles = {n: t.obstacle for n, t in traces.items() if t.obstacle} if traces else obstacles_in_source(model)
-    for name in [n for n in chosen if n in obstacles]:
-        skipped[name] = obstacles[name]
-        del chosen[name]
-    order = sorted(chosen, key=lambda n: traces[n].order if n in traces else len(traces))
-    layers = {n: _with_trace(n, model.get_submodule(n), chosen[n], traces.get(n)) for n in order}
-    _log_cuts(who, layers)
-    return Plan(layers, skipped)
+    return chosen, skipped
 
 
 def _log_cuts(who: str, layers: Mapping[str, LayerPlan]) -> None:
@@ -328,7 +338,7 @@ def _log_cuts(who: str, layers: Mapping[str, LayerPlan]) -> None:
     small = [n for n, p in layers.items() if p.transform != p.config.opt]
     for names, what in ((short, "the last group of a segment is shorter"), (small, "opt is cut to the layer's size")):
         if names:
-            logger.info("%s: in %d layers %s, %r first", who, len(names), what, names[0])
+            logger.info("%s: in %s %s, %r first", who, counted(len(names), "layer"), what, names[0])
 
 
 def _traces(

@@ -8,18 +8,8 @@ from types import MappingProxyType
 import pytest
 
 from hfquant.algorithms.smooth import SearchAlpha
-from hfquant.config import (
-    PRESETS,
-    Calibrate,
-    ConfigError,
-    DType,
-    InputQuant,
-    LayerConfig,
-    Optimum,
-    QuantRules,
-    SegPattern,
-    parse,
-)
+from hfquant.config import PRESETS, ConfigError, InputQuant, LayerConfig, QuantRules, parse
+from hfquant.enums import Calibrate, DType, Optimum, SegPattern
 from hfquant.formats import number_format
 
 REFERENCE = {

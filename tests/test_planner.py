@@ -1,9 +1,6 @@
 """The plan: which linears are taken, what each becomes, what a checkpoint stores of it, and the table."""
 
-import copy
-import json
 import logging
-from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,15 +8,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5EncoderModel
 
 import hfquant.planner
-from hfquant import ConfigError, HfQuantConfig, SegPattern, plan
-from hfquant.algorithms import Identity, TensorSpec
-from hfquant.algorithms.low_rank import LowRank
-from hfquant.config import InputQuant, LayerConfig, QuantRules, WeightQuant
+from hfquant import HfQuantConfig, SegPattern, plan
+from hfquant.config import LayerConfig, QuantRules
 from hfquant.dataflow.trace import LinearTrace, PatternError
-from hfquant.formats import FORMATS
 from hfquant.integrations import model_facts
 from hfquant.integrations.facts import facts_of
-from hfquant.planner import LayerPlan, ModelFacts, Plan, layer_plan, matches, plan_layers
+from hfquant.planner import LayerPlan, ModelFacts, Plan, matches, plan_layers
 
 FREE = {"opt": {"type": "default"}, "input_quant": None}
 OFF = {"default": {**FREE, "search_patterns": []}}
@@ -372,133 +366,7 @@ def test_a_rank_is_cut_to_the_layer(caplog) -> None:
     assert [p.transform.low_rank for p in found.layers.values()] == [6, 6, 6, 6, 5]
     assert {p.config.opt.low_rank for p in found.layers.values()} == {6}
     assert found.layers["head"].tensors()["svd_up"].shape == (5, 5)
-    assert [r.getMessage() for r in caplog.records] == ["Net: in 1 layers opt is cut to the layer's size, 'head' first"]
-
-
-# Stored plans.
-
-
-def config_of(**fields) -> LayerConfig:
-    return QuantRules({"default": {**A8, **fields}}).default
-
-
-@pytest.mark.parametrize(
-    "made",
-    [
-        {},
-        {"input_segments": (8, 24)},
-        {"input_segments": (8, 24), "dual": (True, False)},
-        {"output_segments": (1, 5)},
-        {"config": config_of(weight_quant={"type": "int4", "group_size": 4}), "dual": (True,)},
-        {"config": config_of(input_quant=None)},
-    ],
-)
-def test_stored_differences_round_trip(made) -> None:
-    linear, rule = nn.Linear(32, 6), config_of()
-    plain = layer_plan("fc", linear, rule)
-    dual = made.get("dual", (False,) * len(made.get("input_segments", (32,))))
-    idle = set() if any(dual) else {"dual"}
-    made = replace(plain, evidence=("why",), **{**made, "dual": dual})
-    stored = json.loads(json.dumps(made.differences(rule)))
-    assert layer_plan("fc", linear, rule, stored) == made
-    # Nothing that the rule gives by itself is stored.
-    changed = {f.name for f in fields(LayerPlan) if getattr(made, f.name) != getattr(plain, f.name)}
-    assert set(stored) == changed - {"evidence", *idle}
-
-
-@pytest.mark.parametrize(
-    ("stored", "says"),
-    [
-        ({"rank": 4}, "expected lists"),
-        ({"ranks": [4]}, r"unknown keys \['ranks'\]"),
-        ({"input_segments": [8, 8]}, r"input_segments=\[8, 8\] do not sum to input_features=32"),
-        ({"input_segments": [40, -8]}, "do not sum"),
-        ({"input_segments": [32, 0]}, "do not sum"),
-        ({"input_segments": [16.0, 16]}, "do not sum"),
-        ({"input_segments": [31, True]}, "do not sum"),
-        ({"input_segments": ["32"]}, "do not sum"),
-        ({"input_segments": [[32]]}, "do not sum"),
-        ({"input_segments": []}, "do not sum"),
-        ({"input_segments": 32}, "expected lists"),
-        ({"input_segments": None}, "expected lists"),
-        ({"input_segments": {"32": 32}}, "expected lists"),
-        ({"output_segments": [7]}, "output_segments=.* do not sum to output_features=6"),
-        ({"dual": [True, True]}, "does not fit 1 input segments"),
-        ({"dual": [1]}, "dual="),
-        ({"dual": True}, "expected lists"),
-        ({"dual": [True], "config": {"input_quant": None}}, "dual scale needs .* not None"),
-        ({"dual": [True], "config": {"input_quant": {"type": "fp8e4m3", "dynamic": True}}}, "not fp8e4m3"),
-        ({"dual": [True], "config": {"input_quant": {"type": "int16", "dynamic": True}}}, "not int16"),
-        ({"config": {"enable": 3}}, "enable.*got 3"),
-        ({"config": []}, "expected a dict"),
-        ({"config": {"weight_quant": {"group_size": 0}}}, "group_size.*got 0"),
-        ({"config": {"opt": {"type": "svd", "low_rank": 0}}}, "low_rank.*got 0"),
-        ({"config": {"weight_quant": {"type": "int5"}}}, "unknown number format 'int5'"),
-    ],
-)
-def test_malformed_stored_plans(stored, says) -> None:
-    before = copy.deepcopy(stored)
-    with pytest.raises(ConfigError, match=f"layer 'fc'.*{says}"):
-        layer_plan("fc", nn.Linear(32, 6), config_of(), stored)
-    assert stored == before
-
-
-# Tensors.
-
-
-@pytest.mark.parametrize("dtype", FORMATS)
-def test_tensors_of_a_plan(dtype) -> None:
-    config = LayerConfig(
-        weight_quant=WeightQuant(type=dtype), input_quant=InputQuant(type="int8"), opt=LowRank(low_rank=3)
-    )
-    form = FORMATS[dtype]
-    spec = LayerPlan(config, 13, 10, (6, 7), (4, 6), (True, False)).tensors()
-    codes = torch.int16 if form.bits == 16 else torch.int8
-    assert all(isinstance(s, TensorSpec) for s in spec.values())
-    assert spec["weight"] == ((10, -(-13 * form.bits // 8) if form.bits < 8 else 13), codes)
-    assert spec.get("weight_scale") == (((10, 2), torch.float32) if form.has_scale else None)
-    assert spec["input_scale"] == spec["input_scale_neg"] == ((4,), torch.float32)
-    assert spec["smooth"] == ((2, 13), torch.float32)
-    # Of the model's dtype, whatever that is.
-    assert spec["svd_down"] == ((6, 13), None)
-    assert spec["svd_up"] == ((10, 3), None)
-    config = LayerConfig(weight_quant=WeightQuant(type=dtype), input_quant=None, opt=Identity())
-    plain = LayerPlan(config, 13, 10, (13,), (10,), (False,))
-    assert set(plain.tensors()) == {"weight"} | ({"weight_scale"} if form.has_scale else set())
-
-
-def test_zero_points_and_groups() -> None:
-    config = LayerConfig(weight_quant=WeightQuant(type="int4", group_size=4, symmetric=False), input_quant=None)
-    for columns, groups in ((12, 3), (10, 3), (9, 3), (13, 4)):
-        spec = LayerPlan(config, columns, 5, (columns,), (5,), (False,)).tensors()
-        assert spec["weight"] == ((5, -(-columns // 2)), torch.int8)
-        assert spec["weight_scale"] == ((5, groups), torch.uint8)
-        assert spec["weight_scale_row"] == ((5, 1), torch.float32)
-        assert spec["weight_zero_point"] == ((5, 2), torch.int8)
-        exact = WeightQuant(type="int4", group_size=4, scale="float32")
-        config_exact = LayerConfig(weight_quant=exact, input_quant=None)
-        spec_exact = LayerPlan(config_exact, columns, 5, (columns,), (5,), (False,)).tensors()
-        assert spec_exact["weight_scale"] == ((5, groups), torch.float32)
-        assert not {"weight_scale_row", "weight_zero_point"} & spec_exact.keys()
-        assert spec["smooth"] == ((columns,), torch.float32)
-
-
-def test_rules_say_what_the_plan_decided() -> None:
-    """What grids and inputs are found by: rows that share a scale, segments, dual scale, groups."""
-    config = config_of(weight_quant={"type": "int4", "axis": None}, input_quant={"type": "int8"})
-    found = replace(layer_plan("fc", nn.Linear(32, 6), config), input_segments=(8, 24), output_segments=(2, 4))
-    assert (found.grid_rule(6).rows, found.grid_rule(6).columns) == ((2, 4), (8, 24))
-    smooth = replace(found, config=config_of(**{**found.config.model_dump(), "opt": {"type": "smooth"}}))
-    assert smooth.row_groups == (2, 4)
-    assert smooth.grid_rule(4).rows == (4,)
-    rule = replace(found, dual=(True, False)).input_rule
-    assert (rule.static, rule.per_token, rule.segments, rule.dual) == (True, False, (8, 24), (True, False))
-    grouped = config_of(weight_quant={"type": "int4", "group_size": 16, "clip": "mse", "symmetric": False})
-    rule = replace(found, config=grouped).grid_rule(6)
-    assert (rule.format, rule.columns, rule.rows) == (FORMATS["int4"], (8, 16, 8), None)
-    assert (rule.symmetric, rule.clip, rule.two_level) == (False, "mse", True)
-    assert not found.grid_rule(6).two_level
-    assert replace(found, config=config_of(input_quant=None)).input_rule is None
+    assert [r.getMessage() for r in caplog.records] == ["Net: in 1 layer opt is cut to the layer's size, 'head' first"]
 
 
 # The table.

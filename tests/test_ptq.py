@@ -344,7 +344,7 @@ def test_shared_module_is_quantized_once_and_stays_shared(data: Any) -> None:
 def test_says_what_share_was_quantized(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Conv2d(1, 1000, 3), nn.Flatten(), nn.Linear(4, 4))
     quantize(model, None, "w8a16")
-    assert "1 linears quantized" in caplog.text
+    assert "1 linear quantized" in caplog.text
     assert "the largest left: 0.weight" in caplog.text
 
 

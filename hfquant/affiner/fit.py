@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from hfquant.affiner.affiner import BlockwiseAffiner
 from hfquant.affiner.blocks import Call, fit_blocks, hook_blocks
-from hfquant.affiner.config import StepperConfig, parse
+from hfquant.affiner.config import AffinerConfig, StepperConfig, parse
 from hfquant.affiner.hooks import NEEDS_CFG, Affiner, corrected, half, run_step
 from hfquant.affiner.inputs import Samples, as_pipeline, call_batches, check_alike, fresh_call
 from hfquant.affiner.runs import Event, Run
@@ -68,28 +68,37 @@ def load_affiner(
         config = dict(config)
         scheduler = config.pop("scheduler", None)
     checked = parse(config)
-    stepper = checked.stepper
     affiner: Any = BlockwiseAffiner(checked) if thirdparty_affiner is None else thirdparty_affiner
-    if not all(hasattr(affiner, name) for name in ("observe", "solve", "correct")):
-        raise TypeError(f"{type(affiner).__name__} lacks observe, solve or correct (see hfquant.affiner.Affiner)")
-    ours = checked.blocks is not None or stepper.enable_latent_affine or stepper.enable_timesteps is not None
-    if thirdparty_affiner is not None and ours:
-        raise ConfigError("config: blocks, enable_latent_affine and enable_timesteps are for our own affiner alone")
+    if thirdparty_affiner is not None:
+        _check_thirdparty(affiner, checked)
     if isinstance(model_real, nn.Module) != isinstance(model_quant, nn.Module):
         raise TypeError("model_real and model_quant must both be pipelines or both be denoisers")
     real, quant = (as_pipeline(m, n, scheduler) for m, n in ((model_real, "model_real"), (model_quant, "model_quant")))
     check_alike(real, quant)
     samples = call_batches(dataset, real, latents, shuffle, checked)
+    _align(affiner, checked, real, quant, samples)
+    return affiner
+
+
+def _check_thirdparty(affiner: Any, config: AffinerConfig) -> None:
+    if not all(hasattr(affiner, name) for name in ("observe", "solve", "correct")):
+        raise TypeError(f"{type(affiner).__name__} lacks observe, solve or correct (see hfquant.affiner.Affiner)")
+    stepper = config.stepper
+    if config.blocks is not None or stepper.enable_latent_affine or stepper.enable_timesteps is not None:
+        raise ConfigError("config: blocks, enable_latent_affine and enable_timesteps are for our own affiner alone")
+
+
+def _align(affiner: Any, config: AffinerConfig, real: Any, quant: Any, samples: Samples) -> None:
+    """Fit the blocks' maps, if any, then the steps'; leave both models as they were."""
     with ExitStack() as stack:
-        stack.enter_context(seeded(stepper.seed))
+        stack.enter_context(seeded(config.stepper.seed))
         for model in (real, quant):
             stack.enter_context(eval_mode(model))
-        if checked.blocks is not None:
-            calls = _denoiser_calls(real, samples, checked.blocks.timesteps)
-            affiner.blocks = fit_blocks(find_denoiser(real), find_denoiser(quant), calls, checked.blocks)
+        if config.blocks is not None:
+            calls = _denoiser_calls(real, samples, config.blocks.timesteps)
+            affiner.blocks = fit_blocks(find_denoiser(real), find_denoiser(quant), calls, config.blocks)
             stack.callback(hook_blocks(find_denoiser(quant), affiner.blocks))
-        _Fit(affiner, stepper, real, quant).run(samples)
-    return affiner
+        _Fit(affiner, config.stepper, real, quant).run(samples)
 
 
 @dataclass

@@ -14,6 +14,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from hfquant.offload import execution_device
+
 # Arguments of transformers models that are always tensors. Other arguments may well be lists (QwenImage's img_shapes).
 _TENSOR_ARGUMENTS = {
     *("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "inputs_embeds"),
@@ -202,8 +204,7 @@ def _as_tensor(name: str, value: Any) -> Any:
 
 def device_of(model: nn.Module) -> torch.device | str | int:
     """Return where ``model`` wants its inputs: where accelerate executes it, else where its first tensor lies."""
-    execution = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
-    if execution is not None:
+    if (execution := execution_device(model)) is not None:
         return execution
     tensors = (t.device for t in [*model.parameters(), *model.buffers()] if t.device.type != "meta")
     return next(tensors, torch.device("cpu"))

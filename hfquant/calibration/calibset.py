@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hfquant.calibration import storage
+from hfquant.calibration import files, storage
 from hfquant.calibration.recorder import Recording
 from hfquant.calibration.storage import CalibSetError, ChunkFile, Cursor, Index
+from hfquant.console import counted
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class BaseCalibSet(Dataset):
         """
         directory = Path(dump_path)
         directory.mkdir(parents=True, exist_ok=True)
-        with storage.exclusive(directory):
+        with files.exclusive(directory):
             if storage.read_index(directory) is not None:
                 raise FileExistsError(f"{directory} holds a calibration set already")
             index = Index(chunk_size=chunk_size, compress=compress, provenance=self.provenance)
@@ -179,7 +180,9 @@ def load_calibrate_set(dump_path: str | os.PathLike[str], compress: bool = True)
         return None
     if not index.complete:
         logger.warning(
-            "%s is unfinished (%d samples so far): generate_calibrate_set continues it", dump_path, index.length
+            "%s is unfinished (%s so far): generate_calibrate_set continues it",
+            dump_path,
+            counted(index.length, "sample"),
         )
         return None
     if index.compress != compress:

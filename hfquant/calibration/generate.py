@@ -13,7 +13,7 @@ import xxhash
 from torch import nn
 from tqdm.auto import tqdm
 
-from hfquant.calibration import storage
+from hfquant.calibration import files, storage
 from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set, open_stored
 from hfquant.calibration.provenance import differences, provenance
@@ -21,6 +21,7 @@ from hfquant.calibration.recorder import Recording, find_layer
 from hfquant.calibration.samplers import BaseSampler, seeded
 from hfquant.calibration.storage import CalibSetError, Cursor, Index
 from hfquant.calibration.streams import calibration_batches, is_source
+from hfquant.console import counted
 from hfquant.digests import update
 from hfquant.distributed import processes
 
@@ -134,7 +135,7 @@ def generate_shard(
         )
     directory = Path(dump_path) if shard[1] == 1 else Path(dump_path) / storage.shard_name(*shard)
     directory.mkdir(parents=True, exist_ok=True)
-    with storage.exclusive(directory):
+    with files.exclusive(directory):
         index = _resume(directory, Index(chunk_size=chunk_size, compress=compress, provenance=origin))
         if not index.complete:
             writer, cursor = storage.Writer(directory, index), index.cursor
@@ -159,9 +160,10 @@ def _resume(directory: Path, wanted: Index) -> Index:
         raise CalibSetError(f"{directory} holds another calibration set ({'; '.join(reasons)}): choose another path")
     storage.chunk_files(directory, stored)
     if stored.complete:
-        logger.info("%s is complete with %d samples: nothing to generate", directory, stored.length)
+        logger.info("%s is complete with %s: nothing to generate", directory, counted(stored.length, "sample"))
     elif stored.length:
-        logger.info("%s has %d samples: continuing from batch %d", directory, stored.length, stored.cursor.batch)
+        samples = counted(stored.length, "sample")
+        logger.info("%s has %s: continuing from batch %d", directory, samples, stored.cursor.batch)
     if stored.provenance.get("versions") != wanted.provenance["versions"]:
         logger.warning("%s was begun with other versions: %s", directory, stored.provenance.get("versions"))
     return stored

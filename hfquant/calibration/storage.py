@@ -17,13 +17,9 @@ Processes that share the work write a directory each, `shard-00000-of-00004` and
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -36,25 +32,20 @@ import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
-from hfquant.calibration.batches import CalibrationError
+from hfquant.calibration.files import INDEX, CalibSetError, open_file, read_file, write_whole
 from hfquant.calibration.recorder import Recording, layout, placeholders, size_of
+from hfquant.console import counted
 
-INDEX = "index.json"
 _FORMAT = "hfquant.calibration"
 _VERSION = 1
 # zstd turns 128 KiB of equal bytes into a block of 4; nothing expands further, so a larger claim is a lie.
 _MAX_EXPANSION = 1 << 15
-_MAX_INDEX = 256 << 20
 _PARALLEL_SIZE = 4 << 20
 # Stored under their own dtype. Others are stored as flat bytes; a sample's structure says what they are.
 _DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
 }
-
-
-class CalibSetError(CalibrationError):
-    """A calibration set on disk is damaged, or is not the one asked for. The message names the file."""
 
 
 class _Strict(BaseModel):
@@ -127,7 +118,7 @@ class ChunkFile:
         try:
             recording = _parse(_decompress(data, entry.raw_size) if self.index.compress else data)
             if len(recording) != len(self):
-                raise ValueError(f"it holds {len(recording)} samples, {INDEX} promises {len(self)}")
+                raise ValueError(f"it holds {counted(len(recording), 'sample')}, {INDEX} promises {len(self)}")
             declared = (self.index.layouts[number] for number, count in entry.layouts for _ in range(count))
             for structure, expected in zip(recording.samples, declared, strict=True):
                 _check_sample(structure, expected, _MAX_EXPANSION * entry.size)
@@ -144,7 +135,7 @@ class ChunkFile:
             FileNotFoundError: it is not there.
             CalibSetError: it is not a regular file of the size that the index says.
         """
-        os.close(_open(self.path, self.entry.size))
+        os.close(open_file(self.path, self.entry.size))
 
 
 def _check_sample(structure: Any, declared: dict[str, tuple[str, list[int]]], limit: int) -> None:
@@ -182,7 +173,7 @@ def _serialize(chunk: Recording) -> bytes:
 
 def _compress(data: bytes) -> bytes:
     # Level 2 takes half the time of 3, zstd's default, and dense floats come out smaller; after a ReLU they do not.
-    middle = data[len(data) // 2 :][: 1 << 20]
+    middle = data[len(data) // 2 :][: 1 << 18]  # a megabyte chooses no better, and takes as long as a small chunk
     level = min(2, 3, key=lambda level: len(zstandard.compress(middle, level)))
     # zstd gives the same bytes for any number of threads but none, so that must not depend on the machine.
     return zstandard.ZstdCompressor(level=level, threads=-1 if len(data) >= _PARALLEL_SIZE else 0).compress(data)
@@ -224,7 +215,7 @@ class Writer:
             xxh3_128=xxhash.xxh3_128_hexdigest(data),
             layouts=[(number, len(list(run))) for number, run in groupby(numbers)],
         )
-        _write_atomically(self.directory / entry.file, data)
+        write_whole(self.directory / entry.file, data)
         index.chunks.append(entry)
         index.length += len(chunk)
         index.cursor = cursor
@@ -247,7 +238,7 @@ def chunk_files(directory: Path, index: Index) -> list[ChunkFile]:
 def write_index(directory: Path, index: Index) -> None:
     """Write index.json, with a checksum of itself."""
     body = index.model_dump(mode="json")
-    _write_atomically(directory / INDEX, json.dumps(body | {"checksum": _checksum(body)}, indent=1).encode())
+    write_whole(directory / INDEX, json.dumps(body | {"checksum": _checksum(body)}, indent=1).encode())
     # A power cut that undoes a rename leaves an older index, which is as good; only the last one is waited for.
     if index.complete and os.name == "posix":
         handle = os.open(directory, os.O_RDONLY)
@@ -313,29 +304,6 @@ def _check_index(index: Index) -> None:
         raise ValueError(f"the chunks do not add up to {index.length} samples")
 
 
-@contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Keep two processes from writing one set. The lock goes with the process, however that ends.
-
-    Raises:
-        RuntimeError: another process holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock on a directory
-        yield
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another process is writing the calibration set {directory}") from None
-        yield
-    finally:
-        os.close(handle)
-
-
 def shard_name(rank: int, world_size: int) -> str:
     """Return the directory that process ``rank`` of ``world_size`` writes its share of a set to."""
     return f"shard-{rank:05d}-of-{world_size:05d}"
@@ -364,51 +332,3 @@ def _chunk_name(number: int, compress: bool) -> str:
 
 def _checksum(body: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
-
-
-def _open(path: Path, size: int | None) -> int:
-    """Open a regular file of ``size`` bytes (an index: of any sane size) and return its descriptor."""
-    try:
-        # A pipe would otherwise block until somebody writes to it.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}, a file of this calibration set, is missing") from None
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
-            raise
-        raise CalibSetError(f"{path} is a link or a socket, not a file; copy the set with its files in place") from None
-    found = os.fstat(handle)
-    reason = None
-    if not stat.S_ISREG(found.st_mode):
-        reason = "is not a regular file"
-    elif size is None and found.st_size > _MAX_INDEX:
-        reason = f"has {found.st_size} bytes, too many for an index"
-    elif size is not None and found.st_size != size:
-        reason = f"has {found.st_size} bytes, {INDEX} says {size}: truncated or replaced"
-    if reason is not None:
-        os.close(handle)
-        raise CalibSetError(f"{path} {reason}")
-    return handle
-
-
-def read_file(path: Path, size: int | None = None) -> bytes:
-    """Return the content of a regular file of ``size`` bytes.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        CalibSetError: it is a link, a pipe, a socket, a directory, or of another size.
-    """
-    with open(_open(path, size), "rb") as file:
-        return file.read()
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    # What a killed run left, or a link that somebody put there: it must be replaced, never followed.
-    temporary.unlink(missing_ok=True)
-    with open(temporary, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -14,23 +14,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from inspect import signature
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import numpy as np
-import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from hfquant.calibration import storage
 from hfquant.calibration.batches import CalibrationData, CalibrationError
 from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set
+from hfquant.calibration.model_inputs import (
+    MAX_LENGTH,
+    Reader,
+    from_texts,
+    grouped,
+    images_batch,
+    is_chat,
+    is_image,
+    stacked,
+)
 
 logger = logging.getLogger(__name__)
 
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
 _COLUMNS = ("text", "prompt", "caption", "messages", "input_ids", "image", "latent", "latents")
 _PARAGRAPH_CHARS = 1 << 16
-_MAX_LENGTH = 1 << 20  # tokenizers without a limit report 1e30
 
 _Positive = Annotated[int, Field(gt=0)]
 
@@ -73,15 +80,6 @@ class StreamSpec(BaseModel):
     batch_size: _Positive | None = None
     buffer_size: _Positive = 1000
     pack: bool | None = None
-
-
-class _Reader(NamedTuple):
-    """What turns raw rows into model inputs."""
-
-    tokenizer: Any = None
-    processor: Any = None
-    limit: int = _MAX_LENGTH
-    for_module: bool = False
 
 
 class Batches(Iterable[Any]):
@@ -141,12 +139,7 @@ def calibration_batches(
     """
     size = batch_size or 1
     if isinstance(calibration, (str, os.PathLike)) and holds_set(calibration):
-        stored = load_calibrate_set(calibration)
-        if stored is None:
-            raise CalibrationError(
-                f"{calibration} holds no finished calibration set: generate_calibrate_set finishes it"
-            )
-        calibration = stored
+        calibration = _stored(calibration)
     if isinstance(calibration, BaseCalibSet):
         return calibration.get_dataloader(batch_size=size)
     if isinstance(calibration, (str, os.PathLike)) or _of_datasets(calibration) or are_texts(calibration):
@@ -157,12 +150,12 @@ def calibration_batches(
         given.update(calibration)
         tokenizer, processor = given.pop("tokenizer", tokenizer), given.pop("processor", processor)
         tokenizer = tokenizer or getattr(processor, "tokenizer", None)
-        reader = _Reader(tokenizer, processor, _length_limit(tokenizer, model), isinstance(model, nn.Module))
+        reader = Reader(tokenizer, processor, _length_limit(tokenizer, model), isinstance(model, nn.Module))
         spec = _parse(given)
         source = "there is no text in the list" if are_texts(spec.dataset) else f"{spec.dataset} gives no rows"
         return Batches(lambda: _from_spec(spec, reader, spec.batch_size or size), source)
-    if isinstance(calibration, Sequence) and calibration and all(_is_image(image) for image in calibration):
-        return Batches(lambda: (_images(group, processor) for group in _grouped(calibration, size)), "no images")
+    if isinstance(calibration, Sequence) and calibration and all(is_image(image) for image in calibration):
+        return Batches(lambda: (images_batch(group, processor) for group in grouped(calibration, size)), "no images")
     CalibrationData(calibration)  # checks it
     if isinstance(calibration, Sequence) and not calibration:
         raise CalibrationError("calibration data: the list is empty")
@@ -184,7 +177,14 @@ def _parse(spec: Mapping[str, Any]) -> StreamSpec:
 def _length_limit(tokenizer: Any, model: Any) -> int:
     config = getattr(model, "config", None)
     limits = (getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None))
-    return min([_MAX_LENGTH, *(int(limit) for limit in limits if isinstance(limit, (int, float)) and limit > 0)])
+    return min([MAX_LENGTH, *(int(limit) for limit in limits if isinstance(limit, (int, float)) and limit > 0)])
+
+
+def _stored(path: str | os.PathLike[str]) -> BaseCalibSet:
+    stored = load_calibrate_set(path)
+    if stored is None:
+        raise CalibrationError(f"{path} holds no finished calibration set: generate_calibrate_set finishes it")
+    return stored
 
 
 def holds_set(path: str | os.PathLike[str]) -> bool:
@@ -202,17 +202,13 @@ def are_texts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(text, str) for text in value)
 
 
-def _is_image(value: Any) -> bool:
-    return type(value).__module__.startswith("PIL.")
-
-
 # ------------------------------------------------------------------------------------------------- rows of a dataset
 
 
-def _from_spec(spec: StreamSpec, reader: _Reader, size: int) -> Iterator[Any]:
+def _from_spec(spec: StreamSpec, reader: Reader, size: int) -> Iterator[Any]:
     if are_texts(spec.dataset):
         texts = [spec.dataset[i] for i in _spread(len(spec.dataset), spec.seed)]
-        yield from _from_texts(texts, spec, reader, "", size)
+        yield from from_texts(texts, spec, reader, "", size)
         return
     data, is_lines = _open(spec)
     names = list(data.features or next(iter(data), {}))
@@ -222,8 +218,8 @@ def _from_spec(spec: StreamSpec, reader: _Reader, size: int) -> Iterator[Any]:
             raise CalibrationError(f"{spec.dataset} has no column {column!r}; it has {names}")
     data = data.select_columns(list(dict.fromkeys(columns.values())))
     if isinstance(spec.column, dict):
-        for group in _grouped(islice(_rows(data, spec), spec.samples), size):
-            yield {argument: _stack(name, [row[name] for row in group]) for argument, name in columns.items()}
+        for group in grouped(islice(_rows(data, spec), spec.samples), size):
+            yield {argument: stacked(name, [row[name] for row in group]) for argument, name in columns.items()}
         return
 
     column = columns[""]
@@ -240,11 +236,11 @@ def _from_spec(spec: StreamSpec, reader: _Reader, size: int) -> Iterator[Any]:
     if first is None:
         return
     values = chain([first], values)
-    if isinstance(first, str) or column == "input_ids" or _is_chat(first):
-        yield from _from_texts(values, spec, reader, column, size)
+    if isinstance(first, str) or column == "input_ids" or is_chat(first):
+        yield from from_texts(values, spec, reader, column, size)
     else:
-        groups = _grouped(islice(values, spec.samples), size)
-        yield from (_images(g, reader.processor) if _is_image(first) else _stack(column, g) for g in groups)
+        groups = grouped(islice(values, spec.samples), size)
+        yield from (images_batch(g, reader.processor) if is_image(first) else stacked(column, g) for g in groups)
 
 
 def _open(spec: StreamSpec) -> tuple[Any, bool]:
@@ -285,7 +281,7 @@ def _split(data: Any, spec: StreamSpec) -> Any:
     return data[wanted]
 
 
-def _default_column(names: list[str], reader: _Reader) -> str:
+def _default_column(names: list[str], reader: Reader) -> str:
     order = _COLUMNS if reader.tokenizer is None else ("text", "messages", *_COLUMNS)
     found = next((name for name in order if name in names), names[0] if len(names) == 1 else None)
     if found is None:
@@ -344,126 +340,3 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
             held, length = [], 0
     if held:
         yield "\n".join(held)
-
-
-# --------------------------------------------------------------------------------------------- values to model inputs
-
-
-def _from_texts(values: Iterable[Any], spec: StreamSpec, reader: _Reader, column: str, size: int) -> Iterator[Any]:
-    """Turn texts, chats or lists of token ids into token batches; texts without a tokenizer into lists of prompts."""
-    tokenizer, texts = reader.tokenizer, iter(values)
-    first = next(texts)
-    texts = chain([first], texts)
-    if isinstance(first, str) and tokenizer is None:
-        if reader.for_module:
-            raise CalibrationError(
-                "calibration data: it is text, and there is no tokenizer; pass one as "
-                "{'dataset': ..., 'tokenizer': tokenizer}"
-            )
-        yield from _grouped(islice(texts, spec.samples), size)
-        return
-    is_chat = _is_chat(first)
-    if is_chat:
-        texts = _rendered(texts, tokenizer, column)
-    seqlen = min(spec.seqlen, reader.limit)
-    eos = getattr(tokenizer, "eos_token_id", None)
-    pack = spec.pack
-    if pack is None:
-        pack = tokenizer is None or (eos is not None and getattr(tokenizer, "cls_token_id", None) is None)
-    if pack:
-        sequences = _packed(_token_ids(texts, tokenizer, None, special=False), eos, seqlen)
-    else:
-        sequences = (ids for ids in _token_ids(texts, tokenizer, seqlen, special=not is_chat) if ids)
-    yield from _token_batches(_counted(sequences, spec.samples), size)
-
-
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
-
-
-def _rendered(chats: Iterable[Any], tokenizer: Any, column: str) -> Iterator[str]:
-    """Yield chats as text, with the special tokens of the tokenizer's template."""
-    for chat in chats:
-        if any(not {"role", "content"} <= turn.keys() for turn in chat):
-            raise CalibrationError(
-                f"column {column!r} holds lists of dicts with keys {list(chat[0])}, which are no chats: those have "
-                "'role' and 'content'"
-            )
-        if not getattr(tokenizer, "chat_template", None):
-            lack = "there is no tokenizer" if tokenizer is None else "the tokenizer has no chat template"
-            raise CalibrationError(
-                f"column {column!r} holds chats, and {lack}; render them to text, or pass one that has"
-            )
-        yield tokenizer.apply_chat_template(chat, tokenize=False)
-
-
-def _token_ids(values: Iterable[Any], tokenizer: Any, seqlen: int | None, *, special: bool) -> Iterator[list[int]]:
-    """Yield the tokens of each text, whole or cut to ``seqlen``, with special tokens or without."""
-    cut = {} if seqlen is None else {"truncation": True, "max_length": seqlen}
-    for value in values:
-        if isinstance(value, str):  # verbose=False: a text longer than the model's limit is no mistake here
-            yield tokenizer(value, add_special_tokens=special, verbose=False, **cut)["input_ids"]
-        else:
-            yield [int(token) for token in value][:seqlen]
-
-
-def _packed(documents: Iterable[list[int]], eos: int | None, seqlen: int) -> Iterator[list[int]]:
-    """Join documents, an end-of-text token after each, and cuts the result to `seqlen`; the rest comes last."""
-    held: list[int] = []
-    for document in documents:
-        if not document:
-            continue
-        held += document
-        if eos is not None:
-            held.append(eos)
-        start = 0
-        while len(held) - start >= seqlen:
-            yield held[start : start + seqlen]
-            start += seqlen
-        del held[:start]
-    if held:
-        yield held
-
-
-def _counted(items: Iterable[Any], samples: int | None) -> Iterator[Any]:
-    count = 0
-    for item in islice(items, samples):
-        count += 1
-        yield item
-    if samples is not None and count < samples:
-        logger.warning("the calibration data gives %d sequences, not the %d asked for", count, samples)
-
-
-def _token_batches(sequences: Iterable[list[int]], size: int) -> Iterator[Any]:
-    """Batch without padding: sequences of one length make a tensor, a batch of several lengths a list of them."""
-    for group in _grouped(sequences, size):
-        lengths = dict.fromkeys(map(len, group))
-        tensors = [torch.tensor([ids for ids in group if len(ids) == length]) for length in lengths]
-        inputs = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tensors]
-        yield inputs[0] if len(inputs) == 1 else inputs
-
-
-def _images(images: list[Any], processor: Any) -> Any:
-    if processor is None:
-        return {"image": images}
-    processor = getattr(processor, "image_processor", processor)
-    return dict(processor(images=[image.convert("RGB") for image in images], return_tensors="pt"))
-
-
-def _stack(column: str, values: list[Any]) -> Any:
-    """Stack numbers and arrays of one shape to a tensor `[batch, ...]`, float64 as float32; all else stays a list."""
-    if isinstance(values[0], (str, Mapping)) or _is_image(values[0]):
-        return values
-    try:
-        tensor = torch.stack([v if isinstance(v, Tensor) else torch.from_numpy(np.asarray(v)) for v in values])
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise CalibrationError(
-            f"column {column!r}: the rows make no tensor ({error}); they must have one shape, or batch_size be 1"
-        ) from None
-    return tensor.float() if tensor.dtype is torch.float64 else tensor
-
-
-def _grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    items = iter(items)
-    while group := list(islice(items, size)):
-        yield group

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hfquant.config import SegPattern
+from hfquant.enums import SegPattern
 
 
 def _words(text: str) -> frozenset[str]:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hfquant.config import SegPattern
 from hfquant.dataflow.index_map import cuts_of, squash, values
+from hfquant.enums import SegPattern
 
 
 class Join(NamedTuple):

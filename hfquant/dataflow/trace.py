@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfquant.config import SegPattern
 from hfquant.dataflow.index_map import cuts_of, squash
 from hfquant.dataflow.tracker import Call, FeatureTracker, Slice
 from hfquant.dataflow.twin import PatternError, run_twin
 from hfquant.dataflow.weights import WeightWatch, find_obstacles
+from hfquant.enums import SegPattern
 
 __all__ = ["LinearTrace", "PatternError", "failure", "trace"]
 

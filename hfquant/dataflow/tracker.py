@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hfquant.config import SegPattern
 from hfquant.dataflow.formulas import Formulas
 from hfquant.dataflow.functions import (
     ACTIVATIONS,
@@ -51,6 +50,7 @@ from hfquant.dataflow.functions import (
 from hfquant.dataflow.index_map import count, expand_row, merged_dims, reshape, same
 from hfquant.dataflow.labels import LabelTable, Part, Reading
 from hfquant.dataflow.twin import FakeTensor, WeakTensorKeyDictionary, paused, unset_fake_temporarily
+from hfquant.enums import SegPattern
 
 #: Index tensors up to this size keep their values when everything else is fake.
 KNOWN_SIZE = 2**16

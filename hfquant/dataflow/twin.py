@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hfquant.offload import drop_wrappers, has_hook, hooks_of
 
 try:
     from torch._C import DisableTorchFunction
@@ -97,8 +100,7 @@ def paused() -> Iterator[None]:
 
 def _needs_fakes(model: nn.Module, example: Any) -> bool:
     """Return whether tensors on the meta device leave nothing to run on; offloading hooks fetch theirs."""
-    offloaded = any(hasattr(m, "_hf_hook") for m in model.modules())
-    return not offloaded and any(t.is_meta for t in _tensors_of(model, example))
+    return not has_hook(model) and any(t.is_meta for t in _tensors_of(model, example))
 
 
 def _tensors_of(model: nn.Module, example: Any) -> list[Tensor]:
@@ -108,15 +110,14 @@ def _tensors_of(model: nn.Module, example: Any) -> list[Tensor]:
 
 
 def _run(model: nn.Module, example: Any, watch: Callable[[nn.Module], Watch], fake: FakeTensorMode | None) -> Watch:
-    def stand_in(t: Tensor) -> Tensor:
-        return t.detach().clone() if fake is None else _empty(t)
-
     cuda = sorted(
         {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
     )
     with torch.random.fork_rng(cuda), torch.no_grad(), fake or contextlib.nullcontext(), _no_trace_left():
         twin = _twin(model, fake is not None)
-        inputs = tree_map_only(Tensor, stand_in, dict(example) if isinstance(example, Mapping) else example)
+        inputs = tree_map_only(
+            Tensor, _clone if fake is None else _empty, dict(example) if isinstance(example, Mapping) else example
+        )
         watching = watch(twin)
         with watching:
             if isinstance(inputs, dict):
@@ -128,6 +129,10 @@ def _run(model: nn.Module, example: Any, watch: Callable[[nn.Module], Watch], fa
     return watching
 
 
+def _clone(t: Tensor) -> Tensor:
+    return t.detach().clone()
+
+
 def _empty(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
 
@@ -136,20 +141,35 @@ def _twin(model: nn.Module, fake: bool) -> nn.Module:
     """Return a copy of the module tree in eval mode, with fake tensors or with parameters that share storage."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for name, value in vars(module).items():
-            if name in ("config", "_internal_dict", "_hf_hook", "_diffusers_hook"):  # not written to; some hold weights
-                memo[id(value)] = value
-            elif isinstance(value, Tensor):  # a computed attribute (weight norm has some), which deepcopy refuses
-                memo[id(value)] = value.detach().clone()
+        for shared in (getattr(module, "config", None), *hooks_of(module)):  # not written to; hooks may hold weights
+            if not isinstance(shared, nn.Module):
+                memo[id(shared)] = shared
         for p in module.parameters(recurse=False):
             memo[id(p)] = nn.Parameter(_empty(p) if fake else p.detach(), requires_grad=False)
-        for b in module.buffers(recurse=False) if fake else ():
-            memo[id(b)] = _empty(b)
-    twin: nn.Module = copy.deepcopy(model, memo)
-    for module in twin.modules():  # offloading hooks would fetch weights; some run the original module's forward
-        if "_diffusers_hook" in vars(module) or (fake and "_hf_hook" in vars(module)):
-            vars(module).pop("forward", None)
+    with _TensorCopies(_empty if fake else _clone):
+        twin: nn.Module = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        drop_wrappers(module, fetch=not fake)
     return twin.eval()
+
+
+class _TensorCopies(TorchFunctionMode):
+    """Have ``deepcopy`` copy each tensor by a function: buffers, and whatever lists, dicts and objects hold.
+
+    Its own copies cannot be fake, and it refuses tensors that were computed (weight norm has some).
+    """
+
+    def __init__(self, copied: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.copied = copied
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            memo[id(tensor)] = self.copied(tensor)
+        return memo[id(tensor)]
 
 
 @contextlib.contextmanager

@@ -73,21 +73,13 @@ class DigitsPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
 
-        guided = guidance_scale > 1
-        if guided:
+        if guidance_scale > 1:
             labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
 
         for t in self.progress_bar(self.scheduler.timesteps):
-            model_input = self.scheduler.scale_model_input(latents, t).to(self.transformer.dtype)
-            if guided:
-                model_input = torch.cat([model_input, model_input])
-            timestep = t.expand(len(labels))
-            noise = self.transformer(hidden_states=model_input, timestep=timestep, class_labels=labels).sample.float()
-            if guided:
-                conditional, unconditional = noise.chunk(2)
-                noise = unconditional + guidance_scale * (conditional - unconditional)
+            noise = self._noise(latents, t, labels, guidance_scale)
             latents = self.scheduler.step(noise, t, latents, **extra).prev_sample
 
         images: Any = (latents / 2 + 0.5).clamp(0, 1)
@@ -97,6 +89,23 @@ class DigitsPipeline(DiffusionPipeline):
             images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _noise(
+        self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, guidance_scale: float
+    ) -> torch.Tensor:
+        """Predict the noise in ``latents``; with guidance ``labels`` has the null class for each of them as well."""
+        guided = guidance_scale > 1
+        model_input = self.scheduler.scale_model_input(latents, t).to(self.transformer.dtype)
+        if guided:
+            model_input = torch.cat([model_input, model_input])
+        timestep = t.expand(len(labels))
+        noise: torch.Tensor = self.transformer(
+            hidden_states=model_input, timestep=timestep, class_labels=labels
+        ).sample.float()
+        if not guided:
+            return noise
+        conditional, unconditional = noise.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
 
     def _check_inputs(
         self, labels: torch.Tensor, shape: tuple[int, ...], latents: torch.Tensor | None, output_type: str

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from hfquant.console import counted
 from hfquant.integrations.compat import is_marked_initialized, mark_initialized
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.nn.linear import QuantLinear
@@ -190,7 +191,7 @@ def missing_tensors(names: Sequence[str]) -> CheckpointError:
 
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"{len(names)} tensors ({shown})"
+    return f"{counted(len(names), 'tensor')} ({shown})"
 
 
 def finish_loading(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+from hfquant.console import counted
 from hfquant.integrations.apply import own_config, quantize_attached
 from hfquant.integrations.checkpoint import (
     CheckpointError,
@@ -83,7 +84,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             lacking = sorted(self._stored_names - tensor_names(files))
             if lacking:
                 some = ", ".join(lacking[:5])
-                raise CheckpointError(f"the index lists {len(lacking)} tensors that no file has: {some}")
+                raise CheckpointError(f"the index lists {counted(len(lacking), 'tensor')} that no file has: {some}")
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:

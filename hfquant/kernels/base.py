@@ -42,7 +42,7 @@ class Product:
 
     def _key(self) -> str:
         rule = self.input
-        spec = {
+        spec: dict[str, object] = {
             "weight": self.weight.name,
             "columns": [[size, len(list(run))] for size, run in groupby(self.columns)],
             "segments": list(self.segments),

@@ -1,4 +1,4 @@
-"""``torch.ops.hfquant.linear``: the one op that runs a quantized layer, traced, exported and differentiated as one node.
+"""``torch.ops.hfquant.linear``: the op that runs a quantized layer, traced, exported and differentiated as one node.
 
 Outside of a trace, and where no gradient is asked for, :func:`linear` calls the kernel itself: the dispatcher and the
 text that names the product would cost as much as a small layer.
@@ -19,7 +19,8 @@ from hfquant.kernels.table import pick
 _library = torch.library.Library("hfquant", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? scale_row, Tensor? zero_point, Tensor? input_scale, "
-    "Tensor? input_scale_neg, Tensor? divisor, Tensor? down, Tensor? up, Tensor? bias, str product, bool real) -> Tensor"
+    "Tensor? input_scale_neg, Tensor? divisor, Tensor? down, Tensor? up, Tensor? bias, str product, bool real"
+    ") -> Tensor"
 )
 
 
@@ -35,29 +36,26 @@ def linear(x: Tensor, operands: Operands, product: Product, real: bool) -> Tenso
     Raises:
         ValueError, TypeError: an operand's shape or dtype is not the product's; a forced kernel cannot compute it.
     """
-    if (
-        type(x) in (Tensor, Parameter)
-        and not x.is_meta
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
-    ):
+    direct = type(x) in (Tensor, Parameter) and not x.is_meta and not torch.compiler.is_compiling()
+    if direct and not (x.requires_grad and torch.is_grad_enabled()):
         return _run(x, operands, product, real)
     y: Tensor = torch.ops.hfquant.linear(x, *operands, product.key, real)
     return y
 
 
 def _run(x: Tensor, operands: Operands, product: Product, real: bool) -> Tensor:
-    lead = x.shape[:-1]
-    tokens = x.reshape(-1, x.shape[-1])
     out = operands.weight.shape[0]
-    if not tokens.shape[0]:
-        return x.new_empty(*lead, out)
+    if not x.numel():
+        return x.new_zeros(*x.shape[:-1], out)
+    tokens = x if x.dim() == 2 else x.reshape(-1, product.in_features)
     device = x.device.type
     kernel = pick(product, device, x.dtype, tokens.shape[0], out) if real else dequantize.KERNEL
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return kernel.run(tokens, operands, product).view(*lead, out)
-    return kernel.run(tokens, operands, product).view(*lead, out)
+            y = kernel.run(tokens, operands, product)
+    else:
+        y = kernel.run(tokens, operands, product)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out)
 
 
 def _op(x: Tensor, *arguments: Any) -> Tensor:

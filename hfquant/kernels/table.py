@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from hfquant.kernels import dequantize, int_mm, reference, scaled_mm
+from hfquant.kernels import cpu, dequantize, int_mm, reference, scaled_mm
 from hfquant.kernels.base import Kernel, Product, product_of
 from hfquant.kernels.triton import integer, weight_only
 
@@ -19,6 +19,7 @@ KERNELS: dict[str, Kernel] = {
         weight_only.KERNEL,
         scaled_mm.KERNEL,
         int_mm.CUDA,
+        *cpu.KERNELS,
         int_mm.KERNEL,
         dequantize.KERNEL,
         reference.KERNEL,

@@ -45,6 +45,8 @@ class QuantLinear(nn.Linear):
         self.in_features, self.out_features = plan.in_features, plan.out_features
         self.real_quant = plan.config.real_quant
         self.product = Product(self.format, plan.columns, plan.input_segments, plan.input_rule)
+        self._transform, self._code_dtype = plan.transform, self.format.code_dtype
+        self._row_groups = block_slices(plan.row_groups)
         dtype = dtype or torch.get_default_dtype()
         #: Names of the tensors of the model's float dtype; the others keep theirs whatever the model is cast to.
         self._model_floats = {"bias"}
@@ -147,45 +149,37 @@ class QuantLinear(nn.Linear):
             raise ValueError(
                 f"QuantLinear({self.in_features}, {self.out_features}) got an input of shape {tuple(input.shape)}"
             )
-        transform, tensors, groups = self.plan.transform, self._buffers, self.plan.row_groups
+        transform, tensors, groups = self._transform, self._buffers, self._row_groups
         parts = [
             linear(transform.input(input, tensors, i), self._operands(i, rows), self.product, self.real_quant)
-            for i, rows in enumerate(block_slices(groups))
+            for i, rows in enumerate(groups)
         ]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        extra = transform.output(input, tensors, groups)
+        extra = transform.output(input, tensors, self.plan.row_groups)
         return y if extra is None else (y + extra).to(input.dtype)
 
     def _operands(self, group: int, rows: slice) -> Operands:
         """Return what a kernel multiplies with for one group of rows."""
-        tensors, transform = self._buffers, self.plan.transform
-        down, up = transform.branch(tensors, group, rows) or (None, None)
-        operands = Operands(
-            self._stored_codes(),
-            tensors.get("weight_scale"),
-            tensors.get("weight_scale_row"),
-            tensors.get("weight_zero_point"),
-            tensors.get("input_scale"),
-            tensors.get("input_scale_neg"),
-            transform.divisor(tensors, group),
-            down,
-            None,
-            self.bias,
-        )
-        count = len(self.plan.row_groups)
-        if count > 1:
-            operands = operands.rows(rows)
-            for name in ("input_scale", "input_scale_neg"):
-                if (scale := tensors.get(name)) is not None:
-                    operands = operands._replace(**{name: scale.view(count, -1)[group]})
-        return operands._replace(up=up) if up is not None else operands
+        # Reading the dicts takes a tenth of the time of attributes, which adds up in small layers.
+        get, parameters, transform = self._buffers.get, self._parameters, self._transform
+        divisor = transform.divisor(self._buffers, group)
+        down, up = transform.branch(self._buffers, group, rows) or (None, None)
+        scale, scale_row, zero = get("weight_scale"), get("weight_scale_row"), get("weight_zero_point")
+        inputs = (get("input_scale"), get("input_scale_neg"))
+        codes, bias = self._stored_codes(), parameters["bias"]
+        if len(self._row_groups) == 1:
+            return Operands(codes, scale, scale_row, zero, *inputs, divisor, down, up, bias)
+        part = Operands(codes, scale, scale_row, zero, bias=bias).rows(rows)
+        inputs = tuple(None if s is None else s.view(len(self._row_groups), -1)[group] for s in inputs)
+        return Operands(*part[:4], *inputs, divisor, down, up, part.bias)
 
     def _stored_codes(self) -> Tensor:
+        weight = self._parameters["weight"]
+        assert weight is not None
+        if weight.dim() == 2 and weight.dtype == self._code_dtype:
+            return weight
         # Offloaded weights come straight from disk: of rank 3, and FP8 as unsigned bytes.
-        weight = self.weight
-        if weight.dim() == 3:
-            weight = weight.view(weight.shape[-2:])
-        return weight if weight.dtype == self.format.code_dtype else weight.view(self.format.code_dtype)
+        return weight.view(weight.shape[-2:]).view(self._code_dtype)
 
     def codes(self, rows: slice = slice(None)) -> Tensor:
         """Return unpacked codes [out, in]."""

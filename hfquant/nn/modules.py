@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
+from hfquant.console import counted
 from hfquant.nn.linear import QuantLinear
+from hfquant.offload import copy_hook
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ def log_real_quant(model: nn.Module) -> None:
     """Log one line where layers run on the reference kernel."""
     count = sum(layer.real_quant for layer in quant_linears(model).values())
     if count:
-        logger.info("%d linears run on the integer-exact reference kernel (exact, not fast)", count)
+        run = "runs" if count == 1 else "run"
+        logger.info("%s %s on the integer-exact reference kernel (exact, not fast)", counted(count, "linear"), run)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -50,27 +52,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
                 new.training = child.training
                 parent._modules[name] = new
     for old, new in replacements.items():
-        _copy_hook(old, new)
-
-
-def _copy_hook(old: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` the accelerate hook that ``old`` has. ``old`` keeps its own, so that it can be put back."""
-    hook: Any = getattr(old, "_hf_hook", None)
-    if hook is None or hasattr(new, "_hf_hook"):
-        return
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
-    if isinstance(hook, AlignDevicesHook):
-        # The old hook's weights_map has the float weights; a fresh one takes the new module's tensors.
-        hook = AlignDevicesHook(
-            execution_device=hook.execution_device,
-            offload=hook.offload,
-            io_same_device=hook.io_same_device,
-            offload_buffers=hook.offload_buffers,
-            place_submodules=hook.place_submodules,
-            skip_keys=hook.skip_keys,
-        )
-    add_hook_to_module(new, hook)
+        copy_hook(old, new)
 
 
 def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -95,8 +77,8 @@ def log_share(model: nn.Module, uncounted: Collection[str] = ()) -> None:
     largest = ", ".join(n for n, _ in sorted(kept, key=lambda item: -item[1].numel())[:3])
     logger.log(
         logging.INFO if share >= 0.8 else logging.WARNING,
-        "%d linears quantized, %.0f %% of the parameters in matrices%s",
-        len(layers),
+        "%s quantized, %.0f %% of the parameters in matrices%s",
+        counted(len(layers), "linear"),
         100 * share,
         f"; the largest left: {largest}" if kept else "",
     )

@@ -222,7 +222,8 @@ MOST_BITS = {"w8a16": 8.6, "w8a8": 8.6, "fp8a16": 8.6, "w4a16": 5.3, "w4a8": 8.7
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_quantize_every_linear_and_nothing_else(llama: LlamaForCausalLM, name: str) -> None:
     kind, _, peer = name.partition("/")
-    pytest.importorskip(PACKAGES[peer.partition("-")[0]], reason="an extra that only benchmarks need")
+    package = PACKAGES[peer.partition("-")[0]]
+    pytest.importorskip(package, reason=f"needs {package} of the extra 'benchmarks', which make test-slow installs")
     batches = [{"input_ids": w} for w in tokens(4, 32)]
     ids = tokens(1, 32, seed=1)[0]
     weights = {n: linear.weight.numel() for n, linear in models.quantizable_linears(llama).items()}

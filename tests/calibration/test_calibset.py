@@ -296,7 +296,7 @@ def test_chunks_from_a_stranger(tmp_path):
         (b"", "chunk-00000"),
         (b"not safetensors at all", "chunk-00000"),
         (good[:-1], "chunk-00000"),
-        (with_samples([1]), "holds 1 samples, index.json promises 4"),
+        (with_samples([1]), "holds 1 sample, index.json promises 4"),
         (with_samples({"a": 1}), "samples are no list"),
         (with_samples("abcd"), "samples are no list"),
         (good[:8] + b"{}" + good[8:], "chunk-00000"),

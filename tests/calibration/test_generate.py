@@ -29,6 +29,7 @@ from hfquant.calibration import (
     storage,
 )
 from hfquant.calibration.batches import CalibrationError
+from hfquant.calibration.files import exclusive
 from hfquant.calibration.generate import generate_shard
 from hfquant.calibration.recorder import Recording
 from tests.calibration.test_recorder import identical
@@ -262,7 +263,7 @@ def test_data_that_changed_is_noticed(tmp_path, prompts, message):
 
 
 def test_only_one_writer(tmp_path):
-    with storage.exclusive(tmp_path), pytest.raises(RuntimeError, match="another process is writing"):
+    with exclusive(tmp_path), pytest.raises(RuntimeError, match="another process is writing"):
         generate(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hfquant.calibration import BaseCalibSet, calibration_batches
 from hfquant.calibration.batches import CalibrationError
-from hfquant.calibration.streams import _packed, _paragraphs, _shuffled, _spread
+from hfquant.calibration.model_inputs import _packed
+from hfquant.calibration.streams import _paragraphs, _shuffled, _spread
 from tests.calibration.tiny_models import tiny_llama
 
 WORDS = [f"w{i}" for i in range(200)]
@@ -158,7 +159,7 @@ def test_datasets_objects(streaming, caplog):
     assert not caplog.text
     everything = list(calibration_batches(data, tokenizer=make_tokenizer()))
     assert sorted(flat(everything)) == sorted(ids_of(TEXTS))
-    assert "1 sequences, not the 128 asked for" in caplog.text
+    assert "1 sequence, not the 128 asked for" in caplog.text
 
 
 def test_generator_dataset_without_features():

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hfquant.config import SegPattern as P
 from hfquant.dataflow.trace import trace
+from hfquant.enums import SegPattern as P
 from tests.dataflow.toys import X, of, two
 
 

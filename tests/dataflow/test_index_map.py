@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hfquant.config import SegPattern as P
 from hfquant.dataflow.index_map import cuts_of
 from hfquant.dataflow.tracker import FeatureTracker
+from hfquant.enums import SegPattern as P
 
 
 @st.composite

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hfquant.config import SegPattern as P
 from hfquant.dataflow.trace import trace
+from hfquant.enums import SegPattern as P
 from tests.dataflow.toys import Toy, X, of, two, used
 
 SPLITS = {

@@ -1,5 +1,6 @@
 """Running a twin: what torch must offer, and what is said where a model fails."""
 
+import contextlib
 import logging
 
 import pytest
@@ -108,3 +109,80 @@ def test_failure_in_the_model_itself():
     said = failure(Model(), X)
     assert said.startswith("Model runs neither on fake tensors (RuntimeError: ")
     assert "(in " not in said
+
+
+class Holding(nn.Module):
+    """Multiplies by tensors that are neither parameters nor buffers."""
+
+    def __init__(self, hold):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.held = hold(self.linear.weight)
+
+    def forward(self, x):
+        y = self.linear(x)
+        for scale in tensors_in(self.held):
+            y = y * scale
+        return y
+
+
+class Box:
+    def __init__(self, held):
+        self.held = held
+
+
+def tensors_in(held):
+    return torch.utils._pytree.tree_leaves(held.held if isinstance(held, Box) else held)
+
+
+HELD = {
+    "attribute": lambda w: torch.full((8,), 2.0),
+    "computed": lambda w: w.sum(0) * 2,
+    "list": lambda w: [torch.full((8,), 2.0), torch.full((8,), 3.0)],
+    "computed in a list": lambda w: [w.sum(0)],
+    "dict of tuples of dicts": lambda w: {"a": ({"b": torch.full((8,), 2.0)}, torch.ones(()))},
+    "parameter in a list": lambda w: [nn.Parameter(torch.full((8,), 2.0))],
+    "object": lambda w: Box([torch.full((8,), 2.0)]),
+}
+
+
+@pytest.mark.parametrize("fake", [True, False])
+@pytest.mark.parametrize("held", HELD)
+def test_tensors_are_copied_wherever_a_module_holds_them(held, fake):
+    model = Holding(HELD[held])
+    seen = []
+
+    def watch(copied):
+        copied.register_forward_hook(lambda module, args, output: seen.append((module, output)))
+        return contextlib.nullcontext()
+
+    assert twin.run_twin(model, X + 1, watch, [fake])[1] == fake
+    ((copied, output),) = seen
+    assert isinstance(output, twin.FakeTensor) == fake
+    if not fake:
+        assert torch.equal(output, model(X + 1))
+    for ours, theirs in zip(tensors_in(copied.held), tensors_in(model.held), strict=True):
+        assert isinstance(ours, twin.FakeTensor) == fake
+        assert ours is not theirs
+        assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
+        assert fake or ours.data_ptr() != theirs.data_ptr()
+
+
+def test_a_tensor_held_twice_is_one_in_the_twin():
+    """A buffer that a list holds as well: written through one name, read through the other."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(8))
+            self.held = [self.scale]
+
+        def forward(self, x):
+            assert self.held[0] is self.scale
+            self.scale.mul_(3)
+            return x * self.held[0]
+
+    model = Twice()
+    for fake in (True, False):
+        assert twin.run_twin(model, X, lambda copied: contextlib.nullcontext(), [fake])[1] == fake
+    assert torch.equal(model.scale, torch.ones(8))

@@ -105,7 +105,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "WanVACETransformer3DModel": {"vace_layers": [0, 1]},
 }
 
-# Classes that trace can watch on real tensors alone: their forward branches on values, or holds tensors in lists.
+# Classes that trace can watch on real tensors alone: their forward looks at values.
 WITH_WEIGHTS: dict[str, dict[str, Any]] = {
     "AceStepConditionEncoder": {
         "hidden_size": 16,

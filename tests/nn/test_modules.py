@@ -114,7 +114,7 @@ def test_the_share_that_was_quantized(caplog) -> None:
         replace_modules(model, {model["b"]: quantized_twin(model["b"])})
         log_share(model, ["head"])
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("WARNING", "1 linears quantized, 2 % of the parameters in matrices; the largest left: head.weight, b.weight"),
-        ("WARNING", "1 linears quantized, 71 % of the parameters in matrices; the largest left: b.weight"),
+        ("WARNING", "1 linear quantized, 2 % of the parameters in matrices; the largest left: head.weight, b.weight"),
+        ("WARNING", "1 linear quantized, 71 % of the parameters in matrices; the largest left: b.weight"),
         ("INFO", "2 linears quantized, 100 % of the parameters in matrices"),
     ]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from hfquant.config import SegPattern as P
 from hfquant.dataflow import twin
 from hfquant.dataflow.trace import trace
+from hfquant.enums import SegPattern as P
 from hfquant.integrations.examples import example_inputs
 
 

@@ -17,8 +17,6 @@ TILE = {"RANK": 32, "BM": 128, "BN": 64, "BK": 64, "num_warps": 8, "num_stages":
 FEW = {"BM": 1, "BN": 16, "num_warps": 4, "M": 1, "S": 1}
 STRIDES = ("x", "plane", "weight", "scale", "zero", "up")
 ONES = dict.fromkeys(("N", "K", "G", "rank", *(f"stride_{of}" for of in STRIDES)), 1)
-    ("N", "K", "G", "rank", *[f"stride_{of}" for of in ("x", "plane", "weight", "scale", "zero", "up")]), 1
-)
 WEIGHT = {
     "weight": "*i8", "scale": "*u8", "scale_row": "*fp32", "zero_point": "*i8", "narrow": "*fp32", "up": "*bf16",
     "bias": "*bf16", "y": "*bf16", "blocks": "*i32", "divisor": None,

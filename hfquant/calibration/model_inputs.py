@@ -1,0 +1,159 @@
+"""Rows' values to model inputs: texts and chats to tokens, images to pixels, numbers to tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfquant.calibration.batches import CalibrationError
+from hfquant.console import counted
+
+if TYPE_CHECKING:
+    from hfquant.calibration.streams import StreamSpec
+
+logger = logging.getLogger(__name__)
+
+MAX_LENGTH = 1 << 20  # tokenizers without a limit report 1e30
+
+
+class Reader(NamedTuple):
+    """What turns raw rows into model inputs."""
+
+    tokenizer: Any = None
+    processor: Any = None
+    limit: int = MAX_LENGTH
+    for_module: bool = False
+
+
+def is_image(value: Any) -> bool:
+    """Return whether ``value`` is a PIL image."""
+    return type(value).__module__.startswith("PIL.")
+
+
+def from_texts(values: Iterable[Any], spec: StreamSpec, reader: Reader, column: str, size: int) -> Iterator[Any]:
+    """Turn texts, chats or lists of token ids into token batches; texts without a tokenizer into lists of prompts."""
+    tokenizer, texts = reader.tokenizer, iter(values)
+    first = next(texts)
+    texts = chain([first], texts)
+    if isinstance(first, str) and tokenizer is None:
+        if reader.for_module:
+            raise CalibrationError(
+                "calibration data: it is text, and there is no tokenizer; pass one as "
+                "{'dataset': ..., 'tokenizer': tokenizer}"
+            )
+        yield from grouped(islice(texts, spec.samples), size)
+        return
+    chats = is_chat(first)
+    if chats:
+        texts = _rendered(texts, tokenizer, column)
+    seqlen = min(spec.seqlen, reader.limit)
+    eos = getattr(tokenizer, "eos_token_id", None)
+    pack = spec.pack
+    if pack is None:
+        pack = tokenizer is None or (eos is not None and getattr(tokenizer, "cls_token_id", None) is None)
+    if pack:
+        sequences = _packed(_token_ids(texts, tokenizer, None, special=False), eos, seqlen)
+    else:
+        sequences = (ids for ids in _token_ids(texts, tokenizer, seqlen, special=not chats) if ids)
+    yield from _token_batches(_counted(sequences, spec.samples), size)
+
+
+def is_chat(value: Any) -> bool:
+    """Return whether ``value`` is a list of messages."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _rendered(chats: Iterable[Any], tokenizer: Any, column: str) -> Iterator[str]:
+    """Yield chats as text, with the special tokens of the tokenizer's template."""
+    for chat in chats:
+        if any(not {"role", "content"} <= turn.keys() for turn in chat):
+            raise CalibrationError(
+                f"column {column!r} holds lists of dicts with keys {list(chat[0])}, which are no chats: those have "
+                "'role' and 'content'"
+            )
+        if not getattr(tokenizer, "chat_template", None):
+            lack = "there is no tokenizer" if tokenizer is None else "the tokenizer has no chat template"
+            raise CalibrationError(
+                f"column {column!r} holds chats, and {lack}; render them to text, or pass one that has"
+            )
+        yield tokenizer.apply_chat_template(chat, tokenize=False)
+
+
+def _token_ids(values: Iterable[Any], tokenizer: Any, seqlen: int | None, *, special: bool) -> Iterator[list[int]]:
+    """Yield the tokens of each text, whole or cut to ``seqlen``, with special tokens or without."""
+    cut = {} if seqlen is None else {"truncation": True, "max_length": seqlen}
+    for value in values:
+        if isinstance(value, str):  # verbose=False: a text longer than the model's limit is no mistake here
+            yield tokenizer(value, add_special_tokens=special, verbose=False, **cut)["input_ids"]
+        else:
+            yield [int(token) for token in value][:seqlen]
+
+
+def _packed(documents: Iterable[list[int]], eos: int | None, seqlen: int) -> Iterator[list[int]]:
+    """Join documents, an end-of-text token after each, and cut the result to `seqlen`; the rest comes last."""
+    held: list[int] = []
+    for document in documents:
+        if not document:
+            continue
+        held += document
+        if eos is not None:
+            held.append(eos)
+        start = 0
+        while len(held) - start >= seqlen:
+            yield held[start : start + seqlen]
+            start += seqlen
+        del held[:start]
+    if held:
+        yield held
+
+
+def _counted(items: Iterable[Any], samples: int | None) -> Iterator[Any]:
+    count = 0
+    for item in islice(items, samples):
+        count += 1
+        yield item
+    if samples is not None and count < samples:
+        logger.warning("the calibration data gives %s, not the %d asked for", counted(count, "sequence"), samples)
+
+
+def _token_batches(sequences: Iterable[list[int]], size: int) -> Iterator[Any]:
+    """Batch without padding: sequences of one length make a tensor, a batch of several lengths a list of them."""
+    for group in grouped(sequences, size):
+        lengths = dict.fromkeys(map(len, group))
+        tensors = [torch.tensor([ids for ids in group if len(ids) == length]) for length in lengths]
+        inputs = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tensors]
+        yield inputs[0] if len(inputs) == 1 else inputs
+
+
+def images_batch(images: list[Any], processor: Any) -> Any:
+    """Return images as the processor makes them, {"pixel_values": ...}; without one as {"image": [...]}."""
+    if processor is None:
+        return {"image": images}
+    processor = getattr(processor, "image_processor", processor)
+    return dict(processor(images=[image.convert("RGB") for image in images], return_tensors="pt"))
+
+
+def stacked(column: str, values: list[Any]) -> Any:
+    """Stack numbers and arrays of one shape to a tensor `[batch, ...]`, float64 as float32; all else stays a list."""
+    if isinstance(values[0], (str, Mapping)) or is_image(values[0]):
+        return values
+    try:
+        tensor = torch.stack([v if isinstance(v, Tensor) else torch.from_numpy(np.asarray(v)) for v in values])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CalibrationError(
+            f"column {column!r}: the rows make no tensor ({error}); they must have one shape, or batch_size be 1"
+        ) from None
+    return tensor.float() if tensor.dtype is torch.float64 else tensor
+
+
+def grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yield lists of ``size`` items; the last may be shorter."""
+    items = iter(items)
+    while group := list(islice(items, size)):
+        yield group

@@ -1,0 +1,84 @@
+"""Kernels in C++ for CPUs: integer products of 4- to 8-bit weights, one for each instruction set that a machine has."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache, lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from hfquant.formats.columns import split_columns
+from hfquant.formats.integer import IntegerFormat
+from hfquant.kernels.base import Kernel, Operands, Product, product_of
+from hfquant.kernels.cpu.build import INSTRUCTION_SETS, BuildError, library
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def _missing() -> str:
+    """Load the library; return why it cannot be, "" where it is."""
+    try:
+        torch.ops.load_library(str(library()))
+    except (BuildError, OSError) as error:
+        logger.warning("quantized layers run on torch's own ops, more slowly: %s", error)
+        return f"the C++ kernels could not be compiled or loaded: {error}"
+    return ""
+
+
+@cache
+def _lacks(number: int) -> str:
+    if why := _missing():
+        return why
+    here: int = torch.ops.hfquant_cpu.instruction_sets()
+    return "" if here >> number & 1 else f"this CPU has no {INSTRUCTION_SETS[number]}"
+
+
+def _refuses(product: Product) -> str:
+    form, rule = product.weight, product.input
+    if not isinstance(form, IntegerFormat) or not 4 <= form.bits <= 8:
+        return f"weights are {form.name}, not integers of 4 to 8 bits"
+    if rule is not None and (not isinstance(rule.format, IntegerFormat) or rule.format.bits > 8):
+        return f"inputs are {rule.format.name}, not floats or integers of at most 8 bits"
+    if _group_size(product) is None:
+        return "blocks of columns are not groups of one size"
+    return ""
+
+
+def _group_size(product: Product) -> int | None:
+    """Return the size of the groups that make up the columns, 0 where segments are whole; None for anything else."""
+    if product.columns == product.segments:
+        return 0
+    size = max(product.columns)
+    return size if split_columns(product.segments, size) == product.columns else None
+
+
+@lru_cache(maxsize=4096)
+def _spec(key: str) -> Tensor:
+    """Return the product as native.cpp reads it."""
+    product = product_of(key)
+    rule = product.input
+    bits, per_token = (0, True) if rule is None else (rule.format.bits, rule.per_token)
+    dual = rule.dual if rule is not None else (False,) * len(product.segments)
+    head = [product.weight.bits, _group_size(product) or 0, bits, per_token, len(product.columns)]
+    return torch.tensor([*head, len(product.segments), *product.segments, *dual], dtype=torch.int64)
+
+
+def _run(number: int, x: Tensor, operands: Operands, product: Product) -> Tensor:
+    down = operands.down
+    narrow = None if down is None else x.float() @ down.float().T
+    *tensors, _, up, bias = operands
+    y: Tensor = torch.ops.hfquant_cpu.linear(x.contiguous(), *tensors, narrow, up, bias, _spec(product.key), number)
+    return y
+
+
+def _pays(product: Product, dtype: torch.dtype, tokens: int, out: int) -> bool:
+    return dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+#: Widest first.
+KERNELS = [
+    Kernel(name, "cpu", partial(_lacks, number), _refuses, _pays, partial(_run, number))
+    for number, name in reversed(list(enumerate(INSTRUCTION_SETS)))
+]

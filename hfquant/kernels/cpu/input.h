@@ -1,0 +1,194 @@
+// The input's codes: formats/inputs.py once more, a token at a time.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "job.h"
+#include "scratch.h"
+
+namespace hfquant {
+namespace HFQUANT_ISA {
+
+constexpr float NAN_ = std::numeric_limits<float>::quiet_NaN();
+constexpr float MIN_SCALE = 1.1754943508222875e-38f;  // 2^-126
+// A weight-only product takes floats as integers of 16 bits, in units of their own in each 128 columns: the error is
+// at most 2^-16 of the largest one, below 1e-4 of the norm of the 128 whatever they are. The range is what two signed
+// bytes, 256 high + low, reach on both sides.
+constexpr int FLOAT_BLOCK = 128;
+constexpr float FLOAT_LIMIT = 32639;
+constexpr int CODE_LIMIT = 32639;
+
+// How many scales a token's input has.
+inline int64_t input_scales(const Job& job) {
+  return job.input_bits ? job.segments : (job.K + FLOAT_BLOCK - 1) / FLOAT_BLOCK;
+}
+
+struct Range {
+  float low, high;
+  bool finite;
+};
+
+// Compares bits: as integers, positive floats are in order, and negative ones are once their sign is flipped. NaN and
+// infinities are above all else. Unlike comparisons of floats these are vectorized.
+inline Range range_of(const float* x, int64_t count) {
+  constexpr int32_t SIGN = INT32_MIN;
+  int32_t high = SIGN, low = SIGN;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t bits = static_cast<int32_t>(bits_of(x[i])), flipped = bits ^ SIGN;
+    high = bits > high ? bits : high;
+    low = flipped > low ? flipped : low;
+  }
+  high = high > 0 ? high : 0;
+  low = low > 0 ? low : 0;
+  return {-of_bits(low), of_bits(high), (high > low ? high : low) < 0x7f800000};
+}
+
+// Halves to even, for |x| below 2^22.
+inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// NaN becomes the lower limit: its token's scale is NaN.
+inline int16_t code_of(float quotient, float limit) {
+  quotient = quotient > -limit ? quotient : -limit;
+  quotient = quotient < limit ? quotient : limit;
+  return static_cast<int16_t>(static_cast<int32_t>(round_even(quotient)));
+}
+
+// Codes of x / scale in [-limit, limit]. The quotient is x times the reciprocal, but for what is so close to the middle
+// of two codes that the last bit decides: those are divided.
+inline void to_codes(const float* x, int64_t count, float scale, float limit, int16_t* codes) {
+  const float inverse = 1.0f / scale;
+  constexpr int64_t CHUNK = 128;
+  for (int64_t start = 0; start < count; start += CHUNK) {
+    const int64_t size = count - start < CHUNK ? count - start : CHUNK;
+    const float* in = x + start;
+    int16_t* out = codes + start;
+    int close = 0;
+    auto code = [&](int64_t i) {
+      const float q = in[i] * inverse;
+      close |= std::fabs(q - round_even(q)) > 0.4999f;
+      out[i] = code_of(q, limit);
+    };
+    if (size == CHUNK)
+      for (int64_t i = 0; i < CHUNK; ++i) code(i);  // a constant count makes better code
+    else
+      for (int64_t i = 0; i < size; ++i) code(i);
+    for (int64_t i = 0; close && i < size; ++i) out[i] = code_of(in[i] / scale, limit);
+  }
+}
+
+// amax / qmax, 1 for zero.
+inline float scale_of(float amax, float qmax) {
+  constexpr float MOST = std::numeric_limits<float>::max();
+  const float scale = (amax < MOST ? amax : MOST) / qmax;
+  return amax == 0 ? 1.0f : scale > MIN_SCALE ? scale : MIN_SCALE;
+}
+
+// floor(log2(high / -low)) in [0, most].
+inline int dual_exponent(float low, float high, int most) {
+  low = low < 0 ? -low : 0;
+  high = high > 0 ? high : 0;
+  if (high == 0) return 0;
+  if (low == 0) return most;
+  int i, j;
+  const float m = std::frexp(high, &i), n = std::frexp(low, &j);
+  const int e = i - j - (m < n);
+  return e < 0 ? 0 : e > most ? most : e;
+}
+
+struct Scales {
+  float positive, negative;
+};
+
+inline Scales scales_of(const Job& job, int64_t segment, Range range) {
+  if (job.input_scale) {
+    const float positive = job.input_scale[segment];
+    return {positive, job.input_scale_neg ? job.input_scale_neg[segment] : positive};
+  }
+  const float qmax = (1 << (job.input_bits - 1)) - 1;
+  const float scale = scale_of(-range.low > range.high ? -range.low : range.high, qmax);
+  if (!job.dual[segment]) return {scale, scale};
+  const float negative = std::ldexp(scale, -dual_exponent(range.low, range.high, 16 - job.input_bits));
+  return {scale, negative < MIN_SCALE ? scale : negative};
+}
+
+// Both signs have their own unit; in units of the negative one a positive code is shifted up.
+inline void to_dual_codes(const float* x, int64_t count, Scales scales, float limit, int16_t* codes) {
+  const int ratio = static_cast<int>(scales.positive / scales.negative);
+  const int most = CODE_LIMIT / static_cast<int>(limit);
+  const int factor = ratio < 1 ? 1 : ratio > most ? most : ratio;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t code = code_of(x[i] / (x[i] < 0 ? scales.negative : scales.positive), limit);
+    codes[i] = static_cast<int16_t>(code < 0 ? code : code * factor);
+  }
+}
+
+// The token's input as floats, divided by the divisor; `buffer` [K] is used where x cannot be read as it is.
+inline const float* floats_of(const Job& job, int64_t token, float* buffer) {
+  const int64_t start = token * job.K;
+  if (job.x.type == FLOAT32 && !job.divisor) return static_cast<const float*>(job.x.data) + start;
+  to_floats(job.x, start, job.K, buffer);
+  if (job.divisor)
+    for (int64_t k = 0; k < job.K; ++k) buffer[k] /= job.divisor[k];
+  return buffer;
+}
+
+// Ranges of each segment over all tokens, where one scale serves them all; else empty.
+inline std::vector<Range> shared_ranges(const Job& job) {
+  std::vector<Range> ranges;
+  if (!job.input_bits || job.input_scale || job.per_token) return ranges;
+  std::vector<float> buffer(job.K);
+  for (int64_t m = 0; m < job.M; ++m) {
+    const float* x = floats_of(job, m, buffer.data());
+    for (int64_t s = 0; s < job.segments; x += job.segment[s++]) {
+      const Range r = range_of(x, job.segment[s]);
+      if (m == 0) {
+        ranges.push_back(r);
+        continue;
+      }
+      Range& all = ranges[s];
+      all = {r.low < all.low ? r.low : all.low, r.high > all.high ? r.high : all.high, all.finite && r.finite};
+    }
+  }
+  return ranges;
+}
+
+// Codes [K] of a token and their scales [input_scales]; a token with NaN or Inf has a scale of NaN.
+inline void quantize(const Job& job, int64_t token, const std::vector<Range>& shared, float* buffer, int16_t* codes,
+                     float* scales) {
+  const float* x = floats_of(job, token, buffer);
+  if (!job.input_bits) {
+    for (int64_t start = 0, i = 0; start < job.K; start += FLOAT_BLOCK, ++i) {
+      const int64_t size = job.K - start < FLOAT_BLOCK ? job.K - start : FLOAT_BLOCK;
+      const Range r = range_of(x + start, size);
+      const float scale = scale_of(-r.low > r.high ? -r.low : r.high, FLOAT_LIMIT);
+      to_codes(x + start, size, r.finite ? scale : 1, FLOAT_LIMIT, codes + start);
+      scales[i] = r.finite ? scale : NAN_;
+    }
+    return;
+  }
+  const float limit = (1 << (job.input_bits - 1)) - 1;
+  bool finite = true;
+  for (int64_t s = 0, start = 0; s < job.segments; start += job.segment[s++]) {
+    const int64_t size = job.segment[s];
+    Range r = range_of(x + start, size);
+    finite = finite && r.finite;
+    if (!shared.empty()) {
+      r = shared[s];
+      finite = finite && r.finite;
+    }
+    const Scales found = r.finite || job.input_scale ? scales_of(job, s, r) : Scales{1, 1};
+    if (found.positive == found.negative)
+      to_codes(x + start, size, found.positive, limit, codes + start);
+    else
+      to_dual_codes(x + start, size, found, limit, codes + start);
+    scales[s] = found.negative;
+  }
+  if (!finite)
+    for (int64_t s = 0; s < job.segments; ++s) scales[s] = NAN_;
+}
+
+}  // namespace HFQUANT_ISA
+}  // namespace hfquant

@@ -1,0 +1,36 @@
+// The kernels for one instruction set: compiled once for each, with HFQUANT_ISA its name.
+#include "rows.h"
+
+namespace hfquant {
+namespace HFQUANT_ISA {
+
+// Beyond so many tokens a panel costs less than reading each row as it is.
+constexpr int64_t FEW = 8;
+
+bool few_tokens(const Job& job, ParallelFor parallel_for) {
+  if (!EXACT_BYTES && job.bits == 8) return try_rows<Wide>(job, parallel_for);
+  if (job.bits == 8) return try_rows<Eights>(job, parallel_for);
+  if (job.bits == 6) return try_rows<Sixes>(job, parallel_for);
+  if (job.bits == 4) return try_rows<Nibbles>(job, parallel_for);
+  return false;
+}
+
+void run(const Job& job, ParallelFor parallel_for) {
+  if (job.M < FEW && few_tokens(job, parallel_for)) return;
+  // Words of 16 bits are as fast as two planes of bytes that take three instructions each.
+  if (!EXACT_BYTES && (job.bits == 8 || long_codes(job)))
+    by_tiles<ShortsDot>(job, parallel_for);
+  else
+    by_tiles<BytesDot>(job, parallel_for);
+}
+
+}  // namespace HFQUANT_ISA
+
+#define HFQUANT_NAME(isa) HFQUANT_STRING(isa)
+#define HFQUANT_STRING(text) #text
+#define HFQUANT_JOIN(a, b) HFQUANT_PASTE(a, b)
+#define HFQUANT_PASTE(a, b) a##b
+extern const Isa HFQUANT_JOIN(isa_, HFQUANT_ISA);
+const Isa HFQUANT_JOIN(isa_, HFQUANT_ISA) = {HFQUANT_NAME(HFQUANT_ISA), HFQUANT_ISA::run};
+
+}  // namespace hfquant

@@ -1,0 +1,181 @@
+// torch.ops.hfquant_cpu: arguments are checked here, then a kernel for this CPU's instructions runs on plain pointers.
+// Only libtorch's stable ABI is used, so one library serves every torch from 2.10 on and every Python.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "job.h"
+
+namespace hfquant {
+
+// Which of these there are depends on what the compiler could build.
+extern const Isa isa_scalar;
+#ifdef HFQUANT_X86
+extern const Isa isa_avx2, isa_avxvnni, isa_avx512_vnni;
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+struct Choice {
+  const Isa* isa;
+  bool here;  // this CPU has the instructions
+};
+
+// Narrowest first; a number in this table is what Python calls an instruction set by.
+const std::vector<Choice>& choices() {
+  static const std::vector<Choice> table = [] {
+    std::vector<Choice> found = {{&isa_scalar, true}};
+#ifdef HFQUANT_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+                      __builtin_cpu_supports("f16c");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni");
+    found.push_back({&isa_avx2, avx2});
+    found.push_back({&isa_avxvnni, avx2 && __builtin_cpu_supports("avxvnni")});
+    found.push_back({&isa_avx512_vnni, avx2 && avx512});
+#endif
+    return found;
+  }();
+  return table;
+}
+
+// Bit i: this CPU can run instruction set number i.
+int64_t instruction_sets() {
+  int64_t bits = 0;
+  for (size_t i = 0; i < choices().size(); ++i) bits |= static_cast<int64_t>(choices()[i].here) << i;
+  return bits;
+}
+
+void on_torch_threads(int64_t count, int64_t grain, Body body, void* context) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+bool is_float(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+// The data of a tensor of this shape on the CPU.
+const void* data_of(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), name, ": expected a contiguous tensor on the CPU");
+  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, ": expected rank ", shape.size(), ", got ",
+                  tensor.dim());
+  int64_t i = 0;
+  for (int64_t size : shape) {
+    STD_TORCH_CHECK(tensor.sizes()[i] == size, name, ": expected size ", size, " in dimension ", i, ", got ",
+                    tensor.sizes()[i]);
+    ++i;
+  }
+  return tensor.const_data_ptr();
+}
+
+template <class T>
+const T* data_of(const MaybeTensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> shape) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->scalar_type() == type, name, ": unexpected dtype");
+  return static_cast<const T*>(data_of(*tensor, name, shape));
+}
+
+Floats floats_of(const MaybeTensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  if (!tensor) return {};
+  const ScalarType type = tensor->scalar_type();
+  STD_TORCH_CHECK(is_float(type), name, ": expected float32, bfloat16 or float16");
+  const Type ours = type == ScalarType::Float ? FLOAT32 : type == ScalarType::BFloat16 ? BFLOAT16 : FLOAT16;
+  return {data_of(*tensor, name, shape), ours};
+}
+
+// `spec` [6 + 2 segments] int64: bits of the weight's codes, group size (0: none), bits of the input's codes (0: none),
+// whether each token has a scale of its own, number of scales a row, number of segments; the segments' sizes; whether
+// each has a second scale for its negative side. `isa` is a number of instruction_sets.
+Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row, MaybeTensor zero_point,
+              MaybeTensor input_scale, MaybeTensor input_scale_neg, MaybeTensor divisor, MaybeTensor narrow,
+              MaybeTensor up, MaybeTensor bias, Tensor spec, int64_t isa) {
+  STD_TORCH_CHECK(isa >= 0 && isa < static_cast<int64_t>(choices().size()) && choices()[isa].here,
+                  "this CPU cannot run instruction set ", isa);
+  STD_TORCH_CHECK(spec.is_cpu() && spec.is_contiguous() && spec.scalar_type() == ScalarType::Long && spec.dim() == 1 &&
+                      spec.numel() >= 8,
+                  "spec: expected int64 [6 + 2 segments]");
+  const int64_t* numbers = static_cast<const int64_t*>(spec.const_data_ptr());
+  Job job = {};
+  job.bits = numbers[0];
+  job.group_size = numbers[1];
+  job.input_bits = numbers[2];
+  job.per_token = numbers[3];
+  job.G = numbers[4];
+  job.segments = numbers[5];
+  STD_TORCH_CHECK(job.segments > 0 && spec.numel() == 6 + 2 * job.segments, "spec: expected ", job.segments,
+                  " segments");
+  job.segment = numbers + 6;
+  job.dual = job.segment + job.segments;
+  STD_TORCH_CHECK(numbers[0] >= 4 && numbers[0] <= 8, "expected a weight of 4 to 8 bits");
+  STD_TORCH_CHECK(numbers[2] == 0 || (numbers[2] >= 2 && numbers[2] <= 8), "expected an input of 2 to 8 bits, or floats");
+  STD_TORCH_CHECK(job.group_size >= 0 && job.group_size <= INT32_MAX, "group size out of range");
+  int64_t groups = 0;
+  for (int64_t s = 0; s < job.segments; ++s) {
+    const int64_t size = job.segment[s];
+    STD_TORCH_CHECK(size > 0 && size <= INT32_MAX, "segment ", s, " is of size ", size);
+    job.K += size;
+    groups += job.group_size ? (size + job.group_size - 1) / job.group_size : 1;
+    job.any_dual = job.any_dual || (job.input_bits && job.dual[s]);
+  }
+  STD_TORCH_CHECK(job.K <= INT32_MAX / 8 && groups == job.G, "spec: ", groups, " groups, not ", job.G);
+  STD_TORCH_CHECK(weight.dim() == 2 && x.dim() == 2, "x and weight: expected rank 2");
+  job.M = x.sizes()[0];
+  job.N = weight.sizes()[0];
+  job.row_bytes = (job.K * job.bits + 7) / 8;
+  job.x = floats_of(x, "x", {job.M, job.K});
+  job.weight = reinterpret_cast<const uint8_t*>(
+      data_of<int8_t>(weight, "weight", ScalarType::Char, {job.N, job.row_bytes}));
+  STD_TORCH_CHECK(scale.has_value(), "scale: expected a tensor");
+  if (scale_row) {
+    job.scale_code = data_of<uint8_t>(scale, "scale", ScalarType::Byte, {job.N, job.G});
+    job.scale_row = data_of<float>(scale_row, "scale_row", ScalarType::Float, {job.N, 1});
+  } else {
+    job.scale = data_of<float>(scale, "scale", ScalarType::Float, {job.N, job.G});
+  }
+  job.zero_bytes = (job.G * job.bits + 7) / 8;
+  job.zero = reinterpret_cast<const uint8_t*>(
+      data_of<int8_t>(zero_point, "zero_point", ScalarType::Char, {job.N, job.zero_bytes}));
+  job.input_scale = data_of<float>(input_scale, "input_scale", ScalarType::Float, {job.segments});
+  job.input_scale_neg = data_of<float>(input_scale_neg, "input_scale_neg", ScalarType::Float, {job.segments});
+  STD_TORCH_CHECK(job.input_bits || !job.input_scale, "input_scale: the input is not quantized");
+  job.divisor = data_of<float>(divisor, "divisor", ScalarType::Float, {job.K});
+  STD_TORCH_CHECK(narrow.has_value() == up.has_value(), "narrow and up go together");
+  if (narrow) {
+    job.rank = narrow->dim() == 2 ? narrow->sizes()[1] : 0;
+    job.narrow = data_of<float>(narrow, "narrow", ScalarType::Float, {job.M, job.rank});
+    job.up = floats_of(up, "up", {job.N, job.rank});
+  }
+  job.bias = floats_of(bias, "bias", {job.N});
+  const int64_t shape[] = {job.M, job.N};
+  Tensor y = torch::stable::new_empty(x, {shape, 2});
+  job.y = y.mutable_data_ptr();
+  if (job.M && job.N) choices()[isa].isa->run(job, on_torch_threads);
+  return y;
+}
+
+}  // namespace
+}  // namespace hfquant
+
+STABLE_TORCH_LIBRARY(hfquant_cpu, m) {
+  m.def("instruction_sets() -> int");
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? scale_row, Tensor? zero_point, Tensor? input_scale, "
+      "Tensor? input_scale_neg, Tensor? divisor, Tensor? narrow, Tensor? up, Tensor? bias, Tensor spec, int isa) "
+      "-> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hfquant_cpu, CompositeExplicitAutograd, m) {
+  m.impl("instruction_sets", TORCH_BOX(&hfquant::instruction_sets));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hfquant_cpu, CPU, m) { m.impl("linear", TORCH_BOX(&hfquant::linear)); }

@@ -1,0 +1,318 @@
+// Products of few tokens. Each row of the weight is read once, as it is stored, a vector at a time along its columns;
+// the input's codes are put into the order in which the weight's come out of a vector.
+#pragma once
+
+#include "tiles.h"
+
+namespace hfquant {
+namespace HFQUANT_ISA {
+
+// How a vector of the weight becomes factors.
+// Nibbles: the low codes of its bytes, then the high ones, so the input's even codes come before the odd ones.
+struct Nibbles {
+  static constexpr int CODES = 2 * BYTES, STORED = BYTES, VECTORS = 2;
+  static void read(const uint8_t* p, Ints w[]) { unpack4(load(p), w[0], w[1]); }
+};
+struct Sixes {
+  static constexpr int CODES = BYTES, STORED = BYTES / 4 * 3, VECTORS = 1;
+  static void read(const uint8_t* p, Ints w[]) { w[0] = unpack6(p); }
+};
+struct Eights {
+  static constexpr int CODES = BYTES, STORED = BYTES, VECTORS = 1;
+  static void read(const uint8_t* p, Ints w[]) { w[0] = flip(load(p)); }
+};
+// Signed codes by signed codes of 16 bits, where products of 8 bits are not exact.
+struct Wide {
+  static constexpr int CODES = BYTES / 2, STORED = BYTES / 2, VECTORS = 1;
+  static void read(const uint8_t* p, Ints w[]) { w[0] = widen(p); }
+};
+
+// What the columns of each vector of a row share: the number of their first group, and of the input's scale.
+struct Steps {
+  std::vector<int32_t> group, unit;
+  bool fit;  // every lane lies within one group, every vector within one of the input's scales
+
+  template <class Format>
+  static Steps of(const Job& job, const std::vector<Block>& blocks) {
+    constexpr int CODES = Format::CODES, LANE = CODES / LANES;
+    const int64_t g = job.group_size, count = (job.K + CODES - 1) / CODES;
+    const bool small = g && g < CODES;
+    Steps steps{std::vector<int32_t>(count), std::vector<int32_t>(count), !small || (CODES % g == 0 && g % LANE == 0)};
+    for (const Block& b : blocks) {
+      // A block begins where a vector does, or somewhere within one all of whose groups are of the same size.
+      const int64_t first = (b.start + CODES - 1) / CODES, end = (b.start + b.size + CODES - 1) / CODES;
+      const bool same_unit = b.start % CODES == 0 || steps.unit[b.start / CODES] == b.segment;
+      const bool same_group = b.start % CODES == 0 || small || steps.group[b.start / CODES] == b.group;
+      steps.fit = steps.fit && same_unit && same_group && (!small || b.start % g == 0);
+      std::fill(steps.group.begin() + first, steps.group.begin() + end, b.group);
+      std::fill(steps.unit.begin() + first, steps.unit.begin() + end, b.segment);
+    }
+    return steps;
+  }
+};
+
+// Codes of a token in a row's order, and what goes with them. Sums of a group are padded to whole vectors.
+struct Lines {
+  int64_t planes, bytes;  // bytes of a plane of a token
+  int8_t* codes;          // [count][planes][bytes]: high bytes first, where there are two planes
+  float* scale;           // [count][scales]
+  int64_t scales, groups;
+  float* sum;             // [count][groups]: sums of a group's codes times their scales
+  int32_t* total;         // [count]: sums of all codes
+  Steps steps;
+};
+
+template <class Format>
+void layout_line(const Job& job, const std::vector<Block>& blocks, const int16_t* codes, int64_t m, Lines& lines) {
+  int8_t* planes = lines.codes + m * lines.planes * lines.bytes;
+  std::memset(planes, 0, lines.planes * lines.bytes);
+  int16_t ordered[Format::CODES];
+  for (int64_t k = 0, at = 0; k < job.K; k += Format::CODES, at += Format::VECTORS * BYTES) {
+    const int size = std::min<int64_t>(Format::CODES, job.K - k);
+    if constexpr (std::is_same_v<Format, Wide>) {
+      std::memcpy(planes + at, codes + k, size * sizeof(int16_t));
+      continue;
+    }
+    std::memset(ordered, 0, sizeof(ordered));
+    if constexpr (std::is_same_v<Format, Nibbles>) {
+      for (int i = 0; i < size / 2; ++i) {
+        ordered[i] = codes[k + 2 * i];
+        ordered[BYTES + i] = codes[k + 2 * i + 1];
+      }
+      if (size % 2) ordered[size / 2] = codes[k + size - 1];
+    } else {
+      std::memcpy(ordered, codes + k, size * sizeof(int16_t));
+    }
+    int8_t* low = planes + (lines.planes - 1) * lines.bytes + at;
+    for (int i = 0; i < Format::CODES; ++i) low[i] = static_cast<int8_t>(ordered[i]);
+    if (lines.planes == 1) continue;
+    int8_t* high = planes + at;
+    for (int i = 0; i < Format::CODES; ++i)
+      high[i] = static_cast<int8_t>((ordered[i] - static_cast<int8_t>(ordered[i])) >> 8);
+  }
+  float* sums = lines.sum + m * lines.groups;
+  std::memset(sums, 0, lines.groups * sizeof(float));
+  lines.total[m] = 0;
+  for (const Block& b : blocks) {
+    int32_t sum = 0;
+    for (int i = 0; i < b.size; ++i) sum += codes[b.start + i];
+    lines.total[m] += sum;
+    sums[b.group] += sum * lines.scale[m * lines.scales + b.segment];
+  }
+}
+
+// One vector of the weight by T tokens.
+template <class Format, int PLANES, int T>
+inline void multiply(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t plane, Ints sums[T]) {
+  Ints w[Format::VECTORS];
+  Format::read(weight, w);
+  UNROLL for (int t = 0; t < T; ++t) {
+    UNROLL for (int p = 0; p < PLANES; ++p) {
+      if (p) sums[t] = times256(sums[t]);
+      UNROLL for (int v = 0; v < Format::VECTORS; ++v) {
+        const Ints codes = load(x + t * stride + p * plane + v * BYTES);
+        sums[t] = std::is_same_v<Format, Wide> ? dot_shorts(sums[t], w[v], codes) : dot_bytes(sums[t], w[v], codes);
+      }
+    }
+  }
+}
+
+// What R rows of the weight have of their own, padded to whole vectors: scales (but for the row's own factor) and what
+// their codes are too large by.
+struct Factors {
+  int64_t groups;
+  float* scale;   // [R][groups]
+  float* offset;  // [R][groups]
+};
+
+// R rows from n by T tokens from m, to y [T][pitch]. LONG: the input's codes have 16 bits. GROUPED: a row has several
+// scales. With neither, sums stay integers to the end.
+template <class Format, bool LONG, bool GROUPED, int R, int T>
+void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, int64_t n, int64_t m, float* y,
+                    int64_t pitch) {
+  constexpr int PLANES = LONG && !std::is_same_v<Format, Wide> ? 2 : 1;
+  constexpr bool PLAIN = !LONG && !GROUPED;
+  const int64_t stride = PLANES * lines.bytes;
+  const int8_t* x = lines.codes + m * stride;
+  const float* units = lines.scale + m * lines.scales;
+  Ints lane_group = zeros();
+  if (GROUPED && job.group_size && job.group_size < Format::CODES) {
+    int32_t numbers[LANES];
+    for (int i = 0; i < LANES; ++i) numbers[i] = i * (Format::CODES / LANES) / job.group_size;
+    lane_group = load(numbers);
+  }
+  Ints exact[R][T];
+  Reals sums[R][T];
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) {
+    exact[r][t] = zeros();
+    sums[r][t] = repeat(0.0f);
+  }
+  // A vector of each row by the input's codes.
+  auto multiply_step = [&](const uint8_t* const from[R], int64_t step) {
+    UNROLL for (int r = 0; r < R; ++r) {
+      if constexpr (PLAIN) {
+        multiply<Format, PLANES, T>(from[r], x, stride, lines.bytes, exact[r]);
+      } else {
+        UNROLL for (int t = 0; t < T; ++t) exact[r][t] = zeros();
+        multiply<Format, PLANES, T>(from[r], x, stride, lines.bytes, exact[r]);
+        UNROLL for (int t = 0; t < T; ++t) {
+          Reals unit = repeat(units[t * lines.scales + lines.steps.unit[step]]);
+          if constexpr (GROUPED)
+            unit = mul(unit, pick(factors.scale + r * factors.groups + lines.steps.group[step], lane_group));
+          sums[r][t] = fma(to_reals(exact[r][t]), unit, sums[r][t]);
+        }
+      }
+    }
+    x += Format::VECTORS * BYTES;
+  };
+  const uint8_t* from[R];
+  UNROLL for (int r = 0; r < R; ++r) from[r] = job.weight + (n + r) * job.row_bytes;
+  const int64_t steps = lines.steps.group.size();
+  int64_t step = 0, left = job.row_bytes;
+  for (; left >= BYTES; ++step, left -= Format::STORED) {
+    // The same place in the rows that come next: the hardware's own prefetching starts anew in each row.
+    UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(from[r] + R * job.row_bytes, 0, 3);
+    multiply_step(from, step);
+    UNROLL for (int r = 0; r < R; ++r) from[r] += Format::STORED;
+  }
+  for (; step < steps; ++step, left -= Format::STORED) {
+    // Vectors that reach beyond the row.
+    uint8_t ends[R][BYTES];
+    const uint8_t* copies[R];
+    UNROLL for (int r = 0; r < R; ++r) {
+      std::memset(ends[r], 0, BYTES);
+      std::memcpy(ends[r], from[r], left);
+      copies[r] = ends[r];
+      from[r] += Format::STORED;
+    }
+    multiply_step(copies, step);
+  }
+  UNROLL for (int r = 0; r < R; ++r) {
+    const float* scale = factors.scale + r * factors.groups;
+    const float* offset = factors.offset + r * factors.groups;
+    const float own = !GROUPED ? scale_at(job, n + r, 0) : job.scale ? 1 : job.scale_row[n + r];
+    UNROLL for (int t = 0; t < T; ++t) {
+      const float* sum = lines.sum + (m + t) * lines.groups;
+      float total_;
+      if constexpr (PLAIN) {
+        total_ = static_cast<float>(total(exact[r][t]) - static_cast<int>(offset[0]) * lines.total[m + t]);
+        total_ *= lines.scale[m + t];
+      } else if constexpr (GROUPED) {
+        Reals excess = repeat(0.0f);
+        for (int64_t i = 0; i < factors.groups; i += LANES)
+          excess = fma(mul(load_reals(scale + i), load_reals(offset + i)), load_reals(sum + i), excess);
+        total_ = total(sums[r][t]) - total(excess);
+      } else {
+        total_ = total(sums[r][t]) - offset[0] * sum[0];
+      }
+      y[t * pitch + r] = total_ * own;
+    }
+  }
+}
+
+// A row's scales, but for the row's own factor, and the zero points that go with its codes as they are multiplied.
+template <class Format>
+void fill_factors(const Job& job, int64_t row, float* scale, float* offset) {
+  const int64_t at = row * job.G;
+  if (job.scale)
+    std::memcpy(scale, job.scale + at, job.G * sizeof(float));
+  else
+    for (int64_t i = 0; i < job.G; ++i) scale[i] = scale_value(job.scale_code[at + i]);
+  const float sign = std::is_same_v<Format, Wide> ? 1 << (job.bits - 1) : 0;
+  if (!job.zero) {
+    for (int64_t i = 0; i < job.G; ++i) offset[i] = (1 << (job.bits - 1)) - sign;
+  } else if (job.bits == 4) {
+    const uint8_t* packed = job.zero + row * job.zero_bytes;
+    for (int64_t i = 0; i < job.G / 2; ++i) {
+      offset[2 * i] = (packed[i] & 15) ^ 8;
+      offset[2 * i + 1] = (packed[i] >> 4) ^ 8;
+    }
+    if (job.G % 2) offset[job.G - 1] = zero_at(job, row, job.G - 1);
+  } else {
+    for (int64_t i = 0; i < job.G; ++i) offset[i] = zero_at(job, row, i) - sign;
+  }
+}
+
+// Adds the low-rank branch and the bias to y [count] of a token, and stores it.
+inline void finish(const Job& job, int64_t m, int64_t n, int64_t count, float* y, float* buffer) {
+  for (int64_t i = 0; job.rank && i < count; ++i) {
+    to_floats(job.up, (n + i) * job.rank, job.rank, buffer);
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t r = 0; r < job.rank; ++r) sum += job.narrow[m * job.rank + r] * buffer[r];
+    y[i] += sum;
+  }
+  if (job.bias.data) {
+    to_floats(job.bias, n, count, buffer);
+    for (int64_t i = 0; i < count; ++i) y[i] += buffer[i];
+  }
+  from_floats(y, count, job.y, job.x.type, m * job.N + n);
+}
+
+template <class Format, bool LONG, bool GROUPED>
+void by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, ParallelFor parallel_for) {
+  static thread_local Scratch of_codes, of_scale, of_sum, of_total, of_floats, of_row;
+  Lines lines;
+  lines.steps = std::move(steps);
+  lines.planes = LONG && !std::is_same_v<Format, Wide> ? 2 : 1;
+  lines.bytes = (job.K + Format::CODES - 1) / Format::CODES * Format::VECTORS * BYTES;
+  lines.scales = input_scales(job);
+  lines.groups = (job.G + LANES - 1) / LANES * LANES;
+  lines.codes = of_codes.get<int8_t>(job.M * lines.planes * lines.bytes);
+  lines.scale = of_scale.get<float>(job.M * lines.scales);
+  lines.sum = of_sum.get<float>(job.M * lines.groups);
+  lines.total = of_total.get<int32_t>(job.M);
+  const std::vector<Range> shared = shared_ranges(job);
+  float* buffer = of_floats.get<float>(job.K);
+  int16_t* codes = of_row.get<int16_t>(job.K);
+  for (int64_t m = 0; m < job.M; ++m) {
+    quantize(job, m, shared, buffer, codes, lines.scale + m * lines.scales);
+    layout_line<Format>(job, blocks, codes, m, lines);
+  }
+  auto multiply_rows = [&](int64_t begin, int64_t end) {
+    static thread_local Scratch of_factors, of_offsets, of_y, of_up;
+    constexpr int MOST = 4;
+    Factors factors{lines.groups, of_factors.get<float>((MOST + 1) * lines.groups),
+                    of_offsets.get<float>((MOST + 1) * lines.groups)};
+    std::memset(factors.scale, 0, MOST * lines.groups * sizeof(float));
+    std::memset(factors.offset, 0, MOST * lines.groups * sizeof(float));
+    const int64_t pitch = end - begin;
+    float* y = of_y.get<float>(job.M * pitch);
+    auto product = [&](auto product_, int64_t n, int64_t m) {
+      product_(job, lines, factors, n, m, y + m * pitch + n - begin, pitch);
+    };
+    for (int64_t n = begin; n < end;) {
+      const int count = end - n >= MOST ? MOST : 1;
+      for (int r = 0; r < count; ++r)
+        fill_factors<Format>(job, n + r, factors.scale + r * lines.groups, factors.offset + r * lines.groups);
+      int64_t m = 0;
+      for (; count == MOST && m + 2 <= job.M; m += 2) product(rows_by_tokens<Format, LONG, GROUPED, MOST, 2>, n, m);
+      for (; count == MOST && m < job.M; ++m) product(rows_by_tokens<Format, LONG, GROUPED, MOST, 1>, n, m);
+      for (; m < job.M; ++m) product(rows_by_tokens<Format, LONG, GROUPED, 1, 1>, n, m);
+      n += count;
+    }
+    float* added = of_up.get<float>(std::max(job.rank, pitch));
+    for (int64_t m = 0; m < job.M; ++m) finish(job, m, begin, pitch, y + m * pitch, added);
+  };
+  run_parallel(parallel_for, job.N, std::max<int64_t>(16, 32768 / job.row_bytes / 4 * 4), multiply_rows);
+}
+
+// Computes the job by rows if its groups allow it.
+template <class Format>
+bool try_rows(const Job& job, ParallelFor parallel_for) {
+  const std::vector<Block> blocks = blocks_of(job);
+  const bool grouped = job.G > 1;
+  if (job.K > WIDEST && !grouped && !long_codes(job)) return false;
+  Steps steps = Steps::of<Format>(job, blocks);
+  if (!steps.fit) return false;
+  if (long_codes(job))
+    grouped ? by_rows<Format, true, true>(job, blocks, std::move(steps), parallel_for)
+            : by_rows<Format, true, false>(job, blocks, std::move(steps), parallel_for);
+  else
+    grouped ? by_rows<Format, false, true>(job, blocks, std::move(steps), parallel_for)
+            : by_rows<Format, false, false>(job, blocks, std::move(steps), parallel_for);
+  return true;
+}
+
+}  // namespace HFQUANT_ISA
+}  // namespace hfquant

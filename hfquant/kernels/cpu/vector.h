@@ -1,0 +1,271 @@
+// The few vector operations that the kernels are made of, once for each instruction set that this file is compiled for.
+// Lanes are 32 bits wide. A word is what one lane multiplies: four codes of 8 bits or two of 16.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace hfquant {
+namespace HFQUANT_ISA {
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+using Ints = __m512i;
+using Reals = __m512;
+constexpr int LANES = 16;
+// 32 registers: 8 x 3 sums, or 4 x 3 sums in integers and as many in floats.
+constexpr int TOKENS = 8, TOKENS_GROUPED = 8, VECTORS = 3;
+constexpr bool EXACT_BYTES = true;
+
+inline Ints load(const void* p) { return _mm512_loadu_si512(p); }
+inline void store(void* p, Ints v) { _mm512_storeu_si512(p, v); }
+inline Reals load_reals(const float* p) { return _mm512_loadu_ps(p); }
+inline void store_reals(float* p, Reals v) { _mm512_storeu_ps(p, v); }
+inline Ints zeros() { return _mm512_setzero_si512(); }
+inline Ints repeat(int32_t word) { return _mm512_set1_epi32(word); }
+inline Reals repeat(float value) { return _mm512_set1_ps(value); }
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints times256(Ints a) { return _mm512_slli_epi32(a, 8); }
+inline Reals to_reals(Ints a) { return _mm512_cvtepi32_ps(a); }
+inline Reals mul(Reals a, Reals b) { return _mm512_mul_ps(a, b); }
+inline Reals fma(Reals a, Reals b, Reals c) { return _mm512_fmadd_ps(a, b, c); }
+// In assembly, since GCC copies the sum of the intrinsics to another register and back.
+inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+  return sum;
+}
+inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+  return sum;
+}
+inline int32_t total(Ints a) { return _mm512_reduce_add_epi32(a); }
+inline float total(Reals a) { return _mm512_reduce_add_ps(a); }
+inline Reals pick(const float* table, Ints lanes) { return _mm512_permutexvar_ps(lanes, load_reals(table)); }
+inline Ints flip(Ints bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
+// Two codes of 4 bits a byte, as unsigned bytes: the low ones, the high ones.
+inline void unpack4(Ints bytes, Ints& low, Ints& high) {
+  const Ints mask = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(8);
+  low = _mm512_ternarylogic_epi32(bytes, sign, mask, 0x28);  // (a ^ b) & c
+  high = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), sign, mask, 0x28);
+}
+// The same in order, from half a vector.
+inline Ints unpack4_in_order(const uint8_t* p) {
+  const Ints words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const Ints both = _mm512_or_si512(words, _mm512_slli_epi16(words, 4));
+  return _mm512_ternarylogic_epi32(both, _mm512_set1_epi8(8), _mm512_set1_epi8(15), 0x28);
+}
+inline Ints widen(const uint8_t* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+// 64 codes of 6 bits from 48 bytes, as unsigned bytes. Reads 64.
+inline Ints unpack6(const uint8_t* p) {
+  const Ints quads = _mm512_permutexvar_epi32(
+      _mm512_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12), load(p));
+  const Ints order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+  const Ints v = _mm512_shuffle_epi8(quads, order);
+  Ints out = _mm512_and_si512(v, repeat(0x3f));
+  out = _mm512_or_si512(out, _mm512_and_si512(_mm512_slli_epi32(v, 2), repeat(0x3f00)));
+  out = _mm512_or_si512(out, _mm512_and_si512(_mm512_slli_epi32(v, 4), repeat(0x3f0000)));
+  out = _mm512_or_si512(out, _mm512_and_si512(_mm512_slli_epi32(v, 6), repeat(0x3f000000)));
+  return _mm512_xor_si512(out, _mm512_set1_epi8(32));
+}
+inline void transpose(Ints r[16]) {
+  Ints t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  for (int j = 0; j < 4; ++j) {
+    t[j] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88);
+    t[j + 4] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd);
+    t[j + 8] = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0x88);
+    t[j + 12] = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0xdd);
+  }
+  for (int j = 0; j < 4; ++j) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+    r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+    r[j + 4] = _mm512_shuffle_i32x4(t[j + 4], t[j + 12], 0x88);
+    r[j + 12] = _mm512_shuffle_i32x4(t[j + 4], t[j + 12], 0xdd);
+  }
+}
+
+#elif defined(__AVX2__)
+using Ints = __m256i;
+using Reals = __m256;
+constexpr int LANES = 8;
+constexpr int TOKENS = 4, TOKENS_GROUPED = 3, VECTORS = 2;
+
+inline Ints load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store(void* p, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+inline Reals load_reals(const float* p) { return _mm256_loadu_ps(p); }
+inline void store_reals(float* p, Reals v) { _mm256_storeu_ps(p, v); }
+inline Ints zeros() { return _mm256_setzero_si256(); }
+inline Ints repeat(int32_t word) { return _mm256_set1_epi32(word); }
+inline Reals repeat(float value) { return _mm256_set1_ps(value); }
+inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints times256(Ints a) { return _mm256_slli_epi32(a, 8); }
+inline Reals to_reals(Ints a) { return _mm256_cvtepi32_ps(a); }
+inline Reals mul(Reals a, Reals b) { return _mm256_mul_ps(a, b); }
+inline Reals fma(Reals a, Reals b, Reals c) { return _mm256_fmadd_ps(a, b, c); }
+#if defined(__AVXVNNI__)
+constexpr bool EXACT_BYTES = true;
+inline Ints dot_bytes(Ints sum, Ints weights, Ints x) { return _mm256_dpbusd_avx_epi32(sum, weights, x); }
+inline Ints dot_shorts(Ints sum, Ints weights, Ints x) { return _mm256_dpwssd_avx_epi32(sum, weights, x); }
+#else
+// vpmaddubsw saturates sums of two products at 16 bits, so it is exact for weights of up to 7 bits alone.
+constexpr bool EXACT_BYTES = false;
+inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
+  return add(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1)));
+}
+inline Ints dot_shorts(Ints sum, Ints weights, Ints x) { return add(sum, _mm256_madd_epi16(weights, x)); }
+#endif
+inline int32_t total(Ints a) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+inline float total(Reals a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline Reals pick(const float* table, Ints lanes) { return _mm256_permutevar8x32_ps(load_reals(table), lanes); }
+inline Ints flip(Ints bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
+inline void unpack4(Ints bytes, Ints& low, Ints& high) {
+  const Ints mask = _mm256_set1_epi8(15), sign = _mm256_set1_epi8(8);
+  low = _mm256_and_si256(_mm256_xor_si256(bytes, sign), mask);
+  high = _mm256_and_si256(_mm256_xor_si256(_mm256_srli_epi16(bytes, 4), sign), mask);
+}
+inline Ints unpack4_in_order(const uint8_t* p) {
+  const Ints words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const Ints both = _mm256_or_si256(words, _mm256_slli_epi16(words, 4));
+  return _mm256_and_si256(_mm256_xor_si256(both, _mm256_set1_epi8(8)), _mm256_set1_epi8(15));
+}
+// Half a vector of signed bytes as 16 bits.
+inline Ints widen(const uint8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// 32 codes of 6 bits from 24 bytes. Reads 32.
+inline Ints unpack6(const uint8_t* p) {
+  const Ints quads = _mm256_permutevar8x32_epi32(load(p), _mm256_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6));
+  const Ints order =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+  const Ints v = _mm256_shuffle_epi8(quads, order);
+  Ints out = _mm256_and_si256(v, repeat(0x3f));
+  out = _mm256_or_si256(out, _mm256_and_si256(_mm256_slli_epi32(v, 2), repeat(0x3f00)));
+  out = _mm256_or_si256(out, _mm256_and_si256(_mm256_slli_epi32(v, 4), repeat(0x3f0000)));
+  out = _mm256_or_si256(out, _mm256_and_si256(_mm256_slli_epi32(v, 6), repeat(0x3f000000)));
+  return _mm256_xor_si256(out, _mm256_set1_epi8(32));
+}
+inline void transpose(Ints r[8]) {
+  Ints t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = _mm256_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      r[i + 2 * j + 1] = _mm256_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  for (int j = 0; j < 4; ++j) {
+    t[j] = _mm256_permute2x128_si256(r[j], r[j + 4], 0x20);
+    t[j + 4] = _mm256_permute2x128_si256(r[j], r[j + 4], 0x31);
+  }
+  for (int j = 0; j < 8; ++j) r[j] = t[j];
+}
+
+#else
+// Any CPU, through the compiler's own vectors of 128 bits.
+typedef int32_t Ints __attribute__((vector_size(16)));
+typedef float Reals __attribute__((vector_size(16)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+constexpr int LANES = 4;
+constexpr int TOKENS = 4, TOKENS_GROUPED = 2, VECTORS = 2;
+constexpr bool EXACT_BYTES = true;
+
+inline Ints load(const void* p) {
+  Ints v;
+  std::memcpy(&v, p, 16);
+  return v;
+}
+inline void store(void* p, Ints v) { std::memcpy(p, &v, 16); }
+inline Reals load_reals(const float* p) {
+  Reals v;
+  std::memcpy(&v, p, 16);
+  return v;
+}
+inline void store_reals(float* p, Reals v) { std::memcpy(p, &v, 16); }
+inline Ints zeros() { return Ints{}; }
+inline Ints repeat(int32_t word) { return Ints{word, word, word, word}; }
+inline Reals repeat(float value) { return Reals{value, value, value, value}; }
+inline Ints add(Ints a, Ints b) { return a + b; }
+inline Ints times256(Ints a) { return a * 256; }
+inline Reals to_reals(Ints a) { return __builtin_convertvector(a, Reals); }
+inline Reals mul(Reals a, Reals b) { return a * b; }
+inline Reals fma(Reals a, Reals b, Reals c) { return a * b + c; }
+inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
+  uint8_t w[16];
+  int8_t c[16];
+  std::memcpy(w, &weights, 16);
+  std::memcpy(c, &x, 16);
+  for (int i = 0; i < 16; ++i) sum[i / 4] += w[i] * c[i];
+  return sum;
+}
+inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
+  int16_t w[8], c[8];
+  std::memcpy(w, &weights, 16);
+  std::memcpy(c, &x, 16);
+  for (int i = 0; i < 8; ++i) sum[i / 2] += w[i] * c[i];
+  return sum;
+}
+inline int32_t total(Ints a) { return a[0] + a[1] + a[2] + a[3]; }
+inline float total(Reals a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+inline Reals pick(const float* table, Ints lanes) {
+  return Reals{table[lanes[0]], table[lanes[1]], table[lanes[2]], table[lanes[3]]};
+}
+inline Ints flip(Ints bytes) { return (Ints)((Bytes)bytes ^ 128); }
+inline void unpack4(Ints bytes, Ints& low, Ints& high) {
+  low = (Ints)(((Bytes)bytes ^ 8) & 15);
+  high = (Ints)((((Bytes)bytes >> 4) ^ 8) & 15);
+}
+inline Ints unpack4_in_order(const uint8_t* p) {
+  Bytes out;
+  for (int i = 0; i < 16; ++i) out[i] = ((p[i / 2] >> (i % 2 * 4)) & 15) ^ 8;
+  return (Ints)out;
+}
+inline Ints widen(const uint8_t* p) {
+  int16_t out[8];
+  for (int i = 0; i < 8; ++i) out[i] = static_cast<int8_t>(p[i]);
+  return load(out);
+}
+inline Ints unpack6(const uint8_t* p) {
+  Bytes out;
+  for (int i = 0; i < 4; ++i, p += 3) {
+    const uint32_t v = p[0] | p[1] << 8 | p[2] << 16;
+    for (int j = 0; j < 4; ++j) out[4 * i + j] = (v >> (6 * j) & 63) ^ 32;
+  }
+  return (Ints)out;
+}
+inline void transpose(Ints r[4]) {
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < i; ++j) {
+      const int32_t kept = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = kept;
+    }
+}
+#endif
+
+constexpr int BYTES = 4 * LANES;
+
+}  // namespace HFQUANT_ISA
+}  // namespace hfquant

@@ -1,0 +1,80 @@
+// Weights as stored: blocks of columns, codes, scales and zero points of a row.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "input.h"
+#include "vector.h"
+
+namespace hfquant {
+namespace HFQUANT_ISA {
+
+// Sums of a block stay within 32 bits: 2^15 products of 8 bits by 8, or 2^7 of 16 bits by 8.
+constexpr int64_t WIDEST = 1 << 15, WIDEST_LONG = 128;
+
+// Whether the input's codes take more than 8 bits.
+inline bool long_codes(const Job& job) { return !job.input_bits || job.any_dual; }
+
+// Columns cut where the weight's scale, the input's scale or the sum's 32 bits end.
+inline std::vector<Block> blocks_of(const Job& job) {
+  const int64_t widest = long_codes(job) ? WIDEST_LONG : WIDEST;
+  std::vector<Block> blocks;
+  int32_t group = 0;
+  for (int64_t s = 0, start = 0; s < job.segments; ++s) {
+    const int64_t end = start + job.segment[s], step = job.group_size ? job.group_size : end - start;
+    for (; start < end; ++group) {
+      const int64_t stop = std::min(end, start + step);
+      while (start < stop) {
+        // Floats have a scale of their own in each FLOAT_BLOCK columns, wherever groups begin.
+        const int64_t next = job.input_bits ? start + widest : (start / FLOAT_BLOCK + 1) * FLOAT_BLOCK;
+        const int64_t size = std::min(stop, next) - start;
+        const int64_t scale = job.input_bits ? s : start / FLOAT_BLOCK;
+        blocks.push_back({static_cast<int32_t>(start), static_cast<int32_t>(size), group, static_cast<int32_t>(scale)});
+        start += size;
+      }
+    }
+  }
+  return blocks;
+}
+
+// What the byte of a scale stands for: formats/scales.py.
+inline float scale_value(uint8_t code) { return of_bits((static_cast<uint32_t>(code) << 18) + ((127 - 7) << 23)); }
+
+inline float scale_at(const Job& job, int64_t row, int64_t group) {
+  const int64_t i = row * job.G + group;
+  return job.scale ? job.scale[i] : scale_value(job.scale_code[i]) * job.scale_row[row];
+}
+
+// Code number k of a packed row, plus 2^(bits - 1): an unsigned byte.
+inline uint8_t code_at(const uint8_t* row, int64_t k, int bits) {
+  const int64_t bit = k * bits;
+  const int shift = bit % 8;
+  uint32_t word = row[bit / 8];
+  if (shift + bits > 8) word |= static_cast<uint32_t>(row[bit / 8 + 1]) << 8;
+  return (word >> shift & ((1u << bits) - 1)) ^ (1u << (bits - 1));
+}
+
+// The unsigned zero point, which goes with unsigned codes.
+inline int zero_at(const Job& job, int64_t row, int64_t group) {
+  return job.zero ? code_at(job.zero + row * job.zero_bytes, group, job.bits) : 1 << (job.bits - 1);
+}
+
+// BYTES codes of a row from a multiple of BYTES on, in order, as unsigned bytes.
+inline Ints codes_in_order(const uint8_t* row, int64_t row_bytes, int64_t k, int bits) {
+  const int64_t at = k * bits / 8;
+  const uint8_t* from = row + at;
+  uint8_t end[BYTES];
+  if (at + BYTES > row_bytes) {  // the vector reaches beyond the row
+    std::memset(end, 0, BYTES);
+    std::memcpy(end, from, row_bytes - at);
+    from = end;
+  }
+  return bits == 8 ? flip(load(from)) : bits == 6 ? unpack6(from) : unpack4_in_order(from);
+}
+
+// Whether codes_in_order can read codes of these bits.
+inline bool has_order(int bits) { return bits == 8 || bits == 6 || bits == 4; }
+
+}  // namespace HFQUANT_ISA
+}  // namespace hfquant

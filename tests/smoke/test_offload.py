@@ -1,0 +1,115 @@
+"""What offload.py needs of accelerate and diffusers; ``make test-floors`` runs it on the oldest versions."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module
+from torch import nn
+
+from hfquant import offload
+
+CPU = torch.device("cpu")
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 4))
+
+
+def copied(model: nn.Module, fetch: bool) -> nn.Module:
+    """Copy ``model`` as a twin is: hooks shared, wrappers dropped."""
+    memo: dict[int, Any] = {id(hook): hook for module in model.modules() for hook in offload.hooks_of(module)}
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        offload.drop_wrappers(module, fetch)
+    return twin
+
+
+def test_plain_modules_have_no_hook() -> None:
+    model = net()
+    assert not offload.has_hook(model)
+    assert offload.execution_device(model) is None
+    assert [hook for module in model.modules() for hook in offload.hooks_of(module)] == []
+    twin, x = copied(model, fetch=False), torch.randn(3, 6)
+    assert torch.equal(twin(x), model(x))
+
+
+def test_a_hook_says_where_a_module_runs() -> None:
+    model = cpu_offload(net(), execution_device=CPU)
+    assert offload.has_hook(model)
+    assert offload.execution_device(model[0]) == CPU
+    assert offload.execution_device(model) is None  # it takes inputs from anywhere
+    assert offload.execution_device(cpu_offload(nn.Linear(6, 5), execution_device=CPU)) == CPU  # two hooks in sequence
+    dispatched = dispatch_model(net(), {"0": "cpu", "1": "cpu", "2": "cpu"}, main_device="cpu", force_hooks=True)
+    assert torch.device(offload.execution_device(dispatched[2])) == CPU
+    other = net()
+    add_hook_to_module(other[0], ModelHook())
+    assert offload.has_hook(other)
+    assert offload.execution_device(other[0]) is None
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("in_sequence", [False, True])
+def test_a_copied_hook_offloads_the_new_weights(buffers: bool, in_sequence: bool) -> None:
+    old, new, x = nn.BatchNorm1d(6).eval(), nn.BatchNorm1d(6).eval(), torch.randn(3, 6)
+    for module in (old, new):
+        nn.init.normal_(module.weight)
+        module.running_mean.normal_()
+    y, y_new = old(x), new(x)
+    # By itself the module gets a second hook, as the outermost one.
+    cpu_offload(old if in_sequence else nn.Sequential(old), execution_device=CPU, offload_buffers=buffers)
+    offload.copy_hook(old, new)
+    assert new.weight.is_meta
+    assert new.running_mean.is_meta == buffers
+    assert torch.equal(new(x), y_new)
+    assert new.weight.is_meta
+    assert torch.equal(old(x), y)
+    (hook,) = offload.hooks_of(new)
+    assert isinstance(hook, SequentialHook) == in_sequence
+    offload.copy_hook(old, new)
+    assert list(offload.hooks_of(new)) == [hook]
+
+
+def test_other_hooks_are_shared() -> None:
+    class Doubled(ModelHook):
+        def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+            return 2 * output
+
+    old, new, x = nn.Linear(6, 5), nn.Linear(6, 5), torch.randn(3, 6)
+    y = new(x)
+    offload.copy_hook(old, new)
+    assert torch.equal(new(x), y)
+    add_hook_to_module(old, Doubled())
+    offload.copy_hook(old, new)
+    assert torch.equal(new(x), 2 * y)
+
+
+def test_copies_fetch_weights_or_run_bare() -> None:
+    model, x = net(), torch.randn(3, 6)
+    y = model(x)
+    cpu_offload(model, execution_device=CPU)
+    twin = copied(model, fetch=True)
+    assert list(offload.hooks_of(twin[2])) == list(offload.hooks_of(model[2]))
+    assert torch.equal(twin(x), y)
+    assert copied(model, fetch=False)(x.to("meta")).is_meta
+    assert torch.equal(model(x), y)
+
+
+def test_copies_run_past_hooks_of_diffusers() -> None:
+    model = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2).eval()
+    x = torch.randn(1, 3, 4, 4)
+    with torch.no_grad():
+        y = model(x).sample
+        model.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+        twin = copied(model, fetch=True)
+        assert any(list(offload.hooks_of(module)) for module in twin.modules())
+        assert torch.equal(twin(x).sample, y)
+        for parameter in twin.parameters():  # a wrapper would run the original
+            parameter.copy_(2 * parameter)
+        assert not torch.allclose(twin(x).sample, y)
+        assert torch.equal(model(x).sample, y)
