@@ -170,8 +170,8 @@ class QuantLinear(nn.Linear):
         if len(self._row_groups) == 1:
             return Operands(codes, scale, scale_row, zero, *inputs, divisor, down, up, bias)
         part = Operands(codes, scale, scale_row, zero, bias=bias).rows(rows)
-        inputs = tuple(None if s is None else s.view(len(self._row_groups), -1)[group] for s in inputs)
-        return Operands(*part[:4], *inputs, divisor, down, up, part.bias)
+        own = [None if s is None else s.view(len(self._row_groups), -1)[group] for s in inputs]
+        return Operands(part.weight, part.scale, part.scale_row, part.zero_point, *own, divisor, down, up, part.bias)
 
     def _stored_codes(self) -> Tensor:
         weight = self._parameters["weight"]

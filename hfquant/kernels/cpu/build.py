@@ -34,7 +34,9 @@ X86 = {
     "-mprefer-vector-width=512",
 }
 INSTRUCTION_SETS = list(X86) if platform.machine().lower() in ("x86_64", "amd64") else ["scalar"]
-FLAGS = "-std=c++20 -O3 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -DTORCH_TARGET_VERSION=0x020a000000000000"
+FLAGS = (
+    "-std=c++20 -O3 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -DTORCH_TARGET_VERSION=0x020a000000000000"
+)
 #: Environment variable for more flags (sanitizers).
 EXTRA_FLAGS = "HFQUANT_CXXFLAGS"
 
