@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -101,6 +101,18 @@ class Transform(Section):
         """Return the transformed weight of one group of rows, [rows, in] float32."""
         return Transformed(weight)
 
+    def folds(self) -> bool:
+        """Return whether its divisor is to go into what comes before the layer, where that can take it."""
+        return False
+
+    def folded(self) -> Transform:
+        """Return what is left to do at a layer once the divisor has gone into what comes before it."""
+        return self
+
+    def common_divisor(self, weight: Tensor, problem: Problem) -> Tensor:
+        """Return one divisor [in] for all ``weight``, [rows, in] float32: of every linear that reads one input."""
+        raise NotImplementedError
+
     def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
         """Return the tensor ``name`` of several groups of rows as one."""
         return torch.cat(list(parts))
@@ -137,6 +149,12 @@ class Transform(Section):
     def describe(self) -> str:
         """Return what a layer's ``repr`` says of it; empty for nothing."""
         return ""
+
+
+class Identity(Transform):
+    """Quantize weight and input as they are."""
+
+    type: Literal["default"] = "default"
 
 
 class Rounding(Section):

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor
 
-from hfquant.algorithms.base import Problem, TensorSpec, Transform, Transformed
+from hfquant.algorithms.base import Identity, Problem, TensorSpec, Transform, Transformed
 from hfquant.formats import expand_columns, range_columns
 from hfquant.schema import Section, is_patch
 from hfquant.statistics import LayerStats
@@ -54,7 +54,9 @@ class Smooth(Transform):
     """Divide each input channel by s and multiply its weights by it.
 
     ``magnitude`` is what is balanced between a channel of the inputs and its column of the weights: the largest values,
-    which set the scale of quantized activations, or the root mean squares, for weights alone.
+    which set the scale of quantized activations, or the root mean squares, for weights alone. ``fold`` has s divide the
+    parameters of the norm or linear before the layer wherever that changes nothing else, so that nothing is left to
+    divide at run time; all layers that read the same input share one s then.
     """
 
     needs_data: ClassVar[bool] = True
@@ -63,6 +65,7 @@ class Smooth(Transform):
     alpha: float = Field(0.5, ge=0.0, le=1.0)
     magnitude: Literal["amax", "rms"] = "amax"
     search_alpha_config: SearchAlpha = SearchAlpha()
+    fold: bool = False
 
     def tensors(self, in_features: int, rows: Sequence[int]) -> dict[str, TensorSpec]:
         """Return ``smooth``: the divisor, [in] or [groups, in]."""
@@ -82,11 +85,29 @@ class Smooth(Transform):
     def restored(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
         """Return ``W / s``."""
         for group, part in enumerate(weight.split(list(rows))):
-            part.div_(self.divisor(tensors, group))
+            if (divisor := self.divisor(tensors, group)) is not None:
+                part.div_(divisor)
         return weight
+
+    def folds(self) -> bool:
+        """Return ``fold``."""
+        return self.fold
+
+    def folded(self) -> Transform:
+        """Return a transform that does nothing."""
+        return Identity()
+
+    def common_divisor(self, weight: Tensor, problem: Problem) -> Tensor:
+        """Return s for the rows of all layers, as if they were one."""
+        return self.found(weight, problem)[0]
 
     def solve(self, weight: Tensor, problem: Problem) -> Transformed:
         """Smooth by the config's alpha, or for each input segment by the best on the sampled rows."""
+        divisor, alphas = self.found(weight, problem)
+        return self.applied(weight, divisor, problem, alphas)
+
+    def found(self, weight: Tensor, problem: Problem) -> tuple[Tensor, tuple[float, ...]]:
+        """Return s [in] and the alpha of each input segment."""
         assert problem.stats is not None
         magnitudes = self.magnitudes(weight, problem.stats)
         search = self.search_alpha_config
@@ -97,7 +118,7 @@ class Smooth(Transform):
             alphas = [grid[i] for i in chosen(self.losses(weight, problem, grid), grid.index(self.alpha)).tolist()]
             vectors = {alpha: smoothing_vector(*magnitudes, alpha) for alpha in alphas}
             divisor = torch.cat([vectors[alpha][c] for alpha, c in zip(alphas, problem.blocks(), strict=True)])
-        return self.applied(weight, divisor, problem, tuple(alphas))
+        return divisor, tuple(alphas)
 
     def applied(self, weight: Tensor, divisor: Tensor, problem: Problem, alphas: tuple[float, ...] = ()) -> Transformed:
         """Return ``W s`` for a given divisor s [in]."""

@@ -140,7 +140,7 @@ class FeatureTracker(TorchFunctionMode):
         result = func(*args, **kwargs)
         outputs = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)]
         if outputs or name == "__setitem__":
-            inputs = list(_tensors([*args, *(kwargs[k] for k in sorted(kwargs, key="input".__ne__))]))
+            inputs = list(tensors_in([*args, *(kwargs[k] for k in sorted(kwargs, key="input".__ne__))]))
             kind = name if name.startswith("__") else name.rstrip("_")
             unchanged = inputs and outputs and outputs[0] is inputs[0] and kind == name
             with unset_fake_temporarily():
@@ -268,7 +268,7 @@ class FeatureTracker(TorchFunctionMode):
         if op.kind in ("gather", "take_along_dim") and out.numel() > GATHER_SIZE:
             return None
         args, kwargs = [real(a) for a in op.args], {k: real(a) for k, a in op.kwargs.items()}
-        if any(isinstance(t, FakeTensor) for t in _tensors([*args, *kwargs.values()])):  # an index of unknown values
+        if any(isinstance(t, FakeTensor) for t in tensors_in([*args, *kwargs.values()])):  # an index of unknown values
             row = None
             if op.kind == "__getitem__":
                 row = expand_row(old, op.args[1], out.shape)
@@ -333,7 +333,7 @@ class FeatureTracker(TorchFunctionMode):
         return heads if labels is None else self._table.combine(heads, labels)
 
 
-def _tensors(found: Iterable[Any]) -> Iterable[Tensor]:
+def tensors_in(found: Iterable[Any]) -> Iterable[Tensor]:
     """Yield the tensors among ``found``, one level of lists and tuples deep."""
     for value in found:
         if isinstance(value, Tensor):
