@@ -306,7 +306,7 @@ class ScaleWatch(TorchFunctionMode):
 
 def _sees_no_values(func: Callable[..., Any], name: str, result: Any, like: bool) -> bool:
     """Return whether a call looks at shape, dtype or device alone; ``like``: of all its arguments but the first."""
-    attribute = getattr(func, "__name__", "") == "__get__" and not any(tensors_in([result]))
+    attribute = getattr(func, "__name__", "") == "__get__" and next(iter(tensors_in([result])), None) is None
     blind = name in BLIND or (name == "type" and isinstance(result, str))
     return attribute or blind or name.startswith("new_") or name.endswith("_like") or (like and name in LIKE)
 
