@@ -126,7 +126,7 @@ def _passes(plan: Plan, budget: int) -> Iterator[list[Fold]]:
 def _common_divisor(
     model: nn.Module, plan: Plan, fold: Fold, stats: Mapping[str, LayerStats], folding: Folding
 ) -> Tensor | None:
-    """Return the divisor [in] float64 of all readers of a source, as if they were one linear; None without data."""
+    """Return the divisor [in] float64 of all readers of a source; None without data."""
     seen = {id(stats[name]): stats[name] for name in fold.readers if name in stats}
     if not seen:
         return None
@@ -143,7 +143,8 @@ def _common_divisor(
     rule = layer.grid_rule(layer.out_features)
     rule = replace(rule, rows=None if rule.rows is None else tuple(size for sizes in rows for size in sizes or ()))
     dtype = model.get_submodule(fold.readers[0]).get_parameter("weight").dtype
-    problem = Problem(fold.readers[0], rule, layer.input_rule, layer.input_segments, first.to(weight.device), dtype)
+    seen_by_all, sizes = first.to(weight.device), tuple(len(w) for w in weights)
+    problem = Problem(fold.readers[0], rule, layer.input_rule, layer.input_segments, seen_by_all, dtype, sizes)
     return layer.config.opt.common_divisor(weight, problem).double()
 
 

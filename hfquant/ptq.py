@@ -83,6 +83,7 @@ class Run:
         facts: what a library knows of the model.
         per_layer_mode: whether layers see the quantized ones before them.
         folding: the divisors that go into what comes before a layer.
+        seen: statistics of all layers, where folding has taken them already.
     """
 
     model: nn.Module
@@ -95,6 +96,7 @@ class Run:
     facts: ModelFacts
     per_layer_mode: bool
     folding: Folding = field(default_factory=Folding)
+    seen: dict[str, LayerStats] = field(default_factory=dict)
 
     def linear(self, name: str) -> nn.Linear:
         """Return a layer that is not replaced yet."""
@@ -207,9 +209,13 @@ def _folded(run: Run) -> Run:
     """Find the divisors to fold, in the first process for all."""
     if not run.plan.folds:
         return run
+    if run.group.size == 1 and not run.per_layer_mode and len(list(_groups(run))) == 1:
+        # One pass serves this and all that follows.
+        needs = {n: p.config.needs for n, p in run.plan.layers.items() if p.config.needs_data}
+        run = replace(run, seen=_observed(run, needs, dict.fromkeys(needs, 0)))
 
     def observed(needs: Mapping[str, Collection[str]]) -> Mapping[str, LayerStats]:
-        return _observed(run, needs, dict.fromkeys(needs, 0))
+        return run.seen or _observed(run, needs, dict.fromkeys(needs, 0))
 
     with run.group.together():
         folding = find_folding(run.model, run.plan, observed, run.budget)
@@ -292,7 +298,9 @@ def _solve_group(run: Run, names: Sequence[str]) -> Iterator[tuple[str, QuantLin
     owners = {name: rank for rank, found in reversed([*enumerate(group.gather(set(known)))]) for name in found}
     needs = {n: p.config.needs for n, p in layers.items() if p.config.needs_data and n not in owners}
     owners |= group.share({n: _cost(p) for n, p in layers.items() if n not in owners})
-    stats = _observed(run, needs, {n: owners[n] for n in needs}) if needs else {}
+    stats = run.seen
+    if needs and not stats:
+        stats = _observed(run, needs, {n: owners[n] for n in needs})
 
     def solved() -> Iterator[tuple[str, QuantLinear, LayerReport]]:
         for name in names:

@@ -37,6 +37,7 @@ class Problem:
         segments: sizes of the input segments.
         stats: of the raw input; None without data.
         dtype: of tensors that are kept in the model's dtype.
+        layers: rows of each layer, where those of several are solved at once; empty for one.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Problem:
     segments: tuple[int, ...]
     stats: LayerStats | None
     dtype: torch.dtype
+    layers: tuple[int, ...] = ()
 
     def blocks(self) -> list[slice]:
         """Return the columns of each input segment."""
@@ -110,7 +112,7 @@ class Transform(Section):
         return self
 
     def common_divisor(self, weight: Tensor, problem: Problem) -> Tensor:
-        """Return one divisor [in] for all ``weight``, [rows, in] float32: of every linear that reads one input."""
+        """Return one divisor [in] for ``weight``, [rows, in] float32, of all the layers that read one input."""
         raise NotImplementedError
 
     def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:

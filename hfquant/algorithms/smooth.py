@@ -98,7 +98,7 @@ class Smooth(Transform):
         return Identity()
 
     def common_divisor(self, weight: Tensor, problem: Problem) -> Tensor:
-        """Return s for the rows of all layers, as if they were one."""
+        """Return s, balanced against the geometric mean of the layers' columns: no layer's size counts more."""
         return self.found(weight, problem)[0]
 
     def solve(self, weight: Tensor, problem: Problem) -> Transformed:
@@ -109,7 +109,7 @@ class Smooth(Transform):
     def found(self, weight: Tensor, problem: Problem) -> tuple[Tensor, tuple[float, ...]]:
         """Return s [in] and the alpha of each input segment."""
         assert problem.stats is not None
-        magnitudes = self.magnitudes(weight, problem.stats)
+        magnitudes = self.magnitudes(weight, problem.stats, problem.layers)
         search = self.search_alpha_config
         if not search.enable:
             divisor, alphas = smoothing_vector(*magnitudes, self.alpha), [self.alpha] * len(problem.segments)
@@ -124,11 +124,18 @@ class Smooth(Transform):
         """Return ``W s`` for a given divisor s [in]."""
         return Transformed(weight * divisor, {"smooth": divisor}, divisor, alphas)
 
-    def magnitudes(self, weight: Tensor, stats: LayerStats) -> tuple[Tensor, Tensor]:
-        """Return what is balanced: of each input channel, and of each column of ``weight``, two [in]."""
+    def magnitudes(self, weight: Tensor, stats: LayerStats, layers: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Return what is balanced: of each input channel, and of each column of ``weight``, two [in].
+
+        Args:
+            weight: [rows, in].
+            stats: of the input.
+            layers: rows of each layer that the weight is of; of several, columns count by their geometric mean.
+        """
+        parts = weight.split(list(layers or [len(weight)]))
         if self.magnitude == "rms":
-            return stats.mean_square.sqrt(), weight.square().mean(0).sqrt()
-        return stats.amax, weight.abs().amax(0)
+            return stats.mean_square.sqrt(), _geometric_mean([part.square().mean(0).sqrt() for part in parts])
+        return stats.amax, _geometric_mean([part.abs().amax(0) for part in parts])
 
     def losses(self, weight: Tensor, problem: Problem, grid: Sequence[float]) -> Tensor:
         """Return ``||Q(X_i / s) Q(W_i s)^T - X_i W_i^T||^2`` of each alpha and input segment i.
@@ -149,7 +156,7 @@ class Smooth(Transform):
             rows = held_out.to(weight.device)
             x, weights = stats.rows[rows], row_weights[rows, None]
             exact = [x[:, columns] @ weight[:, columns].T for columns in problem.blocks()]
-            magnitudes = self.magnitudes(weight, half)
+            magnitudes = self.magnitudes(weight, half, problem.layers)
             for i, alpha in enumerate(grid):
                 candidate = self.applied(weight, smoothing_vector(*magnitudes, alpha), problem)
                 outputs = self._segment_outputs(x, candidate, problem, half)
@@ -178,6 +185,10 @@ class Smooth(Transform):
     def added(self, x: Tensor, tensors: Mapping[str, Tensor], columns: slice) -> Tensor | None:
         """Return what a branch beside the quantized product adds for some input columns; None without one."""
         return None
+
+
+def _geometric_mean(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(list(values)).double().log().mean(0).exp().float()
 
 
 def chosen(losses: Tensor, fixed: int) -> Tensor:
