@@ -67,11 +67,11 @@ class Folding:
 
             def divide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 x = args[0] if args else kwargs["input"]
-                return (x / columns.to(x),), {}
+                return (_rounded_once(x, columns, torch.div),), {}
 
             handles.append(layer.register_forward_pre_hook(divide, with_kwargs=True))
         if (rows := self.outputs.get(name)) is not None:
-            handles.append(layer.register_forward_hook(lambda m, args, out: out * rows.to(out)))
+            handles.append(layer.register_forward_hook(lambda m, args, out: _rounded_once(out, rows, torch.mul)))
         return handles
 
     def sources(self, model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
@@ -170,6 +170,12 @@ def _effective(gain: Tensor, divisor: Tensor) -> Tensor:
     exact = gain.double() / quotient
     usable = quotient.isfinite() & exact.isfinite() & (exact > 0)
     return torch.where(gain == 0, divisor, torch.where(usable, exact, torch.ones_like(exact)))
+
+
+def _rounded_once(x: Tensor, factors: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return a function of ``x`` and factors in float32 at least, in the dtype of ``x``."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return function(x.to(wide), factors.to(x.device, wide)).to(x.dtype)
 
 
 def _divided(param: Tensor, divisor: Tensor) -> Tensor:

@@ -286,7 +286,7 @@ class ScaleWatch(TorchFunctionMode):
         """Follow values through a sum over tokens, weighted alike for all channels of a head."""
         attention = step.name == "scaled_dot_product_attention"
         v = step.get(2, "value") if attention else step.get(1, "mat2" if step.name == "bmm" else "other")
-        if not isinstance(v, Tensor) or v not in self._held or any(t is v for t in known[:-1]) or v.dim() < 2:
+        if not isinstance(v, Tensor) or v not in self._held or sum(t is v for t in known) > 1 or v.dim() < 2:
             return False
         held, shape = self._held[v], step.out.shape
         index = held.index
@@ -316,7 +316,8 @@ def _through(step: _Step, x: Tensor, index: Tensor, outputs: Sequence[Tensor]) -
     if step.name in COPIES:
         return [index]
     if step.name in RESHAPES:
-        return [reshape(index, step.out.shape)] if step.out.numel() == x.numel() else None
+        same_bits = step.out.numel() == x.numel() and step.out.dtype == x.dtype
+        return [reshape(index, step.out.shape)] if same_bits else None
     args = [index if a is x else a for a in step.args]
     kwargs = {k: index if a is x else a for k, a in step.kwargs.items()}
     if any(t is not index for t in tensors_in([*args, *kwargs.values()])):
