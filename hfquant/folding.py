@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -21,11 +21,51 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hfquant.algorithms import Problem
-from hfquant.planner import Fold, Plan
+from hfquant.config import LayerConfig
+from hfquant.dataflow import LinearTrace, Source
 from hfquant.statistics import LayerStats, stats_bytes
+
+if TYPE_CHECKING:  # it plans the folds
+    from hfquant.planner import Plan
 
 #: Collects the statistics of the inputs of some layers, by name, beside those that are always collected.
 Observe = Callable[[Mapping[str, Collection[str]]], Mapping[str, LayerStats]]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A divisor that goes into the parameters of ``source``: that of the input of ``readers``, all that read it."""
+
+    source: Source
+    readers: tuple[str, ...]
+
+
+def plan_folds(model: nn.Module, chosen: Mapping[str, LayerConfig], traces: Mapping[str, LinearTrace]) -> list[Fold]:
+    """Return the divisors that can be folded: all that read a source are to be quantized, and in the same way.
+
+    Args:
+        model: perhaps on the meta device.
+        chosen: the configs of the linears that are to be quantized.
+        traces: of its linears.
+    """
+    readers: dict[Source, list[str]] = {}
+    for name, found in traces.items():
+        if found.source is not None:
+            readers.setdefault(found.source, []).append(name)
+    folds = []
+    for source, names in readers.items():
+        config, inputs = chosen.get(names[0]), traces[names[0]].input_segments
+        alike = all(chosen.get(n) == config and traces[n].input_segments == inputs for n in names)
+        if config is not None and config.opt.folds() and alike and _can_give(model, source, chosen):
+            folds.append(Fold(source, tuple(names)))
+    return folds
+
+
+def _can_give(model: nn.Module, source: Source, chosen: Collection[str]) -> bool:
+    """Return whether dividing a source costs no precision: a matrix in half precision would be rounded once more."""
+    params = [model.get_submodule(source.module).get_parameter(name) for name in source.parameters]
+    wide = all(p.dim() == 1 or p.dtype in (torch.float32, torch.float64) for p in params)
+    return source.module in chosen or wide
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch import nn
 
 from hfquant.algorithms import TensorSpec, Transform
 from hfquant.config import ConfigError, LayerConfig, QuantRules, SegPattern
-from hfquant.dataflow import LinearTrace, PatternError, Source, obstacles_in_source, trace
+from hfquant.dataflow import LinearTrace, PatternError, obstacles_in_source, trace
+from hfquant.folding import Fold, plan_folds
 from hfquant.formats import GridRule, InputRule, split_columns
 
 logger = logging.getLogger(__name__)
@@ -214,14 +215,6 @@ def _can_be_dual(config: LayerConfig) -> bool:
 
 
 @dataclass(frozen=True)
-class Fold:
-    """A divisor that goes into the parameters of ``source``: that of the input of ``readers``, all that read it."""
-
-    source: Source
-    readers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Plan:
     """The plan of a whole model.
 
@@ -344,7 +337,7 @@ def plan_layers(
         skipped[name] = obstacles[name]
         del chosen[name]
     order = sorted(chosen, key=lambda n: traces[n].order if n in traces else len(traces))
-    folds = _folds(model, chosen, traces)
+    folds = plan_folds(model, chosen, traces)
     folded = {name: fold.source.module for fold in folds for name in fold.readers}
     layers = {n: _with_trace(n, model.get_submodule(n), chosen[n], traces.get(n), folded.get(n)) for n in order}
     _log_cuts(who, layers)
@@ -379,28 +372,6 @@ def _traces(
         except PatternError as error:
             logger.warning("%s: pattern detection failed (%s); going on without segments", type(model).__name__, error)
             return {}
-
-
-def _folds(model: nn.Module, chosen: Mapping[str, LayerConfig], traces: Mapping[str, LinearTrace]) -> list[Fold]:
-    """Return the divisors that can be folded: all that read a source are to be quantized, and in the same way."""
-    readers: dict[Source, list[str]] = {}
-    for name, found in traces.items():
-        if found.source is not None:
-            readers.setdefault(found.source, []).append(name)
-    folds = []
-    for source, names in readers.items():
-        config, inputs = chosen.get(names[0]), traces[names[0]].input_segments
-        alike = all(chosen.get(n) == config and traces[n].input_segments == inputs for n in names)
-        if config is not None and config.opt.folds() and alike and _can_give(model, source, chosen):
-            folds.append(Fold(source, tuple(names)))
-    return folds
-
-
-def _can_give(model: nn.Module, source: Source, chosen: Collection[str]) -> bool:
-    """Return whether dividing a source costs no precision: a matrix in half precision would be rounded once more."""
-    params = [model.get_submodule(source.module).get_parameter(name) for name in source.parameters]
-    wide = all(p.dim() == 1 or p.dtype in (torch.float32, torch.float64) for p in params)
-    return source.module in chosen or wide
 
 
 def _with_trace(
