@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import hfquant
-from hfquant import CalibrationError, ConfigError, HfQuantConfig
+from hfquant import PRESETS, CalibrationError, ConfigError, HfQuantConfig
 from hfquant.integrations.checkpoint import CheckpointError
 from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
@@ -40,7 +40,9 @@ def inputs(library: str) -> dict[str, Any]:
 def static_folders(checkpoint, tmp_path_factory) -> dict[str, Path]:
     made = {}
     for library, name in LIBRARIES.items():
-        config = HfQuantConfig("w8a8", calibration=[inputs(library)])
+        entry = PRESETS["w8a8"]["default"]  # every layer has a divisor of its own where none is folded
+        rules = {"default": {**entry, "opt": {**entry["opt"], "fold": False}}}
+        config = HfQuantConfig(rules, calibration=[inputs(library)])
         model = CLASSES[library].from_pretrained(checkpoint(name), quantization_config=config)
         made[library] = tmp_path_factory.mktemp(library)
         model.save_pretrained(made[library])
