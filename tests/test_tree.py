@@ -11,7 +11,6 @@ ROOT = Path(__file__).parents[1]
 #: Modules without a test file at the mirrored place, and the test file that covers them.
 ELSEWHERE = {
     "__init__.py": "test_registration.py",
-    "algorithms/__init__.py": "test_axes.py",
     "algorithms/base.py": "test_axes.py",
     "api.py": "test_ptq.py",
     "calibration/files.py": "calibration/test_storage.py",
