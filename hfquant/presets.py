@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 _INT8_TOKEN = {"type": "int8", "axis": -1, "dynamic": True}
 _FP8_TOKEN = {"type": "fp8e4m3", "axis": -1, "dynamic": True}
@@ -31,7 +31,7 @@ def _channel(dtype: str) -> dict[str, Any]:
 
 #: Named configs. Those whose ``needs_data`` is False quantize while the weights are loaded.
 PRESETS: dict[str, dict[str, Any]] = {
-    name: {"default": entry}
+    name: {"default": {"real_quant": True, **cast(dict[str, Any], entry)}}
     for name, entry in {
         "w8a8": {**_SEARCHED, "weight_quant": _channel("int8"), "input_quant": {"type": "int8"}},
         "w8a8-dynamic": {**_ROUND, "weight_quant": _channel("int8"), "input_quant": _INT8_TOKEN},
