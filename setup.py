@@ -29,7 +29,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 class WithKernels(install_lib):
-    """Compiles into the wheel, and leaves nothing in the source tree or in build/, where it would outlive its sources."""
+    """Compiles into the wheel; a library in the source tree or in build/ would outlive its sources."""
 
     def run(self) -> None:
         """Put the package in place, and the library beside its sources."""

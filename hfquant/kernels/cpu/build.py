@@ -51,15 +51,30 @@ class BuildError(RuntimeError):
     """The library cannot be compiled here."""
 
 
+def load() -> None:
+    """Load the library that the wheel carries, or else one compiled for this machine.
+
+    Raises:
+        BuildError: there is no compiler, or it fails.
+        OSError: what was compiled cannot be loaded.
+    """
+    carried = HERE / wheel_name()
+    if carried.exists() and not os.environ.get(EXTRA_FLAGS):
+        try:
+            torch.ops.load_library(str(carried))
+        except OSError as error:  # this system's C library is older than the one that the wheel was built with
+            logger.warning("the C++ kernels of this wheel cannot be loaded here: %s", error)
+        else:
+            return
+    torch.ops.load_library(str(library()))
+
+
 def library() -> Path:
-    """Return the compiled library: the wheel's, that of the cache, or a new one.
+    """Return the library compiled for this machine: that of the cache, or a new one.
 
     Raises:
         BuildError: there is no compiler, or it fails.
     """
-    carried = HERE / wheel_name()
-    if carried.exists() and not os.environ.get(EXTRA_FLAGS):
-        return carried
     compiler = _compiler()
     name = f"hfquant_cpu-{_fingerprint(compiler)}"
     for folder in _folders():
