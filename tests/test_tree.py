@@ -59,6 +59,7 @@ WIDE = {
     "test_imports.py",
     "test_layer_plan.py",
     "test_tree.py",
+    "test_wheel.py",
     "test_without_libraries.py",
 }
 
