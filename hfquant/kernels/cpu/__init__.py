@@ -15,7 +15,7 @@ from torch import Tensor
 from hfquant.formats.columns import expand_columns, split_columns
 from hfquant.formats.integer import IntegerFormat
 from hfquant.kernels.base import Kernel, Operands, Product, product_of
-from hfquant.kernels.cpu.build import INSTRUCTION_SETS, BuildError, library
+from hfquant.kernels.cpu.build import INSTRUCTION_SETS, BuildError, load
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ FORMATS = {"fp8e4m3": 1, "fp8e5m2": 2, "fp16": 3, "bf16": 4, "int16": 5}
 def _missing() -> str:
     """Load the library; return why it cannot be, "" where it is."""
     try:
-        torch.ops.load_library(str(library()))
+        load()
     except (BuildError, OSError) as error:
         logger.warning("quantized layers run on torch's own ops, more slowly: %s", error)
         return f"the C++ kernels could not be compiled or loaded: {error}"
