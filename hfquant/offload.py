@@ -35,6 +35,12 @@ def copy_hook(old: nn.Module, new: nn.Module) -> None:
         add_hook_to_module(new, _renewed(vars(old)[_ACCELERATE]))
 
 
+def forget_hook(copied: nn.Module) -> None:
+    """Take what accelerate bound to the original off a shallow copy of a module."""
+    for key in (_ACCELERATE, "_old_forward", "forward"):
+        vars(copied).pop(key, None)
+
+
 def _renewed(hook: Any) -> Any:
     """Return a hook for another module: one that offloads has its module's weights, and must take the new one's."""
     if isinstance(hook, SequentialHook):

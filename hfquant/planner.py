@@ -21,6 +21,7 @@ from hfquant.config import ConfigError, LayerConfig, QuantRules
 from hfquant.console import counted
 from hfquant.dataflow import LinearTrace, PatternError, obstacles_in_source, trace
 from hfquant.enums import SegPattern
+from hfquant.folding import Fold, plan_folds
 from hfquant.formats import GridRule, InputRule, split_columns
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class LayerPlan:
         input_segments: column sizes that are quantized apart, summing to ``in_features``.
         output_segments: row sizes likewise, summing to ``out_features``.
         dual: for each input segment, whether its activations get a second scale for the negative side.
+        folded: whether the transform's divisor goes into what comes before the layer (:mod:`hfquant.folding`).
         evidence: why, for people.
     """
 
@@ -77,12 +79,18 @@ class LayerPlan:
     input_segments: tuple[int, ...]
     output_segments: tuple[int, ...]
     dual: tuple[bool, ...]
+    folded: bool = False
     evidence: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def opt(self) -> Transform:
+        """The config's transform, or what folding leaves of it."""
+        return self.config.opt.folded() if self.folded else self.config.opt
 
     @cached_property
     def transform(self) -> Transform:
-        """The config's transform, its options cut to the layer's size."""
-        return self.config.opt.fitted(self.in_features, self.row_groups)
+        """The transform, its options cut to the layer's size."""
+        return self.opt.fitted(self.in_features, self.row_groups)
 
     @cached_property
     def columns(self) -> tuple[int, ...]:
@@ -93,7 +101,7 @@ class LayerPlan:
     @property
     def row_groups(self) -> tuple[int, ...]:
         """Rows that see the same quantized input: output segments where each is transformed apart, else all rows."""
-        return self.output_segments if self.config.opt.per_output_segment else (self.out_features,)
+        return self.output_segments if self.opt.per_output_segment else (self.out_features,)
 
     @property
     def input_rule(self) -> InputRule | None:
@@ -150,6 +158,8 @@ class LayerPlan:
             found["output_segments"] = list(self.output_segments)
         if any(self.dual):
             found["dual"] = list(self.dual)
+        if self.folded:
+            found["folded"] = True
         return found
 
     def without_data(self) -> LayerPlan:
@@ -179,6 +189,9 @@ def layer_plan(name: str, linear: nn.Linear, config: LayerConfig, stored: Mappin
             config = QuantRules({"default": stored.pop("config")}).default
         except ConfigError as error:
             raise ConfigError(f"layer {name!r}, stored plan: {error}") from None
+    folded = stored.pop("folded", False)
+    if type(folded) is not bool:
+        raise ConfigError(f"layer {name!r}: folded={folded!r} in the stored plan is neither True nor False")
     if odd := {k: v for k, v in stored.items() if not isinstance(v, (list, tuple))}:
         raise ConfigError(f"layer {name!r}: expected lists in the stored plan, got {odd}")
     inputs = tuple(stored.pop("input_segments", (linear.in_features,)))
@@ -196,7 +209,7 @@ def layer_plan(name: str, linear: nn.Linear, config: LayerConfig, stored: Mappin
         raise ConfigError(
             f"layer {name!r}: dual scale needs an input_quant.type of at most 15 bits, not {quant and quant.type}"
         )
-    return LayerPlan(config, linear.in_features, linear.out_features, inputs, outputs, dual)
+    return LayerPlan(config, linear.in_features, linear.out_features, inputs, outputs, dual, folded)
 
 
 def _can_be_dual(config: LayerConfig) -> bool:
@@ -205,10 +218,17 @@ def _can_be_dual(config: LayerConfig) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a whole model: ``layers`` in order of execution, and why each other linear is ``skipped``."""
+    """The plan of a whole model.
+
+    Attributes:
+        layers: by name, in order of execution.
+        skipped: why each other linear is left alone.
+        folds: of the folded layers, in order of execution.
+    """
 
     layers: dict[str, LayerPlan]
     skipped: dict[str, str]
+    folds: tuple[Fold, ...] = ()
 
     def __str__(self) -> str:
         rows = [("layer", "in x out", "weight", "input", "opt", "segments in | out", "dual", "why")]
@@ -288,9 +308,11 @@ def plan_layers(
         skipped[name] = obstacles[name]
         del chosen[name]
     order = sorted(chosen, key=lambda n: traces[n].order if n in traces else len(traces))
-    layers = {n: _with_trace(n, model.get_submodule(n), chosen[n], traces.get(n)) for n in order}
+    folds = plan_folds(model, chosen, traces)
+    folded = {name: fold.source.module for fold in folds for name in fold.readers}
+    layers = {n: _with_trace(n, model.get_submodule(n), chosen[n], traces.get(n), folded.get(n)) for n in order}
     _log_cuts(type(model).__name__, layers)
-    return Plan(layers, skipped)
+    return Plan(layers, skipped, tuple(folds))
 
 
 def _chosen(
@@ -335,7 +357,7 @@ def _chosen(
 def _log_cuts(who: str, layers: Mapping[str, LayerPlan]) -> None:
     """Say in one line each where a config's sizes do not fit layers and were cut."""
     short = [n for n, p in layers.items() if p.config.group_size and len(set(p.columns)) > 1]
-    small = [n for n, p in layers.items() if p.transform != p.config.opt]
+    small = [n for n, p in layers.items() if p.transform != p.opt]
     for names, what in ((short, "the last group of a segment is shorter"), (small, "opt is cut to the layer's size")):
         if names:
             logger.info("%s: in %s %s, %r first", who, counted(len(names), "layer"), what, names[0])
@@ -362,14 +384,18 @@ def _traces(
             return {}
 
 
-def _with_trace(name: str, linear: nn.Module, config: LayerConfig, found: LinearTrace | None) -> LayerPlan:
+def _with_trace(
+    name: str, linear: nn.Module, config: LayerConfig, found: LinearTrace | None, source: str | None
+) -> LayerPlan:
     assert isinstance(linear, nn.Linear)
-    base = layer_plan(name, linear, config)
+    base = replace(layer_plan(name, linear, config), folded=source is not None)
     if found is None:
         return base
     quant, weight, grouped = config.input_quant, config.weight_quant, config.group_size is not None
     wanted = set(config.search_patterns) & set(found.patterns)
     inputs, outputs, evidence = base.input_segments, base.output_segments, found.evidence
+    if source is not None:
+        evidence = (*evidence, f"divisor folded into {source}")
     if config.seglinear:
         # Segments are taken where they change a scale.
         apart = (quant is not None and quant.format.has_scale) or (weight.format.has_scale and not grouped)
@@ -378,7 +404,7 @@ def _with_trace(name: str, linear: nn.Module, config: LayerConfig, found: Linear
         if apart and wide and wanted & _INPUT_PATTERNS:
             inputs = found.input_segments
         apart = weight.format.has_scale and weight.axis is None and not grouped
-        apart = apart or config.opt.per_output_segment
+        apart = apart or base.opt.per_output_segment
         split = replace(base, output_segments=found.output_segments)
         if apart and wanted & _OUTPUT_PATTERNS and split.transform == base.transform:
             outputs = found.output_segments

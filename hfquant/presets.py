@@ -9,11 +9,12 @@ _FP8_TOKEN = {"type": "fp8e4m3", "axis": -1, "dynamic": True}
 _INT4_TOKEN = {"type": "int4", "axis": -1, "dynamic": True}
 _INT4_GROUP = {"type": "int4", "group_size": 64}
 # One scale a tensor needs most of the outliers in the weights, how many differs by layer.
-_SEARCHED = {"opt": {"type": "smooth", "search_alpha_config": {"enable": True, "min": 0.5, "step": 0.05}}}
+_SEARCHED = {"opt": {"type": "smooth", "fold": True, "search_alpha_config": {"enable": True, "min": 0.5, "step": 0.05}}}
 # With float activations, or a scale a token, the weights' error is what counts.
 _INT4_GPTQ = {
     "opt": {
         "type": "smooth",
+        "fold": True,
         "magnitude": "rms",
         "search_alpha_config": {"enable": True, "max": 0.5, "step": 0.05},
     },
@@ -21,7 +22,7 @@ _INT4_GPTQ = {
     "weight_quant": {**_INT4_GROUP, "symmetric": False, "clip": "mse"},
 }
 _ROUND = {"opt": {"type": "default"}, "calib": {"type": "amax"}}
-_SVD = {"opt": {"type": "svd", "low_rank": 32, "alpha": 0.5}, "calib": {"type": "amax"}}
+_SVD = {"opt": {"type": "svd", "low_rank": 32, "alpha": 0.5, "fold": True}, "calib": {"type": "amax"}}
 
 
 def _channel(dtype: str) -> dict[str, Any]:
@@ -35,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "w8a8": {**_SEARCHED, "weight_quant": _channel("int8"), "input_quant": {"type": "int8"}},
         "w8a8-dynamic": {**_ROUND, "weight_quant": _channel("int8"), "input_quant": _INT8_TOKEN},
         "w8a8-smooth": {
-            "opt": {"type": "smooth", "alpha": 0.5},
+            "opt": {"type": "smooth", "alpha": 0.5, "fold": True},
             "weight_quant": _channel("int8"),
             "input_quant": _INT8_TOKEN,
         },

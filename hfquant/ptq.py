@@ -1,4 +1,4 @@
-"""Post-training quantization of a model in memory: plan -> observe -> solve -> swap."""
+"""Post-training quantization of a model in memory: plan -> fold -> observe -> solve -> swap."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -23,6 +23,7 @@ from hfquant.config import QuantRules
 from hfquant.console import log_shown
 from hfquant.digests import digest_of, update_with_weights
 from hfquant.distributed import Processes, processes
+from hfquant.folding import Folding, find_folding
 from hfquant.memory import free_memory, release_free_memory
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import log_real_quant, log_share, quant_linears, replace_modules
@@ -55,7 +56,7 @@ class Applied:
     Attributes:
         plan: each layer's as it ended up, and what was skipped.
         report: each layer's decision and error.
-        originals: the linears that were replaced, by name.
+        originals: the modules that were replaced, by name.
     """
 
     plan: Plan
@@ -63,8 +64,8 @@ class Applied:
     originals: dict[str, nn.Module] = field(default_factory=dict)
 
     def undo(self, model: nn.Module) -> None:
-        """Put the original linears back."""
-        replace_modules(model, {model.get_submodule(name): linear for name, linear in self.originals.items()})
+        """Put the original modules back."""
+        replace_modules(model, {model.get_submodule(name): module for name, module in self.originals.items()})
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Run:
         budget: bytes that statistics may take at once in a process.
         facts: what a library knows of the model.
         per_layer_mode: whether layers see the quantized ones before them.
+        folding: the divisors that go into what comes before a layer.
+        seen: statistics of all layers, where folding has taken them already.
     """
 
     model: nn.Module
@@ -92,6 +95,8 @@ class Run:
     budget: int
     facts: ModelFacts
     per_layer_mode: bool
+    folding: Folding = field(default_factory=Folding)
+    seen: dict[str, LayerStats] = field(default_factory=dict)
 
     def linear(self, name: str) -> nn.Linear:
         """Return a layer that is not replaced yet."""
@@ -134,7 +139,7 @@ def quantize(
         if not run.plan.layers:
             logger.warning("%s: every linear is switched off or skipped; nothing is quantized", type(model).__name__)
             return Applied(run.plan, QuantReport([], run.plan.skipped))
-        return _applied(run, settings.verbose, finish)
+        return _applied(_folded(run), settings.verbose, finish)
 
 
 def _prepared(
@@ -200,13 +205,36 @@ def _shard(data: CalibrationData | None, group: Processes) -> tuple[int, int]:
     return 0, 1
 
 
+def _folded(run: Run) -> Run:
+    """Find the divisors to fold, in the first process for all."""
+    if not run.plan.folds:
+        return run
+    if run.group.size == 1 and not run.per_layer_mode and len(list(_groups(run))) == 1:
+        # One pass serves this and all that follows.
+        needs = {n: p.config.needs for n, p in run.plan.layers.items() if p.config.needs_data}
+        run = replace(run, seen=_observed(run, needs, dict.fromkeys(needs, 0)))
+
+    def observed(needs: Mapping[str, Collection[str]]) -> Mapping[str, LayerStats]:
+        return run.seen or _observed(run, needs, dict.fromkeys(needs, 0))
+
+    with run.group.together():
+        folding = find_folding(run.model, run.plan, observed, run.budget)
+    kinds = {"inputs": (None, folding.inputs), "outputs": (None, folding.outputs)} if run.group.main else {}
+    found = {kind: tensors for kind, (_, tensors) in run.group.exchange(kinds).items()}
+    layers = {n: replace(p, folded=n in found["inputs"]) for n, p in run.plan.layers.items()}
+    return replace(run, folding=Folding(**found), plan=replace(run.plan, layers=layers))
+
+
 def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Applied:
     """Solve all layers, then swap them in and finish, in one step that is undone whole."""
     originals: dict[str, nn.Module] = {name: run.linear(name) for name in run.plan.layers}
     layers: dict[str, QuantLinear] = {}
+    sources = run.folding.sources(run.model, run.plan)
+    originals |= {name: run.model.get_submodule(name) for name in sources}
+    handles: list[Any] = []
     reports: list[LayerReport] = []
     try:
-        with tqdm(total=len(originals), desc="quantizing", disable=not run.group.main) as progress:
+        with tqdm(total=len(run.plan.layers), desc="quantizing", disable=not run.group.main) as progress:
             for names in _groups(run):
                 for name, layer, report in _solve_group(run, names):
                     layers[name] = layer
@@ -215,12 +243,15 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
                     if verbose and run.group.main:
                         logger.info("%s", report)
                 if run.per_layer_mode:
+                    handles += [h for name in names for h in run.folding.unfolded(name, layers[name])]
                     replace_modules(run.model, {originals[name]: layers[name] for name in names})
-        replace_modules(run.model, {originals[name]: layer for name, layer in layers.items()})
+        for handle in handles:
+            handle.remove()
+        replace_modules(run.model, {originals[name]: module for name, module in (layers | sources).items()})
         needing = {name for name, layer in run.plan.layers.items() if layer.config.needs_data}
         if needing and all(r.fallback for r in reports if r.name in needing):
             logger.warning("calibration ran none of the layers that need its data")
-        plan = Plan({name: layer.plan for name, layer in layers.items()}, run.plan.skipped)
+        plan = replace(run.plan, layers={name: layer.plan for name, layer in layers.items()})
         applied = Applied(plan, QuantReport(reports, plan.skipped), originals)
         finish(applied)
         if verbose and run.group.main:
@@ -230,7 +261,7 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
             log_share(run.model, run.facts.uncounted)
         return applied
     except BaseException:
-        replace_modules(run.model, {layer: originals[name] for name, layer in layers.items()})
+        replace_modules(run.model, {module: originals[name] for name, module in (layers | sources).items()})
         raise
 
 
@@ -267,22 +298,9 @@ def _solve_group(run: Run, names: Sequence[str]) -> Iterator[tuple[str, QuantLin
     owners = {name: rank for rank, found in reversed([*enumerate(group.gather(set(known)))]) for name in found}
     needs = {n: p.config.needs for n, p in layers.items() if p.config.needs_data and n not in owners}
     owners |= group.share({n: _cost(p) for n, p in layers.items() if n not in owners})
-    stats: dict[str, LayerStats] = {}
-    if needs:
-        with group.together():
-            if run.data is not None:
-                linears = {n: run.linear(n) for n in needs}
-                stats = observe(
-                    run.model,
-                    linears,
-                    run.data,
-                    needs,
-                    options=run.facts.options(linears.values()),
-                    stop_early=run.per_layer_mode,
-                    shard=run.shard,
-                )
-        features = {n: layers[n].in_features for n in needs}
-        stats = group.merge(stats, {n: owners[n] for n in needs}, features, needs)
+    stats = run.seen
+    if needs and not stats:
+        stats = _observed(run, needs, {n: owners[n] for n in needs})
 
     def solved() -> Iterator[tuple[str, QuantLinear, LayerReport]]:
         for name in names:
@@ -303,7 +321,27 @@ def _solve_group(run: Run, names: Sequence[str]) -> Iterator[tuple[str, QuantLin
         linear = run.linear(name)
         with align_module_device(linear):
             tensors = {key: tensor.to(linear.weight.device) for key, tensor in tensors.items()}
-            yield name, QuantLinear.from_tensors(layer_plan, tensors, linear.bias), report
+            bias = run.folding.bias(name, linear.bias)
+            yield name, QuantLinear.from_tensors(layer_plan, tensors, bias), report
+
+
+def _observed(run: Run, needs: Mapping[str, Collection[str]], owners: Mapping[str, int]) -> dict[str, LayerStats]:
+    """Return the statistics of the layers that this process owns, from one pass over all processes' data."""
+    stats: dict[str, LayerStats] = {}
+    with run.group.together():
+        if run.data is not None:
+            linears = {n: run.linear(n) for n in needs}
+            stats = observe(
+                run.model,
+                linears,
+                run.data,
+                needs,
+                options=run.facts.options(linears.values()),
+                stop_early=run.per_layer_mode,
+                shard=run.shard,
+            )
+    features = {n: run.plan.layers[n].in_features for n in needs}
+    return run.group.merge(stats, owners, features, needs)
 
 
 def _known(run: Run, names: Sequence[str]) -> dict[str, Solution]:
@@ -313,7 +351,8 @@ def _known(run: Run, names: Sequence[str]) -> dict[str, Solution]:
         linear, plan = run.linear(name), run.plan.layers[name]
         with align_module_device(linear):
             assert run.cache is not None
-            solution = run.cache.find(name, run.cache.key(name, linear.weight, plan), plan)
+            weight = run.folding.weight(name, linear.weight.detach())
+            solution = run.cache.find(name, run.cache.key(name, weight, plan), plan)
         if solution is not None:
             known[name] = solution
     return known
@@ -326,13 +365,13 @@ def _solve_layer(
     start = time.perf_counter()
     # Offloaded weights are fetched for the moment.
     with align_module_device(linear), torch.no_grad():
-        weight = linear.weight.detach()
+        weight, stats = run.folding.weight(name, linear.weight.detach()), run.folding.stats(name, stats)
         if linear.bias is not None:
             check_finite(name, "biases", linear.bias)
-        solution = known or solve(name, weight, plan, stats)
+        solution = known or solve(name, weight, plan, stats, linear.weight.dtype)
         if run.cache is not None and known is None:
             run.cache.store(name, run.cache.key(name, weight, plan), solution)
-        layer = QuantLinear.from_tensors(solution.plan, solution.tensors, linear.bias)
+        layer = QuantLinear.from_tensors(solution.plan, solution.tensors, run.folding.bias(name, linear.bias))
         seconds = time.perf_counter() - start
         report = layer_report(name, weight, solution, layer, stats, seconds)
     release_free_memory()

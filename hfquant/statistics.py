@@ -205,11 +205,15 @@ class LayerStats:
 
     def to(self, device: torch.device) -> LayerStats:
         """Return the same on another device."""
-        return replace(self, sums={k: v.to(device) for k, v in self.sums.items()}, sample=self.sample.to(device))
+        sums = {k: v.to(device) for k, v in self.sums.items()}
+        divisor = None if self.divisor is None else self.divisor.to(device)
+        return replace(self, sums=sums, sample=self.sample.to(device), divisor=divisor)
 
     def divided(self, divisor: Tensor | None) -> LayerStats:
         """Return the statistics of the input divided by ``divisor`` [in] > 0, without a copy."""
-        return self if divisor is None else replace(self, divisor=divisor)
+        if divisor is None:
+            return self
+        return replace(self, divisor=divisor if self.divisor is None else self.divisor * divisor)
 
     def _divided(self, values: Tensor) -> Tensor:
         return values if self.divisor is None else values / self.divisor

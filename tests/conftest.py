@@ -8,6 +8,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Without a CUDA device Triton kernels run in Triton's interpreter, which it decides when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Most tensors here are tiny: a second thread costs more than it gives, and much more on a busy machine.
 torch.set_num_threads(1)
 settings.register_profile("hfquant", derandomize=True, deadline=None, database=None, max_examples=60)

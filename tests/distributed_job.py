@@ -36,6 +36,7 @@ from tests.integrations.small_models import llama_of_64
 
 STATIC = {"default": {"opt": {"type": "default"}, "input_quant": {"type": "int8"}}}
 SEARCH = {"default": {"opt": {"type": "smooth", "search_alpha_config": {"enable": True}}}}
+FOLD = {"default": {"opt": {**SEARCH["default"]["opt"], "fold": True}}}
 GPTQ = {
     "default": {
         "opt": {"type": "default"},
@@ -201,6 +202,7 @@ def tasks(out: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
         "uneven": lambda: quantized(STATIC, data(3)),
         "one batch": lambda: quantized(SEARCH, data(1)),
         "search": lambda: quantized(SEARCH, data(5)),
+        "folded": lambda: quantized(FOLD, data(5), memory_budget=300_000),
         "svd": lambda: quantized(SVD, data(5)),
         "gptq": lambda: quantized(GPTQ, data(5)),
         "mixed": lambda: quantized(MIXED, data(5), memory_budget=1),

@@ -235,7 +235,7 @@ WRONG = [
     ({"weight_quant": {"clip": "max"}}, "weight_quant.clip", "'amax' or 'mse', got 'max'"),
     # Unknown keys, at each level.
     ({"enabled": True}, "enabled", "allowed are enable, seglinear"),
-    ({"opt": {"rank": 4}}, "opt.rank", "allowed are type, alpha, magnitude, search_alpha_config, low_rank"),
+    ({"opt": {"rank": 4}}, "opt.rank", "allowed are type, alpha, magnitude, search_alpha_config, fold, low_rank"),
     ({"opt": {"search_alpha_config": {"stop": 1}}}, "stop", "allowed are enable, min, max, step"),
     ({"input_quant": {"clip": "mse"}}, "input_quant.clip", "allowed are type, axis, dynamic"),
     # Keys that are not strings, and what JSON cannot hold.

@@ -23,6 +23,7 @@ EXACT = [
     "uneven",
     "one batch",
     "search",
+    "folded",
     "svd",
     "prepared",
     "recorded",

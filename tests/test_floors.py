@@ -21,8 +21,8 @@ def pins(file: str) -> dict[str, str]:
 def lower_bounds(requirements: list[str]) -> dict[str, str]:
     found = {}
     for requirement in requirements:
-        match = re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement)
-        assert match, f"{requirement}: write NAME>=VERSION"
+        match = re.fullmatch(r"([\w-]+)>=([\d.]+)(; sys_platform == 'linux')?", requirement)
+        assert match, f"{requirement}: write NAME>=VERSION, and where it is for Linux alone, ; sys_platform == 'linux'"
         found[match[1]] = match[2]
     return found
 

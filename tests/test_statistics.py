@@ -132,6 +132,8 @@ def test_statistics_of_a_divided_input_follow_from_those_of_the_raw_one() -> Non
         assert (half.amax >= others).all()
     plain = LayerStats.of(x, draw)
     assert plain.divided(None) is plain
+    twice = plain.divided(divisor).divided(divisor.flip(0))
+    torch.testing.assert_close(twice.amax.double(), (seen / divisor.flip(0).double()).abs().amax(0), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("needs", [(), {"hessian"}])

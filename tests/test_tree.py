@@ -11,7 +11,6 @@ ROOT = Path(__file__).parents[1]
 #: Modules without a test file at the mirrored place, and the test file that covers them.
 ELSEWHERE = {
     "__init__.py": "test_registration.py",
-    "algorithms/__init__.py": "test_axes.py",
     "algorithms/base.py": "test_axes.py",
     "api.py": "test_ptq.py",
     "calibration/files.py": "calibration/test_storage.py",
@@ -38,6 +37,11 @@ ELSEWHERE = {
     "integrations/examples/sketch.py": "integrations/examples/test_examples.py",
     "integrations/facts.py": "test_planner.py",
     "integrations/hub.py": "cli/test_calibrate.py",
+    "kernels/triton/programs/few.py": "kernels/triton/test_integer.py",
+    "kernels/triton/programs/integer.py": "kernels/triton/test_integer.py",
+    "kernels/triton/programs/quantize.py": "kernels/triton/test_quantize.py",
+    "kernels/triton/programs/tiles.py": "kernels/triton/test_compile.py",
+    "kernels/triton/programs/weight_only.py": "kernels/triton/test_weight_only.py",
     "offload.py": "smoke/test_offload.py",
     "presets.py": "test_config.py",
     "report/affiner.py": "affiner/test_fit.py",

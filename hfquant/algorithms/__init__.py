@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from hfquant.algorithms.base import Problem, Rounding, TensorSpec, Transform, Transformed, block_slices
+from hfquant.algorithms.base import Identity, Problem, Rounding, TensorSpec, Transform, Transformed, block_slices
 from hfquant.algorithms.gptq import Gptq
 from hfquant.algorithms.low_rank import LowRank
 from hfquant.algorithms.nearest import Nearest
@@ -24,12 +22,6 @@ __all__ = [
     "block_slices",
     "segment_ranges",
 ]
-
-
-class Identity(Transform):
-    """Quantize weight and input as they are."""
-
-    type: Literal["default"] = "default"
 
 
 #: ``opt.type`` of a config.

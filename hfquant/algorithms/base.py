@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Problem:
         segments: sizes of the input segments.
         stats: of the raw input; None without data.
         dtype: of tensors that are kept in the model's dtype.
+        layers: rows of each layer, where those of several are solved at once; empty for one.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Problem:
     segments: tuple[int, ...]
     stats: LayerStats | None
     dtype: torch.dtype
+    layers: tuple[int, ...] = ()
 
     def blocks(self) -> list[slice]:
         """Return the columns of each input segment."""
@@ -101,6 +103,18 @@ class Transform(Section):
         """Return the transformed weight of one group of rows, [rows, in] float32."""
         return Transformed(weight)
 
+    def folds(self) -> bool:
+        """Return whether its divisor is to go into what comes before the layer, where that can take it."""
+        return False
+
+    def folded(self) -> Transform:
+        """Return what is left to do at a layer once the divisor has gone into what comes before it."""
+        return self
+
+    def common_divisor(self, weight: Tensor, problem: Problem) -> Tensor:
+        """Return one divisor [in] for ``weight``, [rows, in] float32, of all the layers that read one input."""
+        raise NotImplementedError
+
     def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
         """Return the tensor ``name`` of several groups of rows as one."""
         return torch.cat(list(parts))
@@ -137,6 +151,12 @@ class Transform(Section):
     def describe(self) -> str:
         """Return what a layer's ``repr`` says of it; empty for nothing."""
         return ""
+
+
+class Identity(Transform):
+    """Quantize weight and input as they are."""
+
+    type: Literal["default"] = "default"
 
 
 class Rounding(Section):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from hfquant.algorithms.base import Problem, TensorSpec, Transformed
+from hfquant.algorithms.base import Problem, TensorSpec, Transform, Transformed
 from hfquant.algorithms.smooth import Smooth
 
 #: Narrowest block of the Krylov basis: below it products are no cheaper, and there would be more of them.
@@ -72,9 +72,36 @@ class LowRank(Smooth):
             part.add_(u.float() @ narrow[i].float())
         return weight
 
+    def folded(self) -> Transform:
+        """Return the branch alone."""
+        return Branch(low_rank=self.low_rank)
+
     def describe(self) -> str:
         """Return the rank."""
         return f"rank={self.low_rank}"
+
+
+class Branch(LowRank):
+    """What is left of :class:`LowRank` where the divisor has gone into what comes before the layer.
+
+    Both the codes and the branch see the divided input.
+    """
+
+    needs_data: ClassVar[bool] = False
+
+    def tensors(self, in_features: int, rows: Sequence[int]) -> dict[str, TensorSpec]:
+        """Return ``svd_down`` [groups r, in] and ``svd_up`` [out, r]."""
+        specs = super().tensors(in_features, rows)
+        return {name: spec for name, spec in specs.items() if name != "smooth"}
+
+    def divisor(self, tensors: Mapping[str, Tensor | None], group: int) -> Tensor | None:
+        """Return None."""
+        return None
+
+    def solve(self, weight: Tensor, problem: Problem) -> Transformed:
+        """Return the residual of ``W``, and the factors as cast."""
+        made = self.applied(weight, torch.ones_like(weight[0]), problem)
+        return Transformed(made.weight, {name: made.tensors[name] for name in ("svd_down", "svd_up")})
 
 
 def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor
 
-from hfquant.algorithms.base import Problem, TensorSpec, Transform, Transformed
+from hfquant.algorithms.base import Identity, Problem, TensorSpec, Transform, Transformed
 from hfquant.formats import expand_columns, range_columns
 from hfquant.schema import Section, is_patch
 from hfquant.statistics import LayerStats
@@ -54,7 +54,9 @@ class Smooth(Transform):
     """Divide each input channel by s and multiply its weights by it.
 
     ``magnitude`` is what is balanced between a channel of the inputs and its column of the weights: the largest values,
-    which set the scale of quantized activations, or the root mean squares, for weights alone.
+    which set the scale of quantized activations, or the root mean squares, for weights alone. ``fold`` has s divide the
+    parameters of the norm or linear before the layer wherever that changes nothing else, so that nothing is left to
+    divide at run time; all layers that read the same input share one s then.
     """
 
     needs_data: ClassVar[bool] = True
@@ -63,6 +65,7 @@ class Smooth(Transform):
     alpha: float = Field(0.5, ge=0.0, le=1.0)
     magnitude: Literal["amax", "rms"] = "amax"
     search_alpha_config: SearchAlpha = SearchAlpha()
+    fold: bool = False
 
     def tensors(self, in_features: int, rows: Sequence[int]) -> dict[str, TensorSpec]:
         """Return ``smooth``: the divisor, [in] or [groups, in]."""
@@ -82,13 +85,31 @@ class Smooth(Transform):
     def restored(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
         """Return ``W / s``."""
         for group, part in enumerate(weight.split(list(rows))):
-            part.div_(self.divisor(tensors, group))
+            if (divisor := self.divisor(tensors, group)) is not None:
+                part.div_(divisor)
         return weight
+
+    def folds(self) -> bool:
+        """Return ``fold``."""
+        return self.fold
+
+    def folded(self) -> Transform:
+        """Return a transform that does nothing."""
+        return Identity()
+
+    def common_divisor(self, weight: Tensor, problem: Problem) -> Tensor:
+        """Return s, balanced against the geometric mean of the layers' columns: no layer's size counts more."""
+        return self.found(weight, problem)[0]
 
     def solve(self, weight: Tensor, problem: Problem) -> Transformed:
         """Smooth by the config's alpha, or for each input segment by the best on the sampled rows."""
+        divisor, alphas = self.found(weight, problem)
+        return self.applied(weight, divisor, problem, alphas)
+
+    def found(self, weight: Tensor, problem: Problem) -> tuple[Tensor, tuple[float, ...]]:
+        """Return s [in] and the alpha of each input segment."""
         assert problem.stats is not None
-        magnitudes = self.magnitudes(weight, problem.stats)
+        magnitudes = self.magnitudes(weight, problem.stats, problem.layers)
         search = self.search_alpha_config
         if not search.enable:
             divisor, alphas = smoothing_vector(*magnitudes, self.alpha), [self.alpha] * len(problem.segments)
@@ -97,17 +118,24 @@ class Smooth(Transform):
             alphas = [grid[i] for i in chosen(self.losses(weight, problem, grid), grid.index(self.alpha)).tolist()]
             vectors = {alpha: smoothing_vector(*magnitudes, alpha) for alpha in alphas}
             divisor = torch.cat([vectors[alpha][c] for alpha, c in zip(alphas, problem.blocks(), strict=True)])
-        return self.applied(weight, divisor, problem, tuple(alphas))
+        return divisor, tuple(alphas)
 
     def applied(self, weight: Tensor, divisor: Tensor, problem: Problem, alphas: tuple[float, ...] = ()) -> Transformed:
         """Return ``W s`` for a given divisor s [in]."""
         return Transformed(weight * divisor, {"smooth": divisor}, divisor, alphas)
 
-    def magnitudes(self, weight: Tensor, stats: LayerStats) -> tuple[Tensor, Tensor]:
-        """Return what is balanced: of each input channel, and of each column of ``weight``, two [in]."""
+    def magnitudes(self, weight: Tensor, stats: LayerStats, layers: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Return what is balanced: of each input channel, and of each column of ``weight``, two [in].
+
+        Args:
+            weight: [rows, in].
+            stats: of the input.
+            layers: rows of each layer that the weight is of; of several, columns count by their geometric mean.
+        """
+        parts = weight.split(list(layers or [len(weight)]))
         if self.magnitude == "rms":
-            return stats.mean_square.sqrt(), weight.square().mean(0).sqrt()
-        return stats.amax, weight.abs().amax(0)
+            return stats.mean_square.sqrt(), _geometric_mean([part.square().mean(0).sqrt() for part in parts])
+        return stats.amax, _geometric_mean([part.abs().amax(0) for part in parts])
 
     def losses(self, weight: Tensor, problem: Problem, grid: Sequence[float]) -> Tensor:
         """Return ``||Q(X_i / s) Q(W_i s)^T - X_i W_i^T||^2`` of each alpha and input segment i.
@@ -128,7 +156,7 @@ class Smooth(Transform):
             rows = held_out.to(weight.device)
             x, weights = stats.rows[rows], row_weights[rows, None]
             exact = [x[:, columns] @ weight[:, columns].T for columns in problem.blocks()]
-            magnitudes = self.magnitudes(weight, half)
+            magnitudes = self.magnitudes(weight, half, problem.layers)
             for i, alpha in enumerate(grid):
                 candidate = self.applied(weight, smoothing_vector(*magnitudes, alpha), problem)
                 outputs = self._segment_outputs(x, candidate, problem, half)
@@ -157,6 +185,10 @@ class Smooth(Transform):
     def added(self, x: Tensor, tensors: Mapping[str, Tensor], columns: slice) -> Tensor | None:
         """Return what a branch beside the quantized product adds for some input columns; None without one."""
         return None
+
+
+def _geometric_mean(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(list(values)).double().log().mean(0).exp().float()
 
 
 def chosen(losses: Tensor, fixed: int) -> Tensor:

@@ -36,6 +36,18 @@ ACTIVATIONS = _words("silu gelu relu relu6 leaky_relu elu selu celu mish softplu
 PRODUCTS = _words("mul multiply div divide true_divide")
 SIGN_KEEPING = PRODUCTS | _words("square pow clamp clip clamp_min clamp_max nan_to_num rms_norm")
 
+# By the very name, since __rtruediv__ takes its arguments the other way round.
+TIMES = _words("mul multiply __mul__ __rmul__")
+OVER = _words("div divide true_divide __truediv__ __div__")
+SUMS = _words("add __add__ __radd__")
+MATMULS = _words("matmul bmm __matmul__")
+#: f(s x) = s f(x) for every s > 0.
+HOMOGENEOUS = _words("relu leaky_relu")
+#: Functions that read no numbers: of any argument, and of all but the first.
+BLIND = _words("size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous")
+BLIND |= _words("element_size get_device __len__ __hash__ is_inference requires_grad_")
+LIKE = _words("to type_as view_as reshape_as expand_as")
+
 
 def name_of(func: Callable[..., Any]) -> str:
     """Return a torch function's name; of a tensor's property (``mT``, ``dtype``), the property's."""

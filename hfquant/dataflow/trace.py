@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hfquant.dataflow.index_map import cuts_of, squash
+from hfquant.dataflow.scaling import ScaleWatch, Source
 from hfquant.dataflow.tracker import Call, FeatureTracker, Slice
 from hfquant.dataflow.twin import PatternError, run_twin
 from hfquant.dataflow.weights import WeightWatch, find_obstacles
@@ -46,6 +47,8 @@ class LinearTrace:
         patterns: the patterns that gave that.
         evidence: short reasons.
         obstacle: why no other module can take its place, or None where one can.
+        source: the module before it that can be divided channel by channel while it and all others with the same source
+            multiply, or None.
     """
 
     name: str
@@ -57,6 +60,7 @@ class LinearTrace:
     patterns: tuple[SegPattern, ...]
     evidence: tuple[str, ...]
     obstacle: str | None = None
+    source: Source | None = None
 
 
 def trace(
@@ -97,8 +101,11 @@ def trace(
         calls.setdefault(call.name, []).append(call)
     for name in sorted(obstacles.keys() - calls.keys()):
         calls[name] = []
+    sources = run.scales.sources()
     return {
-        name: _summarize(name, order, model.get_submodule(name), made, obstacles.get(name))
+        name: replace(
+            _summarize(name, order, model.get_submodule(name), made, obstacles.get(name)), source=sources.get(name)
+        )
         for order, (name, made) in enumerate(calls.items())
     }
 
@@ -143,6 +150,7 @@ class _Watch(contextlib.ExitStack):
         super().__init__()
         self.features = FeatureTracker(patterns)
         self.weights = WeightWatch(twin, codes)
+        self.scales = ScaleWatch(twin)
         for (_, real), (_, used) in zip(model.named_buffers(), twin.named_buffers(), strict=True):
             if not real.is_meta:
                 self.features.know(used, real)
@@ -151,6 +159,7 @@ class _Watch(contextlib.ExitStack):
     def __enter__(self) -> _Watch:
         self.enter_context(self.features)
         self.enter_context(self.weights)
+        self.enter_context(self.scales)
         return self
 
 

@@ -140,7 +140,7 @@ class FeatureTracker(TorchFunctionMode):
         result = func(*args, **kwargs)
         outputs = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)]
         if outputs or name == "__setitem__":
-            inputs = list(_tensors([*args, *(kwargs[k] for k in sorted(kwargs, key="input".__ne__))]))
+            inputs = list(tensors_in([*args, *(kwargs[k] for k in sorted(kwargs, key="input".__ne__))]))
             kind = name if name.startswith("__") else name.rstrip("_")
             unchanged = inputs and outputs and outputs[0] is inputs[0] and kind == name
             with unset_fake_temporarily():
@@ -259,16 +259,11 @@ class FeatureTracker(TorchFunctionMode):
             return [reshape(old, out.shape)]
         if op.kind in EXPANDS:
             return [old.expand(out.shape)]
-
-        def real(value: Any) -> Any:
-            if isinstance(value, (tuple, list)):
-                return [real(v) for v in value] if isinstance(value, list) else tuple(real(v) for v in value)
-            return old if value is x else self._known.get(value, value) if isinstance(value, Tensor) else value
-
         if op.kind in ("gather", "take_along_dim") and out.numel() > GATHER_SIZE:
             return None
-        args, kwargs = [real(a) for a in op.args], {k: real(a) for k, a in op.kwargs.items()}
-        if any(isinstance(t, FakeTensor) for t in _tensors([*args, *kwargs.values()])):  # an index of unknown values
+        args = [self._real(a, x, old) for a in op.args]
+        kwargs = {k: self._real(a, x, old) for k, a in op.kwargs.items()}
+        if any(isinstance(t, FakeTensor) for t in tensors_in([*args, *kwargs.values()])):  # an index of unknown values
             row = None
             if op.kind == "__getitem__":
                 row = expand_row(old, op.args[1], out.shape)
@@ -281,6 +276,13 @@ class FeatureTracker(TorchFunctionMode):
             return None  # not a view of this tensor alone
         made = [made] if isinstance(made, Tensor) else list(made)
         return made if [m.shape for m in made] == [t.shape for t in op.outputs] else None
+
+    def _real(self, value: Any, x: Tensor, old: Tensor) -> Any:
+        """Return an argument with the map ``old`` in place of ``x``, and with numbers where an index has known ones."""
+        if isinstance(value, (tuple, list)):
+            real = [self._real(v, x, old) for v in value]
+            return real if isinstance(value, list) else tuple(real)
+        return old if value is x else self._known.get(value, value) if isinstance(value, Tensor) else value
 
     def _carry(self, kind: str, inputs: Sequence[Tensor], out: Tensor) -> Tensor | None:
         """Return the labels of a pointwise function (or a norm) of ``inputs``. What is broadcast scales or shifts."""
@@ -333,7 +335,7 @@ class FeatureTracker(TorchFunctionMode):
         return heads if labels is None else self._table.combine(heads, labels)
 
 
-def _tensors(found: Iterable[Any]) -> Iterable[Tensor]:
+def tensors_in(found: Iterable[Any]) -> Iterable[Tensor]:
     """Yield the tensors among ``found``, one level of lists and tuples deep."""
     for value in found:
         if isinstance(value, Tensor):

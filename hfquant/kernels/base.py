@@ -24,6 +24,7 @@ class Product:
         columns: sizes of the blocks of columns that have a weight scale of their own, summing to in.
         segments: sizes of the input segments; no block of columns straddles two.
         input: how the input is quantized; None where it is not.
+        symmetric: whether the weight has no zero points.
         in_features: columns of the weight.
         key: the product as text (JSON), what the op takes: a traced graph then says what it computes.
     """
@@ -32,6 +33,7 @@ class Product:
     columns: tuple[int, ...]
     segments: tuple[int, ...]
     input: InputRule | None
+    symmetric: bool = True
     in_features: int = field(init=False, compare=False)
     key: str = field(init=False, compare=False, repr=False)
 
@@ -47,6 +49,8 @@ class Product:
             "columns": [[size, len(list(run))] for size, run in groupby(self.columns)],
             "segments": list(self.segments),
         }
+        if not self.symmetric:
+            spec["symmetric"] = False
         if rule is not None:
             spec |= {"input": rule.format.name, "dynamic": rule.dynamic, "per_token": rule.per_token}
             spec |= {"dual": list(rule.dual)} if any(rule.dual) else {}
@@ -69,7 +73,7 @@ def product_of(key: str) -> Product:
             dual = tuple(bool(d) for d in spec.get("dual", [False] * len(segments)))
             form = number_format(spec["input"])
             rule = InputRule(form, bool(spec["dynamic"]), bool(spec["per_token"]), segments, dual)
-        product = Product(number_format(spec["weight"]), columns, segments, rule)
+        product = Product(number_format(spec["weight"]), columns, segments, rule, bool(spec.get("symmetric", True)))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"not a quantized product: {key!r} ({error!r})") from None
     if min(columns, default=0) < 1 or min(segments, default=0) < 1 or sum(columns) != sum(segments):

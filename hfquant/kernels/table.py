@@ -7,14 +7,20 @@ from functools import lru_cache
 
 import torch
 
-from hfquant.kernels import cpu, dequantize, reference
+from hfquant.kernels import cpu, dequantize, int_mm, reference, scaled_mm
 from hfquant.kernels.base import Kernel, Product, product_of
+from hfquant.kernels.triton import integer, weight_only
 
 #: Every kernel, in order of preference; the last two compute every product.
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
+        integer.KERNEL,
+        weight_only.KERNEL,
+        scaled_mm.KERNEL,
+        int_mm.CUDA,
         *cpu.KERNELS,
+        int_mm.KERNEL,
         dequantize.KERNEL,
         reference.KERNEL,
     )

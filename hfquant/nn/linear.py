@@ -44,7 +44,8 @@ class QuantLinear(nn.Linear):
         self.plan = plan
         self.in_features, self.out_features = plan.in_features, plan.out_features
         self.real_quant = plan.config.real_quant
-        self.product = Product(self.format, plan.columns, plan.input_segments, plan.input_rule)
+        symmetric = plan.config.weight_quant.symmetric
+        self.product = Product(self.format, plan.columns, plan.input_segments, plan.input_rule, symmetric)
         self._transform, self._code_dtype = plan.transform, self.format.code_dtype
         self._row_groups = block_slices(plan.row_groups)
         dtype = dtype or torch.get_default_dtype()
@@ -161,17 +162,17 @@ class QuantLinear(nn.Linear):
     def _operands(self, group: int, rows: slice) -> Operands:
         """Return what a kernel multiplies with for one group of rows."""
         # Reading the dicts takes a tenth of the time of attributes, which adds up in small layers.
-        get, parameters, transform = self._buffers.get, self._parameters, self._transform
+        get, transform = self._buffers.get, self._transform
         divisor = transform.divisor(self._buffers, group)
         down, up = transform.branch(self._buffers, group, rows) or (None, None)
         scale, scale_row, zero = get("weight_scale"), get("weight_scale_row"), get("weight_zero_point")
         inputs = (get("input_scale"), get("input_scale_neg"))
-        codes, bias = self._stored_codes(), parameters["bias"]
+        codes, bias = self._stored_codes(), self._parameters.get("bias")
         if len(self._row_groups) == 1:
             return Operands(codes, scale, scale_row, zero, *inputs, divisor, down, up, bias)
         part = Operands(codes, scale, scale_row, zero, bias=bias).rows(rows)
-        own = [None if s is None else s.view(len(self._row_groups), -1)[group] for s in inputs]
-        return Operands(*part[:4], *own, divisor, down, up, part.bias)
+        pos, neg = (None if s is None else s.view(len(self._row_groups), -1)[group] for s in inputs)
+        return part._replace(input_scale=pos, input_scale_neg=neg, divisor=divisor, down=down, up=up)
 
     def _stored_codes(self) -> Tensor:
         weight = self._parameters["weight"]

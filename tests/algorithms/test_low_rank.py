@@ -33,6 +33,22 @@ def test_low_rank_is_optimal(shape: tuple[int, int], rank: int) -> None:
     assert best - 1e-9 <= residual <= best + 1e-3 * captured
 
 
+def test_the_branch_is_left_of_what_is_folded() -> None:
+    """Its factors are of the weight as it is, and nothing is divided."""
+    weight = decaying(12, 9).float()
+    branch = LowRank(low_rank=3, fold=True).folded()
+    assert branch.tensors(9, (12,)) == {"svd_down": TensorSpec((3, 9), None), "svd_up": TensorSpec((12, 3), None)}
+    assert not branch.needs_data
+    problem = Problem("a", GridRule(FORMATS["int8"], (9,)), None, (9,), None, torch.float64)
+    made = branch.solve(weight, problem)
+    assert made.tensors.keys() == {"svd_down", "svd_up"}
+    assert made.divisor is None
+    assert branch.divisor(made.tensors, 0) is None
+    product = made.tensors["svd_up"].double() @ made.tensors["svd_down"].double()
+    torch.testing.assert_close(made.weight.double(), weight.double() - product, rtol=0, atol=1e-6)
+    torch.testing.assert_close(branch.restored(made.weight.clone(), made.tensors, (12,)), weight, rtol=0, atol=1e-6)
+
+
 def normal(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
 

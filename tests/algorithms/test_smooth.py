@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfquant.algorithms import Problem, Smooth
+from hfquant.algorithms import Identity, Problem, Smooth
 from hfquant.algorithms.smooth import SearchAlpha, chosen, segment_ranges, smoothing_vector
 from hfquant.formats import FORMATS, GridRule
 from hfquant.statistics import LayerStats
@@ -64,6 +64,24 @@ def test_magnitudes(magnitude) -> None:
     for values, of in zip(found, (x.double(), weight.double()), strict=True):
         exact = of.abs().amax(0) if magnitude == "amax" else of.square().mean(0).sqrt()
         torch.testing.assert_close(values.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("magnitude", ["amax", "rms"])
+def test_columns_of_several_layers_count_by_their_geometric_mean(magnitude) -> None:
+    opt, x = Smooth(magnitude=magnitude, fold=True), torch.randn(100, 7) * 3
+    weights = [torch.randn(5, 7), 10 * torch.randn(2, 7), torch.randn(9, 7)]
+    weights[1][:, 3] = 0
+    problem = Problem("a", GridRule(FORMATS["int8"], (7,)), None, (7,), stats_of(x), torch.float32, (5, 2, 9))
+    found = opt.common_divisor(torch.cat(weights), problem)
+    own = [torch.stack(opt.magnitudes(w, stats_of(x))).double() for w in weights]
+    exact = own[0][0].sqrt() / (own[0][1] * own[1][1] * own[2][1]) ** (1 / 6)
+    torch.testing.assert_close(found.double(), exact.nan_to_num(posinf=1.0), rtol=1e-5, atol=0)
+
+
+def test_nothing_is_left_of_what_is_folded() -> None:
+    assert Smooth(fold=True).folds()
+    assert not Smooth().folds()
+    assert type(Smooth(fold=True).folded()) is Identity
 
 
 def test_input_and_weight_change_and_the_product_does_not() -> None:

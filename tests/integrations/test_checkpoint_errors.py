@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import hfquant
-from hfquant import CalibrationError, ConfigError, HfQuantConfig
+from hfquant import PRESETS, CalibrationError, ConfigError, HfQuantConfig
 from hfquant.integrations.checkpoint import CheckpointError
 from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
@@ -27,6 +27,9 @@ CLASSES: dict[str, Any] = {"transformers": LlamaForCausalLM, "diffusers": DiTTra
 WEIGHTS = {"transformers": "model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors"}
 #: A quantized linear with neither head nor tie, in each library's small model.
 LAYER = {"transformers": "model.layers.0.mlp.down_proj", "diffusers": "transformer_blocks.0.attn1.to_q"}
+
+#: "w8a8" with which each layer keeps its divisor.
+UNFOLDED = {"default": {**PRESETS["w8a8"]["default"], "opt": {**PRESETS["w8a8"]["default"]["opt"], "fold": False}}}
 
 both_libraries = pytest.mark.parametrize("library", LIBRARIES)
 
@@ -40,7 +43,7 @@ def inputs(library: str) -> dict[str, Any]:
 def static_folders(checkpoint, tmp_path_factory) -> dict[str, Path]:
     made = {}
     for library, name in LIBRARIES.items():
-        config = HfQuantConfig("w8a8", calibration=[inputs(library)])
+        config = HfQuantConfig(UNFOLDED, calibration=[inputs(library)])
         model = CLASSES[library].from_pretrained(checkpoint(name), quantization_config=config)
         made[library] = tmp_path_factory.mktemp(library)
         model.save_pretrained(made[library])
@@ -287,7 +290,7 @@ VALUES: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
 def biased_folders(tmp_path_factory) -> dict[str, Path]:
     made = {}
     for library, model in (("transformers", small_models.llama(mlp_bias=True)), ("diffusers", small_models.dit())):
-        hfquant.quantize(model, [inputs(library)], "w8a8")
+        hfquant.quantize(model, [inputs(library)], UNFOLDED)
         made[library] = tmp_path_factory.mktemp(library)
         model.save_pretrained(made[library])
     return made

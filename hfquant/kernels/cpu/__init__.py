@@ -1,4 +1,8 @@
-"""Kernels in C++ for CPUs: integer products of 4- to 8-bit weights, one for each instruction set that a machine has."""
+"""Kernels in C++ for CPUs, one for each instruction set that a machine has.
+
+Weights of 4 to 8 bits are multiplied as integers with inputs of at most 8 bits, or with floats that are taken as 16-bit
+integers (input.h). Other weights (FP8, FP16, BF16, INT16) become floats a panel at a time.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,15 @@ from functools import cache, lru_cache, partial
 import torch
 from torch import Tensor
 
-from hfquant.formats.columns import split_columns
+from hfquant.formats.columns import expand_columns, split_columns
 from hfquant.formats.integer import IntegerFormat
 from hfquant.kernels.base import Kernel, Operands, Product, product_of
 from hfquant.kernels.cpu.build import INSTRUCTION_SETS, BuildError, library
 
 logger = logging.getLogger(__name__)
+
+#: Weights that become floats, by their numbers in job.h.
+FORMATS = {"fp8e4m3": 1, "fp8e5m2": 2, "fp16": 3, "bf16": 4, "int16": 5}
 
 
 @cache
@@ -37,12 +44,14 @@ def _lacks(number: int) -> str:
 
 def _refuses(product: Product) -> str:
     form, rule = product.weight, product.input
+    if _group_size(product) is None:
+        return "blocks of columns are not groups of one size"
+    if form.name in FORMATS:
+        return "" if product.symmetric else f"{form.name} weights have zero points"
     if not isinstance(form, IntegerFormat) or not 4 <= form.bits <= 8:
         return f"weights are {form.name}, not integers of 4 to 8 bits"
     if rule is not None and (not isinstance(rule.format, IntegerFormat) or rule.format.bits > 8):
         return f"inputs are {rule.format.name}, not floats or integers of at most 8 bits"
-    if _group_size(product) is None:
-        return "blocks of columns are not groups of one size"
     return ""
 
 
@@ -59,18 +68,26 @@ def _spec(key: str) -> Tensor:
     """Return the product as native.cpp reads it."""
     product = product_of(key)
     rule = product.input
+    if product.weight.name in FORMATS:
+        rule = None  # is applied before
     bits, per_token = (0, True) if rule is None else (rule.format.bits, rule.per_token)
     dual = rule.dual if rule is not None else (False,) * len(product.segments)
-    head = [product.weight.bits, _group_size(product) or 0, bits, per_token, len(product.columns)]
+    weight = -FORMATS[product.weight.name] if product.weight.name in FORMATS else product.weight.bits
+    head = [weight, _group_size(product) or 0, bits, per_token, len(product.columns)]
     return torch.tensor([*head, len(product.segments), *product.segments, *dual], dtype=torch.int64)
 
 
 def _run(number: int, x: Tensor, operands: Operands, product: Product) -> Tensor:
     down = operands.down
     narrow = None if down is None else x.float() @ down.float().T
+    dtype = x.dtype
+    if product.weight.name in FORMATS and (product.input is not None or operands.divisor is not None):
+        x, scale = operands.quantized_input(x.float(), product)
+        x = x if scale is None else x * expand_columns(scale, product.segments)
+        operands = operands._replace(input_scale=None, input_scale_neg=None, divisor=None)
     *tensors, _, up, bias = operands
     y: Tensor = torch.ops.hfquant_cpu.linear(x.contiguous(), *tensors, narrow, up, bias, _spec(product.key), number)
-    return y
+    return y.to(dtype)
 
 
 def _pays(product: Product, dtype: torch.dtype, tokens: int, out: int) -> bool:

@@ -16,6 +16,7 @@ bool few_tokens(const Job& job, ParallelFor parallel_for) {
 }
 
 void run(const Job& job, ParallelFor parallel_for) {
+  if (job.format != INTEGERS) return by_tiles<FloatsDot>(job, parallel_for);
   if (job.M < FEW && few_tokens(job, parallel_for)) return;
   // Words of 16 bits are as fast as two planes of bytes that take three instructions each.
   if (!EXACT_BYTES && (job.bits == 8 || long_codes(job)))

@@ -13,6 +13,8 @@ struct Floats {
   Type type = FLOAT32;
 };
 
+enum Format { INTEGERS = 0, FP8_E4M3 = 1, FP8_E5M2 = 2, FP16 = 3, BF16 = 4, INT16 = 5 };
+
 // Columns [start, start + size) that share the weight's scale number `group` and the input's segment.
 struct Block {
   int32_t start, size, group, segment;
@@ -23,6 +25,9 @@ struct Job {
   int64_t M, N, K;
   Floats x;
   void* y;
+
+  // Bits of floats where these are not integers; then the input is floats, too.
+  Format format;
 
   // Codes of 4 to 8 bits, packed low bits first, rows padded to bytes; scales [N, G] as float32, or as bytes times
   // scale_row [N]; zero points [N, G] packed as codes are, or null.

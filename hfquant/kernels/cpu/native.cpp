@@ -35,8 +35,8 @@ const std::vector<Choice>& choices() {
     std::vector<Choice> found = {{&isa_scalar, true}};
 #ifdef HFQUANT_X86
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-                      __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");
@@ -93,8 +93,8 @@ Floats floats_of(const MaybeTensor& tensor, const char* name, std::initializer_l
   return {data_of(*tensor, name, shape), ours};
 }
 
-// `spec` [6 + 2 segments] int64: bits of the weight's codes, group size (0: none), bits of the input's codes (0: none),
-// whether each token has a scale of its own, number of scales a row, number of segments; the segments' sizes; whether
+// `spec` [6 + 2 segments] int64: bits of the weight's codes, or minus the number of another format; group size (0:
+// none); bits of the input's codes (0: none); whether each token has a scale of its own, number of scales a row, number of segments; the segments' sizes; whether
 // each has a second scale for its negative side. `isa` is a number of instruction_sets.
 Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row, MaybeTensor zero_point,
               MaybeTensor input_scale, MaybeTensor input_scale_neg, MaybeTensor divisor, MaybeTensor narrow,
@@ -107,6 +107,9 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row,
   const int64_t* numbers = static_cast<const int64_t*>(spec.const_data_ptr());
   Job job = {};
   job.bits = numbers[0];
+  job.format = numbers[0] < 0 ? static_cast<Format>(-numbers[0]) : INTEGERS;
+  const bool integers = job.format == INTEGERS, two_bytes = numbers[0] <= -FP16;
+  if (!integers) job.bits = two_bytes ? 16 : 8;
   job.group_size = numbers[1];
   job.input_bits = numbers[2];
   job.per_token = numbers[3];
@@ -116,8 +119,11 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row,
                   " segments");
   job.segment = numbers + 6;
   job.dual = job.segment + job.segments;
-  STD_TORCH_CHECK(numbers[0] >= 4 && numbers[0] <= 8, "expected a weight of 4 to 8 bits");
-  STD_TORCH_CHECK(numbers[2] == 0 || (numbers[2] >= 2 && numbers[2] <= 8), "expected an input of 2 to 8 bits, or floats");
+  STD_TORCH_CHECK(numbers[0] >= -INT16 && numbers[0] <= 8 && (numbers[0] < 0 || numbers[0] >= 4),
+                  "expected a weight of 4 to 8 bits or of a known format");
+  STD_TORCH_CHECK(integers || !numbers[2], "only weights of 4 to 8 bits go with an input that is quantized here");
+  STD_TORCH_CHECK(numbers[2] == 0 || (numbers[2] >= 2 && numbers[2] <= 8),
+                  "expected an input of 2 to 8 bits, or floats");
   STD_TORCH_CHECK(job.group_size >= 0 && job.group_size <= INT32_MAX, "group size out of range");
   int64_t groups = 0;
   for (int64_t s = 0; s < job.segments; ++s) {
@@ -133,9 +139,12 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row,
   job.N = weight.sizes()[0];
   job.row_bytes = (job.K * job.bits + 7) / 8;
   job.x = floats_of(x, "x", {job.M, job.K});
-  job.weight = reinterpret_cast<const uint8_t*>(
-      data_of<int8_t>(weight, "weight", ScalarType::Char, {job.N, job.row_bytes}));
-  STD_TORCH_CHECK(scale.has_value(), "scale: expected a tensor");
+  STD_TORCH_CHECK(weight.scalar_type() == (two_bytes ? ScalarType::Short : ScalarType::Char),
+                  "weight: unexpected dtype");
+  job.weight =
+      static_cast<const uint8_t*>(data_of(weight, "weight", {job.N, two_bytes ? job.K : job.row_bytes}));
+  STD_TORCH_CHECK(!integers || scale.has_value(), "scale: expected a tensor");
+  STD_TORCH_CHECK(integers || !zero_point, "zero_point: only integers have one");
   if (scale_row) {
     job.scale_code = data_of<uint8_t>(scale, "scale", ScalarType::Byte, {job.N, job.G});
     job.scale_row = data_of<float>(scale_row, "scale_row", ScalarType::Float, {job.N, 1});

@@ -21,15 +21,27 @@ void run_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, Functi
 
 // The words of one multiplication: four unsigned codes by four signed bytes, or two signed codes by two of 16 bits.
 struct BytesDot {
+  using Sum = Ints;
   static constexpr int CODES = 4;
   static constexpr bool UNSIGNED = true;
-  static Ints dot(Ints sum, Ints weights, Ints x) { return dot_bytes(sum, weights, x); }
+  static Ints dot(Ints sum, Ints weights, int32_t x) { return dot_bytes(sum, weights, repeat(x)); }
 };
 struct ShortsDot {
+  using Sum = Ints;
   static constexpr int CODES = 2;
   static constexpr bool UNSIGNED = false;
-  static Ints dot(Ints sum, Ints weights, Ints x) { return dot_shorts(sum, weights, x); }
+  static Ints dot(Ints sum, Ints weights, int32_t x) { return dot_shorts(sum, weights, repeat(x)); }
 };
+
+// Floats by floats, for weights that are not integers.
+struct FloatsDot {
+  using Sum = Reals;
+  static constexpr int CODES = 1;
+  static constexpr bool UNSIGNED = false;
+  static Reals dot(Reals sum, Ints weights, int32_t x) { return fma(as_reals(weights), repeat(of_bits(x)), sum); }
+};
+
+inline Reals to_reals(Reals a) { return a; }
 
 // Where a block's words begin; blocks are padded to whole words.
 struct Layout {
@@ -113,9 +125,10 @@ void unpack_row(const Job& job, const Layout& layout, int64_t row, uint8_t* byte
   }
 }
 
+// The words of a panel, a word of each row in the lanes of a vector.
 template <class Dot>
-void fill_panel(const Job& job, const Layout& layout, int64_t first, Panel& panel, Scratch& scratch) {
-  const int64_t rows = std::min<int64_t>(WIDTH, job.N - first), words = layout.words;
+void fill_words(const Job& job, const Layout& layout, int64_t first, Panel& panel, Scratch& scratch) {
+  const int64_t words = layout.words;
   uint8_t* bytes = scratch.get<uint8_t>(job.K + BYTES + LANES * words * 4);
   uint8_t* unpacked = bytes + (job.K + BYTES - 1) / BYTES * BYTES;
   const bool direct = Dot::UNSIGNED && layout.in_order && has_order(job.bits);
@@ -135,11 +148,38 @@ void fill_panel(const Job& job, const Layout& layout, int64_t first, Panel& pane
       for (int i = 0; i < LANES; ++i) panel.words[(w + i) * VECTORS + v] = tile[i];
     }
   }
+}
+
+template <>
+inline void fill_words<FloatsDot>(const Job& job, const Layout& layout, int64_t first, Panel& panel, Scratch&) {
+  constexpr int64_t COLUMNS = 4 * LANES;
+  const int64_t width = job.bits / 8;
+  alignas(64) float square[LANES][COLUMNS] = {};
+  for (int v = 0; v < VECTORS; ++v)
+    for (int64_t k = 0; k < job.K; k += COLUMNS) {
+      const int64_t count = std::min(COLUMNS, job.K - k);
+      for (int lane = 0; lane < LANES; ++lane) {
+        const int64_t row = std::min(first + v * LANES + lane, job.N - 1);
+        decode(job.weight + row * job.row_bytes + k * width, count, job.format, square[lane]);
+      }
+      for (int64_t w = 0; w < COLUMNS && k + w < layout.words; w += LANES) {
+        Ints tile[LANES];
+        for (int lane = 0; lane < LANES; ++lane) tile[lane] = load(&square[lane][w]);
+        transpose(tile);
+        for (int i = 0; i < LANES; ++i) panel.words[(k + w + i) * VECTORS + v] = tile[i];
+      }
+    }
+}
+
+template <class Dot>
+void fill_panel(const Job& job, const Layout& layout, int64_t first, Panel& panel, Scratch& scratch) {
+  const int64_t rows = std::min<int64_t>(WIDTH, job.N - first);
+  fill_words<Dot>(job, layout, first, panel, scratch);
   for (int i = 0; i < WIDTH; ++i) {
     const int64_t row = std::min(first + i, job.N - 1);
     for (size_t b = 0; b < layout.blocks.size(); ++b) {
       const int group = layout.blocks[b].group;
-      const uint32_t zero = zero_at(job, row, group);
+      const uint32_t zero = Dot::UNSIGNED ? zero_at(job, row, group) : 0;
       panel.scale[b * WIDTH + i] = scale_at(job, row, group);
       panel.zero[b * WIDTH + i] = zero << 23 | zero;
     }
@@ -164,22 +204,25 @@ void tile(const Job& job, const Layout& layout, const Tokens& tokens, const Pane
     UNROLL for (int j = 0; j < VECTORS; ++j) sums[i][j] = repeat(0.0f);
   const int64_t blocks = GROUPED ? tokens.blocks : 1;
   for (int64_t b = 0; b < blocks; ++b) {
-    Ints exact[T][VECTORS];
+    typename Dot::Sum exact[T][VECTORS];
     UNROLL for (int p = 0; p < PLANES; ++p) {
       UNROLL for (int i = 0; i < T; ++i)
         UNROLL for (int j = 0; j < VECTORS; ++j) {
-          Ints sum = p ? times256(exact[i][j]) : zeros();
-          if (Dot::UNSIGNED && p == PLANES - 1)
-            sum = dot_shorts(sum, load(panel.zero + b * WIDTH + j * LANES),
-                             repeat(static_cast<int32_t>(tokens.negated[(m + i) * tokens.blocks + b])));
-          exact[i][j] = sum;
+          if constexpr (!Dot::UNSIGNED) {
+            exact[i][j] = typename Dot::Sum{};
+          } else {
+            exact[i][j] = p ? times256(exact[i][j]) : zeros();
+            if (p == PLANES - 1)
+              exact[i][j] = dot_shorts(exact[i][j], load(panel.zero + b * WIDTH + j * LANES),
+                                       repeat(static_cast<int32_t>(tokens.negated[(m + i) * tokens.blocks + b])));
+          }
         }
       const uint32_t* xp = x + p * tokens.words + layout.start[b];
       const Ints* weights = panel.words + layout.start[b] * VECTORS;
       const Ints* const end = panel.words + layout.start[b + 1] * VECTORS;
       for (; weights < end; weights += VECTORS, ++xp) {
         UNROLL for (int i = 0; i < T; ++i) {
-          const Ints word = repeat(static_cast<int32_t>(xp[i * stride]));
+          const int32_t word = static_cast<int32_t>(xp[i * stride]);
           UNROLL for (int j = 0; j < VECTORS; ++j) exact[i][j] = Dot::dot(exact[i][j], weights[j], word);
         }
       }
@@ -199,9 +242,10 @@ void tile(const Job& job, const Layout& layout, const Tokens& tokens, const Pane
       }
     }
   }
-  if constexpr (!MANY_SCALES)
-    UNROLL for (int i = 0; i < T; ++i)
-      UNROLL for (int j = 0; j < VECTORS; ++j) sums[i][j] = mul(sums[i][j], repeat(tokens.scale[(m + i) * tokens.scales]));
+  UNROLL for (int i = 0; !MANY_SCALES && i < T; ++i) {
+    const Reals unit = repeat(tokens.scale[(m + i) * tokens.scales]);
+    UNROLL for (int j = 0; j < VECTORS; ++j) sums[i][j] = mul(sums[i][j], unit);
+  }
   for (int64_t r = 0; r < job.rank; ++r)
     UNROLL for (int j = 0; j < VECTORS; ++j) {
       const Reals up = load_reals(panel.up + r * WIDTH + j * LANES);
@@ -237,7 +281,10 @@ void all_tiles(const Job& job, const Layout& layout, const Tokens& tokens, const
   };
   constexpr int G = TOKENS_GROUPED;
   if (!grouped && tokens.planes == 1 && !many) {
-    run(tile<Dot, TOKENS, false, 1, false>, TOKENS);
+    if (std::is_same_v<Dot, FloatsDot> && tokens.count == 1)
+      run(tile<Dot, 1, false, 1, false>, 1);
+    else
+      run(tile<Dot, TOKENS, false, 1, false>, TOKENS);
   } else if (tokens.planes == 1) {
     many ? run(tile<Dot, G, true, 1, true>, G) : run(tile<Dot, G, true, 1, false>, G);
   } else if constexpr (Dot::UNSIGNED) {
@@ -254,10 +301,11 @@ void by_tiles(const Job& job, ParallelFor parallel_for) {
   const Layout layout(job, Dot::CODES);
   const std::vector<Range> shared = shared_ranges(job);
   Tokens tokens;
+  constexpr bool FLOATS = std::is_same_v<Dot, FloatsDot>;
   tokens.planes = Dot::UNSIGNED && long_codes(job) ? 2 : 1;
   tokens.words = layout.words;
   tokens.blocks = layout.blocks.size();
-  tokens.scales = input_scales(job);
+  tokens.scales = FLOATS ? 1 : input_scales(job);
   constexpr int64_t STEP = TOKENS * TOKENS_GROUPED;
   const int64_t row = tokens.planes * tokens.words * 4;
   const int64_t most = std::max<int64_t>(CHUNK_BYTES / row, 64) / STEP * STEP;
@@ -273,8 +321,15 @@ void by_tiles(const Job& job, ParallelFor parallel_for) {
       float* buffer = of_floats.get<float>(job.K);
       int16_t* codes = of_row.get<int16_t>(job.K);
       for (int64_t m = begin; m < end; ++m) {
-        quantize(job, first + m, shared, buffer, codes, tokens.scale + m * tokens.scales);
-        layout_token<Dot>(layout, codes, m, tokens);
+        if constexpr (std::is_same_v<Dot, FloatsDot>) {
+          // Blocks are never padded where a word is one code.
+          const float* x = floats_of(job, first + m, buffer);
+          std::memcpy(tokens.codes + m * tokens.words, x, job.K * sizeof(float));
+          tokens.scale[m] = 1;
+        } else {
+          quantize(job, first + m, shared, buffer, codes, tokens.scale + m * tokens.scales);
+          layout_token<Dot>(layout, codes, m, tokens);
+        }
       }
     };
     run_parallel(parallel_for, real, std::max<int64_t>(1, 16384 / job.K), code);

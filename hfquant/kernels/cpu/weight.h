@@ -14,7 +14,7 @@ namespace HFQUANT_ISA {
 constexpr int64_t WIDEST = 1 << 15, WIDEST_LONG = 128;
 
 // Whether the input's codes take more than 8 bits.
-inline bool long_codes(const Job& job) { return !job.input_bits || job.any_dual; }
+inline bool long_codes(const Job& job) { return job.format == INTEGERS && (!job.input_bits || job.any_dual); }
 
 // Columns cut where the weight's scale, the input's scale or the sum's 32 bits end.
 inline std::vector<Block> blocks_of(const Job& job) {
@@ -27,9 +27,10 @@ inline std::vector<Block> blocks_of(const Job& job) {
       const int64_t stop = std::min(end, start + step);
       while (start < stop) {
         // Floats have a scale of their own in each FLOAT_BLOCK columns, wherever groups begin.
-        const int64_t next = job.input_bits ? start + widest : (start / FLOAT_BLOCK + 1) * FLOAT_BLOCK;
+        const bool apart = job.format == INTEGERS && !job.input_bits;
+        const int64_t next = apart ? (start / FLOAT_BLOCK + 1) * FLOAT_BLOCK : start + widest;
         const int64_t size = std::min(stop, next) - start;
-        const int64_t scale = job.input_bits ? s : start / FLOAT_BLOCK;
+        const int64_t scale = apart ? start / FLOAT_BLOCK : s;
         blocks.push_back({static_cast<int32_t>(start), static_cast<int32_t>(size), group, static_cast<int32_t>(scale)});
         start += size;
       }
@@ -43,7 +44,7 @@ inline float scale_value(uint8_t code) { return of_bits((static_cast<uint32_t>(c
 
 inline float scale_at(const Job& job, int64_t row, int64_t group) {
   const int64_t i = row * job.G + group;
-  return job.scale ? job.scale[i] : scale_value(job.scale_code[i]) * job.scale_row[row];
+  return job.scale ? job.scale[i] : !job.scale_code ? 1 : scale_value(job.scale_code[i]) * job.scale_row[row];
 }
 
 // Code number k of a packed row, plus 2^(bits - 1): an unsigned byte.
@@ -71,6 +72,29 @@ inline Ints codes_in_order(const uint8_t* row, int64_t row_bytes, int64_t k, int
     from = end;
   }
   return bits == 8 ? flip(load(from)) : bits == 6 ? unpack6(from) : unpack4_in_order(from);
+}
+
+// Codes [count] that are the bits of a float, as float32.
+inline void decode(const void* codes, int64_t count, Format format, float* out) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(codes);
+  if (format == FP8_E4M3 || format == FP8_E5M2) {
+    // The bits move to float32's places, whose exponents are larger by 120 or 112; subnormals are their units' count.
+    const bool e4 = format == FP8_E4M3;
+    const int shift = e4 ? 20 : 21, bias = (e4 ? 120 : 112) << 23, normal = e4 ? 8 : 4, special = e4 ? 0x7f : 0x7c;
+    const float unit = e4 ? 0x1p-9f : 0x1p-16f;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t magnitude = bytes[i] & 0x7f;
+      const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * unit;
+      float value = static_cast<int>(magnitude) < normal ? small : of_bits((magnitude << shift) + bias);
+      value = static_cast<int>(magnitude) >= special ? NAN_ : value;
+      out[i] = of_bits(bits_of(value) | static_cast<uint32_t>(bytes[i] & 0x80) << 24);
+    }
+  } else if (format == INT16) {
+    const int16_t* shorts = static_cast<const int16_t*>(codes);
+    for (int64_t i = 0; i < count; ++i) out[i] = shorts[i];
+  } else {
+    to_floats({codes, format == BF16 ? BFLOAT16 : FLOAT16}, 0, count, out);
+  }
 }
 
 // Whether codes_in_order can read codes of these bits.

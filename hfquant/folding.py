@@ -1,0 +1,239 @@
+"""Fold smoothing divisors into what comes before, so that nothing is left to divide at run time.
+
+``Y = (X / s)(W s)^T``: where X is the output of a norm, or of a linear, and linears alone read it
+(:mod:`hfquant.dataflow.scaling`), the norm's gain and bias, or the linear's rows and bias, are divided by s once. All
+that read one X share one s.
+
+The model's float function stays as it is, so ``dequantize`` leaves the divided parameters where they are: its linears
+hold ``W s``. A norm's gain is rounded to its dtype, and W is multiplied by what the gain was really divided by.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hfquant.algorithms import Problem
+from hfquant.config import LayerConfig
+from hfquant.dataflow import LinearTrace, Source
+from hfquant.offload import forget_hook
+from hfquant.statistics import LayerStats, stats_bytes
+
+if TYPE_CHECKING:  # it plans the folds
+    from hfquant.planner import Plan
+
+#: Collects the statistics of the inputs of some layers, by name, beside those that are always collected.
+Observe = Callable[[Mapping[str, Collection[str]]], Mapping[str, LayerStats]]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A divisor that goes into the parameters of ``source``: that of the input of ``readers``, all that read it."""
+
+    source: Source
+    readers: tuple[str, ...]
+
+
+def plan_folds(model: nn.Module, chosen: Mapping[str, LayerConfig], traces: Mapping[str, LinearTrace]) -> list[Fold]:
+    """Return the divisors that can be folded: all that read a source are to be quantized, and in the same way.
+
+    Args:
+        model: perhaps on the meta device.
+        chosen: the configs of the linears that are to be quantized.
+        traces: of its linears.
+    """
+    readers: dict[Source, list[str]] = {}
+    for name, found in traces.items():
+        if found.source is not None:
+            readers.setdefault(found.source, []).append(name)
+    folds = []
+    for source, names in readers.items():
+        config, inputs = chosen.get(names[0]), traces[names[0]].input_segments
+        alike = all(chosen.get(n) == config and traces[n].input_segments == inputs for n in names)
+        if config is not None and config.opt.folds() and alike and _can_give(model, source, chosen):
+            folds.append(Fold(source, tuple(names)))
+    return folds
+
+
+def _can_give(model: nn.Module, source: Source, chosen: Collection[str]) -> bool:
+    """Return whether dividing a source costs no precision: a matrix in half precision would be rounded once more."""
+    params = [model.get_submodule(source.module).get_parameter(name) for name in source.parameters]
+    wide = all(p.dim() == 1 or p.dtype in (torch.float32, torch.float64) for p in params)
+    return source.module in chosen or wide
+
+
+@dataclass(frozen=True)
+class Folding:
+    """Divisors that have found a place. The model is as it was until :meth:`sources` are put in.
+
+    Attributes:
+        inputs: linear -> what its input is divided by beforehand, [in] float64.
+        outputs: module -> what its output channels are divided by, [out] float64.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def weight(self, name: str, weight: Tensor) -> Tensor:
+        """Return what a linear's weight [out, in] becomes, in float32 at least."""
+        columns, rows = self.inputs.get(name), self.outputs.get(name)
+        if columns is None and rows is None:
+            return weight
+        wide = weight if weight.dtype == torch.float64 else weight.float()
+        if columns is not None:
+            wide = wide * columns.to(wide)
+        return wide if rows is None else wide / rows.to(wide)[:, None]
+
+    def bias(self, name: str, bias: nn.Parameter | None) -> nn.Parameter | None:
+        """Return what a linear's bias [out] becomes."""
+        rows = self.outputs.get(name)
+        return bias if bias is None or rows is None else nn.Parameter(_divided(bias, rows), requires_grad=False)
+
+    def stats(self, name: str, stats: LayerStats | None) -> LayerStats | None:
+        """Return the statistics of a linear's divided input, from those of its input as it was."""
+        columns = self.inputs.get(name)
+        return stats if stats is None or columns is None else stats.divided(columns.float())
+
+    def unfolded(self, name: str, layer: nn.Module) -> list[RemovableHandle]:
+        """Have a folded linear run between modules that are not folded yet, until the handles are removed."""
+        handles = []
+        if (columns := self.inputs.get(name)) is not None:
+
+            def divide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                x = args[0] if args else kwargs["input"]
+                return (_rounded_once(x, columns, torch.div),), {}
+
+            handles.append(layer.register_forward_pre_hook(divide, with_kwargs=True))
+        if (rows := self.outputs.get(name)) is not None:
+            handles.append(layer.register_forward_hook(lambda m, args, out: _rounded_once(out, rows, torch.mul)))
+        return handles
+
+    def sources(self, model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+        """Return, by name, a divided copy of each source that is not itself quantized."""
+        return {
+            source.module: _divided_copy(
+                model.get_submodule(source.module), source.parameters, self.outputs[source.module]
+            )
+            for source in (fold.source for fold in plan.folds)
+            if source.module in self.outputs and source.module not in plan.layers
+        }
+
+
+def find_folding(model: nn.Module, plan: Plan, observe: Observe, budget: int) -> Folding:
+    """Find the divisors of ``plan.folds`` by data; a fold whose readers never ran is left out.
+
+    Args:
+        model: in float; left as it is.
+        plan: for it.
+        observe: runs the model over the calibration data; given names of layers and the statistics that each needs.
+        budget: bytes that statistics may take at once; where they take more there are several passes.
+    """
+    folding = Folding()
+    for folds in _passes(plan, budget):
+        stats = observe({name: plan.layers[name].config.opt.needs for fold in folds for name in fold.readers})
+        for fold in folds:
+            divisor = _common_divisor(model, plan, fold, stats, folding)
+            if divisor is not None:
+                _place(model, plan, fold, divisor, folding)
+    return folding
+
+
+def _passes(plan: Plan, budget: int) -> Iterator[list[Fold]]:
+    """Yield folds whose statistics fit the budget together, the last executed first.
+
+    The rows of a linear that is a source as well as a reader are divided by the time its own columns are looked at.
+    """
+    folds: list[Fold] = []
+    size = 0
+    for fold in reversed(plan.folds):
+        layer = plan.layers[fold.readers[0]]
+        takes = stats_bytes(layer.in_features, layer.config.opt.needs)
+        if folds and size + takes > budget:
+            yield folds
+            folds, size = [], 0
+        folds.append(fold)
+        size += takes
+    if folds:
+        yield folds
+
+
+def _common_divisor(
+    model: nn.Module, plan: Plan, fold: Fold, stats: Mapping[str, LayerStats], folding: Folding
+) -> Tensor | None:
+    """Return the divisor [in] float64 of all readers of a source; None without data."""
+    seen = {id(stats[name]): stats[name] for name in fold.readers if name in stats}
+    if not seen:
+        return None
+    first, *others = seen.values()
+    for other in others:
+        first = first.merge(other)
+    weights, rows = [], []
+    for name in fold.readers:
+        linear = model.get_submodule(name)
+        with align_module_device(linear):
+            weights.append(folding.weight(name, linear.get_parameter("weight").detach()).float())
+        rows.append(plan.layers[name].grid_rule(plan.layers[name].out_features).rows)
+    layer, weight = plan.layers[fold.readers[0]], torch.cat(weights)
+    rule = layer.grid_rule(layer.out_features)
+    rule = replace(rule, rows=None if rule.rows is None else tuple(size for sizes in rows for size in sizes or ()))
+    dtype = model.get_submodule(fold.readers[0]).get_parameter("weight").dtype
+    seen_by_all, sizes = first.to(weight.device), tuple(len(w) for w in weights)
+    problem = Problem(fold.readers[0], rule, layer.input_rule, layer.input_segments, seen_by_all, dtype, sizes)
+    return layer.config.opt.common_divisor(weight, problem).double()
+
+
+def _place(model: nn.Module, plan: Plan, fold: Fold, divisor: Tensor, folding: Folding) -> None:
+    """Add a divisor [in] of the readers of a source to ``folding``, as what the source can really be divided by."""
+    source = fold.source
+    module = model.get_submodule(source.module)
+    with align_module_device(module):
+        gain = module.get_parameter(source.parameters[0]).detach()
+        index = torch.tensor(source.channels or range(len(gain)), device=divisor.device)
+        # A channel that several inputs read (a head of values that serves several heads) gets their geometric mean.
+        logs = divisor.new_zeros(len(gain)).index_add_(0, index, divisor.log())
+        outputs = (logs / torch.bincount(index, minlength=len(gain)).clamp(min=1)).exp()
+        if source.module not in plan.layers and gain.dim() == 1:
+            outputs = _effective(gain.to(outputs.device), outputs)
+    folding.outputs[source.module] = outputs
+    folding.inputs.update(dict.fromkeys(fold.readers, outputs[index]))
+
+
+def _effective(gain: Tensor, divisor: Tensor) -> Tensor:
+    """Return what a gain [channels] is divided by once the quotient has its dtype; 1 where that loses the channel."""
+    quotient = _divided(gain, divisor).double()
+    exact = gain.double() / quotient
+    usable = quotient.isfinite() & exact.isfinite() & (exact > 0)
+    return torch.where(gain == 0, divisor, torch.where(usable, exact, torch.ones_like(exact)))
+
+
+def _rounded_once(x: Tensor, factors: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return a function of ``x`` and factors in float32 at least, in the dtype of ``x``."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return function(x.to(wide), factors.to(x.device, wide)).to(x.dtype)
+
+
+def _divided(param: Tensor, divisor: Tensor) -> Tensor:
+    """Return ``param`` divided along its first dimension, in its own dtype."""
+    wide = param.detach().double()
+    return (wide / divisor.to(wide).view(-1, *(1 for _ in param.shape[1:]))).to(param.dtype)
+
+
+def _divided_copy(module: nn.Module, names: Collection[str], divisor: Tensor) -> nn.Module:
+    """Return a copy of a module without children whose parameters ``names`` are divided; the others are shared."""
+    new = copy.copy(module)
+    for key, value in vars(module).items():
+        if isinstance(value, dict):
+            vars(new)[key] = copy.copy(value)
+    forget_hook(new)
+    with align_module_device(module):
+        for key, param in module.named_parameters(recurse=False):
+            value = _divided(param, divisor) if key in names else param.detach()
+            new._parameters[key] = nn.Parameter(value, requires_grad=param.requires_grad)
+    return new

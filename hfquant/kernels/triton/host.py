@@ -1,0 +1,191 @@
+"""What the Triton kernels' host code has in common."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hfquant.formats.inputs import segment_of
+from hfquant.kernels.base import Operands, Product
+
+#: Dtypes of the input that device code reads; others become float32 first.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Up to so many tokens a program multiplies one row with vector instructions: tensor cores would idle on the other 15
+#: of their 16 rows, and the tiles would be too few to fill a device. Chosen by that reasoning, not measured.
+FEW = 4
+
+
+def missing() -> str:
+    """Return what this machine lacks to run Triton kernels, "" where nothing."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    return "" if major >= 8 else f"it needs compute capability 8.0, this device has {major}.{minor}"
+
+
+class Tile(NamedTuple):
+    """Shape of the tiles of an output and how a program computes one.
+
+    Attributes:
+        BM, BN, BK: tokens, output rows and columns.
+        num_warps, num_stages: of a program.
+    """
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
+def tile(tokens: int, columns: tuple[int, ...], longest: int, light: bool = False) -> Tile:
+    """Return the tile for a number of tokens.
+
+    Args:
+        tokens: rows of the input.
+        columns: sizes of the blocks of columns.
+        longest: the most columns that a tile of many tokens may have (shared memory).
+        light: whether a program keeps little beside one sum for each value: others spill registers at 128 by 128
+            (seen in what ptxas says of code for compute capability 8.0 and 9.0).
+    """
+    width = _power_of_two(max(columns), 32)
+    if tokens <= FEW:
+        return Tile(1, 16, min(width, 256), 4, 3)
+    width = min(width, longest)
+    if tokens <= 16:
+        return Tile(16, 32, width, 4, 4)
+    if tokens <= 64:
+        return Tile(_power_of_two(tokens, 32), 64, width, 4, 3)
+    return Tile(128, 128, width, 8, 3) if light and tokens > 512 else Tile(128, 64, width, 8, 3)
+
+
+def _power_of_two(number: int, least: int) -> int:
+    """Return the least power of two that is neither below ``number`` nor ``least``."""
+    return max(1 << (number - 1).bit_length(), least)
+
+
+class Layout(NamedTuple):
+    """Where the blocks of columns of a product lie.
+
+    Attributes:
+        blocks: [3, G] int32 on the device: first column, the one after the last, input segment.
+        group: size of the blocks where all have the same and there is one segment, else 0.
+        aligned: whether all start and end at multiples of 16.
+        pairs: whether each block starts at an even column.
+    """
+
+    blocks: Tensor
+    group: int
+    aligned: bool
+    pairs: bool
+
+
+@lru_cache(maxsize=1024)
+def layout(product: Product, device: torch.device) -> Layout:
+    """Return the layout of a product's blocks, kept for the next call."""
+    sizes = product.columns
+    rows = [*_bounds(sizes), segment_of(sizes, product.segments)]
+    same = len(set(sizes)) == 1 and len(product.segments) == 1
+    pairs = all(size % 2 == 0 for size in sizes[:-1])
+    aligned = all(size % 16 == 0 for size in sizes)
+    return Layout(torch.tensor(rows, dtype=torch.int32, device=device), sizes[0] if same else 0, aligned, pairs)
+
+
+def in_groups(product: Product) -> bool:
+    """Return whether ``programs.few`` computes the product: groups of one size, a power of two, in one segment."""
+    size = product.columns[0]
+    same = len(set(product.columns)) == 1 and len(product.segments) == 1
+    return same and 2 <= size <= 256 and size & (size - 1) == 0
+
+
+@lru_cache(maxsize=1024)
+def segments_of(product: Product, device: torch.device) -> Tensor:
+    """Return [3, S] int32: each segment's first column, the one after the last, largest exponent of a second scale."""
+    rule = product.input
+    assert rule is not None
+    most = [rule.format.max_dual_exponent if dual else 0 for dual in rule.dual]
+    return torch.tensor([*_bounds(product.segments), most], dtype=torch.int32, device=device)
+
+
+def _bounds(sizes: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    ends = list(accumulate(sizes))
+    return [end - size for end, size in zip(ends, sizes, strict=True)], ends
+
+
+class Branch(NamedTuple):
+    """The low-rank branch as a product's last step takes it.
+
+    Attributes:
+        narrow: [tokens, rank] float32, the raw input times ``down^T``.
+        up: [out, rank], any float dtype.
+        rank: of the branch.
+        padded: the same as a power of two, at least 16.
+    """
+
+    narrow: Tensor | None
+    up: Tensor | None
+    rank: int
+    padded: int
+
+
+def branch(x: Tensor, operands: Operands) -> Branch:
+    """Return the low-rank branch of ``x`` [tokens, in]."""
+    down, up = operands.down, operands.up
+    if down is None or up is None or not len(down):
+        return Branch(None, None, 0, 16)
+    if x.is_cuda and x.dtype == down.dtype != torch.float32:
+        narrow = torch.mm(x, down.T, out_dtype=torch.float32)
+    else:
+        narrow = x.float() @ down.float().T
+    return Branch(narrow, rows_contiguous(up), len(down), _power_of_two(len(down), 16))
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """Return a matrix whose rows are contiguous; the rows may lie apart."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def stride(tensor: Tensor | None) -> int:
+    """Return how far rows (of codes in planes: planes) lie apart; 0 for no tensor."""
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def few_tokens(
+    x: Tensor,
+    input_scale: Tensor | None,
+    divisor: Tensor | None,
+    operands: Operands,
+    low: Branch,
+    y: Tensor,
+    product: Product,
+) -> None:
+    """Run ``programs.few`` into ``y`` [tokens, out].
+
+    Args:
+        x: codes [planes, tokens, in] int8, or [tokens, in] float.
+        input_scale, divisor: see there.
+        operands: the weight's tensors and the bias.
+        low: the low-rank branch.
+        y: the output.
+        product: one that :func:`in_groups` says yes to.
+    """
+    from hfquant.kernels.triton.programs.few import few_tokens_product
+
+    tokens, out = y.shape
+    group, width, rows = product.columns[0], product.in_features, 16
+    step = min(_power_of_two(width, group), 256)
+    with torch.cuda.device_of(x):
+        few_tokens_product[(-(-out // rows) * tokens,)](
+            x, input_scale, divisor, operands.weight, operands.scale, operands.scale_row, operands.zero_point,
+            low.narrow, low.up, operands.bias, y, tokens, out, width, len(product.columns), x.stride(-2), stride(x),
+            stride(operands.weight), stride(operands.scale), stride(operands.zero_point), stride(low.up), low.rank,
+            BITS=product.weight.bits, PLANES=len(x) if x.dim() == 3 else 1, GROUP=group, RANK=low.padded,
+            BN=rows, BK=step, num_warps=4,
+        )  # fmt: skip

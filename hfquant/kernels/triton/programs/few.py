@@ -1,0 +1,88 @@
+"""Products of few tokens with a weight in groups: several groups a step, which :mod:`.integer` takes one by one."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hfquant.kernels.triton.programs.tiles import finish, unpacked, weight_tile
+
+
+@triton.jit
+def few_tokens_product(
+    x: tl.tensor,
+    input_scale: tl.tensor,
+    divisor: tl.tensor,
+    weight: tl.tensor,
+    scale: tl.tensor,
+    scale_row: tl.tensor,
+    zero_point: tl.tensor,
+    narrow: tl.tensor,
+    up: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    G: tl.tensor,
+    stride_x: tl.tensor,
+    stride_plane: tl.tensor,
+    stride_weight: tl.tensor,
+    stride_scale: tl.tensor,
+    stride_zero: tl.tensor,
+    stride_up: tl.tensor,
+    rank: tl.tensor,
+    BITS: tl.constexpr,
+    PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    RANK: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+) -> None:
+    """Compute BN values of one token of the product of :mod:`.integer` or :mod:`.weight_only`.
+
+    Args:
+        x: codes [PLANES, M, K] int8, or [M, K] float; rows ``stride_x`` apart.
+        input_scale: [M] float32 of the codes; None: ``x`` is float, its products are float32's.
+        divisor: [K] float32, what a float ``x`` is divided by first, or None.
+        weight, scale, scale_row, zero_point: as stored, [N, ...], one input segment, groups of GROUP columns.
+        narrow, up, bias, y, rank, RANK: see ``tiles.finish``.
+        M, N, K, G: tokens, output rows, columns, groups.
+        stride_x, stride_weight, stride_scale, stride_zero, stride_up: of rows.
+        stride_plane: of planes.
+        BITS: of the weight's codes.
+        PLANES: of ``x``.
+        GROUP: a power of two, at least 2, that divides K and BK; a group's sum fits 32 bits.
+        BN, BK: output rows a program, columns a step.
+    """
+    m = tl.program_id(0) % M + tl.arange(0, 1)
+    n = tl.program_id(0) // M * BN + tl.arange(0, BN)
+    in_m, in_n = m < M, n < N
+    n = n.to(tl.int64)
+    token = x + (tl.program_id(0) % M).to(tl.int64) * stride_x
+    row = weight + n * stride_weight
+    total = tl.zeros((BN,), tl.float32)
+    for start in range(0, K, BK):
+        # [BN, groups of this step, GROUP], as everything here but for what there is once a group: [BN, groups].
+        codes = tl.reshape(weight_tile(row, in_n, start, K, BITS, BITS == 4, BN, BK), (BN, BK // GROUP, GROUP))
+        g = start // GROUP + tl.arange(0, BK // GROUP)
+        there = in_n[:, None] & (g < G)[None, :]
+        w = codes.to(tl.float32 if input_scale is None else tl.int32)
+        if zero_point is not None:
+            w -= unpacked(zero_point + n[:, None] * stride_zero, g[None, :], there, BITS)[:, :, None].to(w.dtype)
+        k = start + tl.arange(0, BK)
+        a = tl.load(token + k, mask=k < K, other=0).to(w.dtype)
+        if divisor is not None:
+            a = tl.div_rn(a, tl.load(divisor + k, mask=k < K, other=1))
+        if PLANES == 2:
+            a += tl.load(token + stride_plane + k, mask=k < K, other=0).to(tl.int32) * 256
+        sums = tl.sum(w * tl.reshape(a, (1, BK // GROUP, GROUP)), 2)
+        s = tl.load(scale + n[:, None] * stride_scale + g[None, :], mask=there, other=0)
+        if scale_row is not None:
+            s = ((s.to(tl.int32) << 18) + (120 << 23)).to(tl.float32, bitcast=True)
+        total += tl.sum(tl.where(there, sums.to(tl.float32) * s, 0.0), 1)
+    if scale_row is not None:
+        total *= tl.load(scale_row + n, mask=in_n, other=0)
+    if input_scale is not None:
+        total *= tl.load(input_scale + tl.program_id(0) % M)
+    finish(total[None, :], m, n, in_m, in_n, narrow, up, bias, y, stride_up, N, rank, RANK, True)

@@ -1,0 +1,133 @@
+"""Products of integer codes: int32 sums, exact, scaled to float32 a block of columns at a time."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hfquant.kernels.triton.programs.tiles import block_of, block_scale, finish, multiplied, unpacked, weight_tile
+
+
+@triton.jit
+def _add_columns(
+    sums: tl.tensor,
+    high: tl.tensor,
+    codes: tl.tensor,
+    plane: tl.tensor,
+    row: tl.tensor,
+    zero: tl.tensor,
+    in_m: tl.tensor,
+    in_n: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    BITS: tl.constexpr,
+    PLANES: tl.constexpr,
+    PAIRS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+) -> tl.tensor:
+    """Return ``sums`` and ``high`` (the second plane's; as it is where there is one) with the columns added."""
+    w = weight_tile(row, in_n, start, end, BITS, PAIRS, BN, BK)
+    # Less their zero points, codes of fewer than 8 bits are still int8; of 8 bits they are not.
+    if zero is not None and BITS < 8:
+        w = w - zero[:, None]
+    k = start + tl.arange(0, BK)
+    mask = in_m[:, None] & (k < end)[None, :]
+    a = tl.load(codes[:, None] + k[None, :], mask=mask, other=0)
+    sums = multiplied(a, w, sums, VECTOR)
+    if zero is not None and BITS == 8:
+        sums -= tl.sum(a.to(tl.int32), 1)[:, None] * zero[None, :].to(tl.int32)
+    if PLANES == 2:
+        a = tl.load(codes[:, None] + plane + k[None, :], mask=mask, other=0)
+        high = multiplied(a, w, high, VECTOR)
+        if zero is not None and BITS == 8:
+            high -= tl.sum(a.to(tl.int32), 1)[:, None] * zero[None, :].to(tl.int32)
+    return sums, high
+
+
+@triton.jit
+def integer_product(
+    codes: tl.tensor,
+    input_scale: tl.tensor,
+    weight: tl.tensor,
+    scale: tl.tensor,
+    scale_row: tl.tensor,
+    zero_point: tl.tensor,
+    narrow: tl.tensor,
+    up: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    blocks: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    G: tl.tensor,
+    S: tl.tensor,
+    stride_plane: tl.tensor,
+    stride_weight: tl.tensor,
+    stride_scale: tl.tensor,
+    stride_zero: tl.tensor,
+    stride_up: tl.tensor,
+    rank: tl.tensor,
+    BITS: tl.constexpr,
+    PLANES: tl.constexpr,
+    WIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    RANK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+) -> None:
+    """Compute a tile of ``y = sum_g s_x s_w[:, g] (X_g W_g^T - z_g rowsum(X_g)) + narrow up^T + bias``.
+
+    Args:
+        codes: [PLANES, M, K] int8 of the input; with two planes its codes are ``256 * second + first``.
+        input_scale: [M, S] float32, NaN where a token is to come out as NaN.
+        weight, scale, scale_row, zero_point: as stored, [N, ...].
+        narrow, up, bias, y, rank, RANK: see ``tiles.finish``.
+        blocks, GROUP, ALIGNED: see ``tiles.block_of``.
+        M, N, K, G, S: tokens, output rows, columns, blocks of columns and input segments.
+        stride_plane: of the input's planes.
+        stride_weight, stride_scale, stride_zero, stride_up: of rows.
+        BITS: of the weight's codes.
+        PLANES: 1, or 2 for codes of up to 16 bits.
+        WIDE: whether a block's sum may need more than 32 bits (two planes).
+        PAIRS: see ``tiles.weight_tile``.
+        SINGLE: whether BK columns hold each block.
+        BM, BN, BK: shape of a tile; BM = 1 for few tokens.
+    """
+    # Neighbors share the weight's tile: it is read from memory once.
+    tiles_m = tl.cdiv(M, BM)
+    m = tl.program_id(0) % tiles_m * BM + tl.arange(0, BM)
+    n = tl.program_id(0) // tiles_m * BN + tl.arange(0, BN)
+    in_m, in_n = m < M, n < N
+    row = weight + n.to(tl.int64) * stride_weight
+    code = codes + m.to(tl.int64) * K
+    total = tl.zeros((BM, BN), tl.float32)
+    for g in range(G):
+        start, end, segment = block_of(blocks, g, G, GROUP, ALIGNED)
+        zero = None
+        if zero_point is not None:
+            zero = unpacked(zero_point + n.to(tl.int64) * stride_zero, g + tl.zeros((1,), tl.int32), in_n, BITS)
+        sums = tl.zeros((BM, BN), tl.int32)
+        # A loop can carry no None.
+        high = tl.zeros((BM, BN) if PLANES == 2 else (1, 1), tl.int32)
+        if SINGLE:
+            sums, high = _add_columns(
+                sums, high, code, stride_plane, row, zero, in_m, in_n, start, end, BITS, PLANES, PAIRS, BM == 1, BN, BK
+            )
+        else:
+            for k in range(start, end, BK):
+                sums, high = _add_columns(
+                    sums, high, code, stride_plane, row, zero, in_m, in_n, k, end, BITS, PLANES, PAIRS, BM == 1, BN, BK
+                )
+        if PLANES == 2:
+            sums = (high.to(tl.int64) * 256 + sums) if WIDE else high * 256 + sums
+        s_w = block_scale(scale, scale_row, n.to(tl.int64), in_n, g, stride_scale)
+        s_x = tl.load(input_scale + m.to(tl.int64) * S + segment, mask=in_m, other=0)
+        total += sums.to(tl.float32) * s_w[None, :] * s_x[:, None]
+    finish(total, m, n, in_m, in_n, narrow, up, bias, y, stride_up, N, rank, RANK, BM == 1)

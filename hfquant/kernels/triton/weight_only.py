@@ -1,0 +1,65 @@
+"""Integer weights times a float input: the weight is read as it is stored, 4, 6 or 8 bits, and never there in floats.
+
+Codes less zero points are exact in bfloat16 and float16, so tensor cores multiply them with the input of that dtype,
+and each block of columns is scaled in float32 after. A float32 input (or one that is divided by a smoothing vector)
+is multiplied in three products of TF32, as good as one of float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hfquant.kernels.base import Kernel, Operands, Product
+from hfquant.kernels.triton.host import (
+    DTYPES,
+    FEW,
+    branch,
+    few_tokens,
+    in_groups,
+    layout,
+    missing,
+    rows_contiguous,
+    stride,
+    tile,
+)
+
+
+def refuses(product: Product) -> str:
+    """Return why the product cannot be computed here; "" where it can."""
+    form = product.weight
+    if product.input is not None:
+        return "the input is quantized"
+    return "" if form.is_integer and form.bits <= 8 else f"the weight is {form.name}, not integers of up to 8 bits"
+
+
+def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
+    """Return ``x`` [tokens, in] times the weight, [tokens, out]."""
+    from hfquant.kernels.triton.programs.weight_only import weight_only_product
+
+    if x.dtype not in DTYPES:
+        return run(x.float(), operands, product).to(x.dtype)
+    x, weight, low = rows_contiguous(x), rows_contiguous(operands.weight), branch(x, operands)
+    tokens, out = len(x), len(weight)
+    y = torch.empty(tokens, out, dtype=x.dtype, device=x.device)
+    if tokens <= FEW and in_groups(product):
+        few_tokens(x, None, operands.divisor, operands._replace(weight=weight), low, y, product)
+        return y
+    # Triton's interpreter (on the CPU) multiplies bfloat16's bits as if they were integers.
+    wide = x.dtype == torch.float32 or operands.divisor is not None or (x.dtype == torch.bfloat16 and not x.is_cuda)
+    # Float32 tiles take twice the shared memory.
+    where, shape = layout(product, x.device), tile(len(x), product.columns, 32 if wide else 64)
+    with torch.cuda.device_of(x):
+        weight_only_product[(-(-tokens // shape.BM) * -(-out // shape.BN),)](
+            x, operands.divisor, weight, operands.scale, operands.scale_row, operands.zero_point,
+            low.narrow, low.up, operands.bias, y, where.blocks,
+            tokens, out, len(product.columns), stride(x),
+            stride(weight), stride(operands.scale), stride(operands.zero_point), stride(low.up), low.rank,
+            BITS=product.weight.bits, GROUP=where.group, ALIGNED=where.aligned,
+            PAIRS=product.weight.bits == 4 and where.pairs, FLOAT32=wide, SINGLE=max(product.columns) <= shape.BK,
+            RANK=low.padded, **shape._asdict(),
+        )  # fmt: skip
+    return y
+
+
+KERNEL = Kernel("triton-weight-only", "cuda", missing, refuses, lambda *size: True, run)
