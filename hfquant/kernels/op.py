@@ -130,7 +130,7 @@ def check(x: Tensor, operands: Operands, product: Product) -> None:
         "weight": ((out, form.packed_width(columns)), form.code_dtype, True),
         "scale": ((out, groups), torch.uint8 if two_level else torch.float32, form.has_scale),
         "scale_row": ((out, 1), torch.float32, two_level and form.has_scale),
-        "zero_point": ((out, form.packed_width(groups)), form.code_dtype, operands.zero_point is not None),
+        "zero_point": ((out, form.packed_width(groups)), form.code_dtype, not product.symmetric),
         "input_scale": ((segments,), torch.float32, static),
         "input_scale_neg": ((segments,), torch.float32, dual),
         "divisor": ((columns,), torch.float32, operands.divisor is not None),

@@ -85,7 +85,7 @@ class Spec:
         inputs = FORMATS.get(f"int{self.input_bits}") or ODD_FORMATS[f"int{self.input_bits}"]
         dual = (self.dual > 0,) * len(self.segments)
         rule = InputRule(inputs, self.input != "static", self.input == "token", self.segments, dual)
-        return Product(form, tuple(columns), self.segments, None if self.input == "float" else rule)
+        return Product(form, columns, self.segments, None if self.input == "float" else rule, not self.asymmetric)
 
     @property
     def exact_as_integers(self) -> bool:
