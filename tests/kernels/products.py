@@ -210,6 +210,12 @@ def _thinned(x: Tensor, kept: Tensor, room: float, seed: int) -> Tensor:
     return torch.where(fits | kept, x, torch.zeros_like(x))
 
 
+def identity(width: int, segments: tuple[int, ...], rule: InputRule) -> tuple[Operands, Product]:
+    """The product that gives back a quantized input."""
+    product = Product(FORMATS["int8"], segments, segments, rule)
+    return Operands(torch.eye(width, dtype=torch.int8), torch.ones(width, len(segments))), product
+
+
 def bits_equal(y: Tensor, expected: Tensor) -> bool:
     """Whether two tensors are equal, of one dtype and shape, NaN equal to NaN."""
     return y.dtype == expected.dtype and torch.equal(y.nan_to_num(nan=1234.5), expected.nan_to_num(nan=1234.5))

@@ -104,7 +104,9 @@ def test_an_unknown_name_lists_the_known(monkeypatch) -> None:
 
 
 def test_one_that_cannot_run_here_is_refused_by_name(monkeypatch) -> None:
-    absent = Kernel("absent", "cpu", lambda: "this CPU has no absent", lambda p: "", lambda *size: True, lambda *a: a[0])
+    absent = Kernel(
+        "absent", "cpu", lambda: "this CPU has no absent", lambda p: "", lambda *size: True, lambda *a: a[0]
+    )
     monkeypatch.setitem(KERNELS, "absent", absent)
     monkeypatch.setenv("HFQUANT_KERNEL", "absent")
     with pytest.raises(ValueError, match=r"HFQUANT_KERNEL=absent cannot compute .*int8.*: this CPU has no absent"):

@@ -1,19 +1,17 @@
 """The C++ kernels on every instruction set that this machine has, against float64."""
 
-import numpy as np
 import pytest
 import torch
 
 from hfquant.formats import FORMATS, InputRule
-from hfquant.kernels.base import Operands, Product, product_of
+from hfquant.kernels.base import Operands
 from hfquant.kernels.op import linear
 from tests.kernels.products import (
-    FLOAT_BLOCK,
     FLOAT_LIMIT,
-    NAMES,
     WIDEST,
     Spec,
     bits_equal,
+    identity,
     kernel,
     odd_formats,
     sample,
@@ -202,12 +200,6 @@ def test_strided_and_nested_inputs(kernel) -> None:
             assert run(x.new_zeros(*lead, 96)).shape == (*lead, spec.out)
 
 
-def identity(width: int, segments: tuple[int, ...], rule: InputRule) -> tuple[Operands, Product]:
-    """The product that gives back a quantized input."""
-    product = Product(FORMATS["int8"], segments, segments, rule)
-    return Operands(torch.eye(width, dtype=torch.int8), torch.ones(width, len(segments))), product
-
-
 def near_ties(scale: torch.Tensor, limit: int) -> torch.Tensor:
     """Inputs [3, 2 limit + 6] halfway between two codes times ``scale``, and one ulp beside that."""
     middle = (torch.arange(-limit - 3, limit + 3) + 0.5) * scale
@@ -257,154 +249,3 @@ def test_codes_of_dual_scales_and_segments(kernel, dynamic) -> None:
             assert bits_equal(linear(x, operands, product, True), expected), (dual, seed)
             if dynamic != "tensor":
                 assert bits_equal(linear(x[:5], operands, product, True), expected[:5])
-
-
-# Weight-only products: floats as integers of 16 bits.
-
-
-def float_error(x: torch.Tensor, spec: Spec) -> float:
-    """Largest error of an output as a share of the norms of its token and its row."""
-    made = sample(spec, 1)
-    product, operands = made.product, made.operands._replace(bias=None)
-    weight = operands.grid(product).dequantize(operands.codes(product)).double()
-    y = linear(x, operands, product, True).double()
-    norms = x.double().norm(dim=1)[:, None] * weight.norm(dim=1)
-    return float(((y - x.double() @ weight.T).abs() / norms.clamp(min=1e-300)).max())
-
-
-@pytest.mark.parametrize("bits", [4, 6, 8])
-def test_weight_only_error(kernel, bits) -> None:
-    for spec in (Spec(bits, (1000,), 0, "float"), Spec(bits, (1000,), 64, "float", True, True)):
-        for seed in range(6):
-            torch.manual_seed(seed)
-            x = torch.randn(11, 1000)
-            x[1] *= 10.0 ** torch.randint(-20, 20, (1000,))
-            x[2, seed * 100] = 1e6
-            x[3, ::128] = 1e4
-            x[4] = torch.where(torch.rand(1000) < 0.1, 1e3, 1e-3)
-            x[5] *= 1e-30
-            x[6] *= 1e30
-            x[7] = x[7].exp() ** 4
-            x[8, ::2] = 0
-            for tokens in (x, x[:5], x[5:9]):
-                assert float_error(tokens, spec) < 1e-4
-
-
-def test_weight_only_error_at_its_worst(kernel) -> None:
-    """All that is lost adds up: 127 values just below half a step beside one outlier, times weights of one sign."""
-    step = 1 / FLOAT_LIMIT
-    x = torch.full((1, FLOAT_BLOCK), 0.499 * step)
-    x[0, 0] = 1
-    product = Spec(8, (FLOAT_BLOCK,), 0, "float", out=1).product()
-    operands = Operands(torch.full((1, FLOAT_BLOCK), 127, dtype=torch.int8), torch.ones(1, 1))
-    lost = float((x.double().sum() * 127 - linear(x, operands, product, True).double()).abs())
-    share = lost / (float(x.double().norm()) * 127 * FLOAT_BLOCK**0.5)
-    assert share <= 0.5 * FLOAT_BLOCK**0.5 * step
-
-
-def test_zeros_stay_zero_beside_outliers(kernel) -> None:
-    made = sample(Spec(4, (512,), 32, "float", True), 9)
-    operands = made.operands._replace(bias=None)
-    assert not linear(torch.zeros(9, 512), operands, made.product, True).any()
-    x = torch.zeros(9, 512)
-    x[:, 200] = 1e5
-    weight = operands.grid(made.product).dequantize(operands.codes(made.product))
-    np.testing.assert_allclose(linear(x, operands, made.product, True), (1e5 * weight[:, 200]).expand(9, -1), rtol=1e-6)
-
-
-# What is not a number, or hardly one.
-
-KINDS = [
-    Spec(8, (200,)),
-    Spec(8, (200,), 0, "static"),
-    Spec(4, (256,), 32, "token", True, True),
-    Spec(4, (50, 70), 32, "static", True),
-    Spec(6, (64, 128), 0, "token", dual=3),
-    Spec(4, (200,), 0, "static", dual=3),
-    Spec(8, (300,), 0, "float"),
-    Spec(4, (256,), 64, "float", True, True),
-]
-
-
-@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_token_that_is_no_number_spoils_itself_alone(kernel, bad, dtype) -> None:
-    for spec in KINDS:
-        for tokens in (3, 12):
-            made = sample(spec, tokens)
-            x = (made.x / 100).to(dtype)
-            clean = linear(x, made.operands, made.product, True)
-            assert clean.isfinite().all()
-            for column in (0, 1, x.shape[1] // 2, x.shape[1] - 1):
-                spoiled = x.clone()
-                spoiled[1, column] = bad
-                y = linear(spoiled, made.operands, made.product, True)
-                assert y[1].isnan().all(), spec
-                others = torch.arange(tokens) != 1
-                assert bits_equal(y[others], clean[others]), spec
-    made = sample(Spec(8, (64,), 0, "tensor"), 5)
-    x = made.x.to(dtype)
-    x[1, 3] = bad
-    assert linear(x, made.operands, made.product, True).isnan().all()
-
-
-def test_inputs_at_the_ends_of_float32(kernel) -> None:
-    extremes = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 2.0**-126, 1e-30, 3e38, -3e38, torch.finfo(torch.float32).max]
-    for spec in [*KINDS, Spec(8, (64,), 0, "tensor"), Spec(8, (200,), 16, "tensor", dual=8)]:
-        made = sample(spec, 1)
-        operands = made.operands._replace(scale=made.operands.scale if spec.two_level else made.operands.scale * 2**-14)
-        if spec.two_level:
-            operands = operands._replace(scale_row=operands.scale_row * 2**-14)
-        weight = operands.grid(made.product).dequantize(operands.codes(made.product)).double()
-        for value in extremes:
-            for tokens in (1, 10):
-                x = torch.full((tokens, weight.shape[1]), value)
-                x[:, ::3] = 0
-                x[:, 1::3] *= -0.5
-                y = linear(x, operands, made.product, True)
-                values, scale = operands.quantized_input(x, made.product)
-                if scale is not None:
-                    values = values.double() * torch.repeat_interleave(scale, torch.tensor(spec.segments), -1)
-                expected = (
-                    values.double() @ weight.T + operands.bias
-                    if operands.bias is not None
-                    else (values.double() @ weight.T)
-                )
-                size = values.double().abs() @ weight.abs().T + (
-                    operands.bias.abs() if operands.bias is not None else 0
-                )
-                assert y.isfinite().all(), (spec, value)
-                share = 2e-4 if spec.input == "float" else 3e-7
-                assert ((y.double() - expected).abs() <= share * size + 1e-38).all(), (spec, value)
-
-
-def test_denormal_inputs_beside_others(kernel) -> None:
-    rule = InputRule(FORMATS["int8"], True, True, (64,), (False,))
-    operands, product = identity(64, (64,), rule)
-    for scale in (1e-45, 1e-42, 1e-38, 1e-37, 1e-36):
-        x = torch.randn(9, 64) * scale
-        values, found = rule.quantize(x)
-        assert bits_equal(linear(x, operands, product, True), values * found)
-
-
-def test_every_kernel_gives_the_same(monkeypatch) -> None:
-    """Random scales too: sums of floats may differ in their last bits, nothing else."""
-    for spec in (Spec(8, (300,)), Spec(4, (256,), 32, "token", True), Spec(6, (70, 90), 0, "static", dual=4)):
-        made = sample(spec, 12)
-        operands = made.operands._replace(scale=torch.rand_like(made.operands.scale) + 0.5)
-        x = torch.nn.functional.silu(torch.randn(12, made.product.in_features) * 3)
-        results = []
-        for name in (*NAMES, "reference"):
-            if name != "reference" and product_missing(name):
-                continue
-            monkeypatch.setenv("HFQUANT_KERNEL", name)
-            results.append(linear(x, operands, product_of(made.product.key), True))
-        for y in results[:-1]:
-            bound = results[-1].abs().max()
-            assert ((y - results[-1]).abs() <= 1e-6 * bound).all()
-
-
-def product_missing(name: str) -> str:
-    from hfquant.kernels import table
-
-    return table.KERNELS[name].missing()
