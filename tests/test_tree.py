@@ -57,6 +57,7 @@ WIDE = {
     "calibration/test_end_to_end.py",
     "integrations/test_pipelines.py",
     "integrations/test_real_models.py",
+    "kernels/cpu/test_floats.py",
     "smoke/test_smoke.py",
     "test_axes.py",
     "test_floors.py",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain, groupby
+from itertools import accumulate, chain, groupby
 from typing import NamedTuple
 
 import torch
@@ -67,18 +67,23 @@ def product_of(key: str) -> Product:
     try:
         spec = json.loads(key)
         segments = tuple(int(s) for s in spec["segments"])
-        columns = tuple(chain.from_iterable([int(size)] * int(count) for size, count in spec["columns"]))
+        runs = [(int(size), int(count)) for size, count in spec["columns"]]
+        # Looked at before columns are spread out: a wrong count could be of any size.
+        if min(*segments, *chain(*runs)) < 1 or sum(size * count for size, count in runs) != sum(segments):
+            raise ValueError("columns and segments do not fit")
+        columns = tuple(chain.from_iterable([size] * count for size, count in runs))
+        if not set(accumulate(segments)) <= set(accumulate(columns)):
+            raise ValueError("a block of columns straddles two segments")
         rule = None
         if "input" in spec:
             dual = tuple(bool(d) for d in spec.get("dual", [False] * len(segments)))
+            if len(dual) != len(segments):
+                raise ValueError("dual and segments do not fit")
             form = number_format(spec["input"])
             rule = InputRule(form, bool(spec["dynamic"]), bool(spec["per_token"]), segments, dual)
-        product = Product(number_format(spec["weight"]), columns, segments, rule, bool(spec.get("symmetric", True)))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"not a quantized product: {key!r} ({error!r})") from None
-    if min(columns, default=0) < 1 or min(segments, default=0) < 1 or sum(columns) != sum(segments):
-        raise ValueError(f"not a quantized product: {key!r} (columns and segments do not fit)")
-    return product
+        return Product(number_format(spec["weight"]), columns, segments, rule, bool(spec.get("symmetric", True)))
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a quantized product: {key[:1000]!r} ({error!r})") from None
 
 
 class Operands(NamedTuple):

@@ -62,11 +62,17 @@ def _op(x: Tensor, *arguments: Any) -> Tensor:
     *tensors, key, real = arguments
     product, operands = product_of(key), Operands(*tensors)
     check(x, operands, product)
+    if any(t is not None and t.numel() and not t.untyped_storage().nbytes() for t in (x, *operands)):
+        raise ValueError(f"the data of a tensor was freed, for {key}")
     return _run(x, operands, product, real)
 
 
-def _fake(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    *tensors, key, _ = arguments
+    operands = Operands(*tensors)
+    # Here too: a weight on the meta device and an input that is not come here, and nothing would be computed.
+    check(x, operands, product_of(key))
+    return x.new_empty(*x.shape[:-1], operands.weight.shape[0])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -120,17 +126,17 @@ def check(x: Tensor, operands: Operands, product: Product) -> None:
         raise ValueError(f"expected an input of {columns} features, got one of shape {tuple(x.shape)}")
     if operands.weight.dim() != 2:
         raise ValueError(f"expected a weight of rank 2, got {tuple(operands.weight.shape)}")
-    out, groups = len(operands.weight), len(product.columns)
+    out, groups = operands.weight.shape[0], len(product.columns)
     static = product.input is not None and product.input.static
     dual = static and product.input is not None and any(product.input.dual)
     two_level = operands.scale_row is not None
-    rank = -1 if operands.down is None or operands.down.dim() != 2 else len(operands.down)
+    rank = -1 if operands.down is None or operands.down.dim() != 2 else operands.down.shape[0]
     any_float = None
     expected: dict[str, tuple[tuple[int, ...], torch.dtype | None, bool]] = {
         "weight": ((out, form.packed_width(columns)), form.code_dtype, True),
         "scale": ((out, groups), torch.uint8 if two_level else torch.float32, form.has_scale),
         "scale_row": ((out, 1), torch.float32, two_level and form.has_scale),
-        "zero_point": ((out, form.packed_width(groups)), form.code_dtype, operands.zero_point is not None),
+        "zero_point": ((out, form.packed_width(groups)), form.code_dtype, not product.symmetric),
         "input_scale": ((segments,), torch.float32, static),
         "input_scale_neg": ((segments,), torch.float32, dual),
         "divisor": ((columns,), torch.float32, operands.divisor is not None),

@@ -79,9 +79,9 @@ inline void to_codes(const float* x, int64_t count, float scale, float limit, in
   }
 }
 
-// amax / qmax, 1 for zero.
+// amax / qmax, 1 for zero. As in formats/base.py magnitudes are cut a millionth below the largest there is.
 inline float scale_of(float amax, float qmax) {
-  constexpr float MOST = std::numeric_limits<float>::max();
+  constexpr float MOST = std::numeric_limits<float>::max() * (1 - 0x1p-20f);
   const float scale = (amax < MOST ? amax : MOST) / qmax;
   return amax == 0 ? 1.0f : scale > MIN_SCALE ? scale : MIN_SCALE;
 }

@@ -75,7 +75,9 @@ const void* data_of(const Tensor& tensor, const char* name, std::initializer_lis
                     tensor.sizes()[i]);
     ++i;
   }
-  return tensor.const_data_ptr();
+  const void* data = tensor.const_data_ptr();
+  STD_TORCH_CHECK(data || !tensor.numel(), name, ": its data was freed");
+  return data;
 }
 
 template <class T>
@@ -104,7 +106,7 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row,
   STD_TORCH_CHECK(spec.is_cpu() && spec.is_contiguous() && spec.scalar_type() == ScalarType::Long && spec.dim() == 1 &&
                       spec.numel() >= 8,
                   "spec: expected int64 [6 + 2 segments]");
-  const int64_t* numbers = static_cast<const int64_t*>(spec.const_data_ptr());
+  const int64_t* numbers = static_cast<const int64_t*>(data_of(spec, "spec", {spec.numel()}));
   Job job = {};
   job.bits = numbers[0];
   job.format = numbers[0] < 0 ? static_cast<Format>(-numbers[0]) : INTEGERS;

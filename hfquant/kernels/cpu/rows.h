@@ -51,6 +51,9 @@ struct Steps {
   }
 };
 
+// Times any sum that a row can have, this is far from float32's largest number.
+constexpr float LARGEST_UNIT = 1e20f;
+
 // Codes of a token in a row's order, and what goes with them. Sums of a group are padded to whole vectors.
 struct Lines {
   int64_t planes, bytes;  // bytes of a plane of a token
@@ -247,8 +250,9 @@ void fill_factors(const Job& job, int64_t row, float* scale, float* offset) {
   from_floats(y, count, job.y, job.x.type, m * job.N + n);
 }
 
+// Returns whether it could.
 template <class Format, bool LONG, bool GROUPED>
-void by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, ParallelFor parallel_for) {
+bool by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, ParallelFor parallel_for) {
   static thread_local Scratch of_codes, of_scale, of_sum, of_total, of_floats, of_row;
   Lines lines;
   lines.steps = std::move(steps);
@@ -267,6 +271,9 @@ void by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, Para
     quantize(job, m, shared, buffer, codes, lines.scale + m * lines.scales);
     layout_line<Format>(job, blocks, codes, m, lines);
   }
+  // Here sums are multiplied by the input's scale before the weight's, which must not be what makes them overflow.
+  for (int64_t i = 0; i < job.M * lines.scales; ++i)
+    if (lines.scale[i] > LARGEST_UNIT) return false;
   auto multiply_rows = [&](int64_t begin, int64_t end) {
     static thread_local Scratch of_factors, of_offsets, of_y, of_up;
     constexpr int MOST = 4;
@@ -293,6 +300,7 @@ void by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, Para
     for (int64_t m = 0; m < job.M; ++m) finish(job, m, begin, pitch, y + m * pitch, added);
   };
   run_parallel(parallel_for, job.N, std::max<int64_t>(16, 32768 / job.row_bytes / 4 * 4), multiply_rows);
+  return true;
 }
 
 // Computes the job by rows if its groups allow it.
@@ -304,12 +312,10 @@ bool try_rows(const Job& job, ParallelFor parallel_for) {
   Steps steps = Steps::of<Format>(job, blocks);
   if (!steps.fit) return false;
   if (long_codes(job))
-    grouped ? by_rows<Format, true, true>(job, blocks, std::move(steps), parallel_for)
-            : by_rows<Format, true, false>(job, blocks, std::move(steps), parallel_for);
-  else
-    grouped ? by_rows<Format, false, true>(job, blocks, std::move(steps), parallel_for)
-            : by_rows<Format, false, false>(job, blocks, std::move(steps), parallel_for);
-  return true;
+    return grouped ? by_rows<Format, true, true>(job, blocks, std::move(steps), parallel_for)
+                   : by_rows<Format, true, false>(job, blocks, std::move(steps), parallel_for);
+  return grouped ? by_rows<Format, false, true>(job, blocks, std::move(steps), parallel_for)
+                 : by_rows<Format, false, false>(job, blocks, std::move(steps), parallel_for);
 }
 
 }  // namespace HFQUANT_ISA

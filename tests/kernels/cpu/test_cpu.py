@@ -1,0 +1,251 @@
+"""The C++ kernels on every instruction set that this machine has, against float64."""
+
+import pytest
+import torch
+
+from hfquant.formats import FORMATS, InputRule
+from hfquant.kernels.base import Operands
+from hfquant.kernels.op import linear
+from tests.kernels.products import (
+    FLOAT_LIMIT,
+    WIDEST,
+    Spec,
+    bits_equal,
+    identity,
+    kernel,
+    odd_formats,
+    sample,
+)
+
+__all__ = ["kernel", "odd_formats"]
+
+INPUTS = ("token", "tensor", "static", "float")
+#: Kinds of columns: segments and size of groups.
+COLUMNS = {
+    "1": ((1,), 0),
+    "2": ((2,), 0),
+    "31": ((31,), 0),
+    "64": ((64,), 0),
+    "129": ((129,), 0),
+    "1000": ((1000,), 0),
+    "16s": ((64,), 16),
+    "16s, short last": ((203,), 16),
+    "32s": ((512,), 32),
+    "32s, odd": ((333,), 32),
+    "48s": ((240,), 48),
+    "48s, short last": ((250,), 48),
+    "64s": ((320,), 64),
+    "128s": ((640,), 128),
+    "128s, short last": ((700,), 128),
+    "192s": ((700,), 192),
+    "one group": ((100,), 128),
+    "segments": ((13, 11), 0),
+    "segments of vectors": ((128, 256, 128), 0),
+    "segments of one": ((1, 1, 5), 0),
+    "16s in segments": ((64, 32), 16),
+    "32s in uneven segments": ((50, 7, 96), 32),
+    "64s in segments": ((128, 192), 64),
+    "128s in segments": ((256, 384), 128),
+}
+TOKENS = (1, 2, 3, 7, 8, 9, 64)
+
+
+def assert_exact(spec: Spec, tokens: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+    made = sample(spec, tokens, dtype, seed)
+    y = linear(made.x, made.operands, made.product, True)
+    assert bits_equal(y, made.expected), (spec, tokens, dtype, (y.double() - made.expected.double()).abs().max())
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+def test_integer_parts_are_exact(kernel, odd_formats, bits, columns) -> None:
+    segments, group = COLUMNS[columns]
+    for i, tokens in enumerate(TOKENS):
+        # Every pair of options and every option at every number of tokens comes up over bits and columns.
+        turn = i + bits + list(COLUMNS).index(columns)
+        for inputs in INPUTS:
+            dual = 3 if inputs != "float" and turn % 3 == 0 and bits < 7 else 0
+            spec = Spec(bits, segments, group, inputs, bool(turn % 2), bool(turn // 2 % 2), dual)
+            assert_exact(spec, tokens, seed=turn)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_float_types_are_rounded_once(kernel, dtype) -> None:
+    for bits in (4, 6, 8):
+        for inputs in ("token", "tensor", "static"):
+            for segments, group in (((96,), 0), ((96,), 16), ((70, 33), 32)):
+                for tokens in (1, 5, 33):
+                    assert_exact(Spec(bits, segments, group, inputs, out=50), tokens, dtype, tokens)
+
+
+@pytest.mark.parametrize("input_bits", [4, 6])
+def test_inputs_of_fewer_bits(kernel, input_bits) -> None:
+    for inputs in ("token", "tensor", "static"):
+        for dual in (0, 3):
+            for segments, group in (((96,), 0), ((256,), 32), ((70, 33), 32)):
+                for tokens in (1, 6, 20):
+                    assert_exact(Spec(4, segments, group, inputs, dual=dual, input_bits=input_bits), tokens)
+
+
+@pytest.mark.parametrize("out", [1, 2, 3, 4, 5, 15, 17, 47, 49, 101, 1000])
+def test_any_number_of_rows(kernel, out) -> None:
+    for bits in (4, 6, 8):
+        for tokens in (1, 7, 11):
+            assert_exact(Spec(bits, (200,), 0, "token", out=out), tokens)
+            assert_exact(Spec(bits, (192,), 64, "token", True, True, out=out), tokens)
+            assert_exact(Spec(bits, (192,), 32, "float", True, out=out), tokens)
+
+
+@pytest.mark.parametrize("width", [511, 1024, 2047, 4096, 8191, 8192])
+def test_wide_products(kernel, width) -> None:
+    for bits in (4, 6, 8):
+        for tokens in (1, 3, 17):
+            assert_exact(Spec(bits, (width,), 0, "token", bits == 6), tokens)
+            assert_exact(Spec(bits, (width,), 0, "static", bits == 4), tokens)
+            assert_exact(Spec(bits, (width,), 128, "token", bits == 8), tokens)
+            assert_exact(Spec(bits, (width,), 64, "float", True, True), tokens)
+
+
+@pytest.mark.parametrize("tokens", [100, 257, pytest.param(4096, marks=pytest.mark.slow)])
+def test_many_tokens(kernel, tokens) -> None:
+    for bits in (4, 8):
+        assert_exact(Spec(bits, (640,), 0, "token", out=65), tokens)
+        assert_exact(Spec(bits, (321,), 32, "tensor", True, out=65), tokens)
+        assert_exact(Spec(bits, (320,), 64, "float", out=65), tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+def test_every_width(kernel, odd_formats, bits) -> None:
+    for width in [*range(1, 300), *range(1000, 8193, 799)]:
+        for inputs in ("token", "float"):
+            for tokens in (1, 9):
+                assert_exact(Spec(bits, (width,), 0, inputs, bool(width % 2), out=9), tokens, seed=width)
+                assert_exact(Spec(bits, (width,), 16, inputs, not width % 2, out=9), tokens, seed=width)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 64, 300])
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+def test_every_combination(kernel, odd_formats, bits, columns, tokens) -> None:
+    segments, group = COLUMNS[columns]
+    for inputs in INPUTS:
+        for asymmetric in (False, True):
+            for two_level in (False, True):
+                for dual in (0, 3) if inputs != "float" and bits < 7 else (0,):
+                    spec = Spec(bits, segments, group, inputs, asymmetric, two_level, dual)
+                    assert_exact(spec, tokens, seed=tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_sums_do_not_overflow(kernel, bits, tokens) -> None:
+    """The largest magnitudes there are, beyond what 32 bits hold: sums are cut, and both halves are equal floats."""
+    half = 2 ** (bits - 1)
+    for width in (WIDEST, 2 * WIDEST):
+        for code, zero in ((-half, half - 1), (half - 1, -half)):
+            spec = Spec(bits, (width,), 0, "token", asymmetric=True, out=3)
+            made = sample(spec, tokens)
+            fill, shift = (torch.full((3, width), code).to(torch.int8), torch.full((3, 1), zero).to(torch.int8))
+            form = made.product.weight
+            operands = Operands(form.pack(fill), torch.ones(3, 1), zero_point=form.pack(shift))
+            for sign in (1, -1):
+                y = linear(torch.full((tokens, width), 127.0 * sign), operands, made.product, True)
+                assert (y == float(127 * sign * (code - zero) * width)).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_sums_of_long_codes_do_not_overflow(kernel, bits) -> None:
+    """Input codes of 16 bits at their limits against weights at theirs: 127 * 2^8 where scales are dual, and floats."""
+    half = 2 ** (bits - 1)
+    for inputs, value in (("token", 127.0 * 2**8), ("float", float(FLOAT_LIMIT))):
+        for width in (128, 512):
+            spec = Spec(bits, (width,), 0, inputs, asymmetric=True, dual=0 if inputs == "float" else 8, out=3)
+            product = spec.product()
+            form = product.weight
+            fill = torch.full((3, width), -half).to(torch.int8)
+            zero = form.pack(torch.full((3, 1), half - 1).to(torch.int8))
+            operands = Operands(form.pack(fill), torch.ones(3, 1), zero_point=zero)
+            for tokens in (1, 9):
+                y = linear(torch.full((tokens, width), value), operands, product, True)
+                exact = value * -(2 * half - 1) * width
+                # The integer parts are exact, sums of them are floats: within an ulp for each of a row's 128s.
+                assert ((y.double() - exact).abs() <= abs(exact) * 2**-23).all()
+
+
+# How inputs come.
+
+
+def test_strided_and_nested_inputs(kernel) -> None:
+    for spec in (Spec(8, (96,)), Spec(4, (96,), 32, "tensor", True), Spec(6, (96,), 0, "float")):
+        made = sample(spec, 24)
+        x, expected = made.x, made.expected
+
+        def run(x, made=made):
+            return linear(x, made.operands, made.product, True)
+
+        assert bits_equal(run(x.view(2, 3, 4, 96)), expected.view(2, 3, 4, -1))
+        assert bits_equal(run(x.T.contiguous().T), expected)
+        assert bits_equal(run(x.view(4, 6, 96).transpose(0, 1)), expected.view(4, 6, -1).transpose(0, 1))
+        padded = torch.full((24, 200), torch.nan)
+        padded[:, 3:195:2] = x
+        assert bits_equal(run(padded[:, 3:195:2]), expected)
+        assert bits_equal(run(padded.unflatten(0, (2, 12))[:, :, 3:195:2]), expected.view(2, 12, -1))
+        assert bits_equal(run(x[:1].expand(5, 96)), expected[:1].expand(5, -1))
+        if spec.input != "tensor":
+            assert bits_equal(run(x[::2]), expected[::2])
+            assert bits_equal(run(x[5]), expected[5])
+        for lead in ((0,), (0, 3), (2, 0, 3)):
+            assert run(x.new_zeros(*lead, 96)).shape == (*lead, spec.out)
+
+
+def near_ties(scale: torch.Tensor, limit: int) -> torch.Tensor:
+    """Inputs [3, 2 limit + 6] halfway between two codes times ``scale``, and one ulp beside that."""
+    middle = (torch.arange(-limit - 3, limit + 3) + 0.5) * scale
+    away = torch.full_like(middle, torch.inf)
+    return torch.stack([middle, middle.nextafter(away), middle.nextafter(-away)])
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_codes_of_the_input_are_those_of_its_rule(kernel, bits) -> None:
+    form = FORMATS[f"int{bits}"]
+    limit = int(form.qmax)
+    width = 2 * limit + 6
+    for scale in [1.0, 1 / 3, 0.1, 7.77e-5, 1e-30, 3e30, 2.0**-126, *torch.rand(20).tolist()]:
+        x = near_ties(torch.tensor(scale), limit)
+        x = torch.cat([x, torch.randn(3, width) * scale * limit / 2])
+        static = InputRule(form, False, False, (width,), (False,))
+        for rule, given in ((static, torch.tensor([scale])), (InputRule(form, True, True, (width,), (False,)), None)):
+            if given is None:
+                x = torch.cat([x.clamp(-limit * scale, limit * scale), torch.full((len(x), 1), limit * scale)], 1)[
+                    :, -width:
+                ]
+            operands, product = identity(width, (width,), rule)
+            operands = operands._replace(input_scale=given)
+            values, found = rule.quantize(x, given)
+            assert bits_equal(linear(x, operands, product, True), values * found), (scale, rule)
+            assert bits_equal(linear(x.repeat(2, 1), operands, product, True), (values * found).repeat(2, 1))
+
+
+@pytest.mark.parametrize("dynamic", ["token", "tensor", "static"])
+def test_codes_of_dual_scales_and_segments(kernel, dynamic) -> None:
+    form, segments = FORMATS["int8"], (100, 31, 69)
+    for dual in ((True, True, True), (True, False, True), (False, False, False)):
+        rule = InputRule(form, dynamic != "static", dynamic == "token", segments, dual)
+        for seed in range(10):
+            torch.manual_seed(seed)
+            x = torch.nn.functional.silu(torch.randn(12, 200) * 4) * 10.0 ** torch.randint(-9, 9, (1,))
+            x[3] = x[3].abs()
+            x[4] = -x[4].abs()
+            x[5, :100] = 0
+            given = torch.tensor([0.03, 0.02, 0.05]) * x.abs().max() / 10
+            fine = torch.where(torch.tensor(dual), given / 2.0 ** torch.tensor([0, 3, 8]), given)
+            scales = (given, fine if any(dual) else None) if dynamic == "static" else (None, None)
+            operands, product = identity(200, segments, rule)
+            operands = operands._replace(input_scale=scales[0], input_scale_neg=scales[1])
+            values, found = rule.quantize(x, *scales)
+            expected = values * torch.repeat_interleave(found, torch.tensor(segments), -1)
+            assert bits_equal(linear(x, operands, product, True), expected), (dual, seed)
+            if dynamic != "tensor":
+                assert bits_equal(linear(x[:5], operands, product, True), expected[:5])

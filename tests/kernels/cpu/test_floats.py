@@ -1,0 +1,178 @@
+"""The C++ kernels where codes are not all: weight-only products, other formats, inputs that are hardly numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+from hfquant.config import InputQuant
+from hfquant.formats import FORMATS, InputRule
+from hfquant.kernels.base import Operands, Product
+from hfquant.kernels.op import linear
+from hfquant.kernels.table import KERNELS, obstacle
+from tests import oracle
+from tests.kernels.products import FLOAT_BLOCK, FLOAT_LIMIT, Spec, bits_equal, identity, kernel, sample
+from tests.nn.linear_cases import assert_close, cases, forward_by_hand, layer_of, some_input
+
+__all__ = ["kernel"]
+
+# Weight-only products: floats as integers of 16 bits.
+
+
+def float_error(x: torch.Tensor, spec: Spec) -> float:
+    """Largest error of an output as a share of the norms of its token and its row."""
+    made = sample(spec, 1)
+    product, operands = made.product, made.operands._replace(bias=None)
+    weight = operands.grid(product).dequantize(operands.codes(product)).double()
+    y = linear(x, operands, product, True).double()
+    norms = x.double().norm(dim=1)[:, None] * weight.norm(dim=1)
+    return float(((y - x.double() @ weight.T).abs() / norms.clamp(min=1e-300)).max())
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_weight_only_error(kernel, bits) -> None:
+    for spec in (Spec(bits, (1000,), 0, "float"), Spec(bits, (1000,), 64, "float", True, True)):
+        for seed in range(6):
+            torch.manual_seed(seed)
+            x = torch.randn(11, 1000)
+            x[1] *= 10.0 ** torch.randint(-20, 20, (1000,))
+            x[2, seed * 100] = 1e6
+            x[3, ::128] = 1e4
+            x[4] = torch.where(torch.rand(1000) < 0.1, 1e3, 1e-3)
+            x[5] *= 1e-30
+            x[6] *= 1e30
+            x[7] = x[7].exp() ** 4
+            x[8, ::2] = 0
+            for tokens in (x, x[:5], x[5:9]):
+                assert float_error(tokens, spec) < 1e-4
+
+
+def test_weight_only_error_at_its_worst(kernel) -> None:
+    """All that is lost adds up: 127 values just below half a step beside one outlier, times weights of one sign."""
+    step = 1 / FLOAT_LIMIT
+    x = torch.full((1, FLOAT_BLOCK), 0.499 * step)
+    x[0, 0] = 1
+    product = Spec(8, (FLOAT_BLOCK,), 0, "float", out=1).product()
+    operands = Operands(torch.full((1, FLOAT_BLOCK), 127, dtype=torch.int8), torch.ones(1, 1))
+    lost = float((x.double().sum() * 127 - linear(x, operands, product, True).double()).abs())
+    share = lost / (float(x.double().norm()) * 127 * FLOAT_BLOCK**0.5)
+    assert share <= 0.5 * FLOAT_BLOCK**0.5 * step
+
+
+def test_zeros_stay_zero_beside_outliers(kernel) -> None:
+    made = sample(Spec(4, (512,), 32, "float", True), 9)
+    operands = made.operands._replace(bias=None)
+    assert not linear(torch.zeros(9, 512), operands, made.product, True).any()
+    x = torch.zeros(9, 512)
+    x[:, 200] = 1e5
+    weight = operands.grid(made.product).dequantize(operands.codes(made.product))
+    np.testing.assert_allclose(linear(x, operands, made.product, True), (1e5 * weight[:, 200]).expand(9, -1), rtol=1e-6)
+
+
+# What is not a number, or hardly one.
+
+KINDS = [
+    Spec(8, (200,)),
+    Spec(8, (200,), 0, "static"),
+    Spec(4, (256,), 32, "token", True, True),
+    Spec(4, (50, 70), 32, "static", True),
+    Spec(6, (64, 128), 0, "token", dual=3),
+    Spec(4, (200,), 0, "static", dual=3),
+    Spec(8, (300,), 0, "float"),
+    Spec(4, (256,), 64, "float", True, True),
+]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_token_that_is_no_number_spoils_itself_alone(kernel, bad, dtype) -> None:
+    for spec in KINDS:
+        for tokens in (3, 12):
+            made = sample(spec, tokens)
+            x = (made.x / 100).to(dtype)
+            clean = linear(x, made.operands, made.product, True)
+            assert clean.isfinite().all()
+            for column in (0, 1, x.shape[1] // 2, x.shape[1] - 1):
+                spoiled = x.clone()
+                spoiled[1, column] = bad
+                y = linear(spoiled, made.operands, made.product, True)
+                assert y[1].isnan().all(), spec
+                others = torch.arange(tokens) != 1
+                assert bits_equal(y[others], clean[others]), spec
+    made = sample(Spec(8, (64,), 0, "tensor"), 5)
+    x = made.x.to(dtype)
+    x[1, 3] = bad
+    assert linear(x, made.operands, made.product, True).isnan().all()
+
+
+def test_inputs_at_the_ends_of_float32(kernel) -> None:
+    extremes = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 2.0**-126, 1e-30, 3e38, -3e38, torch.finfo(torch.float32).max]
+    for spec in [*KINDS, Spec(8, (64,), 0, "tensor"), Spec(8, (200,), 16, "tensor", dual=8)]:
+        made = sample(spec, 1)
+        operands = made.operands._replace(scale=made.operands.scale if spec.two_level else made.operands.scale * 2**-14)
+        if spec.two_level:
+            operands = operands._replace(scale_row=operands.scale_row * 2**-14)
+        weight = operands.grid(made.product).dequantize(operands.codes(made.product)).double()
+        for value in extremes:
+            for tokens in (1, 10):
+                x = torch.full((tokens, weight.shape[1]), value)
+                x[:, ::3] = 0
+                x[:, 1::3] *= -0.5
+                y = linear(x, operands, made.product, True)
+                values, scale = operands.quantized_input(x, made.product)
+                if scale is not None:
+                    values = values.double() * torch.repeat_interleave(scale, torch.tensor(spec.segments), -1)
+                bias = torch.zeros(spec.out) if operands.bias is None else operands.bias
+                expected, size = values.double() @ weight.T + bias, values.double().abs() @ weight.abs().T + bias.abs()
+                assert y.isfinite().all(), (spec, value)
+                share = 3e-5 if spec.input == "float" else 3e-7
+                assert ((y.double() - expected).abs() <= share * size + 1e-38).all(), (spec, value)
+
+
+def test_denormal_inputs_beside_others(kernel) -> None:
+    rule = InputRule(FORMATS["int8"], True, True, (64,), (False,))
+    operands, product = identity(64, (64,), rule)
+    for scale in (1e-45, 1e-42, 1e-38, 1e-37, 1e-36):
+        x = torch.randn(9, 64) * scale
+        values, found = rule.quantize(x)
+        assert bits_equal(linear(x, operands, product, True), values * found)
+
+
+# Layers of every plan, with scales as they come: sums of floats differ in their last bits.
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_layers_against_float64(kernel, dtype) -> None:
+    static, token = InputQuant(), InputQuant(dynamic=True, axis=-1)
+    for name, case in cases(dtype).items():
+        for quant in (static, token, InputQuant(dynamic=True), InputQuant(type="int4", dynamic=True), None):
+            plan = case.plan(quant, real=True)
+            layer, tensors = layer_of(plan)
+            if obstacle(KERNELS[kernel], layer.product, "cpu"):
+                assert (dtype, plan.config.weight_quant.symmetric) == ("int16", False), name
+                continue
+            for tokens in (1, 3, 12):
+                x = some_input(tokens)
+                expected, size = forward_by_hand(plan, tensors, x)
+                y = layer(x)
+                if quant is None and dtype in ("int4", "int6", "int8"):
+                    error = np.linalg.norm(y.double().numpy() - expected, axis=-1)
+                    assert (error <= 1e-4 * np.linalg.norm(expected, axis=-1)).all(), name
+                else:
+                    assert_close(y, expected, size)
+
+
+@pytest.mark.parametrize("dtype", ["fp8e4m3", "fp8e5m2", "fp16", "bf16", "int16"])
+def test_every_code_of_other_formats(kernel, dtype) -> None:
+    """Each finite code by one: what comes out is what the code stands for."""
+    form = FORMATS[dtype]
+    if form.is_integer:
+        codes = torch.arange(-(2**15), 2**15).to(torch.int16)
+        values = codes.double()
+    else:
+        every = oracle.decode(dtype)
+        codes = torch.from_numpy(np.flatnonzero(np.isfinite(every)).astype(f"u{form.code_dtype.itemsize}"))
+        values, codes = torch.from_numpy(every[np.isfinite(every)]), codes.view(form.code_dtype)
+    scale = torch.ones(len(codes), 1) if form.has_scale else None
+    for tokens in (1, 9):
+        y = linear(torch.ones(tokens, 1), Operands(codes[:, None], scale), Product(form, (1,), (1,), None), True)
+        assert torch.equal(y, values.float().expand(tokens, -1))

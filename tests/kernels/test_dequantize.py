@@ -1,0 +1,80 @@
+"""The float product in blocks, and its gradient, against float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from hfquant.config import InputQuant
+from hfquant.formats import FORMATS
+from hfquant.kernels import dequantize
+from tests.nn.linear_cases import Case, assert_close, cases, forward_by_hand, layer_of, some_input, weight_by_hand
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_blocks_are_the_weight(dtype, monkeypatch) -> None:
+    for case in ("channel", "group", "asymmetric", "float32 scales"):
+        plan = Case(cases(dtype)[case].weight, outputs=(70,)).plan()
+        layer, tensors = layer_of(plan)
+        expected = weight_by_hand(plan, tensors)
+        for block in (1, 24 * 33, 24 * 70, 1 << 19):
+            monkeypatch.setattr(dequantize, "BLOCK", block)
+            parts = list(dequantize.blocks(layer._operands(0, slice(None)), layer.product))
+            assert [rows.start for rows, _ in parts] == [0, *(rows.stop for rows, _ in parts[:-1])]
+            assert parts[-1][0].stop == 70
+            assert len(parts) == -(-70 // max(block // 24, 16))
+            np.testing.assert_allclose(torch.cat([weight for _, weight in parts]), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 1 << 19])
+@pytest.mark.parametrize("dtype", ["int4", "int8", "fp8e4m3"])
+def test_product_in_blocks(dtype, block, monkeypatch) -> None:
+    monkeypatch.setattr(dequantize, "BLOCK", block)
+    for case in cases(dtype).values():
+        case = Case(case.weight, case.opt, case.inputs, (30, 40) if len(case.outputs) > 1 else (70,), case.dual)
+        for quant in (None, InputQuant(), InputQuant(dynamic=True, axis=-1)):
+            plan = case.plan(quant)
+            layer, tensors = layer_of(plan)
+            for tokens in (1, 5):
+                x = some_input(tokens)
+                assert_close(layer(x), *forward_by_hand(plan, tensors, x))
+
+
+def test_no_copy_of_the_whole_weight_is_made(monkeypatch) -> None:
+    layer, _ = layer_of(Case(cases("int4")["channel"].weight, inputs=(512,), outputs=(4096,)).plan())
+    sizes = []
+    blocks = dequantize.blocks
+
+    def noting(*arguments):
+        for rows, weight in blocks(*arguments):
+            sizes.append(weight.numel())
+            yield rows, weight
+
+    monkeypatch.setattr(dequantize, "blocks", noting)
+    layer(torch.randn(3, 512))
+    assert sum(sizes) == 512 * 4096
+    assert max(sizes) <= dequantize.BLOCK
+
+
+@pytest.mark.parametrize("block", [1, 1 << 19])
+@pytest.mark.parametrize("dtype", ["int4", "int8", "fp8e5m2"])
+def test_gradient_is_that_of_the_effective_weight(dtype, block, monkeypatch) -> None:
+    monkeypatch.setattr(dequantize, "BLOCK", block)
+    for name, case in cases(dtype).items():
+        if len(case.outputs) > 1:
+            continue
+        plan = case.plan(InputQuant(dynamic=True))
+        layer, tensors = layer_of(plan)
+        grad = torch.randn(5, 10)
+        operands = layer._operands(0, slice(None))
+        weight = weight_by_hand(plan, tensors)
+        if "smooth" in tensors:
+            weight = weight / tensors["smooth"].double().numpy().reshape(1, -1)
+        if operands.divisor is not None and "smooth" not in tensors:
+            weight = weight / operands.divisor.double().numpy()
+        if operands.down is not None:
+            weight = weight + operands.up.double().numpy() @ operands.down.double().numpy()
+        expected = grad.double().numpy() @ weight
+        found = dequantize.gradient(grad, operands, layer.product)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=name)
+        half = dequantize.gradient(grad.bfloat16(), operands, layer.product)
+        assert half.dtype == torch.bfloat16
