@@ -111,7 +111,7 @@ def arguments(case: str, quant: str, real: bool, dtype: str = "int4"):
 
 @both_modes
 @pytest.mark.parametrize("quant", INPUTS)
-@pytest.mark.parametrize("case", ["channel", "short group", "dual", "svd"])
+@pytest.mark.parametrize("case", ["dual", "svd"])
 def test_torch_finds_nothing_wrong_with_the_op(case, quant, real) -> None:
     operands, product = arguments(case, quant, real)
     for x in (some_input(3), some_input(2, 3).requires_grad_(), some_input(0)):
@@ -134,9 +134,9 @@ def test_fakes_have_the_shape_of_the_result() -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", ["channel", "all at once"])
 def test_compiles_whole_and_equals_eager(case, backend, real) -> None:
-    for quant in INPUTS.values():
+    for quant in ("static", "token") if backend == "aot_eager" else INPUTS:
         torch._dynamo.reset()
-        layer, _ = layer_of(cases("int4")[case].plan(quant, real))
+        layer, _ = layer_of(cases("int4")[case].plan(INPUTS[quant], real))
         compiled = torch.compile(layer, fullgraph=True, backend=backend)
         for tokens in (3, 1, 12):
             x = some_input(tokens)
