@@ -20,6 +20,7 @@ from hfquant import QuantLinear
 from hfquant.algorithms import Identity, Smooth
 from hfquant.algorithms.low_rank import LowRank
 from hfquant.config import InputQuant, WeightQuant
+from hfquant.formats import FORMATS
 from hfquant.kernels import cpu
 from hfquant.kernels.cpu import build
 from tests.nn.linear_cases import Case, layer_of, some_input
@@ -42,9 +43,14 @@ TOKENS = (1, 7, 8, 33)
 SVD = LowRank(low_rank=3)
 
 
-def cases(bits: int) -> Iterator[Case]:
-    """Yield layers with weights of so many bits, each for one size and one kind."""
-    form = f"int{bits}"
+def cases(form: str) -> Iterator[Case]:
+    """Yield layers with weights of a format, each for one size and one kind."""
+    if form in cpu.FORMATS:
+        groups = (None, 10, 64) if FORMATS[form].has_scale else (None,)
+        for group, (columns, rows) in itertools.product(groups, SIZES):
+            yield Case(WeightQuant(type=form, group_size=group), inputs=(columns,), outputs=(rows,))
+        yield Case(WeightQuant(type=form), SVD, inputs=(87, 130), outputs=(3, 70))
+        return
     weights = [
         WeightQuant(type=form),
         WeightQuant(type=form, axis=-1, symmetric=False),
@@ -56,7 +62,7 @@ def cases(bits: int) -> Iterator[Case]:
     ]
     for weight, (columns, rows) in itertools.product(weights, SIZES):
         yield Case(weight, inputs=(columns,), outputs=(rows,))
-        if columns < 64:
+        if columns not in (65, 260):
             continue
         first = columns // 3
         yield Case(weight, SVD, inputs=(columns,), outputs=(rows,), dual=(True,))
@@ -64,10 +70,11 @@ def cases(bits: int) -> Iterator[Case]:
         yield Case(weight, Identity(), (first, 5, columns - first - 5), (rows,))
 
 
-def large_cases(bits: int) -> Iterator[Case]:
-    """Yield layers whose sums leave 32 bits, or whose tokens do not fit into one chunk."""
-    for columns, group in ((40_001, None), (20_000, 64)):
-        yield Case(WeightQuant(type=f"int{bits}", group_size=group), inputs=(columns,), outputs=(9,), dual=(True,))
+def large_cases(form: str) -> Iterator[tuple[Case, int]]:
+    """Yield layers whose sums leave 32 bits, or whose tokens do not fit into one chunk, and the number of tokens."""
+    group = 64 if FORMATS[form].has_scale else None
+    for columns, size, tokens in ((40_001, None, 2), (40_001, None, 8), (20_000, group, 2), (20_000, group, 130)):
+        yield Case(WeightQuant(type=form, group_size=size), inputs=(columns,), outputs=(9,), dual=(True,)), tokens
 
 
 def check(layer: QuantLinear, names: list[str], tokens: int, dtype: torch.dtype) -> int:
@@ -100,7 +107,8 @@ def main() -> None:
         os.environ[build.EXTRA_FLAGS] = FLAGS
         build.library()
         command = [os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"]
-        os.environ["LD_PRELOAD"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        os.environ["LD_PRELOAD"] = found
         # Python itself leaks by design; torch's libraries define each other's types again.
         os.environ["ASAN_OPTIONS"] = "detect_leaks=0:detect_odr_violation=0"
         os.environ["UBSAN_OPTIONS"] = "print_stacktrace=1"
@@ -113,14 +121,14 @@ def main() -> None:
         raise SystemExit(f"nothing to check: {missing}")
     start, calls = time.perf_counter(), 0
     dtypes = itertools.cycle(DTYPES)
-    for bits, quant in itertools.product((4, 6, 8), INPUTS):
-        for case in cases(bits):
+    for form, quant in itertools.product(("int4", "int6", "int8", *cpu.FORMATS), INPUTS):
+        for case in cases(form):
             layer, _ = layer_of(case.plan(quant, real=True))
             # Four numbers of tokens and three dtypes: each meets each within a few layers.
             calls += sum(check(layer, names, tokens, next(dtypes)) for tokens in TOKENS)
-        for case in large_cases(bits):
+        for case, tokens in large_cases(form) if quant in INPUTS[:2] else ():
             layer, _ = layer_of(case.plan(quant, real=True))
-            calls += check(layer, names, 2, next(dtypes)) + check(layer, names, 130, next(dtypes))
+            calls += check(layer, names, tokens, next(dtypes))
     seconds = time.perf_counter() - start
     print(f"{calls} calls of {', '.join(names)} in {seconds:.0f} s: no fault")  # noqa: T201
     for name, why in missing.items():
