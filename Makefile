@@ -7,7 +7,7 @@ FLOORS := .venv-min
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-floors lint hooks models benchmarks clean
+.PHONY: help demo test test-slow test-floors lint hooks models benchmarks wheel test-wheel sanitize clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,18 @@ models: .models/smollm2/.done .models/minilm/.done ## Fetch the real models that
 benchmarks: $(VENV)/.benchmarks models ## Measure quality beside torchao, optimum-quanto and sdnq
 	$(BIN)/python -m benchmarks.quality
 
+# Without build isolation: compiling needs torch's headers, and isolation would fetch another torch.
+wheel: $(VENV)/.dev ## Build dist/*.whl with the C++ kernels compiled, for any torch from 2.10 on and any Python
+	rm -rf build
+	$(PIP) "setuptools>=77"
+	HFQUANT_COMPILED_WHEEL=1 $(BIN)/pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
+
+test-wheel: $(VENV)/.dev ## Build a wheel, install it where there is no compiler, run a quantized layer on its kernels
+	$(BIN)/pytest -m slow tests/test_wheel.py
+
+sanitize: $(VENV)/.dev ## Run the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python -m tests.kernels.cpu.sanitize
+
 $(VENV)/bin/python $(FLOORS)/bin/python:
 	$(PYTHON) -m venv $(@:/bin/python=)
 
@@ -55,4 +67,4 @@ $(FLOORS)/.test: pyproject.toml constraints-min.txt | $(FLOORS)/bin/python
 	touch $@
 
 clean: ## Remove everything that the other targets made
-	rm -rf $(VENV) $(FLOORS) .models demo_out build *.egg-info
+	rm -rf $(VENV) $(FLOORS) .models demo_out build dist *.egg-info

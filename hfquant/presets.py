@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 _INT8_TOKEN = {"type": "int8", "axis": -1, "dynamic": True}
 _FP8_TOKEN = {"type": "fp8e4m3", "axis": -1, "dynamic": True}
 _INT4_TOKEN = {"type": "int4", "axis": -1, "dynamic": True}
 _INT4_GROUP = {"type": "int4", "group_size": 64}
 # One scale a tensor needs most of the outliers in the weights, how many differs by layer.
-_SEARCHED = {"opt": {"type": "smooth", "fold": True, "search_alpha_config": {"enable": True, "min": 0.5, "step": 0.05}}}
+_SEARCHED = {"type": "smooth", "search_alpha_config": {"enable": True, "min": 0.5, "step": 0.05}}
 # With float activations, or a scale a token, the weights' error is what counts.
 _INT4_GPTQ = {
     "opt": {
         "type": "smooth",
-        "fold": True,
         "magnitude": "rms",
         "search_alpha_config": {"enable": True, "max": 0.5, "step": 0.05},
     },
@@ -22,7 +21,7 @@ _INT4_GPTQ = {
     "weight_quant": {**_INT4_GROUP, "symmetric": False, "clip": "mse"},
 }
 _ROUND = {"opt": {"type": "default"}, "calib": {"type": "amax"}}
-_SVD = {"opt": {"type": "svd", "low_rank": 32, "alpha": 0.5, "fold": True}, "calib": {"type": "amax"}}
+_SVD = {"opt": {"type": "svd", "low_rank": 32, "alpha": 0.5}, "calib": {"type": "amax"}}
 
 
 def _channel(dtype: str) -> dict[str, Any]:
@@ -31,12 +30,17 @@ def _channel(dtype: str) -> dict[str, Any]:
 
 #: Named configs. Those whose ``needs_data`` is False quantize while the weights are loaded.
 PRESETS: dict[str, dict[str, Any]] = {
-    name: {"default": entry}
+    name: {"default": {"real_quant": True, **cast(dict[str, Any], entry)}}
     for name, entry in {
-        "w8a8": {**_SEARCHED, "weight_quant": _channel("int8"), "input_quant": {"type": "int8"}},
+        # None folds its divisors: layers that share one lose more than a division costs (README).
+        "w8a8": {
+            "opt": _SEARCHED,
+            "weight_quant": _channel("int8"),
+            "input_quant": {"type": "int8"},
+        },
         "w8a8-dynamic": {**_ROUND, "weight_quant": _channel("int8"), "input_quant": _INT8_TOKEN},
         "w8a8-smooth": {
-            "opt": {"type": "smooth", "alpha": 0.5, "fold": True},
+            "opt": {"type": "smooth", "alpha": 0.5},
             "weight_quant": _channel("int8"),
             "input_quant": _INT8_TOKEN,
         },
@@ -45,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "w4a16": {**_ROUND, "weight_quant": _INT4_GROUP, "input_quant": None},
         "w4a16-gptq": {**_INT4_GPTQ, "input_quant": None},
         "w4a8-gptq": {**_INT4_GPTQ, "input_quant": _INT8_TOKEN},
-        "w4a8": {**_SEARCHED, "weight_quant": _INT4_GROUP, "input_quant": {"type": "int8"}},
+        "w4a8": {"opt": _SEARCHED, "weight_quant": _INT4_GROUP, "input_quant": {"type": "int8"}},
         "w4a8-dynamic": {**_ROUND, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
         "w4a8-svd": {**_SVD, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
         "w4a4-svd": {**_SVD, "weight_quant": _INT4_GROUP, "input_quant": _INT4_TOKEN},

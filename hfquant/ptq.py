@@ -26,7 +26,7 @@ from hfquant.distributed import Processes, processes
 from hfquant.folding import Folding, find_folding
 from hfquant.memory import free_memory, release_free_memory
 from hfquant.nn.linear import QuantLinear
-from hfquant.nn.modules import log_real_quant, log_share, quant_linears, replace_modules
+from hfquant.nn.modules import log_share, quant_linears, replace_modules
 from hfquant.observe import observe
 from hfquant.planner import EXCLUDED, SWITCHED_OFF, LayerPlan, ModelFacts, Plan, plan_layers
 from hfquant.report.layers import LayerReport, QuantReport, layer_report
@@ -257,7 +257,6 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
         if verbose and run.group.main:
             logger.info("\n%s", applied.report)
         if run.group.main:
-            log_real_quant(run.model)
             log_share(run.model, run.facts.uncounted)
         return applied
     except BaseException:

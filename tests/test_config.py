@@ -352,6 +352,7 @@ def test_presets(name) -> None:
         assert (16 if inputs is None else inputs.format.bits) == int(activations)
     if "dynamic" in name:
         assert inputs.dynamic
+    assert not rules.default.opt.folds()
 
 
 def test_unknown_preset_lists_the_known() -> None:

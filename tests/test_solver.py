@@ -196,7 +196,9 @@ def test_every_composition_with_segments_and_dual(
     layer = QuantLinear.from_tensors(solution.plan, solution.tensors, None)
     fake = layer(x)
     layer.real_quant = True
-    torch.testing.assert_close(layer(x), fake, rtol=1e-5, atol=1e-5 * float(fake.abs().max()))
+    # Without an input format, kernels take floats as 16-bit integers.
+    close = 1e-4 if quant is None else 1e-5
+    torch.testing.assert_close(layer(x), fake, rtol=1e-5, atol=close * float(fake.abs().max()))
 
 
 @pytest.mark.parametrize("static", [True, False])
@@ -302,7 +304,8 @@ def test_groups_may_end_short(opt: dict[str, Any], calib: str, segments: list[in
     layer = QuantLinear.from_tensors(solution.plan, solution.tensors, None)
     fake = layer(x)
     layer.real_quant = True
-    torch.testing.assert_close(layer(x), fake, rtol=1e-5, atol=1e-5 * float(fake.abs().max()))
+    # Kernels take the floats of the input as 16-bit integers.
+    torch.testing.assert_close(layer(x), fake, rtol=1e-5, atol=1e-4 * float(fake.abs().max()))
 
 
 def test_a_rank_above_the_layer_s_size_is_cut() -> None:

@@ -17,6 +17,7 @@ ELSEWHERE = {
     "calibration/model_inputs.py": "calibration/test_streams.py",
     "calibration/provenance.py": "calibration/test_generate.py",
     "cli/__init__.py": "cli/test_calibrate.py",
+    "cli/errors.py": "cli/test_calibrate.py",
     "console.py": "test_ptq.py",
     "denoisers.py": "test_diffusion.py",
     "dataflow/functions.py": "dataflow/test_tracker.py",
@@ -64,6 +65,7 @@ WIDE = {
     "test_imports.py",
     "test_layer_plan.py",
     "test_tree.py",
+    "test_wheel.py",
     "test_without_libraries.py",
 }
 

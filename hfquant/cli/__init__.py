@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hfquant.cli.calibrate import calibrate
+from hfquant.cli.kernels import kernels
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,3 +37,4 @@ def main(
 
 
 app.command()(calibrate)
+app.command()(kernels)

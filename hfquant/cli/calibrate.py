@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hfquant.cli.errors import errors_in_one_line
 from hfquant.console import log_shown
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def calibrate(
         **{"dataset": source, "name": name, "split": split, "column": _columns(column or ())},
         **{"samples": samples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed},
     }
-    with _errors_in_one_line(debug), log_shown():
+    with errors_in_one_line(debug), log_shown():
         from hfquant.calibration import calibration_batches, generate_calibrate_set
         from hfquant.denoisers import denoiser_name, is_pipeline
         from hfquant.distributed import is_main
@@ -155,18 +155,6 @@ def _parsed(value: str) -> Any:
         return json.loads(value)
     except ValueError:
         return value
-
-
-@contextmanager
-def _errors_in_one_line(debug: bool) -> Iterator[None]:
-    """Turn what bad input raises into one line on stderr and exit code 1; anything else is a bug, and shows as one."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if debug:
-            raise
-        typer.echo(f"Error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
-        raise typer.Exit(1) from None
 
 
 def _print_summary(out: Path, made: BaseCalibSet) -> None:

@@ -19,7 +19,7 @@ from hfquant.console import counted
 from hfquant.integrations.compat import is_marked_initialized, mark_initialized
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.nn.linear import QuantLinear
-from hfquant.nn.modules import log_real_quant, quant_linears, replace_modules
+from hfquant.nn.modules import quant_linears, replace_modules
 from hfquant.planner import LayerPlan, ModelFacts, Plan, layer_plan, matches
 
 logger = logging.getLogger(__name__)
@@ -207,7 +207,6 @@ def finish_loading(model: nn.Module) -> None:
         check_values(name, layer)
         for param in layer.parameters(recurse=False):
             param.requires_grad_(False)
-    log_real_quant(model)
 
 
 def needs_no_data(plan: Plan) -> None:

@@ -22,7 +22,7 @@ def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 def set_real_quant(model: nn.Module, real_quant: bool = True) -> None:
-    """Run every quantized linear on codes (True) or on dequantized floats (False); the results agree.
+    """Run every quantized linear on low-bit kernels (True) or on dequantized floats (False); the results agree.
 
     Raises:
         ValueError: ``model`` has no quantized linear.
@@ -32,15 +32,6 @@ def set_real_quant(model: nn.Module, real_quant: bool = True) -> None:
         raise ValueError(f"{type(model).__name__} has no quantized linear")
     for layer in layers.values():
         layer.real_quant = real_quant
-    log_real_quant(model)
-
-
-def log_real_quant(model: nn.Module) -> None:
-    """Log one line where layers run on the reference kernel."""
-    count = sum(layer.real_quant for layer in quant_linears(model).values())
-    if count:
-        run = "runs" if count == 1 else "run"
-        logger.info("%s %s on the integer-exact reference kernel (exact, not fast)", counted(count, "linear"), run)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

@@ -384,7 +384,9 @@ MEASURED_AS = {
 
 @pytest.mark.parametrize("preset", MEASURED_AS)
 def test_the_rows_that_stand_for_presets_are_their_configs(preset) -> None:
-    assert parse(ABLATION[MEASURED_AS[preset]]).default == parse(preset).default
+    row, config = parse(ABLATION[MEASURED_AS[preset]]).default, parse(preset).default
+    # How a layer is run does not change its quality.
+    assert row == config.model_copy(update={"real_quant": False})
 
 
 def test_texts_of_a_length_repeat_paragraphs_in_another_order(tmp_path) -> None:

@@ -29,7 +29,6 @@ WEIGHTS = {"transformers": "model.safetensors", "diffusers": "diffusion_pytorch_
 LAYER = {"transformers": "model.layers.0.mlp.down_proj", "diffusers": "transformer_blocks.0.attn1.to_q"}
 
 #: "w8a8" with which each layer keeps its divisor.
-UNFOLDED = {"default": {**PRESETS["w8a8"]["default"], "opt": {**PRESETS["w8a8"]["default"]["opt"], "fold": False}}}
 
 both_libraries = pytest.mark.parametrize("library", LIBRARIES)
 
@@ -43,7 +42,7 @@ def inputs(library: str) -> dict[str, Any]:
 def static_folders(checkpoint, tmp_path_factory) -> dict[str, Path]:
     made = {}
     for library, name in LIBRARIES.items():
-        config = HfQuantConfig(UNFOLDED, calibration=[inputs(library)])
+        config = HfQuantConfig(PRESETS["w8a8"], calibration=[inputs(library)])
         model = CLASSES[library].from_pretrained(checkpoint(name), quantization_config=config)
         made[library] = tmp_path_factory.mktemp(library)
         model.save_pretrained(made[library])
@@ -290,7 +289,7 @@ VALUES: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
 def biased_folders(tmp_path_factory) -> dict[str, Path]:
     made = {}
     for library, model in (("transformers", small_models.llama(mlp_bias=True)), ("diffusers", small_models.dit())):
-        hfquant.quantize(model, [inputs(library)], UNFOLDED)
+        hfquant.quantize(model, [inputs(library)], PRESETS["w8a8"])
         made[library] = tmp_path_factory.mktemp(library)
         model.save_pretrained(made[library])
     return made

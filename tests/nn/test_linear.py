@@ -137,7 +137,7 @@ def test_real_does_not_overflow_where_fake_does_not() -> None:
     fake = layer(x)
     layer.real_quant = True
     assert fake.isfinite().all()
-    torch.testing.assert_close(layer(x), fake, rtol=1e-6, atol=0)
+    torch.testing.assert_close(layer(x), fake, rtol=2e-5, atol=0)
 
 
 def test_zeros_and_bad_tokens() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from hfquant.formats.columns import expand_columns, split_columns
 from hfquant.formats.integer import IntegerFormat
 from hfquant.kernels.base import Kernel, Operands, Product, product_of
-from hfquant.kernels.cpu.build import INSTRUCTION_SETS, BuildError, library
+from hfquant.kernels.cpu.build import INSTRUCTION_SETS, BuildError, load
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ FORMATS = {"fp8e4m3": 1, "fp8e5m2": 2, "fp16": 3, "bf16": 4, "int16": 5}
 def _missing() -> str:
     """Load the library; return why it cannot be, "" where it is."""
     try:
-        torch.ops.load_library(str(library()))
+        load()
     except (BuildError, OSError) as error:
         logger.warning("quantized layers run on torch's own ops, more slowly: %s", error)
         return f"the C++ kernels could not be compiled or loaded: {error}"
@@ -81,6 +81,8 @@ def _run(number: int, x: Tensor, operands: Operands, product: Product) -> Tensor
     down = operands.down
     narrow = None if down is None else x.float() @ down.float().T
     dtype = x.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        x = x.float()
     if product.weight.name in FORMATS and (product.input is not None or operands.divisor is not None):
         x, scale = operands.quantized_input(x.float(), product)
         x = x if scale is None else x * expand_columns(scale, product.segments)
@@ -90,12 +92,8 @@ def _run(number: int, x: Tensor, operands: Operands, product: Product) -> Tensor
     return y.to(dtype)
 
 
-def _pays(product: Product, dtype: torch.dtype, tokens: int, out: int) -> bool:
-    return dtype in (torch.float32, torch.bfloat16, torch.float16)
-
-
 #: Widest first.
 KERNELS = [
-    Kernel(name, "cpu", partial(_lacks, number), _refuses, _pays, partial(_run, number))
+    Kernel(name, "cpu", partial(_lacks, number), _refuses, lambda *size: True, partial(_run, number))
     for number, name in reversed(list(enumerate(INSTRUCTION_SETS)))
 ]

@@ -1,7 +1,8 @@
 """Compile the C++ kernels once for a machine, keep the library in a cache, load it.
 
-A wheel carries the library; a source install compiles it on first use. Its name in the cache is the hash of all that it
-is made of, so a library of other sources, another compiler or another torch is never loaded.
+A wheel carries the library; a source install compiles it on first use. A library's name says what it is made of, and in
+the cache what it consists of, so one of other sources, another compiler or another torch, or a damaged one, is never
+loaded.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,119 +26,187 @@ import torch
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-#: The library within a wheel.
-BUILT = HERE / "hfquant_cpu.so"
 #: Flags for each instruction set, narrowest first; the order is that of ``choices`` in native.cpp.
 X86 = {
-    "scalar": "",
+    # Full optimization of the scalar kernels takes as long as all the others together, and few machines run them.
+    "scalar": "-O2",
     "avx2": "-mavx2 -mfma -mf16c -mbmi2",
     "avxvnni": "-mavx2 -mfma -mf16c -mbmi2 -mavxvnni",
     "avx512_vnni": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mbmi2 "
     "-mprefer-vector-width=512",
 }
-INSTRUCTION_SETS = list(X86) if platform.machine().lower() in ("x86_64", "amd64") else ["scalar"]
+OTHERS = {"scalar": ""}
+FLAGS_OF = X86 if platform.machine().lower() in ("x86_64", "amd64") else OTHERS
+INSTRUCTION_SETS = list(FLAGS_OF)
 FLAGS = (
     "-std=c++20 -O3 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -DTORCH_TARGET_VERSION=0x020a000000000000"
 )
 #: Environment variable for more flags (sanitizers).
 EXTRA_FLAGS = "HFQUANT_CXXFLAGS"
+#: Seconds that the compiler may take for one file.
+PATIENCE = 600
 
 
 class BuildError(RuntimeError):
     """The library cannot be compiled here."""
 
 
+def load() -> None:
+    """Load the library that the wheel carries, or else one compiled for this machine.
+
+    Raises:
+        BuildError: there is no compiler, or it fails.
+        OSError: what was compiled cannot be loaded.
+    """
+    carried = HERE / wheel_name()
+    if carried.exists() and not os.environ.get(EXTRA_FLAGS):
+        try:
+            torch.ops.load_library(str(carried))
+        except OSError as error:  # this system's C library is older than the one that the wheel was built with
+            logger.warning("the C++ kernels of this wheel cannot be loaded here: %s", error)
+        else:
+            return
+    torch.ops.load_library(str(library()))
+
+
 def library() -> Path:
-    """Return the compiled library: the wheel's, that of the cache, or a new one.
+    """Return the library compiled for this machine: that of the cache, or a new one.
 
     Raises:
         BuildError: there is no compiler, or it fails.
     """
-    if BUILT.exists() and not os.environ.get(EXTRA_FLAGS):
-        return BUILT
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise BuildError("no C++ compiler (g++ or clang++) is installed")
-    name = f"hfquant_cpu-{_fingerprint(compiler)}.so"
+    compiler = _compiler()
+    name = f"hfquant_cpu-{_fingerprint(compiler)}"
     for folder in _folders():
-        path = folder / name
-        if path.exists() and _intact(path):
-            return path
+        if made := _intact(folder, name):
+            return made
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            # Several processes may compile at once; whoever is last replaces the file by an equal one.
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                made = compile_library(Path(scratch) / name, compiler)
-                _digest_file(made).write_text(_digest(made))
-                os.replace(_digest_file(made), _digest_file(path))
-                os.replace(made, path)
-            return path
+            with _alone(folder):
+                return _intact(folder, name) or _compile_into(folder, name, compiler)
     raise BuildError("no folder for the compiled library can be written")
 
 
-def compile_library(target: Path, compiler: str) -> Path:
+def wheel_name() -> str:
+    """Return the file name of the library within a wheel of these sources; it serves every torch from 2.10 on."""
+    return f"hfquant_cpu-{_sources().hexdigest()[:20]}.so"
+
+
+def compile_library(target: Path, compiler: Sequence[str] | None = None) -> Path:
     """Compile every instruction set, and link them as ``target``.
 
+    Args:
+        target: the file to write.
+        compiler: the command; default: what ``CXX`` names, g++ or clang++.
+
     Raises:
-        BuildError: the compiler fails.
+        BuildError: there is no compiler, or it fails.
     """
+    compiler = compiler or _compiler()
     torch_folder = Path(torch.__file__).parent
-    include = f"-I{torch_folder / 'include'}"
-    extra = os.environ.get(EXTRA_FLAGS, "").split()
-    common = [*FLAGS.split(), *extra, include]
-    x86 = ["-DHFQUANT_X86"] if len(INSTRUCTION_SETS) > 1 else []
-    jobs = [["native.cpp", *x86, "-o", f"{target}.native.o"]]
-    jobs += [["isa.cpp", f"-DHFQUANT_ISA={n}", *X86[n].split(), "-o", f"{target}.{n}.o"] for n in INSTRUCTION_SETS]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job: _call([compiler, *common, "-c", *job]), jobs))
-    objects = [job[-1] for job in jobs]
-    _call([compiler, "-shared", *extra, *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-o", str(target)])
+    extra = shlex.split(os.environ.get(EXTRA_FLAGS, ""))
+    common = [*FLAGS.split(), f"-I{torch_folder / 'include'}"]
+    x86 = ["-DHFQUANT_X86"] if FLAGS_OF is X86 else []
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        # The plain ones come first: of what several files define (std::vector's code), the linker takes the first.
+        sources = [["native.cpp", *x86]]
+        sources += [["isa.cpp", f"-DHFQUANT_ISA={name}", *flags.split()] for name, flags in FLAGS_OF.items()]
+        objects = [str(Path(scratch) / f"{i}.o") for i in range(len(sources))]
+        commands = [
+            [*compiler, *common, *source, *extra, "-c", "-o", made]
+            for source, made in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_call, commands))
+        linked = Path(scratch) / "linked.so"
+        _call([*compiler, "-shared", *extra, *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-o", str(linked)])
+        os.replace(linked, target)
     return target
 
 
-def _call(command: list[str]) -> None:
+def _compile_into(folder: Path, name: str, compiler: Sequence[str]) -> Path:
+    logger.warning("compiling the C++ kernels, once for this machine: about 15 seconds")
+    for damaged in folder.glob(f"{name}-*.so"):
+        damaged.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = compile_library(Path(scratch) / "made.so", compiler)
+        # The name holds the digest of the content, so one step puts both in place.
+        path = folder / f"{name}-{_digest(made)}.so"
+        os.replace(made, path)
+    return path
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process compile while the others wait; the lock goes with the process that holds it."""
+    import fcntl
+
+    with open(folder / "lock", "w") as lock:
+        # Not every network file system has locks. Then each process compiles, and all give equal files.
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _compiler() -> list[str]:
+    if os.name != "posix":
+        raise BuildError(f"compiling is not supported on {platform.system()}")
+    if named := os.environ.get("CXX"):
+        return shlex.split(named)
+    found = shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        raise BuildError("no C++ compiler (g++ or clang++) is installed")
+    return [found]
+
+
+def _call(command: Sequence[str]) -> str:
     try:
-        subprocess.run(command, cwd=HERE, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=HERE, check=True, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.CalledProcessError as error:
-        raise BuildError(f"{command[0]} fails: {error.stderr.strip()[:2000]}") from None
+        why = " ".join(error.stderr.split())[:500] or f"exit code {error.returncode}"
+        raise BuildError(f"{command[0]} fails: {why}") from None
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{command[0]} does not end within {PATIENCE} s") from None
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run: {error}") from None
+    return done.stdout
 
 
-def _fingerprint(compiler: str) -> str:
+def _sources() -> hashlib._Hash:
     made_of = hashlib.sha256()
     for path in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h")]):
-        made_of.update(path.read_bytes())
-    try:
-        version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise BuildError(f"{compiler} cannot be run: {error}") from None
-    flags = (FLAGS, str(X86), os.environ.get(EXTRA_FLAGS, ""), platform.machine())
-    made_of.update("\0".join([torch.__version__, version, *flags]).encode())
+        made_of.update(f"{path.name}\0".encode() + path.read_bytes())
+    made_of.update("\0".join([platform.machine(), FLAGS, str(FLAGS_OF)]).encode())
+    return made_of
+
+
+def _fingerprint(compiler: Sequence[str]) -> str:
+    made_of = _sources()
+    version = _call([*compiler, "--version"])
+    made_of.update("\0".join([torch.__version__, version, os.environ.get(EXTRA_FLAGS, "")]).encode())
     return made_of.hexdigest()[:20]
 
 
 def _folders() -> Iterator[Path]:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    yield Path(cache) / "hfquant"
+    with contextlib.suppress(RuntimeError):  # there may be no home
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hfquant"
     # A read-only home. The folder is this user's alone: nobody else can put a library there.
     folder = Path(tempfile.gettempdir()) / f"hfquant-{os.getuid()}"
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_dir() and folder.stat().st_uid == os.getuid() and not folder.stat().st_mode & 0o022:
-        yield folder
-
-
-def _digest_file(path: Path) -> Path:
-    return path.with_suffix(".sha256")
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            yield folder
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:20]
 
 
-def _intact(path: Path) -> bool:
-    try:
-        return _digest_file(path).read_text() == _digest(path)
-    except OSError:
-        return False
+def _intact(folder: Path, name: str) -> Path | None:
+    """Return a library of the cache whose content is what its name says."""
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.glob(f"{name}-*.so")):
+            if path.stem.endswith(f"-{_digest(path)}"):
+                return path
+    return None

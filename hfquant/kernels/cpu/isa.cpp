@@ -1,5 +1,5 @@
 // The kernels for one instruction set: compiled once for each, with HFQUANT_ISA its name.
-#include "rows.h"
+#include "float_rows.h"
 
 namespace hfquant {
 namespace HFQUANT_ISA {
@@ -16,7 +16,8 @@ bool few_tokens(const Job& job, ParallelFor parallel_for) {
 }
 
 void run(const Job& job, ParallelFor parallel_for) {
-  if (job.format != INTEGERS) return by_tiles<FloatsDot>(job, parallel_for);
+  if (job.format != INTEGERS)
+    return job.M < FEW ? by_float_rows(job, parallel_for) : by_tiles<FloatsDot>(job, parallel_for);
   if (job.M < FEW && few_tokens(job, parallel_for)) return;
   // Words of 16 bits are as fast as two planes of bytes that take three instructions each.
   if (!EXACT_BYTES && (job.bits == 8 || long_codes(job)))

@@ -120,8 +120,7 @@ inline void multiply(const uint8_t* weight, const int8_t* x, int64_t stride, int
   }
 }
 
-// What R rows of the weight have of their own, padded to whole vectors: scales (but for the row's own factor) and what
-// their codes are too large by.
+// What R rows of the weight have of their own, padded to whole vectors: scales, and what their codes are too large by.
 struct Factors {
   int64_t groups;
   float* scale;   // [R][groups]
@@ -159,10 +158,11 @@ void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, 
         UNROLL for (int t = 0; t < T; ++t) exact[r][t] = zeros();
         multiply<Format, PLANES, T>(from[r], x, stride, lines.bytes, exact[r]);
         UNROLL for (int t = 0; t < T; ++t) {
-          Reals unit = repeat(units[t * lines.scales + lines.steps.unit[step]]);
-          if constexpr (GROUPED)
-            unit = mul(unit, pick(factors.scale + r * factors.groups + lines.steps.group[step], lane_group));
-          sums[r][t] = fma(to_reals(exact[r][t]), unit, sums[r][t]);
+          const float unit = units[t * lines.scales + lines.steps.unit[step]];
+          const float* scale = factors.scale + r * factors.groups;
+          const Reals both =
+              GROUPED ? mul(repeat(unit), pick(scale + lines.steps.group[step], lane_group)) : repeat(unit * *scale);
+          sums[r][t] = fma(to_reals(exact[r][t]), both, sums[r][t]);
         }
       }
     }
@@ -193,34 +193,31 @@ void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, 
   UNROLL for (int r = 0; r < R; ++r) {
     const float* scale = factors.scale + r * factors.groups;
     const float* offset = factors.offset + r * factors.groups;
-    const float own = !GROUPED ? scale_at(job, n + r, 0) : job.scale ? 1 : job.scale_row[n + r];
     UNROLL for (int t = 0; t < T; ++t) {
       const float* sum = lines.sum + (m + t) * lines.groups;
       float total_;
       if constexpr (PLAIN) {
         total_ = static_cast<float>(total(exact[r][t]) - static_cast<int>(offset[0]) * lines.total[m + t]);
-        total_ *= lines.scale[m + t];
-      } else if constexpr (GROUPED) {
+        total_ = total_ * *scale * lines.scale[m + t];
+      } else {
         Reals excess = repeat(0.0f);
         for (int64_t i = 0; i < factors.groups; i += LANES)
           excess = fma(mul(load_reals(scale + i), load_reals(offset + i)), load_reals(sum + i), excess);
         total_ = total(sums[r][t]) - total(excess);
-      } else {
-        total_ = total(sums[r][t]) - offset[0] * sum[0];
       }
-      y[t * pitch + r] = total_ * own;
+      y[t * pitch + r] = total_;
     }
   }
 }
 
-// A row's scales, but for the row's own factor, and the zero points that go with its codes as they are multiplied.
+// A row's scales, and the zero points that go with its codes as they are multiplied.
 template <class Format>
 void fill_factors(const Job& job, int64_t row, float* scale, float* offset) {
   const int64_t at = row * job.G;
   if (job.scale)
     std::memcpy(scale, job.scale + at, job.G * sizeof(float));
   else
-    for (int64_t i = 0; i < job.G; ++i) scale[i] = scale_value(job.scale_code[at + i]);
+    for (int64_t i = 0; i < job.G; ++i) scale[i] = scale_value(job.scale_code[at + i]) * job.scale_row[row];
   const float sign = std::is_same_v<Format, Wide> ? 1 << (job.bits - 1) : 0;
   if (!job.zero) {
     for (int64_t i = 0; i < job.G; ++i) offset[i] = (1 << (job.bits - 1)) - sign;
@@ -236,8 +233,9 @@ void fill_factors(const Job& job, int64_t row, float* scale, float* offset) {
   }
 }
 
-// Adds the low-rank branch and the bias to y [count] of a token, and stores it.
-inline void finish(const Job& job, int64_t m, int64_t n, int64_t count, float* y, float* buffer) {
+// Adds the low-rank branch and the bias to y [count] of a token, and stores it. A copy in each kernel would take a fifth
+// of the time to compile.
+[[gnu::noinline]] inline void finish(const Job& job, int64_t m, int64_t n, int64_t count, float* y, float* buffer) {
   for (int64_t i = 0; job.rank && i < count; ++i) {
     to_floats(job.up, (n + i) * job.rank, job.rank, buffer);
     float sum = 0;

@@ -89,7 +89,12 @@ inline void to_floats(Floats from, int64_t start, int64_t count, float* to) {
     for (int64_t i = 0; i < count; ++i) to[i] = of_bits(static_cast<uint32_t>(p[i]) << 16);
   } else {
     const uint16_t* p = static_cast<const uint16_t*>(from.data) + start;
-    for (int64_t i = 0; i < count; ++i) to[i] = from_float16(p[i]);
+    int64_t i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= count; i += 8)
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+#endif
+    for (; i < count; ++i) to[i] = from_float16(p[i]);
   }
 }
 

@@ -281,10 +281,7 @@ void all_tiles(const Job& job, const Layout& layout, const Tokens& tokens, const
   };
   constexpr int G = TOKENS_GROUPED;
   if (!grouped && tokens.planes == 1 && !many) {
-    if (std::is_same_v<Dot, FloatsDot> && tokens.count == 1)
-      run(tile<Dot, 1, false, 1, false>, 1);
-    else
-      run(tile<Dot, TOKENS, false, 1, false>, TOKENS);
+    run(tile<Dot, TOKENS, false, 1, false>, TOKENS);
   } else if (tokens.planes == 1) {
     many ? run(tile<Dot, G, true, 1, true>, G) : run(tile<Dot, G, true, 1, false>, G);
   } else if constexpr (Dot::UNSIGNED) {

@@ -74,21 +74,26 @@ inline Ints codes_in_order(const uint8_t* row, int64_t row_bytes, int64_t k, int
   return bits == 8 ? flip(load(from)) : bits == 6 ? unpack6(from) : unpack4_in_order(from);
 }
 
+// FP8 as float32. The bits move to float32's places, whose exponents are larger by BIAS; of the smallest exponent they
+// count units. What is as large as SPECIAL is not a number (or infinite, which saturated codes never are).
+template <int SHIFT, int BIAS, int NORMAL, int SPECIAL>
+void decode_fp8(const uint8_t* codes, int64_t count, float unit, float* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t magnitude = codes[i] & 0x7f;
+    const int32_t small = static_cast<int32_t>(bits_of(static_cast<float>(magnitude) * unit));
+    int32_t bits = magnitude < NORMAL ? small : (magnitude << SHIFT) + (BIAS << 23);
+    bits = magnitude >= SPECIAL ? 0x7fc00000 : bits;
+    out[i] = of_bits(static_cast<uint32_t>(bits) | static_cast<uint32_t>(codes[i] & 0x80) << 24);
+  }
+}
+
 // Codes [count] that are the bits of a float, as float32.
-inline void decode(const void* codes, int64_t count, Format format, float* out) {
+inline void decode(const void* codes, int64_t count, Format format, float* __restrict out) {
   const uint8_t* bytes = static_cast<const uint8_t*>(codes);
-  if (format == FP8_E4M3 || format == FP8_E5M2) {
-    // The bits move to float32's places, whose exponents are larger by 120 or 112; subnormals are their units' count.
-    const bool e4 = format == FP8_E4M3;
-    const int shift = e4 ? 20 : 21, bias = (e4 ? 120 : 112) << 23, normal = e4 ? 8 : 4, special = e4 ? 0x7f : 0x7c;
-    const float unit = e4 ? 0x1p-9f : 0x1p-16f;
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t magnitude = bytes[i] & 0x7f;
-      const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * unit;
-      float value = static_cast<int>(magnitude) < normal ? small : of_bits((magnitude << shift) + bias);
-      value = static_cast<int>(magnitude) >= special ? NAN_ : value;
-      out[i] = of_bits(bits_of(value) | static_cast<uint32_t>(bytes[i] & 0x80) << 24);
-    }
+  if (format == FP8_E4M3) {
+    decode_fp8<20, 120, 8, 0x7f>(bytes, count, 0x1p-9f, out);
+  } else if (format == FP8_E5M2) {
+    decode_fp8<21, 112, 4, 0x7c>(bytes, count, 0x1p-16f, out);
   } else if (format == INT16) {
     const int16_t* shorts = static_cast<const int16_t*>(codes);
     for (int64_t i = 0; i < count; ++i) out[i] = shorts[i];

@@ -1,0 +1,132 @@
+"""Run the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
+
+Layers of every kind and of odd sizes, numbers of tokens on both sides of where another kernel takes over, and inputs of
+every dtype with NaN and infinities among them, on every instruction set of this machine. The first fault ends the
+process with its report. Tensors come from the sanitizer's allocator, so a byte read beyond one is found too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+
+from hfquant import QuantLinear
+from hfquant.algorithms import Identity, Smooth
+from hfquant.algorithms.low_rank import LowRank
+from hfquant.config import InputQuant, WeightQuant
+from hfquant.kernels import cpu
+from hfquant.kernels.cpu import build
+from tests.nn.linear_cases import Case, layer_of, some_input
+
+FLAGS = (
+    "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow "
+    "-fno-sanitize-recover=all -Wno-psabi"
+)
+INPUTS = (
+    None,
+    InputQuant(dynamic=True, axis=-1),
+    InputQuant(type="int6", dynamic=True),
+    InputQuant(),
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Columns and rows: below, at and beyond a vector, a group, a panel; never a multiple of all.
+SIZES = ((1, 1), (7, 5), (64, 48), (65, 33), (129, 17), (260, 101))
+#: Eight tokens are as many as the kernels for many begin at.
+TOKENS = (1, 7, 8, 33)
+SVD = LowRank(low_rank=3)
+
+
+def cases(bits: int) -> Iterator[Case]:
+    """Yield layers with weights of so many bits, each for one size and one kind."""
+    form = f"int{bits}"
+    weights = [
+        WeightQuant(type=form),
+        WeightQuant(type=form, axis=-1, symmetric=False),
+        WeightQuant(type=form, group_size=10, symmetric=False),
+        WeightQuant(type=form, group_size=16, scale="float32"),
+        WeightQuant(type=form, group_size=32, symmetric=False),
+        WeightQuant(type=form, group_size=64),
+        WeightQuant(type=form, group_size=128, symmetric=False, scale="float32"),
+    ]
+    for weight, (columns, rows) in itertools.product(weights, SIZES):
+        yield Case(weight, inputs=(columns,), outputs=(rows,))
+        if columns < 64:
+            continue
+        first = columns // 3
+        yield Case(weight, SVD, inputs=(columns,), outputs=(rows,), dual=(True,))
+        yield Case(weight, Smooth(), (first, columns - first), (3, rows - 3), (True, False))
+        yield Case(weight, Identity(), (first, 5, columns - first - 5), (rows,))
+
+
+def large_cases(bits: int) -> Iterator[Case]:
+    """Yield layers whose sums leave 32 bits, or whose tokens do not fit into one chunk."""
+    for columns, group in ((40_001, None), (20_000, 64)):
+        yield Case(WeightQuant(type=f"int{bits}", group_size=group), inputs=(columns,), outputs=(9,), dual=(True,))
+
+
+def check(layer: QuantLinear, names: list[str], tokens: int, dtype: torch.dtype) -> int:
+    """Run a layer on each kernel and compare with the reference; return the number of calls.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    x = some_input(tokens, features=layer.in_features).to(dtype)
+    if tokens == 33:
+        x[3, 0], x[4, -1], x[32, 0] = torch.inf, torch.nan, -torch.inf
+    os.environ["HFQUANT_KERNEL"] = "reference"
+    expected = layer(x).float()
+    finite = expected.isfinite()
+    # What the rounding of float inputs to 16 bits is in proportion to.
+    size = x.nan_to_num(0, 0, 0).float().norm(dim=-1).max() * layer.effective_weight().norm(dim=-1).max()
+    most = (1 + size.item()) * (2e-4 + 2 * torch.finfo(dtype).eps)
+    for name in names:
+        os.environ["HFQUANT_KERNEL"] = name
+        y = layer(x).float()
+        assert torch.equal(y.isfinite(), finite), (name, tokens, dtype, layer)
+        error = (y - expected)[finite].abs().max().item() if finite.any() else 0
+        assert error <= most, (name, tokens, dtype, layer, error)
+    return len(names)
+
+
+def main() -> None:
+    """Compile with sanitizers, begin again with their library in place, and run every case."""
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        os.environ[build.EXTRA_FLAGS] = FLAGS
+        build.library()
+        command = [os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"]
+        os.environ["LD_PRELOAD"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        # Python itself leaks by design; torch's libraries define each other's types again.
+        os.environ["ASAN_OPTIONS"] = "detect_leaks=0:detect_odr_violation=0"
+        os.environ["UBSAN_OPTIONS"] = "print_stacktrace=1"
+        os.execv(sys.executable, [sys.executable, "-m", "tests.kernels.cpu.sanitize"])
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    missing = {kernel.name: kernel.missing() for kernel in cpu.KERNELS}
+    names = [name for name, why in missing.items() if not why]
+    if not names:
+        raise SystemExit(f"nothing to check: {missing}")
+    start, calls = time.perf_counter(), 0
+    dtypes = itertools.cycle(DTYPES)
+    for bits, quant in itertools.product((4, 6, 8), INPUTS):
+        for case in cases(bits):
+            layer, _ = layer_of(case.plan(quant, real=True))
+            # Four numbers of tokens and three dtypes: each meets each within a few layers.
+            calls += sum(check(layer, names, tokens, next(dtypes)) for tokens in TOKENS)
+        for case in large_cases(bits):
+            layer, _ = layer_of(case.plan(quant, real=True))
+            calls += check(layer, names, 2, next(dtypes)) + check(layer, names, 130, next(dtypes))
+    seconds = time.perf_counter() - start
+    print(f"{calls} calls of {', '.join(names)} in {seconds:.0f} s: no fault")  # noqa: T201
+    for name, why in missing.items():
+        if why:
+            print(f"not run: {name} ({why})")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
