@@ -125,7 +125,7 @@ def compile_library(target: Path, compiler: Sequence[str] | None = None) -> Path
 
 
 def _compile_into(folder: Path, name: str, compiler: Sequence[str]) -> Path:
-    logger.warning("compiling the C++ kernels, once for this machine: about 15 seconds")
+    logger.warning("compiling the C++ kernels, once for this machine: about a minute of CPU time")
     for damaged in folder.glob(f"{name}-*.so"):
         damaged.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
