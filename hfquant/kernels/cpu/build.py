@@ -28,15 +28,13 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 #: Flags for each instruction set, narrowest first; the order is that of ``choices`` in native.cpp.
 X86 = {
-    # Full optimization of the scalar kernels takes as long as all the others together, and few machines run them.
-    "scalar": "-O2",
+    "scalar": "",
     "avx2": "-mavx2 -mfma -mf16c -mbmi2",
     "avxvnni": "-mavx2 -mfma -mf16c -mbmi2 -mavxvnni",
     "avx512_vnni": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mbmi2 "
     "-mprefer-vector-width=512",
 }
-OTHERS = {"scalar": ""}
-FLAGS_OF = X86 if platform.machine().lower() in ("x86_64", "amd64") else OTHERS
+FLAGS_OF = X86 if platform.machine().lower() in ("x86_64", "amd64") else {"scalar": ""}
 INSTRUCTION_SETS = list(FLAGS_OF)
 FLAGS = (
     "-std=c++20 -O3 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -DTORCH_TARGET_VERSION=0x020a000000000000"

@@ -190,6 +190,8 @@ inline void transpose(Ints r[8]) {
 typedef int32_t Ints __attribute__((vector_size(16)));
 typedef float Reals __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef int16_t Shorts __attribute__((vector_size(16)));
+typedef uint16_t Words __attribute__((vector_size(16)));
 constexpr int LANES = 4;
 constexpr int TOKENS = 4, TOKENS_GROUPED = 2, VECTORS = 2;
 constexpr bool EXACT_BYTES = true;
@@ -215,13 +217,11 @@ inline Reals to_reals(Ints a) { return __builtin_convertvector(a, Reals); }
 inline Reals as_reals(Ints a) { return (Reals)a; }
 inline Reals mul(Reals a, Reals b) { return a * b; }
 inline Reals fma(Reals a, Reals b, Reals c) { return a * b + c; }
+// Products of two bytes fit 16 bits, so the even bytes of all lanes are multiplied at once, then the odd ones.
 inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
-  uint8_t w[16];
-  int8_t c[16];
-  std::memcpy(w, &weights, 16);
-  std::memcpy(c, &x, 16);
-  for (int i = 0; i < 16; ++i) sum[i / 4] += w[i] * c[i];
-  return sum;
+  const Shorts w = (Shorts)weights, c = (Shorts)x;
+  const Ints even = (Ints)((w & 255) * (c << 8 >> 8)), odd = (Ints)((Shorts)((Words)w >> 8) * (c >> 8));
+  return sum + ((even << 16 >> 16) + (even >> 16)) + ((odd << 16 >> 16) + (odd >> 16));
 }
 inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
   int16_t w[8], c[8];
