@@ -234,6 +234,15 @@ def test_empty(form, axis, shape) -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("form", SCALED, ids=name)
+def test_a_static_scale_makes_no_number_of_nan_and_infinity(form, bad) -> None:
+    for dual in (False, True):
+        x, scales = torch.tensor([[1.0, bad, -2.0]]), (torch.tensor([0.5]), torch.tensor([0.25]) if dual else None)
+        codes, _ = rule(static(form), (3,), (dual,)).quantize(x, *scales)
+        assert codes.isnan().tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dual", [False, True])
 @pytest.mark.parametrize("form", SCALED, ids=name)
 def test_a_bad_token_spoils_itself_alone(form, dual, bad) -> None:
