@@ -1,8 +1,8 @@
 """Digests of quantized checkpoints: what a change that is meant to leave numerics alone must not move.
 
-``python -m tests.golden [CASE ...]`` records them in golden.json. They are from before the package was rearranged. Those
-of data-free cases are equal on every CPU; sums in a forward are not, so of calibrated cases the figures of each layer
-are kept, for a comparison with a tolerance.
+``python -m tests.golden [CASE ...]`` records them in golden.json. They are from before the package was rearranged.
+Those of data-free cases are equal on every CPU; sums in a forward are not, so of calibrated cases the figures of each
+layer are kept, for a comparison with a tolerance.
 """
 
 from __future__ import annotations
