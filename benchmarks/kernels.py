@@ -221,7 +221,7 @@ def measure(
             kernels[name] = built.kernel
     sync = torch.cuda.synchronize if device.type == "cuda" else int
     with timing.watched() as share:
-        medians = timing.interleaved(runs, seconds, sync=sync)
+        medians = timing.interleaved(runs, seconds, sync=sync, clock=timing.clock_of(device.type))
     return Measured(medians, kernels, faults, share[0])
 
 

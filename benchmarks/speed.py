@@ -258,7 +258,7 @@ def measure(workload: Workload, ready: Mapping[str, nn.Module], seconds: float, 
         memory[name] = timing.peak_above(lambda _, run=run: run(True))
         runs[name] = lambda _, run=run: run(False)
     with timing.watched() as share:
-        medians = timing.interleaved(runs, seconds, shortest=0)
+        medians = timing.interleaved(runs, seconds, shortest=0, clock=timing.clock_of("cpu"))
     return Measured(medians, memory, share[0])
 
 

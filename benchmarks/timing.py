@@ -22,13 +22,17 @@ Run = Callable[[int], Any]
 
 
 def interleaved(
-    rows: Mapping[str, Run], seconds: float, turns: int = 3, shortest: float = 0.005, sync: Callable[[], None] = int
+    rows: Mapping[str, Run],
+    seconds: float,
+    turns: int = 3,
+    shortest: float = 0.005,
+    sync: Callable[[], None] = int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Return the median time of a call of each row, in seconds.
 
-    On one thread it is the process's CPU time, else the wall's. Rows take turns, in another order each round, so that
-    what else runs on the machine hits all of them alike. A turn is as many calls in a row as take ``shortest``, a whole
-    number found in a first round that is not counted.
+    Rows take turns, in another order each round, so that what else runs on the machine hits all of them alike. A turn
+    is as many calls in a row as take ``shortest``, a whole number found in a first round that is not counted.
 
     Args:
         rows: what to time; already called once, where a first call costs more.
@@ -36,17 +40,18 @@ def interleaved(
         turns: the least number of rounds, however long they take.
         shortest: the least length of a turn in seconds; 0 for one call.
         sync: waits for the device.
+        clock: gives seconds.
     """
     calls: dict[str, int] = {}
     for name, run in rows.items():
-        calls[name] = math.ceil(shortest / min(_time(run, 1, sync) for _ in range(2))) if shortest else 1
+        calls[name] = math.ceil(shortest / min(_time(run, 1, sync, clock) for _ in range(2))) if shortest else 1
     times: dict[str, list[float]] = {name: [] for name in rows}
     order, shuffle, done = list(rows), random.Random(0).shuffle, 0
     end = time.perf_counter() + seconds
     while done < turns or time.perf_counter() < end:
         shuffle(order)
         for name in order:
-            times[name].append(_time(rows[name], calls[name], sync))
+            times[name].append(_time(rows[name], calls[name], sync, clock))
         done += 1
     return {name: median(values) for name, values in times.items()}
 
@@ -75,9 +80,12 @@ def shares(values: Sequence[float]) -> str:
     return ", ".join(f"{max(value, 0):.0%}" if value == value else "unknown" for value in values)
 
 
-def _time(run: Run, calls: int, sync: Callable[[], None]) -> float:
-    # On one thread CPU time counts, which other processes do not lengthen; a device works while the CPU waits.
-    clock = time.process_time if torch.get_num_threads() == 1 and sync is int else time.perf_counter
+def clock_of(device: str) -> Callable[[], float]:
+    """Return the clock to measure by: CPU time on one thread of a CPU, which other processes do not lengthen."""
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _time(run: Run, calls: int, sync: Callable[[], None], clock: Callable[[], float]) -> float:
     start = clock()
     for i in range(calls):
         run(i)

@@ -189,6 +189,17 @@ def test_rows_take_turns() -> None:
     assert 2 + 1 <= len(seen) <= 2 + 3
 
 
+def test_cpu_time_counts_on_one_thread_alone() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert (timing.clock_of("cpu"), timing.clock_of("cuda")) == (time.process_time, time.perf_counter)
+        torch.set_num_threads(2)
+        assert timing.clock_of("cpu") == time.perf_counter
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_memory_of_a_call_is_seen() -> None:
     assert timing.peak_above(lambda _: torch.ones(16 << 20).sum()) > 0.9 * (64 << 20)
 
