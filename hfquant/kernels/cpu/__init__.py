@@ -20,7 +20,7 @@ from hfquant.kernels.cpu.build import INSTRUCTION_SETS, BuildError, load
 logger = logging.getLogger(__name__)
 
 #: Weights that become floats, by their numbers in job.h.
-FORMATS = {"fp8e4m3": 1, "fp8e5m2": 2, "fp16": 3, "bf16": 4, "int16": 5}
+DECODED = {"fp8e4m3": 1, "fp8e5m2": 2, "fp16": 3, "bf16": 4, "int16": 5}
 
 
 @cache
@@ -46,7 +46,7 @@ def _refuses(product: Product) -> str:
     form, rule = product.weight, product.input
     if _group_size(product) is None:
         return "blocks of columns are not groups of one size"
-    if form.name in FORMATS:
+    if form.name in DECODED:
         return "" if product.symmetric else f"{form.name} weights have zero points"
     if not isinstance(form, IntegerFormat) or not 4 <= form.bits <= 8:
         return f"weights are {form.name}, not integers of 4 to 8 bits"
@@ -68,11 +68,11 @@ def _spec(key: str) -> Tensor:
     """Return the product as native.cpp reads it."""
     product = product_of(key)
     rule = product.input
-    if product.weight.name in FORMATS:
+    if product.weight.name in DECODED:
         rule = None  # is applied before
     bits, per_token = (0, True) if rule is None else (rule.format.bits, rule.per_token)
     dual = rule.dual if rule is not None else (False,) * len(product.segments)
-    weight = -FORMATS[product.weight.name] if product.weight.name in FORMATS else product.weight.bits
+    weight = -DECODED[product.weight.name] if product.weight.name in DECODED else product.weight.bits
     head = [weight, _group_size(product) or 0, bits, per_token, len(product.columns)]
     return torch.tensor([*head, len(product.segments), *product.segments, *dual], dtype=torch.int64)
 
@@ -83,7 +83,7 @@ def _run(number: int, x: Tensor, operands: Operands, product: Product) -> Tensor
     dtype = x.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         x = x.float()
-    if product.weight.name in FORMATS and (product.input is not None or operands.divisor is not None):
+    if product.weight.name in DECODED and (product.input is not None or operands.divisor is not None):
         x, scale = operands.quantized_input(x.float(), product)
         x = x if scale is None else x * expand_columns(scale, product.segments)
         operands = operands._replace(input_scale=None, input_scale_neg=None, divisor=None)
