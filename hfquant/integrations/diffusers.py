@@ -225,6 +225,10 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         config, plan = self.quantization_config, self.plan
         on_disk, self._device_map = "disk" in self._device_map.values(), {}
+        if not on_disk and any(tensor.is_meta for tensor in model.parameters()):
+            raise ValueError(
+                'diffusers has read no weights: offload_state_dict=True needs "disk" in the device_map; leave it out'
+            )
         if self.pre_quantized:
             if on_disk:
                 self._read_buffers(model)
@@ -253,10 +257,15 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         """Return the tensors as they are stored.
 
         Raises:
-            ValueError: asked for a pickle.
+            ValueError: asked for a pickle, or of a model that is offloaded.
         """
         if not safe_serialization:
             raise ValueError("quantized models are saved as safetensors only; leave safe_serialization=True")
+        if offloaded := sum(tensor.is_meta for tensor in state_dict.values()):
+            raise ValueError(
+                f"{counted(offloaded, 'tensor')} are offloaded, and diffusers does not save those: load the model "
+                "without device_map, and save that"
+            )
         return codes_on_disk(state_dict, self.disk_dtypes), {}
 
     def _dequantize(self, model: ModelMixin) -> nn.Module:
