@@ -20,7 +20,7 @@ from hfquant.affiner.inputs import Samples, as_pipeline, call_batches, check_ali
 from hfquant.affiner.runs import Event, Run
 from hfquant.calibration.samplers import seeded
 from hfquant.config import ConfigError
-from hfquant.denoisers import check_layout, compute_dtype, eval_mode, find_denoiser
+from hfquant.denoisers import compute_dtype, eval_mode, find_denoiser, has_frames_first
 
 
 def load_affiner(
@@ -165,7 +165,7 @@ class _Fit:
             pairs = [_checked(r, q, i) for i, (r, q) in enumerate(zip(reals, quants, strict=True))]
             timestep = pairs[0][0].timestep
             if isinstance(self.affiner, BlockwiseAffiner):
-                check_layout(pairs[0][0].value, find_denoiser(self.real))
+                self.affiner.frames_first = has_frames_first(pairs[0][0].value, find_denoiser(self.real))
             for r, q in pairs:
                 if r.timestep != timestep:
                     raise ValueError(

@@ -21,13 +21,13 @@ with suppress(ImportError):  # either library may be absent
 
 __all__ = [
     "ConversionOps",
-    "drop_quantization_config",
     "is_marked_initialized",
     "keep_in_fp32",
     "load_offloaded_parameter",
     "mark_initialized",
     "names_in_model",
     "save_as_named",
+    "set_quantization_config",
     "set_quantized",
 ]
 
@@ -53,11 +53,17 @@ def set_quantized(model: PreTrainedModel, quantized: bool) -> None:
     model.config._is_quantized = quantized
 
 
-def drop_quantization_config(model: Any) -> None:
-    """Take the quantization config out of a diffusers model's config, which is frozen."""
+def set_quantization_config(model: Any, config: Any) -> None:
+    """Put a quantization config into a diffusers model's config, which is frozen, or take it out (None)."""
     from diffusers.configuration_utils import FrozenDict
 
-    model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
+    old = model.config
+    items = {k: v for k, v in old.items() if k != "quantization_config"}
+    new = FrozenDict(items if config is None else items | {"quantization_config": config})
+    # An IP-Adapter changes an attribute of the config and not the item: the model reads the attribute.
+    for key in items:
+        setattr(new, key, getattr(old, key))
+    model._internal_dict = new
 
 
 def save_as_named(model: PreTrainedModel) -> None:

@@ -27,7 +27,7 @@ from hfquant.integrations.checkpoint import (
     tensor_names,
     warn_if_empty,
 )
-from hfquant.integrations.compat import drop_quantization_config
+from hfquant.integrations.compat import set_quantization_config
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import check_data, diffusers_batches
 from hfquant.integrations.facts import facts_of
@@ -270,7 +270,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: ModelMixin) -> nn.Module:
         model = dequantized(model, model.dtype)
-        drop_quantization_config(model)
+        set_quantization_config(model, None)
         return model
 
     @property
@@ -295,4 +295,4 @@ def attach(model: ModelMixin, config: HfQuantConfig) -> None:
     model.hf_quantizer.disk_dtypes = disk_dtypes(model)
     model.is_quantized = True
     model.quantization_method = config.quant_method
-    model.register_to_config(quantization_config=config)
+    set_quantization_config(model, config)
