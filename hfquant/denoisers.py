@@ -41,6 +41,15 @@ def denoiser_names(pipe: Any) -> list[str]:
     raise ValueError(f"{type(pipe).__name__} has none of the denoisers {', '.join(DENOISERS)}{hint}")
 
 
+def models_of(pipe: Any, name: str) -> dict[str, nn.Module]:
+    """Return the component of that name, or the models that it is made of (several ControlNets), by dotted name."""
+    component = pipe.components[name]
+    several = getattr(component, "nets", None)
+    if not isinstance(several, nn.ModuleList):
+        return {name: component}
+    return {f"{name}.nets.{i}": model for i, model in enumerate(several)}
+
+
 def denoiser_name(pipe: Any) -> str:
     """Return the name of the main denoiser of a pipeline; see :func:`denoiser_names`."""
     return denoiser_names(pipe)[0]

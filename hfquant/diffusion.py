@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hfquant.calibration import BaseSampler, UniformSampler, calibration_batches, generate_calibrate_set
-from hfquant.denoisers import denoiser_names, module_names
+from hfquant.denoisers import denoiser_names, models_of, module_names
 from hfquant.integrations import quantize_model
 from hfquant.integrations.config import HfQuantConfig
 
@@ -32,7 +32,8 @@ def quantize_pipeline(
             :func:`~hfquant.calibration.calibration_batches`), or batches for the pipeline's call. May be None where
             the config needs no data.
         config: As for :func:`~hfquant.quantize`, the same for all components.
-        components: Names of the modules to quantize; default: the denoisers.
+        components: Names of the modules to quantize; default: the denoisers. What else runs at each step, such as a
+            ControlNet, is recorded and quantized alike.
         sampler: Which timesteps to keep; default: :class:`~hfquant.UniformSampler`.
         dump_path: Folder to keep the recorded inputs in, a subfolder a component; default: in memory.
         batch_size: Recorded calls a calibration batch.
@@ -49,17 +50,18 @@ def quantize_pipeline(
     known = module_names(pipe)
     if not names or (unknown := [name for name in names if name not in known]):
         raise ValueError(f"components: {names and unknown} is not a module of {type(pipe).__name__}; it has {known}")
-    loaders: dict[str, Any] = dict.fromkeys(names)
+    models = {full_name: model for name in names for full_name, model in models_of(pipe, name).items()}
+    loaders: dict[str, Any] = dict.fromkeys(models)
     if config.needs_data:
         batches = calibration_batches(data, batch_size=1)
-        for name in names:
+        for name in models:
             folder = None if dump_path is None else Path(dump_path) / name
             seen = generate_calibrate_set(pipe, sampler or UniformSampler(), batches, name, folder, **kwargs)
             loaders[name] = seen.get_dataloader(batch_size=batch_size)
     undone: list[Callable[[], None]] = []
     try:
         for name, loader in loaders.items():
-            undone.append(quantize_model(pipe.components[name], loader, config))
+            undone.append(quantize_model(models[name], loader, config))
     except BaseException:
         for undo in reversed(undone):
             undo()

@@ -148,11 +148,13 @@ class _Fit:
         converted = {
             k: v.to(other) if isinstance(v, Tensor) and v.dtype == own else v for k, v in fresh_call(sample).items()
         }
-        return _Batch(
+        batch = _Batch(
             Run(self.real, fresh_call(sample), at_denoiser=behind),
             Run(self.quant, converted, at_denoiser=behind, **finish),
             None if self.latents is None else Run(self.real, fresh_call(sample)),
         )
+        torch.rand(())  # the next batch's runs are to draw other noise
+        return batch
 
     def _lock_step(self, batches: list[_Batch], progress: Any, count: int) -> Iterator[float]:
         """Lead the batches through their runs, yielding the timestep after each step."""

@@ -61,8 +61,8 @@ def set_quantization_config(model: Any, config: Any) -> None:
     items = {k: v for k, v in old.items() if k != "quantization_config"}
     new = FrozenDict(items if config is None else items | {"quantization_config": config})
     # An IP-Adapter changes an attribute of the config and not the item: the model reads the attribute.
-    for key in items:
-        setattr(new, key, getattr(old, key))
+    for key in items.keys() & vars(old).keys():
+        setattr(new, key, vars(old)[key])
     model._internal_dict = new
 
 

@@ -70,5 +70,6 @@ def check_data(config: Any) -> None:
     if config.needs_data and config.calibration is None:
         raise CalibrationError(
             "this config needs calibration data (static activations, smoothing, a low-rank branch or GPTQ): pass "
-            "HfQuantConfig(..., calibration=[...]), or choose one without, such as 'w8a8-dynamic'"
+            "HfQuantConfig(..., calibration=[...]), or choose one without, such as 'w8a8-dynamic'; parts of a pipeline "
+            "go to hfquant.quantize_pipeline(pipe, data, config)"
         )

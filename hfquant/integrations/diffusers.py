@@ -290,7 +290,13 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
 
 
 def attach(model: ModelMixin, config: HfQuantConfig) -> None:
-    """Make ``model`` one that diffusers knows as quantized by ``config`` (its own copy)."""
+    """Make ``model`` one that diffusers knows as quantized by ``config`` (its own copy).
+
+    Raises:
+        ValueError: it is made of several models, each with a config of its own.
+    """
+    if not hasattr(model, "config"):
+        raise ValueError(f"{type(model).__name__} has no config: quantize the models that it is made of, one by one")
     model.hf_quantizer = HfQuantDiffusersQuantizer(config, pre_quantized=True)
     model.hf_quantizer.disk_dtypes = disk_dtypes(model)
     model.is_quantized = True
