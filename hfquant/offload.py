@@ -19,11 +19,27 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 _ACCELERATE, _DIFFUSERS = "_hf_hook", "_diffusers_hook"
+_GROUP = "group_offloading"
 
 
 def has_hook(model: nn.Module) -> bool:
     """Return whether accelerate runs some module of ``model``, and so may fetch its weights when they are needed."""
     return any(_ACCELERATE in vars(module) for module in model.modules())
+
+
+def refuse_group_offloaded(model: nn.Module) -> None:
+    """Raise where diffusers offloads ``model`` in groups, which hold the tensors that were there when it was enabled.
+
+    Of groups that are on disk a module's own tensors are not even initialized.
+
+    Raises:
+        ValueError: it does.
+    """
+    if any(vars(m)[_DIFFUSERS].get_hook(_GROUP) is not None for m in model.modules() if _DIFFUSERS in vars(m)):
+        raise ValueError(
+            f"{type(model).__name__} is group offloaded, and its groups would not know new layers: load it without, "
+            "and call enable_group_offload afterwards"
+        )
 
 
 def execution_device(module: nn.Module) -> torch.device | str | int | None:

@@ -122,6 +122,22 @@ def test_weights_on_disk(name, preset, quantized, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["flux", "llama"])
+def test_shards_on_disk(name, quantized, tmp_path):
+    config, _, expected = quantized(name, "w8a16", torch.float32)
+    float_model = (small_models.DIFFUSERS | small_models.TRANSFORMERS)[name]()
+    inputs = inputs_of(expected)
+    for i, (model, given) in enumerate(((float_model, config), (expected, None))):
+        model.save_pretrained(tmp_path / str(i), max_shard_size="10KB")
+        assert len(list((tmp_path / str(i)).glob("*.safetensors"))) > 3
+        loaded = load(
+            name, tmp_path / str(i), quantization_config=given, device_map=device_map(model, MODELS[name]),
+            offload_folder=tmp_path / f"offload{i}",
+        )  # fmt: skip
+        assert any(layer.weight.is_meta for layer in quant_linears(loaded).values())
+        assert torch.equal(outputs(loaded, inputs), outputs(expected, inputs))
+
+
+@pytest.mark.parametrize("name", ["flux", "llama"])
 def test_float_weights_do_not_stay_on_disk(name, checkpoint, tmp_path):
     """Quantized while loaded, what the offload folder holds of the linears is their codes."""
     model = small_models.DIFFUSERS[name]() if is_diffusers(name) else small_models.TRANSFORMERS[name]()
@@ -244,6 +260,24 @@ def test_group_offload(name, preset, kind, to_disk, quantized, tmp_path):
         assert torch.equal(outputs(model, inputs), outputs(expected, inputs))
     if to_disk:
         assert any(t.dtype == torch.int8 for t in tensors_in(tmp_path).values())
+
+
+def test_group_offload_comes_after_quantizing(quantized, tmp_path):
+    """diffusers keeps a group's tensors, on disk perhaps: what is in the modules is not to be read or replaced."""
+    disk = {"offload_type": "leaf_level", "onload_device": CPU, "offload_to_disk_path": str(tmp_path)}
+    model = small_models.flux()
+    inputs = inputs_of(model)
+    y = outputs(model, inputs)
+    model.enable_group_offload(**disk)
+    with pytest.raises(ValueError, match="enable_group_offload afterwards"):
+        hfquant.quantize(model, None, "w8a16")
+    assert torch.equal(outputs(model, inputs), y)
+    _, folder, expected = quantized("flux", "w8a16", torch.float32)
+    model = load("flux", folder)
+    model.enable_group_offload(**disk)
+    with pytest.raises(ValueError, match="enable_group_offload afterwards"):
+        model.dequantize()
+    assert torch.equal(outputs(model, inputs), outputs(expected, inputs))
 
 
 def test_streams_are_refused_where_there_are_none(quantized):

@@ -165,3 +165,13 @@ def test_copies_run_past_hooks_of_diffusers() -> None:
             parameter.copy_(2 * parameter)
         assert not torch.allclose(twin(x).sample, y)
         assert torch.equal(model(x).sample, y)
+        with pytest.raises(ValueError, match="enable_group_offload afterwards"):
+            offload.refuse_group_offloaded(model)
+
+
+def test_other_hooks_of_diffusers_are_no_group_offload() -> None:
+    model = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2).eval()
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert any(list(offload.hooks_of(module)) for module in model.modules())
+    offload.refuse_group_offloaded(model)
+    offload.refuse_group_offloaded(nn.Linear(2, 2))
