@@ -264,17 +264,17 @@ def test_group_offload(name, preset, kind, to_disk, quantized, tmp_path):
 
 def test_group_offload_comes_after_quantizing(quantized, tmp_path):
     """diffusers keeps a group's tensors, on disk perhaps: what is in the modules is not to be read or replaced."""
-    disk = {"offload_type": "leaf_level", "onload_device": CPU, "offload_to_disk_path": str(tmp_path)}
+    leaves = {"offload_type": "leaf_level", "onload_device": CPU}
     model = small_models.flux()
     inputs = inputs_of(model)
     y = outputs(model, inputs)
-    model.enable_group_offload(**disk)
+    model.enable_group_offload(**leaves, offload_to_disk_path=str(tmp_path / "float"))
     with pytest.raises(ValueError, match="enable_group_offload afterwards"):
         hfquant.quantize(model, None, "w8a16")
     assert torch.equal(outputs(model, inputs), y)
     _, folder, expected = quantized("flux", "w8a16", torch.float32)
     model = load("flux", folder)
-    model.enable_group_offload(**disk)
+    model.enable_group_offload(**leaves, offload_to_disk_path=str(tmp_path / "quantized"))
     with pytest.raises(ValueError, match="enable_group_offload afterwards"):
         model.dequantize()
     assert torch.equal(outputs(model, inputs), outputs(expected, inputs))
