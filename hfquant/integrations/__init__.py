@@ -102,3 +102,20 @@ def register_diffusers() -> None:
     # diffusers has no public registration.
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, HfQuantConfig)
     auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, HfQuantDiffusersQuantizer)
+
+
+def register_peft() -> None:
+    """Make quantized linears known to peft's LoRA. Called once peft is imported."""
+    from hfquant.integrations.adapters import LoraQuantLinear
+    from hfquant.integrations.compat import register_lora_layer
+    from hfquant.nn.linear import QuantLinear
+
+    register_lora_layer(QuantLinear, LoraQuantLinear)
+
+
+def register_diffusers_lora() -> None:
+    """Make quantized linears known to diffusers' LoRA loaders. Called once these are imported."""
+    from hfquant.integrations.compat import register_lora_base
+    from hfquant.nn.linear import QuantLinear
+
+    register_lora_base(QuantLinear, QuantLinear.effective_weight)
