@@ -97,11 +97,14 @@ def register_diffusers() -> None:
         return
     from diffusers.quantizers import auto
 
+    from hfquant.integrations.compat import accept_no_dtype
     from hfquant.integrations.diffusers import HfQuantDiffusersQuantizer
 
-    # diffusers has no public registration.
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, HfQuantConfig)
-    auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, HfQuantDiffusersQuantizer)
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        # diffusers has no public registration.
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HfQuantConfig
+        auto.AUTO_QUANTIZER_MAPPING[METHOD] = HfQuantDiffusersQuantizer
+        accept_no_dtype()
 
 
 def register_peft() -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ with suppress(ImportError):  # either library may be absent
 
 __all__ = [
     "ConversionOps",
+    "accept_no_dtype",
     "drop_quantization_config",
     "is_marked_initialized",
     "keep_in_fp32",
@@ -99,20 +102,38 @@ def register_lora_layer(kind: type[nn.Module], layer: type[nn.Module]) -> None:
     LoraModel._create_new_module = staticmethod(create_new_module)
 
 
+def accept_no_dtype() -> None:
+    """Have ``to(dtype=None)`` of a quantized diffusers model change nothing; ``save_lora_adapter`` calls it.
+
+    diffusers refuses it as it does a cast to a dtype.
+    """
+    from diffusers.models.modeling_utils import ModelMixin
+
+    to = ModelMixin.to
+
+    @wraps(to)
+    def without_none(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return to(self, *args, **{k: v for k, v in kwargs.items() if k != "dtype" or v is not None})
+
+    ModelMixin.to = without_none
+
+
 def register_lora_base(kind: type[nn.Linear], floats: Callable[[Any], Tensor]) -> None:
     """Have diffusers' LoRA loader of FLUX see modules of class ``kind`` as it sees those of its own quantizers.
 
-    It compares an adapter's shape with the module's, and expands the module where the adapter takes more features; of
-    the quantizers that it knows by the names of their classes it does not read the shape off ``weight``.
+    It compares an adapter's shape with the module's, expands the module where the adapter takes more features and the
+    adapter where it takes fewer. Other quantizers' modules it knows by the names of classes; of all others it takes the
+    shape of ``weight`` for that of the matrix.
 
     Args:
-        kind: a class of linears whose ``weight`` has another shape than the matrix.
+        kind: a class of linears whose ``weight`` is of another shape.
         floats: returns the matrix of one.
     """
     from diffusers.loaders import lora_pipeline
 
     loader = lora_pipeline.FluxLoraLoaderMixin
-    shape_of, dequantized = loader._calculate_module_shape, lora_pipeline._maybe_dequantize_weight_for_expanded_lora
+    shape_of, padded = loader._calculate_module_shape, loader._maybe_expand_lora_state_dict.__func__
+    dequantized = lora_pipeline._maybe_dequantize_weight_for_expanded_lora
 
     def calculate_module_shape(
         model: nn.Module, base_module: nn.Module | None = None, base_weight_param_name: str | None = None
@@ -127,5 +148,16 @@ def register_lora_base(kind: type[nn.Linear], floats: Callable[[Any], Tensor]) -
     def dequantize(model: Any, module: nn.Module) -> Tensor:
         return floats(module).to(model.dtype) if isinstance(module, kind) else dequantized(model, module)
 
+    def expand_lora(cls: Any, transformer: nn.Module, lora_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, module in transformer.named_modules():
+            key = f"{cls.transformer_name}.{name.removesuffix('.base_layer')}.lora_A.weight"
+            if isinstance(module, kind) and key in lora_state_dict:
+                missing = module.in_features - lora_state_dict[key].shape[1]
+                lora_state_dict[key] = pad(lora_state_dict[key], (0, max(missing, 0)))
+        return padded(cls, transformer, lora_state_dict)
+
     loader._calculate_module_shape = staticmethod(calculate_module_shape)
+    loader._maybe_expand_lora_state_dict = classmethod(expand_lora)
     lora_pipeline._maybe_dequantize_weight_for_expanded_lora = dequantize
+
+
