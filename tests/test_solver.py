@@ -364,5 +364,5 @@ def test_requantizing_nan_names_the_layer() -> None:
     tensors = solve("layer", torch.randn(12, 20), plan, None).tensors
     weight = torch.randn(12, 20)
     weight[3] = torch.nan
-    with pytest.raises(ValueError, match="layer 'block.linear': 20 of 240 weights are NaN or Inf"):
+    with pytest.raises(ValueError, match=r"layer 'block\.linear': 20 of 240 weights are NaN or Inf"):
         requantize("block.linear", weight, plan, tensors)

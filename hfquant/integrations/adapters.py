@@ -7,6 +7,7 @@ Running and training an adapter need nothing of this, since the op has a gradien
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -33,11 +34,14 @@ class LoraQuantLinear(Linear):
     nearest on the layer's recipe. Unmerging puts the tensors of before back.
     """
 
+    base_layer: Any
+    merged_adapters: list[str]
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, target_name: str = "", **kwargs: Any) -> None:
         #: The layer's name in its model.
         self.target_name = target_name
         #: The base layer's tensors from before anything was merged; empty while nothing is.
-        self.unmerged: dict[str, Tensor] = {}
+        self.unmerged: dict[str, Any] = {}
         super().__init__(base_layer, adapter_name, target_name=target_name, **kwargs)
 
     @property
@@ -97,13 +101,21 @@ class LoraQuantLinear(Linear):
         self.unmerged = stored
         _put(layer, made if layer.bias is None else made | {"bias": floats.bias.to(layer.bias.dtype)})
         error = layer.effective_weight() - floats.weight
+        kept = _decibels(floats.weight - base, error)
         logger.info(
             "%s: merged %s; SQNR of the weight %.1f dB, of what the adapters change %.1f dB",
             self.target_name,
             ", ".join(names),
             _decibels(floats.weight, error),
-            _decibels(floats.weight - base, error),
+            kept,
         )
+        if kept < 0:
+            # One text, so that Python shows it once.
+            warnings.warn(
+                "rounding merged adapters to codes changes some layers more than the adapters do (hfquant's INFO log "
+                "has the figures): unmerge them, or quantize to more bits",
+                stacklevel=2,
+            )
 
     def unmerge(self) -> None:
         """Put the base layer's tensors back as they were before anything was merged, to the bit."""
@@ -114,7 +126,7 @@ class LoraQuantLinear(Linear):
         self.unmerged, self.merged_adapters = {}, []
 
     @contextmanager
-    def _on_floats(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Linear]:
+    def _on_floats(self, tensors: Mapping[str, Any]) -> Iterator[nn.Linear]:
         """Have a plain linear in the place of the base layer, with the float32 weight that ``tensors`` stand for."""
         layer = self.base_layer
         linear = QuantLinear.from_tensors(layer.plan, tensors, tensors.get("bias")).to_linear(torch.float32)
@@ -158,7 +170,7 @@ class QuantDora(DoraLinearVariant):
         return result + added
 
 
-def _tensors(layer: QuantLinear) -> dict[str, Tensor]:
+def _tensors(layer: QuantLinear) -> dict[str, Any]:
     return layer.solved_tensors() | ({} if layer.bias is None else {"bias": layer.bias})
 
 

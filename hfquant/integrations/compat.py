@@ -159,5 +159,3 @@ def register_lora_base(kind: type[nn.Linear], floats: Callable[[Any], Tensor]) -
     loader._calculate_module_shape = staticmethod(calculate_module_shape)
     loader._maybe_expand_lora_state_dict = classmethod(expand_lora)
     lora_pipeline._maybe_dequantize_weight_for_expanded_lora = dequantize
-
-
