@@ -27,9 +27,9 @@ COLUMNS = ("before", "after", "gain", "merged", "gain kept")
 def main(argv: list[str] | None = None) -> int:
     """Train one adapter a model and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters", description=__doc__.partition("\n")[0])
-    parser.add_argument("--presets", nargs="*", default=["w8a8-dynamic", "w4a16-gptq", "w4a16"])
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--presets", nargs="*", default=["w8a8-dynamic", "w4a16-gptq"])
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--json", type=Path, help="file to write; a .md of the same name goes beside it")
     args = parser.parse_args(argv)
     rows: dict[str, dict[str, float]] = {}

@@ -56,7 +56,15 @@ def quantize_model(
 
     Returns:
         A function that undoes it.
+
+    Raises:
+        ValueError: ``model`` has adapters.
     """
+    if adapters := getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{type(model).__name__} has adapters ({', '.join(adapters)}), whose own linears would be quantized as "
+            "well: merge or unload them, or quantize first and load them then"
+        )
     return quantize_attached(model, loader, config, model_facts(model), attach, settings)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -56,17 +56,14 @@ class LoraQuantLinear(Linear):
         Raises:
             ValueError: its initial values are a part of the base weight, which would have to change.
         """
-        initial = config.init_lora_weights
-        if initial not in INITIAL:
+        initial, quantized = config.init_lora_weights, isinstance(self.base_layer, QuantLinear)
+        if quantized and initial not in INITIAL:
             raise ValueError(
                 f"{self.target_name}: init_lora_weights={initial!r} moves a part of the base weight into the adapter, "
                 f"which a quantized weight cannot give; choose one of {', '.join(map(repr, INITIAL))}"
             )
-        if config.use_dora or initial == "orthogonal":
-            # Both read the weight, or its dtype.
-            with self._on_floats(_tensors(self.base_layer)):
-                super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        else:
+        reads_weight = config.use_dora or initial == "orthogonal"
+        with self._on_floats(_tensors(self.base_layer)) if quantized and reads_weight else nullcontext():
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -153,6 +150,9 @@ class QuantDora(DoraLinearVariant):
     def forward(module: LoraQuantLinear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Return ``result`` plus what the adapter adds for the input ``x``."""
         layer, dropout = module.base_layer, module.lora_dropout[active_adapter]
+        if not isinstance(layer, QuantLinear):
+            result = DoraLinearVariant.forward(module, active_adapter, x, result, **kwargs)
+            return result
         base_result = result
         if module.training and not isinstance(dropout, nn.Identity):
             x = dropout(x)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from datasets import Dataset
 from peft import (
     LoraConfig,
@@ -17,6 +18,7 @@ from peft import (
     inject_adapter_in_model,
     prepare_model_for_kbit_training,
 )
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -255,8 +257,8 @@ def test_options_do_what_they_do_on_the_dequantized_model(option: str, preset: s
         if not isinstance(layer, LoraQuantLinear):
             continue
         other = theirs.get_submodule(name)
-        layer.merge(safe_merge=True)
-        other.merge(safe_merge=True)
+        layer.merge()
+        other.merge()
         assert sqnr(other.base_layer.weight, layer.base_layer.effective_weight()) > {"w8a16": 38, "w4a16": 14}[preset]
         if other.base_layer.bias is not None:
             torch.testing.assert_close(layer.base_layer.bias, other.base_layer.bias, rtol=1e-6, atol=1e-6)
@@ -265,14 +267,22 @@ def test_options_do_what_they_do_on_the_dequantized_model(option: str, preset: s
 
 
 def test_dora_with_dropout_trains_through_the_codes() -> None:
-    model = quantized("llama", "w8a8-dynamic")
-    own = add_adapter(model, use_dora=True, lora_dropout=0.5)
-    model.train()
-    gradients(model, own, torch.zeros(()))
-    assert all(p.grad.any() for p in own.values())
-    model.eval()
-    first = outputs(model, inputs_of(model))
-    assert torch.equal(first, outputs(model, inputs_of(model)))
+    layer, _ = layer_of(cases("int8")["channel"].plan())
+    config, shape = LoraConfig(use_dora=True, lora_dropout=0.5, init_lora_weights="gaussian"), (10, 24)
+    ours = LoraQuantLinear(layer, "a", config=config, r=3)
+    theirs = Linear(layer.to_linear(torch.float32), "a", config=config, r=3)
+    nn.init.normal_(ours.lora_B["a"].weight)
+    theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if "lora_" in k}, strict=False)
+    x, saved = torch.randn(7, 24), []
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = ours(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(y, theirs(x), rtol=1e-4, atol=1e-4)
+    # The backward pass needs the codes, and no float weight.
+    assert not any(t.shape == shape and t.is_floating_point() for t in saved)
+    y.sum().backward()
+    assert all(p.grad.any() for n, p in ours.named_parameters() if "lora_" in n)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -443,6 +453,82 @@ def test_adapters_of_other_kinds_run_and_cannot_put_floats_where_codes_are() -> 
     restored = adapted.unload()
     assert torch.equal(outputs(restored, inputs), plain)
     assert all(torch.equal(v, state[k]) for k, v in restored.state_dict().items())
+
+
+def test_an_adapter_of_another_model_is_refused_and_can_be_taken_off(tmp_path) -> None:
+    other = small_models.llama_of_64()
+    get_peft_model(other, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = quantized("llama", "w4a16")
+    inputs = inputs_of(model)
+    plain, state = outputs(model, inputs), copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"(?s)size mismatch.*q_proj.*\[2, 64\].*\[2, 40\]"):
+        PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    with pytest.raises(RuntimeError):
+        model.load_adapter(str(tmp_path))
+    base = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if "lora_" not in k}
+    assert all(torch.equal(base[k], state[k]) for k in state)
+    model.delete_adapter("default")
+    assert torch.equal(outputs(model, inputs), plain)
+
+
+def test_offloaded_models_merge_and_unmerge() -> None:
+    model = quantized("llama", "w4a16")
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    inputs = inputs_of(model)
+    wanted = outputs(model, inputs)
+    adapted.merge_adapter()
+    merged = outputs(model, inputs)
+    adapted.unmerge_adapter()
+    cpu_offload(adapted, torch.device("cpu"), offload_buffers=True)
+    assert all(layer.base_layer.weight.is_meta for layer in lora_layers(model))
+    assert torch.equal(outputs(model, inputs), wanted)
+    adapted.merge_adapter()
+    assert torch.equal(outputs(model, inputs), merged)
+    adapted.unmerge_adapter()
+    assert torch.equal(outputs(model, inputs), wanted)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapted_layers_compile_to_one_graph(dora: bool) -> None:
+    layer, _ = layer_of(cases("int4")["all at once"].plan())
+    adapted = LoraQuantLinear(layer, "a", config=LoraConfig(use_dora=dora, init_lora_weights="gaussian"), r=3)
+    compiled = torch.compile(adapted, backend="eager", fullgraph=True)
+    x = torch.randn(5, layer.in_features)
+    torch.testing.assert_close(compiled(x), adapted(x))
+    (gradient,) = torch.autograd.grad(compiled(x).square().sum(), adapted.lora_B["a"].weight)
+    (expected,) = torch.autograd.grad(adapted(x).square().sum(), adapted.lora_B["a"].weight)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_dequantizing_keeps_adapters(dora: bool) -> None:
+    model = quantized("llama", "w8a16")
+    add_adapter(model, use_dora=dora)
+    inputs = inputs_of(model)
+    adapted = outputs(model, inputs)
+    hfquant.dequantize(model)
+    assert not quant_linears(model)
+    assert sqnr(adapted, outputs(model, inputs)) > 80
+    for layer in lora_layers(model):
+        layer.merge()
+    assert sqnr(adapted, outputs(model, inputs)) > 80
+    for layer in lora_layers(model):
+        layer.unmerge()
+    for initial in ("orthogonal", "olora"):  # which reads the weight, and changes it
+        assert add_adapter(model, initial, targets=["q_proj"], use_dora=dora, init_lora_weights=initial)
+
+
+def test_models_with_adapters_are_not_quantized() -> None:
+    model = small_models.llama()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "style")
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has adapters \(style\)"):
+        hfquant.quantize(model, None, "w4a16")
+    assert not quant_linears(model)
+    assert model.state_dict().keys() == before.keys()
+    model.delete_adapter("style")
+    hfquant.quantize(model, None, "w4a16")
+    assert len(quant_linears(model)) == 14
 
 
 def test_without_hfquants_layers_nothing_of_peft_changes() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import hfquant
 from hfquant.integrations.adapters import LoraQuantLinear
 from hfquant.nn.modules import quant_linears
+from tests.integrations import small_models
 from tests.integrations.lora_pipelines import PIPELINES, denoiser_of, pipeline
 from tests.integrations.small_models import denoiser_inputs, outputs, sqnr
 
@@ -119,6 +121,34 @@ def test_an_adapter_trained_on_codes_is_saved_and_loads_on_the_float_model(name:
     other = PIPELINES[name][1]()
     other.load_lora_adapter(tmp_path, prefix=None, adapter_name="mine", weight_name=FILE, use_safetensors=True)
     assert_equal(get_peft_model_state_dict(other, adapter_name="mine"), tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_text_encoders_take_their_part_of_an_adapter(dtype: torch.dtype, tmp_path: Path) -> None:
+    pipe = pipeline("sd")
+    encoder = small_models.clip_text()
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    encoder.add_adapter(config)
+    denoiser_of(pipe).add_adapter(LoraConfig(r=4, target_modules=PROJECTIONS, init_lora_weights=False))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(encoder))
+    type(pipe).save_lora_weights(
+        tmp_path, get_peft_model_state_dict(denoiser_of(pipe)), text_encoder_lora_layers=layers
+    )
+    pipe, model = quantized("sd")
+    encoder = pipe.text_encoder = hfquant.quantize(small_models.clip_text().to(dtype), None, "w4a16")
+    inputs = small_models.inputs_of(encoder)
+    plain, state = outputs(encoder, inputs), state_of(encoder)
+    pipe.load_lora_weights(tmp_path)
+    assert sum(isinstance(m, LoraQuantLinear) for m in encoder.modules()) == 4
+    adapted = outputs(encoder, inputs)
+    assert not torch.equal(adapted, plain)
+    pipe.fuse_lora()
+    pipe.unfuse_lora()
+    assert torch.equal(outputs(encoder, inputs), adapted)
+    pipe.unload_lora_weights()
+    assert torch.equal(outputs(encoder, inputs), plain)
+    assert_equal(dict(encoder.state_dict()), state)
+    assert not any(isinstance(m, LoraQuantLinear) for m in model.modules())
 
 
 def test_several_adapters_are_weighted_and_deleted(tmp_path: Path) -> None:
