@@ -544,8 +544,12 @@ def test_without_hfquants_layers_nothing_of_peft_changes() -> None:
 
 @pytest.mark.slow
 def test_an_adapter_on_smollm2_gains_what_one_on_the_float_model_does() -> None:
-    rows = {preset: train(preset, steps=8, seqlen=128) for preset in (None, "w8a8-dynamic", "w4a16-gptq")}
-    assert rows[None]["gain"] > 0.05
-    for preset in ("w8a8-dynamic", "w4a16-gptq"):
-        assert rows[preset]["gain"] >= 0.95 * rows[None]["gain"]
-    assert rows["w8a8-dynamic"]["merged"] < rows["w8a8-dynamic"]["before"]
+    presets = (None, "w8a8-dynamic", "w4a16-gptq")
+    plain, w8a8, w4a16 = (train(preset, steps=24, seqlen=128) for preset in presets)
+    assert plain["gain"] > 0.2
+    assert max(w8a8["after"], w4a16["after"]) < 1.05 * plain["after"]
+    # Of 4 bits it is 91 % (benchmarks/results/adapters.md).
+    assert w8a8["gain"] > 0.95 * plain["gain"]
+    assert w4a16["gain"] > 0.9 * plain["gain"]
+    for row in (w8a8, w4a16):
+        assert row["merged"] < row["before"]
