@@ -109,6 +109,20 @@ def _register_diffusers() -> None:
     register_diffusers()
 
 
-# Neither library is imported for this: each learns of hfquant once its models can be loaded.
+def _register_peft() -> None:
+    from hfquant.integrations import register_peft
+
+    register_peft()
+
+
+def _register_diffusers_lora() -> None:
+    from hfquant.integrations import register_diffusers_lora
+
+    register_diffusers_lora()
+
+
+# No library is imported for this: each learns of hfquant once its models, or adapters, can be loaded.
 after_import("transformers.modeling_utils", _register_transformers)
 after_import("diffusers.models.modeling_utils", _register_diffusers)
+after_import("diffusers.loaders.lora_pipeline", _register_diffusers_lora)
+after_import("peft", _register_peft)

@@ -1,6 +1,7 @@
 """Acting once a module has been imported, without importing it."""
 
 import importlib
+import importlib.util
 import sys
 
 import pytest
@@ -36,9 +37,25 @@ def test_a_module_that_is_there_already(module):
     assert seen == [1]
 
 
-def test_a_module_that_is_missing():
-    finders = list(sys.meta_path)
-    after_import("no_such_module_at_all", lambda: None)
+def test_asking_whether_the_module_is_installed_does_not_end_the_wait(module):
+    seen = []
+    after_import(module, lambda: seen.append(1))
+    for _ in range(2):
+        assert importlib.util.find_spec(module) is not None
+    assert not seen
+    importlib.import_module(module)
+    assert seen == [1]
+
+
+def test_a_module_that_is_missing_is_still_awaited(tmp_path, monkeypatch):
+    finders, seen = list(sys.meta_path), []
+    after_import("installed_later", lambda: seen.append(1))
     with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("no_such_module_at_all")
+        importlib.import_module("installed_later")
+    (tmp_path / "installed_later.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    importlib.import_module("installed_later")
+    sys.modules.pop("installed_later")
+    assert seen == [1]
     assert sys.meta_path == finders

@@ -163,8 +163,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Return False: rounding has no gradient."""
-        return False
+        """Return True: adapters train, on a gradient that passes the rounding by; codes themselves do not."""
+        return True
 
 
 class QuantizeWeight(ConversionOps):
