@@ -89,11 +89,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_LAZY[name]), name)
-    if (
-        name == "HfQuantConfig"
-    ):  # on its way into one of the libraries, whichever modules of theirs are imported by then
+    if name == "HfQuantConfig":  # on its way into transformers, whichever modules of it are imported by then
         _register_transformers()
-        _register_diffusers()
     return value
 
 
@@ -106,9 +103,10 @@ def _register_transformers() -> None:
 def _register_diffusers() -> None:
     from hfquant.integrations import register_diffusers
 
+    _register_transformers()  # a PipelineQuantizationConfig asks both
     register_diffusers()
 
 
-# Neither library is imported for this: each learns of hfquant once its models can be loaded.
+# Neither library is imported for this: each learns of hfquant once its models, or configs of a pipeline, can be made.
 after_import("transformers.modeling_utils", _register_transformers)
-after_import("diffusers.models.modeling_utils", _register_diffusers)
+after_import("diffusers.quantizers.auto", _register_diffusers)

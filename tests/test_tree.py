@@ -18,7 +18,6 @@ ELSEWHERE = {
     "calibration/provenance.py": "calibration/test_generate.py",
     "cli/__init__.py": "cli/test_calibrate.py",
     "cli/errors.py": "cli/test_calibrate.py",
-    "console.py": "test_ptq.py",
     "denoisers.py": "test_diffusion.py",
     "dataflow/functions.py": "dataflow/test_tracker.py",
     "dataflow/labels.py": "dataflow/test_tracker.py",

@@ -15,16 +15,13 @@ from hfquant.config import ConfigError, QuantRules
 if TYPE_CHECKING:
     _BASES: Any = object
 else:
-    # Each library asks for a subclass of its own mixin; either may be absent.
+    # transformers registers only subclasses of its mixin, where it is installed. diffusers asks for none of its own, and
+    # importing it takes seconds that those who use transformers alone should not spend.
     _BASES = ()
     with suppress(ImportError):
-        from transformers.utils.quantization_config import QuantizationConfigMixin as _TransformersMixin
+        from transformers.utils.quantization_config import QuantizationConfigMixin
 
-        _BASES += (_TransformersMixin,)
-    with suppress(ImportError):
-        from diffusers.quantizers.quantization_config import QuantizationConfigMixin as _DiffusersMixin
-
-        _BASES += (_DiffusersMixin,)
+        _BASES += (QuantizationConfigMixin,)
 
 METHOD = "hfquant"
 #: Of what a checkpoint holds; raised when a reader of this version could not read what a later one writes.
