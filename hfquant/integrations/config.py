@@ -15,8 +15,8 @@ from hfquant.config import ConfigError, QuantRules
 if TYPE_CHECKING:
     _BASES: Any = object
 else:
-    # transformers registers only subclasses of its mixin, where it is installed. diffusers asks for none of its own, and
-    # importing it takes seconds that those who use transformers alone should not spend.
+    # transformers registers only subclasses of its mixin, where it is installed. diffusers asks for none of its own,
+    # and importing it takes seconds that those who use transformers alone should not spend.
     _BASES = ()
     with suppress(ImportError):
         from transformers.utils.quantization_config import QuantizationConfigMixin

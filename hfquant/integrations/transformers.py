@@ -25,6 +25,7 @@ from hfquant.integrations.checkpoint import (
 )
 from hfquant.integrations.compat import (
     ConversionOps,
+    drop_needs_hfquant,
     load_offloaded_parameter,
     mark_initialized,
     names_in_model,
@@ -74,6 +75,11 @@ class HfQuantTransformersQuantizer(HfQuantizer):
                 'weights cannot be quantized on the way to "disk" in a device_map: quantize without it and save, then '
                 "load the quantized checkpoint with that device_map"
             )
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Return the config that the model is made from: transformers has found hfquant, so it needs no telling."""
+        drop_needs_hfquant(config)
+        return config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -132,6 +138,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             _quantize_late(model, self.plan)
         check_loaded(model, self.pre_quantized)
         finish_loading(model)
+        set_quantized(model, True)
         if self.plan is not None:
             facts = facts_of(model)
             attach(model, own_config(config, self.plan, facts))
