@@ -58,6 +58,7 @@ WIDE = {
     "integrations/test_compile.py",
     "integrations/test_pipelines.py",
     "integrations/test_real_models.py",
+    "integrations/test_size.py",
     "kernels/cpu/test_floats.py",
     "smoke/test_smoke.py",
     "test_axes.py",
