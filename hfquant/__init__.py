@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hfquant.diffusion import quantize_pipeline
     from hfquant.enums import Calibrate, DType, Optimum, SegPattern
     from hfquant.integrations.config import HfQuantConfig
+    from hfquant.integrations.sharing import push_to_hub, save_pretrained
     from hfquant.nn.linear import QuantLinear
     from hfquant.nn.modules import set_real_quant
     from hfquant.presets import PRESETS
@@ -53,8 +54,10 @@ __all__ = [
     "load_affiner",
     "load_calibrate_set",
     "plan",
+    "push_to_hub",
     "quantize",
     "quantize_pipeline",
+    "save_pretrained",
     "set_real_quant",
 ]
 
@@ -79,6 +82,7 @@ _LAZY = {
     **dict.fromkeys(("dequantize", "plan", "quantize"), "hfquant.api"),
     "CalibrationError": "hfquant.calibration.batches",
     "HfQuantConfig": "hfquant.integrations.config",
+    **dict.fromkeys(("push_to_hub", "save_pretrained"), "hfquant.integrations.sharing"),
     "PRESETS": "hfquant.presets",
     "QuantLinear": "hfquant.nn.linear",
     "quantize_pipeline": "hfquant.diffusion",

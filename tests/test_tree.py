@@ -37,6 +37,7 @@ ELSEWHERE = {
     "integrations/examples/sketch.py": "integrations/examples/test_examples.py",
     "integrations/facts.py": "test_planner.py",
     "integrations/hub.py": "cli/test_calibrate.py",
+    "integrations/sharing/kinds.py": "integrations/sharing/test_sharing.py",
     "kernels/triton/programs/few.py": "kernels/triton/test_integer.py",
     "kernels/triton/programs/integer.py": "kernels/triton/test_integer.py",
     "kernels/triton/programs/quantize.py": "kernels/triton/test_quantize.py",

@@ -35,6 +35,7 @@ from hfquant.integrations.compat import (
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import check_data, transformers_batches
 from hfquant.integrations.facts import facts_of
+from hfquant.integrations.sharing.facts import tags_of
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import dequantized, log_share, quant_linears, replace_modules
 from hfquant.planner import Plan, plan_layers
@@ -139,6 +140,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         check_loaded(model, self.pre_quantized)
         finish_loading(model)
         set_quantized(model, True)
+        model.add_model_tags(tags_of(model))
         if self.plan is not None:
             facts = facts_of(model)
             attach(model, own_config(config, self.plan, facts))
@@ -160,8 +162,10 @@ class HfQuantTransformersQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
         # transformers passes config.dtype, which is a string once the model has been saved.
         wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        tags = tags_of(model)
         model = dequantized(model, wanted)
         set_quantized(model, False)
+        model.model_tags = [tag for tag in model.model_tags or () if tag not in tags]
         return model
 
     def is_serializable(self) -> bool:
@@ -241,6 +245,7 @@ def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
     set_quantized(model, True)
+    model.add_model_tags(tags_of(model))
     _untie(model)
     save_as_named(model)
 
