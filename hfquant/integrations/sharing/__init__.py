@@ -105,7 +105,8 @@ def _save(thing: Any, folder: Path, address: str, base_model: str | None, option
     existing = card.read_text(encoding="utf-8-sig") if card.is_file() else origin.quantized_card
     content = content_of(kind.facts(thing), kind.noun, address, origin, existing)
     kind.save(thing, folder, options)
-    card.write_text(content, encoding="utf-8")
+    if options.get("is_main_process", True):
+        card.write_text(content, encoding="utf-8")
 
 
 @contextmanager

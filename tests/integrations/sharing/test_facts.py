@@ -30,7 +30,7 @@ def load(checkpoint: Callable[[str], Path], name: str, config: Any, **options: A
     return original, cls.from_pretrained(checkpoint(name), quantization_config=HfQuantConfig(config, **options))
 
 
-@pytest.mark.parametrize(("name", "config"), [("llama", MIXED), ("bart", "w4a16"), ("sd3", "w6a16")])
+@pytest.mark.parametrize(("name", "config"), [("llama", MIXED), ("bart", "w4a16"), ("dit", "w6a16")])
 def test_sizes_add_up(checkpoint: Callable[[str], Path], name: str, config: Any) -> None:
     original, model = load(checkpoint, name, config)
     (component,) = of_models(model).components

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import hfquant
 from hfquant import BaseCalibSet, BlockwiseAffiner, HfQuantConfig
-from hfquant.integrations.sharing.merge import CardError
+from hfquant.integrations.sharing.merge import CardError, sections
 from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
 from tests.integrations.sharing.hub_server import TOKEN, Hub
@@ -54,7 +54,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     ("name", "preset", "bits"),
     [("llama", "w4a16", "4-bit"), ("bert", "fp8-dynamic", "8-bit"), ("dit", "w8a8-dynamic", "8-bit")],
 )
-def test_a_model_comes_back_by_its_id(hub: Hub, checkpoint: Checkpoint, name: str, preset: str, bits: str) -> None:
+def test_a_model_comes_back_by_its_id(
+    hub: Hub, checkpoint: Checkpoint, tmp_path: Path, name: str, preset: str, bits: str
+) -> None:
     model = quantized(checkpoint(name), name, preset)
     url = hfquant.push_to_hub(model, "me/model", token=TOKEN, commit_message="The first")
     assert url.startswith(f"{hub.endpoint}/me/model/commit/")
@@ -67,6 +69,11 @@ def test_a_model_comes_back_by_its_id(hub: Hub, checkpoint: Checkpoint, name: st
     assert data.tags == ["hfquant", bits, preset]
     assert data.base_model is None  # it came from a folder
     assert f'{type(model).__name__}.from_pretrained("me/model")' in card(hub, "me/model").text
+    hfquant.save_pretrained(loaded, tmp_path / "model", is_main_process=False)
+    assert not (tmp_path / "model" / "README.md").exists()
+    hfquant.save_pretrained(loaded, tmp_path / "model")
+    saved = (tmp_path / "model" / "README.md").read_text()
+    assert dict(sections(saved))["Quantization"] == dict(sections(card(hub, "me/model").text))["Quantization"]
 
 
 def test_a_pipeline_comes_back_by_its_id(hub: Hub) -> None:
