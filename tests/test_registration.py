@@ -2,7 +2,10 @@
 
 import importlib
 import importlib.util
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +62,24 @@ def test_a_module_that_is_missing_is_still_awaited(tmp_path, monkeypatch):
     sys.modules.pop("installed_later")
     assert seen == [1]
     assert sys.meta_path == finders
+
+
+TRANSFORMERS_ALONE = """
+import sys
+import hfquant
+assert not {"torch", "transformers", "diffusers"} & sys.modules.keys()
+from transformers import LlamaConfig, LlamaForCausalLM
+config = LlamaConfig(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+LlamaForCausalLM(config).save_pretrained("float")
+model = LlamaForCausalLM.from_pretrained("float", quantization_config=hfquant.HfQuantConfig("w4a16"))
+model.save_pretrained("quantized")
+assert isinstance(LlamaForCausalLM.from_pretrained("quantized").model.layers[0].mlp.up_proj, hfquant.QuantLinear)
+assert "diffusers" not in sys.modules
+"""
+
+
+def test_who_uses_transformers_alone_does_not_import_diffusers(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", TRANSFORMERS_ALONE]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

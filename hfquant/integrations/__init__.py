@@ -92,11 +92,13 @@ def register_transformers() -> None:
         return
     from transformers.quantizers import auto
 
+    from hfquant.integrations.compat import allow_needs_hfquant
     from hfquant.integrations.transformers import HfQuantTransformersQuantizer
 
     if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         auto.register_quantization_config(METHOD)(HfQuantConfig)
         auto.register_quantizer(METHOD)(HfQuantTransformersQuantizer)
+        allow_needs_hfquant()
 
 
 def register_diffusers() -> None:

@@ -21,10 +21,14 @@ with suppress(ImportError):  # either library may be absent
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
     from transformers.integrations.accelerate import load_offloaded_parameter
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 __all__ = [
+    "NEEDS_HFQUANT",
     "ConversionOps",
     "accept_no_dtype",
+    "allow_needs_hfquant",
+    "drop_needs_hfquant",
     "drop_quantization_config",
     "is_marked_initialized",
     "keep_in_fp32",
@@ -36,6 +40,14 @@ __all__ = [
     "save_as_named",
     "set_quantized",
 ]
+
+
+#: The implementation of experts that config.json of a quantized transformers model asks for.
+#:
+#: transformers merely warns of a quantization method that it does not know and goes on, but at an implementation that
+#: is not registered it stops, before any weight is read, and says its name. So who has not imported hfquant is told
+#: what to do. It asks models without experts as well.
+NEEDS_HFQUANT = "hfquant: pip install hfquant, and import hfquant before loading"
 
 
 def keep_in_fp32(model: nn.Module) -> list[str]:
@@ -55,8 +67,24 @@ def is_marked_initialized(tensor: Any) -> bool:
 
 
 def set_quantized(model: PreTrainedModel, quantized: bool) -> None:
-    """Say in a transformers model's config whether it is quantized."""
+    """Say in a transformers model's config whether it is quantized, and that its checkpoints need hfquant."""
     model.config._is_quantized = quantized
+    # What a config takes from its file under this name it keeps under another, so what is set here only gets saved.
+    if quantized:
+        model.config.experts_implementation = NEEDS_HFQUANT
+    elif "experts_implementation" in vars(model.config):
+        del model.config.experts_implementation
+
+
+def drop_needs_hfquant(config: Any) -> None:
+    """Leave the choice of experts to the library in a config read from a quantized checkpoint."""
+    if config._experts_implementation == NEEDS_HFQUANT:
+        config._experts_implementation = None
+
+
+def allow_needs_hfquant() -> None:
+    """Let float models be made from the config of a quantized one; their experts run as by default."""
+    ALL_EXPERTS_FUNCTIONS.register(NEEDS_HFQUANT, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
 
 
 def drop_quantization_config(model: Any) -> None:

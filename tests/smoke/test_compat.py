@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import diffusers
 import pytest
 import torch
@@ -45,6 +47,31 @@ def test_a_config_says_that_its_model_is_quantized(llama: transformers.LlamaForC
     assert llama.config._is_quantized
     compat.set_quantized(llama, False)
     assert not llama.config._is_quantized
+    assert "experts_implementation" not in llama.config.to_dict()
+    compat.set_quantized(llama, False)
+
+
+def test_a_config_says_that_its_model_needs_hfquant(
+    llama: transformers.LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, classes = type(llama.config), type(llama)
+    compat.set_quantized(llama, True)
+    stored = llama.config.to_diff_dict()
+    assert stored["experts_implementation"] == compat.NEEDS_HFQUANT
+    classes(copy.deepcopy(llama.config))  # in memory it makes no difference
+
+    registered = transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS._global_mapping
+    monkeypatch.delitem(registered, compat.NEEDS_HFQUANT, raising=False)
+    with pytest.raises(ValueError, match="hfquant: pip install hfquant, and import hfquant before loading"):
+        classes(config.from_dict(stored))
+    compat.allow_needs_hfquant()
+    classes(config.from_dict(stored))
+    loaded = config.from_dict(stored)
+    compat.drop_needs_hfquant(loaded)
+    assert loaded._experts_implementation is None
+    chosen = config.from_dict(stored, experts_implementation="eager")
+    compat.drop_needs_hfquant(chosen)
+    assert chosen._experts_implementation == "eager"
 
 
 def test_the_quantization_config_leaves_a_frozen_config() -> None:
