@@ -27,6 +27,7 @@ from hfquant.integrations.checkpoint import (
 )
 from hfquant.integrations.compat import (
     ConversionOps,
+    drop_needs_hfquant,
     load_offloaded_parameter,
     names_in_model,
     save_as_named,
@@ -36,6 +37,7 @@ from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import check_data, transformers_batches
 from hfquant.integrations.facts import facts_of
 from hfquant.integrations.placement import check_offload_folder, put_back, quantize_left, without_working_memory
+from hfquant.integrations.sharing.facts import tags_of
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import dequantized, log_share, quant_linears
 from hfquant.planner import Plan, plan_layers
@@ -79,6 +81,11 @@ class HfQuantTransformersQuantizer(HfQuantizer):
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         """Leave room on each device to quantize the largest linear."""
         return without_working_memory(max_memory, self.plan)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Return the config that the model is made from: transformers has found hfquant, so it needs no telling."""
+        drop_needs_hfquant(config)
+        return config
 
     def _process_model_before_weight_loading(
         self,
@@ -147,6 +154,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             quantize_left(model, self.plan)
         check_loaded(model, self.pre_quantized)
         finish_loading(model)
+        set_quantized(model, True)
+        model.add_model_tags(tags_of(model))
         if self.plan is not None:
             facts = facts_of(model)
             attach(model, own_config(config, self.plan, facts))
@@ -168,8 +177,10 @@ class HfQuantTransformersQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
         # transformers passes config.dtype, which is a string once the model has been saved.
         wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        tags = tags_of(model)
         model = dequantized(model, wanted)
         set_quantized(model, False)
+        model.model_tags = [tag for tag in model.model_tags or () if tag not in tags]
         return model
 
     def is_serializable(self) -> bool:
@@ -178,8 +189,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Return False: rounding has no gradient."""
-        return False
+        """Return True: adapters train, on a gradient that passes the rounding by; codes themselves do not."""
+        return True
 
 
 class QuantizeWeight(ConversionOps):
@@ -235,6 +246,7 @@ def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
     set_quantized(model, True)
+    model.add_model_tags(tags_of(model))
     _untie(model)
     save_as_named(model)
 
