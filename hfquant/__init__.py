@@ -111,6 +111,12 @@ def _register_diffusers() -> None:
     register_diffusers()
 
 
+def _accept_no_dtype() -> None:
+    from hfquant.integrations.compat import accept_no_dtype
+
+    accept_no_dtype()
+
+
 def _register_peft() -> None:
     from hfquant.integrations import register_peft
 
@@ -126,5 +132,6 @@ def _register_diffusers_lora() -> None:
 # No library is imported for this: each learns of hfquant once its models, configs or adapters can be loaded.
 after_import("transformers.modeling_utils", _register_transformers)
 after_import("diffusers.quantizers.auto", _register_diffusers)
+after_import("diffusers.models.modeling_utils", _accept_no_dtype)
 after_import("diffusers.loaders.lora_pipeline", _register_diffusers_lora)
 after_import("peft", _register_peft)
