@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from hfquant.config import ConfigError
     from hfquant.diffusion import quantize_pipeline
     from hfquant.enums import Calibrate, DType, Optimum, SegPattern
+    from hfquant.exporters import export
+    from hfquant.importers import import_checkpoint
     from hfquant.integrations.config import HfQuantConfig
     from hfquant.nn.linear import QuantLinear
     from hfquant.nn.modules import set_real_quant
@@ -49,7 +51,9 @@ __all__ = [
     "SegPattern",
     "UniformSampler",
     "dequantize",
+    "export",
     "generate_calibrate_set",
+    "import_checkpoint",
     "load_affiner",
     "load_calibrate_set",
     "plan",
@@ -79,6 +83,8 @@ _LAZY = {
     **dict.fromkeys(("dequantize", "plan", "quantize"), "hfquant.api"),
     "CalibrationError": "hfquant.calibration.batches",
     "HfQuantConfig": "hfquant.integrations.config",
+    "export": "hfquant.exporters",
+    "import_checkpoint": "hfquant.importers",
     "PRESETS": "hfquant.presets",
     "QuantLinear": "hfquant.nn.linear",
     "quantize_pipeline": "hfquant.diffusion",

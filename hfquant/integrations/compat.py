@@ -5,18 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 with suppress(ImportError):  # either library may be absent
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import (
+        ConversionOps,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+        revert_weight_conversion,
+    )
     from transformers.integrations.accelerate import load_offloaded_parameter
 
 __all__ = [
@@ -29,6 +35,7 @@ __all__ = [
     "names_in_model",
     "save_as_named",
     "set_quantized",
+    "stored_names",
 ]
 
 
@@ -72,8 +79,13 @@ def save_as_named(model: PreTrainedModel) -> None:
         model._weight_conversions = [c for c in conversions if type(c) is WeightRenaming]
 
 
-def names_in_model(model: PreTrainedModel, keys: Sequence[str]) -> set[str]:
-    """Return what transformers calls a checkpoint's tensors once they are in ``model``."""
+def names_in_model(model: PreTrainedModel, keys: Sequence[str]) -> dict[str, str]:
+    """Return what transformers calls each of a checkpoint's tensors once it is in ``model``."""
     renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
     own = model.state_dict()
-    return {rename_source_key(key, renamings, [], model.base_model_prefix, own)[0] for key in keys}
+    return {key: rename_source_key(key, renamings, [], model.base_model_prefix, own)[0] for key in keys}
+
+
+def stored_names(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the names that transformers' ``save_pretrained`` gives them."""
+    return dict(revert_weight_conversion(model, dict(state_dict)))

@@ -68,8 +68,8 @@ def test_converters_go_and_renamings_stay(llama: transformers.LlamaForCausalLM) 
 
 def test_names_are_those_of_the_model(llama: transformers.LlamaForCausalLM) -> None:
     name = "layers.0.mlp.up_proj.weight"
-    assert compat.names_in_model(llama, [f"model.{name}"]) == {f"model.{name}"}
-    assert compat.names_in_model(llama.model, [f"model.{name}"]) == {name}
+    assert compat.names_in_model(llama, [f"model.{name}"]) == {f"model.{name}": f"model.{name}"}
+    assert compat.names_in_model(llama.model, [f"model.{name}"]) == {f"model.{name}": name}
 
 
 def test_offloaded_parameters_are_read(llama: transformers.LlamaForCausalLM, tmp_path) -> None:

@@ -1,0 +1,123 @@
+"""Quantized checkpoints of other programs into ours. A format is one file and one line of :data:`FORMATS`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hfquant.importers import awq, compressed_tensors, gptq
+from hfquant.importers.checkpoint import checkpoint_tensors, quantization_section
+from hfquant.importers.layers import ImportedLayer
+from hfquant.integrations.checkpoint import CheckpointError
+from hfquant.integrations.compat import names_in_model
+from hfquant.integrations.config import HfQuantConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["FORMATS", "import_checkpoint"]
+
+#: ``quant_method`` -> what takes the tensors of quantized linears out of a checkpoint's, and returns them by name.
+FORMATS: dict[str, Callable[[Mapping[str, Any], dict[str, Tensor]], dict[str, ImportedLayer]]] = {
+    "gptq": gptq.take_layers,
+    "awq": awq.take_layers,
+    "compressed-tensors": compressed_tensors.take_layers,
+}
+
+
+def import_checkpoint(dir: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """Load a checkpoint that GPTQ, AWQ or compressed-tensors quantized, as a model quantized by hfquant.
+
+    Codes and zero points are exactly those of the checkpoint, scales too (as float32). The model runs on hfquant's
+    kernels, and ``save_pretrained`` writes an hfquant checkpoint.
+
+    Args:
+        dir: folder with config.json and safetensors: GPTQ (any order of columns whose groups stay together, zero points
+            by either convention), AWQ ("gemm"), or compressed-tensors "pack-quantized"; weights of 4 or 8 bits.
+        dtype: of what is not quantized; "auto" is that of the checkpoint.
+
+    Raises:
+        FileNotFoundError: the folder, its config or its safetensors are not there.
+        CheckpointError: the checkpoint is not quantized, is quantized in a way that cannot be held exactly, is damaged
+            or does not fit its model; the message names format, layer or tensor.
+    """
+    import transformers
+
+    folder = Path(dir)
+    section = quantization_section(folder)
+    method = section.get("quant_method")
+    if method not in FORMATS:
+        raise CheckpointError(f"{folder} is quantized by {method!r}; what can be imported is {', '.join(FORMATS)}")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = (config.architectures or [""])[0]
+    architecture: Any = getattr(transformers, name, None)
+    if architecture is None:
+        raise CheckpointError(f"{folder}/config.json: architectures names {name!r}, which transformers does not have")
+    tensors = checkpoint_tensors(folder)
+    layers = FORMATS[method](section, tensors)
+    if not layers:
+        raise CheckpointError(f"{folder} has no tensors of linears quantized by {method!r}")
+    with torch.device("meta"):
+        empty = architecture(config)
+    names = names_in_model(empty, [f"{name}.weight" for name in layers])
+    for name, layer in layers.items():
+        linear = _linear(empty, names[f"{name}.weight"].removesuffix(".weight"), layer)
+        _drop_zero_bias(name, linear, tensors)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in layer.tensors().items()}
+    renamed = {names[f"{name}.weight"].removesuffix(".weight"): layer for name, layer in layers.items()}
+    config.quantization_config = _config(empty, renamed).to_dict()
+    model, info = architecture.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            raise CheckpointError(
+                f"{folder} does not fit {type(model).__name__}: {problem} {sorted(info[problem])[:5]}"
+            )
+    if (folder / "generation_config.json").exists() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _linear(model: nn.Module, name: str, layer: ImportedLayer) -> nn.Linear:
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if type(linear) is not nn.Linear:
+        found = "nothing" if linear is None else f"a {type(linear).__name__}"
+        raise CheckpointError(
+            f"layer {name!r} is quantized, but {type(model).__name__} has {found} there, no nn.Linear"
+        )
+    if (linear.out_features, linear.in_features) != layer.codes.shape:
+        raise CheckpointError(
+            f"layer {name!r}: expected {linear.in_features} inputs and {linear.out_features} outputs, "
+            f"got {layer.codes.shape[1]} and {layer.codes.shape[0]}"
+        )
+    return linear
+
+
+def _drop_zero_bias(name: str, linear: nn.Linear, tensors: dict[str, Tensor]) -> None:
+    """GPTQ's programs write a bias of zeros for linears that have none."""
+    bias = tensors.get(f"{name}.bias")
+    if linear.bias is None and bias is not None and not bias.any():
+        del tensors[f"{name}.bias"]
+
+
+def _config(model: nn.Module, layers: Mapping[str, ImportedLayer]) -> HfQuantConfig:
+    """Return a config whose default is what most layers are, with an entry for each other one."""
+    count = Counter(layer.weight_quant() for layer in layers.values())
+    usual = count.most_common(1)[0][0]
+    rest = {"real_quant": True, "seglinear": False, "opt": {"type": "default"}, "calib": {"type": "amax"}}
+    rules: dict[str, Any] = {"default": {**rest, "input_quant": None, "weight_quant": dict(usual)}}
+    for name, layer in layers.items():
+        if layer.weight_quant() != usual:
+            rules[name] = {"weight_quant": dict(layer.weight_quant())}
+    left = {n: "not quantized in the imported checkpoint" for n, m in model.named_modules() if type(m) is nn.Linear}
+    return HfQuantConfig(rules).for_model({}, {n: why for n, why in left.items() if n not in layers})
