@@ -51,9 +51,8 @@ def requantized(name: str, layer: QuantLinear, plan: LayerPlan) -> QuantLinear:
         plan: needs no data (see :func:`plain`).
     """
     bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
-    if layer.plan.columns == plan.columns and not layer.plan.transform.tensors(
-        layer.in_features, layer.plan.row_groups
-    ):
+    old = layer.plan
+    if old.columns == plan.columns and not old.transform.tensors(old.in_features, old.row_groups):
         logger.warning("layer %r: in the export its inputs have one scale a token, computed at run time", name)
         return QuantLinear.from_tensors(plan, {key: getattr(layer, key) for key in plan.tensors()}, bias)
     weight = layer.effective_weight()

@@ -55,31 +55,31 @@ def import_checkpoint(dir: str | os.PathLike[str], dtype: torch.dtype | str = "a
     if method not in FORMATS:
         raise CheckpointError(f"{folder} is quantized by {method!r}; what can be imported is {', '.join(FORMATS)}")
     config = transformers.AutoConfig.from_pretrained(folder)
-    name = (config.architectures or [""])[0]
-    architecture: Any = getattr(transformers, name, None)
+    kind = (config.architectures or [""])[0]
+    architecture: Any = getattr(transformers, kind, None)
     if architecture is None:
-        raise CheckpointError(f"{folder}/config.json: architectures names {name!r}, which transformers does not have")
+        raise CheckpointError(f"{folder}/config.json: architectures names {kind!r}, which transformers does not have")
     tensors = checkpoint_tensors(folder)
     layers = FORMATS[method](section, tensors)
+    if dtype == "auto" and config.dtype is None:
+        dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
     if not layers:
         raise CheckpointError(f"{folder} has no tensors of linears quantized by {method!r}")
     with torch.device("meta"):
         empty = architecture(config)
-    names = names_in_model(empty, [f"{name}.weight" for name in layers])
+    found = names_in_model(empty, [f"{name}.weight" for name in layers])
+    names = {key.removesuffix(".weight"): inside.removesuffix(".weight") for key, inside in found.items()}
     for name, layer in layers.items():
-        linear = _linear(empty, names[f"{name}.weight"].removesuffix(".weight"), layer)
+        linear = _linear(empty, names[name], layer)
         _drop_zero_bias(name, linear, tensors)
         tensors |= {f"{name}.{key}": tensor for key, tensor in layer.tensors().items()}
-    renamed = {names[f"{name}.weight"].removesuffix(".weight"): layer for name, layer in layers.items()}
-    config.quantization_config = _config(empty, renamed).to_dict()
+    config.quantization_config = _config(empty, {names[key]: layer for key, layer in layers.items()}).to_dict()
     model, info = architecture.from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
     )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
-            raise CheckpointError(
-                f"{folder} does not fit {type(model).__name__}: {problem} {sorted(info[problem])[:5]}"
-            )
+            raise CheckpointError(f"{folder} does not fit {kind}: {problem} {sorted(map(str, info[problem]))[:5]}")
     if (folder / "generation_config.json").exists() and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
@@ -92,9 +92,7 @@ def _linear(model: nn.Module, name: str, layer: ImportedLayer) -> nn.Linear:
         linear = None
     if type(linear) is not nn.Linear:
         found = "nothing" if linear is None else f"a {type(linear).__name__}"
-        raise CheckpointError(
-            f"layer {name!r} is quantized, but {type(model).__name__} has {found} there, no nn.Linear"
-        )
+        raise CheckpointError(f"layer {name!r} is no nn.Linear in {type(model).__name__}, which has {found} there")
     if (linear.out_features, linear.in_features) != layer.codes.shape:
         raise CheckpointError(
             f"layer {name!r}: expected {linear.in_features} inputs and {linear.out_features} outputs, "

@@ -1,7 +1,7 @@
-"""Checkpoints of compressed-tensors, "pack-quantized" (llm-compressor): see :mod:`hfquant.exporters.compressed_tensors`.
+"""Checkpoints of compressed-tensors (llm-compressor), "pack-quantized".
 
-Of each linear: ``weight_packed`` int32 [out, in b / 32], ``weight_scale`` [out, G] (or [1]), ``weight_shape`` and, where
-it is asymmetric, ``weight_zero_point`` int32 [out b / 32, G], words along the output.
+Of each linear: ``weight_packed`` int32 [out, in b / 32], ``weight_scale`` [out, G] or [1], ``weight_shape``, and where
+it is asymmetric ``weight_zero_point`` int32 [out b / 32, G], words along the output.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[
     Raises:
         CheckpointError: what the checkpoint holds is not known, or not complete.
     """
-    _check_section(section)
+    forms = [number_format(bits) for bits in sorted(_bits(section))]
     layers = {}
     for name in [key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")]:
         found = take(tensors, name, _KEYS)
@@ -37,14 +37,12 @@ def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[
         if packed.dim() != 2 or found["weight_shape"].shape != (2,):
             raise CheckpointError(f"layer {name!r}: expected a matrix, got weight_packed {tuple(packed.shape)}")
         rows, columns = found["weight_shape"].tolist()
-        form = number_format(packed.shape[1] * 32 // columns if columns > 0 else 0)
+        form = next((form for form in forms if packed.shape[1] == -(-columns * form.bits // 32)), forms[0])
         if scale.numel() == 1:
             scale = scale.reshape(1, 1).expand(rows, 1)
         groups = scale.shape[-1]
         if scale.dim() != 2 or columns % groups:
-            raise CheckpointError(
-                f"layer {name!r}: weight_scale {tuple(scale.shape)} does not divide {columns} columns"
-            )
+            raise CheckpointError(f"layer {name!r}: weight_scale {tuple(scale.shape)} does not fit {columns} columns")
         codes = words(f"{name}.weight_packed", packed, form, columns)
         zero_point = tensors.pop(f"{name}.weight_zero_point", None)
         if zero_point is not None:
@@ -57,15 +55,17 @@ def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[
     return layers
 
 
-def _check_section(section: Mapping[str, Any]) -> None:
+def _bits(section: Mapping[str, Any]) -> set[Any]:
+    """Return the numbers of bits that the config groups have, all of which must be of weights alone."""
     groups = section.get("config_groups")
-    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+    if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         raise CheckpointError("the checkpoint's quantization config has no config_groups")
+    found = set()
     for key, group in groups.items():
         stored = group.get("format") or section.get("format")
         if stored != FORMAT:
             raise CheckpointError(f"compressed-tensors' format {stored!r} ({key}) cannot be imported, only {FORMAT!r}")
         if group.get("input_activations") or group.get("output_activations"):
             raise CheckpointError(f"compressed-tensors' {key} quantizes activations: only weights can be imported")
-        if (group.get("weights") or {}).get("type", "int") != "int":
-            raise CheckpointError(f"compressed-tensors' {key} has weights that are no integers")
+        found.add((group.get("weights") or {}).get("num_bits"))
+    return found

@@ -39,8 +39,8 @@ class ImportedLayer:
 
     def weight_quant(self) -> tuple[tuple[str, Any], ...]:
         """Return the config section of such a layer, as pairs."""
-        grouped = {"axis": -1} if self.group is None else {"group_size": self.group, "scale": "float32"}
-        section = {"type": self.form.name, **grouped, "symmetric": self.zero_point is None}
+        section = {"type": self.form.name, "symmetric": self.zero_point is None, "axis": -1}
+        section |= {"group_size": self.group, "scale": "float32"}
         return tuple(section.items())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -110,7 +110,7 @@ def in_order(name: str, groups: Tensor, group: int | None, values: Tensor) -> Te
             f"layer {name!r}: act_order (desc_act) has made groups of columns that do not lie together (g_idx); "
             "that cannot be held exactly: take a checkpoint quantized with desc_act=False"
         )
-    if not (0 <= int(order.min()) and int(order.max()) < values.shape[1]):
+    if order.min() < 0 or order.max() >= values.shape[1]:
         raise CheckpointError(f"layer {name!r}: g_idx names groups that have no scale")
     return values[:, order]
 
