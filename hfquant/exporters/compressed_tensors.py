@@ -11,8 +11,9 @@ to whole int32. Where the inputs are quantized too they are "int-quantized", a b
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from hfquant.formats.words import to_words
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_linears
 from hfquant.planner import LayerPlan
+
+logger = logging.getLogger(__name__)
 
 #: Number formats that it has as well, by our names.
 _TYPES = {"int4": "int", "int6": "int", "int8": "int", "fp8e4m3": "float"}
@@ -157,12 +160,30 @@ def quantization_config(model: nn.Module, groups: Mapping[str, list[str]]) -> di
         for i, (found, names) in enumerate(zip(schemes, groups.values(), strict=True))
     }
     return {
+        **_loading(schemes),
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": config_groups,
         "ignore": [_pattern(name, prefix) for name in left],
     }
+
+
+def _loading(schemes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return options for transformers, which cannot hold packed zero points (llm-compressor's issue 1618).
+
+    It can dequantize while loading; but then it takes the first scheme for that of all layers.
+    """
+    packed = [s for s in schemes if s["format"] == "pack-quantized" and not s["weights"]["symmetric"]]
+    if not packed:
+        return {}
+    if len(schemes) == 1:
+        return {"dequantize": True}
+    logger.warning(
+        "transformers cannot load this export: it has asymmetric weights with float inputs beside layers of other "
+        "schemes; other programs can. Give all layers one scheme, or make the weights symmetric"
+    )
+    return {}
 
 
 def _pattern(name: str, prefix: str) -> str:

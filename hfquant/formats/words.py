@@ -20,8 +20,9 @@ def to_words(codes: Tensor, form: NumberFormat) -> Tensor:
         codes: any strides.
         form: an integer format of at most 8 bits.
     """
-    packed = form.pack(_turned(codes, form).contiguous())
-    return pad(packed, (0, -packed.shape[-1] % 4)).contiguous().view(torch.int32)
+    packed = form.pack(_turned(codes, form))
+    # Flat, since a single row may be contiguous with any stride.
+    return pad(packed, (0, -packed.shape[-1] % 4)).flatten().view(torch.int32).unflatten(0, (len(codes), -1))
 
 
 def from_words(words: Tensor, form: NumberFormat, columns: int) -> Tensor:
@@ -35,7 +36,7 @@ def from_words(words: Tensor, form: NumberFormat, columns: int) -> Tensor:
             f"{columns} codes of {form.bits} bits take {-(-columns * form.bits // 32)} int32 words a row, "
             f"got {words.shape[-1]} of {words.dtype}"
         )
-    packed = words.contiguous().view(torch.int8)[..., : form.packed_width(columns)]
+    packed = words.flatten().view(torch.int8).unflatten(0, (len(words), -1))[:, : form.packed_width(columns)]
     return _turned(form.unpack(packed, columns), form)
 
 

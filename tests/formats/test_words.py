@@ -25,11 +25,13 @@ def test_words_are_one_stream_of_unsigned_codes(name: str, rows: int, columns: i
     assert torch.equal(from_words(found, form, columns), codes)
 
 
-def test_strides_do_not_matter() -> None:
-    codes = torch.randint(-8, 8, (24, 16), dtype=torch.int8)
-    words = to_words(codes.T, FORMATS["int4"])
-    assert torch.equal(words, to_words(codes.T.contiguous(), FORMATS["int4"]))
-    assert torch.equal(from_words(words.T.contiguous().T, FORMATS["int4"], 24), codes.T)
+@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_strides_do_not_matter(name: str, rows: int) -> None:
+    codes = torch.randint(-8, 8, (24, rows), dtype=torch.int8)
+    words = to_words(codes.T, FORMATS[name])
+    assert torch.equal(words, to_words(codes.T.clone(memory_format=torch.contiguous_format), FORMATS[name]))
+    assert torch.equal(from_words(words.T.contiguous().T, FORMATS[name], 24), codes.T)
 
 
 def test_a_wrong_width_or_dtype_is_an_error() -> None:
