@@ -71,7 +71,7 @@ def obstacle(plan: LayerPlan) -> str | None:
     if plan.in_features % _TILE or plan.out_features % _TILE:
         return f"its sizes are not multiples of {_TILE} ({plan.in_features} x {plan.out_features})"
     if len(plan.row_groups) > 1:
-        return "segments of its output have transforms of their own"
+        return "segments of its output have transforms of their own (with seglinear: False they have one)"
     return None
 
 

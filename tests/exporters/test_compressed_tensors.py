@@ -334,7 +334,7 @@ def test_a_fresh_process_without_hfquant(tmp_path: Path) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             folder = tmp_path / f"{name}-{dtype}".replace("torch.", "")
             models[folder] = quantized(scheme, dtype)
-            hfquant.export(models[folder], folder, max_shard_size="100KB")
+            hfquant.export(models[folder], folder, max_shard_size="30KB")
             assert (folder / "model.safetensors.index.json").exists()
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", ELSEWHERE, *map(str, models)], check=True, env=environment, cwd=tmp_path)
@@ -349,4 +349,4 @@ def test_a_fresh_process_without_hfquant(tmp_path: Path) -> None:
         ours = model(IDS).logits.float()
         error = (found["logits"].float() - ours).norm() / ours.norm()
         weights_alone = model.model.layers[0].mlp.up_proj.plan.config.input_quant is None
-        assert error < (2e-2 if half else 1e-5 if weights_alone else 1e-2), folder
+        assert error < (5e-2 if half else 1e-5 if weights_alone else 2e-2), folder
