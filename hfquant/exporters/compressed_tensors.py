@@ -5,15 +5,14 @@ channels, for inputs one scale a token or a tensor. Codes and zero points are si
 
 Weights of integers with float inputs are "pack-quantized": each row a stream of unsigned codes, low bits first, padded
 to whole int32. Where the inputs are quantized too they are "int-quantized", a byte a code; FP8 is "float-quantized", or
-"naive-quantized" with float inputs. That is what compressed-tensors itself chooses for each.
+"naive-quantized" with float inputs. That is what compressed-tensors itself chooses for each (but see :func:`storage`).
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,8 +27,6 @@ from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_linears
 from hfquant.planner import LayerPlan
 
-logger = logging.getLogger(__name__)
-
 #: Number formats that it has as well, by our names.
 _TYPES = {"int4": "int", "int6": "int", "int8": "int", "fp8e4m3": "float"}
 
@@ -41,25 +38,28 @@ def convert(model: Any, requantize: bool) -> Converted:
         ExportError: the model is of another library, or layers cannot be expressed.
     """
     must_be_of(model, "transformers", "compressed-tensors")
-    layers, problems = quant_linears(model), {}
+    layers, plans, problems = quant_linears(model), {}, {}
     for name, layer in layers.items():
         why = obstacle(layer.plan)
-        if why and requantize:
-            why = obstacle(plain(layer.plan))
-        if why:
+        plans[name] = plain(layer.plan) if why and requantize else layer.plan
+        if why := obstacle(plans[name]):
             problems[name] = why
     refuse(problems, "compressed-tensors", requantize)
+    scaled = {name: plan for name, plan in plans.items() if plan.config.weight_quant.format.has_scale}
+    if not scaled:
+        raise ExportError("no layer has a scale: hfquant.dequantize(model), then save it as it is")
+    alone = len({json.dumps(arguments(plan)) for plan in scaled.values()}) == 1
     tensors: dict[str, Tensor] = {}
     groups: dict[str, list[str]] = {}
     for name, layer in layers.items():
+        plan = plans[name]
         with align_module_device(layer):
-            if obstacle(layer.plan):
-                layer = requantized(name, layer, plain(layer.plan))
-            tensors |= {f"{name}.{key}": tensor.cpu() for key, tensor in layer_tensors(layer, model.dtype).items()}
-        if layer.format.has_scale:
-            groups.setdefault(json.dumps(scheme(layer.plan)), []).append(name)
-    if not groups:
-        raise ExportError("no layer has a scale: hfquant.dequantize(model), then save it as it is")
+            if plan is not layer.plan:
+                layer = requantized(name, layer, plan)
+            found = layer_tensors(layer, storage(plan, alone), model.dtype)
+            tensors |= {f"{name}.{key}": tensor.cpu() for key, tensor in found.items()}
+        if name in scaled:
+            groups.setdefault(json.dumps({**arguments(plan), "format": storage(plan, alone)}), []).append(name)
     return Converted(tensors, quantization_config(model, groups))
 
 
@@ -81,8 +81,8 @@ def obstacle(plan: LayerPlan) -> str | None:
     return None
 
 
-def scheme(plan: LayerPlan) -> dict[str, Any]:
-    """Return the scheme of a layer, as a config group has it."""
+def arguments(plan: LayerPlan) -> dict[str, Any]:
+    """Return what a config group says of such layers, storage aside."""
     weight, inputs = plan.config.weight_quant, plan.config.input_quant
     grouped = len(plan.columns) > 1
     weights = {
@@ -96,26 +96,35 @@ def scheme(plan: LayerPlan) -> dict[str, Any]:
     if inputs is not None:
         token = {"symmetric": True, "strategy": "tensor" if inputs.axis is None else "token", "dynamic": inputs.dynamic}
         activations = {**_number(inputs.format), **token}
-    return {"weights": weights, "input_activations": activations, "output_activations": None, "format": storage(plan)}
+    return {"weights": weights, "input_activations": activations, "output_activations": None}
 
 
 def _number(form: NumberFormat) -> dict[str, Any]:
     return {"num_bits": form.bits, "type": _TYPES[form.name]}
 
 
-def storage(plan: LayerPlan) -> str:
-    """Return the name of the way in which a layer's codes are stored."""
-    floats, weight_only = not plan.config.weight_quant.format.is_integer, plan.config.input_quant is None
-    if weight_only:
-        return "naive-quantized" if floats else "pack-quantized"
-    return "float-quantized" if floats else "int-quantized"
+def storage(plan: LayerPlan, alone: bool) -> str:
+    """Return the name of the way in which a layer's codes are stored.
+
+    transformers cannot hold packed zero points (llm-compressor's issue 1618); what gets it around that, dequantizing
+    while loading, needs one scheme for all layers. Beside others such layers are stored a byte a code.
+
+    Args:
+        plan: of the layer.
+        alone: whether all layers have one scheme.
+    """
+    quant = plan.config.weight_quant
+    if plan.config.input_quant is not None:
+        return "int-quantized" if quant.format.is_integer else "float-quantized"
+    return "pack-quantized" if quant.format.is_integer and (alone or quant.symmetric) else "naive-quantized"
 
 
-def layer_tensors(layer: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+def layer_tensors(layer: QuantLinear, storage: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors of a layer that :func:`obstacle` has nothing against, by the names they are stored under.
 
     Args:
         layer: of the model.
+        storage: see :func:`storage`.
         dtype: of the weight where it is a float without a scale.
     """
     form, codes, grid = layer.format, layer.codes(), layer.grid()
@@ -123,7 +132,7 @@ def layer_tensors(layer: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     if grid.scale is None:  # a mere cast: a float weight like any other
         return {"weight": form.values(codes).to(dtype), **bias}
     zero_point = grid.zero_point
-    if storage(layer.plan) == "pack-quantized":
+    if storage == "pack-quantized":
         shape = torch.tensor([layer.out_features, layer.in_features])
         stored = {"weight_packed": to_words(codes, form), "weight_shape": shape}
         if zero_point is not None:
@@ -159,31 +168,17 @@ def quantization_config(model: nn.Module, groups: Mapping[str, list[str]]) -> di
         }
         for i, (found, names) in enumerate(zip(schemes, groups.values(), strict=True))
     }
+    # transformers would keep packed layers as they are until the first forward; but it cannot hold packed zero points,
+    # and many models initialize a `weight` that packed layers have not. It takes the first scheme for that of all.
+    loading = {"dequantize": True} if formats == {"pack-quantized"} and len(schemes) == 1 else {}
     return {
-        **_loading(schemes),
+        **loading,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "format": next(iter(formats)) if len(formats) == 1 else "mixed-precision",
         "config_groups": config_groups,
         "ignore": [_pattern(name, prefix) for name in left],
     }
-
-
-def _loading(schemes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return options for transformers, which cannot hold packed zero points (llm-compressor's issue 1618).
-
-    It can dequantize while loading; but then it takes the first scheme for that of all layers.
-    """
-    packed = [s for s in schemes if s["format"] == "pack-quantized" and not s["weights"]["symmetric"]]
-    if not packed:
-        return {}
-    if len(schemes) == 1:
-        return {"dequantize": True}
-    logger.warning(
-        "transformers cannot load this export: it has asymmetric weights with float inputs beside layers of other "
-        "schemes; other programs can. Give all layers one scheme, or make the weights symmetric"
-    )
-    return {}
 
 
 def _pattern(name: str, prefix: str) -> str:
