@@ -37,8 +37,7 @@ def export(
     Args:
         model: quantized by hfquant, of transformers ("compressed-tensors") or diffusers ("nunchaku-lite").
         dir: the folder to write; must not exist, or be empty.
-        format: "compressed-tensors", as transformers, vLLM and SGLang read it, or "nunchaku-lite", SVDQuant in INT4 as
-            diffusers reads it.
+        format: "compressed-tensors", as transformers reads it, or "nunchaku-lite", SVDQuant in INT4 as diffusers does.
         requantize: what to do with layers that the format cannot express (scales of their own for segments of the
             input, dual scale, smoothing that is not folded, a low-rank branch, short groups): False refuses them,
             True rounds their effective weights to nearest on a plain grid of the same bits, with activations scaled at

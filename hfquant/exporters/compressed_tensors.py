@@ -1,4 +1,4 @@
-"""compressed-tensors, which transformers, vLLM and SGLang read.
+"""compressed-tensors, as transformers reads it without hfquant.
 
 A group of layers has one scheme: number of bits, symmetric or not, for weights one scale a channel or a group of input
 channels, for inputs one scale a token or a tensor. Codes and zero points are signed: ``(code - zero_point) * scale``.
