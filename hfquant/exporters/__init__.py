@@ -49,6 +49,7 @@ def export(
         ExportError: the model is not quantized, is of the wrong library, or has layers that the format cannot express;
             the message lists them.
         ValueError: there is no such format.
+        TypeError: ``model`` is no module, but a pipeline for example.
         FileExistsError: ``dir`` is a file, or holds files already.
     """
     if format not in FORMATS:
@@ -58,6 +59,11 @@ def export(
     folder = Path(dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not an empty folder: export to a new one")
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}; of a pipeline pass a component: "
+            "hfquant.export(pipe.transformer, ...)"
+        )
     if not quant_linears(model):
         raise ExportError(f"{type(model).__name__} has no quantized linear: quantize it with hfquant first")
     write(model, FORMATS[format](model, requantize), folder, max_shard_size)

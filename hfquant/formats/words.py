@@ -29,12 +29,13 @@ def from_words(words: Tensor, form: NumberFormat, columns: int) -> Tensor:
     """Return the inverse of :func:`to_words`: int32 [rows, ceil(columns b / 32)] to signed codes [rows, columns] int8.
 
     Raises:
-        ValueError: wrong dtype or width.
+        ValueError: wrong dtype, rank or width.
     """
-    if words.dtype != torch.int32 or words.shape[-1] != -(-columns * form.bits // 32):
+    width = -(-columns * form.bits // 32)
+    if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != width:
         raise ValueError(
-            f"{columns} codes of {form.bits} bits take {-(-columns * form.bits // 32)} int32 words a row, "
-            f"got {words.shape[-1]} of {words.dtype}"
+            f"{columns} codes of {form.bits} bits take {width} int32 words a row, "
+            f"got {tuple(words.shape)} of {words.dtype}"
         )
     packed = words.flatten().view(torch.int8).unflatten(0, (len(words), -1))[:, : form.packed_width(columns)]
     return _turned(form.unpack(packed, columns), form)

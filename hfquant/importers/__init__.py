@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hfquant.importers import awq, compressed_tensors, gptq
 from hfquant.importers.checkpoint import checkpoint_tensors, quantization_section
-from hfquant.importers.layers import ImportedLayer
+from hfquant.importers.layers import ImportedLayer, LayerKind
 from hfquant.integrations.checkpoint import CheckpointError
 from hfquant.integrations.compat import names_in_model
 from hfquant.integrations.config import HfQuantConfig
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "import_checkpoint"]
 
-#: ``quant_method`` -> what takes the tensors of quantized linears out of a checkpoint's, and returns them by name.
-FORMATS: dict[str, Callable[[Mapping[str, Any], dict[str, Tensor]], dict[str, ImportedLayer]]] = {
+#: ``quant_method`` -> what takes the tensors of quantized linears out of a checkpoint's, and yields the linears.
+FORMATS: dict[str, Callable[[Mapping[str, Any], dict[str, Tensor]], Iterator[tuple[str, ImportedLayer]]]] = {
     "gptq": gptq.take_layers,
     "awq": awq.take_layers,
     "compressed-tensors": compressed_tensors.take_layers,
@@ -55,37 +55,42 @@ def import_checkpoint(dir: str | os.PathLike[str], dtype: torch.dtype | str = "a
     if method not in FORMATS:
         raise CheckpointError(f"{folder} is quantized by {method!r}; what can be imported is {', '.join(FORMATS)}")
     config = transformers.AutoConfig.from_pretrained(folder)
-    kind = (config.architectures or [""])[0]
-    architecture: Any = getattr(transformers, kind, None)
+    wanted = (config.architectures or [""])[0]
+    architecture: Any = getattr(transformers, wanted, None)
     if architecture is None:
-        raise CheckpointError(f"{folder}/config.json: architectures names {kind!r}, which transformers does not have")
+        raise CheckpointError(f"{folder}/config.json: architectures names {wanted!r}, which transformers does not have")
     tensors = checkpoint_tensors(folder)
-    layers = FORMATS[method](section, tensors)
+    # One layer at a time: unpacked, a model would take twice the memory and more.
+    converted: dict[str, Tensor] = {}
+    kinds: dict[str, LayerKind] = {}
+    for name, layer in FORMATS[method](section, tensors):
+        kinds[name] = layer.kind()
+        converted |= {f"{name}.{key}": tensor for key, tensor in layer.tensors().items()}
+    if not kinds:
+        raise CheckpointError(f"{folder} has no tensors of linears quantized by {method!r}")
     if dtype == "auto" and config.dtype is None:
         dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
-    if not layers:
-        raise CheckpointError(f"{folder} has no tensors of linears quantized by {method!r}")
     with torch.device("meta"):
         empty = architecture(config)
-    found = names_in_model(empty, [f"{name}.weight" for name in layers])
+    found = names_in_model(empty, [f"{name}.weight" for name in kinds])
     names = {key.removesuffix(".weight"): inside.removesuffix(".weight") for key, inside in found.items()}
-    for name, layer in layers.items():
-        linear = _linear(empty, names[name], layer)
+    for name, kind in kinds.items():
+        linear = _linear(empty, names[name], kind)
         _drop_zero_bias(name, linear, tensors)
-        tensors |= {f"{name}.{key}": tensor for key, tensor in layer.tensors().items()}
-    config.quantization_config = _config(empty, {names[key]: layer for key, layer in layers.items()}).to_dict()
+    config.quantization_config = _config(empty, {names[key]: kind for key, kind in kinds.items()}).to_dict()
+    tensors |= converted
     model, info = architecture.from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
     )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
-            raise CheckpointError(f"{folder} does not fit {kind}: {problem} {sorted(map(str, info[problem]))[:5]}")
+            raise CheckpointError(f"{folder} does not fit {wanted}: {problem} {sorted(map(str, info[problem]))[:5]}")
     if (folder / "generation_config.json").exists() and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
 
 
-def _linear(model: nn.Module, name: str, layer: ImportedLayer) -> nn.Linear:
+def _linear(model: nn.Module, name: str, kind: LayerKind) -> nn.Linear:
     try:
         linear = model.get_submodule(name)
     except AttributeError:
@@ -93,10 +98,10 @@ def _linear(model: nn.Module, name: str, layer: ImportedLayer) -> nn.Linear:
     if type(linear) is not nn.Linear:
         found = "nothing" if linear is None else f"a {type(linear).__name__}"
         raise CheckpointError(f"layer {name!r} is no nn.Linear in {type(model).__name__}, which has {found} there")
-    if (linear.out_features, linear.in_features) != layer.codes.shape:
+    if (linear.out_features, linear.in_features) != kind.shape:
         raise CheckpointError(
             f"layer {name!r}: expected {linear.in_features} inputs and {linear.out_features} outputs, "
-            f"got {layer.codes.shape[1]} and {layer.codes.shape[0]}"
+            f"got {kind.shape[1]} and {kind.shape[0]}"
         )
     return linear
 
@@ -108,14 +113,13 @@ def _drop_zero_bias(name: str, linear: nn.Linear, tensors: dict[str, Tensor]) ->
         del tensors[f"{name}.bias"]
 
 
-def _config(model: nn.Module, layers: Mapping[str, ImportedLayer]) -> HfQuantConfig:
+def _config(model: nn.Module, kinds: Mapping[str, LayerKind]) -> HfQuantConfig:
     """Return a config whose default is what most layers are, with an entry for each other one."""
-    count = Counter(layer.weight_quant() for layer in layers.values())
-    usual = count.most_common(1)[0][0]
+    usual = Counter(kind.weight_quant for kind in kinds.values()).most_common(1)[0][0]
     rest = {"real_quant": True, "seglinear": False, "opt": {"type": "default"}, "calib": {"type": "amax"}}
     rules: dict[str, Any] = {"default": {**rest, "input_quant": None, "weight_quant": dict(usual)}}
-    for name, layer in layers.items():
-        if layer.weight_quant() != usual:
-            rules[name] = {"weight_quant": dict(layer.weight_quant())}
+    for name, kind in kinds.items():
+        if kind.weight_quant != usual:
+            rules[name] = {"weight_quant": dict(kind.weight_quant)}
     left = {n: "not quantized in the imported checkpoint" for n, m in model.named_modules() if type(m) is nn.Linear}
-    return HfQuantConfig(rules).for_model({}, {n: why for n, why in left.items() if n not in layers})
+    return HfQuantConfig(rules).for_model({}, {n: why for n, why in left.items() if n not in kinds})

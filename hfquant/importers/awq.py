@@ -6,7 +6,7 @@ the output, and the eight codes of a word, low bits first, are of the columns 0,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ _KEYS = {"qweight": torch.int32, "qzeros": torch.int32, "scales": None}
 _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
-def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, ImportedLayer]:
-    """Take the tensors of quantized linears out of ``tensors``, and return the linears by name.
+def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> Iterator[tuple[str, ImportedLayer]]:
+    """Take the tensors of quantized linears out of ``tensors``, and yield the linears with their names.
 
     Args:
         section: the checkpoint's quantization config.
@@ -39,13 +39,11 @@ def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[
         raise CheckpointError(f"AWQ of {bits!r} bits cannot be imported, only of 4")
     form = number_format(bits)
     group = group_size(option(section, "group_size", "q_group_size"))
-    layers = {}
     for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
         found = take(tensors, name, _KEYS)
         rows = found["scales"].shape[-1]
         codes, zero_point = (_columns(f"{name}.{key}", found[key], form, rows).T for key in ("qweight", "qzeros"))
-        layers[name] = checked(name, ImportedLayer(bits, group, codes, found["scales"].T, zero_point))
-    return layers
+        yield name, checked(name, ImportedLayer(bits, group, codes, found["scales"].T, zero_point))
 
 
 def _columns(name: str, packed: Tensor, form: NumberFormat, columns: int) -> Tensor:

@@ -6,7 +6,7 @@ it is asymmetric ``weight_zero_point`` int32 [out b / 32, G], words along the ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ FORMAT = "pack-quantized"
 _KEYS = {"weight_packed": torch.int32, "weight_scale": None, "weight_shape": torch.int64}
 
 
-def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, ImportedLayer]:
-    """Take the tensors of quantized linears out of ``tensors``, and return the linears by name.
+def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> Iterator[tuple[str, ImportedLayer]]:
+    """Take the tensors of quantized linears out of ``tensors``, and yield the linears with their names.
 
     Args:
         section: the checkpoint's quantization config.
@@ -30,7 +30,6 @@ def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[
         CheckpointError: what the checkpoint holds is not known, or not complete.
     """
     forms = [number_format(bits) for bits in sorted(_bits(section))]
-    layers = {}
     for name in [key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")]:
         found = take(tensors, name, _KEYS)
         packed, scale = found["weight_packed"], found["weight_scale"]
@@ -51,8 +50,7 @@ def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[
         if (index := tensors.pop(f"{name}.weight_g_idx", None)) is not None:
             scale = in_order(name, index, group, scale)
             zero_point = None if zero_point is None else in_order(name, index, group, zero_point)
-        layers[name] = checked(name, ImportedLayer(form.bits, group, codes, scale, zero_point))
-    return layers
+        yield name, checked(name, ImportedLayer(form.bits, group, codes, scale, zero_point))
 
 
 def _bits(section: Mapping[str, Any]) -> set[Any]:

@@ -7,7 +7,7 @@ points minus 1, "gptq_v2" as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ _ZERO_OFFSET = {"gptq": 1, "gptq_v2": 0}
 _KEYS = {"qweight": torch.int32, "qzeros": torch.int32, "scales": None}
 
 
-def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, ImportedLayer]:
-    """Take the tensors of quantized linears out of ``tensors``, and return the linears by name.
+def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> Iterator[tuple[str, ImportedLayer]]:
+    """Take the tensors of quantized linears out of ``tensors``, and yield the linears with their names.
 
     Args:
         section: the checkpoint's quantization config.
@@ -52,7 +52,6 @@ def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[
         raise CheckpointError(f"GPTQ's dynamic overrides some layers ({other[0]!r}): only one setting for all is read")
     # One code of so many more in each place of a word; GPTQModel adds to whole words as well, carries included.
     offset = _ZERO_OFFSET[convention] * sum(1 << shift for shift in range(0, 32, form.bits))
-    layers = {}
     for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
         found = take(tensors, name, _KEYS)
         columns, rows = found["qweight"].shape[0] * 32 // form.bits, found["scales"].shape[-1]
@@ -61,5 +60,4 @@ def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[
         zero_point = words(f"{name}.qzeros", found["qzeros"] + offset, form, rows).T
         if (groups := tensors.pop(f"{name}.g_idx", None)) is not None:
             scale, zero_point = (in_order(name, groups, group, values) for values in (scale, zero_point))
-        layers[name] = checked(name, ImportedLayer(form.bits, group, codes, scale, zero_point))
-    return layers
+        yield name, checked(name, ImportedLayer(form.bits, group, codes, scale, zero_point))

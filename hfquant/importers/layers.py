@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,18 @@ from torch import Tensor
 from hfquant.formats import FORMATS, Grid, NumberFormat, expand_columns, split_columns
 from hfquant.formats.words import from_words
 from hfquant.integrations.checkpoint import CheckpointError
+
+
+class LayerKind(NamedTuple):
+    """What a layer is, its tensors aside.
+
+    Attributes:
+        shape: of the weight, [out, in].
+        weight_quant: the config section of such a layer, as pairs.
+    """
+
+    shape: tuple[int, ...]
+    weight_quant: tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -37,11 +49,11 @@ class ImportedLayer:
         """The number format of the codes."""
         return number_format(self.bits)
 
-    def weight_quant(self) -> tuple[tuple[str, Any], ...]:
-        """Return the config section of such a layer, as pairs."""
+    def kind(self) -> LayerKind:
+        """Return what its plan needs to know of the layer."""
         section = {"type": self.form.name, "symmetric": self.zero_point is None, "axis": -1}
         section |= {"group_size": self.group, "scale": "float32"}
-        return tuple(section.items())
+        return LayerKind(tuple(self.codes.shape), tuple(section.items()))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors as our checkpoints have them."""

@@ -53,6 +53,11 @@ def test_a_model_that_is_not_quantized(tmp_path: Path) -> None:
         hfquant.export(hfquant.dequantize(quantized(SCHEMES["w8a16"])), tmp_path)
 
 
+def test_a_pipeline_is_told_of_its_components(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"got dict; of a pipeline pass a component: hfquant\.export\(pipe"):
+        hfquant.export({}, tmp_path)  # type: ignore[arg-type]
+
+
 def test_a_model_of_another_library(tmp_path: Path) -> None:
     plain = hfquant.quantize(nn.Sequential(nn.Linear(64, 64)), None, "w8a16")
     with pytest.raises(ExportError, match="is a format of transformers models, and Sequential is none"):

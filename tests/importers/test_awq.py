@@ -18,7 +18,7 @@ def test_columns_are_where_compressed_tensors_finds_them() -> None:
     codes, scale, zero_point = converter._convert_gemm_module(
         stored["x.qweight"], stored["x.scales"], stored["x.qzeros"]
     )
-    found = awq.take_layers(AWQ, stored)["x"]
+    found = dict(awq.take_layers(AWQ, stored))["x"]
     assert torch.equal(found.codes, codes)
     assert found.zero_point is not None
     assert torch.equal(found.zero_point, zero_point)

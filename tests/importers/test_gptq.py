@@ -42,7 +42,7 @@ def test_every_pair_of_neighboring_zero_points(bits: int, version: int) -> None:
     layer.zeros[:, 0] = np.tile([0, 0, largest, 0, largest, largest, 0, 1], 8)
     stored = {f"x.{key}": tensor for key, tensor in written.gptq(layer, version).items()}
     section = {"bits": bits, "group_size": 16, "checkpoint_format": f"gptq{'_v2' if version == 2 else ''}"}
-    found = gptq.take_layers(section, stored)["x"]
+    found = dict(gptq.take_layers(section, stored))["x"]
     assert not stored
     assert found.zero_point is not None
     assert np.array_equal(found.zero_point.numpy(), layer.zeros - 2 ** (bits - 1))
@@ -51,6 +51,6 @@ def test_every_pair_of_neighboring_zero_points(bits: int, version: int) -> None:
 def test_without_an_index_columns_are_in_order() -> None:
     layer = Layer(16, 40, 32, 4, False, np.random.default_rng(0))
     stored = {f"x.{key}": tensor for key, tensor in written.gptq(layer).items() if key != "g_idx"}
-    found = gptq.take_layers({"bits": 4, "group_size": 32}, stored)["x"]
+    found = dict(gptq.take_layers({"bits": 4, "group_size": 32}, stored))["x"]
     assert np.array_equal(found.codes.numpy(), layer.codes - 8)
     assert found.group == 32

@@ -231,7 +231,7 @@ def damage(folder: Path, how: str) -> None:
     ("how", "message"),
     [
         ("missing", r"lacks model\.layers\.1\.mlp\.up_proj\.scales"),
-        ("narrow", r"up_proj\.qzeros: 160 codes of 4 bits take 20 int32 words a row, got 19"),
+        ("narrow", r"up_proj\.qzeros: 160 codes of 4 bits take 20 int32 words a row, got \(2, 19\)"),
         ("groups", r"up_proj': expected scales of shape \(160, 2\), got \(160, 1\)|g_idx names groups"),
         ("dtype", r"up_proj\.qweight: expected torch\.int32, got torch\.int64"),
         ("nan", r"up_proj': scales must be finite"),
