@@ -268,6 +268,7 @@ def test_other_groups_are_rounded_anew(tmp_path: Path, caplog: pytest.LogCapture
     assert (found - weight).norm() < 0.2 * weight.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loading")
 def test_flux_and_shards(tmp_path: Path) -> None:
     """proj_out of FLUX's single blocks joins two inputs: its groups lie within them, so they need nothing more."""
