@@ -107,14 +107,12 @@ def register_diffusers() -> None:
         return
     from diffusers.quantizers import auto
 
-    from hfquant.integrations.compat import accept_no_dtype
     from hfquant.integrations.diffusers import HfQuantDiffusersQuantizer
 
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         # diffusers has no public registration.
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HfQuantConfig
         auto.AUTO_QUANTIZER_MAPPING[METHOD] = HfQuantDiffusersQuantizer
-        accept_no_dtype()
 
 
 def register_peft() -> None:

@@ -279,4 +279,4 @@ def _stored_names(model: PreTrainedModel, checkpoint_files: list[str] | None) ->
     if not checkpoint_files:
         return None
     keys = tensor_names(checkpoint_files)
-    return keys | names_in_model(model, sorted(keys))
+    return keys.union(names_in_model(model, sorted(keys)).values())
