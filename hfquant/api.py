@@ -38,7 +38,8 @@ def quantize(
         calib_data_loader: batches for calibration; each a tensor, a tuple (or list of tensors) of positional arguments,
             a dict of keyword arguments, or a list of such samples. Must start anew each time it is iterated. Or a
             source of such batches: a ``datasets`` object, a file's path, a dict naming a dataset (see
-            :func:`~hfquant.calibration.calibration_batches`). May be None where the config needs no data.
+            :func:`~hfquant.calibration.calibration_batches`). None takes the config's ``calibration``; where that is
+            None too and the config needs data, a transformers model makes its own, as it does for "self".
         config: a dict, the name of a preset, an :class:`~hfquant.HfQuantConfig`, or None (the reference's dict).
         per_layer_mode: solve layers in execution order, each on inputs that the quantized layers before it produce.
         verbose: log each layer's decision and error, and the whole report at the end; shown on the console even where
@@ -68,7 +69,7 @@ def quantize(
         memory_budget,
         resume_dir,
     )
-    quantize_model(model, batches_for(model, calib_data_loader), config, settings)
+    quantize_model(model, batches_for(model, calib_data_loader, config), config, settings)
     return model
 
 

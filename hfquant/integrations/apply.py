@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hfquant import ptq
+from hfquant.calibration.self_made import SelfMade, SelfSpec
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.planner import ModelFacts, Plan
 
@@ -39,7 +40,7 @@ def quantize_attached(
     restore = _snapshot(model)
 
     def finish(applied: ptq.Applied) -> None:
-        attach(model, own_config(config, applied.plan, facts))
+        attach(model, own_config(config, applied.plan, facts, loader.spec if isinstance(loader, SelfMade) else None))
         model.quant_report = applied.report  # type: ignore[assignment]
 
     try:
@@ -69,7 +70,7 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def own_config(config: HfQuantConfig, plan: Plan, facts: ModelFacts) -> HfQuantConfig:
+def own_config(config: HfQuantConfig, plan: Plan, facts: ModelFacts, made: SelfSpec | None = None) -> HfQuantConfig:
     """Return a model's own copy of ``config``, with each layer's plan where it differs from the config's own rule."""
     found = {n: p.differences(config.rules.resolve(*facts.aliases(n))) for n, p in plan.layers.items()}
-    return config.for_model({n: difference for n, difference in found.items() if difference}, plan.skipped)
+    return config.for_model({n: difference for n, difference in found.items() if difference}, plan.skipped, made)
