@@ -27,6 +27,7 @@ def quantize(
     *,
     memory_budget: int | None = None,
     resume_dir: str | os.PathLike[str] | None = None,
+    held_out: Any = None,
 ) -> nn.Module:
     """Quantize the linears of ``model`` in place and return it.
 
@@ -49,6 +50,8 @@ def quantize(
             shared with the processes on this machine.
         resume_dir: folder that keeps solved layers, so that an interrupted run goes on where it stopped: with the same
             model, config, mode and data in the same order.
+        held_out: batches kept out of calibration, for the guard to check the result on (:mod:`hfquant.guard`); default:
+            those that a model which makes its own data keeps, else the first sample of ``calib_data_loader``.
 
     Raises:
         ConfigError: the config is invalid or does not fit a layer.
@@ -68,6 +71,8 @@ def quantize(
         example,
         memory_budget,
         resume_dir,
+        config.guard,
+        None if held_out is None else batches_for(model, held_out, config),
     )
     quantize_model(model, batches_for(model, calib_data_loader, config), config, settings)
     return model

@@ -64,7 +64,7 @@ class SelfSpec(BaseModel):
 
     def settled(self, samples: int, seqlen: int | None = None) -> SelfSpec:
         """Return the same with what is really made in place of defaults and limits."""
-        return self.model_copy(update={"samples": samples} if seqlen is None else {"samples": samples, "seqlen": seqlen})
+        return self.model_copy(update={"samples": samples, "seqlen": seqlen or self.seqlen})
 
 
 @dataclass(frozen=True)

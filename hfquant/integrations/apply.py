@@ -36,7 +36,7 @@ def quantize_attached(
     Returns:
         A function that undoes it.
     """
-    settings = settings or ptq.Settings(config.modules_to_not_convert or (), config.per_layer_mode)
+    settings = settings or ptq.Settings(config.modules_to_not_convert or (), config.per_layer_mode, guard=config.guard)
     restore = _snapshot(model)
 
     def finish(applied: ptq.Applied) -> None:

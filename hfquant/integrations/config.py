@@ -51,6 +51,8 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         modules_to_not_convert: names (whole, a path component, or globs) to leave alone, beside the defaults
             (output heads, tied weights, the model's ``_keep_in_fp32_modules``).
         per_layer_mode: solve layer by layer, each seeing the quantized layers before it.
+        guard: after quantizing with data, check each layer and put one that is far off back to a safer format
+            (:mod:`hfquant.guard`).
 
     Raises:
         ConfigError: unknown key, wrong value, impossible combination.
@@ -62,18 +64,20 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         calibration: Any = None,
         modules_to_not_convert: Sequence[str] | None = None,
         per_layer_mode: bool = False,
+        guard: bool = True,
     ) -> None:
         names = [] if modules_to_not_convert is None else modules_to_not_convert
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"modules_to_not_convert: expected a list of names, got {modules_to_not_convert!r}")
-        if not isinstance(per_layer_mode, bool):
-            raise ConfigError(f"per_layer_mode: expected True or False, got {per_layer_mode!r}")
+        for key, value in (("per_layer_mode", per_layer_mode), ("guard", guard)):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{key}: expected True or False, got {value!r}")
         self.quant_method = QuantMethod.HFQUANT
         self.rules = rules.parse("w8a8-dynamic" if config is None else config)
         SelfSpec.of(calibration)  # checks it
         self.calibration = calibration
         self.modules_to_not_convert = list(names) or None
-        self.per_layer_mode = per_layer_mode
+        self.per_layer_mode, self.guard = per_layer_mode, guard
         #: What the plan decided for each layer beyond the rules; filled in a model's own copy only.
         self.layers: dict[str, dict[str, Any]] = {}
         #: Exact names of the linears that were left in full precision, and why; likewise.
@@ -120,6 +124,7 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
             **({} if made is None else {"calibration": made.model_dump()}),
             "modules_to_not_convert": self.modules_to_not_convert,
             "per_layer_mode": self.per_layer_mode,
+            **({} if self.guard else {"guard": False}),
             "layers": copy.deepcopy(self.layers),
             "skipped": dict(self.skipped),
         }
@@ -189,4 +194,4 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         return f"{type(self).__name__} {self.to_json_string()}"
 
 
-_ARGUMENTS = ("config", "calibration", "modules_to_not_convert", "per_layer_mode")
+_ARGUMENTS = ("config", "calibration", "modules_to_not_convert", "per_layer_mode", "guard")

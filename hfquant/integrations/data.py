@@ -97,6 +97,6 @@ def _cannot_make_its_own() -> CalibrationError:
     return CalibrationError(
         "this config needs calibration data (static activations, smoothing, a low-rank branch or GPTQ), and a "
         "pipeline's component cannot make its own: call hfquant.quantize_pipeline(pipe, None, config), which runs the "
-        "pipeline on prompts of its own, or pass inputs recorded with hfquant.generate_calibrate_set, or choose a config "
-        "without, such as 'w8a8-dynamic'"
+        "pipeline on prompts of its own, or pass inputs recorded with hfquant.generate_calibrate_set, or choose a "
+        "config without, such as 'w8a8-dynamic'"
     )
