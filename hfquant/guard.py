@@ -99,7 +99,7 @@ def samples_to_check(loader: Any, data: CalibrationData | None, held_out: Any) -
         held_out: batches kept out of it; where there are none the first sample of ``data`` has to serve.
     """
     if held_out is None and isinstance(loader, SelfMade):
-        held_out = loader.held_out
+        held_out = loader.held_out or None
     if held_out is not None:
         return [sample for batch in CalibrationData(held_out) for sample in samples(batch)]
     return [] if data is None else samples(data.first)[:1]

@@ -296,7 +296,7 @@ def test_off_is_beyond_promise_and_peers_and_a_half():
     errors = dict(zip("01234", [0.02, 0.02, 0.02, 0.02, 0.6], strict=True))
     assert far_off(errors, eight) == ["4"]
     # Four times what 4 bits promise is more than 0.6 - where it is not, the layer is off.
-    assert (far_off(errors, four) == ["4"]) == (0.6 > 4 * promise(four["0"].config))
+    assert (far_off(errors, four) == ["4"]) == (4 * promise(four["0"].config) < 0.6)
     assert far_off({**errors, "4": 0.45}, eight) == []
     # Peers that are no better keep a layer from being blamed, up to an error that is the whole output.
     assert far_off(dict.fromkeys("01234", 0.6), eight) == []

@@ -7,8 +7,8 @@ have to be covered. Each row has a random stream of its own, so a window depends
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -32,7 +32,7 @@ class SelfSpec(BaseModel):
         source: always "self".
         seed: of every draw; equal seeds give equal data.
         samples: windows of tokens, pictures or sounds, a pipeline's runs; None for the kind's own default.
-        seqlen: tokens a window, capped by the model's limit.
+        seqlen: tokens a window, capped by the model's limit; None for 512, and where there are none.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -40,7 +40,7 @@ class SelfSpec(BaseModel):
     source: Literal["self"] = "self"
     seed: Annotated[int, Field(ge=0)] = 0
     samples: _Positive | None = None
-    seqlen: _Positive = 512
+    seqlen: _Positive | None = None
 
     @classmethod
     def of(cls, calibration: Any) -> SelfSpec | None:
@@ -64,25 +64,26 @@ class SelfSpec(BaseModel):
 
     def settled(self, samples: int, seqlen: int | None = None) -> SelfSpec:
         """Return the same with what is really made in place of defaults and limits."""
-        return self.model_copy(update={"samples": samples, "seqlen": seqlen or self.seqlen})
+        return SelfSpec(seed=self.seed, samples=samples, seqlen=seqlen)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a config stores it; :meth:`of` reads it back."""
+        return self.model_dump(exclude_none=True)
 
 
 @dataclass(frozen=True)
-class SelfMade(Sequence[Any]):
+class SelfMade(Iterable[Any]):
     """Batches that a model made, to calibrate on and to check on.
 
     Attributes:
-        batches: to calibrate on.
+        batches: to calibrate on; a sized iterable that starts anew.
         held_out: other ones, of the same seed and of another.
         spec: what was asked for, defaults filled in: enough to make them again.
     """
 
-    batches: list[Any]
-    held_out: list[Any] = field(default_factory=list)
-    spec: SelfSpec = field(default_factory=SelfSpec)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.batches[index]
+    batches: Any
+    held_out: Sequence[Any]
+    spec: SelfSpec
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -91,10 +92,14 @@ class SelfMade(Sequence[Any]):
         return iter(self.batches)
 
 
+def seed_of(*entropy: int) -> int:
+    """Return a seed of 64 bits made of several numbers."""
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+
 def generator(*entropy: int) -> torch.Generator:
     """Return a random stream of its own for each ``entropy``."""
-    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(seed_of(*entropy))
 
 
 def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -155,4 +160,4 @@ def pink_noise(shape: Sequence[int], axes: int, source: torch.Generator) -> Tens
     grids = torch.meshgrid(*(torch.fft.fftfreq(n) for n in sizes), indexing="ij")
     frequency = torch.stack(grids).square().sum(0).sqrt()
     noise = torch.fft.ifftn(white / frequency.clamp(min=1 / max(sizes)), dim=dims).real
-    return (noise - noise.mean(dims, keepdim=True)) / noise.std(dims, keepdim=True).clamp(min=1e-6)
+    return (noise - noise.mean(dims, keepdim=True)) / noise.std(dims, correction=0, keepdim=True).clamp(min=1e-6)

@@ -110,7 +110,7 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
             made: the data that the model made itself, if it did.
         """
         own = copy.deepcopy(self)
-        own.calibration = None if made is None else made.model_dump()
+        own.calibration = None if made is None else made.to_dict()
         own.layers, own.skipped = dict(layers), dict(sorted(skipped.items()))
         return own
 
@@ -121,7 +121,7 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
             "config": copy.deepcopy(self.rules.raw),
-            **({} if made is None else {"calibration": made.model_dump()}),
+            **({} if made is None else {"calibration": made.to_dict()}),
             "modules_to_not_convert": self.modules_to_not_convert,
             "per_layer_mode": self.per_layer_mode,
             **({} if self.guard else {"guard": False}),

@@ -35,9 +35,11 @@ from hfquant.integrations.examples import example_inputs
 
 logger = logging.getLogger(__name__)
 
-WINDOWS, BATCH = 16, 4
+WINDOWS, WINDOW, BATCH = 16, 512, 4
 #: Most tokens that a decoder writes to what its encoder reads.
 ANSWER = 128
+#: Nothing ends a window.
+_NO_TOKEN = 1 << 30
 _SPECIAL = ("_token_id", "_token_index", "_patch_id")
 _TEXT = {"input_ids", "decoder_input_ids", "attention_mask", "token_type_ids"}
 
@@ -97,8 +99,10 @@ def _made(model: Any, shapes: dict[str, Any], spec: SelfSpec, reader: Reader, as
 
 def _text(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
     words = _Words(model, reader.tokenizer)
-    spec = spec.settled(spec.samples or WINDOWS, min(spec.seqlen, words.limit))
+    spec = spec.settled(spec.samples or WINDOWS, min(spec.seqlen or WINDOW, words.limit))
     assert spec.samples is not None
+    assert spec.seqlen is not None
+    length = spec.seqlen
     # Windows of the same seed and of another are kept out, to check what the others decide.
     rows = [(spec.seed, i) for i in range(spec.samples + HELD_OUT)] + [(spec.seed + 1, i) for i in range(HELD_OUT)]
     generators = [generator(*row) for row in rows]
@@ -112,17 +116,17 @@ def _text(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
 
     def make() -> dict[str, Tensor]:
         if writes and not both:
-            return {"input_ids": _written(model, prompts, spec.seqlen, generators, words)}
-        made = {"input_ids": words.framed(_read(model, words, spec.seqlen, generators))}
-        length = min(ANSWER, spec.seqlen)
+            return {"input_ids": _written(model, prompts, length, generators, words)}
+        made = {"input_ids": words.framed(_read(model, words, length, generators))}
         if both and writes:
-            starts = [[words.start]] * len(rows)
-            made["decoder_input_ids"] = _written(model, starts, length, generators, words, made["input_ids"])
+            starts, most = [[words.start]] * len(rows), min(ANSWER, length)
+            made["decoder_input_ids"] = _written(model, starts, most, generators, words, made["input_ids"])
         elif both:
-            made["decoder_input_ids"] = random_ids(words.ordinary, length, generators)
+            made["decoder_input_ids"] = random_ids(words.ordinary, min(ANSWER, length), generators)
         return made
 
-    _say(model, f"{spec.samples} windows of {spec.seqlen} tokens", _cost(model, len(rows), spec, writes), asked)
+    cost = _cost(model, len(rows), min(ANSWER, length) if both else length) if writes else ""
+    _say(model, f"{spec.samples} windows of {length} tokens", cost, asked)
     made = kept(digest.hexdigest(), make)
     batches = list(_split({k: v[: spec.samples] for k, v in made.items()}))
     return SelfMade(batches, list(_split({k: v[spec.samples :] for k, v in made.items()})), spec)
@@ -145,6 +149,14 @@ def _split(made: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         yield {name: tensor[start : start + BATCH] for name, tensor in made.items()}
 
 
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def _vocabulary(model: Any) -> int:
+    return int(_text_config(model).vocab_size)
+
+
 class _Words:
     """The tokens of a model and how its texts begin.
 
@@ -157,8 +169,7 @@ class _Words:
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        size = int(model.get_input_embeddings().weight.shape[0])
+        config, size = _text_config(model), _vocabulary(model)
         known = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "decoder_start")}
         special = {token for token in known.values() if isinstance(token, int)}
         self.start: int = next((t for t in (known["decoder_start"], known["bos"]) if isinstance(t, int)), 0)
@@ -274,8 +285,7 @@ def _written(
     settings = GenerationConfig(
         **{"do_sample": False, "num_beams": 1, "max_new_tokens": length - 1, "use_cache": True},
         **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0},
-        # No token ends the window.
-        **{"eos_token_id": int(model.get_output_embeddings().weight.shape[0]) + 1, "pad_token_id": 0},
+        **{"eos_token_id": _NO_TOKEN, "pad_token_id": 0},
         disable_compile=True,
     )
     inputs: dict[str, Any] = {"inputs": first, "attention_mask": torch.ones_like(first)}
@@ -293,15 +303,11 @@ def _written(
     return made[:, :length].cpu()
 
 
-def _cost(model: Any, rows: int, spec: SelfSpec, writes: bool) -> str:
-    """Return how long the model will take, from the time of one step."""
-    if not writes:
-        return ""
-    both = _has_encoder(model)
+def _cost(model: Any, rows: int, steps: int) -> str:
+    """Return how long the model will take to write, from the time of one step."""
     ids = torch.zeros(rows, 1, dtype=torch.long)
     start = time.perf_counter()
-    forward(model, {"input_ids": ids} | ({"decoder_input_ids": ids} if both else {}))
-    steps = min(ANSWER, spec.seqlen) if both else spec.seqlen
+    forward(model, {"input_ids": ids} | ({"decoder_input_ids": ids} if _has_encoder(model) else {}))
     return f", about {steps * (time.perf_counter() - start):.0f} s to make unless they are kept from before"
 
 
@@ -379,7 +385,6 @@ def _tokens(model: Any, like: Tensor, source: torch.Generator) -> Tensor:
     """Return random tokens; those that stand for pictures, or end a text, are left where they are."""
     fields = model.config.to_dict().items()
     special = torch.tensor([v for k, v in fields if k.endswith(_SPECIAL) and isinstance(v, int)], dtype=like.dtype)
-    size = int(model.get_input_embeddings().weight.shape[0])
-    random = torch.randint(size, like.shape, generator=source).to(like)
+    random = torch.randint(_vocabulary(model), like.shape, generator=source).to(like)
     fixed = torch.isin(like, special.to(like.device)) | torch.isin(random, special.to(like.device))
     return torch.where(fixed, like, random)
