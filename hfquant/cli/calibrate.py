@@ -39,7 +39,7 @@ def calibrate(
     source: Annotated[
         str,
         typer.Option(
-            help="Data: a hub dataset, or a local parquet, json, csv or text file, or a folder; self: of its own making."
+            help="Data: a hub dataset, a local parquet, json, csv or text file, a folder; self: of its own making."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the calibration set; an unfinished one is continued.")],
