@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.self_made", description=__doc__.partition("\n")[0])
     parser.add_argument("--presets", nargs="+", default=PRESETS, choices=hfquant.PRESETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of what the model writes")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
     parser.add_argument("--json", type=Path, help="file that rows are added to; a .md of the same name goes beside it")
     args = parser.parse_args(argv)
 
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     for preset in args.presets:
         for arm, data in arms.items():
             name = f"{preset}, {arm}"
-            if name in rows:
+            if name in rows or (args.only and not any(part in name for part in args.only)):
                 continue
             start = time.process_time()
             quantized = hfquant.quantize(copy.deepcopy(model), data, preset)

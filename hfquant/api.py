@@ -51,7 +51,8 @@ def quantize(
         resume_dir: folder that keeps solved layers, so that an interrupted run goes on where it stopped: with the same
             model, config, mode and data in the same order.
         held_out: batches kept out of calibration, for the guard to check the result on (:mod:`hfquant.guard`); default:
-            those that a model which makes its own data keeps, else the first sample of ``calib_data_loader``.
+            those that a model which makes its own data keeps, what a dataset has beyond the samples asked for, else the
+            first sample of ``calib_data_loader``.
 
     Raises:
         ConfigError: the config is invalid or does not fit a layer.

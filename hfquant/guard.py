@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from hfquant.calibration.batches import CalibrationData, evaluating, forward, samples
 from hfquant.calibration.self_made import SelfMade
+from hfquant.calibration.streams import Batches
 from hfquant.config import InputQuant, LayerConfig, WeightQuant
 from hfquant.distributed import Processes
 from hfquant.folding import Folding
@@ -98,7 +99,7 @@ def samples_to_check(loader: Any, data: CalibrationData | None, held_out: Any) -
         data: the same, opened.
         held_out: batches kept out of it; where there are none the first sample of ``data`` has to serve.
     """
-    if held_out is None and isinstance(loader, SelfMade):
+    if held_out is None and isinstance(loader, (SelfMade, Batches)):
         held_out = loader.held_out or None
     if held_out is not None:
         return [sample for batch in CalibrationData(held_out) for sample in samples(batch)]
