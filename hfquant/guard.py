@@ -88,7 +88,7 @@ class Mended:
 
     def __str__(self) -> str:
         error = "NaN or Inf" if self.error == torch.inf else f"error {self.error:.2g}"
-        return f"{error} on rows kept out of calibration ({self.cause}): {self.remedy}, error {self.remaining:.2g}"
+        return f"{error} ({self.cause}): {self.remedy}, error {self.remaining:.2g}"
 
 
 def samples_to_check(loader: Any, data: CalibrationData | None, held_out: Any) -> list[Any]:
@@ -165,7 +165,7 @@ def mend(
     mended: dict[str, tuple[Mended, nn.Module]] = {}
     for name, (found_there, tensors) in everyones.items():
         if group.main:
-            logger.warning("layer %r: %s", name, found_there)
+            logger.warning("layer %r is off once quantized: %s", name, found_there)
         if found_there.plan is None:
             mended[name] = found_there, _in_float(name, originals[name], folding)
             continue

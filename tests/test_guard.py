@@ -218,7 +218,7 @@ def test_what_was_mended_is_saved_and_reloads(fault: str, tmp_path, monkeypatch:
     data = [small_models.transformers_inputs(model)]
     with caplog.at_level(logging.WARNING, "hfquant"):
         hfquant.quantize(model, data, STATIC)
-    assert f"layer {name!r}: error" in caplog.text
+    assert f"layer {name!r} is off once quantized: error" in caplog.text
     assert list(faults(model)) == [name]
     stored = model.config.quantization_config
     assert isinstance(model.get_submodule(name), QuantLinear) == (fault == "token")

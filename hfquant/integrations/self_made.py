@@ -127,7 +127,9 @@ def _text(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
 
     cost = _cost(model, len(rows), min(ANSWER, length) if both else length) if writes else ""
     _say(model, f"{spec.samples} windows of {length} tokens", cost, asked)
-    made = kept(digest.hexdigest(), make)
+    # Weights that are offloaded are not in the digest, which could be that of another model.
+    offloaded = any(parameter.is_meta for parameter in model.parameters())
+    made = make() if offloaded else kept(digest.hexdigest(), make)
     batches = list(_split({k: v[: spec.samples] for k, v in made.items()}))
     return SelfMade(batches, list(_split({k: v[spec.samples :] for k, v in made.items()})), spec)
 

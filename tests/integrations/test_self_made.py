@@ -208,6 +208,19 @@ def test_windows_are_kept_and_told_apart(monkeypatch: pytest.MonkeyPatch) -> Non
         made(model)
 
 
+def test_offloaded_weights_are_not_taken_for_others(tmp_path: Path, home: Path) -> None:
+    """They are no part of the key, so nothing is kept."""
+    from accelerate import cpu_offload
+
+    model = small_models.llama()
+    expected = made(model)[0]["input_ids"]
+    kept = set(home.rglob("*.safetensors"))
+    assert len(kept) == 1
+    cpu_offload(model, execution_device="cpu")
+    assert torch.equal(made(model)[0]["input_ids"], expected)
+    assert set(home.rglob("*.safetensors")) == kept
+
+
 def test_windows_do_not_depend_on_how_many_there_are():
     few, many = made(small_models.llama(), samples=2), made(small_models.llama(), samples=4)
     assert torch.equal(few[0]["input_ids"], many[0]["input_ids"][:2])
