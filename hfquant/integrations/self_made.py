@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from hfquant.calibration.batches import CalibrationError, evaluating, forward
+from hfquant.calibration.batches import CalibrationError, device_of, evaluating, forward
 from hfquant.calibration.kept import kept
 from hfquant.calibration.self_made import (
     HELD_OUT,
@@ -237,7 +237,7 @@ def _read(model: Any, words: _Words, length: int, generators: Sequence[torch.Gen
     half = words.framed(ids[::2].masked_fill(masked, words.mask))
 
     def predict(filled: Tensor) -> Tensor:
-        logits = model(input_ids=filled.to(model.device)).logits
+        logits = model(input_ids=filled.to(device_of(model))).logits
         return _only(logits, words.ordinary)
 
     ids[::2] = fill_masks(half, masked, predict, generators[::2])
@@ -273,7 +273,7 @@ def _written(
     """
     from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 
-    first = torch.tensor([prompt[:1] for prompt in prompts], device=model.device)
+    first = torch.tensor([prompt[:1] for prompt in prompts], device=device_of(model))
 
     def choose(ids: Tensor, scores: Tensor) -> Tensor:
         at = ids.shape[1]
@@ -292,7 +292,7 @@ def _written(
     )
     inputs: dict[str, Any] = {"inputs": first, "attention_mask": torch.ones_like(first)}
     if read is not None:
-        inputs = {"inputs": read.to(model.device), "decoder_input_ids": first}
+        inputs = {"inputs": read.to(device_of(model)), "decoder_input_ids": first}
     # Some classes have a `generate` of their own, for longer sounds, say.
     try:
         made = GenerationMixin.generate(
