@@ -86,8 +86,9 @@ def self_made(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMa
 def _made(model: Any, shapes: dict[str, Any], spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
     if "input_ids" in shapes and shapes.keys() <= _TEXT:
         return _text(model, spec, reader, asked)
-    noise = _noise(model, shapes, spec, reader, asked)
+    noise = _noise(model, shapes, spec, reader)
     if "input_ids" not in shapes or not _can_write(model) or _has_encoder(model):
+        _say(model, f"{counted(noise.spec.samples or 0, 'sample')} of noise", "", asked)
         return noise
     # A language model that sees or hears: its own text as well as noise among it.
     text = _text(model, spec, reader, asked)
@@ -288,7 +289,7 @@ def _written(
         **{"do_sample": False, "num_beams": 1, "max_new_tokens": length - 1, "use_cache": True},
         **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0},
         **{"eos_token_id": _NO_TOKEN, "pad_token_id": 0},
-        disable_compile=True,
+        **{"num_return_sequences": 1, "return_dict_in_generate": False, "disable_compile": True},
     )
     inputs: dict[str, Any] = {"inputs": first, "attention_mask": torch.ones_like(first)}
     if read is not None:
@@ -324,11 +325,10 @@ def _say(model: Any, what: str, cost: str, asked: bool) -> None:
 # ------------------------------------------------------------------------------------------------------------ noise
 
 
-def _noise(model: nn.Module, shapes: dict[str, Any], spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
+def _noise(model: nn.Module, shapes: dict[str, Any], spec: SelfSpec, reader: Reader) -> SelfMade:
     rows = max(len(v) for v in shapes.values() if isinstance(v, Tensor) and v.dim())
     spec = spec.settled(spec.samples or WINDOWS)
     assert spec.samples is not None
-    _say(model, f"{counted(spec.samples, 'sample')} of noise", "", asked)
     count = -(-spec.samples // rows)
     batches = [_filled(model, shapes, reader, generator(spec.seed, i)) for i in range(count + 1)]
     other = _filled(model, shapes, reader, generator(spec.seed + 1, 0))
