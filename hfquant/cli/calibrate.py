@@ -95,12 +95,13 @@ def calibrate(
         raise typer.BadParameter("what a model makes itself has no such thing", param_hint=f"--{next(iter(unread))}")
     spec = {
         **{"dataset": source, "name": name, "split": split, "column": _columns(column or ())},
-        **{"samples": samples or 128, "seqlen": seqlen, "batch_size": batch_size, "seed": seed},
+        **{"samples": 128 if samples is None else samples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed},
     }
     if made_itself:
         spec = {"source": source, "seed": seed, **_given({"samples": samples, "seqlen": seqlen})}
     with errors_in_one_line(debug), log_shown():
         from hfquant.calibration import calibration_batches, generate_calibrate_set
+        from hfquant.calibration.self_made import SelfSpec
         from hfquant.denoisers import denoiser_name, is_pipeline
         from hfquant.distributed import is_main
         from hfquant.integrations.data import transformers_batches
@@ -113,8 +114,9 @@ def calibrate(
         if sampler is None:
             _check_sampler(kind, timesteps=timesteps, mean=mean, std=std)
         target = layer if layer is not None else denoiser_name(loaded) if pipeline else ""
-        if made_itself and pipeline:
-            batches: Any = own_calls(loaded, samples or len(PROMPTS), seed, call)
+        wish = SelfSpec.of(spec)
+        if wish is not None and pipeline:
+            batches: Any = own_calls(loaded, wish.samples or len(PROMPTS), seed, call)
         else:
             batches = calibration_batches(spec) if pipeline else transformers_batches(loaded, spec)
         made = generate_calibrate_set(

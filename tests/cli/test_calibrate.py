@@ -282,6 +282,9 @@ def test_a_pipeline_and_a_model_make_their_own_data(digits, llama, tmp_path, mon
     assert result.exit_code == 0, result.output
     (sample,) = hfquant.load_calibrate_set(tmp_path / "windows")
     assert sample["input_ids"].shape == (2, 9)
+    result = calibrate(digits, "--source", "self", "--out", tmp_path / "no", "--samples", 0)
+    assert result.exit_code == 1
+    assert "calibration['samples']" in result.output
     result = calibrate(llama, "--source", "self", "--out", tmp_path / "no", "--column", "text")
     assert result.exit_code == 2
     assert "what a model makes itself has no such thing" in result.output
