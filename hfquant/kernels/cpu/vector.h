@@ -30,7 +30,6 @@ inline Reals repeat(float value) { return _mm512_set1_ps(value); }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints times256(Ints a) { return _mm512_slli_epi32(a, 8); }
 inline Reals to_reals(Ints a) { return _mm512_cvtepi32_ps(a); }
-inline Reals as_reals(Ints a) { return _mm512_castsi512_ps(a); }
 inline Reals mul(Reals a, Reals b) { return _mm512_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm512_fmadd_ps(a, b, c); }
 // In assembly, since GCC copies the sum of the intrinsics to another register and back.
@@ -114,7 +113,6 @@ inline Reals repeat(float value) { return _mm256_set1_ps(value); }
 inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints times256(Ints a) { return _mm256_slli_epi32(a, 8); }
 inline Reals to_reals(Ints a) { return _mm256_cvtepi32_ps(a); }
-inline Reals as_reals(Ints a) { return _mm256_castsi256_ps(a); }
 inline Reals mul(Reals a, Reals b) { return _mm256_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm256_fmadd_ps(a, b, c); }
 #if defined(__AVXVNNI__)
@@ -214,7 +212,6 @@ inline Reals repeat(float value) { return Reals{value, value, value, value}; }
 inline Ints add(Ints a, Ints b) { return a + b; }
 inline Ints times256(Ints a) { return a * 256; }
 inline Reals to_reals(Ints a) { return __builtin_convertvector(a, Reals); }
-inline Reals as_reals(Ints a) { return (Reals)a; }
 inline Reals mul(Reals a, Reals b) { return a * b; }
 inline Reals fma(Reals a, Reals b, Reals c) { return a * b + c; }
 // Products of two bytes fit 16 bits, so the even bytes of all lanes are multiplied at once, then the odd ones.
