@@ -182,7 +182,7 @@ def calls_of_cpu() -> list[object]:
     operands: Operands = made.operands
     down, up = (torch.randn(3, made.product.in_features), torch.randn(37, 3)) if random.random() < 0.3 else (None, None)
     operands = operands._replace(down=down, up=up)
-    return [made.x, *operands, cpu._spec(made.product.key), 0]
+    return [made.x, *operands, cpu.spec_of(made.product.key), 0]
 
 
 def main(name: str, calls: int, seed: int) -> None:

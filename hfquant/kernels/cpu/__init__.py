@@ -1,13 +1,14 @@
 """Kernels in C++ for CPUs, one for each instruction set that a machine has.
 
 Weights of 4 to 8 bits are multiplied as integers with inputs of at most 8 bits, or with floats that are taken as 16-bit
-integers (input.h). Other weights (FP8, FP16, BF16, INT16) become floats a panel at a time, and FP8 inputs are rounded on
-the way (floats.h).
+integers (input.h). Other weights (FP8, FP16, BF16, INT16) become floats a panel at a time, and FP8 inputs are
+rounded on the way (floats.h).
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache, lru_cache, partial
 
 import torch
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 DECODED = {"fp8e4m3": 1, "fp8e5m2": 2, "fp16": 3, "bf16": 4, "int16": 5}
 #: Inputs of these weights that are quantized there, not by :class:`InputRule`.
 ROUNDED = ("fp8e4m3", "fp8e5m2")
+#: Dtypes of inputs that are read as they are.
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
@@ -68,7 +71,7 @@ def _group_size(product: Product) -> int | None:
 
 
 @lru_cache(maxsize=4096)
-def _spec(key: str) -> Tensor:
+def spec_of(key: str) -> Tensor:
     """Return the product as native.cpp reads it."""
     product = product_of(key)
     rule = None if _quantized_before(product) else product.input
@@ -89,22 +92,24 @@ def _quantized_before(product: Product) -> bool:
     return rule is not None and product.weight.name in DECODED and rule.format.name not in ROUNDED
 
 
+@cache
+def _native() -> Callable[..., Tensor]:
+    # The overload itself: choosing it at each call takes as long as a small product.
+    overload: Callable[..., Tensor] = torch.ops.hfquant_cpu.linear.default
+    return overload
+
+
 def _run(number: int, x: Tensor, operands: Operands, product: Product) -> Tensor:
-    dtype = x.dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        x = x.float()
-    if not _quantized_before(product):
-        return _native(number, x, operands, product).to(dtype)
-    raw = x.float()
-    values, scale = operands.quantized_input(raw, product)
-    values = values if scale is None else values * expand_columns(scale, product.segments)
-    y = _native(number, values, Operands(operands.weight, operands.scale, operands.scale_row), product)
-    return operands.added(raw, y).to(dtype)
-
-
-def _native(number: int, x: Tensor, operands: Operands, product: Product) -> Tensor:
-    y: Tensor = torch.ops.hfquant_cpu.linear(x.contiguous(), *operands, _spec(product.key), number)
-    return y
+    dtype, spec = x.dtype, spec_of(product.key)
+    if _quantized_before(product):
+        raw = x.float()
+        values, scale = operands.quantized_input(raw, product)
+        values = values if scale is None else values * expand_columns(scale, product.segments)
+        bare = Operands(operands.weight, operands.scale, operands.scale_row)
+        return operands.added(raw, _native()(values.contiguous(), *bare, spec, number)).to(dtype)
+    if dtype in TYPES:
+        return _native()(x.contiguous(), *operands, spec, number)
+    return _native()(x.float().contiguous(), *operands, spec, number).to(dtype)
 
 
 #: Widest first.

@@ -1,5 +1,5 @@
-// Products of floats: by weights that are not integers, and by the low-rank branch. A row's codes become floats a piece at
-// a time, in the nearest cache: for few tokens as they come, for many as panels of rows side by side.
+// Products of floats: by weights that are not integers, and by the low-rank branch. A row's codes become floats a piece
+// at a time, in the nearest cache: for few tokens as they come, for many as panels of rows side by side.
 #pragma once
 
 #include "rows.h"
@@ -26,7 +26,8 @@ void row_of_floats(const Job& job, const std::vector<Block>& blocks, const float
       int64_t i = 0;
       for (; i + 2 * LANES <= count; i += 2 * LANES)
         UNROLL for (int t = 0; t < T; ++t) UNROLL for (int h = 0; h < 2; ++h)
-          part[t][h] = fma(load_reals(piece + i + h * LANES), load_reals(x + t * job.K + k + i + h * LANES), part[t][h]);
+          part[t][h] =
+              fma(load_reals(piece + i + h * LANES), load_reals(x + t * job.K + k + i + h * LANES), part[t][h]);
       float rest[T] = {};
       for (; i < count; ++i)
         for (int t = 0; t < T; ++t) rest[t] += piece[i] * x[t * job.K + k + i];
@@ -84,15 +85,16 @@ void fill_floats(const Job& job, const std::vector<Block>& blocks, const Term& t
                  int64_t count, float* panel) {
   const int64_t width = code_bits(term.format) / 8, end = start + count;
   alignas(64) float square[LANES][PIECE] = {};
+  const auto here = std::partition_point(blocks.begin(), blocks.end(),
+                                         [&](const Block& b) { return b.start + b.size <= start; });
   for (int v = 0; v < V; ++v) {
     for (int lane = 0; lane < LANES; ++lane) {
       // Lanes beyond the last row repeat it; what they give is not stored.
       const int64_t row = std::min(n + v * LANES + lane, job.N - 1);
       decode(term.codes + (row * term.columns + start) * width, count, term.format, square[lane]);
-      for (size_t b = 0; term.scaled && b < blocks.size(); ++b) {
-        const int64_t first = std::max<int64_t>(start, blocks[b].start);
-        const int64_t last = std::min<int64_t>(end, blocks[b].start + blocks[b].size);
-        const float scale = first < last ? scale_at(job, row, blocks[b].group) : 1;
+      for (auto b = here; term.scaled && b != blocks.end() && b->start < end; ++b) {
+        const int64_t first = std::max<int64_t>(start, b->start), last = std::min<int64_t>(end, b->start + b->size);
+        const float scale = scale_at(job, row, b->group);
         for (int64_t k = first; k < last; ++k) square[lane][k - start] *= scale;
       }
     }
@@ -105,8 +107,8 @@ void fill_floats(const Job& job, const std::vector<Block>& blocks, const Term& t
   }
 }
 
-// Adds TOKENS lines of x by a panel [count][V * LANES] to sums [TOKENS][V * LANES]. The lines after them are `next` floats
-// further.
+// Adds TOKENS lines of x by a panel [count][V * LANES] to sums [TOKENS][V * LANES]. The lines after them are `next`
+// floats further.
 template <int V>
 void float_tile(const float* const x[TOKENS], const float* panel, int64_t count, int64_t next, float* sums) {
   Reals s[TOKENS][V];
@@ -174,7 +176,8 @@ inline void by_float_tiles(const Job& job, ParallelFor parallel_for) {
         std::vector<Term> terms = {{x + m * job.K, job.K, job.weight, job.format, true}};
         if (job.rank) {
           const Format format = format_of(job.up.type);
-          terms.push_back({job.narrow + (first + m) * job.rank, job.rank, static_cast<const uint8_t*>(job.up.data), format, false});
+          const uint8_t* up = static_cast<const uint8_t*>(job.up.data);
+          terms.push_back({job.narrow + (first + m) * job.rank, job.rank, up, format, false});
         }
         auto run = [&](auto panel) { panel(job, blocks, terms, first + m, tokens, n, rows); };
         if (VECTORS > 2 && rows > 2 * LANES)

@@ -85,8 +85,8 @@ struct ToFp8 {
   }
 };
 
-// x / scale, rounded; `out` is not `x`. The quotient is x times the reciprocal, but for what is so close to the middle of
-// two numbers that the last bit decides: those are divided.
+// x / scale, rounded; `codes` is not `x`. The quotient is x times the reciprocal, but for what is so close to the
+// middle of two numbers that the last bit decides: those are divided.
 template <class Rounding, class Code>
 void round_quotients(const float* x, int64_t count, float scale, Rounding round, Code* codes) {
   const float inverse = 1.0f / scale;

@@ -74,8 +74,8 @@ inline Ints codes_in_order(const uint8_t* row, int64_t row_bytes, int64_t k, int
   return bits == 8 ? flip(load(from)) : bits == 6 ? unpack6(from) : unpack4_in_order(from);
 }
 
-// Codes [count] that are the bits of a float, as float32. FP8 is the upper byte of a float16, E4M3 but for its sign one bit
-// lower, in units of 2^8; its largest magnitude is NaN.
+// Codes [count] that are the bits of a float, as float32. FP8 is the upper byte of a float16, E4M3 but for its sign one
+// bit lower, in units of 2^8; its largest magnitude is NaN.
 inline void decode(const void* codes, int64_t count, Format format, float* __restrict out) {
   if (format == INT16) {
     const int16_t* shorts = static_cast<const int16_t*>(codes);
