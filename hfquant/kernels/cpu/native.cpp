@@ -97,9 +97,9 @@ Floats floats_of(const MaybeTensor& tensor, const char* name, Shape shape) {
 }
 
 // `x` [.., K]. `spec` [6 + 2 segments] int64: bits of the weight's codes, or minus the number of another format; group
-// size (0: none); the same of the input's codes (0: floats); whether each token has a scale of its own; number of scales
-// a row; number of segments; the segments' sizes; whether each has a second scale for its negative side. `isa` is a
-// number of instruction_sets.
+// size (0: none); the same of the input's codes (0: floats); whether each token has a scale of its own; number of
+// scales a row; number of segments; the segments' sizes; whether each has a second scale for its negative side. `isa`
+// is a number of instruction_sets.
 Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row, MaybeTensor zero_point,
               MaybeTensor input_scale, MaybeTensor input_scale_neg, MaybeTensor divisor, MaybeTensor down,
               MaybeTensor up, MaybeTensor bias, Tensor spec, int64_t isa) {

@@ -30,14 +30,17 @@ struct Wide {
 // What the columns of each vector of a row share: the number of their first group, and of the input's scale.
 struct Steps {
   std::vector<int32_t> group, unit;
-  bool fit;  // every lane lies within one group, every vector within one of the input's scales
+  int32_t lane_group[LANES];  // the groups of a vector's lanes, from the vector's first
+  bool fit;                   // every lane lies within one group, every vector within one of the input's scales
 
   template <class Format>
   static Steps of(const Job& job, const std::vector<Block>& blocks) {
     constexpr int CODES = Format::CODES, LANE = CODES / LANES;
     const int64_t g = job.group_size, count = (job.K + CODES - 1) / CODES;
     const bool small = g && g < CODES;
-    Steps steps{std::vector<int32_t>(count), std::vector<int32_t>(count), !small || (CODES % g == 0 && g % LANE == 0)};
+    const bool fit = !small || (CODES % g == 0 && g % LANE == 0);
+    Steps steps{std::vector<int32_t>(count), std::vector<int32_t>(count), {}, fit};
+    for (int i = 0; small && i < LANES; ++i) steps.lane_group[i] = i * LANE / g;
     for (const Block& b : blocks) {
       // A block begins where a vector does, or somewhere within one all of whose groups are of the same size.
       const int64_t first = (b.start + CODES - 1) / CODES, end = (b.start + b.size + CODES - 1) / CODES;
@@ -143,12 +146,7 @@ void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, 
   const int64_t stride = PLANES * lines.bytes;
   const int8_t* x = lines.codes + m * stride;
   const float* units = lines.scale + m * lines.scales;
-  Ints lane_group = zeros();
-  if (GROUPED && job.group_size && job.group_size < Format::CODES) {
-    int32_t numbers[LANES];
-    for (int i = 0; i < LANES; ++i) numbers[i] = i * (Format::CODES / LANES) / job.group_size;
-    lane_group = load(numbers);
-  }
+  const Ints lane_group = load(lines.steps.lane_group);
   Ints exact[R][T];
   Reals sums[R][T];
   UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) {
@@ -218,13 +216,18 @@ void fill_factors(const Job& job, int64_t row, int64_t groups, float* __restrict
   const int64_t at = row * job.G;
   // Whole vectors but at the weight's end: scales of the next row are multiplied by zeros.
   const int64_t count = at + groups <= job.N * job.G ? groups : job.G;
-  if (job.scale)
+  if (job.scale) {
     std::memcpy(scale, job.scale + at, count * sizeof(float));
-  else
-    for (int64_t i = 0; i < count; ++i) scale[i] = scale_value(job.scale_code[at + i]) * job.scale_row[row];
+  } else {
+    const uint8_t* code = job.scale_code + at;
+    const float unit = job.scale_row[row];
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store_reals(scale + i, mul(scale_values(code + i), repeat(unit)));
+    for (; i < count; ++i) scale[i] = scale_value(code[i]) * unit;
+  }
   if (!job.zero) {
-    const float zero = zero_of<Format>(job, row, 0);
-    for (int64_t i = 0; i < count; ++i) shift[i] = -zero * scale[i];
+    const Reals zero = repeat(static_cast<float>(-zero_of<Format>(job, row, 0)));
+    for (int64_t i = 0; i < groups; i += LANES) store_reals(shift + i, mul(zero, load_reals(scale + i)));
     return;
   }
   if (job.bits == 4) {
