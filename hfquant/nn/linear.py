@@ -182,6 +182,11 @@ class QuantLinear(nn.Linear):
         assert weight is not None
         if weight.dim() == 2 and weight.dtype == self._code_dtype:
             return weight
+        if weight.dtype not in (self._code_dtype, self.format.disk_dtype):
+            raise TypeError(
+                f"QuantLinear({self.in_features}, {self.out_features}) has a weight of {weight.dtype} in the place of "
+                f"{self._code_dtype} codes: something wrote floats to it, such as merging an adapter other than LoRA"
+            )
         # Offloaded weights come straight from disk: of rank 3, and FP8 as unsigned bytes.
         return weight.view(weight.shape[-2:]).view(self._code_dtype)
 
