@@ -123,7 +123,7 @@ def names_in_model(model: PreTrainedModel, keys: Sequence[str]) -> dict[str, str
     """Return what transformers calls each of a checkpoint's tensors once it is in ``model``."""
     renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
     own = model.state_dict()
-    return {rename_source_key(key, renamings, [], model.base_model_prefix, own)[0] for key in keys}
+    return {key: rename_source_key(key, renamings, [], model.base_model_prefix, own)[0] for key in keys}
 
 
 def register_lora_layer(kind: type[nn.Module], layer: type[nn.Module]) -> None:

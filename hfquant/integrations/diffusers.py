@@ -29,7 +29,7 @@ from hfquant.integrations.checkpoint import (
 )
 from hfquant.integrations.compat import set_quantization_config
 from hfquant.integrations.config import HfQuantConfig
-from hfquant.integrations.data import check_data, diffusers_batches
+from hfquant.integrations.data import check_component_data, diffusers_batches
 from hfquant.integrations.facts import facts_of
 from hfquant.integrations.placement import (
     device_for,
@@ -85,7 +85,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             CalibrationError: the config needs data and carries none.
         """
         if not self.pre_quantized:
-            check_data(self.quantization_config)
+            check_component_data(self.quantization_config)
         self._dtype = torch_dtype or self._dtype
         if isinstance(device_map, dict):
             self._device_map = device_map

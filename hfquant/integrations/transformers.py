@@ -34,7 +34,7 @@ from hfquant.integrations.compat import (
     set_quantized,
 )
 from hfquant.integrations.config import HfQuantConfig
-from hfquant.integrations.data import check_data, transformers_batches
+from hfquant.integrations.data import transformers_batches
 from hfquant.integrations.facts import facts_of
 from hfquant.integrations.placement import check_offload_folder, put_back, quantize_left, without_working_memory
 from hfquant.integrations.sharing.facts import tags_of
@@ -66,15 +66,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         self._put_back: Callable[[Mapping[str, Any]], None] | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse, before any weight is read, a config that needs data and has none.
-
-        transformers calls it again where it has inferred a device map.
-
-        Raises:
-            CalibrationError: the config needs data and carries none.
-        """
-        if not self.pre_quantized:
-            check_data(self.quantization_config)
+        """Keep the linears in float that a device map sends to disk; called again where the map was inferred."""
         if self._put_back is not None and isinstance(device_map, dict):
             self._put_back(device_map)
 

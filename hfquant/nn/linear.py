@@ -150,14 +150,17 @@ class QuantLinear(nn.Linear):
             raise ValueError(
                 f"QuantLinear({self.in_features}, {self.out_features}) got an input of shape {tuple(input.shape)}"
             )
-        transform, tensors, groups = self._transform, self._buffers, self._row_groups
-        parts = [
-            linear(transform.input(input, tensors, i), self._operands(i, rows), self.product, self.real_quant)
-            for i, rows in enumerate(groups)
-        ]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        extra = transform.output(input, tensors, self.plan.row_groups)
+        groups = self._row_groups
+        if len(groups) == 1:
+            y = self._part(input, 0, groups[0])
+        else:
+            y = torch.cat([self._part(input, i, rows) for i, rows in enumerate(groups)], dim=-1)
+        extra = self._transform.output(input, self._buffers, self.plan.row_groups)
         return y if extra is None else (y + extra).to(input.dtype)
+
+    def _part(self, x: Tensor, group: int, rows: slice) -> Tensor:
+        x = self._transform.input(x, self._buffers, group)
+        return linear(x, self._operands(group, rows), self.product, self.real_quant)
 
     def _operands(self, group: int, rows: slice) -> Operands:
         """Return what a kernel multiplies with for one group of rows."""
