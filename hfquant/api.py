@@ -57,7 +57,8 @@ def quantize(
     Raises:
         ConfigError: the config is invalid or does not fit a layer.
         CalibrationError: data is missing, empty, or has NaN or Inf.
-        ValueError: the model is already quantized, has nothing to quantize, or differs from another process'.
+        ValueError: the model is already quantized or group offloaded, has nothing to quantize, or differs from another
+            process'.
         OSError: ``resume_dir`` cannot be written.
         RuntimeError: it failed in another process, which the message names with its cause.
     """

@@ -28,6 +28,7 @@ from hfquant.memory import free_memory, release_free_memory
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import log_share, quant_linears, replace_modules
 from hfquant.observe import observe
+from hfquant.offload import refuse_group_offloaded
 from hfquant.planner import EXCLUDED, SWITCHED_OFF, LayerPlan, ModelFacts, Plan, plan_layers
 from hfquant.report.layers import LayerReport, QuantReport, layer_report
 from hfquant.resume import Cache
@@ -131,12 +132,13 @@ def quantize(
     Raises:
         ConfigError: the config does not fit a layer.
         CalibrationError: data is missing, empty, or has NaN or Inf.
-        ValueError: the model is already quantized, has no linears, or differs from another process'.
+        ValueError: the model is already quantized or group offloaded, has no linears, or differs from another process'.
         RuntimeError: it failed in another process, which the message names with its cause.
     """
     settings, facts = settings or Settings(), facts or ModelFacts()
     if quant_linears(model):
         raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
+    refuse_group_offloaded(model)
     # Without data there is little to share, and a caller may well quantize in one process alone.
     sharing = processes() if rules.needs_data else nullcontext(Processes())
     with log_shown() if settings.verbose else nullcontext(), sharing as group:

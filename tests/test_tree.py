@@ -61,6 +61,8 @@ WIDE = {
     "calibration/test_digits.py",
     "calibration/test_end_to_end.py",
     "integrations/test_compile.py",
+    "integrations/test_expectations.py",
+    "integrations/test_kinds_of_pipelines.py",
     "integrations/test_lora_pipelines.py",
     "integrations/test_pipelines.py",
     "integrations/test_real_models.py",

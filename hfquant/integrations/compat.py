@@ -35,7 +35,6 @@ __all__ = [
     "accept_no_dtype",
     "allow_needs_hfquant",
     "drop_needs_hfquant",
-    "drop_quantization_config",
     "is_marked_initialized",
     "keep_in_fp32",
     "load_offloaded_parameter",
@@ -44,6 +43,7 @@ __all__ = [
     "register_lora_base",
     "register_lora_layer",
     "save_as_named",
+    "set_quantization_config",
     "set_quantized",
     "stored_names",
 ]
@@ -94,11 +94,17 @@ def allow_needs_hfquant() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NEEDS_HFQUANT, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
 
 
-def drop_quantization_config(model: Any) -> None:
-    """Take the quantization config out of a diffusers model's config, which is frozen."""
+def set_quantization_config(model: Any, config: Any) -> None:
+    """Put a quantization config into a diffusers model's config, which is frozen, or take it out (None)."""
     from diffusers.configuration_utils import FrozenDict
 
-    model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
+    old = model.config
+    items = {k: v for k, v in old.items() if k != "quantization_config"}
+    new = FrozenDict(items if config is None else items | {"quantization_config": config})
+    # An IP-Adapter changes an attribute of the config and not the item: the model reads the attribute.
+    for key in items.keys() & vars(old).keys():
+        setattr(new, key, vars(old)[key])
+    model._internal_dict = new
 
 
 def save_as_named(model: PreTrainedModel) -> None:

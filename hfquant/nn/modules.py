@@ -11,7 +11,7 @@ from torch import nn
 
 from hfquant.console import counted
 from hfquant.nn.linear import QuantLinear
-from hfquant.offload import copy_hook
+from hfquant.offload import copy_hook, refuse_group_offloaded
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,12 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 
 def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace every QuantLinear of ``model`` by a plain ``nn.Linear`` of ``dtype``, in place, and return the model."""
+    """Replace every QuantLinear of ``model`` by a plain ``nn.Linear`` of ``dtype``, in place, and return the model.
+
+    Raises:
+        ValueError: the model is group offloaded.
+    """
+    refuse_group_offloaded(model)
     linears: dict[nn.Module, nn.Module] = {}
     for layer in quant_linears(model).values():
         # Offloaded weights are fetched for the moment.
