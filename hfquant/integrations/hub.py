@@ -29,7 +29,7 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Any:
         OSError: the hub has no such repository, or cannot be reached.
     """
     options: dict[str, Any] = {} if dtype is None else {"torch_dtype": _floating(dtype)}
-    if _is_pipeline(name):
+    if is_pipeline_name(name):
         import diffusers
 
         import hfquant.demo  # noqa: F401  # diffusers finds a pipeline's class once its module is imported
@@ -45,7 +45,12 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Any:
     return loaded if device is None else loaded.to(device)
 
 
-def _is_pipeline(name: str) -> bool:
+def is_pipeline_name(name: str) -> bool:
+    """Return whether a folder or hub repository holds a pipeline; of a repository one small file is fetched.
+
+    Raises:
+        FileNotFoundError: no such folder, or it holds neither a pipeline nor a model.
+    """
     folder = Path(name)
     if folder.is_dir():
         if not any((folder / file).is_file() for file in (PIPELINE_FILE, MODEL_FILE)):
