@@ -11,6 +11,7 @@ from hfquant.calibration import BaseSampler, UniformSampler, calibration_batches
 from hfquant.denoisers import denoiser_names, module_names
 from hfquant.integrations import quantize_model
 from hfquant.integrations.config import HfQuantConfig
+from hfquant.ptq import Settings
 
 
 def quantize_pipeline(
@@ -22,6 +23,8 @@ def quantize_pipeline(
     sampler: BaseSampler | None = None,
     dump_path: str | os.PathLike[str] | None = None,
     batch_size: int = 1,
+    resume_dir: str | os.PathLike[str] | None = None,
+    verbose: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Quantize parts of a diffusion pipeline in place, on inputs recorded while it runs in full precision.
@@ -36,6 +39,8 @@ def quantize_pipeline(
         sampler: Which timesteps to keep; default: :class:`~hfquant.UniformSampler`.
         dump_path: Folder to keep the recorded inputs in, a subfolder a component; default: in memory.
         batch_size: Recorded calls a calibration batch.
+        resume_dir: Folder that keeps recorded inputs and solved layers, so that an interrupted run goes on.
+        verbose: Log each layer's decision and error.
         **kwargs: Arguments of the pipeline's call (`num_inference_steps`, `guidance_scale`, ...).
 
     Returns:
@@ -53,13 +58,16 @@ def quantize_pipeline(
     if config.needs_data:
         batches = calibration_batches(data, batch_size=1)
         for name in names:
-            folder = None if dump_path is None else Path(dump_path) / name
+            kept = dump_path or (resume_dir and Path(resume_dir) / "inputs")
+            folder = Path(kept) / name if kept else None
             seen = generate_calibrate_set(pipe, sampler or UniformSampler(), batches, name, folder, **kwargs)
             loaders[name] = seen.get_dataloader(batch_size=batch_size)
     undone: list[Callable[[], None]] = []
     try:
         for name, loader in loaders.items():
-            undone.append(quantize_model(pipe.components[name], loader, config))
+            resume = None if resume_dir is None else Path(resume_dir) / name
+            settings = Settings(config.modules_to_not_convert or (), config.per_layer_mode, verbose, resume_dir=resume)
+            undone.append(quantize_model(pipe.components[name], loader, config, settings))
     except BaseException:
         for undo in reversed(undone):
             undo()

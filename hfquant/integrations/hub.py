@@ -28,7 +28,7 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Any:
         ValueError: an unknown dtype, or a pipeline class that diffusers lacks.
         OSError: the hub has no such repository, or cannot be reached.
     """
-    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": _floating(dtype)}
+    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": floating(dtype)}
     if is_pipeline_name(name):
         import diffusers
 
@@ -80,7 +80,12 @@ def _model_class(name: str) -> Any:
     return next((found for n in names if (found := getattr(transformers, n, None))), transformers.AutoModel)
 
 
-def _floating(name: str) -> torch.dtype:
+def floating(name: str) -> torch.dtype:
+    """Return a floating dtype by its name.
+
+    Raises:
+        ValueError: there is no such.
+    """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype: {name!r} is no floating dtype of torch, such as float32 or bfloat16.")

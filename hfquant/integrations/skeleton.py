@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from hfquant.denoisers import DENOISERS
 from hfquant.integrations.hub import MODEL_FILE, PIPELINE_FILE, is_pipeline_name
 
 #: The name of the only component of what is no pipeline.
 MODEL = "model"
 
 
-def skeletons(name: str) -> dict[str, nn.Module]:
-    """Return the models that a folder or a hub repository holds, without weights: on the meta device.
+@dataclass(frozen=True)
+class Skeleton:
+    """What a folder or a hub repository holds, without weights.
+
+    Attributes:
+        kind: class of the pipeline or of the model.
+        models: component name -> model in eval mode on the meta device; what is no pipeline has one, "model".
+    """
+
+    kind: str
+    models: dict[str, nn.Module]
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether it is a pipeline."""
+        return list(self.models) != [MODEL]
+
+    @property
+    def denoisers(self) -> list[str]:
+        """Names of the components that run at each step; what is no pipeline is quantized whole."""
+        return [name for name in DENOISERS if name in self.models] if self.is_pipeline else [MODEL]
+
+
+def skeleton(name: str) -> Skeleton:
+    """Read a folder or a hub repository, of which only configs are fetched.
 
     Args:
-        name: local folder or hub id. With a model_index.json it is a pipeline, of which only configs are read.
-
-    Returns:
-        Component name -> model in eval mode; a model that is no pipeline's is called "model".
+        name: local folder or hub id. With a model_index.json it is a pipeline.
 
     Raises:
         FileNotFoundError: no such folder, or it holds neither a pipeline nor a model.
@@ -30,7 +52,8 @@ def skeletons(name: str) -> dict[str, nn.Module]:
         OSError: the hub has no such repository, or cannot be reached.
     """
     if not is_pipeline_name(name):
-        return {MODEL: _transformers_model(name, "")}
+        model = _transformers_model(name, "")
+        return Skeleton(type(model).__name__, {MODEL: model})
     with open(_file(name, PIPELINE_FILE), encoding="utf-8") as file:
         index = json.load(file)
     found: dict[str, nn.Module] = {}
@@ -44,7 +67,7 @@ def skeletons(name: str) -> dict[str, nn.Module]:
             found[component] = _diffusers_model(name, component, class_name)
     if not found:
         raise ValueError(f"{name} has no model among its components {', '.join(index)}.")
-    return found
+    return Skeleton(str(index.get("_class_name")), found)
 
 
 def _is_model(class_name: str, diffusers: bool = False) -> bool:

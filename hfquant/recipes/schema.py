@@ -1,17 +1,10 @@
-"""Recipes: what to quantize of a family of models, how, and on which data, as one YAML file each.
-
-The files of the repository's `recipes/` are found by name; any other by its path.
-"""
+"""What a recipe says: a strict schema, of which docs/recipe.schema.json is made."""
 
 from __future__ import annotations
 
-import difflib
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from hfquant.affiner.config import AffinerConfig
@@ -65,8 +58,8 @@ class ComponentRecipe(Section):
     """
 
     config: str | dict[str, Any]
-    override: dict[str, dict[str, Any]] = {}
-    skip: dict[str, str] = {}
+    override: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    skip: dict[str, str] = Field(default_factory=dict)
     per_layer_mode: bool = False
     expected: Expected | None = None
 
@@ -77,7 +70,8 @@ class ComponentRecipe(Section):
 
     def rules(self) -> QuantRules:
         """Return the validated config, overrides and skipped layers included."""
-        return QuantRules({**parse(self.config).raw, **self.override, **dict.fromkeys(self.skip, {"enable": False})})
+        off = {glob: {"enable": False} for glob in self.skip}
+        return QuantRules({**parse(self.config).raw, **self.override, **off})
 
     def quant_config(self) -> HfQuantConfig:
         """Return what `quantize` and `from_pretrained` take."""
@@ -117,7 +111,7 @@ class CalibrationRecipe(Section):
 
     data: dict[str, Any]
     sampler: SamplerRecipe = SamplerRecipe()
-    call: dict[str, Any] = {}
+    call: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("data")
     @classmethod
@@ -159,11 +153,8 @@ class Recipe(Section):
             raise ValueError(f'{self.loads} is no pipeline: its only component is "{MODEL}"')
         if not pipeline and self.affiner is not None:
             raise ValueError(f"affiner: {self.loads} is no diffusion pipeline")
-        needing = [name for name, component in self.components.items() if component.rules().needs_data]
         if self.calibration is None and self.affiner is not None:
             raise ValueError("affiner: fitting one needs calibration data")
-        if self.calibration is None and needing:
-            raise ValueError(f"calibration: {', '.join(needing)} needs data")
         return self
 
     @property
@@ -174,39 +165,6 @@ class Recipe(Section):
     def affiner_config(self) -> AffinerConfig | None:
         """Return the validated affiner's config."""
         return None if self.affiner is None else parse_affiner(self.affiner)
-
-
-def folder() -> Path:
-    """Return where the recipes lie: within an installed package, beside it in a checkout."""
-    package = Path(__file__).parent
-    installed = package / "recipes_data"
-    return installed if installed.is_dir() else package.parent / "recipes"
-
-
-def names() -> list[str]:
-    """Return the names of the recipes that come with hfquant."""
-    return sorted(path.stem for path in folder().glob("*.yaml"))
-
-
-def load(name: str | os.PathLike[str]) -> Recipe:
-    """Return a recipe by its name, or from a YAML file.
-
-    Raises:
-        ConfigError: there is no such recipe, or the file is none; the message names the key.
-        FileNotFoundError: a path that is not there.
-    """
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = folder() / f"{name}.yaml"
-        if not path.is_file():
-            near = difflib.get_close_matches(str(name), names(), n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}"
-            raise ConfigError(f"unknown recipe {str(name)!r}; {hint}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    return parsed(content, path.name)
 
 
 def parsed(content: Any, where: str = "recipe") -> Recipe:
