@@ -25,3 +25,10 @@ def log_shown() -> Iterator[None]:
             yield
     finally:
         package.setLevel(level)
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as people write it, 1.2 GB."""
+    from rich.filesize import decimal
+
+    return decimal(round(count))

@@ -16,6 +16,7 @@ from hfquant.cli.kernels import kernels
 from hfquant.cli.plan import plan
 from hfquant.cli.quantize import quantize
 from hfquant.cli.recipe import recipe
+from hfquant.cli.report import report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,6 +42,6 @@ def main(
     """Take the options that stand before a command."""
 
 
-for command in (quantize, plan, calibrate, inspect, compare, kernels):
+for command in (quantize, plan, calibrate, inspect, compare, report, kernels):
     app.command()(command)
 app.add_typer(recipe, name="recipe")

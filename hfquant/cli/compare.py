@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,33 +39,19 @@ def compare(
     """
     call = {key: options.parsed(value) for key, value in options.pairs("--arg", arg or ()).items()}
     with errors_in_one_line(debug):
-        from hfquant.denoisers import is_pipeline
         from hfquant.integrations.hub import load
+        from hfquant.report.gather import Inputs, compared
 
         pair = [load(name, dtype, device) for name in (reference, other)]
-        if is_pipeline(pair[0]) != is_pipeline(pair[1]):
-            raise ValueError(f"{reference} and {other}: one is a pipeline, the other is not")
-        if is_pipeline(pair[0]):
-            from hfquant.report.images import compare_pipelines, save_pairs
+        inputs = Inputs(data, options.columns(column or ()), samples, seqlen, prompt or (), call, seed)
+        found = compared(pair[0], pair[1], inputs)
+        if images is not None:
+            from hfquant.report.images import PipelineComparison, save_pairs
 
-            calls = [{"prompt": text, **call} for text in prompt or ()] or [dict(call)] * min(samples, 4)
-            found: Any = compare_pipelines(pair[0], pair[1], calls, seed)
-            if images is not None:
-                save_pairs(found, images)
-        else:
-            found = _compared_models(pair, data, options.columns(column or ()), samples, seqlen, seed)
+            if not isinstance(found, PipelineComparison):
+                raise ValueError("--images: only pipelines make images")
+            save_pairs(found, images)
     _print(found, as_json)
-
-
-def _compared_models(pair: Sequence[Any], data: str | None, column: Any, samples: int, seqlen: int, seed: int) -> Any:
-    from hfquant.integrations.data import tokenizer_of, transformers_batches
-    from hfquant.report.quality import builtin_text, compare_models
-
-    source = {"dataset": data} if data is not None else {"dataset": builtin_text()}
-    spec = {**source, "column": column, "samples": samples, "seqlen": seqlen, "seed": seed, "batch_size": 1}
-    tokenizer = tokenizer_of(pair[0])
-    decode = None if tokenizer is None else tokenizer.decode
-    return compare_models(pair[0], pair[1], transformers_batches(pair[0], spec), decode)
 
 
 def _print(found: Any, as_json: bool) -> None:

@@ -9,7 +9,8 @@ import typer
 
 from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
-from hfquant.cli.output import console, print_json, print_table, size
+from hfquant.cli.output import console, print_json, print_table
+from hfquant.console import size
 
 
 def inspect(

@@ -57,10 +57,3 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str |
     for row in rows:
         table.add_row(*row)
     console().print(table)
-
-
-def size(count: float) -> str:
-    """Return a number of bytes as people write it, 1.2 GB."""
-    from rich.filesize import decimal
-
-    return decimal(round(count))

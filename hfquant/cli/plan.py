@@ -8,7 +8,8 @@ import typer
 
 from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
-from hfquant.cli.output import console, print_json, print_table, size
+from hfquant.cli.output import console, print_json, print_table
+from hfquant.console import size
 
 if TYPE_CHECKING:
     from hfquant.report.sizes import PlannedSize

@@ -11,8 +11,8 @@ import typer
 
 from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
-from hfquant.cli.output import check_empty, print_json, print_table, size, staged
-from hfquant.console import log_shown
+from hfquant.cli.output import check_empty, print_json, print_table, staged
+from hfquant.console import log_shown, size
 
 
 def quantize(

@@ -10,6 +10,7 @@ import typer
 from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.cli.output import print_json, print_table
+from hfquant.console import size
 
 recipe = typer.Typer(no_args_is_help=True, help="List, show, check and import recipes.")
 
@@ -45,17 +46,21 @@ def check(
     ] = None,
     debug: options.Debug = False,
 ) -> None:
-    """Check a recipe, and with a model whether it fits: its class, its components, every glob."""
+    """Check a recipe, and with a model whether it fits: its class, its components, every glob, what comes of it."""
     with errors_in_one_line(debug):
         from hfquant import recipes
 
         found = recipes.load(name)
-        if model is not None:
-            from hfquant.integrations.skeleton import skeleton
-            from hfquant.recipes.run import check_fits
+        typer.echo(f"{found.title}: a good recipe")
+        if model is None:
+            return
+        from hfquant.integrations.skeleton import skeleton
+        from hfquant.recipes.run import check_fits, planned
 
-            check_fits(found, skeleton(model))
-    typer.echo(f"{found.title}: fits" if model else f"{found.title}: a good recipe")
+        models = skeleton(model)
+        check_fits(found, models)
+        for component, sizes in planned(found, models).items():
+            typer.echo(f"{component}: {size(sizes.after)} of {size(sizes.before)}, {sizes.share:.1%} quantized")
 
 
 @recipe.command("import")

@@ -13,13 +13,14 @@ from typing import Any
 from torch import nn
 
 from hfquant.affiner import load_affiner
-from hfquant.api import quantize
+from hfquant.api import plan, quantize
 from hfquant.calibration import calibration_batches
 from hfquant.denoisers import is_pipeline
 from hfquant.diffusion import quantize_pipeline
 from hfquant.integrations.hub import load as load_model
 from hfquant.integrations.skeleton import MODEL, Skeleton
 from hfquant.recipes.schema import ComponentRecipe, Recipe
+from hfquant.report.sizes import PlannedSize, planned_size
 from hfquant.report.stored import REPORT_FILE
 from hfquant.schema import ConfigError
 
@@ -43,6 +44,19 @@ def check_fits(recipe: Recipe, found: Skeleton) -> None:
                 raise ConfigError(
                     f"components.{name}: {glob!r} matches no module of {type(found.models[name]).__name__}"
                 )
+
+
+def planned(recipe: Recipe, found: Skeleton, width: int = 2) -> dict[str, PlannedSize]:
+    """Return the size of each component before and after, without reading weights.
+
+    Args:
+        recipe: one that fits.
+        found: the model's configs.
+        width: bytes of a float in full precision.
+    """
+    models = {name: found.models[name] for name in recipe.components}
+    plans = {name: plan(models[name], part.quant_config()) for name, part in recipe.components.items()}
+    return {name: planned_size(models[name], plans[name], width) for name in models}
 
 
 def quantize_by(
