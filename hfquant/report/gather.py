@@ -14,6 +14,7 @@ import torch
 
 from hfquant.affiner import BlockwiseAffiner
 from hfquant.calibration.batches import forward
+from hfquant.console import counted
 from hfquant.denoisers import is_pipeline
 from hfquant.integrations.data import tokenizer_of, transformers_batches
 from hfquant.integrations.hub import load
@@ -133,4 +134,4 @@ def _machine(model: Any) -> str:
         name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{name}, {counted(torch.get_num_threads(), 'thread')}"
