@@ -182,8 +182,8 @@ class TestInABrowser:
           const inner = frame.contentDocument; inner.open();
           inner.write("<!doctype html>" + source);
           inner.close();
-          result.wide = [...inner.querySelectorAll("*")].filter((e) => !e.closest(".wide") &&
-            e.getBoundingClientRect().right > inner.documentElement.clientWidth).map((e) => e.tagName + "." + e.className);
+          const beyond = (e) => e.getBoundingClientRect().right > inner.documentElement.clientWidth;
+          result.wide = [...inner.querySelectorAll("*")].filter((e) => !e.closest(".wide") && beyond(e)).map(String);
           result.overflow = inner.documentElement.scrollWidth - inner.documentElement.clientWidth;
           result.names = [...inner.querySelectorAll("button, input, select")].every((e) =>
             e.getAttribute("aria-label") || e.textContent.trim() || e.closest("label"));
