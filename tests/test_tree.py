@@ -17,6 +17,7 @@ ELSEWHERE = {
     "calibration/model_inputs.py": "calibration/test_streams.py",
     "calibration/provenance.py": "calibration/test_generate.py",
     "cli/__init__.py": "cli/test_calibrate.py",
+    "cli/demo.py": "cli/test_recipe.py",
     "cli/errors.py": "cli/test_calibrate.py",
     "cli/options.py": "cli/test_quantize.py",
     "cli/output.py": "cli/test_quantize.py",

@@ -83,7 +83,22 @@ class TestImport:
 def test_help_needs_no_torch():
     code = "import sys; from hfquant.cli import app; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-    for command in ("quantize", "plan", "calibrate", "inspect", "compare", "report", "kernels", "recipe"):
+    for command in ("quantize", "plan", "calibrate", "inspect", "compare", "report", "kernels", "demo", "recipe"):
         result = CliRunner().invoke(app, [command, "--help"])
         assert result.exit_code == 0
         assert "Usage" in result.output
+
+
+def test_the_demo_says_what_it_lacks(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert 'pip install "hfquant[demo]"' in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_gets_its_folder(monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr("hfquant.demo.__main__.main", called.append)
+    assert CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out")]).exit_code == 0
+    assert called == [["--out", str(tmp_path / "out")]]
