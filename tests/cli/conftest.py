@@ -23,18 +23,22 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
+def make_llama(path: Path, width: int = 32) -> Path:
+    """Write a tiny Llama with a tokenizer of words."""
     torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": 3 * width // 2, "vocab_size": len(WORDS)}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, vocab_size=len(WORDS), **heads)).save_pretrained(
-        path
-    )
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens)).save_pretrained(path)
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture
