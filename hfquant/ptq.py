@@ -184,7 +184,7 @@ def _prepared(
     with group.together():
         cache = None
         if settings.resume_dir is not None:
-            mode = (settings.per_layer_mode, facts.prefix, digest_of(*(data or ())))
+            mode = (settings.per_layer_mode, facts.prefix, digest_of(*(() if data is None else data)))
             cache = Cache.open(settings.resume_dir, digest_of(group.gather(digest_of(mode))))
     budget = min(group.gather(settings.memory_budget or free_memory() // (4 * group.on_this_machine)))
     shard = _shard(data, group)

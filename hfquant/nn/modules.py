@@ -62,19 +62,33 @@ def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def quantized_share(
+    model: nn.Module, layers: Mapping[str, int], uncounted: Collection[str] = ()
+) -> tuple[float, list[str]]:
+    """Return the share of the parameters in matrices that are quantized, and the largest matrices that are not.
+
+    Args:
+        model: quantized or still to be, perhaps on the meta device.
+        layers: the weights of each quantized layer, by name.
+        uncounted: names of modules that do not count, beside embeddings (output heads).
+    """
+    quantized = sum(layers.values())
+    aside = [m for n, m in model.named_modules() if n in uncounted or isinstance(m, nn.Embedding)]
+    excluded = {id(p) for module in aside for p in module.parameters()}
+    excluded |= {id(getattr(model.get_submodule(name), "weight", None)) for name in layers}
+    kept = [(n, p.numel()) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in excluded]
+    share = quantized / max(quantized + sum(size for _, size in kept), 1)
+    return share, [name for name, _ in sorted(kept, key=lambda item: -item[1])[:3]]
+
+
 def log_share(model: nn.Module, uncounted: Collection[str] = ()) -> None:
     """Log what share of the model's matrices was quantized, embeddings and ``uncounted`` aside; warn below 80 %."""
-    layers = quant_linears(model).values()
-    quantized = sum(layer.in_features * layer.out_features for layer in layers)
-    aside = [m for n, m in model.named_modules() if n in uncounted or isinstance(m, nn.Embedding)]
-    excluded = {id(p) for module in aside for p in module.parameters()} | {id(layer.weight) for layer in layers}
-    kept = [(n, p) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in excluded]
-    share = quantized / (quantized + sum(p.numel() for _, p in kept))
-    largest = ", ".join(n for n, _ in sorted(kept, key=lambda item: -item[1].numel())[:3])
+    layers = {name: layer.in_features * layer.out_features for name, layer in quant_linears(model).items()}
+    share, largest = quantized_share(model, layers, uncounted)
     logger.log(
         logging.INFO if share >= 0.8 else logging.WARNING,
         "%s quantized, %.0f %% of the parameters in matrices%s",
         counted(len(layers), "linear"),
         100 * share,
-        f"; the largest left: {largest}" if kept else "",
+        f"; the largest left: {', '.join(largest)}" if largest else "",
     )
