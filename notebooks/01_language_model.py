@@ -91,14 +91,12 @@ for name, model in (("full", full), ("rounded", rounded), ("calibrated", calibra
 # %% [markdown]
 # ## Save, load, push
 #
-# The folder is a plain checkpoint with a model card; `import hfquant` comes before it is loaded.
+# The folder is a plain checkpoint with a model card and the tokenizer; `import hfquant` comes before it is loaded.
 
 # %%
-calibrated.save_pretrained("quantized")
-tokenizer.save_pretrained("quantized")
+hfquant.save_pretrained(calibrated, "quantized")
 again = AutoModelForCausalLM.from_pretrained("quantized", dtype=torch.float32).to(device)
 assert torch.equal(again(**question).logits, calibrated(**question).logits)
 if push_to:
-    calibrated.push_to_hub(push_to)
-    tokenizer.push_to_hub(push_to)
+    hfquant.push_to_hub(calibrated, push_to)
 hfquant.__version__

@@ -105,4 +105,4 @@ show(after, f"{preset} with the affiner")
 pipe.save_pretrained("quantized")
 affiner.save_pretrained("quantized/affiner")
 again = hfquant.affiner.load_pipeline(type(pipe), "quantized")
-again.affiner is not None
+assert again.affiner is not None

@@ -84,7 +84,9 @@ def quantize(
         shutil.rmtree(resume, ignore_errors=True)
         summary = _summary(out, time.perf_counter() - start)
         if push is not None:
-            loaded.push_to_hub(push, private=private)
+            from hfquant.integrations.sharing import push_to_hub
+
+            push_to_hub(loaded, push, private=private)
             summary["pushed to"] = push
     if as_json:
         print_json(summary)

@@ -79,14 +79,15 @@ def set_quantized(model: PreTrainedModel, quantized: bool) -> None:
     # What a config takes from its file under this name it keeps under another, so what is set here only gets saved.
     if quantized:
         model.config.experts_implementation = NEEDS_HFQUANT
-    elif "experts_implementation" in vars(model.config):
-        del model.config.experts_implementation
+    else:
+        drop_needs_hfquant(model.config)
 
 
 def drop_needs_hfquant(config: Any) -> None:
-    """Leave the choice of experts to the library in a config read from a quantized checkpoint."""
+    """Leave the choice of experts to the library, in a config read from a quantized checkpoint or a model's own."""
     if config._experts_implementation == NEEDS_HFQUANT:
         config._experts_implementation = None
+    vars(config).pop("experts_implementation", None)
 
 
 def allow_needs_hfquant() -> None:

@@ -18,6 +18,7 @@ from hfquant.calibration import calibration_batches
 from hfquant.denoisers import is_pipeline
 from hfquant.diffusion import quantize_pipeline
 from hfquant.integrations.hub import load as load_model
+from hfquant.integrations.sharing import save_pretrained
 from hfquant.integrations.skeleton import MODEL, Skeleton
 from hfquant.recipes.schema import ComponentRecipe, Recipe
 from hfquant.report.sizes import PlannedSize, planned_size
@@ -134,7 +135,7 @@ def save(loaded: Any, folder: Path, affiner: Any = None) -> None:
         folder: to write to.
         affiner: of a pipeline; None for none.
     """
-    loaded.save_pretrained(folder)
+    save_pretrained(loaded, folder)
     parts = loaded.components.items() if is_pipeline(loaded) else [("", loaded)]
     for name, part in parts:
         report = getattr(part, "quant_report", None)
