@@ -332,7 +332,9 @@ def test_config_json_is_enough_and_holds_nothing_else(checkpoint, tmp_path):
         "per_layer_mode",
         "layers",
         "skipped",
+        "provenance",
     }
+    assert stored["provenance"] == {"class": "list", "batches": 1}
     assert stored["quant_method"] == "hfquant"
     assert stored["config"] == PRESETS["w8a8"]
     assert stored["modules_to_not_convert"] is None
