@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import xxhash
 from accelerate.utils import align_module_device
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hfquant.calibration.batches import CalibrationData, CalibrationError, samples
@@ -25,7 +25,8 @@ from hfquant.digests import digest_of, update_with_weights
 from hfquant.distributed import Processes, processes
 from hfquant.folding import Folding, find_folding
 from hfquant.memory import free_memory, release_free_memory
-from hfquant.nn.linear import QuantLinear
+from hfquant.nn.kinds import kind_of
+from hfquant.nn.linear import QuantLayer
 from hfquant.nn.modules import log_share, quant_linears, replace_modules
 from hfquant.observe import observe
 from hfquant.planner import EXCLUDED, SWITCHED_OFF, LayerPlan, ModelFacts, Plan, plan_layers
@@ -98,11 +99,24 @@ class Run:
     folding: Folding = field(default_factory=Folding)
     seen: dict[str, LayerStats] = field(default_factory=dict)
 
-    def linear(self, name: str) -> nn.Linear:
+    def module(self, name: str) -> nn.Module:
         """Return a layer that is not replaced yet."""
-        linear = self.model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        return linear
+        return self.model.get_submodule(name)
+
+    def matrix(self, name: str) -> Tensor:
+        """Return its float matrix [out, in], divisors folded in; it must be aligned."""
+        module = self.module(name)
+        kind = kind_of(module)
+        assert kind is not None
+        return self.folding.weight(name, kind.matrix(module.get_parameter("weight").detach()))
+
+    def quantized(self, name: str, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantLayer:
+        """Return the quantized layer of solved tensors; the float one must be aligned."""
+        module = self.module(name)
+        kind = kind_of(module)
+        assert kind is not None
+        bias = self.folding.bias(name, module._parameters.get("bias"))
+        return kind.from_tensors(plan, tensors, bias, module)
 
 
 def quantize(
@@ -113,7 +127,7 @@ def quantize(
     facts: ModelFacts | None = None,
     finish: Callable[[Applied], None] = lambda applied: None,
 ) -> Applied:
-    """Quantize the linears of ``model`` in place; where that fails the model is left as it was.
+    """Quantize the layers of ``model`` in place; where that fails the model is left as it was.
 
     Args:
         model: any module.
@@ -126,7 +140,7 @@ def quantize(
     Raises:
         ConfigError: the config does not fit a layer.
         CalibrationError: data is missing, empty, or has NaN or Inf.
-        ValueError: the model is already quantized, has no linears, or differs from another process'.
+        ValueError: the model is already quantized, has no layers, or differs from another process'.
         RuntimeError: it failed in another process, which the message names with its cause.
     """
     settings, facts = settings or Settings(), facts or ModelFacts()
@@ -137,7 +151,7 @@ def quantize(
     with log_shown() if settings.verbose else nullcontext(), sharing as group:
         run = _prepared(model, loader, rules, settings, facts, group)
         if not run.plan.layers:
-            logger.warning("%s: every linear is switched off or skipped; nothing is quantized", type(model).__name__)
+            logger.warning("%s: every layer is switched off or skipped; nothing is quantized", type(model).__name__)
             return Applied(run.plan, QuantReport([], run.plan.skipped))
         return _applied(_folded(run), settings.verbose, finish)
 
@@ -156,7 +170,9 @@ def _prepared(
             example = samples(data.first)[0]
         plan = plan_layers(model, rules, settings.not_convert, example, facts)
         if not plan.layers and not {EXCLUDED, SWITCHED_OFF} & set(plan.skipped.values()):
-            raise ValueError(f"{type(model).__name__} has nothing to quantize: {plan.skipped or 'no nn.Linear'}")
+            raise ValueError(
+                f"{type(model).__name__} has nothing to quantize: {plan.skipped or 'no layer of a kind that can be'}"
+            )
         needing = [name for name, layer in plan.layers.items() if layer.config.needs_data]
         if needing and data is None:
             more = f" (and {len(needing) - 1} more)" if len(needing) > 1 else ""
@@ -227,8 +243,8 @@ def _folded(run: Run) -> Run:
 
 def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Applied:
     """Solve all layers, then swap them in and finish, in one step that is undone whole."""
-    originals: dict[str, nn.Module] = {name: run.linear(name) for name in run.plan.layers}
-    layers: dict[str, QuantLinear] = {}
+    originals: dict[str, nn.Module] = {name: run.module(name) for name in run.plan.layers}
+    layers: dict[str, QuantLayer] = {}
     sources = run.folding.sources(run.model, run.plan)
     originals |= {name: run.model.get_submodule(name) for name in sources}
     handles: list[Any] = []
@@ -288,7 +304,7 @@ def block_of(name: str) -> str:
     return found.group() if found else name.rpartition(".")[0]
 
 
-def _solve_group(run: Run, names: Sequence[str]) -> Iterator[tuple[str, QuantLinear, LayerReport]]:
+def _solve_group(run: Run, names: Sequence[str]) -> Iterator[tuple[str, QuantLayer, LayerReport]]:
     """Observe the layers of a group in one pass over the data, then solve them, each in one of the processes."""
     group, layers = run.group, {name: run.plan.layers[name] for name in names}
     with group.together():
@@ -301,7 +317,7 @@ def _solve_group(run: Run, names: Sequence[str]) -> Iterator[tuple[str, QuantLin
     if needs and not stats:
         stats = _observed(run, needs, {n: owners[n] for n in needs})
 
-    def solved() -> Iterator[tuple[str, QuantLinear, LayerReport]]:
+    def solved() -> Iterator[tuple[str, QuantLayer, LayerReport]]:
         for name in names:
             if owners[name] == group.rank:
                 yield name, *_solve_layer(run, name, stats.pop(name, None), known.get(name))
@@ -317,11 +333,11 @@ def _solve_group(run: Run, names: Sequence[str]) -> Iterator[tuple[str, QuantLin
         if name in mine:
             yield name, *mine[name]
             continue
-        linear = run.linear(name)
-        with align_module_device(linear):
-            tensors = {key: tensor.to(linear.weight.device) for key, tensor in tensors.items()}
-            bias = run.folding.bias(name, linear.bias)
-            yield name, QuantLinear.from_tensors(layer_plan, tensors, bias), report
+        module = run.module(name)
+        with align_module_device(module):
+            device = module.get_parameter("weight").device
+            tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
+            yield name, run.quantized(name, layer_plan, tensors), report
 
 
 def _observed(run: Run, needs: Mapping[str, Collection[str]], owners: Mapping[str, int]) -> dict[str, LayerStats]:
@@ -329,13 +345,13 @@ def _observed(run: Run, needs: Mapping[str, Collection[str]], owners: Mapping[st
     stats: dict[str, LayerStats] = {}
     with run.group.together():
         if run.data is not None:
-            linears = {n: run.linear(n) for n in needs}
+            modules = {n: run.module(n) for n in needs}
             stats = observe(
                 run.model,
-                linears,
+                modules,
                 run.data,
                 needs,
-                options=run.facts.options(linears.values()),
+                options=run.facts.options(modules.values()),
                 stop_early=run.per_layer_mode,
                 shard=run.shard,
             )
@@ -347,10 +363,10 @@ def _known(run: Run, names: Sequence[str]) -> dict[str, Solution]:
     """Return the layers that an interrupted run solved."""
     known = {}
     for name in names if run.cache is not None else ():
-        linear, plan = run.linear(name), run.plan.layers[name]
-        with align_module_device(linear):
+        plan = run.plan.layers[name]
+        with align_module_device(run.module(name)):
             assert run.cache is not None
-            weight = run.folding.weight(name, linear.weight.detach())
+            weight = run.matrix(name)
             solution = run.cache.find(name, run.cache.key(name, weight, plan), plan)
         if solution is not None:
             known[name] = solution
@@ -359,18 +375,19 @@ def _known(run: Run, names: Sequence[str]) -> dict[str, Solution]:
 
 def _solve_layer(
     run: Run, name: str, stats: LayerStats | None, known: Solution | None
-) -> tuple[QuantLinear, LayerReport]:
-    linear, plan = run.linear(name), run.plan.layers[name]
+) -> tuple[QuantLayer, LayerReport]:
+    module, plan = run.module(name), run.plan.layers[name]
     start = time.perf_counter()
     # Offloaded weights are fetched for the moment.
-    with align_module_device(linear), torch.no_grad():
-        weight, stats = run.folding.weight(name, linear.weight.detach()), run.folding.stats(name, stats)
-        if linear.bias is not None:
-            check_finite(name, "biases", linear.bias)
-        solution = known or solve(name, weight, plan, stats, linear.weight.dtype)
+    with align_module_device(module), torch.no_grad():
+        weight, stats = run.matrix(name), run.folding.stats(name, stats)
+        bias = module._parameters.get("bias")
+        if bias is not None:
+            check_finite(name, "biases", bias)
+        solution = known or solve(name, weight, plan, stats, module.get_parameter("weight").dtype)
         if run.cache is not None and known is None:
             run.cache.store(name, run.cache.key(name, weight, plan), solution)
-        layer = QuantLinear.from_tensors(solution.plan, solution.tensors, run.folding.bias(name, linear.bias))
+        layer = run.quantized(name, solution.plan, solution.tensors)
         seconds = time.perf_counter() - start
         report = layer_report(name, weight, solution, layer, stats, seconds)
     release_free_memory()

@@ -2,7 +2,7 @@
 
 A model loaded without hfquant imported must fail, not run on garbage. transformers merely logs an unknown method and
 goes on, and takes any tensor named ``weight`` of the right shape; so codes have a leading dimension of 1 on disk,
-which no plain ``nn.Linear`` accepts.
+one more than the weight of the float module has.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from hfquant.console import counted
 from hfquant.integrations.compat import is_marked_initialized, mark_initialized
 from hfquant.integrations.config import HfQuantConfig
-from hfquant.nn.linear import QuantLinear
+from hfquant.nn.kinds import kind_of, layers_in
+from hfquant.nn.linear import QuantLayer
 from hfquant.nn.modules import quant_linears, replace_modules
 from hfquant.planner import LayerPlan, ModelFacts, Plan, layer_plan, matches
 
@@ -32,21 +33,19 @@ class CheckpointError(ValueError):
 def stored_plans(
     model: nn.Module, config: HfQuantConfig, facts: ModelFacts, stored_names: Collection[str] | None = None
 ) -> dict[str, LayerPlan]:
-    """Return the plan of each quantized linear of ``model`` (still float, perhaps on meta) by its checkpoint's config.
+    """Return the plan of each quantized layer of ``model`` (still float, perhaps on meta) by its checkpoint's config.
 
     Args:
         model: the model to load into.
         config: as read from the checkpoint's config.json.
         facts: of the model.
-        stored_names: of the checkpoint's tensors; a linear with none among them is left out. None: all must be there.
+        stored_names: of the checkpoint's tensors; a layer with none among them is left out. None: all must be there.
 
     Raises:
         ConfigError: the stored plan does not fit the model.
     """
     plans = {}
-    for name, linear in model.named_modules():
-        if type(linear) is not nn.Linear:
-            continue
+    for name in layers_in(model):
         names = facts.aliases(name)
         if stored_names is not None and not any(f"{n}.weight" in stored_names for n in names):
             continue
@@ -54,19 +53,19 @@ def stored_plans(
         rule = config.rules.resolve(*names)
         if rule.enable and not left:
             stored = next((config.layers[n] for n in names if n in config.layers), None)
-            plans[name] = layer_plan(name, linear, rule, stored)
+            plans[name] = layer_plan(name, model.get_submodule(name), rule, stored)
     return plans
 
 
 def warn_if_empty(model: nn.Module, plan: Plan) -> None:
     """Log one line where loading has nothing to quantize: a pipeline may load all parts with one config."""
     if not plan.layers:
-        why = plan.skipped or "no nn.Linear"
+        why = plan.skipped or "no layer that can be"
         logger.warning("%s has nothing to quantize (%s): it stays in full precision", type(model).__name__, why)
 
 
 def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: bool) -> None:
-    """Replace linears by empty QuantLinears on the meta device.
+    """Replace float layers by empty quantized ones on the meta device.
 
     Args:
         model: changed in place.
@@ -75,16 +74,17 @@ def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: boo
     """
     replacements: dict[nn.Module, nn.Module] = {}
     for name, plan in plans.items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        layer = QuantLinear(plan, linear.bias is not None, "meta", linear.weight.dtype)
+        module = model.get_submodule(name)
+        kind = kind_of(module)
+        assert kind is not None
+        layer = kind.replacing(module, plan)
         if on_disk:
             layer.weight = nn.Parameter(layer.codes_on_disk(), requires_grad=False)
         # transformers initializes what is not marked, modules and tensors that stay on disk alike, and codes have no
         # random initialization. A tensor that is missing is replaced by one without the mark.
         for marked in (layer, *layer.parameters(), *layer.buffers()):
             mark_initialized(marked)
-        replacements[linear] = layer
+        replacements[module] = layer
     replace_modules(model, replacements)
 
 
@@ -106,7 +106,7 @@ def tensor_names(files: Iterable[str | Path]) -> set[str]:
 
 
 def check_names(model: nn.Module, names: Iterable[str]) -> None:
-    """Check that a checkpoint has no tensor of a quantized linear that the linear's plan does not explain.
+    """Check that a checkpoint has no tensor of a quantized layer that the linear's plan does not explain.
 
     Args:
         model: with its QuantLinears in place.
@@ -124,13 +124,13 @@ def check_names(model: nn.Module, names: Iterable[str]) -> None:
             left.append(name)
     if left:
         raise CheckpointError(
-            f"the checkpoint has {_listed(sorted(left))} of quantized linears that its config does not explain: "
+            f"the checkpoint has {_listed(sorted(left))} of quantized layers that its config does not explain: "
             "another config wrote these weights"
         )
 
 
 def check_loaded(model: nn.Module, on_disk: bool) -> None:
-    """Check that every tensor of every QuantLinear came from the checkpoint, with the shape and dtype of its plan.
+    """Check that every tensor of every quantized layer came from the checkpoint, with the shape and dtype of its plan.
 
     transformers fills missing tensors with garbage and casts to the dtype it expects.
 
@@ -144,10 +144,9 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
     missing: list[str] = []
     for name, layer in quant_linears(model).items():
         spec = {key: (shape, dtype) for key, (shape, dtype) in layer.plan.tensors().items()}
-        spec["bias"] = (layer.out_features,), None
+        spec["bias"] = (layer.plan.out_features,), None
         if on_disk:
-            shape, dtype = spec["weight"]
-            spec["weight"] = (1, *shape), layer.format.disk_dtype
+            spec["weight"] = layer.disk_form
         for key, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
             if tensor.device.type == "meta":  # offloaded to disk
                 continue
@@ -165,7 +164,7 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
         raise missing_tensors(missing)
 
 
-def check_values(name: str, layer: QuantLinear) -> None:
+def check_values(name: str, layer: QuantLayer) -> None:
     """Check that a loaded layer's scales are finite and positive, and its other floats finite.
 
     Codes, zero points and the bytes of scales in two levels have no value that is out of range.
@@ -185,8 +184,8 @@ def check_values(name: str, layer: QuantLinear) -> None:
 
 
 def missing_tensors(names: Sequence[str]) -> CheckpointError:
-    """Return the error that says which tensors of quantized linears a checkpoint lacks."""
-    return CheckpointError(f"the checkpoint lacks {_listed(names)} of quantized linears")
+    """Return the error that says which tensors of quantized layers a checkpoint lacks."""
+    return CheckpointError(f"the checkpoint lacks {_listed(names)} of quantized layers")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -202,7 +201,7 @@ def finish_loading(model: nn.Module) -> None:
     """
     for name, layer in quant_linears(model).items():
         # Offloaded weights stay as they are on disk; forward takes both forms.
-        if layer.weight.device.type != "meta" and layer.weight.dim() == 3:
+        if layer.weight.device.type != "meta" and layer.weight.dim() > layer.plan.rank:
             layer.set_tensor("weight", layer.weight.data)
         check_values(name, layer)
         for param in layer.parameters(recurse=False):
@@ -218,21 +217,23 @@ def needs_no_data(plan: Plan) -> None:
         raise CalibrationError(f"layer {needing!r} needs calibration data, which quantizing while loading has not got")
 
 
-def codes_on_disk(state_dict: Mapping[str, Tensor], formats: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Return ``state_dict`` with the codes of quantized linears as they are stored: [1, out, ...] of the disk's dtype.
+def codes_on_disk(
+    state_dict: Mapping[str, Tensor], forms: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> dict[str, Tensor]:
+    """Return ``state_dict`` with the codes of quantized layers as they are stored.
 
     Args:
         state_dict: of the model.
-        formats: the quantized linears' names, and the dtype of their codes on disk.
+        forms: as :func:`disk_forms` gives them.
     """
     changed = {
-        key: state_dict[key].view(1, *state_dict[key].shape[-2:]).view(dtype)
-        for name, dtype in formats.items()
+        key: state_dict[key].view(shape).view(dtype)
+        for name, (shape, dtype) in forms.items()
         if (key := f"{name}.weight") in state_dict
     }
     return {**state_dict, **changed}
 
 
-def disk_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """Return the dtype on disk of each quantized linear's codes, by the linear's name."""
-    return {name: layer.format.disk_dtype for name, layer in quant_linears(model).items()}
+def disk_forms(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype on disk of each quantized layer's codes, by the layer's name."""
+    return {name: layer.disk_form for name, layer in quant_linears(model).items()}

@@ -15,7 +15,7 @@ from hfquant.integrations.checkpoint import (
     check_loaded,
     check_names,
     codes_on_disk,
-    disk_dtypes,
+    disk_forms,
     finish_loading,
     install_empty,
     needs_no_data,
@@ -34,7 +34,8 @@ from hfquant.integrations.compat import (
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import check_data, transformers_batches
 from hfquant.integrations.facts import facts_of
-from hfquant.nn.linear import QuantLinear
+from hfquant.nn.kinds import kind_of
+from hfquant.nn.linear import QuantLayer
 from hfquant.nn.modules import dequantized, log_share, quant_linears, replace_modules
 from hfquant.planner import Plan, plan_layers
 from hfquant.solver import solve
@@ -107,8 +108,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         """
         name, _, tensor = param_name.rpartition(".")
         if self.pre_quantized:
-            return isinstance(model.get_submodule(name), QuantLinear)
-        return tensor == "weight" and isinstance(model.get_submodule(name), QuantLinear)
+            return isinstance(model.get_submodule(name), QuantLayer)
+        return tensor == "weight" and isinstance(model.get_submodule(name), QuantLayer)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """No cast for codes and scales: one of the wrong dtype must be seen."""
@@ -146,9 +147,9 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             # transformers reads an offloaded tensor itself, in whatever shape it has: on disk the right one.
             if layer.weight.is_meta and hasattr(model, "hf_device_map"):
                 codes = load_offloaded_parameter(model, f"{name}.weight")
-                if codes.dim() == 2:
+                if codes.dim() == layer.plan.rank:
                     state_dict[f"{name}.weight"] = codes
-        return codes_on_disk(state_dict, disk_dtypes(model)), {}
+        return codes_on_disk(state_dict, disk_forms(model)), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
         # transformers passes config.dtype, which is a string once the model has been saved.
@@ -168,7 +169,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
 
 
 class QuantizeWeight(ConversionOps):
-    """One float weight of a checkpoint to the tensors of its QuantLinear (already in the model, on meta)."""
+    """One float weight of a checkpoint to the tensors of its quantized layer (already in the model, on meta)."""
 
     def __init__(self, quantizer: HfQuantTransformersQuantizer) -> None:
         self.quantizer = quantizer
@@ -183,7 +184,7 @@ class QuantizeWeight(ConversionOps):
         for key, value in input_dict.items():
             name, weight = key.removesuffix(".weight"), value[0] if isinstance(value, list) else value
             layer = model.get_submodule(name)
-            if not isinstance(layer, QuantLinear):
+            if not isinstance(layer, QuantLayer):
                 converted[key] = weight
                 continue
             try:
@@ -204,27 +205,26 @@ class QuantizeWeight(ConversionOps):
         return converted
 
 
-def _quantized(name: str, layer: QuantLinear, weight: Tensor) -> dict[str, Tensor]:
-    expected = (layer.out_features, layer.in_features)
-    if tuple(weight.shape) != expected:
-        raise CheckpointError(f"{name}.weight: expected shape {expected}, got {tuple(weight.shape)}")
-    tensors = solve(name, weight, layer.plan, None).tensors
-    solved = QuantLinear.from_tensors(layer.plan, tensors, None)
-    return {f"{name}.{key}": getattr(solved, key) for key in tensors}
+def _quantized(name: str, layer: QuantLayer, weight: Tensor) -> dict[str, Tensor]:
+    expected = layer.float_shape
+    if weight.shape != expected:
+        raise CheckpointError(f"{name}.weight: expected shape {tuple(expected)}, got {tuple(weight.shape)}")
+    tensors = solve(name, layer.matrix(weight), layer.plan, None).tensors
+    return {f"{name}.{key}": layer.stored(key, tensor) for key, tensor in tensors.items()}
 
 
 def _quantize_late(model: PreTrainedModel, plan: Plan) -> None:
     """The weights that loading left in float: tied ones, and some of those that came fused with others."""
     for name, layer_plan in plan.layers.items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        if not linear.weight.is_floating_point():
+        module = model.get_submodule(name)
+        kind = kind_of(module)
+        if kind is None:  # quantized as it arrived
             continue
-        solved = solve(name, linear.weight.detach(), layer_plan, None)
-        layer = QuantLinear.from_tensors(solved.plan, solved.tensors, linear.bias)
+        solved = solve(name, kind.matrix(module.get_parameter("weight").detach()), layer_plan, None)
+        layer = kind.from_tensors(solved.plan, solved.tensors, module._parameters.get("bias"), module)
         for tensor in [*layer.parameters(), *layer.buffers()]:
             mark_initialized(tensor)
-        replace_modules(model, {linear: layer})
+        replace_modules(model, {module: layer})
 
 
 def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
@@ -244,7 +244,7 @@ def _untie(model: PreTrainedModel) -> None:
     kept = {
         key: other
         for key, other in tied.items()
-        if not any(isinstance(model.get_submodule(k.rpartition(".")[0]), QuantLinear) for k in (key, other))
+        if not any(isinstance(model.get_submodule(k.rpartition(".")[0]), QuantLayer) for k in (key, other))
     }
     # Where other weights stay tied (an encoder's and a decoder's embedding) the switch must stay on.
     if len(kept) < len(tied) and not kept:
