@@ -111,7 +111,7 @@ class WeightQuant(_Quant):
 #: (``{"<glob>": {"enable": True}}``), and what they are.
 OPTIONAL = {
     "autoencoder_convs": "a convolution of an autoencoder",
-    "edge_convs": "a convolution between the model and its images or latents",
+    "edge_convs": "a convolution that reads or writes few channels, at an end of the model",
     "embeddings": "an embedding",
     "output_heads": "the model's output head",
 }

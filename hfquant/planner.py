@@ -24,6 +24,7 @@ from hfquant.enums import SegPattern
 from hfquant.folding import Fold, plan_folds
 from hfquant.formats import GridRule, InputRule, split_columns
 from hfquant.nn.kinds import kind_of, layers_in, refusal, size_of
+from hfquant.ties import configs_together, tied_groups
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class ModelFacts:
 
     Attributes:
         skipped: names of layers that stay in full precision unless asked for, and why.
+        tied: names of modules whose weight is that of another once it is loaded, and the other.
         optional: names of layers, and what a config's ``include`` has to name for them to be quantized.
         prefix: a name without it means the same module (transformers' ``base_model_prefix``).
         example: gives inputs for pattern detection, or None where they are not known.
@@ -48,6 +50,7 @@ class ModelFacts:
     """
 
     skipped: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
     optional: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     example: Callable[[], Any] = lambda: None
@@ -74,6 +77,7 @@ class LayerPlan:
         dual: for each input segment, whether its activations get a second scale for the negative side.
         folded: whether the transform's divisor goes into what comes before the layer (:mod:`hfquant.folding`).
         rank: number of dimensions of the float weight, which the codes have too.
+        tied: the layer whose codes and weight scales it shares; "" where it has its own.
         evidence: why, for people.
     """
 
@@ -85,6 +89,7 @@ class LayerPlan:
     dual: tuple[bool, ...]
     folded: bool = False
     rank: int = 2
+    tied: str = ""
     evidence: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -166,6 +171,8 @@ class LayerPlan:
             found["dual"] = list(self.dual)
         if self.folded:
             found["folded"] = True
+        if self.tied:
+            found["tied"] = self.tied
         return found
 
     def without_data(self) -> LayerPlan:
@@ -201,6 +208,9 @@ def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mappin
     folded = stored.pop("folded", False)
     if type(folded) is not bool:
         raise ConfigError(f"layer {name!r}: folded={folded!r} in the stored plan is neither True nor False")
+    tied = stored.pop("tied", "")
+    if not isinstance(tied, str):
+        raise ConfigError(f"layer {name!r}: tied={tied!r} in the stored plan is no name")
     if odd := {k: v for k, v in stored.items() if not isinstance(v, (list, tuple))}:
         raise ConfigError(f"layer {name!r}: expected lists in the stored plan, got {odd}")
     inputs = tuple(stored.pop("input_segments", (in_features,)))
@@ -219,7 +229,7 @@ def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mappin
             f"layer {name!r}: dual scale needs an input_quant.type of at most 15 bits, not {quant and quant.type}"
         )
     rank = module.get_parameter("weight").dim()
-    return LayerPlan(config, in_features, out_features, inputs, outputs, dual, folded, rank)
+    return LayerPlan(config, in_features, out_features, inputs, outputs, dual, folded, rank, tied)
 
 
 def _can_be_dual(config: LayerConfig) -> bool:
@@ -273,22 +283,6 @@ def matches(names: Iterable[str], keys: Collection[str]) -> bool:
     return any(f".{key}." in f".{name}." or fnmatchcase(name, key) for name in names for key in keys)
 
 
-def shared_weights(model: nn.Module) -> dict[str, str]:
-    """Return the modules whose parameters are those of another module too, and why they stay in full precision."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for param in module._parameters.values():
-            if param is not None:
-                owners.setdefault(id(param), []).append(name)
-    shared = [list(dict.fromkeys(names)) for names in owners.values()]
-    return {
-        name: f"its weight is tied to {next(other for other in reversed(names) if other != name)}"
-        for names in shared
-        if len(names) > 1
-        for name in names
-    }
-
-
 def plan_layers(
     model: nn.Module,
     rules: QuantRules,
@@ -310,7 +304,7 @@ def plan_layers(
         ConfigError: the config is invalid, or does not fit a layer.
     """
     facts = facts or ModelFacts()
-    chosen, skipped = _chosen(model, rules, not_convert, facts)
+    chosen, skipped, ties = _chosen(model, rules, not_convert, facts)
     traces = _traces(model, chosen, example, facts)
     # Where no forward was watched the source code says what it can.
     obstacles = {n: t.obstacle for n, t in traces.items() if t.obstacle} if traces else obstacles_in_source(model)
@@ -321,16 +315,22 @@ def plan_layers(
     folds = plan_folds(model, chosen, traces)
     folded = {name: fold.source.module for fold in folds for name in fold.readers}
     layers = {n: _with_trace(n, model.get_submodule(n), chosen[n], traces.get(n), folded.get(n)) for n in order}
+    layers = {n: replace(p, tied=ties[n]) if ties.get(n) in layers else p for n, p in layers.items()}
     _log_cuts(type(model).__name__, layers)
     return Plan(layers, skipped, tuple(folds))
 
 
 def _chosen(
     model: nn.Module, rules: QuantRules, not_convert: Collection[str], facts: ModelFacts
-) -> tuple[dict[str, LayerConfig], dict[str, str]]:
-    """Return the configs of the layers to quantize, and why each other one is not; warn of names that match none."""
-    skips = shared_weights(model) | dict(facts.skipped)
-    kinds = layers_in(model)
+) -> tuple[dict[str, LayerConfig], dict[str, str], dict[str, str]]:
+    """Decide which layers are quantized; warn of names that match none.
+
+    Returns:
+        The configs of those to quantize, why each other one is not, and whose weight each shares that shares one.
+    """
+    kinds, groups = layers_in(model), tied_groups(model, facts.tied)
+    tied = {name: next(n for n in reversed(group) if n != name) for group in groups for name in group}
+    open_to: dict[str, LayerConfig] = {}
     chosen: dict[str, LayerConfig] = {}
     skipped: dict[str, str] = {}
     idle, unused = dict.fromkeys(rules.patterns), dict.fromkeys(not_convert)
@@ -346,7 +346,8 @@ def _chosen(
             idle.pop(glob, None)
         asked = any(rules.raw[glob].get("enable") is True for glob in globs)
         layer = rules.resolve(*names)
-        option = "" if kind is None else facts.optional.get(name) or kind.optional(module)
+        options = () if kind is None else (facts.optional.get(name, ""), kind.optional(module))
+        closed = [option for option in options if option and option not in layer.include]
         if kind is None:
             skipped[name] = refused
         elif not name:
@@ -355,18 +356,28 @@ def _chosen(
             skipped[name] = EXCLUDED
         elif not layer.enable:
             skipped[name] = SWITCHED_OFF
-        elif name in skips and not asked:
-            skipped[name] = skips[name]
-        elif option and not asked and option not in layer.include:
-            skipped[name] = OPTIONAL[option]
+        elif name in facts.skipped and not asked:
+            skipped[name] = facts.skipped[name]
+        elif closed and not asked:
+            skipped[name] = OPTIONAL[closed[0]]
         else:
-            chosen[name] = layer
+            open_to[name] = kind.fitted(layer)
+            if name in tied and not asked:
+                skipped[name] = f"its weight is tied to {tied[name]}"
+            else:
+                chosen[name] = layer
+    ties: dict[str, str] = {}
+    for group in groups:
+        together = configs_together(group, open_to, kinds)
+        chosen |= together
+        skipped = {name: why for name, why in skipped.items() if name not in together}
+        ties |= {name: group[0] for name in group[1:] if name in together}
     who = type(model).__name__
     for glob in idle:
         logger.warning("%s: config[%r] matches no layer (those of a block are %r)", who, glob, f"{glob}.*")
     for key in unused:
         logger.warning("%s: modules_to_not_convert: %r matches no module", who, key)
-    return chosen, skipped
+    return chosen, skipped, ties
 
 
 def _log_cuts(who: str, layers: Mapping[str, LayerPlan]) -> None:

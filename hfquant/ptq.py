@@ -27,7 +27,7 @@ from hfquant.folding import Folding, find_folding
 from hfquant.memory import free_memory, release_free_memory
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.linear import QuantLayer
-from hfquant.nn.modules import log_share, quant_linears, replace_modules
+from hfquant.nn.modules import log_share, quant_linears, replace_modules, tie
 from hfquant.observe import observe
 from hfquant.planner import EXCLUDED, SWITCHED_OFF, LayerPlan, ModelFacts, Plan, plan_layers
 from hfquant.report.layers import LayerReport, QuantReport, layer_report
@@ -264,6 +264,7 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
         for handle in handles:
             handle.remove()
         replace_modules(run.model, {originals[name]: module for name, module in (layers | sources).items()})
+        tie(run.model)
         needing = {name for name, layer in run.plan.layers.items() if layer.config.needs_data}
         if needing and all(r.fallback for r in reports if r.name in needing):
             logger.warning("calibration ran none of the layers that need its data")

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from hfquant.config import ConfigError
 from hfquant.console import counted
 from hfquant.integrations.compat import is_marked_initialized, mark_initialized
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.nn.kinds import kind_of, layers_in
 from hfquant.nn.linear import QuantLayer
-from hfquant.nn.modules import quant_linears, replace_modules
+from hfquant.nn.modules import quant_linears, replace_modules, tie
 from hfquant.planner import LayerPlan, ModelFacts, Plan, layer_plan, matches
 
 logger = logging.getLogger(__name__)
@@ -45,15 +47,21 @@ def stored_plans(
         ConfigError: the stored plan does not fit the model.
     """
     plans = {}
-    for name in layers_in(model):
+    layers = layers_in(model)
+    for name in layers:
         names = facts.aliases(name)
-        if stored_names is not None and not any(f"{n}.weight" in stored_names for n in names):
+        tied = any("tied" in config.layers.get(n, ()) for n in names)
+        if stored_names is not None and not tied and not any(f"{n}.weight" in stored_names for n in names):
             continue
         left = config.skipped.keys() & set(names) or matches(names, config.modules_to_not_convert or ())
         rule = config.rules.resolve(*names)
         if rule.enable and not left:
             stored = next((config.layers[n] for n in names if n in config.layers), None)
-            plans[name] = layer_plan(name, model.get_submodule(name), rule, stored)
+            plan = layer_plan(name, model.get_submodule(name), rule, stored)
+            plans[name] = replace(plan, tied=next((n for n in facts.aliases(plan.tied) if n in layers), plan.tied))
+    for name, plan in plans.items():
+        if plan.tied and plan.tied not in plans:
+            raise ConfigError(f"layer {name!r}: it is tied to {plan.tied!r}, which is not quantized")
     return plans
 
 
@@ -82,6 +90,8 @@ def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: boo
             layer.weight = nn.Parameter(layer.codes_on_disk(), requires_grad=False)
         # transformers initializes what is not marked, modules and tensors that stay on disk alike, and codes have no
         # random initialization. A tensor that is missing is replaced by one without the mark.
+        if plan.tied:
+            layer.borrow(None)  # until :func:`finish_loading`
         for marked in (layer, *layer.parameters(), *layer.buffers()):
             mark_initialized(marked)
         replacements[module] = layer
@@ -201,11 +211,12 @@ def finish_loading(model: nn.Module) -> None:
     """
     for name, layer in quant_linears(model).items():
         # Offloaded weights stay as they are on disk; forward takes both forms.
-        if layer.weight.device.type != "meta" and layer.weight.dim() > layer.plan.rank:
+        if not layer.plan.tied and layer.weight.device.type != "meta" and layer.weight.dim() > layer.plan.rank:
             layer.set_tensor("weight", layer.weight.data)
         check_values(name, layer)
         for param in layer.parameters(recurse=False):
             param.requires_grad_(False)
+    tie(model)
 
 
 def needs_no_data(plan: Plan) -> None:
@@ -218,22 +229,27 @@ def needs_no_data(plan: Plan) -> None:
 
 
 def codes_on_disk(
-    state_dict: Mapping[str, Tensor], forms: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    state_dict: Mapping[str, Tensor], forms: Mapping[str, tuple[tuple[int, ...], torch.dtype] | None]
 ) -> dict[str, Tensor]:
-    """Return ``state_dict`` with the codes of quantized layers as they are stored.
+    """Return ``state_dict`` with the codes of quantized layers as they are stored, and tied ones once.
 
     Args:
         state_dict: of the model.
         forms: as :func:`disk_forms` gives them.
     """
-    changed = {
-        key: state_dict[key].view(shape).view(dtype)
-        for name, (shape, dtype) in forms.items()
-        if (key := f"{name}.weight") in state_dict
-    }
-    return {**state_dict, **changed}
+    stored = {}
+    for key, tensor in state_dict.items():
+        form = forms.get(key, (tensor.shape, tensor.dtype))
+        if form is not None:
+            stored[key] = tensor.view(form[0]).view(form[1]) if key in forms else tensor
+    return stored
 
 
-def disk_forms(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return shape and dtype on disk of each quantized layer's codes, by the layer's name."""
-    return {name: layer.disk_form for name, layer in quant_linears(model).items()}
+def disk_forms(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
+    """Return shape and dtype on disk of each quantized layer's codes, by their name; None for what tied ones share."""
+    forms: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {}
+    for name, layer in quant_linears(model).items():
+        forms[f"{name}.weight"] = layer.disk_form
+        if layer.plan.tied:
+            forms.update({f"{name}.{tensor}": None for tensor in layer.plan.tensors() if tensor.startswith("weight")})
+    return forms

@@ -54,7 +54,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.plan: Plan | None = None
         #: Of the quantized linears, for saving.
-        self.disk_forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self.disk_forms: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {}
         self._stored_names: set[str] = set()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:

@@ -30,12 +30,13 @@ def facts_of(model: nn.Module) -> ModelFacts:
         for name, module in model.named_modules()
         if kind_of(module) is not None and matches([name, f"{name}.weight"], keep)
     }
-    for key, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        skips.update({k.removesuffix(".weight"): f"its weight is tied ({key} = {other})" for k in (key, other)})
+    pairs = (getattr(model, "all_tied_weights_keys", None) or {}).items()
+    tied = {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in pairs if k.endswith(".weight")}
     head = _head(model)
     heads = [name for name, module in model.named_modules() if head is not None and module is head]
     return ModelFacts(
         skipped=skips,
+        tied=tied,
         optional=_autoencoder_convs(model) | dict.fromkeys(heads, "output_heads"),
         prefix=getattr(model, "base_model_prefix", ""),
         example=lambda: example_inputs(model),

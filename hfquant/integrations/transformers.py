@@ -57,6 +57,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         self.plan: Plan | None = None
         #: The first failure of :class:`QuantizeWeight`.
         self.failure: Exception | None = None
+        #: Tied quantized weights, taken out of the model's list while it is loaded.
+        self.ties: dict[str, str] = {}
         #: Names of the tensors whose dtype is the format's and not the model's.
         self.exact: set[str] = set()
 
@@ -84,6 +86,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             names = _stored_names(model, checkpoint_files)
             plans = stored_plans(model, config, facts, None if _is_own(model) else names)
             install_empty(model, plans, on_disk=True)
+            self._forget_ties(model)
             check_names(model, names or ())
             self.exact = {
                 f"{name}.{tensor}"
@@ -99,6 +102,28 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
             arriving = {name: plan for name, plan in self.plan.layers.items() if name not in tied}
             install_empty(model, arriving, on_disk=False)
+
+    def _forget_ties(self, model: PreTrainedModel) -> None:
+        """Take ties of quantized layers out of the model's list until :meth:`_recall_ties`.
+
+        transformers would fit a head's bias to the first dimension of its weight, which codes on disk have not got, and
+        knows nothing of scales.
+        """
+        tied = model.all_tied_weights_keys
+        self.ties = {k: v for k, v in tied.items() if isinstance(model.get_submodule(k.rpartition(".")[0]), QuantLayer)}
+        model.all_tied_weights_keys = {k: v for k, v in tied.items() if k not in self.ties}
+        for key in self.ties:
+            layer, _, tensor = key.rpartition(".")
+            if tensor == "bias":
+                model.get_submodule(layer)._parameters["bias"] = None
+
+    def _recall_ties(self, model: PreTrainedModel) -> None:
+        for key, other in self.ties.items():
+            layer, _, tensor = key.rpartition(".")
+            if tensor == "bias":
+                model.get_submodule(layer)._parameters["bias"] = model.get_parameter(other)
+        kept = {k: v for k, v in self.ties.items() if _still_tied(model, k, v)}
+        model.all_tied_weights_keys = model.all_tied_weights_keys | kept
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Return whether a checkpoint tensor is a float weight to be quantized as it arrives.
@@ -133,6 +158,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             _quantize_late(model, self.plan)
         check_loaded(model, self.pre_quantized)
         finish_loading(model)
+        self._recall_ties(model)
         if self.plan is not None:
             facts = facts_of(model)
             attach(model, own_config(config, self.plan, facts))
@@ -241,15 +267,19 @@ def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
 def _untie(model: PreTrainedModel) -> None:
     """A quantized head is no longer tied to the embedding, and a later ``tie_weights()`` must not tie it again."""
     tied = model.all_tied_weights_keys
-    kept = {
-        key: other
-        for key, other in tied.items()
-        if not any(isinstance(model.get_submodule(k.rpartition(".")[0]), QuantLayer) for k in (key, other))
-    }
+    kept = {key: other for key, other in tied.items() if _still_tied(model, key, other)}
     # Where other weights stay tied (an encoder's and a decoder's embedding) the switch must stay on.
     if len(kept) < len(tied) and not kept:
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = kept
+
+
+def _still_tied(model: PreTrainedModel, *keys: str) -> bool:
+    """Return whether tensors that were tied still are: quantizing a layer may have given it one of its own."""
+    if not any(isinstance(model.get_submodule(key.rpartition(".")[0]), QuantLayer) for key in keys):
+        return True
+    one, other = (model.get_parameter(key) for key in keys)
+    return one is other or (not one.is_meta and one.data_ptr() == other.data_ptr())
 
 
 def _is_own(model: PreTrainedModel) -> bool:

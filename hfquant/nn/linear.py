@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -162,6 +162,13 @@ class QuantLayer(nn.Module):
         # Not through __setattr__: it is no part of the model.
         vars(self)["_float"] = hollow(module)
 
+    def borrow(self, owner: QuantLayer | None) -> None:
+        """Take codes and weight scales of ``owner``, which has the same matrix, or let them go (None)."""
+        for name in self.plan.tensors():
+            if name.startswith("weight"):
+                table: dict[str, Any] = self._parameters if name in self._parameters else self._buffers
+                table[name] = None if owner is None else getattr(owner, name)
+
     @property
     def format(self) -> NumberFormat:
         """The weight's number format."""
@@ -203,7 +210,7 @@ class QuantLayer(nn.Module):
         if name != "weight":
             return codes
         form, shape = self.format, self.plan.tensors()["weight"].shape
-        if tuple(codes.shape) == (1, *shape):
+        if (codes.dim() == 1 + self.plan.rank and codes.shape[0] == 1) or codes.dim() == 3:
             codes = codes.squeeze(0)
         if form.disk_dtype != form.code_dtype and codes.dtype == form.disk_dtype:
             codes = codes.view(form.code_dtype)

@@ -46,13 +46,24 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         copy_hook(old, new)
 
 
+def tie(model: nn.Module) -> None:
+    """Have each quantized layer whose plan says so share codes and scales with the layer that it is tied to."""
+    layers = quant_linears(model)
+    for layer in layers.values():
+        if layer.plan.tied:
+            layer.borrow(layers[layer.plan.tied])
+
+
 def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Replace every quantized layer of ``model`` by the float one it was, in ``dtype``, in place; return the model."""
     floats: dict[nn.Module, nn.Module] = {}
-    for layer in quant_linears(model).values():
+    layers = quant_linears(model)
+    for layer in layers.values():
         # Offloaded weights are fetched for the moment.
         with align_module_device(layer):
             floats[layer] = layer.to_float(dtype).requires_grad_()
+    for layer in (x for x in layers.values() if x.plan.tied):
+        floats[layer].weight = floats[layers[layer.plan.tied]].weight
     replace_modules(model, floats)
     return model
 

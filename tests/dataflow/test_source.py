@@ -35,9 +35,10 @@ class Model(nn.Module):
 
 
 def test_uses_in_forward_and_in_the_methods_it_calls():
-    assert obstacles_in_source(Model()) == {"b": READ, "c": CAST, "inner.d": READ}
+    assert obstacles_in_source(Model()) == {"b": READ, "c": CAST, "inner.d": READ, "conv": READ}
     nested = nn.Sequential(nn.Linear(8, 8), nn.ModuleDict({"block": Model()}))
-    assert obstacles_in_source(nested) == {"1.block.b": READ, "1.block.c": CAST, "1.block.inner.d": READ}
+    found = {"1.block.b": READ, "1.block.c": CAST, "1.block.inner.d": READ, "1.block.conv": READ}
+    assert obstacles_in_source(nested) == found
 
 
 def test_fused_layers_of_torch():

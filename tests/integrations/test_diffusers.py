@@ -255,7 +255,7 @@ def test_share_is_said_on_load(checkpoint, caplog):
         for name in ("unet", "dit"):
             cls = type(small_models.DIFFUSERS[name]())
             cls.from_pretrained(checkpoint(name), quantization_config=HfQuantConfig("w8a16"))
-    unet, dit = [r for r in caplog.records if "linears quantized" in r.message]
+    unet, dit = [r for r in caplog.records if "layers quantized" in r.message]
     assert (unet.levelno, dit.levelno) == (logging.WARNING, logging.INFO)
     assert "conv" in unet.message
 

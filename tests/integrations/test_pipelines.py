@@ -195,7 +195,7 @@ def test_every_component_by_quant_backend(folders, tmp_path, caplog):
         "text_encoder": 12,
         "vae": 8,
     }
-    assert sum("linears quantized" in record.message for record in caplog.records) == 3
+    assert sum("layers quantized" in record.message for record in caplog.records) == 3
     pipe.save_pretrained(tmp_path)
     again = DiffusionPipeline.from_pretrained(tmp_path)
     assert torch.equal(images(again, "stable_diffusion"), images(pipe, "stable_diffusion"))

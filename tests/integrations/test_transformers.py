@@ -306,14 +306,14 @@ def test_share_of_a_mixture_of_experts_is_warned_about(checkpoint, caplog):
         transformers.MixtralForCausalLM.from_pretrained(
             checkpoint("mixtral"), quantization_config=HfQuantConfig("w8a16")
         )
-        (share,) = [r for r in caplog.records if "linears quantized" in r.message]
+        (share,) = [r for r in caplog.records if "layers quantized" in r.message]
         assert share.levelno == logging.WARNING
         assert "experts" in share.message
         caplog.clear()
         LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=HfQuantConfig("w8a16"))
-        (share,) = [r for r in caplog.records if "linears quantized" in r.message]
+        (share,) = [r for r in caplog.records if "layers quantized" in r.message]
         assert share.levelno == logging.INFO
-        assert "14 linears quantized" in share.message
+        assert "14 layers quantized" in share.message
 
 
 def test_model_without_linears_is_loaded_with_a_warning(tmp_path, caplog):
