@@ -57,6 +57,7 @@ WIDE = {
     "calibration/test_digits.py",
     "calibration/test_end_to_end.py",
     "integrations/test_compile.py",
+    "integrations/test_kinds.py",
     "integrations/test_pipelines.py",
     "integrations/test_real_models.py",
     "kernels/cpu/test_floats.py",

@@ -89,7 +89,8 @@ class QuantConv(QuantLayer):
     def float_weight(matrix: Tensor, shape: torch.Size) -> Tensor:
         """Return [out, kernel positions * in] as [out, in, *kernel]."""
         out, channels, *kernel = shape
-        return matrix.view(out, *kernel, channels).movedim(-1, 1)
+        # Through one dimension: strides of dimensions of 1 make torch take a weight for a channels-last one.
+        return matrix.view(out, *kernel, channels).movedim(-1, 1).reshape(-1).view(shape)
 
     @staticmethod
     def watch(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
@@ -158,18 +159,18 @@ class QuantConv(QuantLayer):
         out, columns = self.plan.out_features, self.plan.in_features
         count = max(BLOCK // columns, 1)
         divisor = self._transform.divisor(self._buffers, 0)
+        branch = self._transform.branch(self._buffers, 0, slice(None))
         for start in range(0, out, count):
             rows = slice(start, min(start + count, out))
             matrix = self.dequantize(rows)
             if divisor is not None:
                 matrix = matrix / divisor
-            if (branch := self._transform.branch(self._buffers, 0, rows)) is not None:
+            if branch is not None:
                 down, up = branch
-                matrix = matrix + up.float() @ down.float()
+                matrix = matrix + up[rows].float() @ down.float()
             shape = torch.Size((len(matrix), self.in_channels, *self.kernel_size))
             bias = None if self.bias is None else self.bias[rows].to(dtype)
-            # Contiguous, or the output would be channels-last whatever the input is.
-            yield self.float_weight(matrix, shape).to(dtype).contiguous(), bias
+            yield self.float_weight(matrix.to(dtype), shape), bias
 
     def _unfolded(self, x: Tensor) -> Tensor:
         """Multiply unfolded rows, a tile of the output at a time."""

@@ -93,7 +93,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
         rows = Grid.from_tensors(self.format, self.plan.columns, stored).dequantize(codes).to(self.dtype)
         if self.scale is not None:
             rows = rows * (rows.new_tensor(self.scale) if self.scale_in_dtype else self.scale)
-        return rows.view(*input.shape, -1)
+        return rows.view(*input.shape, self.embedding_dim)
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:
         """Return the float embedding that this layer replaced, with the effective weight in ``dtype``."""
