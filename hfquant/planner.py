@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hfquant.algorithms import TensorSpec, Transform
+from hfquant.autoencoders import autoencoder_convs
 from hfquant.config import OPTIONAL, ConfigError, LayerConfig, QuantRules
 from hfquant.console import counted
 from hfquant.dataflow import LinearTrace, PatternError, obstacles_in_source, trace
@@ -330,6 +331,7 @@ def _chosen(
     """
     kinds, groups = layers_in(model), tied_groups(model, facts.tied)
     tied = {name: next(n for n in reversed(group) if n != name) for group in groups for name in group}
+    codec = autoencoder_convs(model, kinds)
     open_to: dict[str, LayerConfig] = {}
     chosen: dict[str, LayerConfig] = {}
     skipped: dict[str, str] = {}
@@ -346,7 +348,8 @@ def _chosen(
             idle.pop(glob, None)
         asked = any(rules.raw[glob].get("enable") is True for glob in globs)
         layer = rules.resolve(*names)
-        options = () if kind is None else (facts.optional.get(name, ""), kind.optional(module))
+        options = [] if kind is None else [facts.optional.get(name, ""), kind.optional(module)]
+        options += ["autoencoder_convs"] if name in codec else []
         closed = [option for option in options if option and option not in layer.include]
         if kind is None:
             skipped[name] = refused

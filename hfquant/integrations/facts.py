@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import nn
@@ -10,19 +9,15 @@ from torch import nn
 from hfquant.calibration.batches import options_for
 from hfquant.integrations.compat import keep_in_fp32
 from hfquant.integrations.examples import example_inputs
-from hfquant.nn.conv import QuantConv
-from hfquant.nn.kinds import kind_of, layers_in
+from hfquant.nn.kinds import kind_of
 from hfquant.planner import ModelFacts, matches
-
-#: Names of classes that turn images or sound into latents or codes, or back.
-_AUTOENCODER = re.compile(r"VAE|Auto[eE]ncoder|VQ(?!A)|[cC]odec|Vocoder|HifiGan|^Dac|^Mimi")
 
 
 def facts_of(model: nn.Module) -> ModelFacts:
     """Return what is known of ``model``; of a module of neither library, nothing.
 
     Left in full precision unless asked for: tied weights (also those that are tied only once loaded) and the model's
-    ``_keep_in_fp32_modules``; unless included: output heads and the convolutions of autoencoders.
+    ``_keep_in_fp32_modules``; unless included: output heads.
     """
     keep = keep_in_fp32(model)
     skips = {
@@ -37,26 +32,11 @@ def facts_of(model: nn.Module) -> ModelFacts:
     return ModelFacts(
         skipped=skips,
         tied=tied,
-        optional=_autoencoder_convs(model) | dict.fromkeys(heads, "output_heads"),
+        optional=dict.fromkeys(heads, "output_heads"),
         prefix=getattr(model, "base_model_prefix", ""),
         example=lambda: example_inputs(model),
         options=lambda layers: options_for(model, layers),
         uncounted=frozenset(heads),
-    )
-
-
-def _autoencoder_convs(model: nn.Module) -> dict[str, str]:
-    """Return the convolutions in ``model`` that are an autoencoder's, or in such a part of it."""
-    convs = [name for name, kind in layers_in(model).items() if issubclass(kind, QuantConv)]
-    parts = [name for name, module in model.named_modules() if _is_autoencoder(type(module))] if convs else []
-    return dict.fromkeys((c for c in convs if any(not p or c.startswith(f"{p}.") for p in parts)), "autoencoder_convs")
-
-
-def _is_autoencoder(kind: type) -> bool:
-    return any(
-        base.__module__.startswith("diffusers.models.autoencoders.") or _AUTOENCODER.search(base.__name__)
-        for base in kind.__mro__
-        if issubclass(base, nn.Module) and not base.__module__.startswith("torch.")
     )
 
 
