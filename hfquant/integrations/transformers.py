@@ -243,11 +243,14 @@ def _quantize_late(model: PreTrainedModel, plan: Plan) -> None:
     """The weights that loading left in float: tied ones, and some of those that came fused with others."""
     for name, layer_plan in plan.layers.items():
         module = model.get_submodule(name)
-        kind = kind_of(module)
-        if kind is None:  # quantized as it arrived
+        bias, weight = module._parameters.get("bias"), module.get_parameter("weight")
+        if not weight.is_floating_point():
             continue
-        solved = solve(name, kind.matrix(module.get_parameter("weight").detach()), layer_plan, None)
-        layer = kind.from_tensors(solved.plan, solved.tensors, module._parameters.get("bias"), module)
+        float_module = module._float if isinstance(module, QuantLayer) else module
+        kind = kind_of(float_module)
+        assert kind is not None
+        solved = solve(name, kind.matrix(weight.detach()), layer_plan, None)
+        layer = kind.from_tensors(solved.plan, solved.tensors, bias, float_module)
         for tensor in [*layer.parameters(), *layer.buffers()]:
             mark_initialized(tensor)
         replace_modules(model, {module: layer})
