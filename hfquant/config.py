@@ -129,7 +129,6 @@ class LayerConfig(Section):
     """Everything decided for one layer before its data is seen. Defaults are the reference's."""
 
     enable: bool = True
-    include: Annotated[tuple[str, ...], BeforeValidator(_optional)] = ()
     seglinear: bool = True
     search_patterns: Annotated[tuple[SegPattern, ...], BeforeValidator(_patterns)] = tuple(SegPattern.all())
     real_quant: bool = False
@@ -137,6 +136,7 @@ class LayerConfig(Section):
     calib: SerializeAsAny[Rounding] = Nearest()
     input_quant: InputQuant | None = InputQuant()
     weight_quant: WeightQuant = WeightQuant()
+    include: Annotated[tuple[str, ...], BeforeValidator(_optional)] = ()
 
     @model_validator(mode="after")
     def _combinations(self, info: ValidationInfo) -> LayerConfig:

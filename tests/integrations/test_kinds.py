@@ -168,7 +168,7 @@ def check_layers(model: nn.Module, original: nn.Module, at_least: float) -> None
         assert sqnr > at_least, name
 
 
-@pytest.mark.parametrize("name", DENOISERS)
+@pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("scheme", "at_least"), [("w8a8-dynamic", 34.0), ("w4a16", 14.0)])
 @torch.no_grad()
 def test_unets(name: str, scheme: str, at_least: float, tmp_path: Path) -> None:
@@ -196,6 +196,7 @@ def test_unets(name: str, scheme: str, at_least: float, tmp_path: Path) -> None:
     assert torch.equal(model(**inputs)[0], output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a16-gptq", "w4a8-svd"])
 @pytest.mark.parametrize("per_layer_mode", [False, True])
 @torch.no_grad()
@@ -214,6 +215,7 @@ def test_a_calibrated_unet(scheme: str, per_layer_mode: bool, tmp_path: Path) ->
         assert error(output, exact) < error(plain(**data[0])[0], exact)
 
 
+@pytest.mark.slow
 def test_sdxl_as_published() -> None:
     """All but what reads and writes the latents, on the meta device, in seconds."""
     with torch.device("meta"):
@@ -224,7 +226,7 @@ def test_sdxl_as_published() -> None:
     assert sum(p.rank == 4 for p in found.layers.values()) == 49
 
 
-@pytest.mark.parametrize("name", AUTOENCODERS)
+@pytest.mark.parametrize("name", ["kl", *(pytest.param(n, marks=pytest.mark.slow) for n in ("vq", "wan", "cogvideox"))])
 @torch.no_grad()
 def test_autoencoders(name: str, tmp_path: Path) -> None:
     """Their convolutions stay in float, unless one option of the config names them."""
@@ -333,7 +335,7 @@ OWNERS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
+@pytest.mark.parametrize("scheme", ["w8a8", pytest.param("w4a16", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_embeddings_and_heads(name: str, scheme: str, tmp_path: Path) -> None:
     model, inputs = MODELS[name](), {"input_ids": torch.randint(5, 60, (2, 7))}
