@@ -16,11 +16,10 @@ import torch
 import xxhash
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hfquant.calibration.batches import CalibrationData, CalibrationError, samples
 from hfquant.config import QuantRules
-from hfquant.console import log_shown
+from hfquant.console import log_shown, progress_bar
 from hfquant.digests import digest_of, update_with_weights
 from hfquant.distributed import Processes, processes
 from hfquant.folding import Folding, find_folding
@@ -250,7 +249,7 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
     handles: list[Any] = []
     reports: list[LayerReport] = []
     try:
-        with tqdm(total=len(run.plan.layers), desc="quantizing", disable=not run.group.main) as progress:
+        with progress_bar(total=len(run.plan.layers), desc="quantizing", shown=run.group.main) as progress:
             for names in _groups(run):
                 for name, layer, report in _solve_group(run, names):
                     layers[name] = layer

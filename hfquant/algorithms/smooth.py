@@ -89,6 +89,13 @@ class Smooth(Transform):
                 part.div_(divisor)
         return weight
 
+    def reapplied(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
+        """Return ``W s``."""
+        for group, part in enumerate(weight.split(list(rows))):
+            if (divisor := self.divisor(tensors, group)) is not None:
+                part.mul_(divisor)
+        return weight
+
     def folds(self) -> bool:
         """Return ``fold``."""
         return self.fold

@@ -25,6 +25,7 @@ from hfquant.integrations.checkpoint import (
 )
 from hfquant.integrations.compat import (
     ConversionOps,
+    drop_needs_hfquant,
     load_offloaded_parameter,
     mark_initialized,
     names_in_model,
@@ -34,6 +35,7 @@ from hfquant.integrations.compat import (
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import check_data, transformers_batches
 from hfquant.integrations.facts import facts_of
+from hfquant.integrations.sharing.facts import tags_of
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.linear import QuantLayer
 from hfquant.nn.modules import dequantized, log_share, quant_linears, replace_modules
@@ -77,6 +79,11 @@ class HfQuantTransformersQuantizer(HfQuantizer):
                 'weights cannot be quantized on the way to "disk" in a device_map: quantize without it and save, then '
                 "load the quantized checkpoint with that device_map"
             )
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Return the config that the model is made from: transformers has found hfquant, so it needs no telling."""
+        drop_needs_hfquant(config)
+        return config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -159,6 +166,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         check_loaded(model, self.pre_quantized)
         finish_loading(model)
         self._recall_ties(model)
+        set_quantized(model, True)
+        model.add_model_tags(tags_of(model))
         if self.plan is not None:
             facts = facts_of(model)
             attach(model, own_config(config, self.plan, facts))
@@ -180,8 +189,10 @@ class HfQuantTransformersQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
         # transformers passes config.dtype, which is a string once the model has been saved.
         wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        tags = tags_of(model)
         model = dequantized(model, wanted)
         set_quantized(model, False)
+        model.model_tags = [tag for tag in model.model_tags or () if tag not in tags]
         return model
 
     def is_serializable(self) -> bool:
@@ -190,8 +201,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Return False: rounding has no gradient."""
-        return False
+        """Return True: adapters train, on a gradient that passes the rounding by; codes themselves do not."""
+        return True
 
 
 class QuantizeWeight(ConversionOps):
@@ -263,6 +274,7 @@ def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
     set_quantized(model, True)
+    model.add_model_tags(tags_of(model))
     _untie(model)
     save_as_named(model)
 

@@ -271,6 +271,11 @@ class QuantLayer(nn.Module):
         assert weight is not None
         if weight.dim() == 2 and weight.dtype == self._code_dtype:
             return weight
+        if weight.dtype not in (self._code_dtype, self.format.disk_dtype):
+            raise TypeError(
+                f"{self._get_name()}({self._sizes()}) has a weight of {weight.dtype} in the place of "
+                f"{self._code_dtype} codes: something wrote floats to it, such as merging an adapter other than LoRA"
+            )
         # Of a higher rank; offloaded weights come straight from disk, FP8 as unsigned bytes.
         return weight.view(self.plan.out_features, -1).view(self._code_dtype)
 
