@@ -30,9 +30,8 @@ class QuantLayer(nn.Module):
     ``weight`` holds codes ([out, in] int8 or int16, or [out, ceil(in * bits / 8)] packed int8, with trailing dimensions
     of 1 up to the rank of the float weight), so it is not what a matmul wants: :meth:`dequantize` gives the float
     matrix. ``weight`` and ``bias`` are frozen parameters, scales and the rest are buffers (see
-    :meth:`LayerPlan.tensors` for shapes). On disk ``weight`` has a leading dimension of 1
-    (:mod:`hfquant.integrations.checkpoint`), and is accepted with it here, since offloaded weights come straight from
-    disk.
+    :meth:`LayerPlan.tensors` for shapes). On disk ``weight`` has a leading dimension of 1, and is accepted with it
+    here, since offloaded weights come straight from disk.
 
     Args:
         plan: what the layer is.
@@ -385,8 +384,7 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     def forward(self, input: Tensor) -> Tensor:
         """``input`` [..., in] of any float dtype to [..., out] of the same dtype.
 
-        Sums are exact or float32 whatever the dtype, autocast or not. In training the gradient reaches the input as if
-        its rounding were the identity (straight through).
+        Sums are exact or float32, autocast or not. In training the gradient reaches the input straight through.
 
         Raises:
             TypeError: ``input`` is not floating point (it was cast to the dtype of the codes).
