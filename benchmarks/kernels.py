@@ -71,6 +71,7 @@ LAYERS = {
     "W4A16 g64 asymmetric": Layer(WeightQuant(type="int4", group_size=64, symmetric=False), None),
     "W8A16": Layer(CHANNEL, None),
     "FP8A16": Layer(WeightQuant(type="fp8e4m3", axis=-1), None),
+    "FP8A8": Layer(WeightQuant(type="fp8e4m3", axis=-1), InputQuant(type="fp8e4m3", axis=-1, dynamic=True)),
 }
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from hfquant.config import ConfigError
     from hfquant.diffusion import quantize_pipeline
     from hfquant.enums import Calibrate, DType, Optimum, SegPattern
+    from hfquant.exporters import export
+    from hfquant.importers import import_checkpoint
     from hfquant.integrations.config import HfQuantConfig
     from hfquant.integrations.sharing import push_to_hub, save_pretrained
     from hfquant.nn.linear import QuantLinear
@@ -50,7 +52,9 @@ __all__ = [
     "SegPattern",
     "UniformSampler",
     "dequantize",
+    "export",
     "generate_calibrate_set",
+    "import_checkpoint",
     "load_affiner",
     "load_calibrate_set",
     "plan",
@@ -83,6 +87,8 @@ _LAZY = {
     "CalibrationError": "hfquant.calibration.batches",
     "HfQuantConfig": "hfquant.integrations.config",
     **dict.fromkeys(("push_to_hub", "save_pretrained"), "hfquant.integrations.sharing"),
+    "export": "hfquant.exporters",
+    "import_checkpoint": "hfquant.importers",
     "PRESETS": "hfquant.presets",
     "QuantLinear": "hfquant.nn.linear",
     "quantize_pipeline": "hfquant.diffusion",
@@ -111,6 +117,12 @@ def _register_diffusers() -> None:
     register_diffusers()
 
 
+def _accept_no_dtype() -> None:
+    from hfquant.integrations.compat import accept_no_dtype
+
+    accept_no_dtype()
+
+
 def _register_peft() -> None:
     from hfquant.integrations import register_peft
 
@@ -126,5 +138,6 @@ def _register_diffusers_lora() -> None:
 # No library is imported for this: each learns of hfquant once its models, configs or adapters can be loaded.
 after_import("transformers.modeling_utils", _register_transformers)
 after_import("diffusers.quantizers.auto", _register_diffusers)
+after_import("diffusers.models.modeling_utils", _accept_no_dtype)
 after_import("diffusers.loaders.lora_pipeline", _register_diffusers_lora)
 after_import("peft", _register_peft)

@@ -27,6 +27,7 @@ def quantize(
     *,
     memory_budget: int | None = None,
     resume_dir: str | os.PathLike[str] | None = None,
+    held_out: Any = None,
 ) -> nn.Module:
     """Quantize the layers of ``model`` in place and return it.
 
@@ -38,7 +39,8 @@ def quantize(
         calib_data_loader: batches for calibration; each a tensor, a tuple (or list of tensors) of positional arguments,
             a dict of keyword arguments, or a list of such samples. Must start anew each time it is iterated. Or a
             source of such batches: a ``datasets`` object, a file's path, a dict naming a dataset (see
-            :func:`~hfquant.calibration.calibration_batches`). May be None where the config needs no data.
+            :func:`~hfquant.calibration.calibration_batches`). None takes the config's ``calibration``; where that is
+            None too and the config needs data, a transformers model makes its own, as it does for "self".
         config: a dict, the name of a preset, an :class:`~hfquant.HfQuantConfig`, or None (the reference's dict).
         per_layer_mode: solve layers in execution order, each on inputs that the quantized layers before it produce.
         verbose: log each layer's decision and error, and the whole report at the end; shown on the console even where
@@ -48,6 +50,9 @@ def quantize(
             shared with the processes on this machine.
         resume_dir: folder that keeps solved layers, so that an interrupted run goes on where it stopped: with the same
             model, config, mode and data in the same order.
+        held_out: batches kept out of calibration, for the guard to check the result on (:mod:`hfquant.guard`); default:
+            those that a model which makes its own data keeps, what a dataset has beyond the samples asked for, else the
+            first sample of ``calib_data_loader``.
 
     Raises:
         ConfigError: the config is invalid or does not fit a layer.
@@ -67,8 +72,10 @@ def quantize(
         example,
         memory_budget,
         resume_dir,
+        config.guard,
+        None if held_out is None else batches_for(model, held_out, config),
     )
-    quantize_model(model, batches_for(model, calib_data_loader), config, settings)
+    quantize_model(model, batches_for(model, calib_data_loader, config), config, settings)
     return model
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hfquant.calibration import BaseSampler, UniformSampler, calibration_batches, generate_calibrate_set
+from hfquant.calibration.self_made import SelfSpec
 from hfquant.denoisers import denoiser_names, module_names
 from hfquant.integrations import quantize_model
 from hfquant.integrations.config import HfQuantConfig
+from hfquant.integrations.image_check import compare, picture
+from hfquant.integrations.self_made_runs import own_calls, self_made_runs
 
 
 def quantize_pipeline(
@@ -29,8 +32,9 @@ def quantize_pipeline(
     Args:
         pipe: A diffusers pipeline.
         data: Prompts or call arguments: a list of strings, a `datasets` object, a dict naming one (see
-            :func:`~hfquant.calibration.calibration_batches`), or batches for the pipeline's call. May be None where
-            the config needs no data.
+            :func:`~hfquant.calibration.calibration_batches`), or batches for the pipeline's call. None takes the
+            config's `calibration`; where that is None too and the config needs data, or where either is "self", the
+            pipeline runs on prompts, classes or pictures of its own.
         config: As for :func:`~hfquant.quantize`, the same for all components.
         components: Names of the modules to quantize; default: the denoisers.
         sampler: Which timesteps to keep; default: :class:`~hfquant.UniformSampler`.
@@ -41,8 +45,12 @@ def quantize_pipeline(
     Returns:
         `pipe`. If anything fails, all components are as they were.
 
+    Where data is used and the config's `guard` is on, one image is drawn before and after, from equal noise: the log
+    says how near they are, and warns of one that is far off, black, or has NaN.
+
     Raises:
         ValueError: A component that the pipeline does not have.
+        CalibrationError: The pipeline cannot run on what it is given, or on what is made for it.
     """
     config = HfQuantConfig.of(config)
     names = list(components) if components is not None else denoiser_names(pipe)
@@ -50,16 +58,28 @@ def quantize_pipeline(
     if not names or (unknown := [name for name in names if name not in known]):
         raise ValueError(f"components: {names and unknown} is not a module of {type(pipe).__name__}; it has {known}")
     loaders: dict[str, Any] = dict.fromkeys(names)
+    image = None
     if config.needs_data:
-        batches = calibration_batches(data, batch_size=1)
-        for name in names:
-            folder = None if dump_path is None else Path(dump_path) / name
-            seen = generate_calibrate_set(pipe, sampler or UniformSampler(), batches, name, folder, **kwargs)
-            loaders[name] = seen.get_dataloader(batch_size=batch_size)
+        data = config.calibration if data is None else data
+        spec = SelfSpec() if data is None else SelfSpec.of(data)
+        if spec is not None:
+            loaders |= self_made_runs(pipe, spec, names, sampler, dump_path, batch_size, kwargs, data is not None)
+            first: Any = own_calls(pipe, 1, spec.seed, kwargs)[0]
+        else:
+            batches = calibration_batches(data, batch_size=1)
+            for name in names:
+                folder = None if dump_path is None else Path(dump_path) / name
+                seen = generate_calibrate_set(pipe, sampler or UniformSampler(), batches, name, folder, **kwargs)
+                loaders[name] = seen.get_dataloader(batch_size=batch_size)
+            first = next(iter(batches))
+        if config.guard:
+            image = picture(pipe, first, kwargs)
     undone: list[Callable[[], None]] = []
     try:
         for name, loader in loaders.items():
             undone.append(quantize_model(pipe.components[name], loader, config))
+        if image is not None:
+            compare(type(pipe).__name__, image, picture(pipe, first, kwargs))
     except BaseException:
         for undo in reversed(undone):
             undo()

@@ -23,9 +23,10 @@ from hfquant.console import log_shown, progress_bar
 from hfquant.digests import digest_of, update_with_weights
 from hfquant.distributed import Processes, processes
 from hfquant.folding import Folding, find_folding
+from hfquant.guard import Mended, mend, outcome, samples_to_check
 from hfquant.memory import free_memory, release_free_memory
 from hfquant.nn.kinds import kind_of
-from hfquant.nn.linear import QuantLayer
+from hfquant.nn.linear import QuantLayer, QuantLinear
 from hfquant.nn.modules import log_share, quant_linears, replace_modules, tie
 from hfquant.observe import observe
 from hfquant.planner import EXCLUDED, SWITCHED_OFF, LayerPlan, ModelFacts, Plan, plan_layers
@@ -47,6 +48,8 @@ class Settings:
     example: Any = None
     memory_budget: int | None = None
     resume_dir: str | os.PathLike[str] | None = None
+    guard: bool = True
+    held_out: Any = None
 
 
 @dataclass
@@ -65,7 +68,8 @@ class Applied:
 
     def undo(self, model: nn.Module) -> None:
         """Put the original modules back."""
-        replace_modules(model, {model.get_submodule(name): module for name, module in self.originals.items()})
+        placed = {name: model.get_submodule(name) for name in self.originals}
+        replace_modules(model, {placed[name]: module for name, module in self.originals.items()})
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Run:
         per_layer_mode: whether layers see the quantized ones before them.
         folding: the divisors that go into what comes before a layer.
         seen: statistics of all layers, where folding has taken them already.
+        checks: samples for the guard, empty where this process has no data; None where there is to be none.
     """
 
     model: nn.Module
@@ -97,6 +102,7 @@ class Run:
     per_layer_mode: bool
     folding: Folding = field(default_factory=Folding)
     seen: dict[str, LayerStats] = field(default_factory=dict)
+    checks: Sequence[Any] | None = None
 
     def module(self, name: str) -> nn.Module:
         """Return a layer that is not replaced yet."""
@@ -196,7 +202,8 @@ def _prepared(
             cache = Cache.open(settings.resume_dir, digest_of(group.gather(digest_of(mode))))
     budget = min(group.gather(settings.memory_budget or free_memory() // (4 * group.on_this_machine)))
     shard = _shard(data, group)
-    return Run(model, plan, data, shard, group, cache, budget, facts, settings.per_layer_mode)
+    checks = samples_to_check(loader, data, settings.held_out) if settings.guard else None
+    return Run(model, plan, data, shard, group, cache, budget, facts, settings.per_layer_mode, checks=checks)
 
 
 def _check_models_agree(model: nn.Module, group: Processes) -> None:
@@ -248,6 +255,7 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
     originals |= {name: run.model.get_submodule(name) for name in sources}
     handles: list[Any] = []
     reports: list[LayerReport] = []
+    mended: dict[str, tuple[Mended, nn.Module]] = {}
     try:
         with progress_bar(total=len(run.plan.layers), desc="quantizing", shown=run.group.main) as progress:
             for names in _groups(run):
@@ -267,8 +275,13 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
         needing = {name for name, layer in run.plan.layers.items() if layer.config.needs_data}
         if needing and all(r.fallback for r in reports if r.name in needing):
             logger.warning("calibration ran none of the layers that need its data")
-        plan = replace(run.plan, layers={name: layer.plan for name, layer in layers.items()})
-        applied = Applied(plan, QuantReport(reports, plan.skipped), originals)
+        if needing and run.checks is not None:
+            options = run.facts.options(layers.values())
+            # What is tied has codes in common with an embedding, and keeps them.
+            linears = {n: x for n, x in layers.items() if isinstance(x, QuantLinear) and not x.plan.tied}
+            mended |= mend(run.model, linears, originals, run.folding, run.checks, options, run.group)
+            replace_modules(run.model, {layers[name]: module for name, (_, module) in mended.items()})
+        applied = Applied(*outcome(run.plan, layers, mended, reports), originals)
         finish(applied)
         if verbose and run.group.main:
             logger.info("\n%s", applied.report)
@@ -276,7 +289,8 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
             log_share(run.model, run.facts.uncounted)
         return applied
     except BaseException:
-        replace_modules(run.model, {module: originals[name] for name, module in (layers | sources).items()})
+        back = [*(layers | sources).items(), *((name, module) for name, (_, module) in mended.items())]
+        replace_modules(run.model, {module: originals[name] for name, module in back if module is not originals[name]})
         raise
 
 

@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 from diffusers import DDIMScheduler
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import hfquant
+from hfquant import ptq
 from hfquant.cli import app
 from hfquant.demo import load_digits_pipeline
 from hfquant.distributed import processes
@@ -149,6 +151,29 @@ def pipeline() -> dict[str, Tensor]:
     return dict(pipe.unet.state_dict())
 
 
+def self_made(out: Path) -> dict[str, Tensor]:
+    """Text that the model writes itself: the first process for all."""
+    with patch.object(constants, "HF_HOME", str(out / "home")):
+        return quantized(STATIC, {"source": "self", "samples": 6, "seqlen": 20})
+
+
+def mended() -> dict[str, Tensor]:
+    """A layer whose static scale saturates: one process finds it, all change it."""
+    solve, name = ptq.solve, "model.layers.1.mlp.down_proj"
+
+    def saturating(layer: str, *args: Any) -> Any:
+        solution = solve(layer, *args)
+        if layer == name:
+            solution.tensors["input_scale"] /= 100
+        return solution
+
+    with patch.object(ptq, "solve", saturating):
+        state = quantized(STATIC, data(5))
+    assert f"{name}.input_scale" not in state
+    assert "model.layers.0.mlp.down_proj.input_scale" in state
+    return state
+
+
 def save_words(folder: Path) -> None:
     """A tokenizer of letters, and a text."""
     words = Tokenizer(
@@ -208,6 +233,8 @@ def tasks(out: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
         "mixed": lambda: quantized(MIXED, data(5), memory_budget=1),
         "layer by layer": lambda: quantized(GPTQ, data(5), per_layer_mode=True),
         "prepared": prepared,
+        "self-made": lambda: self_made(out),
+        "mended": mended,
         "resumed": lambda: resumed(out / "resume"),
         "recorded": lambda: recorded(None),
         "recorded on disk": lambda: recorded(out / "set"),

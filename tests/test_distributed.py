@@ -26,6 +26,8 @@ EXACT = [
     "folded",
     "svd",
     "prepared",
+    "self-made",
+    "mended",
     "recorded",
     "recorded on disk",
     "command",

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hfquant.calibration.batches import applicable, options_for, placed, samples
 from hfquant.calibration.recorder import Recording, Target, find_layer, record
+from hfquant.calibration.self_made import generator, seed_of
 from hfquant.denoisers import is_pipeline, time_reader
 
 
@@ -81,7 +81,7 @@ class BaseSampler:
         """
         target = find_layer(model, calib_layer)
         recording = Recording()
-        for i, (args, kwargs) in enumerate(_calls(batch)):
+        for i, (args, kwargs) in enumerate(calls_of(batch)):
             kwargs = {**(call_kwargs or {}), **kwargs}
             run, steps = self._record_run(model, target, args, kwargs, (self.seed, index, i), steps)
             for j in range(len(run)):
@@ -109,7 +109,7 @@ class BaseSampler:
             with (
                 record(target, recording, clock.keeps),
                 clock.watch(target.component),
-                _inference(model),
+                inference(model),
                 seeded(*entropy),
             ):
                 self.run(model, target, args, kwargs)
@@ -124,7 +124,7 @@ class BaseSampler:
         count = steps if self.timesteps is None else min(self.timesteps, steps)
         if count == steps:
             return steps, range(steps)
-        return steps, self.select(steps, count, torch.Generator().manual_seed(_seed(*entropy)))
+        return steps, self.select(steps, count, generator(*entropy))
 
 
 class UniformSampler(BaseSampler):
@@ -240,17 +240,13 @@ def _scheduled_steps(pipeline: Any) -> int:
     return 1 if timesteps is None else len(torch.unique_consecutive(torch.as_tensor(timesteps)))
 
 
-def _calls(batch: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+def calls_of(batch: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Return the calls (args, kwargs) that a batch stands for."""
     if isinstance(batch, list) and any(isinstance(item, (Mapping, tuple, list, Tensor)) for item in batch):
-        return [call for sample in samples(batch) for call in _calls(sample)]
+        return [call for sample in samples(batch) for call in calls_of(sample)]
     if isinstance(batch, Mapping):
         return [((), dict(batch))]
     return [(batch if isinstance(batch, tuple) else (batch,), {})]
-
-
-def _seed(*entropy: int) -> int:
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
 @contextmanager
@@ -258,12 +254,12 @@ def seeded(*entropy: int) -> Iterator[None]:
     """Within it, torch's global generators start from a seed made of `entropy`; afterwards they are as before."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(_seed(*entropy))
+        torch.manual_seed(seed_of(*entropy))
         yield
 
 
 @contextmanager
-def _inference(model: Any) -> Iterator[None]:
+def inference(model: Any) -> Iterator[None]:
     """Eval mode, no gradients, no progress bar a run; put back afterwards."""
     parts = (
         [model] if isinstance(model, nn.Module) else [p for p in model.components.values() if isinstance(p, nn.Module)]

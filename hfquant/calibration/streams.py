@@ -11,6 +11,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from inspect import signature
 from itertools import chain, islice
 from pathlib import Path
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
 _COLUMNS = ("text", "prompt", "caption", "messages", "input_ids", "image", "latent", "latents")
 _PARAGRAPH_CHARS = 1 << 16
+#: Samples read beyond those asked for, to check a quantized model on.
+CHECKS = 2
 
 _Positive = Annotated[int, Field(gt=0)]
 
@@ -87,15 +90,28 @@ class Batches(Iterable[Any]):
     """Batches of model inputs that can be iterated any number of times.
 
     Args:
-        make: starts a pass.
+        make: opens the source.
         empty: what an error says of a source without any.
         provenance: what the source is, as JSON.
+        after: opens it where the samples that are asked for have ended.
     """
 
-    def __init__(self, make: Callable[[], Iterator[Any]], empty: str, provenance: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Iterator[Any]],
+        empty: str,
+        provenance: Mapping[str, Any],
+        after: Callable[[], Iterator[Any]] = lambda: iter(()),
+    ) -> None:
         self._make = make
         self._empty = empty
         self.provenance = provenance
+        self._after = after
+
+    @property
+    def held_out(self) -> list[Any]:
+        """A few samples that are no part of the batches; none where the source has no more."""
+        return list(islice(self._after(), CHECKS))
 
     def __iter__(self) -> Iterator[Any]:
         empty = True
@@ -161,7 +177,8 @@ def calibration_batches(
         reader = Reader(tokenizer, processor, _length_limit(tokenizer, model), isinstance(model, nn.Module))
         spec = _parse(given)
         source = "there is no text in the list" if are_texts(spec.dataset) else f"{spec.dataset} gives no rows"
-        return Batches(lambda: _from_spec(spec, reader, spec.batch_size or size), source, _provenance(spec))
+        provenance, rest = _provenance(spec), partial(_after, spec, reader)
+        return Batches(lambda: _from_spec(spec, reader, spec.batch_size or size), source, provenance, rest)
     if isinstance(calibration, Sequence) and calibration and all(is_image(image) for image in calibration):
         images = {"dataset": counted(len(calibration), "image")}
         return Batches(lambda: (images_batch(g, processor) for g in grouped(calibration, size)), "no images", images)
@@ -263,6 +280,13 @@ def _from_spec(spec: StreamSpec, reader: Reader, size: int) -> Iterator[Any]:
     else:
         groups = grouped(islice(values, spec.samples), size)
         yield from (images_batch(g, reader.processor) if is_image(first) else stacked(column, g) for g in groups)
+
+
+def _after(spec: StreamSpec, reader: Reader) -> Iterator[Any]:
+    """Yield what a source has beyond the samples of a spec, one sample a batch."""
+    if spec.samples is not None:
+        everything = spec.model_copy(update={"samples": None})
+        yield from islice(_from_spec(everything, reader, 1), spec.samples, None)
 
 
 def _open(spec: StreamSpec) -> tuple[Any, bool]:

@@ -37,7 +37,10 @@ _SAMPLER_OPTIONS = {
 def calibrate(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a diffusers pipeline or a transformers model.")],
     source: Annotated[
-        str, typer.Option(help="Data: a hub dataset, or a local parquet, json, csv or text file, or a folder.")
+        str,
+        typer.Option(
+            help="Data: a hub dataset, a local parquet, json, csv or text file, a folder; self: of its own making."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the calibration set; an unfinished one is continued.")],
     sampler: Annotated[
@@ -55,7 +58,12 @@ def calibrate(
         list[str] | None,
         typer.Option(help="Column to read; ARGUMENT=COLUMN, repeated, for several; default: a usual name."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Sequences (text with a tokenizer) or rows to read.")] = 128,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Sequences (text with a tokenizer) or rows to read, default: 128; of self windows or runs: 16, 8."
+        ),
+    ] = None,
     seqlen: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Rows a call of the model.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the order of the data, the noise and the choice of steps.")] = 0,
@@ -82,16 +90,23 @@ def calibrate(
         call["num_inference_steps"] = steps
     if guidance_scale is not None:
         call["guidance_scale"] = guidance_scale
+    made_itself = source == "self"
+    if made_itself and (unread := _given({"name": name, "split": split, "column": column or None})):
+        raise typer.BadParameter("what a model makes itself has no such thing", param_hint=f"--{next(iter(unread))}")
     spec = {
         **{"dataset": source, "name": name, "split": split, "column": _columns(column or ())},
-        **{"samples": samples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed},
+        **{"samples": 128 if samples is None else samples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed},
     }
+    if made_itself:
+        spec = {"source": source, "seed": seed, **_given({"samples": samples, "seqlen": seqlen})}
     with errors_in_one_line(debug), log_shown():
         from hfquant.calibration import calibration_batches, generate_calibrate_set
+        from hfquant.calibration.self_made import SelfSpec
         from hfquant.denoisers import denoiser_name, is_pipeline
         from hfquant.distributed import is_main
         from hfquant.integrations.data import transformers_batches
         from hfquant.integrations.hub import load
+        from hfquant.integrations.self_made_runs import PROMPTS, own_calls
 
         loaded = load(model, dtype, device)
         pipeline = is_pipeline(loaded)
@@ -99,7 +114,11 @@ def calibrate(
         if sampler is None:
             _check_sampler(kind, timesteps=timesteps, mean=mean, std=std)
         target = layer if layer is not None else denoiser_name(loaded) if pipeline else ""
-        batches = calibration_batches(spec) if pipeline else transformers_batches(loaded, spec)
+        wish = SelfSpec.of(spec)
+        if wish is not None and pipeline:
+            batches: Any = own_calls(loaded, wish.samples or len(PROMPTS), seed, call)
+        else:
+            batches = calibration_batches(spec) if pipeline else transformers_batches(loaded, spec)
         made = generate_calibrate_set(
             loaded,
             _sampler(kind, seed, timesteps=timesteps, mean=mean, std=std),

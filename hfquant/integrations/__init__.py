@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from hfquant import ptq
+from hfquant.calibration.batches import CalibrationError
 from hfquant.integrations.apply import quantize_attached
 from hfquant.integrations.config import METHOD, HfQuantConfig
 from hfquant.integrations.facts import facts_of
@@ -33,18 +34,31 @@ def model_facts(model: nn.Module) -> ModelFacts:
     return facts_of(model) if library(model) else ModelFacts()
 
 
-def batches_for(model: nn.Module, data: Any) -> Any:
-    """Return calibration data as batches of ``model``'s inputs: a dataset, file or texts are turned into them."""
+def batches_for(model: nn.Module, data: Any, config: HfQuantConfig) -> Any:
+    """Return calibration data as batches of ``model``'s inputs: a dataset, file or texts are turned into them.
+
+    Where there is none and the config needs it, a model of transformers makes its own.
+    """
+    from hfquant.calibration.self_made import SelfSpec
     from hfquant.calibration.streams import calibration_batches
     from hfquant.integrations.data import diffusers_batches, is_raw, transformers_batches
 
-    if data is None or not is_raw(data):
+    data = config.calibration if data is None else data
+    made_itself = data is None or SelfSpec.of(data) is not None
+    if made_itself and not config.needs_data:
+        return None
+    if not made_itself and not is_raw(data):
         return data
     match library(model):
         case "transformers":
             return transformers_batches(model, data)
         case "diffusers":
             return diffusers_batches(data)
+        case _ if made_itself:
+            raise CalibrationError(
+                f"{type(model).__name__} needs calibration data for this config, and only models of transformers and "
+                "pipelines of diffusers make their own: pass batches of its inputs"
+            )
         case _:
             return calibration_batches(data)
 
@@ -107,14 +121,12 @@ def register_diffusers() -> None:
         return
     from diffusers.quantizers import auto
 
-    from hfquant.integrations.compat import accept_no_dtype
     from hfquant.integrations.diffusers import HfQuantDiffusersQuantizer
 
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         # diffusers has no public registration.
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HfQuantConfig
         auto.AUTO_QUANTIZER_MAPPING[METHOD] = HfQuantDiffusersQuantizer
-        accept_no_dtype()
 
 
 def register_peft() -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from hfquant import ptq
 from hfquant.calibration.provenance import data_provenance
+from hfquant.calibration.self_made import SelfMade, SelfSpec
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.planner import ModelFacts, Plan
 
@@ -36,11 +37,11 @@ def quantize_attached(
     Returns:
         A function that undoes it.
     """
-    settings = settings or ptq.Settings(config.modules_to_not_convert or (), config.per_layer_mode)
+    settings = settings or ptq.Settings(config.modules_to_not_convert or (), config.per_layer_mode, guard=config.guard)
     restore = _snapshot(model)
 
     def finish(applied: ptq.Applied) -> None:
-        own = own_config(config, applied.plan, facts)
+        own = own_config(config, applied.plan, facts, loader.spec if isinstance(loader, SelfMade) else None)
         own.provenance = data_provenance(loader) if config.needs_data else {}
         attach(model, own)
         model.quant_report = applied.report  # type: ignore[assignment]
@@ -72,7 +73,7 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def own_config(config: HfQuantConfig, plan: Plan, facts: ModelFacts) -> HfQuantConfig:
+def own_config(config: HfQuantConfig, plan: Plan, facts: ModelFacts, made: SelfSpec | None = None) -> HfQuantConfig:
     """Return a model's own copy of ``config``, with each layer's plan where it differs from the config's own rule."""
     found = {n: p.differences(config.rules.resolve(*facts.aliases(n))) for n, p in plan.layers.items()}
-    return config.for_model({n: difference for n, difference in found.items() if difference}, plan.skipped)
+    return config.for_model({n: difference for n, difference in found.items() if difference}, plan.skipped, made)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 with suppress(ImportError):  # either library may be absent
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import (
+        ConversionOps,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+        revert_weight_conversion,
+    )
     from transformers.integrations.accelerate import load_offloaded_parameter
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -39,6 +45,7 @@ __all__ = [
     "register_lora_layer",
     "save_as_named",
     "set_quantized",
+    "stored_names",
 ]
 
 
@@ -106,11 +113,11 @@ def save_as_named(model: PreTrainedModel) -> None:
         model._weight_conversions = [c for c in conversions if type(c) is WeightRenaming]
 
 
-def names_in_model(model: PreTrainedModel, keys: Sequence[str]) -> set[str]:
-    """Return what transformers calls a checkpoint's tensors once they are in ``model``."""
+def names_in_model(model: PreTrainedModel, keys: Sequence[str]) -> dict[str, str]:
+    """Return what transformers calls each of a checkpoint's tensors once it is in ``model``."""
     renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
     own = model.state_dict()
-    return {rename_source_key(key, renamings, [], model.base_model_prefix, own)[0] for key in keys}
+    return {key: rename_source_key(key, renamings, [], model.base_model_prefix, own)[0] for key in keys}
 
 
 def register_lora_layer(kind: type[nn.Module], layer: type[nn.Module]) -> None:
@@ -187,3 +194,8 @@ def register_lora_base(kind: type[nn.Linear], floats: Callable[[Any], Tensor]) -
     loader._calculate_module_shape = staticmethod(calculate_module_shape)
     loader._maybe_expand_lora_state_dict = classmethod(expand_lora)
     lora_pipeline._maybe_dequantize_weight_for_expanded_lora = dequantize
+
+
+def stored_names(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the names that transformers' ``save_pretrained`` gives them."""
+    return dict(revert_weight_conversion(model, dict(state_dict)))

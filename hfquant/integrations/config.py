@@ -10,6 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from hfquant import config as rules
+from hfquant.calibration.self_made import SelfSpec
 from hfquant.config import ConfigError, QuantRules
 
 if TYPE_CHECKING:
@@ -41,10 +42,14 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         config: a dict (README, "Config"), the name of a preset (:data:`hfquant.PRESETS`), or None for
             "w8a8-dynamic".
         calibration: data for configs that need it (static activations, SMOOTH, SVD, GPTQ): a list of strings, a
-            ``DataLoader`` or any re-iterable of model inputs. Never stored; let go once used.
+            ``DataLoader`` or any re-iterable of model inputs. Never stored; let go once used. "self", or a dict
+            ``{"source": "self", "seed": 0, "samples": 16, "seqlen": 512}``, has the model make its own, which is also
+            what happens without data; it is stored.
         modules_to_not_convert: names (whole, a path component, or globs) to leave alone, beside the defaults
             (output heads, tied weights, the model's ``_keep_in_fp32_modules``).
         per_layer_mode: solve layer by layer, each seeing the quantized layers before it.
+        guard: after quantizing with data, check each layer and put one that is far off back to a safer format
+            (:mod:`hfquant.guard`).
 
     Raises:
         ConfigError: unknown key, wrong value, impossible combination.
@@ -56,17 +61,20 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         calibration: Any = None,
         modules_to_not_convert: Sequence[str] | None = None,
         per_layer_mode: bool = False,
+        guard: bool = True,
     ) -> None:
         names = [] if modules_to_not_convert is None else modules_to_not_convert
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"modules_to_not_convert: expected a list of names, got {modules_to_not_convert!r}")
-        if not isinstance(per_layer_mode, bool):
-            raise ConfigError(f"per_layer_mode: expected True or False, got {per_layer_mode!r}")
+        for key, value in (("per_layer_mode", per_layer_mode), ("guard", guard)):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{key}: expected True or False, got {value!r}")
         self.quant_method = QuantMethod.HFQUANT
         self.rules = rules.parse("w8a8-dynamic" if config is None else config)
+        SelfSpec.of(calibration)  # checks it
         self.calibration = calibration
         self.modules_to_not_convert = list(names) or None
-        self.per_layer_mode = per_layer_mode
+        self.per_layer_mode, self.guard = per_layer_mode, guard
         #: What the plan decided for each layer beyond the rules; filled in a model's own copy only.
         self.layers: dict[str, dict[str, Any]] = {}
         #: Exact names of the linears that were left in full precision, and why; likewise.
@@ -90,20 +98,32 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         """Whether any entry of the config needs calibration data."""
         return self.rules.needs_data
 
-    def for_model(self, layers: Mapping[str, dict[str, Any]], skipped: Mapping[str, str]) -> HfQuantConfig:
-        """Return a model's own copy: with its plan, its skipped linears and why, and without the data."""
+    def for_model(
+        self, layers: Mapping[str, dict[str, Any]], skipped: Mapping[str, str], made: SelfSpec | None = None
+    ) -> HfQuantConfig:
+        """Return a model's own copy: with its plan, its skipped linears and why, and without the data.
+
+        Args:
+            layers: what the plan decided for each.
+            skipped: the linears left in full precision, and why.
+            made: the data that the model made itself, if it did.
+        """
         own = copy.deepcopy(self)
-        own.calibration, own.layers, own.skipped = None, dict(layers), dict(sorted(skipped.items()))
+        own.calibration = None if made is None else made.to_dict()
+        own.layers, own.skipped = dict(layers), dict(sorted(skipped.items()))
         return own
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json stores: enough to build every module without data, nothing of the user's objects."""
+        made = SelfSpec.of(self.calibration)
         return {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
             "config": copy.deepcopy(self.rules.raw),
+            **({} if made is None else {"calibration": made.to_dict()}),
             "modules_to_not_convert": self.modules_to_not_convert,
             "per_layer_mode": self.per_layer_mode,
+            **({} if self.guard else {"guard": False}),
             "layers": copy.deepcopy(self.layers),
             "skipped": dict(self.skipped),
             **({"provenance": copy.deepcopy(self.provenance)} if self.provenance else {}),
@@ -178,4 +198,4 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         return f"{type(self).__name__} {self.to_json_string()}"
 
 
-_ARGUMENTS = ("config", "calibration", "modules_to_not_convert", "per_layer_mode")
+_ARGUMENTS = ("config", "calibration", "modules_to_not_convert", "per_layer_mode", "guard")

@@ -1,12 +1,14 @@
-"""From ``HfQuantConfig(calibration=...)`` to batches of model inputs."""
+"""From ``HfQuantConfig(calibration=...)``, or from nothing, to batches of model inputs."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from hfquant.calibration.batches import CalibrationError
+from hfquant.calibration.self_made import SelfSpec
 from hfquant.calibration.streams import are_texts, calibration_batches, holds_set, is_source
 
 
@@ -15,11 +17,18 @@ def transformers_batches(model: Any, calibration: Any) -> Any:
 
     Args:
         model: just loaded; ``name_or_path`` is where a tokenizer or image processor is looked for.
-        calibration: what :func:`~hfquant.calibration.calibration_batches` takes.
+        calibration: what :func:`~hfquant.calibration.calibration_batches` takes, what the model is to make itself
+            (:class:`~hfquant.calibration.self_made.SelfSpec`), or None: it makes what it does by default.
 
     Raises:
-        CalibrationError: the data is text and no tokenizer is at hand.
+        CalibrationError: the data is text and no tokenizer is at hand, or the model cannot make its own.
     """
+    spec = SelfSpec() if calibration is None else SelfSpec.of(calibration)
+    if spec is not None:
+        from hfquant.integrations.self_made import Reader, self_made
+
+        reader = Reader(*_saved_with(model), _extractor_of(model))
+        return self_made(model, spec, reader, asked=calibration is not None)
     tokenizer = processor = None
     given = isinstance(calibration, Mapping) and (calibration.get("tokenizer") or calibration.get("processor"))
     if is_raw(calibration) and not given:
@@ -36,8 +45,11 @@ def diffusers_batches(calibration: Any) -> Any:
     """Return batches for a denoiser: recorded inputs or a calibration set, never a dataset.
 
     Raises:
-        CalibrationError: the data are prompts or a dataset, which only the whole pipeline can turn into inputs.
+        CalibrationError: the data are prompts or a dataset, which only the whole pipeline can turn into inputs, or it
+            is to make its own.
     """
+    if calibration is None or SelfSpec.of(calibration) is not None:
+        raise _cannot_make_its_own()
     if is_raw(calibration):
         raise CalibrationError(
             "a pipeline's component cannot turn a dataset or prompts into its own inputs: use "
@@ -65,10 +77,26 @@ def _saved_with(model: Any) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
-def check_data(config: Any) -> None:
-    """Raise CalibrationError where a config needs calibration data and carries none."""
-    if config.needs_data and config.calibration is None:
-        raise CalibrationError(
-            "this config needs calibration data (static activations, smoothing, a low-rank branch or GPTQ): pass "
-            "HfQuantConfig(..., calibration=[...]), or choose one without, such as 'w8a8-dynamic'"
-        )
+def _extractor_of(model: Any) -> Any:
+    from transformers import AutoFeatureExtractor
+
+    if getattr(model, "main_input_name", "") != "input_features":
+        return None
+    with suppress(OSError, ValueError, KeyError, TypeError, ImportError):
+        return AutoFeatureExtractor.from_pretrained(model.name_or_path)
+    return None
+
+
+def check_component_data(config: Any) -> None:
+    """Raise CalibrationError where a pipeline's component needs calibration data and was given none."""
+    if config.needs_data and (config.calibration is None or SelfSpec.of(config.calibration) is not None):
+        raise _cannot_make_its_own()
+
+
+def _cannot_make_its_own() -> CalibrationError:
+    return CalibrationError(
+        "this config needs calibration data (static activations, smoothing, a low-rank branch or GPTQ), and a "
+        "pipeline's component cannot make its own: call hfquant.quantize_pipeline(pipe, None, config), which runs the "
+        "pipeline on prompts of its own, or pass inputs recorded with hfquant.generate_calibrate_set, or choose a "
+        "config without, such as 'w8a8-dynamic'"
+    )

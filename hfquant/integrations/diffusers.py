@@ -26,7 +26,7 @@ from hfquant.integrations.checkpoint import (
 )
 from hfquant.integrations.compat import drop_quantization_config
 from hfquant.integrations.config import HfQuantConfig
-from hfquant.integrations.data import check_data, diffusers_batches
+from hfquant.integrations.data import check_component_data, diffusers_batches
 from hfquant.integrations.facts import facts_of
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.linear import QuantLayer
@@ -71,7 +71,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
                 "the model and call enable_group_offload(offload_to_disk_path=...)"
             )
         if not self.pre_quantized:
-            check_data(self.quantization_config)
+            check_component_data(self.quantization_config)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Check that each tensor that a sharded checkpoint's index lists is in a shard; diffusers does not.

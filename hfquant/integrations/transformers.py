@@ -33,7 +33,7 @@ from hfquant.integrations.compat import (
     set_quantized,
 )
 from hfquant.integrations.config import HfQuantConfig
-from hfquant.integrations.data import check_data, transformers_batches
+from hfquant.integrations.data import transformers_batches
 from hfquant.integrations.facts import facts_of
 from hfquant.integrations.sharing.facts import tags_of
 from hfquant.nn.kinds import kind_of
@@ -65,15 +65,13 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         self.exact: set[str] = set()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse, before any weight is read, a config that needs data and has none, and offloading float weights.
+        """Refuse, before any weight is read, offloading float weights.
 
         Raises:
-            CalibrationError: the config needs data and carries none.
             ValueError: ``device_map`` has "disk": transformers would read the float weights in place of the codes.
         """
         if self.pre_quantized:
             return
-        check_data(self.quantization_config)
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 'weights cannot be quantized on the way to "disk" in a device_map: quantize without it and save, then '
@@ -311,4 +309,4 @@ def _stored_names(model: PreTrainedModel, checkpoint_files: list[str] | None) ->
     if not checkpoint_files:
         return None
     keys = tensor_names(checkpoint_files)
-    return keys | names_in_model(model, sorted(keys))
+    return keys.union(names_in_model(model, sorted(keys)).values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from itertools import accumulate, chain, groupby
 from typing import NamedTuple
 
@@ -143,6 +143,23 @@ class Operands(NamedTuple):
         return y if self.bias is None else y + self.bias.float()
 
 
+Run = Callable[[Tensor, Operands, Product], Tensor]
+
+
+def over_tokens(run: Run) -> Run:
+    """Return a kernel's ``run`` that takes [tokens, in] as one that takes [..., in]."""
+
+    @wraps(run)
+    def flattened(x: Tensor, operands: Operands, product: Product) -> Tensor:
+        if x.dim() == 2:
+            return run(x, operands, product)
+        y = run(x.reshape(-1, product.in_features), operands, product)
+        # Nobody else has y, and what autograd takes for a view cannot be added to in place, as Falcon does.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
+
+    return flattened
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A way to compute a product. A new one is one file and one line in :mod:`hfquant.kernels`.
@@ -153,7 +170,7 @@ class Kernel:
         missing: returns what this machine lacks to run it, "" where nothing.
         refuses: returns why it cannot compute a product exactly, "" where it can.
         pays: whether it is to be preferred to the kernels after it, for a number of tokens and of output rows.
-        run: computes [tokens, in] of any float dtype to [tokens, out] of the same dtype.
+        run: computes [..., in] of any float dtype, with at least one token, to [..., out] of the same dtype.
     """
 
     name: str
@@ -161,4 +178,4 @@ class Kernel:
     missing: Callable[[], str]
     refuses: Callable[[Product], str]
     pays: Callable[[Product, torch.dtype, int, int], bool]
-    run: Callable[[Tensor, Operands, Product], Tensor]
+    run: Run

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hfquant.formats import expand_columns
-from hfquant.kernels.base import Kernel, Operands, Product
+from hfquant.kernels.base import Kernel, Operands, Product, over_tokens
 
 #: Weights in a block: 2 MB of float32, within a core's second-level cache.
 BLOCK = 1 << 19
@@ -27,6 +27,7 @@ def blocks(operands: Operands, product: Product) -> Iterator[tuple[slice, Tensor
         yield rows, part.grid(product).dequantize(part.codes(product))
 
 
+@over_tokens
 def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
     """Return ``x`` [tokens, in] times the weight, [tokens, out], computed in float32."""
     raw = x.float()

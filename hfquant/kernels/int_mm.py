@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hfquant.kernels.base import Kernel, Operands, Product
+from hfquant.kernels.base import Kernel, Operands, Product, over_tokens
 
 #: Sums at a time on the CPU: 1 MB of int32, within a core's second-level cache until they are scaled.
 BLOCK = 1 << 18
@@ -55,6 +55,7 @@ def missing_on_cuda() -> str:
     return "" if torch.cuda.is_available() else "there is no CUDA device"
 
 
+@over_tokens
 def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
     """Return ``x`` [tokens, in] times the weight, [tokens, out].
 

@@ -44,19 +44,15 @@ def linear(x: Tensor, operands: Operands, product: Product, real: bool) -> Tenso
 
 
 def _run(x: Tensor, operands: Operands, product: Product, real: bool) -> Tensor:
-    out = operands.weight.shape[0]
-    if not x.numel():
+    out, size = operands.weight.shape[0], x.numel()
+    if not size:
         return x.new_zeros(*x.shape[:-1], out)
-    tokens = x if x.dim() == 2 else x.reshape(-1, product.in_features)
     device = x.device.type
-    kernel = pick(product, device, x.dtype, tokens.shape[0], out) if real else dequantize.KERNEL
+    kernel = pick(product, device, x.dtype, size // product.in_features, out) if real else dequantize.KERNEL
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            y = kernel.run(tokens, operands, product)
-    else:
-        y = kernel.run(tokens, operands, product)
-    # Nobody else has y, and what autograd takes for a view cannot be added to in place, as Falcon does.
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], out))
+            return kernel.run(x, operands, product)
+    return kernel.run(x, operands, product)
 
 
 def _op(x: Tensor, *arguments: Any) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hfquant.formats import FloatFormat
-from hfquant.kernels.base import Kernel, Operands, Product
+from hfquant.kernels.base import Kernel, Operands, Product, over_tokens
 from hfquant.kernels.triton import host, quantize
 
 #: What cuBLAS wants columns and output features to be a multiple of.
@@ -47,6 +47,7 @@ def refuses(product: Product) -> str:
     return ""
 
 
+@over_tokens
 def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
     """Return ``x`` [tokens, in] times the weight, [tokens, out].
 

@@ -24,8 +24,7 @@ class QuantLayer(nn.Module):
     """A layer with quantized weights and, where its plan says so, quantized activations.
 
     Whatever it was in float, it multiplies rows [..., in] with a matrix [out, in]; a subclass is a kind of layer
-    (:mod:`hfquant.nn.kinds`) and says by its class methods which float modules it takes, what their matrix and rows
-    are, and by the others how it runs and what it is in float again.
+    (:mod:`hfquant.nn.kinds`): its static methods say which float modules it takes, what their matrix and rows are.
 
     ``weight`` holds codes ([out, in] int8 or int16, or [out, ceil(in * bits / 8)] packed int8, with trailing dimensions
     of 1 up to the rank of the float weight), so it is not what a matmul wants: :meth:`dequantize` gives the float
@@ -118,8 +117,7 @@ class QuantLayer(nn.Module):
             seed: of the draw, where there are so many rows that only some are returned.
 
         Returns:
-            The rows, and for those that were left out the smallest and largest value of each column, both [2, in]; None
-            where none was.
+            The rows, and of those left out the least and largest value of each column, [2, in] each; None for none.
         """
         return x, None
 
@@ -141,9 +139,8 @@ class QuantLayer(nn.Module):
         """Build a layer from its solved tensors.
 
         Args:
-            plan: of the layer.
+            plan, bias: of the layer.
             tensors: ``weight`` unpacked or packed, everything else as it is stored.
-            bias: of the layer.
             module: the float module that it replaces; None for a layer that replaces nothing.
         """
         device = tensors["weight"].device
@@ -220,8 +217,7 @@ class QuantLayer(nn.Module):
     def codes_on_disk(self, codes: Tensor | None = None) -> Tensor:
         """Return the codes as a checkpoint has them: with a leading dimension of 1, of the format's dtype on disk.
 
-        No float module accepts them, its weight has a dimension less, so a model loaded without hfquant fails in place
-        of running on garbage.
+        No float module accepts them, so a model loaded without hfquant fails in place of running on garbage.
 
         Args:
             codes: of this layer, from elsewhere (offloaded); default: ``weight``.
@@ -241,14 +237,17 @@ class QuantLayer(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return rows ``x`` [..., in] of any float dtype times the matrix, plus bias, [..., out] of the same dtype."""
-        transform, tensors, groups = self._transform, self._buffers, self._row_groups
-        parts = [
-            linear(transform.input(x, tensors, i), self._operands(i, rows), self.product, self.real_quant)
-            for i, rows in enumerate(groups)
-        ]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        extra = transform.output(x, tensors, self.plan.row_groups)
+        groups = self._row_groups
+        if len(groups) == 1:
+            y = self._part(x, 0, groups[0])
+        else:
+            y = torch.cat([self._part(x, i, rows) for i, rows in enumerate(groups)], dim=-1)
+        extra = self._transform.output(x, self._buffers, self.plan.row_groups)
         return y if extra is None else (y + extra).to(x.dtype)
+
+    def _part(self, x: Tensor, group: int, rows: slice) -> Tensor:
+        x = self._transform.input(x, self._buffers, group)
+        return linear(x, self._operands(group, rows), self.product, self.real_quant)
 
     def _operands(self, group: int, rows: slice) -> Operands:
         """Return what a kernel multiplies with for one group of rows."""

@@ -32,6 +32,8 @@ class LayerReport:
         error: the same for the layer as solved.
         seconds: time to solve it.
         fallback: whether the layer never ran during calibration and was quantized without data.
+        guard: what the guard found and did (:mod:`hfquant.guard`); empty where the layer is as solved. The errors above
+            are of what it was before.
     """
 
     name: str
@@ -42,6 +44,7 @@ class LayerReport:
     error: float | None
     seconds: float
     fallback: bool
+    guard: str = ""
 
     @property
     def sqnr(self) -> float | None:
@@ -95,7 +98,9 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         alphas or "-",
         str(layer.rank or "-"),
         f"{layer.seconds:.2f}",
-        layer.what + (" (never ran: no data)" if layer.fallback else ""),
+        layer.what
+        + (" (never ran: no data)" if layer.fallback else "")
+        + (f" (guard: {layer.guard})" if layer.guard else ""),
     )
 
 

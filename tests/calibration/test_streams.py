@@ -443,3 +443,17 @@ def test_a_stream_says_what_it_is_and_not_where_it_lies(tmp_path):
     expected = {"layer": "proj", "call": {"token": "(redacted)"}}
     assert data_provenance(stored) == data_provenance(calibration_batches(stored)) == expected
     assert data_provenance(iter(())) == {"class": "tuple_iterator"}
+
+
+def test_samples_beyond_those_asked_for_are_held_out(tmp_path):
+    texts = [f"{'a b c d e f g h'[: 2 * i + 1]} ." for i in range(1, 8)]
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(str(path))
+    spec = {"dataset": str(path), "column": "text", "batch_size": 2}
+    every = [prompt for batch in calibration_batches({**spec, "samples": None}) for prompt in batch]
+    some = calibration_batches({**spec, "samples": 4})
+    assert [prompt for batch in some for prompt in batch] == every[:4]
+    assert [prompt for batch in some.held_out for prompt in batch] == every[4:6]
+    assert calibration_batches({**spec, "samples": 7}).held_out == []
+    assert calibration_batches(spec).held_out == []
+    assert calibration_batches(texts).held_out == []

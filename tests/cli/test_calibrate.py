@@ -271,3 +271,20 @@ def test_the_module_runs_as_a_program(llama, text, tmp_path) -> None:
     assert found.returncode == 0, found.stderr
     assert "samples" in found.stdout
     assert len(hfquant.load_calibrate_set(tmp_path / "set")) == 2
+
+
+def test_a_pipeline_and_a_model_make_their_own_data(digits, llama, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    result = calibrate(digits, "--source", "self", "--out", tmp_path / "runs", "--samples", 3, "--steps", 2)
+    assert result.exit_code == 0, result.output
+    assert len(hfquant.load_calibrate_set(tmp_path / "runs")) == 6
+    result = calibrate(llama, "--source", "self", "--out", tmp_path / "windows", "--samples", 2, "--seqlen", 9)
+    assert result.exit_code == 0, result.output
+    (sample,) = hfquant.load_calibrate_set(tmp_path / "windows")
+    assert sample["input_ids"].shape == (2, 9)
+    result = calibrate(digits, "--source", "self", "--out", tmp_path / "no", "--samples", 0)
+    assert result.exit_code == 1
+    assert "calibration['samples']" in result.output
+    result = calibrate(llama, "--source", "self", "--out", tmp_path / "no", "--column", "text")
+    assert result.exit_code == 2
+    assert "what a model makes itself has no such thing" in result.output

@@ -157,7 +157,7 @@ def test_one_class_for_both_libraries() -> None:
     assert issubclass(HfQuantConfig, TransformersMixin)
     signature = inspect.signature(HfQuantConfig.__init__)
     assert list(signature.parameters) == [
-        "self", "config", "calibration", "modules_to_not_convert", "per_layer_mode",
+        "self", "config", "calibration", "modules_to_not_convert", "per_layer_mode", "guard",
     ]  # fmt: skip
     assert transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING["hfquant"] is HfQuantConfig
     assert diffusers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING["hfquant"] is HfQuantConfig

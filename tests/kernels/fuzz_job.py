@@ -180,8 +180,9 @@ def calls_of_linear() -> list[object]:
 def calls_of_cpu() -> list[object]:
     made = sample(random.choice(SPECS), random.choice([1, 2, 9]))
     operands: Operands = made.operands
-    narrow, up = (torch.randn(len(made.x), 3), torch.randn(37, 3)) if random.random() < 0.3 else (None, None)
-    return [made.x, *operands[:7], narrow, up, operands.bias, cpu._spec(made.product.key), 0]
+    down, up = (torch.randn(3, made.product.in_features), torch.randn(37, 3)) if random.random() < 0.3 else (None, None)
+    operands = operands._replace(down=down, up=up)
+    return [made.x, *operands, cpu.spec_of(made.product.key), 0]
 
 
 def main(name: str, calls: int, seed: int) -> None:

@@ -153,3 +153,20 @@ def test_the_last_kernels_compute_everything() -> None:
             product = Product(weight, (20, 44), (64,), InputRule(inputs, True, True, (64,), (False,)))
             for name in ("dequantize", "reference"):
                 assert obstacle(KERNELS[name], product, "cpu") == ""
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_inputs_of_any_rank(name) -> None:
+    """Leading dimensions come out as they went in, of inputs that are not contiguous too."""
+    made = sample(Spec(8, (64,)), 6)
+    kernel = KERNELS[name]
+    if obstacle(kernel, made.product, "cpu"):
+        assert kernel.missing() or kernel.refuses(made.product) or kernel.device == "cuda"
+        return
+    flat = kernel.run(made.x, made.operands, made.product)
+    assert torch.equal(kernel.run(made.x.view(2, 3, 64), made.operands, made.product), flat.view(2, 3, -1))
+    assert torch.equal(kernel.run(made.x[:1].view(64), made.operands, made.product), flat[0])
+    turned = made.x.view(2, 3, 64).transpose(0, 1)
+    assert not turned.is_contiguous()
+    y = kernel.run(turned, made.operands, made.product)
+    assert torch.equal(y, flat.view(2, 3, -1).transpose(0, 1))

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -95,8 +96,20 @@ def test_converters_go_and_renamings_stay(llama: transformers.LlamaForCausalLM) 
 
 def test_names_are_those_of_the_model(llama: transformers.LlamaForCausalLM) -> None:
     name = "layers.0.mlp.up_proj.weight"
-    assert compat.names_in_model(llama, [f"model.{name}"]) == {f"model.{name}"}
-    assert compat.names_in_model(llama.model, [f"model.{name}"]) == {name}
+    assert compat.names_in_model(llama, [f"model.{name}"]) == {f"model.{name}": f"model.{name}"}
+    assert compat.names_in_model(llama.model, [f"model.{name}"]) == {f"model.{name}": name}
+
+
+def test_tensors_are_stored_under_the_names_of_save_pretrained(llama: transformers.LlamaForCausalLM, tmp_path) -> None:
+    assert compat.stored_names(llama, llama.state_dict()).keys() == llama.state_dict().keys()
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = {"vocab_size": 32, "num_key_value_heads": 1} | sizes, {"image_size": 16, "patch_size": 8} | sizes
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text), vision_config=transformers.CLIPVisionConfig(**vision)
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    assert compat.stored_names(model, model.state_dict()).keys() == load_file(tmp_path / "model.safetensors").keys()
 
 
 def test_offloaded_parameters_are_read(llama: transformers.LlamaForCausalLM, tmp_path) -> None:

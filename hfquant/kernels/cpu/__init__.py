@@ -1,17 +1,20 @@
 """Kernels in C++ for CPUs, one for each instruction set that a machine has.
 
 Weights of 4 to 8 bits are multiplied as integers with inputs of at most 8 bits, or with floats that are taken as 16-bit
-integers (input.h). Other weights (FP8, FP16, BF16, INT16) become floats a panel at a time.
+integers (input.h). Other weights (FP8, FP16, BF16, INT16) become floats a panel at a time, and FP8 inputs are
+rounded on the way (floats.h).
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from hfquant.formats.base import NumberFormat
 from hfquant.formats.columns import expand_columns, split_columns
 from hfquant.formats.integer import IntegerFormat
 from hfquant.kernels.base import Kernel, Operands, Product, product_of
@@ -21,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 #: Weights that become floats, by their numbers in job.h.
 DECODED = {"fp8e4m3": 1, "fp8e5m2": 2, "fp16": 3, "bf16": 4, "int16": 5}
+#: Inputs of these weights that are quantized there, not by :class:`InputRule`.
+ROUNDED = ("fp8e4m3", "fp8e5m2")
+#: Dtypes of inputs that are read as they are.
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
@@ -64,32 +71,45 @@ def _group_size(product: Product) -> int | None:
 
 
 @lru_cache(maxsize=4096)
-def _spec(key: str) -> Tensor:
+def spec_of(key: str) -> Tensor:
     """Return the product as native.cpp reads it."""
     product = product_of(key)
-    rule = product.input
-    if product.weight.name in DECODED:
-        rule = None  # is applied before
-    bits, per_token = (0, True) if rule is None else (rule.format.bits, rule.per_token)
+    rule = None if _quantized_before(product) else product.input
+    bits, per_token = (0, True) if rule is None else (_code(rule.format), rule.per_token)
     dual = rule.dual if rule is not None else (False,) * len(product.segments)
-    weight = -DECODED[product.weight.name] if product.weight.name in DECODED else product.weight.bits
-    head = [weight, _group_size(product) or 0, bits, per_token, len(product.columns)]
+    head = [_code(product.weight), _group_size(product) or 0, bits, per_token, len(product.columns)]
     return torch.tensor([*head, len(product.segments), *product.segments, *dual], dtype=torch.int64)
 
 
+def _code(form: NumberFormat) -> int:
+    """Return the bits of integers, minus the number of another format."""
+    return -DECODED[form.name] if form.name in DECODED else form.bits
+
+
+def _quantized_before(product: Product) -> bool:
+    """Return whether the input has a format that only :class:`InputRule` knows."""
+    rule = product.input
+    return rule is not None and product.weight.name in DECODED and rule.format.name not in ROUNDED
+
+
+@cache
+def _native() -> Callable[..., Tensor]:
+    # The overload itself: choosing it at each call takes as long as a small product.
+    overload: Callable[..., Tensor] = torch.ops.hfquant_cpu.linear.default
+    return overload
+
+
 def _run(number: int, x: Tensor, operands: Operands, product: Product) -> Tensor:
-    down = operands.down
-    narrow = None if down is None else x.float() @ down.float().T
-    dtype = x.dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        x = x.float()
-    if product.weight.name in DECODED and (product.input is not None or operands.divisor is not None):
-        x, scale = operands.quantized_input(x.float(), product)
-        x = x if scale is None else x * expand_columns(scale, product.segments)
-        operands = operands._replace(input_scale=None, input_scale_neg=None, divisor=None)
-    *tensors, _, up, bias = operands
-    y: Tensor = torch.ops.hfquant_cpu.linear(x.contiguous(), *tensors, narrow, up, bias, _spec(product.key), number)
-    return y.to(dtype)
+    dtype, spec = x.dtype, spec_of(product.key)
+    if _quantized_before(product):
+        raw = x.float()
+        values, scale = operands.quantized_input(raw, product)
+        values = values if scale is None else values * expand_columns(scale, product.segments)
+        bare = Operands(operands.weight, operands.scale, operands.scale_row)
+        return operands.added(raw, _native()(values.contiguous(), *bare, spec, number)).to(dtype)
+    if dtype in TYPES:
+        return _native()(x.contiguous(), *operands, spec, number)
+    return _native()(x.float().contiguous(), *operands, spec, number).to(dtype)
 
 
 #: Widest first.

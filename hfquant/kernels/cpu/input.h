@@ -56,26 +56,56 @@ inline int16_t code_of(float quotient, float limit) {
   return static_cast<int16_t>(static_cast<int32_t>(round_even(quotient)));
 }
 
-// Codes of x / scale in [-limit, limit]. The quotient is x times the reciprocal, but for what is so close to the middle
-// of two codes that the last bit decides: those are divided.
-inline void to_codes(const float* x, int64_t count, float scale, float limit, int16_t* codes) {
+// Rounding to integers in [-limit, limit].
+struct ToInteger {
+  float limit;
+  int16_t operator()(float quotient) const { return code_of(quotient, limit); }
+  bool close(float quotient) const { return std::fabs(quotient - round_even(quotient)) > 0.4999f; }
+};
+
+// Rounding to FP8, values not codes: halves to even, saturated. Adding 1.5 * 2^23 steps leaves no bits below one.
+struct ToFp8 {
+  float limit, smallest, epsilon;  // the largest number, the smallest normal one, the step from 1 to the next
+
+  static ToFp8 of(Format format) {
+    return format == FP8_E4M3 ? ToFp8{448, 0x1p-6f, 0x1p-3f} : ToFp8{57344, 0x1p-14f, 0x1p-2f};
+  }
+  float step(float quotient) const {
+    const float power = of_bits(bits_of(quotient) & 0x7f800000);
+    return (power > smallest ? power : smallest) * epsilon;
+  }
+  float operator()(float quotient) const {
+    quotient = quotient > -limit ? quotient : -limit;
+    quotient = quotient < limit ? quotient : limit;
+    const float large = step(quotient) * 0x1.8p23f;
+    return std::copysign((std::fabs(quotient) + large) - large, quotient);
+  }
+  bool close(float quotient) const {
+    return std::fabs(quotient - (*this)(quotient)) > 0.4999f * step(quotient);
+  }
+};
+
+// x / scale, rounded; `codes` is not `x`. The quotient is x times the reciprocal, but for what is so close to the
+// middle of two numbers that the last bit decides: those are divided.
+template <class Rounding, class Code>
+void round_quotients(const float* x, int64_t count, float scale, Rounding round, Code* codes) {
   const float inverse = 1.0f / scale;
   constexpr int64_t CHUNK = 128;
   for (int64_t start = 0; start < count; start += CHUNK) {
     const int64_t size = count - start < CHUNK ? count - start : CHUNK;
     const float* in = x + start;
-    int16_t* out = codes + start;
+    Code* __restrict out = codes + start;
     int close = 0;
     auto code = [&](int64_t i) {
       const float q = in[i] * inverse;
-      close |= std::fabs(q - round_even(q)) > 0.4999f;
-      out[i] = code_of(q, limit);
+      close |= round.close(q);
+      out[i] = round(q);
     };
     if (size == CHUNK)
       for (int64_t i = 0; i < CHUNK; ++i) code(i);  // a constant count makes better code
     else
       for (int64_t i = 0; i < size; ++i) code(i);
-    for (int64_t i = 0; close && i < size; ++i) out[i] = code_of(in[i] / scale, limit);
+    for (int64_t i = 0; close && i < size; ++i) out[i] = round(in[i] / scale);
   }
 }
 
@@ -164,7 +194,7 @@ inline void quantize(const Job& job, int64_t token, const std::vector<Range>& sh
       const int64_t size = job.K - start < FLOAT_BLOCK ? job.K - start : FLOAT_BLOCK;
       const Range r = range_of(x + start, size);
       const float scale = scale_of(-r.low > r.high ? -r.low : r.high, FLOAT_LIMIT);
-      to_codes(x + start, size, r.finite ? scale : 1, FLOAT_LIMIT, codes + start);
+      round_quotients(x + start, size, r.finite ? scale : 1, ToInteger{FLOAT_LIMIT}, codes + start);
       scales[i] = r.finite ? scale : NAN_;
     }
     return;
@@ -181,13 +211,35 @@ inline void quantize(const Job& job, int64_t token, const std::vector<Range>& sh
     }
     const Scales found = r.finite || job.input_scale ? scales_of(job, s, r) : Scales{1, 1};
     if (found.positive == found.negative)
-      to_codes(x + start, size, found.positive, limit, codes + start);
+      round_quotients(x + start, size, found.positive, ToInteger{limit}, codes + start);
     else
       to_dual_codes(x + start, size, found, limit, codes + start);
     scales[s] = found.negative;
   }
   if (!finite)
     for (int64_t s = 0; s < job.segments; ++s) scales[s] = NAN_;
+}
+
+// The token's input [K] as floats, rounded to FP8 where that is its format; a token with NaN or Inf is NaN then.
+// `buffer` [K] is another one than `out`.
+inline void to_factors(const Job& job, int64_t token, const std::vector<Range>& shared, float* buffer, float* out) {
+  const float* x = floats_of(job, token, buffer);
+  if (job.input_format == INTEGERS) {
+    std::memcpy(out, x, job.K * sizeof(float));
+    return;
+  }
+  const ToFp8 round = ToFp8::of(job.input_format);
+  bool finite = true;
+  for (int64_t s = 0, start = 0; s < job.segments; start += job.segment[s++]) {
+    const int64_t size = job.segment[s];
+    const Range r = shared.empty() ? range_of(x + start, size) : shared[s];
+    finite = finite && r.finite;
+    const float found = scale_of(-r.low > r.high ? -r.low : r.high, round.limit);
+    const float scale = job.input_scale ? job.input_scale[s] : r.finite ? found : 1;
+    round_quotients(x + start, size, scale, round, out + start);
+    for (int64_t i = start; i < start + size; ++i) out[i] *= scale;
+  }
+  for (int64_t i = 0; !finite && i < job.K; ++i) out[i] = NAN_;
 }
 
 }  // namespace HFQUANT_ISA

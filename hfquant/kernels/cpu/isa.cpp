@@ -1,5 +1,5 @@
 // The kernels for one instruction set: compiled once for each, with HFQUANT_ISA its name.
-#include "float_rows.h"
+#include "floats.h"
 
 namespace hfquant {
 namespace HFQUANT_ISA {
@@ -15,15 +15,36 @@ bool few_tokens(const Job& job, ParallelFor parallel_for) {
   return false;
 }
 
-void run(const Job& job, ParallelFor parallel_for) {
+void multiply(const Job& job, ParallelFor parallel_for) {
   if (job.format != INTEGERS)
-    return job.M < FEW ? by_float_rows(job, parallel_for) : by_tiles<FloatsDot>(job, parallel_for);
+    return job.M < FEW ? by_float_rows(job, parallel_for) : by_float_tiles(job, parallel_for);
   if (job.M < FEW && few_tokens(job, parallel_for)) return;
   // Words of 16 bits are as fast as two planes of bytes that take three instructions each.
   if (!EXACT_BYTES && (job.bits == 8 || long_codes(job)))
     by_tiles<ShortsDot>(job, parallel_for);
   else
     by_tiles<BytesDot>(job, parallel_for);
+}
+
+// The narrow product of the low-rank branch, of the input as it came; to y [M, rank].
+Job branch_of(const Job& job, float* y) {
+  Job branch = {};
+  branch.M = job.M, branch.N = job.rank, branch.K = job.K;
+  branch.x = job.x, branch.y = y, branch.y_type = FLOAT32;
+  branch.format = format_of(job.down.type), branch.bits = code_bits(branch.format);
+  branch.weight = static_cast<const uint8_t*>(job.down.data), branch.row_bytes = job.K * branch.bits / 8;
+  branch.G = branch.segments = 1, branch.segment = &job.K;
+  return branch;
+}
+
+void run(const Job& job, ParallelFor parallel_for) {
+  if (!job.rank) return multiply(job, parallel_for);
+  static thread_local Scratch of_narrow;
+  Job whole = job;
+  float* narrow = of_narrow.get<float>(job.M * job.rank);
+  whole.narrow = narrow;
+  multiply(branch_of(job, narrow), parallel_for);
+  multiply(whole, parallel_for);
 }
 
 }  // namespace HFQUANT_ISA

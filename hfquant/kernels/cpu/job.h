@@ -13,7 +13,13 @@ struct Floats {
   Type type = FLOAT32;
 };
 
-enum Format { INTEGERS = 0, FP8_E4M3 = 1, FP8_E5M2 = 2, FP16 = 3, BF16 = 4, INT16 = 5 };
+enum Format { INTEGERS = 0, FP8_E4M3 = 1, FP8_E5M2 = 2, FP16 = 3, BF16 = 4, INT16 = 5, FP32 = 6 };
+
+// The format whose codes are floats of a type.
+inline Format format_of(Type type) { return type == FLOAT32 ? FP32 : type == BFLOAT16 ? BF16 : FP16; }
+
+// Bits of a code that becomes a float.
+inline int code_bits(Format format) { return format == FP32 ? 32 : format >= FP16 ? 16 : 8; }
 
 // Columns [start, start + size) that share the weight's scale number `group` and the input's segment.
 struct Block {
@@ -25,8 +31,9 @@ struct Job {
   int64_t M, N, K;
   Floats x;
   void* y;
+  Type y_type;
 
-  // Bits of floats where these are not integers; then the input is floats, too.
+  // What the weight's codes are; where they are not integers, both factors become floats.
   Format format;
 
   // Codes of 4 to 8 bits, packed low bits first, rows padded to bytes; scales [N, G] as float32, or as bytes times
@@ -41,7 +48,8 @@ struct Job {
   const uint8_t* zero;
   int64_t zero_bytes;
 
-  // The input's codes: 0 bits for a weight-only product. Static scales [segments], or null.
+  // The input's codes, integers or FP8: 0 bits for a weight-only product. Static scales [segments], or null.
+  Format input_format;
   int input_bits;
   bool per_token;
   int64_t segments;
@@ -52,10 +60,10 @@ struct Job {
   const float* input_scale_neg;
   const float* divisor;  // [K] or null
 
-  // What is added: narrow [M, rank] up^T, [N, rank], and bias [N].
+  // What is added: (x down^T) up^T, [rank, K] and [N, rank], and bias [N]; narrow [M, rank] is the inner product.
   int64_t rank;
+  Floats down, up, bias;
   const float* narrow;
-  Floats up, bias;
 };
 
 // Runs begin..end of a loop on torch's threads.

@@ -23,6 +23,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
 struct Choice {
   const Isa* isa;
@@ -65,7 +66,7 @@ bool is_float(ScalarType type) {
 }
 
 // The data of a tensor of this shape on the CPU.
-const void* data_of(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+const void* data_of(const Tensor& tensor, const char* name, Shape shape) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), name, ": expected a contiguous tensor on the CPU");
   STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, ": expected rank ", shape.size(), ", got ",
                   tensor.dim());
@@ -81,13 +82,13 @@ const void* data_of(const Tensor& tensor, const char* name, std::initializer_lis
 }
 
 template <class T>
-const T* data_of(const MaybeTensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> shape) {
+const T* data_of(const MaybeTensor& tensor, const char* name, ScalarType type, Shape shape) {
   if (!tensor) return nullptr;
   STD_TORCH_CHECK(tensor->scalar_type() == type, name, ": unexpected dtype");
   return static_cast<const T*>(data_of(*tensor, name, shape));
 }
 
-Floats floats_of(const MaybeTensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+Floats floats_of(const MaybeTensor& tensor, const char* name, Shape shape) {
   if (!tensor) return {};
   const ScalarType type = tensor->scalar_type();
   STD_TORCH_CHECK(is_float(type), name, ": expected float32, bfloat16 or float16");
@@ -95,11 +96,12 @@ Floats floats_of(const MaybeTensor& tensor, const char* name, std::initializer_l
   return {data_of(*tensor, name, shape), ours};
 }
 
-// `spec` [6 + 2 segments] int64: bits of the weight's codes, or minus the number of another format; group size (0:
-// none); bits of the input's codes (0: none); whether each token has a scale of its own, number of scales a row, number of segments; the segments' sizes; whether
-// each has a second scale for its negative side. `isa` is a number of instruction_sets.
+// `x` [.., K]. `spec` [6 + 2 segments] int64: bits of the weight's codes, or minus the number of another format; group
+// size (0: none); the same of the input's codes (0: floats); whether each token has a scale of its own; number of
+// scales a row; number of segments; the segments' sizes; whether each has a second scale for its negative side. `isa`
+// is a number of instruction_sets.
 Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row, MaybeTensor zero_point,
-              MaybeTensor input_scale, MaybeTensor input_scale_neg, MaybeTensor divisor, MaybeTensor narrow,
+              MaybeTensor input_scale, MaybeTensor input_scale_neg, MaybeTensor divisor, MaybeTensor down,
               MaybeTensor up, MaybeTensor bias, Tensor spec, int64_t isa) {
   STD_TORCH_CHECK(isa >= 0 && isa < static_cast<int64_t>(choices().size()) && choices()[isa].here,
                   "this CPU cannot run instruction set ", isa);
@@ -111,9 +113,9 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row,
   job.bits = numbers[0];
   job.format = numbers[0] < 0 ? static_cast<Format>(-numbers[0]) : INTEGERS;
   const bool integers = job.format == INTEGERS, two_bytes = numbers[0] <= -FP16;
-  if (!integers) job.bits = two_bytes ? 16 : 8;
   job.group_size = numbers[1];
-  job.input_bits = numbers[2];
+  job.input_bits = numbers[2] < 0 ? 8 : numbers[2];
+  job.input_format = numbers[2] < 0 ? static_cast<Format>(-numbers[2]) : INTEGERS;
   job.per_token = numbers[3];
   job.G = numbers[4];
   job.segments = numbers[5];
@@ -123,9 +125,10 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row,
   job.dual = job.segment + job.segments;
   STD_TORCH_CHECK(numbers[0] >= -INT16 && numbers[0] <= 8 && (numbers[0] < 0 || numbers[0] >= 4),
                   "expected a weight of 4 to 8 bits or of a known format");
-  STD_TORCH_CHECK(integers || !numbers[2], "only weights of 4 to 8 bits go with an input that is quantized here");
-  STD_TORCH_CHECK(numbers[2] == 0 || (numbers[2] >= 2 && numbers[2] <= 8),
-                  "expected an input of 2 to 8 bits, or floats");
+  if (!integers) job.bits = code_bits(job.format);
+  const bool known = integers ? numbers[2] >= 2 && numbers[2] <= 8 : numbers[2] < 0 && numbers[2] >= -FP8_E5M2;
+  STD_TORCH_CHECK(numbers[2] == 0 || known,
+                  "expected an input of floats, of 2 to 8 bits for weights of 4 to 8, or of FP8 for others");
   STD_TORCH_CHECK(job.group_size >= 0 && job.group_size <= INT32_MAX, "group size out of range");
   int64_t groups = 0;
   for (int64_t s = 0; s < job.segments; ++s) {
@@ -133,14 +136,17 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row,
     STD_TORCH_CHECK(size > 0 && size <= INT32_MAX, "segment ", s, " is of size ", size);
     job.K += size;
     groups += job.group_size ? (size + job.group_size - 1) / job.group_size : 1;
+    STD_TORCH_CHECK(integers || !job.dual[s], "FP8 has no second scale");
     job.any_dual = job.any_dual || (job.input_bits && job.dual[s]);
   }
   STD_TORCH_CHECK(job.K <= INT32_MAX / 8 && groups == job.G, "spec: ", groups, " groups, not ", job.G);
-  STD_TORCH_CHECK(weight.dim() == 2 && x.dim() == 2, "x and weight: expected rank 2");
-  job.M = x.sizes()[0];
+  STD_TORCH_CHECK(weight.dim() == 2 && x.dim() >= 1, "expected a weight of rank 2 and an input of features");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  STD_TORCH_CHECK(shape.back() == job.K, "x: expected ", job.K, " features, got ", shape.back());
+  job.M = x.numel() / job.K;
   job.N = weight.sizes()[0];
   job.row_bytes = (job.K * job.bits + 7) / 8;
-  job.x = floats_of(x, "x", {job.M, job.K});
+  job.x = floats_of(x, "x", shape);
   STD_TORCH_CHECK(weight.scalar_type() == (two_bytes ? ScalarType::Short : ScalarType::Char),
                   "weight: unexpected dtype");
   job.weight =
@@ -160,16 +166,17 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row,
   job.input_scale_neg = data_of<float>(input_scale_neg, "input_scale_neg", ScalarType::Float, {job.segments});
   STD_TORCH_CHECK(job.input_bits || !job.input_scale, "input_scale: the input is not quantized");
   job.divisor = data_of<float>(divisor, "divisor", ScalarType::Float, {job.K});
-  STD_TORCH_CHECK(narrow.has_value() == up.has_value(), "narrow and up go together");
-  if (narrow) {
-    job.rank = narrow->dim() == 2 ? narrow->sizes()[1] : 0;
-    job.narrow = data_of<float>(narrow, "narrow", ScalarType::Float, {job.M, job.rank});
+  STD_TORCH_CHECK(down.has_value() == up.has_value(), "down and up go together");
+  if (down) {
+    job.rank = down->dim() == 2 ? down->sizes()[0] : 0;
+    job.down = floats_of(down, "down", {job.rank, job.K});
     job.up = floats_of(up, "up", {job.N, job.rank});
   }
   job.bias = floats_of(bias, "bias", {job.N});
-  const int64_t shape[] = {job.M, job.N};
-  Tensor y = torch::stable::new_empty(x, {shape, 2});
+  shape.back() = job.N;
+  Tensor y = torch::stable::new_empty(x, shape);
   job.y = y.mutable_data_ptr();
+  job.y_type = job.x.type;
   if (job.M && job.N) choices()[isa].isa->run(job, on_torch_threads);
   return y;
 }
@@ -181,7 +188,7 @@ STABLE_TORCH_LIBRARY(hfquant_cpu, m) {
   m.def("instruction_sets() -> int");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? scale_row, Tensor? zero_point, Tensor? input_scale, "
-      "Tensor? input_scale_neg, Tensor? divisor, Tensor? narrow, Tensor? up, Tensor? bias, Tensor spec, int isa) "
+      "Tensor? input_scale_neg, Tensor? divisor, Tensor? down, Tensor? up, Tensor? bias, Tensor spec, int isa) "
       "-> Tensor");
 }
 

@@ -30,14 +30,17 @@ struct Wide {
 // What the columns of each vector of a row share: the number of their first group, and of the input's scale.
 struct Steps {
   std::vector<int32_t> group, unit;
-  bool fit;  // every lane lies within one group, every vector within one of the input's scales
+  int32_t lane_group[LANES];  // the groups of a vector's lanes, from the vector's first
+  bool fit;                   // every lane lies within one group, every vector within one of the input's scales
 
   template <class Format>
   static Steps of(const Job& job, const std::vector<Block>& blocks) {
     constexpr int CODES = Format::CODES, LANE = CODES / LANES;
     const int64_t g = job.group_size, count = (job.K + CODES - 1) / CODES;
     const bool small = g && g < CODES;
-    Steps steps{std::vector<int32_t>(count), std::vector<int32_t>(count), !small || (CODES % g == 0 && g % LANE == 0)};
+    const bool fit = !small || (CODES % g == 0 && g % LANE == 0);
+    Steps steps{std::vector<int32_t>(count), std::vector<int32_t>(count), {}, fit};
+    for (int i = 0; small && i < LANES; ++i) steps.lane_group[i] = i * LANE / g;
     for (const Block& b : blocks) {
       // A block begins where a vector does, or somewhere within one all of whose groups are of the same size.
       const int64_t first = (b.start + CODES - 1) / CODES, end = (b.start + b.size + CODES - 1) / CODES;
@@ -120,12 +123,18 @@ inline void multiply(const uint8_t* weight, const int8_t* x, int64_t stride, int
   }
 }
 
-// What R rows of the weight have of their own, padded to whole vectors: scales, and what their codes are too large by.
+// What R rows of the weight have of their own, padded to whole vectors: scales, and minus the scaled zero points.
 struct Factors {
   int64_t groups;
-  float* scale;   // [R][groups]
-  float* offset;  // [R][groups]
+  float* scale;  // [R][groups]
+  float* shift;  // [R][groups]
 };
+
+// The zero point that goes with a row's codes as they are multiplied.
+template <class Format>
+int zero_of(const Job& job, int64_t row, int64_t group) {
+  return zero_at(job, row, group) - (std::is_same_v<Format, Wide> ? 1 << (job.bits - 1) : 0);
+}
 
 // R rows from n by T tokens from m, to y [T][pitch]. LONG: the input's codes have 16 bits. GROUPED: a row has several
 // scales. With neither, sums stay integers to the end.
@@ -137,12 +146,7 @@ void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, 
   const int64_t stride = PLANES * lines.bytes;
   const int8_t* x = lines.codes + m * stride;
   const float* units = lines.scale + m * lines.scales;
-  Ints lane_group = zeros();
-  if (GROUPED && job.group_size && job.group_size < Format::CODES) {
-    int32_t numbers[LANES];
-    for (int i = 0; i < LANES; ++i) numbers[i] = i * (Format::CODES / LANES) / job.group_size;
-    lane_group = load(numbers);
-  }
+  const Ints lane_group = load(lines.steps.lane_group);
   Ints exact[R][T];
   Reals sums[R][T];
   UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) {
@@ -171,15 +175,16 @@ void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, 
   const uint8_t* from[R];
   UNROLL for (int r = 0; r < R; ++r) from[r] = job.weight + (n + r) * job.row_bytes;
   const int64_t steps = lines.steps.group.size();
-  int64_t step = 0, left = job.row_bytes;
-  for (; left >= BYTES; ++step, left -= Format::STORED) {
+  // Bytes from the last of the rows to the end of the weight: what lies beyond a row's own meets codes that are zero.
+  int64_t step = 0, left = (job.N - n - R + 1) * job.row_bytes;
+  for (; step < steps && left >= BYTES; ++step, left -= Format::STORED) {
     // The same place in the rows that come next: the hardware's own prefetching starts anew in each row.
     UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(from[r] + R * job.row_bytes, 0, 3);
     multiply_step(from, step);
     UNROLL for (int r = 0; r < R; ++r) from[r] += Format::STORED;
   }
   for (; step < steps; ++step, left -= Format::STORED) {
-    // Vectors that reach beyond the row.
+    // Vectors that reach beyond the weight.
     uint8_t ends[R][BYTES];
     const uint8_t* copies[R];
     UNROLL for (int r = 0; r < R; ++r) {
@@ -191,63 +196,80 @@ void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, 
     multiply_step(copies, step);
   }
   UNROLL for (int r = 0; r < R; ++r) {
-    const float* scale = factors.scale + r * factors.groups;
-    const float* offset = factors.offset + r * factors.groups;
     UNROLL for (int t = 0; t < T; ++t) {
-      const float* sum = lines.sum + (m + t) * lines.groups;
-      float total_;
       if constexpr (PLAIN) {
-        total_ = static_cast<float>(total(exact[r][t]) - static_cast<int>(offset[0]) * lines.total[m + t]);
-        total_ = total_ * *scale * lines.scale[m + t];
+        const int32_t sum = total(exact[r][t]) - zero_of<Format>(job, n + r, 0) * lines.total[m + t];
+        y[t * pitch + r] = static_cast<float>(sum) * scale_at(job, n + r, 0) * lines.scale[m + t];
       } else {
-        Reals excess = repeat(0.0f);
+        const float *shift = factors.shift + r * factors.groups, *sum = lines.sum + (m + t) * lines.groups;
         for (int64_t i = 0; i < factors.groups; i += LANES)
-          excess = fma(mul(load_reals(scale + i), load_reals(offset + i)), load_reals(sum + i), excess);
-        total_ = total(sums[r][t]) - total(excess);
+          sums[r][t] = fma(load_reals(shift + i), load_reals(sum + i), sums[r][t]);
+        y[t * pitch + r] = total(sums[r][t]);
       }
-      y[t * pitch + r] = total_;
     }
   }
 }
 
-// A row's scales, and the zero points that go with its codes as they are multiplied.
+// A row's scales [groups] and shifts [groups].
 template <class Format>
-void fill_factors(const Job& job, int64_t row, float* scale, float* offset) {
+void fill_factors(const Job& job, int64_t row, int64_t groups, float* __restrict scale, float* __restrict shift) {
   const int64_t at = row * job.G;
-  if (job.scale)
-    std::memcpy(scale, job.scale + at, job.G * sizeof(float));
-  else
-    for (int64_t i = 0; i < job.G; ++i) scale[i] = scale_value(job.scale_code[at + i]) * job.scale_row[row];
-  const float sign = std::is_same_v<Format, Wide> ? 1 << (job.bits - 1) : 0;
+  // Whole vectors but at the weight's end: scales of the next row are multiplied by zeros.
+  const int64_t count = at + groups <= job.N * job.G ? groups : job.G;
+  if (job.scale) {
+    std::memcpy(scale, job.scale + at, count * sizeof(float));
+  } else {
+    const uint8_t* code = job.scale_code + at;
+    const float unit = job.scale_row[row];
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store_reals(scale + i, mul(scale_values(code + i), repeat(unit)));
+    for (; i < count; ++i) scale[i] = scale_value(code[i]) * unit;
+  }
   if (!job.zero) {
-    for (int64_t i = 0; i < job.G; ++i) offset[i] = (1 << (job.bits - 1)) - sign;
-  } else if (job.bits == 4) {
+    const Reals zero = repeat(static_cast<float>(-zero_of<Format>(job, row, 0)));
+    for (int64_t i = 0; i < groups; i += LANES) store_reals(shift + i, mul(zero, load_reals(scale + i)));
+    return;
+  }
+  if (job.bits == 4) {
     const uint8_t* packed = job.zero + row * job.zero_bytes;
     for (int64_t i = 0; i < job.G / 2; ++i) {
-      offset[2 * i] = (packed[i] & 15) ^ 8;
-      offset[2 * i + 1] = (packed[i] >> 4) ^ 8;
+      shift[2 * i] = (packed[i] & 15) ^ 8;
+      shift[2 * i + 1] = (packed[i] >> 4) ^ 8;
     }
-    if (job.G % 2) offset[job.G - 1] = zero_at(job, row, job.G - 1);
+    if (job.G % 2) shift[job.G - 1] = zero_of<Format>(job, row, job.G - 1);
   } else {
-    for (int64_t i = 0; i < job.G; ++i) offset[i] = zero_at(job, row, i) - sign;
+    for (int64_t i = 0; i < job.G; ++i) shift[i] = zero_of<Format>(job, row, i);
   }
+  for (int64_t i = 0; i < job.G; ++i) shift[i] *= -scale[i];
 }
 
-// Adds the low-rank branch and the bias to y [count] of a token, and stores it. A copy in each kernel would take a fifth
-// of the time to compile.
-[[gnu::noinline]] inline void finish(const Job& job, int64_t m, int64_t n, int64_t count, float* y, float* buffer) {
-  for (int64_t i = 0; job.rank && i < count; ++i) {
-    to_floats(job.up, (n + i) * job.rank, job.rank, buffer);
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t r = 0; r < job.rank; ++r) sum += job.narrow[m * job.rank + r] * buffer[r];
-    y[i] += sum;
-  }
+// Adds the bias to y [count] of a token's outputs from n on, and stores it. A copy in each kernel would take a fifth of
+// the time to compile.
+[[gnu::noinline]] inline void add_bias(const Job& job, int64_t m, int64_t n, int64_t count, float* y, float* buffer) {
   if (job.bias.data) {
     to_floats(job.bias, n, count, buffer);
     for (int64_t i = 0; i < count; ++i) y[i] += buffer[i];
   }
-  from_floats(y, count, job.y, job.x.type, m * job.N + n);
+  from_floats(y, count, job.y, job.y_type, m * job.N + n);
+}
+
+// The same, the low-rank branch before.
+[[gnu::noinline]] inline void finish(const Job& job, int64_t m, int64_t n, int64_t count, float* y, float* buffer) {
+  const float* narrow = job.narrow + m * job.rank;
+  for (int64_t i = 0; job.rank && i < count; ++i) {
+    const float* up = buffer;
+    if (job.up.type == FLOAT32)
+      up = static_cast<const float*>(job.up.data) + (n + i) * job.rank;
+    else
+      to_floats(job.up, (n + i) * job.rank, job.rank, buffer);
+    Reals sums = repeat(0.0f);
+    int64_t r = 0;
+    for (; r + LANES <= job.rank; r += LANES) sums = fma(load_reals(narrow + r), load_reals(up + r), sums);
+    float sum = total(sums);
+    for (; r < job.rank; ++r) sum += narrow[r] * up[r];
+    y[i] += sum;
+  }
+  add_bias(job, m, n, count, y, buffer);
 }
 
 // Returns whether it could.
@@ -275,12 +297,12 @@ bool by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, Para
   for (int64_t i = 0; i < job.M * lines.scales; ++i)
     if (lines.scale[i] > LARGEST_UNIT) return false;
   auto multiply_rows = [&](int64_t begin, int64_t end) {
-    static thread_local Scratch of_factors, of_offsets, of_y, of_up;
+    static thread_local Scratch of_factors, of_shifts, of_y, of_up;
     constexpr int MOST = 4;
     Factors factors{lines.groups, of_factors.get<float>((MOST + 1) * lines.groups),
-                    of_offsets.get<float>((MOST + 1) * lines.groups)};
+                    of_shifts.get<float>((MOST + 1) * lines.groups)};
     std::memset(factors.scale, 0, MOST * lines.groups * sizeof(float));
-    std::memset(factors.offset, 0, MOST * lines.groups * sizeof(float));
+    std::memset(factors.shift, 0, MOST * lines.groups * sizeof(float));
     const int64_t pitch = end - begin;
     float* y = of_y.get<float>(job.M * pitch);
     auto product = [&](auto product_, int64_t n, int64_t m) {
@@ -288,8 +310,10 @@ bool by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, Para
     };
     for (int64_t n = begin; n < end;) {
       const int count = end - n >= MOST ? MOST : 1;
-      for (int r = 0; r < count; ++r)
-        fill_factors<Format>(job, n + r, factors.scale + r * lines.groups, factors.offset + r * lines.groups);
+      for (int r = 0; (LONG || GROUPED) && r < count; ++r) {
+        const int64_t at = r * lines.groups;
+        fill_factors<Format>(job, n + r, lines.groups, factors.scale + at, factors.shift + at);
+      }
       int64_t m = 0;
       for (; count == MOST && m + 2 <= job.M; m += 2) product(rows_by_tokens<Format, LONG, GROUPED, MOST, 2>, n, m);
       for (; count == MOST && m < job.M; ++m) product(rows_by_tokens<Format, LONG, GROUPED, MOST, 1>, n, m);

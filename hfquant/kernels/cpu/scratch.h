@@ -81,6 +81,23 @@ inline uint16_t to_float16(float value) {
 }
 #endif
 
+// Float16 in a unit of its own.
+inline void from_float16s(const uint16_t* p, int64_t count, float unit, float* to) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= count; i += 16) {
+    const __m512 values = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i)));
+    _mm512_storeu_ps(to + i, _mm512_mul_ps(values, _mm512_set1_ps(unit)));
+  }
+#elif defined(__F16C__)
+  for (; i + 8 <= count; i += 8) {
+    const __m256 values = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
+    _mm256_storeu_ps(to + i, _mm256_mul_ps(values, _mm256_set1_ps(unit)));
+  }
+#endif
+  for (; i < count; ++i) to[i] = from_float16(p[i]) * unit;
+}
+
 inline void to_floats(Floats from, int64_t start, int64_t count, float* to) {
   if (from.type == FLOAT32) {
     std::memcpy(to, static_cast<const float*>(from.data) + start, count * sizeof(float));
@@ -88,13 +105,7 @@ inline void to_floats(Floats from, int64_t start, int64_t count, float* to) {
     const uint16_t* p = static_cast<const uint16_t*>(from.data) + start;
     for (int64_t i = 0; i < count; ++i) to[i] = of_bits(static_cast<uint32_t>(p[i]) << 16);
   } else {
-    const uint16_t* p = static_cast<const uint16_t*>(from.data) + start;
-    int64_t i = 0;
-#if defined(__F16C__)
-    for (; i + 8 <= count; i += 8)
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
-#endif
-    for (; i < count; ++i) to[i] = from_float16(p[i]);
+    from_float16s(static_cast<const uint16_t*>(from.data) + start, count, 1, to);
   }
 }
 

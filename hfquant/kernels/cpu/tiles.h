@@ -21,27 +21,15 @@ void run_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, Functi
 
 // The words of one multiplication: four unsigned codes by four signed bytes, or two signed codes by two of 16 bits.
 struct BytesDot {
-  using Sum = Ints;
   static constexpr int CODES = 4;
   static constexpr bool UNSIGNED = true;
   static Ints dot(Ints sum, Ints weights, int32_t x) { return dot_bytes(sum, weights, repeat(x)); }
 };
 struct ShortsDot {
-  using Sum = Ints;
   static constexpr int CODES = 2;
   static constexpr bool UNSIGNED = false;
   static Ints dot(Ints sum, Ints weights, int32_t x) { return dot_shorts(sum, weights, repeat(x)); }
 };
-
-// Floats by floats, for weights that are not integers.
-struct FloatsDot {
-  using Sum = Reals;
-  static constexpr int CODES = 1;
-  static constexpr bool UNSIGNED = false;
-  static Reals dot(Reals sum, Ints weights, int32_t x) { return fma(as_reals(weights), repeat(of_bits(x)), sum); }
-};
-
-inline Reals to_reals(Reals a) { return a; }
 
 // Where a block's words begin; blocks are padded to whole words.
 struct Layout {
@@ -150,27 +138,6 @@ void fill_words(const Job& job, const Layout& layout, int64_t first, Panel& pane
   }
 }
 
-template <>
-inline void fill_words<FloatsDot>(const Job& job, const Layout& layout, int64_t first, Panel& panel, Scratch&) {
-  constexpr int64_t COLUMNS = 4 * LANES;
-  const int64_t width = job.bits / 8;
-  alignas(64) float square[LANES][COLUMNS] = {};
-  for (int v = 0; v < VECTORS; ++v)
-    for (int64_t k = 0; k < job.K; k += COLUMNS) {
-      const int64_t count = std::min(COLUMNS, job.K - k);
-      for (int lane = 0; lane < LANES; ++lane) {
-        const int64_t row = std::min(first + v * LANES + lane, job.N - 1);
-        decode(job.weight + row * job.row_bytes + k * width, count, job.format, square[lane]);
-      }
-      for (int64_t w = 0; w < COLUMNS && k + w < layout.words; w += LANES) {
-        Ints tile[LANES];
-        for (int lane = 0; lane < LANES; ++lane) tile[lane] = load(&square[lane][w]);
-        transpose(tile);
-        for (int i = 0; i < LANES; ++i) panel.words[(k + w + i) * VECTORS + v] = tile[i];
-      }
-    }
-}
-
 template <class Dot>
 void fill_panel(const Job& job, const Layout& layout, int64_t first, Panel& panel, Scratch& scratch) {
   const int64_t rows = std::min<int64_t>(WIDTH, job.N - first);
@@ -204,12 +171,12 @@ void tile(const Job& job, const Layout& layout, const Tokens& tokens, const Pane
     UNROLL for (int j = 0; j < VECTORS; ++j) sums[i][j] = repeat(0.0f);
   const int64_t blocks = GROUPED ? tokens.blocks : 1;
   for (int64_t b = 0; b < blocks; ++b) {
-    typename Dot::Sum exact[T][VECTORS];
+    Ints exact[T][VECTORS];
     UNROLL for (int p = 0; p < PLANES; ++p) {
       UNROLL for (int i = 0; i < T; ++i)
         UNROLL for (int j = 0; j < VECTORS; ++j) {
           if constexpr (!Dot::UNSIGNED) {
-            exact[i][j] = typename Dot::Sum{};
+            exact[i][j] = zeros();
           } else {
             exact[i][j] = p ? times256(exact[i][j]) : zeros();
             if (p == PLANES - 1)
@@ -262,12 +229,12 @@ void tile(const Job& job, const Layout& layout, const Tokens& tokens, const Pane
   const int64_t rows = std::min<int64_t>(WIDTH, job.N - n);
   for (int i = 0; i < T && first + m + i < job.M; ++i) {
     const int64_t at = (first + m + i) * job.N + n;
-    if (rows == WIDTH && job.x.type == FLOAT32) {
+    if (rows == WIDTH && job.y_type == FLOAT32) {
       UNROLL for (int j = 0; j < VECTORS; ++j) store_reals(static_cast<float*>(job.y) + at + j * LANES, sums[i][j]);
     } else {
       float line[WIDTH];
       UNROLL for (int j = 0; j < VECTORS; ++j) store_reals(line + j * LANES, sums[i][j]);
-      from_floats(line, rows, job.y, job.x.type, at);
+      from_floats(line, rows, job.y, job.y_type, at);
     }
   }
 }
@@ -298,11 +265,10 @@ void by_tiles(const Job& job, ParallelFor parallel_for) {
   const Layout layout(job, Dot::CODES);
   const std::vector<Range> shared = shared_ranges(job);
   Tokens tokens;
-  constexpr bool FLOATS = std::is_same_v<Dot, FloatsDot>;
   tokens.planes = Dot::UNSIGNED && long_codes(job) ? 2 : 1;
   tokens.words = layout.words;
   tokens.blocks = layout.blocks.size();
-  tokens.scales = FLOATS ? 1 : input_scales(job);
+  tokens.scales = input_scales(job);
   constexpr int64_t STEP = TOKENS * TOKENS_GROUPED;
   const int64_t row = tokens.planes * tokens.words * 4;
   const int64_t most = std::max<int64_t>(CHUNK_BYTES / row, 64) / STEP * STEP;
@@ -318,15 +284,8 @@ void by_tiles(const Job& job, ParallelFor parallel_for) {
       float* buffer = of_floats.get<float>(job.K);
       int16_t* codes = of_row.get<int16_t>(job.K);
       for (int64_t m = begin; m < end; ++m) {
-        if constexpr (std::is_same_v<Dot, FloatsDot>) {
-          // Blocks are never padded where a word is one code.
-          const float* x = floats_of(job, first + m, buffer);
-          std::memcpy(tokens.codes + m * tokens.words, x, job.K * sizeof(float));
-          tokens.scale[m] = 1;
-        } else {
-          quantize(job, first + m, shared, buffer, codes, tokens.scale + m * tokens.scales);
-          layout_token<Dot>(layout, codes, m, tokens);
-        }
+        quantize(job, first + m, shared, buffer, codes, tokens.scale + m * tokens.scales);
+        layout_token<Dot>(layout, codes, m, tokens);
       }
     };
     run_parallel(parallel_for, real, std::max<int64_t>(1, 16384 / job.K), code);

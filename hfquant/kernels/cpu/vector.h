@@ -30,7 +30,6 @@ inline Reals repeat(float value) { return _mm512_set1_ps(value); }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints times256(Ints a) { return _mm512_slli_epi32(a, 8); }
 inline Reals to_reals(Ints a) { return _mm512_cvtepi32_ps(a); }
-inline Reals as_reals(Ints a) { return _mm512_castsi512_ps(a); }
 inline Reals mul(Reals a, Reals b) { return _mm512_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm512_fmadd_ps(a, b, c); }
 // In assembly, since GCC copies the sum of the intrinsics to another register and back.
@@ -41,6 +40,11 @@ inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
 inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
   return sum;
+}
+// What the bytes of scales stand for: see scale_value.
+inline Reals scale_values(const uint8_t* p) {
+  const Ints codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_castsi512_ps(add(_mm512_slli_epi32(codes, 18), repeat((127 - 7) << 23)));
 }
 inline int32_t total(Ints a) { return _mm512_reduce_add_epi32(a); }
 inline float total(Reals a) { return _mm512_reduce_add_ps(a); }
@@ -114,7 +118,6 @@ inline Reals repeat(float value) { return _mm256_set1_ps(value); }
 inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints times256(Ints a) { return _mm256_slli_epi32(a, 8); }
 inline Reals to_reals(Ints a) { return _mm256_cvtepi32_ps(a); }
-inline Reals as_reals(Ints a) { return _mm256_castsi256_ps(a); }
 inline Reals mul(Reals a, Reals b) { return _mm256_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm256_fmadd_ps(a, b, c); }
 #if defined(__AVXVNNI__)
@@ -129,6 +132,10 @@ inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
 }
 inline Ints dot_shorts(Ints sum, Ints weights, Ints x) { return add(sum, _mm256_madd_epi16(weights, x)); }
 #endif
+inline Reals scale_values(const uint8_t* p) {
+  const Ints codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(add(_mm256_slli_epi32(codes, 18), repeat((127 - 7) << 23)));
+}
 inline int32_t total(Ints a) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
@@ -214,7 +221,6 @@ inline Reals repeat(float value) { return Reals{value, value, value, value}; }
 inline Ints add(Ints a, Ints b) { return a + b; }
 inline Ints times256(Ints a) { return a * 256; }
 inline Reals to_reals(Ints a) { return __builtin_convertvector(a, Reals); }
-inline Reals as_reals(Ints a) { return (Reals)a; }
 inline Reals mul(Reals a, Reals b) { return a * b; }
 inline Reals fma(Reals a, Reals b, Reals c) { return a * b + c; }
 // Products of two bytes fit 16 bits, so the even bytes of all lanes are multiplied at once, then the odd ones.
@@ -229,6 +235,9 @@ inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
   std::memcpy(c, &x, 16);
   for (int i = 0; i < 8; ++i) sum[i / 2] += w[i] * c[i];
   return sum;
+}
+inline Reals scale_values(const uint8_t* p) {
+  return (Reals)((Ints{p[0], p[1], p[2], p[3]} << 18) + ((127 - 7) << 23));
 }
 inline int32_t total(Ints a) { return a[0] + a[1] + a[2] + a[3]; }
 inline float total(Reals a) { return (a[0] + a[1]) + (a[2] + a[3]); }

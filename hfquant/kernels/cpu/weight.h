@@ -74,31 +74,32 @@ inline Ints codes_in_order(const uint8_t* row, int64_t row_bytes, int64_t k, int
   return bits == 8 ? flip(load(from)) : bits == 6 ? unpack6(from) : unpack4_in_order(from);
 }
 
-// FP8 as float32. The bits move to float32's places, whose exponents are larger by BIAS; of the smallest exponent they
-// count units. What is as large as SPECIAL is not a number (or infinite, which saturated codes never are).
-template <int SHIFT, int BIAS, int NORMAL, int SPECIAL>
-void decode_fp8(const uint8_t* codes, int64_t count, float unit, float* __restrict out) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t magnitude = codes[i] & 0x7f;
-    const int32_t small = static_cast<int32_t>(bits_of(static_cast<float>(magnitude) * unit));
-    int32_t bits = magnitude < NORMAL ? small : (magnitude << SHIFT) + (BIAS << 23);
-    bits = magnitude >= SPECIAL ? 0x7fc00000 : bits;
-    out[i] = of_bits(static_cast<uint32_t>(bits) | static_cast<uint32_t>(codes[i] & 0x80) << 24);
-  }
-}
-
-// Codes [count] that are the bits of a float, as float32.
+// Codes [count] that are the bits of a float, as float32. FP8 is the upper byte of a float16, E4M3 but for its sign one
+// bit lower, in units of 2^8; its largest magnitude is NaN.
 inline void decode(const void* codes, int64_t count, Format format, float* __restrict out) {
-  const uint8_t* bytes = static_cast<const uint8_t*>(codes);
-  if (format == FP8_E4M3) {
-    decode_fp8<20, 120, 8, 0x7f>(bytes, count, 0x1p-9f, out);
-  } else if (format == FP8_E5M2) {
-    decode_fp8<21, 112, 4, 0x7c>(bytes, count, 0x1p-16f, out);
-  } else if (format == INT16) {
+  if (format == INT16) {
     const int16_t* shorts = static_cast<const int16_t*>(codes);
     for (int64_t i = 0; i < count; ++i) out[i] = shorts[i];
-  } else {
-    to_floats({codes, format == BF16 ? BFLOAT16 : FLOAT16}, 0, count, out);
+    return;
+  }
+  if (format >= FP16)
+    return to_floats({codes, format == FP32 ? FLOAT32 : format == BF16 ? BFLOAT16 : FLOAT16}, 0, count, out);
+  constexpr int64_t CHUNK = 128;
+  const uint8_t* bytes = static_cast<const uint8_t*>(codes);
+  for (int64_t start = 0; start < count; start += CHUNK) {
+    const int64_t size = std::min(CHUNK, count - start);
+    uint16_t halves[CHUNK];
+    if (format == FP8_E5M2) {
+      for (int64_t i = 0; i < size; ++i) halves[i] = static_cast<uint16_t>(bytes[start + i] << 8);
+      from_float16s(halves, size, 1, out + start);
+      continue;
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      const uint16_t byte = bytes[start + i], magnitude = byte & 0x7f, sign = (byte & 0x80) << 8;
+      const uint16_t nan = ((magnitude + 1) & 0x80) * 0xf8;  // all bits of the exponent
+      halves[i] = sign | magnitude << 7 | nan;
+    }
+    from_float16s(halves, size, 256, out + start);
   }
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfquant.kernels.base import Kernel, Operands, Product
+from hfquant.kernels.base import Kernel, Operands, Product, over_tokens
 from hfquant.kernels.triton import quantize
 from hfquant.kernels.triton.host import (
     DTYPES,
@@ -50,6 +50,7 @@ def refuses(product: Product) -> str:
     return ""
 
 
+@over_tokens
 def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
     """Return ``x`` [tokens, in] times the weight, [tokens, out]."""
     from hfquant.kernels.triton.programs.integer import integer_product

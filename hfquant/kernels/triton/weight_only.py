@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfquant.kernels.base import Kernel, Operands, Product
+from hfquant.kernels.base import Kernel, Operands, Product, over_tokens
 from hfquant.kernels.triton.host import (
     DTYPES,
     FEW,
@@ -33,6 +33,7 @@ def refuses(product: Product) -> str:
     return "" if form.is_integer and form.bits <= 8 else f"the weight is {form.name}, not integers of up to 8 bits"
 
 
+@over_tokens
 def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
     """Return ``x`` [tokens, in] times the weight, [tokens, out]."""
     from hfquant.kernels.triton.programs.weight_only import weight_only_product

@@ -45,7 +45,7 @@ SVD = LowRank(low_rank=3)
 
 def cases(form: str) -> Iterator[Case]:
     """Yield layers with weights of a format, each for one size and one kind."""
-    if form in cpu.FORMATS:
+    if form in cpu.DECODED:
         groups = (None, 10, 64) if FORMATS[form].has_scale else (None,)
         for group, (columns, rows) in itertools.product(groups, SIZES):
             yield Case(WeightQuant(type=form, group_size=group), inputs=(columns,), outputs=(rows,))
@@ -121,7 +121,7 @@ def main() -> None:
         raise SystemExit(f"nothing to check: {missing}")
     start, calls = time.perf_counter(), 0
     dtypes = itertools.cycle(DTYPES)
-    for form, quant in itertools.product(("int4", "int6", "int8", *cpu.FORMATS), INPUTS):
+    for form, quant in itertools.product(("int4", "int6", "int8", *cpu.DECODED), INPUTS):
         for case in cases(form):
             layer, _ = layer_of(case.plan(quant, real=True))
             # Four numbers of tokens and three dtypes: each meets each within a few layers.

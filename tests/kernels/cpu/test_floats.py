@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hfquant.config import InputQuant
-from hfquant.formats import FORMATS, InputRule
+from hfquant.formats import FORMATS, FloatFormat, InputRule
 from hfquant.kernels.base import Operands, Product
 from hfquant.kernels.op import linear
 from hfquant.kernels.table import KERNELS, obstacle
@@ -176,3 +176,109 @@ def test_every_code_of_other_formats(kernel, dtype) -> None:
     for tokens in (1, 9):
         y = linear(torch.ones(tokens, 1), Operands(codes[:, None], scale), Product(form, (1,), (1,), None), True)
         assert torch.equal(y, values.float().expand(tokens, -1))
+
+
+# FP8 inputs, rounded natively; the branch of low rank.
+
+FP8 = ["fp8e4m3", "fp8e5m2"]
+
+
+def fp8_identity(dtype: str, rule: InputRule) -> tuple[Operands, Product]:
+    """The product with FP8 weights that gives back a quantized input."""
+    form, (width,) = FORMATS[dtype], rule.segments
+    codes = form.quantize(torch.eye(width), torch.ones(1))
+    return Operands(codes, torch.ones(width, 1)), Product(form, rule.segments, rule.segments, rule)
+
+
+def patterns(form: FloatFormat) -> torch.Tensor:
+    """Every finite bfloat16 and float16, float32 at random and about the middles of the format's neighbours."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    values = torch.from_numpy(oracle.decode(form.name)).float()
+    values = values[values.isfinite()].unique()
+    middles = (values[1:] + values[:-1]) / 2
+    near = [torch.nextafter(middles, torch.full_like(middles, end)) for end in (-torch.inf, torch.inf)]
+    random = torch.randint(-(2**31), 2**31, (2**16,)).to(torch.int32).view(torch.float32)
+    x = torch.cat([bits.view(torch.bfloat16).float(), bits.view(torch.float16).float(), random, values, middles, *near])
+    return x[x.isfinite()]
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_fp8_inputs_are_rounded_as_torch_casts_them(kernel, dtype) -> None:
+    form = FORMATS[dtype]
+    operands, product = fp8_identity(dtype, InputRule(form, False, False, (128,), (False,)))
+    operands = operands._replace(input_scale=torch.ones(1))
+    x = torch.nn.functional.pad(patterns(form), (0, 127))
+    x = x[: len(x) // 128 * 128].view(-1, 128)
+    expected = x.clamp(-form.qmax, form.qmax).to(form.dtype).float()
+    assert torch.equal(linear(x, operands, product, True), expected)
+    for start in range(0, len(x), 97):
+        few = slice(start, start + 3)
+        assert torch.equal(linear(x[few], operands, product, True), expected[few])
+
+
+@pytest.mark.parametrize("dtype", FP8)
+@pytest.mark.parametrize("kind", ["token", "tensor", "static"])
+def test_fp8_inputs_with_scales(kernel, dtype, kind) -> None:
+    """Quotients of any scale, the middles of two numbers among them: values times scales are those of InputRule."""
+    form = FORMATS[dtype]
+    rule = InputRule(form, kind != "static", kind == "token", (200,), (False,))
+    operands, product = fp8_identity(dtype, rule)
+    if kind == "static":
+        operands = operands._replace(input_scale=torch.tensor([0.0123]))
+    for tokens in (1, 5, 300):
+        for scale in (1e-40, 1e-30, 0.3, 1e30):
+            x = torch.randn(tokens, 200) * scale
+            x[0] = form.snap(x[0] / 0.0123) * 0.0123 if kind == "static" else x[0].bfloat16()
+            values, found = rule.quantize(x, operands.input_scale)
+            assert torch.equal(linear(x, operands, product, True), values * found), (tokens, scale)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_fp8_inputs_that_are_no_numbers(kernel, bad) -> None:
+    form = FORMATS["fp8e4m3"]
+    for dynamic, per_token in ((True, True), (True, False), (False, False)):
+        operands, product = fp8_identity("fp8e4m3", InputRule(form, dynamic, per_token, (40,), (False,)))
+        operands = operands if dynamic else operands._replace(input_scale=torch.ones(1))
+        for tokens in (3, 12):
+            x = torch.randn(tokens, 40)
+            clean = linear(x, operands, product, True)
+            x[1, 7] = bad
+            y = linear(x, operands, product, True)
+            shared = dynamic and not per_token
+            assert y[1].isnan().all()
+            assert y.isnan().all() if shared else torch.equal(y[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", ["fp8e4m3", "fp8e5m2", "bf16", "fp16", "int16"])
+def test_layers_with_fp8_inputs_against_float64(kernel, dtype) -> None:
+    quants = [InputQuant(type="fp8e4m3", dynamic=True, axis=-1), InputQuant(type="fp8e5m2")]
+    for case in cases(dtype).values():
+        if not case.weight.symmetric:
+            continue
+        for quant in quants:
+            plan = case.plan(quant, real=True)
+            layer, tensors = layer_of(plan)
+            for tokens in (1, 3, 12):
+                x = some_input(tokens)
+                expected, size = forward_by_hand(plan, tensors, x)
+                assert_close(layer(x), expected, size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight", ["int4", "int8", "fp8e4m3"])
+def test_branch_of_low_rank(kernel, weight, dtype) -> None:
+    """Zero codes leave the branch alone, which is computed in float32 from factors of the model's dtype."""
+    form = FORMATS[weight]
+    for rank, width, out in ((1, 7, 5), (16, 64, 48), (33, 130, 101), (64, 300, 70)):
+        rule = None if weight == "fp8e4m3" else InputRule(FORMATS["int8"], True, True, (width,), (False,))
+        product = Product(form, (width,), (width,), rule)
+        codes = form.pack(torch.zeros(out, width, dtype=torch.int8))
+        down, up = torch.randn(rank, width).to(dtype), torch.randn(out, rank).to(dtype)
+        operands = Operands(codes, torch.ones(out, 1), divisor=torch.rand(width) + 0.5, down=down, up=up)
+        for tokens in (1, 2, 7, 8, 9, 150):
+            x = torch.randn(tokens, width).to(dtype)
+            y = linear(x, operands, product, True).double()
+            a, b, c = x.double(), down.double(), up.double()
+            size = (a.abs() @ b.abs().T) @ c.abs().T
+            share = 2e-6 + torch.finfo(dtype).eps * (dtype != torch.float32)
+            assert ((y - (a @ b.T) @ c.T).abs() <= share * size).all(), (rank, tokens)

@@ -1,0 +1,85 @@
+"""Calibrated presets on SmolLM2 from a real text and from what the model writes itself.
+
+    python -m benchmarks.self_made --json benchmarks/results/self_made.json
+
+Real: 32 windows of Python's language reference, as in :mod:`benchmarks.quality`. Self-made: what a preset does where no
+data is given. Both are judged on two texts of other kinds: the dataset descriptions of :mod:`benchmarks.quality` and
+numpy's help. Rows that the JSON file has are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hfquant
+from benchmarks import metrics, models
+from benchmarks.quality import environment
+from benchmarks.static import HELP, help_text
+
+PRESETS = ("w4a16-gptq", "w8a8-smooth", "w8a8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print the page and store it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.self_made", description=__doc__.partition("\n")[0])
+    parser.add_argument("--presets", nargs="+", default=PRESETS, choices=hfquant.PRESETS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of what the model writes")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
+    parser.add_argument("--json", type=Path, help="file that rows are added to; a .md of the same name goes beside it")
+    args = parser.parse_args(argv)
+
+    model, tokenizer = models.smollm2()
+    texts = {
+        "dataset descriptions": metrics.evaluation_windows(tokenizer, models.evaluation_texts()),
+        "numpy's help": models.token_batches(tokenizer, help_text(HELP[1]), count=12, batch_size=1),
+    }
+    texts["numpy's help"] = [batch["input_ids"] for batch in texts["numpy's help"]]
+    references = {name: metrics.reference(model, windows) for name, windows in texts.items()}
+    real = models.token_batches(tokenizer, models.calibration_text())
+    arms: dict[str, Any] = {"real text": real, **{f"self-made, seed {s}": own(s) for s in args.seeds}}
+    stored = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    rows: dict[str, dict[str, float]] = stored.get("rows", {})
+    for preset in args.presets:
+        for arm, data in arms.items():
+            name = f"{preset}, {arm}"
+            if name in rows or (args.only and not any(part in name for part in args.only)):
+                continue
+            start = time.process_time()
+            quantized = hfquant.quantize(copy.deepcopy(model), data, preset)
+            rows[name] = {"seconds": time.process_time() - start}
+            for text, reference in references.items():
+                scores = metrics.language_scores(quantized, reference)
+                rows[name] |= {f"{text}: KL": scores.kl, f"{text}: error": scores.kl_error}
+            print(name, rows[name], file=sys.stderr, flush=True)
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+                args.json.with_suffix(".md").write_text(markdown(rows, texts))
+    print(markdown(rows, texts))
+    return 0
+
+
+def own(seed: int) -> dict[str, Any]:
+    """What a model is asked to make: the default's, of a seed."""
+    return {"source": "self", "seed": seed}
+
+
+def markdown(rows: dict[str, dict[str, float]], texts: dict[str, list[torch.Tensor]]) -> str:
+    """A table of KL to full precision in nats a token, with standard errors, and CPU seconds to quantize."""
+    lines = ["| KL to full precision | " + " | ".join(texts) + " | seconds |", "| --- |" + " ---: |" * (len(texts) + 1)]
+    for name, row in rows.items():
+        cells = [f"{row[f'{text}: KL']:.4f} ± {row[f'{text}: error']:.4f}" for text in texts]
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['seconds']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The files of an exported checkpoint: what was converted, beside all that stays in floats."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import align_module_device
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor, nn
+
+from hfquant.console import counted
+from hfquant.integrations import library
+from hfquant.integrations.compat import stored_names
+from hfquant.nn.linear import QuantLinear
+
+
+class ExportError(ValueError):
+    """A model that a format cannot express. The message names the layers and what to do."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model's quantized linears as another format has them.
+
+    Attributes:
+        tensors: of the quantized linears, by full name.
+        quantization_config: what that format puts into config.json.
+    """
+
+    tensors: Mapping[str, Tensor]
+    quantization_config: Mapping[str, Any]
+
+
+def refuse(problems: Mapping[str, str], format: str, requantized: bool) -> None:
+    """Raise where there are problems, by layer.
+
+    Args:
+        problems: layer's name -> what the format lacks.
+        format: its name.
+        requantized: whether that was tried already.
+
+    Raises:
+        ExportError: the layers, under each reason.
+    """
+    if not problems:
+        return
+    reasons: dict[str, list[str]] = {}
+    for name, why in problems.items():
+        reasons.setdefault(why, []).append(name)
+    lines = [f"  {why}: {', '.join(map(repr, names))}" for why, names in reasons.items()]
+    advice = (
+        "quantize these layers otherwise, or leave them out"
+        if requantized
+        else 'quantize these layers otherwise (smoothing with opt: {"fold": True}), or pass requantize=True to round '
+        "them anew on a plain grid"
+    )
+    what = counted(len(problems), "layer")
+    raise ExportError(f"{format} cannot express {what}:\n" + "\n".join(lines) + f"\n{advice}")
+
+
+def must_be_of(model: nn.Module, wanted: str, format: str) -> None:
+    """Raise ExportError where ``model`` is not of the library that reads ``format``."""
+    if library(model) != wanted:
+        raise ExportError(f"{format} is a format of {wanted} models, and {type(model).__name__} is none")
+
+
+def write(model: nn.Module, converted: Converted, folder: Path, max_shard_size: int | str) -> None:
+    """Write config and weights; the folder appears once all is there.
+
+    Args:
+        model: of transformers or diffusers.
+        converted: its quantized linears.
+        folder: does not exist, or is empty.
+        max_shard_size: bytes of a file at most.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        made.chmod(0o755)
+        state = {**float_tensors(model), **converted.tensors}
+        if library(model) == "transformers":
+            _write_transformers_config(model, converted.quantization_config, made)
+            state, pattern = stored_names(model, state), "model{suffix}.safetensors"
+        else:
+            _write_diffusers_config(model, converted.quantization_config, made)
+            pattern = "diffusion_pytorch_model{suffix}.safetensors"
+        save_torch_state_dict(
+            state, made, filename_pattern=pattern, max_shard_size=max_shard_size, metadata={"format": "pt"}
+        )
+        made.replace(folder)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def float_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of all but the quantized linears, each tied one once."""
+    tied: Collection[str] = getattr(model, "all_tied_weights_keys", None) or ()
+    found: dict[str, Tensor] = {}
+    for key in model.state_dict():
+        owner, _, name = key.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, QuantLinear) or key in tied:
+            continue
+        # Offloaded weights are fetched for the moment.
+        with align_module_device(module):
+            found[key] = getattr(module, name).detach().cpu()
+    return found
+
+
+def _write_transformers_config(model: Any, quantization_config: Mapping[str, Any], folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.quantization_config = dict(quantization_config)
+    config.architectures, config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _write_diffusers_config(model: Any, quantization_config: Mapping[str, Any], folder: Path) -> None:
+    config = json.loads(model.to_json_string()) | {"quantization_config": dict(quantization_config)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

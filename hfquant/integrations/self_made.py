@@ -1,0 +1,392 @@
+"""What models of transformers make themselves to be calibrated on: text that they write, filled masks, noise.
+
+A model's kind is read off what it can do and what its forward takes, never off its name. Beside text, inputs have the
+shapes of :mod:`hfquant.integrations.examples` and noise for their values.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from hfquant.calibration.batches import CalibrationError, device_of, evaluating, forward
+from hfquant.calibration.kept import kept
+from hfquant.calibration.self_made import (
+    HELD_OUT,
+    SelfMade,
+    SelfSpec,
+    draw,
+    fill_masks,
+    generator,
+    pink_noise,
+    random_ids,
+)
+from hfquant.console import counted
+from hfquant.digests import update, update_with_weights
+from hfquant.distributed import processes
+from hfquant.integrations.examples import example_inputs
+
+logger = logging.getLogger(__name__)
+
+WINDOWS, WINDOW, BATCH = 16, 512, 4
+#: Most tokens that a decoder writes to what its encoder reads.
+ANSWER = 128
+#: Nothing ends a window.
+_NO_TOKEN = 1 << 30
+_SPECIAL = ("_token_id", "_token_index", "_patch_id")
+_TEXT = {"input_ids", "decoder_input_ids", "attention_mask", "token_type_ids"}
+
+
+class Reader(NamedTuple):
+    """What is saved with a model to turn text, pictures and sounds into its inputs; None where there is none."""
+
+    tokenizer: Any = None
+    images: Any = None
+    sounds: Any = None
+
+
+def self_made(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
+    """Have a transformers model make its own calibration data.
+
+    Under `accelerate launch` the first process makes it for all.
+
+    Args:
+        model: in full precision.
+        spec: what it is to make.
+        reader: what is saved with it.
+        asked: whether the user asked for it, or gave no data.
+
+    Raises:
+        CalibrationError: it cannot be known what the model's forward takes.
+    """
+    shapes = example_inputs(model)
+    if shapes is None:
+        raise CalibrationError(
+            f"{type(model).__name__} needs calibration data and cannot make its own: it is not known what its forward "
+            "takes; pass batches of its inputs"
+        )
+    with processes() as group:
+        made = None
+        with group.together():
+            if group.main:
+                with evaluating(model):
+                    made = _made(model, shapes, spec, reader, asked)
+        found = group.gather(made)[0]
+    assert found is not None
+    return found
+
+
+def _made(model: Any, shapes: dict[str, Any], spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
+    if "input_ids" in shapes and shapes.keys() <= _TEXT:
+        return _text(model, spec, reader, asked)
+    noise = _noise(model, shapes, spec, reader)
+    if "input_ids" not in shapes or not _can_write(model) or _has_encoder(model):
+        _say(model, f"{counted(noise.spec.samples or 0, 'sample')} of noise", "", asked)
+        return noise
+    # A language model that sees or hears: its own text as well as noise among it.
+    text = _text(model, spec, reader, asked)
+    return SelfMade([*text.batches, *noise.batches], [*text.held_out, *noise.held_out], text.spec)
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+
+def _text(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
+    words = _Words(model, reader.tokenizer)
+    spec = spec.settled(spec.samples or WINDOWS, min(spec.seqlen or WINDOW, words.limit))
+    assert spec.samples is not None
+    assert spec.seqlen is not None
+    length = spec.seqlen
+    # Windows of the same seed and of another are kept out, to check what the others decide.
+    rows = [(spec.seed, i) for i in range(spec.samples + HELD_OUT)] + [(spec.seed + 1, i) for i in range(HELD_OUT)]
+    generators = [generator(*row) for row in rows]
+    prompts = [words.prompt(i, g) for (_, i), g in zip(rows, generators, strict=True)]
+    writes, both = _can_write(model), _has_encoder(model)
+    digest = xxhash.xxh3_128()
+    update_with_weights(digest, model)
+    versions = {name: importlib.metadata.version(name) for name in ("hfquant", "torch", "transformers")}
+    recipe = (type(model).__name__, str(model.dtype), rows, prompts, spec.seqlen, words.ordinary, words.frame)
+    update(digest, (recipe, words.mask or -1, versions))
+
+    def make() -> dict[str, Tensor]:
+        if writes and not both:
+            return {"input_ids": _written(model, prompts, length, generators, words)}
+        made = {"input_ids": words.framed(_read(model, words, length, generators))}
+        if both and writes:
+            starts, most = [[words.start]] * len(rows), min(ANSWER, length)
+            made["decoder_input_ids"] = _written(model, starts, most, generators, words, made["input_ids"])
+        elif both:
+            made["decoder_input_ids"] = random_ids(words.ordinary, min(ANSWER, length), generators)
+        return made
+
+    cost = _cost(model, len(rows), min(ANSWER, length) if both else length) if writes else ""
+    _say(model, f"{spec.samples} windows of {length} tokens", cost, asked)
+    # Weights that are offloaded are not in the digest, which could be that of another model.
+    offloaded = any(parameter.is_meta for parameter in model.parameters())
+    made = make() if offloaded else kept(digest.hexdigest(), make)
+    batches = list(_split({k: v[: spec.samples] for k, v in made.items()}))
+    return SelfMade(batches, list(_split({k: v[spec.samples :] for k, v in made.items()})), spec)
+
+
+def _can_write(model: Any) -> bool:
+    """Return whether a model predicts the next token of a text."""
+    from transformers import GenerationMixin
+
+    return isinstance(model, GenerationMixin) and bool(model.can_generate())
+
+
+def _has_encoder(model: Any) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def _split(made: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    count = len(next(iter(made.values())))
+    for start in range(0, count, BATCH):
+        yield {name: tensor[start : start + BATCH] for name, tensor in made.items()}
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def _vocabulary(model: Any) -> int:
+    return int(_text_config(model).vocab_size)
+
+
+class _Words:
+    """The tokens of a model and how its texts begin.
+
+    Attributes:
+        ordinary: tokens that are no special ones, [tokens] int64.
+        frame: special tokens before and after a text.
+        mask: the token that stands for one to be filled; None without.
+        start: the token that a decoder beside an encoder begins with.
+        limit: most tokens of a text.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        config, size = _text_config(model), _vocabulary(model)
+        known = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "decoder_start")}
+        special = {token for token in known.values() if isinstance(token, int)}
+        self.start: int = next((t for t in (known["decoder_start"], known["bos"]) if isinstance(t, int)), 0)
+        self.frame: tuple[list[int], list[int]] = ([], [])
+        self.mask: int | None = None
+        self._chat: list[int] = []
+        limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
+        if tokenizer is not None:
+            size, special = min(size, len(tokenizer)), set(tokenizer.all_special_ids)
+            self.mask = getattr(tokenizer, "mask_token_id", None)
+            self.frame = _frame(tokenizer, special)
+            self._chat = _chat_start(tokenizer)
+            limits.append(getattr(tokenizer, "model_max_length", None))
+        self.ordinary = torch.tensor([i for i in range(size) if i not in special])
+        self.limit = int(min([1 << 20, *(n for n in limits if isinstance(n, (int, float)) and n > 0)]))
+        bos = known["bos"] if tokenizer is None else tokenizer.bos_token_id
+        self._bos = [bos] if isinstance(bos, int) and 0 <= bos < size else []
+
+    def prompt(self, number: int, source: torch.Generator) -> list[int]:
+        """Return how the window of a number begins: with a random token, after those that begin each text.
+
+        One in four begins as a text does and one as a chat does, where the model knows a beginning and chats.
+        """
+        begun = {1: self._chat, 3: self._bos}.get(number % 4)
+        return begun or [*self.frame[0], int(random_ids(self.ordinary, 1, [source]))]
+
+    def framed(self, ids: Tensor) -> Tensor:
+        """Return texts [rows, length] with the special tokens around them, of the same length."""
+        before, after = self.frame
+        inner = ids[:, len(before) : ids.shape[1] - len(after)]
+        sides = [torch.tensor(side, dtype=torch.long).expand(len(ids), -1) for side in self.frame]
+        return torch.cat([sides[0], inner, sides[1]], 1)
+
+
+def _frame(tokenizer: Any, special: set[int]) -> tuple[list[int], list[int]]:
+    ids = list(tokenizer("a")["input_ids"])
+    inner = [i for i, token in enumerate(ids) if token not in special] or [len(ids) - 1]
+    return ids[: inner[0]], ids[inner[-1] + 1 :]
+
+
+def _chat_start(tokenizer: Any) -> list[int]:
+    """Return a chat's tokens up to what the user says, which the model then writes, and its own answer."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    words = "what the user says"
+    try:
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": words}], tokenize=False)
+    except Exception as error:  # noqa: BLE001 (a template is a program of the model's author)
+        logger.debug("the chat template does not take a user's message: %s", error)
+        return []
+    before, found, _ = chat.partition(words)
+    return list(tokenizer(before, add_special_tokens=False)["input_ids"]) if found else []
+
+
+def _read(model: Any, words: _Words, length: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Return texts for an encoder: random tokens, or every other one filled by the model where it fills masks."""
+    ids = random_ids(words.ordinary, length, generators)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if words.mask is None or head is None or _can_write(model):
+        return ids
+    masked = torch.ones(length, dtype=torch.bool)
+    masked[: len(words.frame[0])] = masked[length - len(words.frame[1]) :] = False
+    half = words.framed(ids[::2].masked_fill(masked, words.mask))
+
+    def predict(filled: Tensor) -> Tensor:
+        logits = model(input_ids=filled.to(device_of(model))).logits
+        return _only(logits, words.ordinary)
+
+    ids[::2] = fill_masks(half, masked, predict, generators[::2])
+    return ids
+
+
+def _only(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return logits with all but some tokens impossible."""
+    allowed = torch.full((logits.shape[-1],), -torch.inf, device=logits.device)
+    allowed[tokens.to(logits.device)] = 0
+    return logits.float() + allowed
+
+
+def _written(
+    model: Any,
+    prompts: Sequence[list[int]],
+    length: int,
+    generators: Sequence[torch.Generator],
+    words: _Words,
+    read: Tensor | None = None,
+) -> Tensor:
+    """Have a model write to prompts of any lengths at once, [rows, length] int64.
+
+    A text may end within a window: the model goes on to the next, as in packed training data.
+
+    Args:
+        model: that generates.
+        prompts: of each row, at least a token.
+        length: tokens a row.
+        generators: one a row.
+        words: of the model.
+        read: what the encoder of a model that has one reads, its main input.
+    """
+    from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+
+    first = torch.tensor([prompt[:1] for prompt in prompts], device=device_of(model))
+
+    def choose(ids: Tensor, scores: Tensor) -> Tensor:
+        at = ids.shape[1]
+        # Each row draws at each place, also where its prompt has the word: no row depends on the others' prompts.
+        drawn = draw(scores, generators).tolist()
+        chosen = [prompt[at] if at < len(prompt) else token for prompt, token in zip(prompts, drawn, strict=True)]
+        forced = torch.full_like(scores, -torch.inf)
+        forced[torch.arange(len(chosen)), torch.tensor(chosen)] = 0
+        return forced
+
+    settings = GenerationConfig(
+        **{"do_sample": False, "num_beams": 1, "max_new_tokens": length - 1, "use_cache": True},
+        **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0},
+        **{"eos_token_id": _NO_TOKEN, "pad_token_id": 0},
+        **{"num_return_sequences": 1, "return_dict_in_generate": False, "disable_compile": True},
+    )
+    inputs: dict[str, Any] = {"inputs": first, "attention_mask": torch.ones_like(first)}
+    if read is not None:
+        inputs = {"inputs": read.to(device_of(model)), "decoder_input_ids": first}
+    # Some classes have a `generate` of their own, for longer sounds, say.
+    try:
+        made = GenerationMixin.generate(
+            model, **inputs, generation_config=settings, logits_processor=LogitsProcessorList([choose])
+        )
+    except Exception as error:  # noqa: BLE001 (each architecture has its own ways to generate)
+        name = type(model).__name__
+        logger.warning("%s cannot write (%s: %s): random tokens take the place", name, type(error).__name__, error)
+        return random_ids(words.ordinary, length, generators)
+    return made[:, :length].cpu()
+
+
+def _cost(model: Any, rows: int, steps: int) -> str:
+    """Return how long the model will take to write, from the time of one step."""
+    ids = torch.zeros(rows, 1, dtype=torch.long)
+    start = time.perf_counter()
+    forward(model, {"input_ids": ids} | ({"decoder_input_ids": ids} if _has_encoder(model) else {}))
+    return f", about {steps * (time.perf_counter() - start):.0f} s to make unless they are kept from before"
+
+
+def _say(model: Any, what: str, cost: str, asked: bool) -> None:
+    why = "calibration='self'" if asked else "no calibration data was given"
+    yours = "" if asked else "; to use yours pass HfQuantConfig(..., calibration=...) or a loader"
+    level = logging.INFO if asked else logging.WARNING
+    name = type(model).__name__
+    logger.log(level, "%s: %s, so it is calibrated on %s of its own making%s%s", name, why, what, cost, yours)
+
+
+# ------------------------------------------------------------------------------------------------------------ noise
+
+
+def _noise(model: nn.Module, shapes: dict[str, Any], spec: SelfSpec, reader: Reader) -> SelfMade:
+    rows = max(len(v) for v in shapes.values() if isinstance(v, Tensor) and v.dim())
+    spec = spec.settled(spec.samples or WINDOWS)
+    assert spec.samples is not None
+    count = -(-spec.samples // rows)
+    batches = [_filled(model, shapes, reader, generator(spec.seed, i)) for i in range(count + 1)]
+    other = _filled(model, shapes, reader, generator(spec.seed + 1, 0))
+    return SelfMade(batches[:count], [batches[count], other], spec)
+
+
+def _filled(model: Any, shapes: dict[str, Any], reader: Reader, source: torch.Generator) -> dict[str, Any]:
+    """Return example inputs with noise for values: pictures, sounds and tokens."""
+    made = dict(shapes)
+    for name, value in shapes.items():
+        if not isinstance(value, Tensor):
+            continue
+        if name.startswith("pixel_values"):
+            made[name] = _pictures(value, reader.images, source)
+        elif name == "input_features":
+            made[name] = _features(value, reader.sounds, source)
+        elif value.is_floating_point() and value.dim() > 1:
+            made[name] = pink_noise(value.shape, 1, source).to(value)
+        elif name in ("input_ids", "decoder_input_ids"):
+            made[name] = _tokens(model, value, source)
+    if "decoder_input_ids" in made and _can_write(model):
+        main = made[model.main_input_name]
+        words, rows = _Words(model, reader.tokenizer), len(made["decoder_input_ids"])
+        length = min(ANSWER, getattr(model.config, "max_target_positions", ANSWER))
+        made["decoder_input_ids"] = _written(model, [[words.start]] * rows, length, [source] * rows, words, main)
+    return made
+
+
+def _pictures(like: Tensor, processor: Any, source: torch.Generator) -> Tensor:
+    """Return pictures as a processor makes them: values around a half, shifted and scaled by its statistics."""
+    if like.dim() < 4:  # patches in a row
+        return torch.randn(like.shape, generator=source).to(like)
+    levels = (0.5 + 0.25 * pink_noise(like.shape, 2, source)).clamp(0, 1)
+    processor = getattr(processor, "image_processor", processor)
+    mean, std = (getattr(processor, f"image_{name}", None) for name in ("mean", "std"))
+    channels = like.shape[-3]
+    if getattr(processor, "do_normalize", processor is None):
+        values = [v if isinstance(v, (list, tuple)) and len(v) == channels else [0.5] * channels for v in (mean, std)]
+        shift, scale = (torch.tensor(v, dtype=torch.float32).view(channels, 1, 1) for v in values)
+        levels = (levels - shift) / scale
+    return levels.to(like)
+
+
+def _features(like: Tensor, extractor: Any, source: torch.Generator) -> Tensor:
+    """Return the features of pink noise as sound, by the model's extractor; else noise along time in their range."""
+    rate = getattr(extractor, "sampling_rate", None)
+    if rate:
+        sounds = 0.1 * pink_noise((len(like), 10 * rate), 1, source)
+        made = extractor(list(sounds.numpy()), sampling_rate=rate, return_tensors="pt").get("input_features")
+        if made is not None and made.shape[1:] == like.shape[1:]:
+            return made.to(like)
+    return (0.5 * pink_noise(like.shape, 1, source)).to(like)
+
+
+def _tokens(model: Any, like: Tensor, source: torch.Generator) -> Tensor:
+    """Return random tokens; those that stand for pictures, or end a text, are left where they are."""
+    fields = model.config.to_dict().items()
+    special = torch.tensor([v for k, v in fields if k.endswith(_SPECIAL) and isinstance(v, int)], dtype=like.dtype)
+    random = torch.randint(_vocabulary(model), like.shape, generator=source).to(like)
+    fixed = torch.isin(like, special.to(like.device)) | torch.isin(random, special.to(like.device))
+    return torch.where(fixed, like, random)

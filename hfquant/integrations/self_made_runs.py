@@ -1,0 +1,176 @@
+"""What a pipeline of diffusers makes itself to be calibrated on: runs on prompts, classes and pictures of its own.
+
+What a pipeline needs is read off its call's parameters. Nothing of diffusers is imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfquant.calibration import BaseCalibSet, BaseSampler, UniformSampler, generate_calibrate_set
+from hfquant.calibration.batches import CalibrationError
+from hfquant.calibration.kept import folder
+from hfquant.calibration.provenance import provenance
+from hfquant.calibration.recorder import find_layer
+from hfquant.calibration.self_made import SelfMade, SelfSpec, generator, pink_noise
+from hfquant.console import counted
+from hfquant.denoisers import find_denoiser
+from hfquant.digests import digest_of
+
+logger = logging.getLogger(__name__)
+
+#: People, animals, places, things, drawings, writing, little and much said; and nothing, as guidance asks for.
+PROMPTS = (
+    "a photograph of an old fisherman mending a net on a stone pier, morning light",
+    "two cats asleep on a red sofa",
+    "",
+    "a city street at night in the rain, neon signs reflected in puddles, people with umbrellas, wide angle",
+    "an oil painting of mountains above a lake",
+    "a plate of pasta with basil, seen from above",
+    'a wooden sign that says "open"',
+    "a simple line drawing of a bicycle on white paper",
+)
+#: Most steps of a run where the caller does not say: each timestep is sampled alike, so more of them add little.
+STEPS = 20
+#: Calls recorded of one more run, to check the result on.
+CHECKS = 2
+_PICTURES = ("image", "control_image", "mask_image")
+_CLASSES = ("class_labels", "class_label")
+
+
+def own_calls(pipe: Any, count: int, seed: int, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return arguments for runs of a pipeline, beside those that are given for every run."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    calls: list[dict[str, Any]] = []
+    for i in range(count):
+        call: dict[str, Any] = {}
+        if "prompt" in parameters:
+            call["prompt"] = PROMPTS[i % len(PROMPTS)]
+        for name in _CLASSES:
+            if name in parameters:
+                call[name] = [i % _classes(pipe)]
+        if parameters.get("num_inference_steps") is not None:
+            default = parameters["num_inference_steps"].default
+            call["num_inference_steps"] = min(default, STEPS) if isinstance(default, int) else STEPS
+        for name in _PICTURES:
+            if name in parameters:
+                call[name] = _picture(pipe, given, generator(seed, i))
+        calls.append({name: value for name, value in call.items() if name not in given})
+    return calls
+
+
+def _classes(pipe: Any) -> int:
+    config: Any = find_denoiser(pipe).config
+    names = ("num_embeds_ada_norm", "num_class_embeds", "num_classes")
+    return next((n for name in names if (n := getattr(config, name, None))), 1)
+
+
+def _picture(pipe: Any, given: Mapping[str, Any], source: torch.Generator) -> Any:
+    from PIL import Image
+
+    size = getattr(find_denoiser(pipe).config, "sample_size", None)
+    size = 8 if size is None else size if isinstance(size, int) else size[-1]
+    side = int(getattr(pipe, "vae_scale_factor", 1) * size)
+    height, width = (int(given.get(name) or side) for name in ("height", "width"))
+    levels = (128 + 64 * pink_noise((3, height, width), 2, source)).clamp(0, 255).byte()
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())
+
+
+def self_made_runs(
+    pipe: Any,
+    spec: SelfSpec,
+    names: Sequence[str],
+    sampler: BaseSampler | None,
+    dump_path: str | os.PathLike[str] | None,
+    batch_size: int,
+    arguments: Mapping[str, Any],
+    asked: bool,
+) -> dict[str, SelfMade]:
+    """Have a pipeline run by itself, and return what each of some components was called with.
+
+    Args:
+        pipe: in full precision.
+        spec: what it is to make; `samples` counts runs.
+        names: of the components.
+        sampler: which timesteps to keep; default: :class:`~hfquant.UniformSampler` with the spec's seed.
+        dump_path: folder to keep the recorded inputs in; default: below the Hugging Face cache's home.
+        batch_size: recorded calls a batch.
+        arguments: of every run.
+        asked: whether the user asked for it, or gave no data.
+
+    Raises:
+        CalibrationError: the pipeline cannot run on what is made for it.
+    """
+    spec = spec.settled(spec.samples or len(PROMPTS))
+    assert spec.samples is not None
+    arguments = dict(arguments)
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if "vae" in pipe.components and "vae" not in names and "output_type" in parameters:
+        arguments.setdefault("output_type", "latent")  # nothing of the decoder is recorded
+    calls = own_calls(pipe, spec.samples + 1, spec.seed, arguments)
+    _say(pipe, calls[:-1], names, arguments, asked)
+    made = {}
+    for name in names:
+        try:
+            chosen = sampler or UniformSampler(seed=spec.seed)
+            seen = _recorded(pipe, chosen, calls[:-1], name, dump_path, arguments)
+            other = generate_calibrate_set(
+                pipe, UniformSampler(CHECKS, seed=spec.seed + 1), calls[-1:], name, **arguments
+            )
+        except Exception as error:
+            raise CalibrationError(
+                f"{type(pipe).__name__} cannot run on prompts of its own ({type(error).__name__}: {error}): pass "
+                "prompts, call arguments or a dataset as data"
+            ) from error
+        checks = [other[i] for i in range(min(CHECKS, len(other)))]
+        made[name] = SelfMade(seen.get_dataloader(batch_size=batch_size), checks, spec)
+    return made
+
+
+def _recorded(
+    pipe: Any,
+    sampler: BaseSampler,
+    calls: Sequence[Mapping[str, Any]],
+    name: str,
+    dump_path: str | os.PathLike[str] | None,
+    arguments: Mapping[str, Any],
+) -> BaseCalibSet:
+    """Record in a folder that the same pipeline, calls and versions find again; in memory where it cannot be had."""
+    if dump_path is not None:
+        return generate_calibrate_set(pipe, sampler, calls, name, Path(dump_path) / name, **arguments)
+    origin = provenance(pipe, find_layer(pipe, name), sampler, arguments, (0, 1))
+    place = folder() / digest_of(origin, list(calls))
+    try:
+        return generate_calibrate_set(pipe, sampler, calls, name, place, **arguments)
+    except (OSError, RuntimeError) as error:  # a home that is read-only, a full disk; another process writes the same
+        if os.access(place, os.W_OK) and "another process" not in str(error):
+            raise
+        logger.info("recorded inputs are not kept for the next time: %s", error)
+        return generate_calibrate_set(pipe, sampler, calls, name, **arguments)
+
+
+def _say(
+    pipe: Any, calls: Sequence[Mapping[str, Any]], names: Sequence[str], arguments: Mapping[str, Any], asked: bool
+) -> None:
+    why = "data='self'" if asked else "no calibration data was given"
+    yours = "" if asked else "; to use yours pass prompts, call arguments or a dataset"
+    steps = arguments.get("num_inference_steps", calls[0].get("num_inference_steps"))
+    runs = counted(len(calls), "run") + (f" of {counted(steps, 'step')}" if steps else "")
+    level = logging.INFO if asked else logging.WARNING
+    logger.log(
+        level,
+        "%s: %s, so %s calibrated on %s that it makes by itself for each, and one more to check, unless they are kept "
+        "from before%s",
+        type(pipe).__name__,
+        why,
+        " and ".join(names) + (" is" if len(names) == 1 else " are"),
+        runs,
+        yours,
+    )

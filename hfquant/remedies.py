@@ -1,0 +1,100 @@
+"""What the guard does about a layer that is off: safer formats to try, and what the likely cause is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfquant.config import WeightQuant
+from hfquant.nn.linear import QuantLinear
+from hfquant.planner import LayerPlan
+
+
+def _token_scales(plan: LayerPlan) -> LayerPlan | None:
+    """Everything as it is but the scales of the inputs."""
+    quant = plan.config.input_quant
+    if quant is None or not plan.static_input:
+        return None
+    dynamic = quant.model_copy(update={"dynamic": True, "axis": -1})
+    return replace(plan, config=plan.config.model_copy(update={"input_quant": dynamic}))
+
+
+def _eight_bits(plan: LayerPlan) -> LayerPlan | None:
+    """8 bits for what has fewer, rounded to nearest, nothing calibrated."""
+    config = plan.without_data().config
+    weight, quant = config.weight_quant, config.input_quant
+    update: dict[str, Any] = {}
+    if weight.format.bits < 8:
+        update["weight_quant"] = WeightQuant(type="int8", axis=-1, group_size=weight.group_size)
+    if quant is not None and quant.format.bits < 8:
+        update["input_quant"] = quant.model_copy(update={"type": "int8"})
+    changed = replace(plan, config=config.model_copy(update=update), dual=(False,) * len(plan.dual))
+    return changed if changed != plan else None
+
+
+def _float_inputs(plan: LayerPlan) -> LayerPlan | None:
+    """Inputs as they are."""
+    safe = _eight_bits(plan) or plan
+    if safe.config.input_quant is None:
+        return None
+    return replace(safe, config=safe.config.model_copy(update={"input_quant": None}))
+
+
+#: What is tried on a layer that is off, in order; where nothing is within bounds it stays in full precision.
+LADDER: dict[str, Callable[[LayerPlan], LayerPlan | None]] = {
+    "inputs scaled by the token": _token_scales,
+    "8 bits, rounded to nearest": _eight_bits,
+    "8-bit weights, float inputs": _float_inputs,
+}
+
+#: How many times the median an outlier is, and how far a static scale is exceeded, to be called a cause.
+_OUTLIER, _SATURATED = 100.0, 1.5
+
+
+def likely_cause(layer: QuantLinear, weight: Tensor, x: Tensor) -> str:
+    """Return in words what is odd about a layer that is off, on rows [rows, in] of its input."""
+    causes = []
+    if (beyond := _saturation(layer, x)) > _SATURATED:
+        causes.append(f"its static scale saturates: inputs reach {beyond:.3g} times its range")
+    channel, times = _outlier(x.float())
+    if times > _OUTLIER:
+        causes.append(f"outlier channel {channel} of its input, {times:.3g} times the median")
+    channel, times = _outlier(weight.float())
+    if times > _OUTLIER:
+        causes.append(f"outlier channel {channel} of its weights, {times:.3g} times the median")
+    if dead := _dead_groups(layer, weight):
+        causes.append(f"dead groups: {dead} groups of weights are rounded to zero")
+    return "; ".join(causes) or "its formats are too coarse for it"
+
+
+def _saturation(layer: QuantLinear, x: Tensor) -> float:
+    """Return how many times the range of its static scale a layer's input reaches; 0 without one."""
+    if not layer.plan.static_input:
+        return 0.0
+    stored = dict(layer.named_buffers())
+    limits = stored["input_scale"].view(len(layer.plan.row_groups), -1) * layer.plan.input_rule.format.qmax  # type: ignore[union-attr]
+    beyond = 0.0
+    for group, limit in enumerate(limits):
+        divisor = layer.plan.transform.divisor(stored, group)
+        seen = x.float() if divisor is None else x.float() / divisor
+        parts = seen.abs().split(list(layer.plan.input_segments), dim=1)
+        beyond = max([beyond, *(float(part.max() / most) for part, most in zip(parts, limit, strict=True))])
+    return beyond
+
+
+def _outlier(values: Tensor) -> tuple[int, float]:
+    """Return the channel of [rows, channels] with the largest magnitude, and how many times the median that is."""
+    amax = values.abs().amax(0)
+    channel = int(amax.argmax())
+    return channel, float(amax[channel] / amax.median().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _dead_groups(layer: QuantLinear, weight: Tensor) -> int:
+    """Return how many groups of weights are all zero though the float ones are not."""
+    columns = list(layer.plan.columns)
+    blocks = zip(layer.dequantize().split(columns, 1), weight.split(columns, 1), strict=True)
+    return sum(int(((q == 0).all(1) & (w != 0).any(1)).sum()) for q, w in blocks)

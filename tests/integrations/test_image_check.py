@@ -1,0 +1,97 @@
+"""The image that shows what quantization did to a pipeline."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from hfquant import HfQuantConfig, ptq, quantize_pipeline
+from hfquant.demo.pipeline import DigitsPipeline
+from hfquant.integrations.image_check import compare, picture
+from tests.calibration.tiny_models import tiny_dit, tiny_pipeline
+
+DATA = [{"class_labels": [3]}, {"class_labels": [5]}]
+
+
+def image(seed: int = 0) -> Tensor:
+    return torch.rand(1, 8, 8, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_psnr_is_that_of_the_mean_squared_error(caplog):
+    right, drawn = image(), image() + 0.01 * image(1)
+    spread = float(right.max() - right.min())
+    expected = 10 * math.log10(spread**2 / np.square(right.numpy() - drawn.numpy()).mean())
+    with caplog.at_level(logging.INFO, "hfquant"):
+        assert compare("P", right, drawn) == pytest.approx(expected, abs=1e-9)
+    assert [(r.levelname, r.message) for r in caplog.records] == [
+        ("INFO", f"P: its image is at {expected:.1f} dB to full precision once quantized")
+    ]
+    assert compare("P", right, right) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: torch.zeros_like(x), "its image is black once quantized"),
+        (lambda x: torch.full_like(x, 0.5), "its image is of one colour once quantized"),
+        (lambda x: x.index_fill(1, torch.tensor([2]), math.nan), "24 of 192 values of its image are NaN or Inf"),
+        (lambda x: 1 - x, "dB to full precision once quantized"),
+    ],
+)
+def test_images_that_are_spoiled_are_warned_of(spoil, message, caplog):
+    with caplog.at_level(logging.WARNING, "hfquant"):
+        compare("P", image(), spoil(image()))
+    assert message in caplog.text
+
+
+def test_nothing_to_compare_is_no_warning(caplog):
+    with caplog.at_level(logging.WARNING, "hfquant"):
+        assert compare("P", None, image()) is None
+        assert compare("P", image()[:, :4], image()) is None
+        assert compare("P", torch.full((2,), math.nan), torch.full((2,), math.nan)) is None
+        compare("P", torch.zeros(2), torch.zeros(2))
+    assert not caplog.records
+
+
+def test_a_picture_is_decoded_and_repeats():
+    pipe = DigitsPipeline(tiny_dit(), DDIMScheduler())
+    state = torch.get_rng_state()
+    first = picture(pipe, DATA[0], {"num_inference_steps": 2, "output_type": "pil"})
+    assert first is not None
+    assert first.shape == (1, 8, 8, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    again = picture(pipe, [DATA[0]], {"num_inference_steps": 2})
+    assert torch.equal(first, again)
+    assert picture(tiny_pipeline(DDIMScheduler()), ["a prompt"], {"num_inference_steps": 2}).shape == (1, 2, 8, 8)
+
+
+def test_a_pipeline_that_draws_nothing_is_let_be(caplog):
+    pipe = DigitsPipeline(tiny_dit(), DDIMScheduler())
+    with caplog.at_level(logging.INFO, "hfquant"):
+        assert picture(pipe, {"class_labels": [99]}, {}) is None
+    assert "DigitsPipeline draws no image to check (ValueError" in caplog.text
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_quantized_pipeline_whose_image_is_spoiled(on, monkeypatch, caplog):
+    """What the layers' guard does not see, being switched to leave layers as they are."""
+    solve = ptq.solve
+
+    def spoiling(layer: str, *args: Any) -> Any:
+        solution = solve(layer, *args)
+        solution.tensors["weight_scale"][0] = float("nan")
+        return solution
+
+    monkeypatch.setattr(ptq, "solve", spoiling)
+    monkeypatch.setattr(ptq, "mend", lambda *_: {})
+    pipe = DigitsPipeline(tiny_dit(), DDIMScheduler())
+    with caplog.at_level(logging.WARNING, "hfquant"):
+        quantize_pipeline(pipe, DATA, HfQuantConfig("w8a8", guard=on), num_inference_steps=2)
+    assert ("values of its image are NaN or Inf once quantized" in caplog.text) == on

@@ -1,0 +1,179 @@
+"""Pipelines that are calibrated on runs of their own, and the image that checks them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DModel
+from huggingface_hub import constants
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import hfquant
+from hfquant import CalibrationError, HfQuantConfig, quantize_pipeline
+from hfquant.calibration.kept import folder
+from hfquant.demo.pipeline import DigitsPipeline
+from hfquant.integrations import self_made_runs as module
+from hfquant.integrations.self_made_runs import PROMPTS, own_calls
+from hfquant.nn.modules import quant_linears
+from tests.affiner.pipelines import _vae
+from tests.calibration.tiny_models import tiny_dit, tiny_unet
+from tests.integrations.test_transformers_data import word_tokenizer
+
+FEW = {"source": "self", "samples": 2}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def classes() -> Any:
+    return DigitsPipeline(tiny_dit(), DDIMScheduler())
+
+
+def text_parts() -> dict[str, Any]:
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = 8
+    config = CLIPTextConfig(
+        vocab_size=13, hidden_size=12, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, eos_token_id=2,
+    )  # fmt: skip
+    return {
+        **{"text_encoder": CLIPTextModel(config).eval(), "tokenizer": tokenizer, "vae": _vae(2).eval()},
+        **{"unet": tiny_unet(), "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1)},
+        **{"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    }
+
+
+def text() -> Any:
+    return StableDiffusionPipeline(**text_parts())
+
+
+def image() -> Any:
+    return StableDiffusionImg2ImgPipeline(**text_parts())
+
+
+def unconditional() -> Any:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    )  # fmt: skip
+    return DDPMPipeline(unet.eval(), DDIMScheduler())
+
+
+PIPELINES = {"classes": classes, "text": text, "image": image, "unconditional": unconditional}
+
+
+def denoiser(pipe: Any) -> nn.Module:
+    return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_kind_of_pipeline_runs_by_itself(name, caplog):
+    pipe = PIPELINES[name]()
+    pipe.set_progress_bar_config(disable=True)
+    with caplog.at_level(logging.INFO, "hfquant"):
+        assert quantize_pipeline(pipe, FEW, "w8a8", num_inference_steps=3) is pipe
+    layers = quant_linears(denoiser(pipe))
+    assert layers
+    reports = denoiser(pipe).quant_report.layers
+    assert [r.name for r in reports if r.fallback or r.guard] == []
+    assert denoiser(pipe).config["quantization_config"].calibration == {"source": "self", "seed": 0, "samples": 2}
+    assert "2 runs of 3 steps" in caplog.text
+    assert "its image is at" in caplog.text
+
+
+def test_by_default_with_one_line_and_kept_for_the_next_time(caplog, monkeypatch):
+    monkeypatch.setattr(module, "PROMPTS", PROMPTS[:2])
+    monkeypatch.setattr(module, "STEPS", 3)
+    first, again = classes(), classes()
+    with caplog.at_level(logging.WARNING, "hfquant"):
+        quantize_pipeline(first, None, "w8a8")
+    said = [r.message for r in caplog.records if "calibrated on" in r.message]
+    assert len(said) == 1
+    assert "DigitsPipeline: no calibration data was given, so transformer is calibrated on 2 runs of 3 steps" in said[0]
+    assert "to use yours pass prompts" in said[0]
+    kept = [path for path in folder().iterdir() if path.is_dir()]
+    assert len(kept) == 1
+    stamps = {path: path.stat().st_mtime_ns for path in kept[0].iterdir()}
+    quantize_pipeline(again, "self", HfQuantConfig("w8a8"))
+    assert {path: path.stat().st_mtime_ns for path in kept[0].iterdir()} == stamps
+    tensors = first.transformer.state_dict()
+    assert all(torch.equal(tensors[k], v) for k, v in again.transformer.state_dict().items())
+
+
+def test_a_home_that_cannot_be_written_does_not_matter(home, caplog):
+    home.write_text("a file where a folder would have to be")
+    pipe = classes()
+    with caplog.at_level(logging.INFO, "hfquant"):
+        quantize_pipeline(pipe, FEW, "w8a8", num_inference_steps=2)
+    assert quant_linears(pipe.transformer)
+    assert "not kept for the next time" in caplog.text
+
+
+def test_the_configs_own_wish_counts_and_data_before_it():
+    pipe = classes()
+    quantize_pipeline(pipe, None, HfQuantConfig("w8a8", calibration={**FEW, "seed": 4}), num_inference_steps=2)
+    assert pipe.transformer.config["quantization_config"].calibration["seed"] == 4
+    pipe = classes()
+    data = [{"class_labels": [3]}]
+    quantize_pipeline(pipe, data, HfQuantConfig("w8a8", calibration=FEW), num_inference_steps=2)
+    assert pipe.transformer.config["quantization_config"].calibration is None
+
+
+def test_calls_have_what_a_pipeline_takes():
+    calls = own_calls(text(), 9, 0, {})
+    assert [call["prompt"] for call in calls] == [*PROMPTS, PROMPTS[0]]
+    assert "" in PROMPTS
+    assert {call["num_inference_steps"] for call in calls} == {20}
+    assert own_calls(text(), 1, 0, {"num_inference_steps": 4, "prompt": "mine"}) == [{}]
+    assert [call["class_labels"] for call in own_calls(classes(), 12, 0, {})] == [[i % 10] for i in range(12)]
+    picture = own_calls(image(), 1, 0, {"height": 16, "width": 24})[0]["image"]
+    assert picture.size == (24, 16)
+    assert picture.tobytes() == own_calls(image(), 1, 0, {"height": 16, "width": 24})[0]["image"].tobytes()
+
+
+def test_a_pipeline_that_cannot_run_by_itself_says_so_and_is_left_alone():
+    pipe = text()
+    pipe.tokenizer = pipe.text_encoder = None
+    with pytest.raises(CalibrationError, match=r"StableDiffusionPipeline cannot run on prompts of its own \(.*pass"):
+        quantize_pipeline(pipe, None, "w8a8", num_inference_steps=2)
+    assert not quant_linears(pipe.unet)
+
+
+def test_without_data_nothing_runs(home, caplog):
+    pipe = classes()
+    with caplog.at_level(logging.INFO, "hfquant"):
+        quantize_pipeline(pipe, None, "w8a8-dynamic")
+    assert "calibrated on" not in caplog.text
+    assert "its image" not in caplog.text
+    assert not home.exists()
+
+
+def test_the_guard_of_layers_checks_a_run_of_another_seed(monkeypatch):
+    """Of a pipeline too a layer that is far off is mended."""
+    from hfquant import ptq
+
+    solve, name = ptq.solve, "transformer_blocks.0.ff.net.0.proj"
+
+    def saturating(layer: str, *args: Any) -> Any:
+        solution = solve(layer, *args)
+        if layer == name:
+            solution.tensors["input_scale"] /= 100
+        return solution
+
+    monkeypatch.setattr(ptq, "solve", saturating)
+    pipe = classes()
+    quantize_pipeline(pipe, FEW, "w8a8", num_inference_steps=3)
+    assert [r.name for r in pipe.transformer.quant_report.layers if r.guard] == [name]
+    with pytest.raises(ValueError, match="already quantized"):
+        hfquant.quantize(pipe.transformer, None, "w8a16")
