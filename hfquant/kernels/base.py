@@ -155,7 +155,7 @@ def over_tokens(run: Run) -> Run:
             return run(x, operands, product)
         y = run(x.reshape(-1, product.in_features), operands, product)
         # Nobody else has y, and what autograd takes for a view cannot be added to in place, as Falcon does.
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     return flattened
 

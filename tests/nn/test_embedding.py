@@ -30,7 +30,7 @@ QUANTS = {
 def quantized(module: nn.Module, weight_quant=QUANTS["int8"], **fields) -> QuantEmbedding:
     model = nn.Sequential(copy.deepcopy(module))
     config = {"weight_quant": weight_quant, "include": ["embeddings"], "opt": {"type": "default"}, "input_quant": None}
-    hfquant.quantize(model, None, {"default": {**config, **fields}})
+    hfquant.quantize(model, [torch.arange(4)], {"default": {**config, **fields}})
     return model[0]
 
 
