@@ -1,6 +1,7 @@
-"""What pyproject.toml cannot say: where HFQUANT_COMPILED_WHEEL is set (`make wheel`), a wheel carries the C++ kernels.
+"""What pyproject.toml cannot say: a wheel carries the recipes, and the C++ kernels where HFQUANT_COMPILED_WHEEL is set.
 
-Any other build needs neither torch nor a compiler; the kernels are then compiled when they are first used.
+`make wheel` sets it. Any other build needs neither torch nor a compiler; the kernels are then compiled when they are
+first used.
 """
 
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 from setuptools.command.install_lib import install_lib
 
 
@@ -28,6 +30,17 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+class WithRecipes(build_py):
+    """Copies the recipes, which lie beside the package, into it."""
+
+    def run(self) -> None:
+        """Put the package in place, and the recipes into it."""
+        super().run()
+        if not self.editable_mode:
+            for recipe in Path("recipes").glob("*.yaml"):
+                self.copy_file(str(recipe), str(Path(self.build_lib, "hfquant", "recipes", recipe.name)))
+
+
 class WithKernels(install_lib):
     """Compiles into the wheel; a library in the source tree or in build/ would outlive its sources."""
 
@@ -39,7 +52,9 @@ class WithKernels(install_lib):
         build["compile_library"](Path(self.install_dir).absolute() / "hfquant/kernels/cpu" / build["wheel_name"]())
 
 
+commands: dict[str, type] = {"build_py": WithRecipes}
 if os.environ.get("HFQUANT_COMPILED_WHEEL"):
-    setup(distclass=PlatformDistribution, cmdclass={"bdist_wheel": AnyPythonWheel, "install_lib": WithKernels})
+    commands |= {"bdist_wheel": AnyPythonWheel, "install_lib": WithKernels}
+    setup(distclass=PlatformDistribution, cmdclass=commands)
 else:
-    setup()
+    setup(cmdclass=commands)

@@ -11,7 +11,7 @@ from hfquant.registration import after_import
 
 if TYPE_CHECKING:
     from hfquant.affiner import BlockwiseAffiner, load_affiner
-    from hfquant.api import dequantize, plan, quantize
+    from hfquant.api import dequantize, plan, quantize, search_bits
     from hfquant.calibration import (
         BaseCalibSet,
         BaseSampler,
@@ -62,6 +62,7 @@ __all__ = [
     "quantize",
     "quantize_pipeline",
     "save_pretrained",
+    "search_bits",
     "set_real_quant",
 ]
 
@@ -83,7 +84,7 @@ _LAZY = {
     **dict.fromkeys(("Calibrate", "DType", "Optimum", "SegPattern"), "hfquant.enums"),
     "ConfigError": "hfquant.config",
     **dict.fromkeys(("set_real_quant",), "hfquant.nn.modules"),
-    **dict.fromkeys(("dequantize", "plan", "quantize"), "hfquant.api"),
+    **dict.fromkeys(("dequantize", "plan", "quantize", "search_bits"), "hfquant.api"),
     "CalibrationError": "hfquant.calibration.batches",
     "HfQuantConfig": "hfquant.integrations.config",
     **dict.fromkeys(("push_to_hub", "save_pretrained"), "hfquant.integrations.sharing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,8 +14,9 @@ from hfquant.integrations import batches_for, model_facts, quantize_model
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.nn.modules import dequantized, quant_linears
 from hfquant.planner import Plan, plan_layers
+from hfquant.search import search
 
-__all__ = ["dequantize", "plan", "quantize"]
+__all__ = ["dequantize", "plan", "quantize", "search_bits"]
 
 
 def quantize(
@@ -57,7 +59,8 @@ def quantize(
     Raises:
         ConfigError: the config is invalid or does not fit a layer.
         CalibrationError: data is missing, empty, or has NaN or Inf.
-        ValueError: the model is already quantized, has nothing to quantize, or differs from another process'.
+        ValueError: the model is already quantized or group offloaded, has nothing to quantize, or differs from another
+            process'.
         OSError: ``resume_dir`` cannot be written.
         RuntimeError: it failed in another process, which the message names with its cause.
     """
@@ -116,3 +119,36 @@ def dequantize(model: nn.Module) -> nn.Module:
         return cast(nn.Module, cast(Any, model).dequantize())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return dequantized(model, dtype)
+
+
+def search_bits(
+    model: nn.Module,
+    calibration: Any,
+    budget: float,
+    choices: Sequence[str] = ("int4", "int6", "int8"),
+    base: Any = "w4a16-gptq",
+) -> dict[str, Any]:
+    """Choose a weight format for each layer under a budget, from measured effects; the model is left as it is.
+
+    Args:
+        model: in full precision.
+        calibration: what :func:`quantize` takes; the last quarter of its samples judges.
+        budget: at most 32: stored bits a weight, scales included; more: bytes of all quantized layers.
+        choices: weight formats to choose from.
+        base: config that says all else.
+
+    Returns:
+        A config's dict: the format that most layers have, and an entry for each layer that differs.
+
+    Raises:
+        ConfigError: unknown formats, or a base that they do not fit.
+        ValueError: the budget is less than the smallest choice takes, or ``model`` is already quantized.
+        CalibrationError: fewer than two samples.
+    """
+    _check_module(model)
+    if quant_linears(model):
+        raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
+    width = next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
+    config = HfQuantConfig.of(base)
+    data = batches_for(model, calibration, config)
+    return search(model, data, budget, choices, config.rules.raw, model_facts(model), width).config

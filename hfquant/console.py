@@ -61,3 +61,10 @@ def bars_enabled() -> bool:
         return False
     switches = (sys.modules.get(f"{library}.utils.logging") for library in ("transformers", "diffusers"))
     return all(switch is None or switch.is_progress_bar_enabled() for switch in switches)
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as people write it, 1.2 GB."""
+    from rich.filesize import decimal
+
+    return decimal(round(count))

@@ -41,6 +41,15 @@ def denoiser_names(pipe: Any) -> list[str]:
     raise ValueError(f"{type(pipe).__name__} has none of the denoisers {', '.join(DENOISERS)}{hint}")
 
 
+def models_of(pipe: Any, name: str) -> dict[str, nn.Module]:
+    """Return the component of that name, or the models that it is made of (several ControlNets), by dotted name."""
+    component = pipe.components[name]
+    several = getattr(component, "nets", None)
+    if not isinstance(several, nn.ModuleList):
+        return {name: component}
+    return {f"{name}.nets.{i}": model for i, model in enumerate(several)}
+
+
 def denoiser_name(pipe: Any) -> str:
     """Return the name of the main denoiser of a pipeline; see :func:`denoiser_names`."""
     return denoiser_names(pipe)[0]
@@ -128,11 +137,11 @@ def eval_mode(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def to_grid(latents: Tensor) -> Tensor:
+def to_grid(latents: Tensor, frames_first: bool = False) -> Tensor:
     """Return latents of any layout as `[B, C, H, W]`.
 
-    Video `[B, C, T, H, W]`: frames become samples. Packed tokens `[B, L, C]`: a square of side sqrt(L) if L is a square
-    number, else a column of L pixels.
+    Video `[B, C, T, H, W]`, or `[B, T, C, H, W]` where `frames_first`: frames become samples. Packed tokens
+    `[B, L, C]`: a square of side sqrt(L) if L is a square number, else a column of L pixels.
 
     Raises:
         ValueError: Another number of dimensions.
@@ -141,7 +150,7 @@ def to_grid(latents: Tensor) -> Tensor:
         case 4:
             return latents
         case 5:
-            return latents.transpose(1, 2).flatten(0, 1)
+            return (latents if frames_first else latents.transpose(1, 2)).flatten(0, 1)
         case 3:
             side = math.isqrt(latents.shape[1])
             size = (side, side) if side * side == latents.shape[1] else (latents.shape[1], 1)
@@ -149,35 +158,36 @@ def to_grid(latents: Tensor) -> Tensor:
     raise ValueError(f"latents have 3, 4 or 5 dimensions, got shape {list(latents.shape)}")
 
 
-def from_grid(grid: Tensor, like: Tensor) -> Tensor:
+def from_grid(grid: Tensor, like: Tensor, frames_first: bool = False) -> Tensor:
     """Return a grid in the layout of the latents that :func:`to_grid` was called with."""
     match like.dim():
         case 5:
-            return grid.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
+            frames = grid.unflatten(0, (like.shape[0], -1))
+            return frames if frames_first else frames.transpose(1, 2)
         case 3:
             return grid.flatten(2).transpose(1, 2)
     return grid
 
 
-def check_layout(latents: Tensor, denoiser: nn.Module) -> None:
-    """Check that latents have their channels where :func:`to_grid` looks for them, by what the denoiser's config says.
+def has_frames_first(latents: Tensor, denoiser: nn.Module) -> bool:
+    """Return whether latents are `[B, T, C, H, W]`, by the channels that the denoiser's config says.
 
     Raises:
-        ValueError: They look like `[B, T, C, H, W]` or `[B, C, L]`.
+        ValueError: The config does not tell channels and frames apart, or latents look like `[B, C, L]`.
     """
     config = getattr(denoiser, "config", None)
     channels = {getattr(config, key, None) for key in ("in_channels", "out_channels")}
     shape = list(latents.shape)
-    if len(shape) == 5 and shape[2] in channels:
+    if len(shape) == 5 and shape[1] in channels and shape[2] in channels:
         raise ValueError(
-            f"video latents must be [B, C, T, H, W]; {shape} looks like [B, T, C, H, W] with C={shape[2]}, which is "
-            "not supported (if T is equal to C by chance, take another T)"
+            f"video latents of shape {shape} may be [B, C, T, H, W] or [B, T, C, H, W]: take another number of frames"
         )
     if len(shape) == 3 and shape[1] in channels and shape[2] not in channels:
         raise ValueError(
             f"latents of three dimensions must be packed tokens [B, L, C]; {shape} looks like [B, C, L] with "
             f"C={shape[1]}, which is not supported"
         )
+    return len(shape) == 5 and shape[2] in channels
 
 
 def module_names(pipe: Any) -> list[str]:

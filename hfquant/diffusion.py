@@ -9,11 +9,12 @@ from typing import Any
 
 from hfquant.calibration import BaseSampler, UniformSampler, calibration_batches, generate_calibrate_set
 from hfquant.calibration.self_made import SelfSpec
-from hfquant.denoisers import denoiser_names, module_names
+from hfquant.denoisers import denoiser_names, models_of, module_names
 from hfquant.integrations import quantize_model
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.image_check import compare, picture
 from hfquant.integrations.self_made_runs import own_calls, self_made_runs
+from hfquant.ptq import Settings
 
 
 def quantize_pipeline(
@@ -25,6 +26,8 @@ def quantize_pipeline(
     sampler: BaseSampler | None = None,
     dump_path: str | os.PathLike[str] | None = None,
     batch_size: int = 1,
+    resume_dir: str | os.PathLike[str] | None = None,
+    verbose: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Quantize parts of a diffusion pipeline in place, on inputs recorded while it runs in full precision.
@@ -36,10 +39,13 @@ def quantize_pipeline(
             config's `calibration`; where that is None too and the config needs data, or where either is "self", the
             pipeline runs on prompts, classes or pictures of its own.
         config: As for :func:`~hfquant.quantize`, the same for all components.
-        components: Names of the modules to quantize; default: the denoisers.
+        components: Names of the modules to quantize; default: the denoisers. What else runs at each step, such as a
+            ControlNet, is recorded and quantized alike.
         sampler: Which timesteps to keep; default: :class:`~hfquant.UniformSampler`.
         dump_path: Folder to keep the recorded inputs in, a subfolder a component; default: in memory.
         batch_size: Recorded calls a calibration batch.
+        resume_dir: Folder that keeps recorded inputs and solved layers, so that an interrupted run goes on.
+        verbose: Log each layer's decision and error.
         **kwargs: Arguments of the pipeline's call (`num_inference_steps`, `guidance_scale`, ...).
 
     Returns:
@@ -57,18 +63,20 @@ def quantize_pipeline(
     known = module_names(pipe)
     if not names or (unknown := [name for name in names if name not in known]):
         raise ValueError(f"components: {names and unknown} is not a module of {type(pipe).__name__}; it has {known}")
-    loaders: dict[str, Any] = dict.fromkeys(names)
+    models = {full_name: model for name in names for full_name, model in models_of(pipe, name).items()}
+    loaders: dict[str, Any] = dict.fromkeys(models)
     image = None
     if config.needs_data:
         data = config.calibration if data is None else data
         spec = SelfSpec() if data is None else SelfSpec.of(data)
+        kept = dump_path or (resume_dir and Path(resume_dir) / "inputs") or None
         if spec is not None:
-            loaders |= self_made_runs(pipe, spec, names, sampler, dump_path, batch_size, kwargs, data is not None)
+            loaders |= self_made_runs(pipe, spec, list(models), sampler, kept, batch_size, kwargs, data is not None)
             first: Any = own_calls(pipe, 1, spec.seed, kwargs)[0]
         else:
             batches = calibration_batches(data, batch_size=1)
-            for name in names:
-                folder = None if dump_path is None else Path(dump_path) / name
+            for name in models:
+                folder = None if kept is None else Path(kept) / name
                 seen = generate_calibrate_set(pipe, sampler or UniformSampler(), batches, name, folder, **kwargs)
                 loaders[name] = seen.get_dataloader(batch_size=batch_size)
             first = next(iter(batches))
@@ -77,7 +85,9 @@ def quantize_pipeline(
     undone: list[Callable[[], None]] = []
     try:
         for name, loader in loaders.items():
-            undone.append(quantize_model(pipe.components[name], loader, config))
+            resume = None if resume_dir is None else Path(resume_dir) / name
+            settings = Settings(config.modules_to_not_convert or (), config.per_layer_mode, verbose, resume_dir=resume)
+            undone.append(quantize_model(models[name], loader, config, settings))
         if image is not None:
             compare(type(pipe).__name__, image, picture(pipe, first, kwargs))
     except BaseException:

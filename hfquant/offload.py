@@ -6,19 +6,40 @@ Neither library has a public way to ask for such a hook, so the attributes that 
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
-from torch import nn
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 _ACCELERATE, _DIFFUSERS = "_hf_hook", "_diffusers_hook"
+_GROUP = "group_offloading"
 
 
 def has_hook(model: nn.Module) -> bool:
     """Return whether accelerate runs some module of ``model``, and so may fetch its weights when they are needed."""
     return any(_ACCELERATE in vars(module) for module in model.modules())
+
+
+def refuse_group_offloaded(model: nn.Module) -> None:
+    """Raise where diffusers offloads ``model`` in groups, which hold the tensors that were there when it was enabled.
+
+    Of groups that are on disk a module's own tensors are not even initialized.
+
+    Raises:
+        ValueError: it does.
+    """
+    if any(vars(m)[_DIFFUSERS].get_hook(_GROUP) is not None for m in model.modules() if _DIFFUSERS in vars(m)):
+        raise ValueError(
+            f"{type(model).__name__} is group offloaded, and its groups would not know new layers: load it without, "
+            "and call enable_group_offload afterwards"
+        )
 
 
 def execution_device(module: nn.Module) -> torch.device | str | int | None:
@@ -29,10 +50,59 @@ def execution_device(module: nn.Module) -> torch.device | str | int | None:
     return next((device for device in said if device is not None), None)
 
 
+class OnDisk(NamedTuple):
+    """Where accelerate keeps the weights of a module that is offloaded to disk.
+
+    Attributes:
+        folder: for weights that are written; None where all are read from the checkpoint's own files.
+        prefix: the module's name and a dot.
+        files: what accelerate knows of each weight on disk, by its full name.
+    """
+
+    folder: Path | None
+    prefix: str
+    files: dict[str, Any]
+
+
+def on_disk(module: nn.Module) -> OnDisk | None:
+    """Return where on disk ``module``'s own weights are; None where they are in memory."""
+    return next((found for hook in _align_hooks(vars(module).get(_ACCELERATE)) if (found := _place(hook))), None)
+
+
+def _align_hooks(hook: Any) -> list[AlignDevicesHook]:
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
+
+
+def _place(hook: AlignDevicesHook) -> OnDisk | None:
+    weights = hook.weights_map
+    if not hook.offload or not isinstance(weights, PrefixedDataset):
+        return None
+    loader, prefix = weights.dataset, weights.prefix
+    if not isinstance(loader, OffloadedWeightsLoader) or not any(key.startswith(prefix) for key in loader.index):
+        return None
+    folder = None if loader.save_folder is None else Path(loader.save_folder)
+    return OnDisk(folder, prefix, loader.index)
+
+
+def forget_weights(module: nn.Module) -> None:
+    """Delete what accelerate has written to disk for a module that is not used any more."""
+    place = on_disk(module)
+    if place is None or place.folder is None:
+        return
+    for name in [name for name in place.files if name.startswith(place.prefix)]:
+        if "safetensors_file" not in place.files[name]:  # which may be the checkpoint's
+            del place.files[name]
+            (place.folder / f"{name}.dat").unlink(missing_ok=True)
+
+
 def copy_hook(old: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` the hook of accelerate that ``old`` has, unless it has one. ``old`` keeps its own."""
+    """Give ``new`` the hook of accelerate that ``old`` has, unless it has one. ``old`` keeps its own.
+
+    Where the weights of ``old`` are on disk those of ``new`` go there too, into files of their own.
+    """
     if _ACCELERATE in vars(old) and _ACCELERATE not in vars(new):
-        add_hook_to_module(new, _renewed(vars(old)[_ACCELERATE]))
+        add_hook_to_module(new, _renewed(vars(old)[_ACCELERATE], new))
 
 
 def forget_hook(copied: nn.Module) -> None:
@@ -41,20 +111,39 @@ def forget_hook(copied: nn.Module) -> None:
         vars(copied).pop(key, None)
 
 
-def _renewed(hook: Any) -> Any:
+def _renewed(hook: Any, new: nn.Module) -> Any:
     """Return a hook for another module: one that offloads has its module's weights, and must take the new one's."""
     if isinstance(hook, SequentialHook):
-        return SequentialHook(*map(_renewed, hook.hooks))
+        return SequentialHook(*(_renewed(h, new) for h in hook.hooks))
     if not isinstance(hook, AlignDevicesHook):
         return hook
+    place = _place(hook)
     return AlignDevicesHook(
         execution_device=hook.execution_device,
         offload=hook.offload,
         io_same_device=hook.io_same_device,
+        weights_map=None if place is None or place.folder is None else _written(place, new, hook),
         offload_buffers=hook.offload_buffers,
         place_submodules=hook.place_submodules,
         skip_keys=hook.skip_keys,
     )
+
+
+def _written(place: OnDisk, new: nn.Module, hook: AlignDevicesHook) -> PrefixedDataset:
+    """Write what a hook is to offload of a module, and return the map that accelerate reads it through.
+
+    The file is a new one each time: the module that is replaced may come back.
+    """
+    tensors: dict[str, Tensor] = dict(new.named_parameters())
+    if hook.offload_buffers:
+        tensors |= dict(new.named_buffers())
+    assert place.folder is not None
+    handle, file = tempfile.mkstemp(".safetensors", place.prefix, place.folder)
+    os.close(handle)
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
+    index = {place.prefix + name: {"safetensors_file": file, "weight_name": name} for name in tensors}
+    device = hook.weights_map.dataset.device
+    return PrefixedDataset(OffloadedWeightsLoader(save_folder=place.folder, index=index, device=device), place.prefix)
 
 
 def hooks_of(module: nn.Module) -> Iterator[Any]:

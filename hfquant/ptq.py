@@ -29,6 +29,7 @@ from hfquant.nn.kinds import kind_of
 from hfquant.nn.linear import QuantLayer, QuantLinear
 from hfquant.nn.modules import log_share, quant_linears, replace_modules, tie
 from hfquant.observe import observe
+from hfquant.offload import refuse_group_offloaded
 from hfquant.planner import EXCLUDED, SWITCHED_OFF, LayerPlan, ModelFacts, Plan, plan_layers
 from hfquant.report.layers import LayerReport, QuantReport, layer_report
 from hfquant.resume import Cache
@@ -145,12 +146,13 @@ def quantize(
     Raises:
         ConfigError: the config does not fit a layer.
         CalibrationError: data is missing, empty, or has NaN or Inf.
-        ValueError: the model is already quantized, has no layers, or differs from another process'.
+        ValueError: the model is already quantized or group offloaded, has no layers, or differs from another process'.
         RuntimeError: it failed in another process, which the message names with its cause.
     """
     settings, facts = settings or Settings(), facts or ModelFacts()
     if quant_linears(model):
         raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
+    refuse_group_offloaded(model)
     # Without data there is little to share, and a caller may well quantize in one process alone.
     sharing = processes() if rules.needs_data else nullcontext(Processes())
     with log_shown() if settings.verbose else nullcontext(), sharing as group:
@@ -198,7 +200,7 @@ def _prepared(
     with group.together():
         cache = None
         if settings.resume_dir is not None:
-            mode = (settings.per_layer_mode, facts.prefix, digest_of(*(data or ())))
+            mode = (settings.per_layer_mode, facts.prefix, digest_of(*(() if data is None else data)))
             cache = Cache.open(settings.resume_dir, digest_of(group.gather(digest_of(mode))))
     budget = min(group.gather(settings.memory_budget or free_memory() // (4 * group.on_this_machine)))
     shard = _shard(data, group)

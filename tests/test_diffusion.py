@@ -21,6 +21,7 @@ from hfquant.denoisers import (
     eval_mode,
     find_denoiser,
     from_grid,
+    has_frames_first,
     is_pipeline,
     time_reader,
     to_grid,
@@ -182,10 +183,23 @@ def test_a_component_that_fails_leaves_all_of_them_alone() -> None:
     assert all(quant_linears(part) for part in parts)
 
 
+@pytest.mark.parametrize("frames_first", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 7, 4, 5), (2, 16, 3), (2, 15, 3)])
-def test_layouts_go_there_and_back(shape: tuple[int, ...]) -> None:
+def test_layouts_go_there_and_back(shape: tuple[int, ...], frames_first: bool) -> None:
     values = torch.randn(shape)
-    grid = to_grid(values)
-    channels = shape[2] if len(shape) == 3 else shape[1]
+    grid = to_grid(values, frames_first)
+    channels = shape[2] if len(shape) == 3 or (len(shape) == 5 and frames_first) else shape[1]
     assert grid.shape[1] == channels
-    assert torch.equal(from_grid(grid, values), values)
+    assert torch.equal(from_grid(grid, values, frames_first), values)
+
+
+def test_frames_are_told_from_channels_by_the_config() -> None:
+    denoiser = nn.Identity()
+    denoiser.config = SimpleNamespace(in_channels=8, out_channels=4)
+    assert not has_frames_first(torch.empty(1, 4, 3, 2, 2), denoiser)
+    assert has_frames_first(torch.empty(1, 3, 4, 2, 2), denoiser)
+    assert not has_frames_first(torch.empty(1, 4, 2, 2), denoiser)
+    assert not has_frames_first(torch.empty(1, 3, 5, 2, 2), nn.Identity())  # nobody says
+    for shape in ((1, 4, 4, 2, 2), (1, 8, 4, 2, 2)):
+        with pytest.raises(ValueError, match="take another number of frames"):
+            has_frames_first(torch.empty(shape), denoiser)

@@ -92,6 +92,17 @@ def test_other_data_or_mode_takes_nothing(net: Net, data: Any, tmp_path: Path, s
         assert not solved
 
 
+def test_data_that_has_no_length(net: Net, data: Any, tmp_path: Path, solved: list[str]) -> None:
+    class Stream:
+        def __iter__(self) -> Any:
+            return iter(data)
+
+    model = hfquant.quantize(copy.deepcopy(net), Stream(), CONFIG, resume_dir=tmp_path)
+    solved.clear()
+    assert same(hfquant.quantize(copy.deepcopy(net), Stream(), CONFIG, resume_dir=tmp_path), model)
+    assert not solved
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_file_is_named_and_solved_anew(
     net: Net, data: Any, tmp_path: Path, solved: list[str], damage: str, caplog: pytest.LogCaptureFixture

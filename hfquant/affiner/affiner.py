@@ -37,6 +37,7 @@ class _Stored(Section):
     config: dict[str, Any]
     size: _Size
     latent_size: _Size | None
+    frames_first: bool = False
     uncond_half: Literal[0, 1] | None
     blocks: tuple[tuple[str, Annotated[int, Field(ge=0)]], ...]
 
@@ -70,6 +71,16 @@ class BlockwiseAffiner:
     def noise_target(self) -> NoiseTarget:
         """What of the denoiser's predictions is corrected."""
         return self.config.stepper.noise_target
+
+    @property
+    def frames_first(self) -> bool:
+        """Whether latents of video are `[B, T, C, H, W]`, as CogVideoX has them."""
+        return self.prediction.frames_first
+
+    @frames_first.setter
+    def frames_first(self, value: bool) -> None:
+        for maps in filter(None, (self.prediction, self.latents)):
+            maps.frames_first = value
 
     @property
     def timesteps(self) -> list[float]:
@@ -143,6 +154,7 @@ class BlockwiseAffiner:
             config=self.config.to_json(),
             size=self.prediction.size,
             latent_size=None if self.latents is None else self.latents.size,
+            frames_first=self.frames_first,
             uncond_half=self.uncond_half,
             blocks=tuple((block.module, block.output) for block in self.blocks),
         )
@@ -183,7 +195,7 @@ class BlockwiseAffiner:
         return affiner
 
     def _load(self, stored: _Stored, tensors: Mapping[str, Tensor]) -> None:
-        self.uncond_half = stored.uncond_half
+        self.uncond_half, self.frames_first = stored.uncond_half, stored.frames_first
         for name, maps, size in (
             ("prediction", self.prediction, stored.size),
             ("latents", self.latents, stored.latent_size),

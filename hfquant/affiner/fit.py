@@ -20,7 +20,7 @@ from hfquant.affiner.runs import Event, Run
 from hfquant.calibration.samplers import seeded
 from hfquant.config import ConfigError
 from hfquant.console import progress_bar
-from hfquant.denoisers import check_layout, compute_dtype, eval_mode, find_denoiser
+from hfquant.denoisers import compute_dtype, eval_mode, find_denoiser, has_frames_first
 
 
 def load_affiner(
@@ -148,11 +148,13 @@ class _Fit:
         converted = {
             k: v.to(other) if isinstance(v, Tensor) and v.dtype == own else v for k, v in fresh_call(sample).items()
         }
-        return _Batch(
+        batch = _Batch(
             Run(self.real, fresh_call(sample), at_denoiser=behind),
             Run(self.quant, converted, at_denoiser=behind, **finish),
             None if self.latents is None else Run(self.real, fresh_call(sample)),
         )
+        torch.rand(())  # the next batch's runs are to draw other noise
+        return batch
 
     def _lock_step(self, batches: list[_Batch], progress: Any, count: int) -> Iterator[float]:
         """Lead the batches through their runs, yielding the timestep after each step."""
@@ -165,7 +167,7 @@ class _Fit:
             pairs = [_checked(r, q, i) for i, (r, q) in enumerate(zip(reals, quants, strict=True))]
             timestep = pairs[0][0].timestep
             if isinstance(self.affiner, BlockwiseAffiner):
-                check_layout(pairs[0][0].value, find_denoiser(self.real))
+                self.affiner.frames_first = has_frames_first(pairs[0][0].value, find_denoiser(self.real))
             for r, q in pairs:
                 if r.timestep != timestep:
                     raise ValueError(

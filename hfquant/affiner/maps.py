@@ -31,6 +31,7 @@ class AffineMaps:
         enabled: Numbers of the timesteps, in order of their first observation, that get a map; the others keep the
             identity. None for all.
         size: Height and width of the latents.
+        frames_first: Whether latents of video are `[B, T, C, H, W]`, not `[B, C, T, H, W]`.
         table: Timestep to (K, b).
         errors: Timestep to the mean squared error over all samples and pixels, before and after.
     """
@@ -41,6 +42,7 @@ class AffineMaps:
     def __init__(self, config: AffinerConfig) -> None:
         self.enabled = config.stepper.enable_timesteps
         self.size: tuple[int, int] | None = None
+        self.frames_first = False
         self.table: dict[float, Maps] = {}
         self.errors: dict[float, tuple[float, float]] = {}
         self._order: list[float] = []
@@ -60,8 +62,8 @@ class AffineMaps:
         return 1.0
 
     def observe(self, timestep: float, real: Tensor, quant: Tensor) -> None:
-        """Add a batch of any layout that :func:`~hfquant.diffusion.to_grid` knows."""
-        real, quant = to_grid(real), to_grid(quant)
+        """Add a batch of any layout that :func:`~hfquant.denoisers.to_grid` knows."""
+        real, quant = to_grid(real, self.frames_first), to_grid(quant, self.frames_first)
         size = (real.shape[-2], real.shape[-1])
         if self.size not in (None, size):
             raise ValueError(f"all samples must have latents of one size; after {self.size} came {size}")
@@ -101,7 +103,7 @@ class AffineMaps:
         if values.dim() == 4 and values.shape[1] == 2 * len(scale):
             noise, variance = values.chunk(2, dim=1)
             return torch.cat([self.correct(timestep, noise), variance], dim=1)
-        grid = to_grid(values)
+        grid = to_grid(values, self.frames_first)
         size = (grid.shape[-2], grid.shape[-1])
         if grid.shape[1] != len(scale):
             raise ValueError(f"the affiner was fitted on {len(scale)} channels, got {grid.shape[1]}")
@@ -112,7 +114,7 @@ class AffineMaps:
                 f"{values.shape[1]}: both must be squares. Fit it at this size, or with solver.blocksize=null"
             )
         scale, shift = (self._stretched(x, size).to(values.device) for x in (scale, shift))
-        return from_grid((grid.float() * scale + shift).to(values.dtype), values)
+        return from_grid((grid.float() * scale + shift).to(values.dtype), values, self.frames_first)
 
     def at(self, timestep: float) -> Maps:
         """Return K and b of a timestep, `[C, h, w]`.

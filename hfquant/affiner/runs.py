@@ -39,8 +39,26 @@ class _Stop(BaseException):
     """Raised inside a pipeline to end it; no `except Exception` on the way may catch it."""
 
 
+RandomState = tuple[Tensor, list[Tensor]]
+
+
+def random_state() -> RandomState:
+    """Return the state of torch's global generators: the CPU's, and those of the CUDA devices in use."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def set_random_state(state: RandomState) -> None:
+    """Put torch's global generators back."""
+    torch.set_rng_state(state[0])
+    for device, values in enumerate(state[1]):
+        torch.cuda.set_rng_state(values, device)
+
+
 class Run:
     """One call of a pipeline that stops at every step.
+
+    Runs that are made at the same state of torch's global generators draw the same from them, whichever goes first:
+    not all pipelines pass their generator on everywhere (SD3's ControlNet encodes its picture without).
 
     Args:
         pipeline: Called with `kwargs`, on a copy that has its own scheduler; the modules are shared.
@@ -70,6 +88,7 @@ class Run:
         self._at_denoiser = at_denoiser
         self._over = False
         self._steps = 0
+        self._random = random_state()
 
     def resume(self, value: Tensor | None = None) -> Event | None:
         """Continue to the next stop, with `value` in place of the last event's; None when no step is left.
@@ -79,14 +98,20 @@ class Run:
         """
         if self._over:
             return None
-        if self._thread.ident is None:
-            self._thread.start()
-        elif self._steps and self._steps == len(self.timesteps):
+        if self._steps and self._steps == len(self.timesteps):
             self.close()  # what is left of the call is decoding
             return None
-        else:
-            self._replies.put(value)
-        event = self._events.get()
+        outside = random_state()
+        set_random_state(self._random)
+        try:
+            if self._thread.ident is None:
+                self._thread.start()
+            else:
+                self._replies.put(value)
+            event = self._events.get()
+        finally:
+            self._random = random_state()
+            set_random_state(outside)
         if isinstance(event, Event):
             return event
         self._over = True

@@ -119,8 +119,8 @@ def samples(batch: Any) -> list[Any]:
     return [sample for item in batch for sample in samples(item)]
 
 
-def forward(model: nn.Module, sample: Any, options: Mapping[str, Any] | None = None) -> None:
-    """Run ``model`` on one sample, on the device and in the dtype that the model expects.
+def forward(model: nn.Module, sample: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """Run ``model`` on one sample, on the device and in the dtype that the model expects; return its output.
 
     Args:
         model: called as it is.
@@ -142,7 +142,7 @@ def forward(model: nn.Module, sample: Any, options: Mapping[str, Any] | None = N
             f"calibration data: a sample is a tensor, a tuple or a dict, got {type(sample).__name__}{hint}"
         )
     args, kwargs = placed(model, args, kwargs)
-    model(*args, **kwargs)
+    return model(*args, **kwargs)
 
 
 def placed(

@@ -107,8 +107,9 @@ def _store(value: Tensor, tensors: dict[str, Tensor], where: str) -> list[Any]:
     digest.update(content(tensor))
     key = digest.hexdigest()
     if key not in tensors:
-        # The layer may go on to change its input in place; a view must not keep the whole alive.
-        tensors[key] = tensor.clone()
+        # The layer may go on to change its input in place; a view must not keep the whole alive. Where a size is 1 the
+        # stride may be anything, 0 of an expanded timestep, and a plain clone would keep it.
+        tensors[key] = torch.empty(shape, dtype=tensor.dtype).copy_(tensor)
     return [key, dtype, shape]
 
 

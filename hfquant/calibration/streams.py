@@ -175,7 +175,7 @@ def calibration_batches(
         tokenizer, processor = given.pop("tokenizer", tokenizer), given.pop("processor", processor)
         tokenizer = tokenizer or getattr(processor, "tokenizer", None)
         reader = Reader(tokenizer, processor, _length_limit(tokenizer, model), isinstance(model, nn.Module))
-        spec = _parse(given)
+        spec = parse_spec(given)
         source = "there is no text in the list" if are_texts(spec.dataset) else f"{spec.dataset} gives no rows"
         provenance, rest = _provenance(spec), partial(_after, spec, reader)
         return Batches(lambda: _from_spec(spec, reader, spec.batch_size or size), source, provenance, rest)
@@ -188,7 +188,12 @@ def calibration_batches(
     return calibration
 
 
-def _parse(spec: Mapping[str, Any]) -> StreamSpec:
+def parse_spec(spec: Mapping[str, Any]) -> StreamSpec:
+    """Validate a stream as the user writes it.
+
+    Raises:
+        CalibrationError: the message names the key.
+    """
     try:
         return StreamSpec.model_validate(spec)
     except ValidationError as error:

@@ -10,7 +10,14 @@ from typing import Annotated
 import typer
 
 from hfquant.cli.calibrate import calibrate
+from hfquant.cli.compare import compare
+from hfquant.cli.demo import demo
+from hfquant.cli.inspect import inspect
 from hfquant.cli.kernels import kernels
+from hfquant.cli.plan import plan
+from hfquant.cli.quantize import quantize
+from hfquant.cli.recipe import recipe
+from hfquant.cli.report import report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,5 +43,6 @@ def main(
     """Take the options that stand before a command."""
 
 
-app.command()(calibrate)
-app.command()(kernels)
+for command in (quantize, plan, calibrate, inspect, compare, report, kernels, demo):
+    app.command()(command)
+app.add_typer(recipe, name="recipe")

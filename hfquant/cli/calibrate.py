@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.console import log_shown
 
@@ -84,8 +83,8 @@ def calibrate(
     """
     if sampler is not None:
         _check_sampler(sampler, timesteps=timesteps, mean=mean, std=std)
-    call_arguments = _pairs("--arg", arg or ())
-    call = {key: _parsed(value) for key, value in call_arguments.items()}
+    call_arguments = options.pairs("--arg", arg or ())
+    call = {key: options.parsed(value) for key, value in call_arguments.items()}
     if steps is not None:
         call["num_inference_steps"] = steps
     if guidance_scale is not None:
@@ -94,7 +93,7 @@ def calibrate(
     if made_itself and (unread := _given({"name": name, "split": split, "column": column or None})):
         raise typer.BadParameter("what a model makes itself has no such thing", param_hint=f"--{next(iter(unread))}")
     spec = {
-        **{"dataset": source, "name": name, "split": split, "column": _columns(column or ())},
+        **{"dataset": source, "name": name, "split": split, "column": options.columns(column or ())},
         **{"samples": 128 if samples is None else samples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed},
     }
     if made_itself:
@@ -153,27 +152,6 @@ def _sampler(kind: SamplerName, seed: int, **options: Any) -> BaseSampler:
         SamplerName.LANGUAGE: calibration.LanguageModelSampler,
     }
     return classes[kind](seed=seed, **_given(options))
-
-
-def _pairs(option: str, values: Sequence[str]) -> dict[str, str]:
-    pairs = [value.partition("=") for value in values]
-    for value, (key, equals, _) in zip(values, pairs, strict=True):
-        if not (key and equals):
-            raise typer.BadParameter(f"{value!r} is not KEY=VALUE", param_hint=option)
-    return {key: value for key, _, value in pairs}
-
-
-def _columns(values: Sequence[str]) -> str | dict[str, str] | None:
-    if len(values) == 1 and "=" not in values[0]:
-        return values[0]
-    return _pairs("--column", values) or None
-
-
-def _parsed(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 def _print_summary(out: Path, made: BaseCalibSet) -> None:

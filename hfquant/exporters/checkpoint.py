@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hfquant.console import counted
 from hfquant.integrations import library
-from hfquant.integrations.compat import stored_names
+from hfquant.integrations.compat import drop_needs_hfquant, stored_names
 from hfquant.nn.linear import QuantLinear
 
 
@@ -117,6 +117,7 @@ def float_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _write_transformers_config(model: Any, quantization_config: Mapping[str, Any], folder: Path) -> None:
     config = copy.deepcopy(model.config)
+    drop_needs_hfquant(config)
     config.quantization_config = dict(quantization_config)
     config.architectures, config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
     config.save_pretrained(folder)

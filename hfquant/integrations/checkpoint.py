@@ -73,13 +73,16 @@ def warn_if_empty(model: nn.Module, plan: Plan) -> None:
         logger.warning("%s has nothing to quantize (%s): it stays in full precision", type(model).__name__, why)
 
 
-def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: bool) -> None:
+def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: bool) -> dict[str, nn.Module]:
     """Replace float layers by empty quantized ones on the meta device.
 
     Args:
         model: changed in place.
         plans: name -> plan.
         on_disk: whether the codes take the form they have on disk, so that a loader's own checks are exact.
+
+    Returns:
+        The linears, by name.
     """
     replacements: dict[nn.Module, nn.Module] = {}
     for name, plan in plans.items():
@@ -97,6 +100,7 @@ def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: boo
             mark_initialized(marked)
         replacements[module] = layer
     replace_modules(model, replacements)
+    return dict(zip(plans, replacements, strict=True))
 
 
 def tensor_names(files: Iterable[str | Path]) -> set[str]:

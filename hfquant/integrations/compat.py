@@ -35,7 +35,6 @@ __all__ = [
     "accept_no_dtype",
     "allow_needs_hfquant",
     "drop_needs_hfquant",
-    "drop_quantization_config",
     "is_marked_initialized",
     "keep_in_fp32",
     "load_offloaded_parameter",
@@ -44,6 +43,7 @@ __all__ = [
     "register_lora_base",
     "register_lora_layer",
     "save_as_named",
+    "set_quantization_config",
     "set_quantized",
     "stored_names",
 ]
@@ -79,14 +79,15 @@ def set_quantized(model: PreTrainedModel, quantized: bool) -> None:
     # What a config takes from its file under this name it keeps under another, so what is set here only gets saved.
     if quantized:
         model.config.experts_implementation = NEEDS_HFQUANT
-    elif "experts_implementation" in vars(model.config):
-        del model.config.experts_implementation
+    else:
+        drop_needs_hfquant(model.config)
 
 
 def drop_needs_hfquant(config: Any) -> None:
-    """Leave the choice of experts to the library in a config read from a quantized checkpoint."""
+    """Leave the choice of experts to the library, in a config read from a quantized checkpoint or a model's own."""
     if config._experts_implementation == NEEDS_HFQUANT:
         config._experts_implementation = None
+    vars(config).pop("experts_implementation", None)
 
 
 def allow_needs_hfquant() -> None:
@@ -94,11 +95,17 @@ def allow_needs_hfquant() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NEEDS_HFQUANT, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
 
 
-def drop_quantization_config(model: Any) -> None:
-    """Take the quantization config out of a diffusers model's config, which is frozen."""
+def set_quantization_config(model: Any, config: Any) -> None:
+    """Put a quantization config into a diffusers model's config, which is frozen, or take it out (None)."""
     from diffusers.configuration_utils import FrozenDict
 
-    model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
+    old = model.config
+    items = {k: v for k, v in old.items() if k != "quantization_config"}
+    new = FrozenDict(items if config is None else items | {"quantization_config": config})
+    # An IP-Adapter changes an attribute of the config and not the item: the model reads the attribute.
+    for key in items.keys() & vars(old).keys():
+        setattr(new, key, vars(old)[key])
+    model._internal_dict = new
 
 
 def save_as_named(model: PreTrainedModel) -> None:

@@ -65,6 +65,11 @@ def is_raw(calibration: Any) -> bool:
     return is_source(calibration) or are_texts(calibration)
 
 
+def tokenizer_of(model: Any) -> Any:
+    """Return the tokenizer saved with a transformers model; None where there is none."""
+    return _saved_with(model)[0]
+
+
 def _saved_with(model: Any) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoTokenizer
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from hfquant.console import counted
@@ -24,13 +27,21 @@ from hfquant.integrations.checkpoint import (
     tensor_names,
     warn_if_empty,
 )
-from hfquant.integrations.compat import drop_quantization_config
+from hfquant.integrations.compat import set_quantization_config
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import check_component_data, diffusers_batches
 from hfquant.integrations.facts import facts_of
+from hfquant.integrations.placement import (
+    device_for,
+    exact_floats,
+    put_back,
+    quantize_left,
+    tensor_bytes,
+    without_working_memory,
+)
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.linear import QuantLayer
-from hfquant.nn.modules import dequantized, log_share, replace_modules
+from hfquant.nn.modules import dequantized, log_share, quant_linears, replace_modules
 from hfquant.planner import Plan, plan_layers
 from hfquant.solver import solve
 
@@ -56,22 +67,44 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         #: Of the quantized linears, for saving.
         self.disk_forms: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {}
         self._stored_names: set[str] = set()
+        self._files: list[str] = []
+        #: While loading: where tensors go, and the bytes of them all beside those of as many in the model's dtype.
+        self._device_map: dict[str, Any] = {}
+        self._dtype: torch.dtype | None = None
+        self._warm_up_factor = 4
+        #: While a device map is inferred: put the linears back.
+        self._put_back: Callable[[], None] | None = None
 
-    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse, before any weight is read, a config that needs data and has none, and offloading to disk.
+    def validate_environment(
+        self, *args: Any, device_map: Any = None, torch_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
+        """Refuse, before any weight is read, a config that needs data and has none.
+
+        diffusers calls it again once the device map is final.
 
         Raises:
             CalibrationError: the config needs data and carries none.
-            ValueError: ``device_map`` has "disk".
         """
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            # Float weights would be offloaded before they can be quantized; of quantized ones, the scales are buffers.
-            raise ValueError(
-                'device_map: diffusers cannot offload the buffers of quantized linears to "disk"; use "cpu", or load '
-                "the model and call enable_group_offload(offload_to_disk_path=...)"
-            )
         if not self.pre_quantized:
             check_component_data(self.quantization_config)
+        self._dtype = torch_dtype or self._dtype
+        if isinstance(device_map, dict):
+            self._device_map = device_map
+        if self._put_back is not None and not isinstance(device_map, str):
+            self._put_back()
+            self._put_back = None
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Leave room on each device to quantize the largest linear."""
+        return without_working_memory(max_memory, self.plan)
+
+    def get_special_dtypes_update(self, model: ModelMixin, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Return the dtypes of scales, which a device map must count as they are."""
+        return exact_floats(model)
+
+    def get_cuda_warm_up_factor(self) -> int:
+        """Return by what to divide the count of all elements to reserve half of their bytes, in the model's dtype."""
+        return self._warm_up_factor
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Check that each tensor that a sharded checkpoint's index lists is in a shard; diffusers does not.
@@ -80,15 +113,15 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             CheckpointError: naming the tensors.
         """
         self._stored_names = set(loaded_keys)
-        files = checkpoint_files or []
-        if files and all(str(file).endswith(".safetensors") for file in files):
-            lacking = sorted(self._stored_names - tensor_names(files))
+        self._files = [file for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+        if self._files and len(self._files) == len(checkpoint_files):
+            lacking = sorted(self._stored_names - tensor_names(self._files))
             if lacking:
                 some = ", ".join(lacking[:5])
                 raise CheckpointError(f"the index lists {counted(len(lacking), 'tensor')} that no file has: {some}")
         return loaded_keys
 
-    def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: ModelMixin, device_map: Any = None, **kwargs: Any) -> None:
         config, facts = self.quantization_config, facts_of(model)
         if self.pre_quantized:
             install_empty(model, stored_plans(model, config, facts), on_disk=True)
@@ -98,13 +131,40 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             self.plan = plan_layers(model, config.rules, config.modules_to_not_convert or (), facts=facts)
             needs_no_data(self.plan)
             warn_if_empty(model, self.plan)
+            if isinstance(device_map, str):
+                # A device map is inferred from the sizes that the tensors are going to have.
+                self._put_back = partial(put_back, model, install_empty(model, self.plan.layers, on_disk=False))
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
         """Raise where the checkpoint lacks a tensor of a linear that is quantized, or is to be."""
         lacking = sorted(k for k in missing_keys if self._is_quantized(model, k.rpartition(".")[0]))
         if lacking:
             raise missing_tensors(lacking)
+        for name, layer in quant_linears(model).items():
+            if device_for(name, self._device_map) == "disk":
+                # diffusers offloads parameters alone and leaves buffers without memory: _read_buffers will fill it.
+                for key, buffer in layer._buffers.items():
+                    layer._buffers[key] = None if buffer is None else torch.empty_like(buffer, device="cpu")
+        elements = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
+        size = (self._dtype or torch.get_default_dtype()).itemsize
+        self._warm_up_factor = max(1, round(2 * elements * size / max(1, tensor_bytes(model, self.plan))))
         return missing_keys
+
+    def _read_buffers(self, model: ModelMixin) -> None:
+        """Read the buffers of quantized linears from the checkpoint's files, as they are stored.
+
+        What diffusers puts on disk on the way, for good or while it loads the rest, it rounds to the model's dtype.
+        """
+        layers = quant_linears(model)
+        for file in self._files:
+            with safe_open(file, framework="pt") as opened:
+                for full_name in tensor_names([file]):
+                    name, _, tensor = full_name.rpartition(".")
+                    current = layers[name]._buffers.get(tensor) if name in layers else None
+                    if current is not None:
+                        value = opened.get_tensor(full_name)
+                        value = value.to(current) if value.is_floating_point() else value.to(current.device)
+                        self._put(layers[name], name, tensor, value)
 
     def _is_quantized(self, model: ModelMixin, name: str) -> bool:
         if self.plan is not None:
@@ -155,20 +215,32 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         # diffusers has cast param_value to the model's dtype; scales must stay as they are stored.
         stored = state_dict[param_name]
         value = param_value if tensor in module._model_floats and stored.is_floating_point() else stored
+        self._put(module, name, tensor, value.to(target_device))
+
+    def _put(self, layer: nn.Module, name: str, tensor: str, value: Tensor) -> None:
+        assert isinstance(layer, QuantLayer)
         try:
-            module.set_tensor(tensor, value.to(target_device))
+            layer.set_tensor(tensor, value)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from None
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         config, plan = self.quantization_config, self.plan
+        on_disk, self._device_map = "disk" in self._device_map.values(), {}
+        if not on_disk and any(tensor.is_meta for tensor in model.parameters()):
+            raise ValueError(
+                'diffusers has read no weights: offload_state_dict=True needs "disk" in the device_map; leave it out'
+            )
         if self.pre_quantized:
+            if on_disk:
+                self._read_buffers(model)
             finish_loading(model)
             self.disk_forms = disk_forms(model)
             return model
         if plan is None:
             quantize_attached(model, diffusers_batches(config.calibration), config, facts_of(model), attach)
         else:
+            quantize_left(model, plan)
             finish_loading(model)
             facts = facts_of(model)
             attach(model, own_config(config, plan, facts))
@@ -187,15 +259,20 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         """Return the tensors as they are stored.
 
         Raises:
-            ValueError: asked for a pickle.
+            ValueError: asked for a pickle, or of a model that is offloaded.
         """
         if not safe_serialization:
             raise ValueError("quantized models are saved as safetensors only; leave safe_serialization=True")
+        if offloaded := sum(tensor.is_meta for tensor in state_dict.values()):
+            raise ValueError(
+                f"{counted(offloaded, 'tensor')} are offloaded, and diffusers does not save those: load the model "
+                "without device_map, and save that"
+            )
         return codes_on_disk(state_dict, self.disk_forms), {}
 
     def _dequantize(self, model: ModelMixin) -> nn.Module:
         model = dequantized(model, model.dtype)
-        drop_quantization_config(model)
+        set_quantization_config(model, None)
         return model
 
     @property
@@ -215,9 +292,15 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
 
 
 def attach(model: ModelMixin, config: HfQuantConfig) -> None:
-    """Make ``model`` one that diffusers knows as quantized by ``config`` (its own copy)."""
+    """Make ``model`` one that diffusers knows as quantized by ``config`` (its own copy).
+
+    Raises:
+        ValueError: it is made of several models, each with a config of its own.
+    """
+    if not hasattr(model, "config"):
+        raise ValueError(f"{type(model).__name__} has no config: quantize the models that it is made of, one by one")
     model.hf_quantizer = HfQuantDiffusersQuantizer(config, pre_quantized=True)
     model.hf_quantizer.disk_forms = disk_forms(model)
     model.is_quantized = True
     model.quantization_method = config.quant_method
-    model.register_to_config(quantization_config=config)
+    set_quantization_config(model, config)

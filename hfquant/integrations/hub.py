@@ -28,8 +28,8 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Any:
         ValueError: an unknown dtype, or a pipeline class that diffusers lacks.
         OSError: the hub has no such repository, or cannot be reached.
     """
-    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": _floating(dtype)}
-    if _is_pipeline(name):
+    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": floating(dtype)}
+    if is_pipeline_name(name):
         import diffusers
 
         import hfquant.demo  # noqa: F401  # diffusers finds a pipeline's class once its module is imported
@@ -45,7 +45,12 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Any:
     return loaded if device is None else loaded.to(device)
 
 
-def _is_pipeline(name: str) -> bool:
+def is_pipeline_name(name: str) -> bool:
+    """Return whether a folder or hub repository holds a pipeline; of a repository one small file is fetched.
+
+    Raises:
+        FileNotFoundError: no such folder, or it holds neither a pipeline nor a model.
+    """
     folder = Path(name)
     if folder.is_dir():
         if not any((folder / file).is_file() for file in (PIPELINE_FILE, MODEL_FILE)):
@@ -75,7 +80,12 @@ def _model_class(name: str) -> Any:
     return next((found for n in names if (found := getattr(transformers, n, None))), transformers.AutoModel)
 
 
-def _floating(name: str) -> torch.dtype:
+def floating(name: str) -> torch.dtype:
+    """Return a floating dtype by its name.
+
+    Raises:
+        ValueError: there is no such.
+    """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype: {name!r} is no floating dtype of torch, such as float32 or bfloat16.")

@@ -98,7 +98,7 @@ def self_made_runs(
     Args:
         pipe: in full precision.
         spec: what it is to make; `samples` counts runs.
-        names: of the components.
+        names: of the components, or of the models within (dotted).
         sampler: which timesteps to keep; default: :class:`~hfquant.UniformSampler` with the spec's seed.
         dump_path: folder to keep the recorded inputs in; default: below the Hugging Face cache's home.
         batch_size: recorded calls a batch.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +29,6 @@ from hfquant.integrations.compat import (
     ConversionOps,
     drop_needs_hfquant,
     load_offloaded_parameter,
-    mark_initialized,
     names_in_model,
     save_as_named,
     set_quantized,
@@ -35,10 +36,10 @@ from hfquant.integrations.compat import (
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import transformers_batches
 from hfquant.integrations.facts import facts_of
+from hfquant.integrations.placement import check_offload_folder, put_back, quantize_left, without_working_memory
 from hfquant.integrations.sharing.facts import tags_of
-from hfquant.nn.kinds import kind_of
 from hfquant.nn.linear import QuantLayer
-from hfquant.nn.modules import dequantized, log_share, quant_linears, replace_modules
+from hfquant.nn.modules import dequantized, log_share, quant_linears
 from hfquant.planner import Plan, plan_layers
 from hfquant.solver import solve
 
@@ -63,20 +64,17 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         self.ties: dict[str, str] = {}
         #: Names of the tensors whose dtype is the format's and not the model's.
         self.exact: set[str] = set()
+        #: While loading: put back the linears that a device map sends to disk.
+        self._put_back: Callable[[Mapping[str, Any]], None] | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse, before any weight is read, offloading float weights.
+        """Keep the linears in float that a device map sends to disk; called again where the map was inferred."""
+        if self._put_back is not None and isinstance(device_map, dict):
+            self._put_back(device_map)
 
-        Raises:
-            ValueError: ``device_map`` has "disk": transformers would read the float weights in place of the codes.
-        """
-        if self.pre_quantized:
-            return
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError(
-                'weights cannot be quantized on the way to "disk" in a device_map: quantize without it and save, then '
-                "load the quantized checkpoint with that device_map"
-            )
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Leave room on each device to quantize the largest linear."""
+        return without_working_memory(max_memory, self.plan)
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Return the config that the model is made from: transformers has found hfquant, so it needs no telling."""
@@ -84,7 +82,11 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        device_map: Any = None,
+        **kwargs: Any,
     ) -> None:
         config, facts = self.quantization_config, facts_of(model)
         if self.pre_quantized:
@@ -106,7 +108,11 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             # A tied weight arrives under another name, or not at all: such linears are quantized after loading.
             tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
             arriving = {name: plan for name, plan in self.plan.layers.items() if name not in tied}
-            install_empty(model, arriving, on_disk=False)
+            linears = install_empty(model, arriving, on_disk=False)
+            # Of what goes to disk transformers reads the checkpoint's own file later on: it must hold floats.
+            self._put_back = partial(put_back, model, linears)
+            if isinstance(device_map, dict):
+                self._put_back(device_map)
 
     def _forget_ties(self, model: PreTrainedModel) -> None:
         """Take ties of quantized layers out of the model's list until :meth:`_recall_ties`.
@@ -153,14 +159,16 @@ class HfQuantTransformersQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
+        self._put_back = None
         if self.failure is not None:
             raise self.failure
         if not self.pre_quantized and self.plan is None:
+            check_offload_folder(model)
             loader = transformers_batches(model, config.calibration)
             quantize_attached(model, loader, config, facts_of(model), attach)
             return model
         if self.plan is not None:
-            _quantize_late(model, self.plan)
+            quantize_left(model, self.plan)
         check_loaded(model, self.pre_quantized)
         finish_loading(model)
         self._recall_ties(model)
@@ -246,23 +254,6 @@ def _quantized(name: str, layer: QuantLayer, weight: Tensor) -> dict[str, Tensor
         raise CheckpointError(f"{name}.weight: expected shape {tuple(expected)}, got {tuple(weight.shape)}")
     tensors = solve(name, layer.matrix(weight), layer.plan, None).tensors
     return {f"{name}.{key}": layer.stored(key, tensor) for key, tensor in tensors.items()}
-
-
-def _quantize_late(model: PreTrainedModel, plan: Plan) -> None:
-    """The weights that loading left in float: tied ones, and some of those that came fused with others."""
-    for name, layer_plan in plan.layers.items():
-        module = model.get_submodule(name)
-        bias, weight = module._parameters.get("bias"), module.get_parameter("weight")
-        if not weight.is_floating_point():
-            continue
-        float_module = module._float if isinstance(module, QuantLayer) else module
-        kind = kind_of(float_module)
-        assert kind is not None
-        solved = solve(name, kind.matrix(weight.detach()), layer_plan, None)
-        layer = kind.from_tensors(solved.plan, solved.tensors, bias, float_module)
-        for tensor in [*layer.parameters(), *layer.buffers()]:
-            mark_initialized(tensor)
-        replace_modules(model, {module: layer})
 
 
 def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:

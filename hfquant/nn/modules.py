@@ -11,7 +11,7 @@ from torch import nn
 
 from hfquant.console import counted
 from hfquant.nn.linear import QuantLayer
-from hfquant.offload import copy_hook
+from hfquant.offload import copy_hook, refuse_group_offloaded
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,12 @@ def tie(model: nn.Module) -> None:
 
 
 def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace every quantized layer of ``model`` by the float one it was, in ``dtype``, in place; return the model."""
+    """Replace every quantized layer of ``model`` by the float one it was, in ``dtype``, in place; return the model.
+
+    Raises:
+        ValueError: the model is group offloaded.
+    """
+    refuse_group_offloaded(model)
     floats: dict[nn.Module, nn.Module] = {}
     layers = quant_linears(model)
     for layer in layers.values():
@@ -68,23 +73,40 @@ def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def quantized_share(
+    model: nn.Module, layers: Mapping[str, int], uncounted: Collection[str] = ()
+) -> tuple[float, list[str]]:
+    """Return the share of the parameters in matrices that are quantized, and the largest matrices that are not.
+
+    Args:
+        model: quantized or still to be, perhaps on the meta device.
+        layers: the weights of each quantized layer, by name.
+        uncounted: names of modules that do not count, beside embeddings (output heads).
+    """
+    quantized = sum(layers.values())
+    aside = [m for n, m in model.named_modules() if n in uncounted or isinstance(m, nn.Embedding)]
+    excluded = {id(p) for module in aside for p in module.parameters()}
+    excluded |= {id(getattr(model.get_submodule(name), "weight", None)) for name in layers}
+    kept = [(n, p.numel()) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in excluded]
+    share = quantized / max(quantized + sum(size for _, size in kept), 1)
+    return share, [name for name, _ in sorted(kept, key=lambda item: -item[1])[:3]]
+
+
 def log_share(model: nn.Module, uncounted: Collection[str] = ()) -> None:
     """Log what share of the model's matrices was quantized; warn below 80 %.
 
     Embeddings and ``uncounted`` are left aside, unless they were quantized.
     """
-    layers = quant_linears(model).values()
-    # By weight: tied layers share theirs.
-    quantized = sum({id(x.weight): x.plan.in_features * x.plan.out_features for x in layers}.values())
-    aside = [m for n, m in model.named_modules() if n in uncounted or isinstance(m, nn.Embedding)]
-    excluded = {id(p) for module in aside for p in module.parameters()} | {id(layer.weight) for layer in layers}
-    kept = [(n, p) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in excluded]
-    share = quantized / (quantized + sum(p.numel() for _, p in kept))
-    largest = ", ".join(n for n, _ in sorted(kept, key=lambda item: -item[1].numel())[:3])
+    # Tied layers share their weights.
+    layers = {
+        name: 0 if layer.plan.tied else layer.plan.in_features * layer.plan.out_features
+        for name, layer in quant_linears(model).items()
+    }
+    share, largest = quantized_share(model, layers, uncounted)
     logger.log(
         logging.INFO if share >= 0.8 else logging.WARNING,
         "%s quantized, %.0f %% of the parameters in matrices%s",
         counted(len(layers), "layer"),
         100 * share,
-        f"; the largest left: {largest}" if kept else "",
+        f"; the largest left: {', '.join(largest)}" if largest else "",
     )

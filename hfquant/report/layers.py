@@ -49,12 +49,12 @@ class LayerReport:
     @property
     def sqnr(self) -> float | None:
         """Signal to quantization noise of the output, in dB; None without data, infinite without error."""
-        return _decibels(self.error)
+        return decibels(self.error)
 
     @property
     def plain_sqnr(self) -> float | None:
         """What :attr:`sqnr` would be with round-to-nearest alone."""
-        return _decibels(self.plain_error)
+        return decibels(self.plain_error)
 
     def __str__(self) -> str:
         name, *figures, what = _row(self)
@@ -62,7 +62,8 @@ class LayerReport:
         return f"{name}: {', '.join(f'{title} {figure}' for title, figure in head if figure != '-')}; {what}"
 
 
-def _decibels(error: float | None) -> float | None:
+def decibels(error: float | None) -> float | None:
+    """Return the signal to noise ratio of a relative L2 error; None of None, infinite without error."""
     return None if error is None else (-20 * math.log10(error) if error else math.inf)
 
 

@@ -46,3 +46,26 @@ def test_what_the_pipeline_raises_reaches_the_caller():
     with pytest.raises(ValueError, match="give latents"):
         run.resume()
     assert run.resume() is None
+
+
+def test_runs_draw_alike_from_the_global_generator():
+    """Some pipelines draw without the generator that they are given."""
+
+    class Careless(DenoisingLoop):
+        def __call__(self, **arguments):
+            return super().__call__(latents=torch.randn(2, 2, 6, 6), **arguments)
+
+    arguments = {"class_labels": torch.arange(2), "num_inference_steps": 2}
+    torch.manual_seed(3)
+    runs = [Run(Careless(Toy(), DDIMScheduler()), arguments) for _ in range(2)]
+    events = []
+    for turn in ((0, 1), (1, 0), (0, 1)):
+        for i in turn:
+            torch.rand(i + 1)  # noise of others
+            events.append((i, runs[i].resume()))
+    first, second = ([event for i, event in events if i == which] for which in (0, 1))
+    for one, other in zip(first, second, strict=True):
+        assert one.kind == other.kind
+        assert torch.equal(one.value, other.value)
+    for run in runs:
+        run.close()

@@ -127,6 +127,14 @@ def test_unusual_tensors():
         assert torch.equal(back, tensor.detach())
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 3), (2, 1)])
+def test_expanded_tensors(shape):
+    """A timestep expanded to a batch of one has stride 0, and is contiguous all the same."""
+    tensor = torch.tensor(1.5).expand(shape)
+    assert identical(round_trip(tensor), torch.full(shape, 1.5))
+    assert identical(round_trip(torch.full((2, 3), 1.5).expand(1, 2, 3)), torch.full((1, 2, 3), 1.5))
+
+
 def test_samples_are_snapshots_and_copies():
     recording, tensor = Recording(), torch.zeros(4)
     view = tensor[1:3]

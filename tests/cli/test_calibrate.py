@@ -9,55 +9,16 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 import hfquant
 from hfquant.calibration import BaseSampler, CalibSetError, NormalSampler, storage
 from hfquant.cli import app
-from hfquant.demo import load_digits_pipeline
 from hfquant.integrations.hub import load
 from hfquant.nn.modules import quant_linears
-
-WORDS = ["</s>", "<unk>", *"abcdefgh"]
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("digits")
-    load_digits_pipeline().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, vocab_size=len(WORDS), **heads)).save_pretrained(
-        path
-    )
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def labels(tmp_path: Path) -> Path:
-    path = tmp_path / "labels.parquet"
-    datasets.Dataset.from_dict({"label": [i % 10 for i in range(12)]}).to_parquet(path)
-    return path
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("a b c d e f g h\n\nh g f e\n" * 20)
-    return path
 
 
 def calibrate(*arguments: object) -> Result:

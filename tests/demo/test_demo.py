@@ -1,6 +1,5 @@
 """The embedded denoiser draws digits, its pipeline samples as the papers say, and the demo command runs."""
 
-import importlib.util
 import inspect
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hfquant import PRESETS, QuantLinear
-from hfquant.demo import DIGITS_PATH, DigitsPipeline, load_digits_pipeline
+from hfquant.demo import DIGITS_PATH, DigitsPipeline, load_digits_pipeline, train
 from hfquant.demo import __main__ as demo
 from hfquant.demo.classifier import agreement, classifier, digits_split
 
@@ -292,19 +291,15 @@ def test_denoiser_predicts_the_noise_in_held_out_digits(pipe):
     assert wrong > 1.2 * right
 
 
-def test_training_recipe_is_seeded():
-    spec = importlib.util.spec_from_file_location("train_digits", ROOT / "recipes" / "train_digits.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-
-    model = recipe.build_transformer()
+def test_training_is_seeded():
+    model = train.build_transformer()
     image, t, label = torch.randn(2, 1, 8, 8, generator=seeded()), torch.tensor([5, 900]), torch.tensor([3, 10])
     assert not model(image, t, label).sample.any()  # adaLN-Zero
 
     weights = []
     for _ in range(2):
         torch.manual_seed(3)
-        weights.append(recipe.train(steps=3, batch_size=8, lr=1e-3))
+        weights.append(train.train(steps=3, batch_size=8, lr=1e-3))
     first, second = (w.state_dict() for w in weights)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert weights[0](image, t, label).sample.any()

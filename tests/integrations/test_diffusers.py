@@ -191,15 +191,6 @@ def test_device_map(device_map, checkpoint, tmp_path):
     assert_same(cls.from_pretrained(tmp_path, device_map=device_map), expected, inputs)
 
 
-def test_offloading_to_disk_is_refused(checkpoint, tmp_path):
-    cls, config = type(small_models.dit()), HfQuantConfig("w8a16")
-    cls.from_pretrained(checkpoint("dit"), quantization_config=config).save_pretrained(tmp_path / "quantized")
-    device_map = {"": "cpu", "transformer_blocks.0": "disk"}
-    for folder, given in ((checkpoint("dit"), config), (tmp_path / "quantized", None)):
-        with pytest.raises(ValueError, match="enable_group_offload"):
-            cls.from_pretrained(folder, quantization_config=given, device_map=device_map, offload_folder=tmp_path)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dequantized_model_is_a_plain_one(dtype, checkpoint, tmp_path):
     cls, config = type(small_models.pixart()), HfQuantConfig("w8a16")

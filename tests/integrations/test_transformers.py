@@ -182,17 +182,6 @@ def test_float_model_offloaded_to_disk_is_quantized_in_memory(checkpoint, tmp_pa
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "quantized"), expected)
 
 
-def test_float_weights_are_not_offloaded_to_disk_unseen(checkpoint, tmp_path):
-    # transformers would point at the float file, and its values read as codes are garbage.
-    with pytest.raises(ValueError, match="load the quantized checkpoint with that device_map"):
-        LlamaForCausalLM.from_pretrained(
-            checkpoint("llama"),
-            quantization_config=HfQuantConfig("w8a16"),
-            device_map=dict.fromkeys(LLAMA_PARTS, "cpu") | {"model.layers.0": "disk"},
-            offload_folder=tmp_path,
-        )
-
-
 def test_base_model_reads_a_task_models_checkpoint_and_back(checkpoint, tmp_path, caplog):
     rules = {"default": WEIGHT_ONLY, "model.layers.0.mlp.*": {"enable": False}, "layers.1.*": {"real_quant": True}}
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=HfQuantConfig(rules))
@@ -343,7 +332,9 @@ def test_config_json_is_enough_and_holds_nothing_else(checkpoint, tmp_path):
         "per_layer_mode",
         "layers",
         "skipped",
+        "provenance",
     }
+    assert stored["provenance"] == {"class": "list", "batches": 1}
     assert stored["quant_method"] == "hfquant"
     assert stored["config"] == PRESETS["w8a8"]
     assert stored["modules_to_not_convert"] is None

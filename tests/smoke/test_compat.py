@@ -75,12 +75,18 @@ def test_a_config_says_that_its_model_needs_hfquant(
     assert chosen._experts_implementation == "eager"
 
 
-def test_the_quantization_config_leaves_a_frozen_config() -> None:
+def test_the_quantization_config_enters_and_leaves_a_frozen_config() -> None:
     model = diffusers.DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1, sample_size=4)
-    model.register_to_config(quantization_config={"a": 1})
     before = dict(model.config)
-    compat.drop_quantization_config(model)
-    assert dict(model.config) == {k: v for k, v in before.items() if k != "quantization_config"}
+    model.config.norm_type = "changed"  # an IP-Adapter does so to another field, and models read the attribute
+    for value in ({"a": 1}, {"a": 2}):
+        compat.set_quantization_config(model, value)
+        assert dict(model.config) == before | {"quantization_config": value}
+        assert (model.config.quantization_config, model.config.norm_type) == (value, "changed")
+    compat.set_quantization_config(model, None)
+    assert dict(model.config) == before
+    assert not hasattr(model.config, "quantization_config")
+    assert model.config.norm_type == "changed"
 
 
 def test_converters_go_and_renamings_stay(llama: transformers.LlamaForCausalLM) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from accelerate import cpu_offload, dispatch_model
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hfquant import offload
@@ -75,6 +77,56 @@ def test_a_copied_hook_offloads_the_new_weights(buffers: bool, in_sequence: bool
     assert list(offload.hooks_of(new)) == [hook]
 
 
+@pytest.mark.parametrize("buffers", [False, True])
+def test_what_replaces_a_module_on_disk_goes_there_too(buffers: bool, tmp_path: Path) -> None:
+    old, new, x = nn.BatchNorm1d(6).eval(), nn.BatchNorm1d(6).eval().bfloat16(), torch.randn(3, 6)
+    for module in (old, new):
+        nn.init.normal_(module.weight)
+        module.running_mean.normal_()
+    y, y_new = old(x), new(x.bfloat16())
+    disk_offload(model := nn.Sequential(old), tmp_path, execution_device=CPU, offload_buffers=buffers)
+    place = offload.on_disk(old)
+    assert place is not None
+    assert (place.folder, place.prefix) == (tmp_path, "0.")
+    before = {file.name for file in tmp_path.iterdir()}
+    for _ in range(2):  # each time into a file of its own
+        twin = copy.deepcopy(new)
+        offload.copy_hook(old, twin)
+        assert twin.weight.is_meta
+        assert twin.running_mean.is_meta == buffers
+        assert torch.equal(twin(x.bfloat16()), y_new)
+        assert offload.on_disk(twin) is not None
+        (file,) = {file.name for file in tmp_path.iterdir()} - before
+        before.add(file)
+        tensors = load_file(tmp_path / file)
+        assert tensors.keys() == ({*new.state_dict()} if buffers else {"weight", "bias"})
+        assert all(torch.equal(tensor, new.state_dict()[name]) for name, tensor in tensors.items())
+    assert torch.equal(model(x), y)
+    offload.forget_weights(old)
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {file for file in before if not file.endswith(".dat")}
+    assert torch.equal(twin(x.bfloat16()), y_new)
+
+
+def test_weights_in_memory_are_not_on_disk(tmp_path: Path) -> None:
+    model = cpu_offload(net(), execution_device=CPU)
+    assert [offload.on_disk(module) for module in (*net(), *model)] == [None] * 6
+    offload.forget_weights(model[0])
+    assert torch.equal(model(x := torch.ones(2, 6)), model(x))
+    save_file({"0.weight": torch.ones(5, 6)}, tmp_path / "weights.safetensors")
+    where = {"0.weight": {"safetensors_file": str(tmp_path / "weights.safetensors"), "weight_name": "0.weight"}}
+    model = nn.Sequential(nn.Linear(6, 5, bias=False))
+    dispatch_model(model, {"": "disk"}, offload_index=where)
+    place = offload.on_disk(model[0])
+    assert place is not None
+    assert place.folder is None
+    offload.forget_weights(model[0])  # a checkpoint's own file stays
+    assert torch.equal(model(torch.ones(2, 6)), torch.full((2, 5), 6.0))
+    offload.copy_hook(model[0], new := nn.Linear(6, 5, bias=False))
+    assert new.weight.is_meta
+    assert offload.on_disk(new) is None
+
+
 def test_other_hooks_are_shared() -> None:
     class Doubled(ModelHook):
         def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
@@ -113,3 +165,13 @@ def test_copies_run_past_hooks_of_diffusers() -> None:
             parameter.copy_(2 * parameter)
         assert not torch.allclose(twin(x).sample, y)
         assert torch.equal(model(x).sample, y)
+        with pytest.raises(ValueError, match="enable_group_offload afterwards"):
+            offload.refuse_group_offloaded(model)
+
+
+def test_other_hooks_of_diffusers_are_no_group_offload() -> None:
+    model = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2).eval()
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert any(list(offload.hooks_of(module)) for module in model.modules())
+    offload.refuse_group_offloaded(model)
+    offload.refuse_group_offloaded(nn.Linear(2, 2))

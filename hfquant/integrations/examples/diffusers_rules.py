@@ -191,9 +191,17 @@ def added_conditions(s: Sketch) -> dict[str, Any] | None:
             made["image_embeds"] = torch.zeros(BATCH, s.need("cross_attention_dim"))
         case "image_proj":
             made["image_embeds"] = torch.zeros(BATCH, s.need("encoder_hid_dim"))
-        case "ip_image_proj":
-            raise UnknownInput("an IP-Adapter's picture")
+    if getattr(s.config, "encoder_hid_dim_type", None) == "ip_image_proj":  # load_ip_adapter sets the attribute alone
+        adapters: Any = s.model.encoder_hid_proj
+        made["image_embeds"] = [pictures(layer) for layer in adapters.image_projection_layers]
     return made or None
+
+
+def pictures(projection: Any) -> Tensor:
+    """Return the embeddings of one picture a sample that an IP-Adapter takes: of the first kind of adapters."""
+    if not hasattr(projection, "image_embeds"):
+        raise UnknownInput(f"the pictures of an IP-Adapter's {type(projection).__name__}")
+    return torch.zeros(BATCH, 1, projection.image_embeds.in_features)
 
 
 def time_condition(s: Sketch) -> Tensor | None:

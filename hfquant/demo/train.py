@@ -3,7 +3,7 @@
 A class-conditional DiT (Peebles and Xie, arXiv 2212.09748) learns the noise in scikit-learn's 8x8 digits (Ho et al.,
 arXiv 2006.11239), with label dropout for classifier-free guidance. Seeded; about ten minutes on one core:
 
-    python recipes/train_digits.py --out hfquant/demo/digits
+    python -m hfquant.demo.train --out hfquant/demo/digits
 """
 
 import argparse

@@ -1,0 +1,74 @@
+"""`hfquant compare`: how far one model or pipeline is from another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hfquant.cli import options
+from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.output import console, print_json, print_table
+
+
+def compare(
+    reference: Annotated[str, typer.Argument(help="Folder or hub id to compare to.")],
+    other: Annotated[str, typer.Argument(help="Folder or hub id of what is compared, often quantized.")],
+    data: Annotated[
+        str | None, typer.Option(help="Text or dataset to compare language models on; default: Python's own manual.")
+    ] = None,
+    column: Annotated[list[str] | None, typer.Option(help="Column of the dataset.")] = None,
+    samples: Annotated[int, typer.Option(help="Windows of text, or images.")] = 16,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt of a pipeline, repeated for several.")] = None,
+    arg: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Argument of a pipeline's call; JSON or a string.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise of pipelines, and of the order of the data.")] = 0,
+    images: Annotated[Path | None, typer.Option(help="Folder to write the pairs of images to, as PNG.")] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
+) -> None:
+    """Compare two models on the same inputs, or two pipelines on the same prompts and the same noise.
+
+    Language models: perplexity, KL divergence, agreement of the first choice. Pipelines: PSNR and SSIM of the images;
+    LPIPS, CLIP score and FID where the weights that they need are at hand.
+    """
+    call = {key: options.parsed(value) for key, value in options.pairs("--arg", arg or ()).items()}
+    with errors_in_one_line(debug):
+        from hfquant.integrations.hub import load
+        from hfquant.report.gather import Inputs, compared
+
+        pair = [load(name, dtype, device) for name in (reference, other)]
+        inputs = Inputs(data, options.columns(column or ()), samples, seqlen, prompt or (), call, seed)
+        found = compared(pair[0], pair[1], inputs)
+        if images is not None:
+            from hfquant.report.images import PipelineComparison, save_pairs
+
+            if not isinstance(found, PipelineComparison):
+                raise ValueError("--images: only pipelines make images")
+            save_pairs(found, images)
+    _print(found, as_json)
+
+
+def _print(found: Any, as_json: bool) -> None:
+    left_out, changes = getattr(found, "left_out", {}), getattr(found, "changes", ())
+    if as_json:
+        content: dict[str, Any] = {
+            figure.name: {"value": figure.value, "error": figure.error, "unit": figure.unit, "better": figure.better}
+            for figure in found.figures
+        }
+        print_json({"figures": content, "left_out": left_out})
+        return
+    print_table(("figure", "", "better"), [(f.name, str(f), f.better) for f in found.figures])
+    for name, why in left_out.items():
+        console().print(f"- {name} left out: {why}")
+    if changes:
+        rows = [
+            (repr(c.context[-40:]), f"{c.reference[0]!r} {c.reference[1]:.0%}", f"{c.other[0]!r} {c.other[1]:.0%}")
+            for c in changes[:5]
+        ]
+        print_table(("after", "reference", "other"), rows, title="Next tokens that differ most")

@@ -1,0 +1,29 @@
+"""`hfquant demo`: quantize the embedded digits pipeline in several ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hfquant.cli import options
+from hfquant.cli.errors import errors_in_one_line
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the table's picture and the quantized pipelines.")] = Path(
+        "demo_out"
+    ),
+    debug: options.Debug = False,
+) -> None:
+    """Quantize a small diffusion pipeline that comes with hfquant, and show sizes, errors and pictures."""
+    with errors_in_one_line(debug):
+        try:
+            import matplotlib  # noqa: F401
+            import sklearn  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f'the demo needs {error.name}: pip install "hfquant[demo]"') from error
+        from hfquant.demo.__main__ import main
+
+        main(["--out", str(out)])

@@ -1,0 +1,58 @@
+"""`hfquant inspect`: what a quantized folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hfquant.cli import options
+from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.output import console, print_json, print_table
+from hfquant.console import size
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder of a quantized model or pipeline.")],
+    layers: Annotated[bool, typer.Option("--layers/--summary", help="Print every layer, or only sums.")] = True,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show the bits, bytes, formats and errors of every quantized layer, and what stayed in full precision and why."""
+    with errors_in_one_line(debug):
+        from hfquant.report.stored import read_folder
+
+        models = read_folder(folder)[1]
+    if as_json:
+        print_json({name: model.to_dict() for name, model in models.items()})
+        return
+    for name, model in models.items():
+        print_table(
+            (f"{name}: {model.kind}", ""),
+            [
+                ("layers", str(len(model.layers))),
+                ("bits a weight", f"{model.bits:.2f}, scales included"),
+                ("size", f"{size(model.bytes)} of {size(model.full_bytes)} in full precision"),
+            ],
+        )
+        if layers:
+            print_table(("layer", "out x in", "weight", "input", "method", "bits", "size", "SQNR"), _rows(model))
+        for layer, why in model.skipped.items():
+            console().print(f"- {layer} in full precision: {why}")
+
+
+def _rows(model: Any) -> list[tuple[str, ...]]:
+    return [
+        (
+            layer.name,
+            f"{layer.shape[0]} x {layer.shape[1]}",
+            layer.weight,
+            layer.input,
+            layer.method,
+            f"{layer.bits:.2f}",
+            size(layer.bytes),
+            "-" if layer.sqnr is None else f"{layer.sqnr:.1f} dB",
+        )
+        for layer in model.layers
+    ]

@@ -1,0 +1,110 @@
+"""Options that several commands have, and what they mean together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from hfquant.recipes import Recipe
+
+Debug = Annotated[bool, typer.Option("--debug", envvar="HFQUANT_DEBUG", help="Show tracebacks.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Dtype = Annotated[str | None, typer.Option(help="Dtype to load the model in, such as bfloat16.")]
+Device = Annotated[str | None, typer.Option(help="Device to run it on, such as cuda.")]
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", help="Name of a recipe (`hfquant recipe list`), or a YAML file.")
+]
+Preset = Annotated[str | None, typer.Option("--preset", help="Name of a preset, such as w4a16-gptq.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="JSON file with a config.")]
+Components = Annotated[
+    list[str] | None,
+    typer.Option("--component", help="Of a pipeline, repeated for several; default: its denoisers."),
+]
+Skip = Annotated[
+    list[str] | None, typer.Option("--skip", help="Glob of layers to leave in full precision, repeated for several.")
+]
+
+
+def pairs(option: str, values: Sequence[str]) -> dict[str, str]:
+    """Return KEY=VALUE words as a dict."""
+    split = [value.partition("=") for value in values]
+    for value, (key, equals, _) in zip(values, split, strict=True):
+        if not (key and equals):
+            raise typer.BadParameter(f"{value!r} is not KEY=VALUE", param_hint=option)
+    return {key: value for key, _, value in split}
+
+
+def columns(values: Sequence[str]) -> str | dict[str, str] | None:
+    """Return the value of `--column`: one column, or those of several arguments."""
+    if len(values) == 1 and "=" not in values[0]:
+        return values[0]
+    return pairs("--column", values) or None
+
+
+def parsed(value: str) -> Any:
+    """Return a value given as JSON, or else the string."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def chosen_recipe(
+    loads: str,
+    components: Sequence[str],
+    recipe: str | None,
+    preset: str | None,
+    config: Path | None,
+    skip: Sequence[str],
+    calibration: Mapping[str, Any] | None = None,
+    call: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Return the recipe named, or one that says what the other options say.
+
+    Args:
+        loads: class of the model or pipeline.
+        components: to quantize, where no recipe says.
+        recipe, preset, config, skip: as given on the command line.
+        calibration: a dataset as a stream has it; takes the place of the recipe's.
+        call: arguments of a pipeline's call, added to the recipe's.
+
+    Raises:
+        ConfigError: more than one of recipe, preset and config, or one that cannot be used.
+        FileNotFoundError: no such file.
+    """
+    from hfquant import recipes
+    from hfquant.schema import ConfigError
+
+    if len([given for given in (recipe, preset, config) if given is not None]) > 1:
+        raise ConfigError("--recipe, --preset and --config exclude each other")
+    left = dict.fromkeys(skip, "by --skip")
+    if recipe is not None:
+        found = recipes.load(recipe)
+        content = found.model_dump(mode="python", exclude_unset=True)
+        for component in content["components"].values():
+            component["skip"] = {**component.get("skip", {}), **left}
+            component.pop("expected", None)
+    else:
+        settings: Any = preset or "w8a8-dynamic"
+        if config is not None:
+            settings = json.loads(config.read_text(encoding="utf-8"))
+        entry = {"config": settings, "skip": left}
+        content = {
+            "title": "from the command line",
+            "models": [loads],
+            "loads": loads,
+            "components": {name: dict(entry) for name in components},
+        }
+    if calibration is not None or call:
+        data = content.get("calibration") or {}
+        content["calibration"] = {
+            **data,
+            **({} if calibration is None else {"data": dict(calibration)}),
+            "call": {**data.get("call", {}), **(call or {})},
+        }
+    return recipes.parsed(content, recipe or "options")

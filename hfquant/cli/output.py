@@ -1,0 +1,59 @@
+"""What commands write: folders that appear whole or not at all, tables and JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def check_empty(out: Path) -> None:
+    """Raise FileExistsError where a folder to be written has something in it already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is not empty; choose another --out, or remove it first")
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Give a folder beside `out` to write to, that takes its place at the end; where anything fails it is removed."""
+    check_empty(out)
+    partial = out.absolute().with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def console() -> Console:
+    """Return a console that prints what it is given as it is."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, soft_wrap=True)
+
+
+def print_json(content: Any) -> None:
+    """Print one JSON document."""
+    typer.echo(json.dumps(content, indent=2))
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """Print aligned columns."""
+    from rich.table import Table
+
+    table = Table(*head, title=title, title_justify="left", box=None)
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)

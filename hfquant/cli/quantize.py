@@ -1,0 +1,114 @@
+"""`hfquant quantize`: from a model or pipeline to a quantized folder."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hfquant.cli import options
+from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.output import check_empty, print_json, print_table, staged
+from hfquant.console import log_shown, size
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a transformers model or a diffusers pipeline.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not hold anything yet.")],
+    recipe: options.RecipeName = None,
+    preset: options.Preset = None,
+    config: options.ConfigFile = None,
+    component: options.Components = None,
+    skip: options.Skip = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Data: a hub dataset, or a local parquet, json, csv or text file, or a folder."),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Column to read; ARGUMENT=COLUMN, repeated, for several; default: a usual name."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the dataset; default: train, or the only one.")] = None,
+    samples: Annotated[int, typer.Option(help="Sequences or rows to read.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the order of the data.")] = 0,
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Argument of a pipeline's call, such as num_inference_steps=20."),
+    ] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    push: Annotated[str | None, typer.Option(metavar="REPO", help="Push the result to this hub repository.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print each layer's decision and error.")] = False,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
+) -> None:
+    """Quantize a model or the denoisers of a pipeline, and save the result.
+
+    Without --recipe, --preset and --config it is the preset w8a8-dynamic. Solved layers are kept beside --out until it
+    is written: repeat the same command to go on after an interruption.
+    """
+    call = {key: options.parsed(value) for key, value in options.pairs("--arg", arg or ()).items()}
+    stream = None
+    if calibration is not None:
+        stream = {
+            **{"dataset": calibration, "name": name, "split": split, "column": options.columns(column or ())},
+            **{"samples": samples, "seqlen": seqlen, "seed": seed},
+        }
+    with errors_in_one_line(debug), log_shown():
+        check_empty(out)
+        from hfquant.integrations.hub import load
+        from hfquant.integrations.skeleton import skeleton
+        from hfquant.recipes.run import check_fits, quantize_by, save
+
+        found = skeleton(model)
+        wanted = options.chosen_recipe(
+            found.kind, component or found.denoisers, recipe, preset, config, skip or (), stream, call
+        )
+        check_fits(wanted, found)
+        start = time.perf_counter()
+        resume = out.absolute().with_name(f".{out.name}.resume")
+        try:
+            loaded = load(model, dtype, device)
+            affiner = quantize_by(loaded, wanted, model, resume_dir=resume, verbose=verbose)
+            with staged(out) as folder:
+                save(loaded, folder, affiner)
+        except KeyboardInterrupt:
+            typer.echo(f"Interrupted: nothing was written to {out}. Repeat the command to go on.", err=True)
+            raise typer.Exit(130) from None
+        shutil.rmtree(resume, ignore_errors=True)
+        summary = _summary(out, time.perf_counter() - start)
+        if push is not None:
+            from hfquant.integrations.sharing import push_to_hub
+
+            push_to_hub(loaded, push, private=private)
+            summary["pushed to"] = push
+    if as_json:
+        print_json(summary)
+    else:
+        print_table(("quantized", ""), [(key, _shown(key, value)) for key, value in summary.items()])
+
+
+def _summary(out: Path, seconds: float) -> dict[str, Any]:
+    from hfquant.report.stored import read_folder
+
+    models = read_folder(out)[1]
+    return {
+        "folder": str(out),
+        "layers": sum(len(model.layers) for model in models.values()),
+        "bytes": sum(model.bytes for model in models.values()),
+        "bytes in full precision": sum(model.full_bytes for model in models.values()),
+        "bits a weight": {name: round(model.bits, 2) for name, model in models.items()},
+        "seconds": round(seconds, 1),
+    }
+
+
+def _shown(key: str, value: Any) -> str:
+    if key.startswith("bytes"):
+        return size(value)
+    return ", ".join(f"{name} {bits}" for name, bits in value.items()) if isinstance(value, dict) else str(value)

@@ -1,0 +1,113 @@
+"""Models on the meta device, from their configs alone: what a dry run plans."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfquant.denoisers import DENOISERS
+from hfquant.integrations.hub import MODEL_FILE, PIPELINE_FILE, is_pipeline_name
+
+#: The name of the only component of what is no pipeline.
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a folder or a hub repository holds, without weights.
+
+    Attributes:
+        kind: class of the pipeline or of the model.
+        models: component name -> model in eval mode on the meta device; what is no pipeline has one, "model".
+    """
+
+    kind: str
+    models: dict[str, nn.Module]
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether it is a pipeline."""
+        return list(self.models) != [MODEL]
+
+    @property
+    def denoisers(self) -> list[str]:
+        """Names of the components that run at each step; what is no pipeline is quantized whole."""
+        return [name for name in DENOISERS if name in self.models] if self.is_pipeline else [MODEL]
+
+
+def skeleton(name: str) -> Skeleton:
+    """Read a folder or a hub repository, of which only configs are fetched.
+
+    Args:
+        name: local folder or hub id. With a model_index.json it is a pipeline.
+
+    Raises:
+        FileNotFoundError: no such folder, or it holds neither a pipeline nor a model.
+        ValueError: a class that the libraries lack.
+        OSError: the hub has no such repository, or cannot be reached.
+    """
+    if not is_pipeline_name(name):
+        model = _transformers_model(name, "")
+        return Skeleton(type(model).__name__, {MODEL: model})
+    with open(_file(name, PIPELINE_FILE), encoding="utf-8") as file:
+        index = json.load(file)
+    found: dict[str, nn.Module] = {}
+    for component, entry in index.items():
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
+            continue  # not a component, or one that is switched off
+        library, class_name = entry
+        if library == "transformers" and _is_model(class_name):
+            found[component] = _transformers_model(name, component)
+        elif library == "diffusers" and _is_model(class_name, diffusers=True):
+            found[component] = _diffusers_model(name, component, class_name)
+    if not found:
+        raise ValueError(f"{name} has no model among its components {', '.join(index)}.")
+    return Skeleton(str(index.get("_class_name")), found)
+
+
+def _is_model(class_name: str, diffusers: bool = False) -> bool:
+    """Return whether a class of either library is a model (not a tokenizer, a processor or a scheduler)."""
+    if diffusers:
+        import diffusers as library
+        from diffusers.models.modeling_utils import ModelMixin as Base
+    else:
+        import transformers as library
+        from transformers.modeling_utils import PreTrainedModel as Base
+
+    kind = getattr(library, class_name, None)
+    return isinstance(kind, type) and issubclass(kind, Base)
+
+
+def _transformers_model(name: str, subfolder: str) -> nn.Module:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name, subfolder=subfolder)
+    names = config.architectures or ()
+    kind: Any = next((found for n in names if (found := getattr(transformers, n, None))), None)
+    with torch.device("meta"):
+        if kind is None:
+            return transformers.AutoModel.from_config(config).eval()
+        return kind._from_config(config).eval()
+
+
+def _diffusers_model(name: str, component: str, class_name: str) -> nn.Module:
+    import diffusers
+
+    kind: Any = getattr(diffusers, class_name)
+    with open(_file(name, f"{component}/{MODEL_FILE}"), encoding="utf-8") as file:
+        config = json.load(file)
+    with torch.device("meta"):
+        return kind.from_config(config).eval()
+
+
+def _file(name: str, path: str) -> str:
+    if Path(name).is_dir():
+        return str(Path(name) / path)
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(name, path)

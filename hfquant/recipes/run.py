@@ -1,0 +1,146 @@
+"""Quantize a model or a pipeline by a recipe, and save what came of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hfquant.affiner import load_affiner
+from hfquant.api import plan, quantize
+from hfquant.calibration import calibration_batches
+from hfquant.denoisers import is_pipeline
+from hfquant.diffusion import quantize_pipeline
+from hfquant.integrations.hub import load as load_model
+from hfquant.integrations.sharing import save_pretrained
+from hfquant.integrations.skeleton import MODEL, Skeleton
+from hfquant.recipes.schema import ComponentRecipe, Recipe
+from hfquant.report.sizes import PlannedSize, planned_size
+from hfquant.report.stored import REPORT_FILE
+from hfquant.schema import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def check_fits(recipe: Recipe, found: Skeleton) -> None:
+    """Check a recipe against a model's configs, before any weights are read.
+
+    Raises:
+        ConfigError: it is for another class, names a component that is not there, or a glob matches nothing.
+    """
+    if found.kind != recipe.loads:
+        raise ConfigError(f"{recipe.title!r} is a recipe for a {recipe.loads}, and this is a {found.kind}")
+    for name, component in recipe.components.items():
+        if name not in found.models:
+            raise ConfigError(f"components.{name}: a {found.kind} has no such model; it has {', '.join(found.models)}")
+        modules = [n for n, _ in found.models[name].named_modules()]
+        for glob in (*component.override, *component.skip):
+            if not any(fnmatchcase(module, glob) for module in modules):
+                raise ConfigError(
+                    f"components.{name}: {glob!r} matches no module of {type(found.models[name]).__name__}"
+                )
+
+
+def planned(recipe: Recipe, found: Skeleton, width: int = 2) -> dict[str, PlannedSize]:
+    """Return the size of each component before and after, without reading weights.
+
+    Args:
+        recipe: one that fits.
+        found: the model's configs.
+        width: bytes of a float in full precision.
+    """
+    models = {name: found.models[name] for name in recipe.components}
+    plans = {name: plan(models[name], part.quant_config()) for name, part in recipe.components.items()}
+    return {name: planned_size(models[name], plans[name], width) for name in models}
+
+
+def quantize_by(
+    loaded: Any,
+    recipe: Recipe,
+    source: str = "",
+    *,
+    resume_dir: str | os.PathLike[str] | None = None,
+    verbose: bool = False,
+) -> Any:
+    """Quantize a model or pipeline in place as a recipe says, and fit its affiner where it has one.
+
+    Args:
+        loaded: a transformers model or a diffusers pipeline.
+        recipe: for it.
+        source: folder or hub id that it was loaded from; a recipe with an affiner needs it once more.
+        resume_dir: keeps solved layers, as of :func:`~hfquant.quantize`.
+        verbose: log each layer's decision and error.
+
+    Returns:
+        The fitted affiner; None without one.
+
+    Raises:
+        ConfigError: the recipe does not fit.
+        CalibrationError: bad data.
+    """
+    data = recipe.calibration
+    if not is_pipeline(loaded):
+        component = recipe.components[MODEL]
+        quantize(
+            loaded,
+            None if data is None else data.data,
+            component.quant_config(),
+            verbose=verbose,
+            resume_dir=resume_dir,
+        )
+        return None
+    for names, component in _grouped(recipe):
+        quantize_pipeline(
+            loaded,
+            data.data if data is not None and component.rules().needs_data else None,
+            component.quant_config(),
+            names,
+            sampler=None if data is None else data.sampler.sampler(),
+            resume_dir=resume_dir,
+            verbose=verbose,
+            **({} if data is None else data.call),
+        )
+    if recipe.affiner is None:
+        return None
+    assert data is not None
+    real = load_model(source)
+    config = {**recipe.affiner, "extra_args": {**data.call, **recipe.affiner.get("extra_args", {})}}
+    return load_affiner(config, calibration_batches(data.data, batch_size=1), real.to(loaded.device), loaded)
+
+
+def _grouped(recipe: Recipe) -> list[tuple[Sequence[str], ComponentRecipe]]:
+    """Return components that are quantized alike, which share the runs of the pipeline."""
+    groups: list[tuple[list[str], ComponentRecipe]] = []
+    for name, component in recipe.components.items():
+        config = component.quant_config()
+        alike = next((names for names, other in groups if other.quant_config() == config), None)
+        if alike is None:
+            groups.append(([name], component))
+        else:
+            alike.append(name)
+    return list(groups)
+
+
+def save(loaded: Any, folder: Path, affiner: Any = None) -> None:
+    """Save a quantized model or pipeline, the report of each quantized part beside its weights, and an affiner.
+
+    Args:
+        loaded: quantized.
+        folder: to write to.
+        affiner: of a pipeline; None for none.
+    """
+    save_pretrained(loaded, folder)
+    parts = loaded.components.items() if is_pipeline(loaded) else [("", loaded)]
+    for name, part in parts:
+        report = getattr(part, "quant_report", None)
+        if isinstance(part, nn.Module) and report is not None:
+            path = folder / name / REPORT_FILE
+            path.write_text(json.dumps(report.to_dict(), indent=1, allow_nan=True) + "\n", encoding="utf-8")
+    if affiner is not None:
+        affiner.save_pretrained(folder / "affiner")

@@ -1,0 +1,118 @@
+"""What calibrating and solving a model will take, estimated from one block of it before any weights are read."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfquant.memory import free_memory
+from hfquant.planner import LayerPlan, Plan
+from hfquant.solver import solve
+from hfquant.statistics import Collector, stats_bytes
+
+#: Features that a measured layer has at most; what is larger is scaled up from it.
+_LARGEST = 1024
+
+
+@dataclass(frozen=True)
+class CalibrationCost:
+    """An estimate.
+
+    Attributes:
+        tokens: rows of calibration data that it is for.
+        forward_seconds: one pass of that many rows through the quantized layers, in float32 on the CPU.
+        observe_seconds: collecting their statistics.
+        solve_seconds: solving all layers.
+        statistics_bytes: statistics of all layers; where a quarter of the free memory is less, several passes are made.
+        passes: how many, on this machine.
+    """
+
+    tokens: int
+    forward_seconds: float
+    observe_seconds: float
+    solve_seconds: float
+    statistics_bytes: int
+    passes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        seconds = self.passes * (self.forward_seconds + self.observe_seconds) + self.solve_seconds
+        memory = self.statistics_bytes / max(self.passes, 1) / 1e9
+        return (
+            f"about {_duration(seconds)} on this machine's CPU for {self.tokens} rows "
+            f"({self.passes} x ({_duration(self.forward_seconds)} of forward, {_duration(self.observe_seconds)} of "
+            f"statistics), {_duration(self.solve_seconds)} of solving), {memory:.1f} GB of statistics at a time"
+        )
+
+
+def calibration_cost(plan: Plan, tokens: int = 128 * 512, measured: int = 512) -> CalibrationCost:
+    """Estimate what calibrating takes by running each kind of layer once on random weights and inputs.
+
+    Args:
+        plan: of the model.
+        tokens: rows of calibration data in all.
+        measured: rows to run.
+    """
+    kinds = Counter(replace(layer, evidence=()) for layer in plan.layers.values())
+    forward = observed = solved = 0.0
+    for layer, count in kinds.items():
+        once = _layer_seconds(_cut(layer), measured)
+        inputs, outputs = layer.in_features / _cut(layer).in_features, layer.out_features / _cut(layer).out_features
+        forward += count * once[0] * inputs * outputs * tokens / measured
+        observed += count * once[1] * inputs**2 * tokens / measured
+        solved += count * once[2] * max(inputs, outputs) * inputs * outputs
+    needing = [layer for layer in plan.layers.values() if layer.config.needs_data]
+    statistics = sum(stats_bytes(layer.in_features, layer.config.needs) for layer in needing)
+    passes = -(-statistics // max(free_memory() // 4, 1)) if needing else 0
+    return CalibrationCost(tokens if needing else 0, forward, observed, solved, statistics, passes)
+
+
+def _cut(layer: LayerPlan) -> LayerPlan:
+    """Return the plan of a layer of a size that is quickly solved, without segments."""
+    sizes = min(layer.in_features, _LARGEST), min(layer.out_features, _LARGEST)
+    return replace(
+        layer,
+        in_features=sizes[0],
+        out_features=sizes[1],
+        input_segments=(sizes[0],),
+        output_segments=(sizes[1],),
+        dual=(False,),
+    )
+
+
+def _layer_seconds(layer: LayerPlan, rows: int) -> tuple[float, float, float]:
+    """Return the time of a forward of ``rows`` rows, of collecting their statistics, and of solving."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, layer.in_features, generator=generator)
+    weight = torch.randn(layer.out_features, layer.in_features, generator=generator) / layer.in_features**0.5
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    with torch.no_grad():
+        forward = _seconds(lambda: linear(x))
+        if not layer.config.needs_data:
+            return 0.0, 0.0, _seconds(lambda: solve("measured", weight, layer, None))
+        collector = Collector({"measured": layer.config.needs})
+        collector.start(0)
+        observed = _seconds(lambda: collector.add("measured", x))
+        stats = collector.stats["measured"]
+        return forward, observed, _seconds(lambda: solve("measured", weight, layer, stats))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,137 @@
+"""From names to what is compared and reported: loads models, makes their inputs, runs both."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfquant.affiner import BlockwiseAffiner
+from hfquant.calibration.batches import forward
+from hfquant.console import counted
+from hfquant.denoisers import is_pipeline
+from hfquant.integrations.data import tokenizer_of, transformers_batches
+from hfquant.integrations.hub import load
+from hfquant.report.images import PipelineComparison, compare_pipelines
+from hfquant.report.page import Report
+from hfquant.report.quality import ModelComparison, builtin_text, compare_models
+from hfquant.report.stored import read_folder
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What two models are compared on.
+
+    Attributes:
+        data: text or dataset for language models; None for Python's own manual.
+        column: of the dataset.
+        samples: windows of text, or images.
+        seqlen: tokens a window.
+        prompts: for pipelines that take any.
+        call: other arguments of a pipeline's call.
+        seed: of the noise, and of the order of the data.
+    """
+
+    data: str | None = None
+    column: str | dict[str, str] | None = None
+    samples: int = 8
+    seqlen: int = 256
+    prompts: Sequence[str] = ()
+    call: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def batches(self, model: Any) -> list[Any]:
+        """Return batches for a transformers model."""
+        source = {"dataset": builtin_text() if self.data is None else self.data, "column": self.column}
+        size = {"samples": self.samples, "seqlen": self.seqlen, "seed": self.seed, "batch_size": 1}
+        return list(transformers_batches(model, {**source, **size}))
+
+    def calls(self) -> list[dict[str, Any]]:
+        """Return the calls of a pipeline, one a prompt."""
+        return [{"prompt": text, **self.call} for text in self.prompts] or [dict(self.call)]
+
+
+def compared(reference: Any, other: Any, inputs: Inputs) -> ModelComparison | PipelineComparison:
+    """Compare two loaded models, or two pipelines.
+
+    Raises:
+        ValueError: one is a pipeline and the other is not, or they cannot be compared.
+    """
+    if is_pipeline(reference) != is_pipeline(other):
+        raise ValueError("one is a pipeline, the other is not")
+    if is_pipeline(reference):
+        return compare_pipelines(reference, other, inputs.calls(), inputs.seed)
+    tokenizer = tokenizer_of(reference)
+    decode = None if tokenizer is None else tokenizer.decode
+    return compare_models(reference, other, inputs.batches(reference), decode)
+
+
+def gather(
+    folder: Path, reference: str | None, inputs: Inputs, dtype: str | None = None, device: str | None = None
+) -> Report:
+    """Read a quantized folder and, where a reference is given, run both.
+
+    Args:
+        folder: of a quantized model or pipeline.
+        reference: folder or hub id of it in full precision; None for none.
+        inputs: to run on.
+        dtype: to load both in.
+        device: to run them on.
+
+    Raises:
+        ValueError: the folder holds nothing quantized, or the two cannot be compared.
+        FileNotFoundError: no such folder.
+    """
+    models = read_folder(folder)[1]
+    where = folder / "affiner"
+    affiner = BlockwiseAffiner.from_pretrained(where) if where.is_dir() else None
+    if reference is None:
+        note = "Quality and speed are measured where --reference names the model in full precision."
+        return Report(folder.absolute().name, models, affiner=affiner, notes=[note])
+    pair = load(reference, dtype, device), load(str(folder), dtype, device)
+    comparison = compared(*pair, inputs)
+    speed = [_timed(*pair, inputs)]
+    return Report(folder.absolute().name, models, comparison, speed, _machine(pair[0]), affiner)
+
+
+def _timed(reference: Any, other: Any, inputs: Inputs, repeats: int = 3) -> tuple[str, float, float]:
+    """Return what was run, and the least seconds that each took in turns; both have run before."""
+    if is_pipeline(reference):
+        call = inputs.calls()[0]
+        runs = [partial(_call, pipe, call) for pipe in (reference, other)]
+        what = "one call of the pipeline"
+    else:
+        batch = inputs.batches(reference)[0]
+        runs = [partial(forward, model, batch) for model in (reference, other)]
+        shape = next((list(v.shape) for v in batch.values()), []) if isinstance(batch, Mapping) else []
+        what = f"one forward, inputs {' x '.join(map(str, shape))}"
+    seconds: list[list[float]] = [[], []]
+    with torch.no_grad():
+        for _ in range(repeats):
+            for times, run in zip(seconds, runs, strict=True):
+                start = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - start)
+    return what, min(seconds[0]), min(seconds[1])
+
+
+def _call(pipe: Any, call: Mapping[str, Any]) -> Any:
+    return pipe(generator=torch.Generator().manual_seed(0), **call)
+
+
+def _machine(model: Any) -> str:
+    device = torch.device(getattr(model, "device", "cpu"))
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {counted(torch.get_num_threads(), 'thread')}"

@@ -1,0 +1,151 @@
+"""Two pipelines from equal noise: pictures side by side, and how alike they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hfquant.report.quality import Figure, standard_error
+
+
+@dataclass(frozen=True)
+class PipelineComparison:
+    """Two pipelines from equal noise.
+
+    Attributes:
+        figures: averages over the images.
+        images: (reference, other) a call, [3, H, W] from 0 to 1; of a video its middle frame.
+        left_out: metrics that could not be had here, and why.
+    """
+
+    figures: tuple[Figure, ...]
+    images: tuple[tuple[Tensor, Tensor], ...]
+    left_out: dict[str, str]
+
+
+def compare_pipelines(
+    reference: Any, other: Any, calls: Sequence[Mapping[str, Any]], seed: int = 0
+) -> PipelineComparison:
+    """Run two pipelines on the same calls and the same noise, and compare what comes out.
+
+    PSNR and SSIM (Wang et al., 2004) through torchmetrics; LPIPS, CLIP score and FID where what they need is there.
+
+    Args:
+        reference: a diffusers pipeline.
+        other: the pipeline compared.
+        calls: keyword arguments of each call.
+        seed: of the noise; call i runs with seed + i.
+
+    Raises:
+        ValueError: there are no calls, or the images differ in size.
+        ImportError: torchmetrics is not installed.
+    """
+    try:
+        from torchmetrics.functional.image import (
+            peak_signal_noise_ratio,
+            structural_similarity_index_measure,
+        )
+    except ImportError as error:
+        raise ImportError('comparing pipelines needs torchmetrics: pip install "hfquant[compare]"') from error
+    if not calls:
+        raise ValueError("there is nothing to compare on: no calls")
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for i, call in enumerate(calls):
+        a, b = (_images(pipe, call, seed + i) for pipe in (reference, other))
+        if a.shape != b.shape:
+            raise ValueError(f"the images differ in shape: {list(a.shape)} and {list(b.shape)}")
+        pairs += zip(a, b, strict=True)
+    psnr: list[Tensor] = []
+    ssim: list[Tensor] = []
+    for a, b in pairs:
+        equal = a.equal(b)
+        psnr.append(torch.tensor(math.inf) if equal else peak_signal_noise_ratio(b[None], a[None], data_range=1.0))
+        # Its Gaussian window has 11 pixels; what is smaller gets a flat one.
+        side = min(a.shape[-2:])
+        window: dict[str, Any] = (
+            {} if side >= 16 else {"gaussian_kernel": False, "kernel_size": max(side // 2 - 1 + side // 2 % 2, 1)}
+        )
+        alike: Any = structural_similarity_index_measure(b[None], a[None], data_range=1.0, **window)
+        ssim.append(alike)
+    figures = [
+        Figure("PSNR", torch.stack(psnr).mean().item(), standard_error(torch.stack(psnr)), "dB"),
+        Figure("SSIM", torch.stack(ssim).mean().item(), standard_error(torch.stack(ssim))),
+    ]
+    more, left_out = _more_metrics(calls, pairs)
+    return PipelineComparison((*figures, *more), tuple(pairs), left_out)
+
+
+def _images(pipe: Any, call: Mapping[str, Any], seed: int) -> Tensor:
+    """Return what a call gives as [images, 3, H, W] from 0 to 1; of a video its middle frame."""
+    generator = torch.Generator().manual_seed(seed)
+    output = pipe(**{"output_type": "pt", "generator": generator, **call})
+    found: Any = next((v for n in ("images", "frames") if (v := getattr(output, n, None)) is not None), None)
+    if found is None:
+        raise ValueError(f"{type(pipe).__name__} gives neither images nor frames")
+    images = found if isinstance(found, Tensor) else torch.stack([torch.as_tensor(image) for image in found])
+    images = images.detach().float().cpu()
+    if images.dim() == 5:
+        images = images[:, images.shape[1] // 2]
+    if images.shape[1] not in (1, 3) and images.shape[-1] in (1, 3):
+        images = images.movedim(-1, 1)
+    return images.expand(-1, 3, -1, -1).clamp(0, 1).contiguous()
+
+
+def _more_metrics(
+    calls: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[list[Figure], dict[str, str]]:
+    """Return the metrics that need the weights of other models, and why those are missing that are."""
+    real, other = (torch.stack(list(images)) for images in zip(*pairs, strict=True))
+
+    def lpips() -> Figure:
+        from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
+
+        distance = learned_perceptual_image_patch_similarity(other, real, net_type="alex", normalize=True)
+        return Figure("LPIPS", distance.item(), better="lower")
+
+    def clip_score() -> Figure:
+        from torchmetrics.functional.multimodal import clip_score
+
+        prompts: Any = [call.get("prompt") for call in calls]
+        if len(prompts) != len(pairs) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("it needs one prompt an image")
+        return Figure("CLIP score", clip_score((other * 255).byte(), prompts).item())
+
+    def fid() -> Figure:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        if len(pairs) < 100:
+            raise ValueError("it needs at least 100 images to mean anything")
+        metric = FrechetInceptionDistance(normalize=True)
+        metric.update(real, real=True)
+        metric.update(other, real=False)
+        return Figure("FID", metric.compute().item(), better="lower")
+
+    figures, left_out = [], {}
+    metrics: dict[str, Callable[[], Figure]] = {"LPIPS": lpips, "CLIP score": clip_score, "FID": fid}
+    for name, metric in metrics.items():
+        try:
+            figures.append(metric())
+        except (ImportError, OSError, ValueError) as error:
+            left_out[name] = " ".join(str(error).split())[:200]
+    return figures, left_out
+
+
+def save_pairs(found: PipelineComparison, folder: Path) -> None:
+    """Write each pair of images as 0-reference.png, 0-other.png, and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, pair in enumerate(found.images):
+        for name, image in zip(("reference", "other"), pair, strict=True):
+            picture(image).save(folder / f"{i}-{name}.png")
+
+
+def picture(image: Tensor) -> Image.Image:
+    """Return [3, H, W] from 0 to 1 as a PIL image."""
+    return Image.fromarray((image.movedim(0, -1) * 255).round().byte().numpy())

@@ -1,0 +1,133 @@
+"""One self-contained page about a quantized folder: sizes, every layer's error, what to mend, pictures or tokens."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from hfquant import __version__
+from hfquant.affiner import BlockwiseAffiner
+from hfquant.console import size
+from hfquant.report.images import PipelineComparison, picture
+from hfquant.report.page.charts import affiner_chart, error_chart, segments_bar
+from hfquant.report.quality import ModelComparison
+from hfquant.report.stored import StoredLayer, StoredModel
+
+#: Layers that the page names as the worst.
+WORST = 10
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page is made of.
+
+    Attributes:
+        title: of the page, the folder's name.
+        models: quantized components by name.
+        comparison: to the model in full precision; None without one.
+        speed: rows of (what, seconds in full precision, seconds quantized), measured on this machine.
+        machine: that they were measured on.
+        affiner: of a pipeline; None without one.
+        images: images of a comparison that are shown at most.
+    """
+
+    title: str
+    models: Mapping[str, StoredModel]
+    comparison: ModelComparison | PipelineComparison | None = None
+    speed: Sequence[tuple[str, float, float]] = ()
+    machine: str = ""
+    affiner: BlockwiseAffiner | None = None
+    images: int = 8
+    notes: Sequence[str] = field(default=())
+
+
+def page(report: Report) -> str:
+    """Return the page as HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hfquant.report.page", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": size, "number": number, "kind": kind_of, "block": block_of}
+    comparison = report.comparison
+    errors = {} if report.affiner is None else report.affiner.errors
+    return environment.get_template("page.html.j2").render(
+        report=report,
+        version=__version__,
+        style=Markup(_text("page.css")),
+        script=Markup(_text("page.js")),
+        charts={name: Markup(error_chart(model.layers)) for name, model in report.models.items()},
+        worst={name: worst(model.layers) for name, model in report.models.items()},
+        override=override,
+        segments=lambda layer: Markup(segments_bar(layer.segments)),
+        figures=() if comparison is None else comparison.figures,
+        left_out=getattr(comparison, "left_out", {}),
+        changes=getattr(comparison, "changes", ()),
+        pairs=[(png(a), png(b)) for a, b in getattr(comparison, "images", ())[: report.images]],
+        affiner=Markup(affiner_chart(errors)) if errors else "",
+    )
+
+
+def write(report: Report, path: Path) -> None:
+    """Write the page."""
+    path.write_text(page(report), encoding="utf-8")
+
+
+def _text(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def worst(layers: Sequence[StoredLayer], count: int = WORST) -> list[StoredLayer]:
+    """Return the layers with the least signal to noise, of those where it was measured."""
+    measured = [layer for layer in layers if layer.sqnr is not None and math.isfinite(layer.sqnr)]
+    return sorted(measured, key=lambda layer: layer.sqnr or 0.0)[:count]
+
+
+def override(layer: StoredLayer) -> str:
+    """Return the entry of a config that gives a layer more bits: as JSON, to be added to the config's dict.
+
+    One step up a ladder: a scale of the tensor becomes one a token, 4 and 6 bits become 8, 8 bits stay float.
+    """
+    bits = layer.weight.split()[0]
+    if layer.input not in ("-",) and "dynamic" not in layer.input:
+        entry: dict[str, Any] = {"input_quant": {"type": layer.input.split()[0], "axis": -1, "dynamic": True}}
+    elif bits in ("int2", "int3", "int4", "int6"):
+        entry = {"weight_quant": {"type": "int8"}}
+    else:
+        entry = {"enable": False}
+    return json.dumps({layer.name: entry})
+
+
+def kind_of(name: str) -> str:
+    """Return what a layer is within its block: the last part of its name that is no number."""
+    return next((part for part in reversed(name.split(".")) if not part.isdecimal()), name)
+
+
+def block_of(name: str) -> str:
+    """Return the block that a layer lies in: its name up to the first number."""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return ".".join(parts[: first + 1]) if first is not None else parts[0]
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """Return a number with so many decimals; a dash for None."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def png(image: Any) -> str:
+    """Return an image [3, H, W] from 0 to 1 as a data URL."""
+    buffer = io.BytesIO()
+    picture(image).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

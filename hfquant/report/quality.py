@@ -1,0 +1,209 @@
+"""How far a quantized model or pipeline is from another: what `hfquant compare` prints and the report shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hfquant.calibration.batches import device_of, evaluating, forward
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number.
+
+    Attributes:
+        name: what it is, in words.
+        value: of it.
+        error: standard error over windows or images; None where it has none.
+        unit: "dB", "nats", "%", or "".
+        better: "higher" or "lower".
+    """
+
+    name: str
+    value: float
+    error: float | None = None
+    unit: str = ""
+    better: str = "higher"
+
+    def __str__(self) -> str:
+        error = "" if self.error is None or not math.isfinite(self.error) else f" ± {self.error:.2g}"
+        return f"{self.value:.4g}{error} {self.unit}".rstrip()
+
+
+@dataclass(frozen=True)
+class TokenChange:
+    """A place in the text where the two models rank another token first.
+
+    Attributes:
+        context: the text before it, the last words.
+        reference: the token that the reference ranks first, and its probability.
+        other: the same of the other model.
+    """
+
+    context: str
+    reference: tuple[str, float]
+    other: tuple[str, float]
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """Two models on the same inputs: the figures, and where a language model's next tokens differ most."""
+
+    figures: tuple[Figure, ...]
+    changes: tuple[TokenChange, ...] = ()
+
+
+def builtin_text() -> list[str]:
+    """Return some 460 kB of English prose that every Python brings along: its own language reference."""
+    from pydoc_data.topics import topics
+
+    return ["\n\n".join(topics[name] for name in sorted(topics))]
+
+
+@torch.inference_mode()
+def compare_models(
+    reference: nn.Module, other: nn.Module, batches: Iterable[Any], decode: Callable[[Tensor], str] | None = None
+) -> ModelComparison:
+    """Compare two transformers models on batches of inputs.
+
+    Causal language models by perplexity, KL divergence and agreement of the first choice, over each token but a
+    window's first; models with other logits by the last two; all others by signal to noise and cosine of their hidden
+    states.
+
+    Args:
+        reference: the model to compare to.
+        other: the model compared.
+        batches: of model inputs, each a sample as calibration has it.
+        decode: token ids [n] to text, for a table of next tokens that differ; None for none.
+
+    Raises:
+        ValueError: there are no batches, or the models give outputs of different shapes.
+        FloatingPointError: the other model's output has NaN or Inf.
+    """
+    scores: list[dict[str, Tensor]] = []
+    changes: list[tuple[float, TokenChange]] = []
+    with evaluating(reference), evaluating(other):
+        for batch in batches:
+            outputs = [forward(model, batch) for model in (reference, other)]
+            name = next((n for n in ("logits", "last_hidden_state") if getattr(outputs[0], n, None) is not None), None)
+            if name is None:
+                raise ValueError(f"{type(reference).__name__} gives neither logits nor a last hidden state")
+            p, q = (getattr(output, name).float().to(device_of(reference)) for output in outputs)
+            if p.shape != q.shape:
+                raise ValueError(f"the outputs differ in shape: {list(p.shape)} and {list(q.shape)}")
+            if not q.isfinite().all():
+                raise FloatingPointError(f"{type(other).__name__}: the output has NaN or Inf")
+            tokens: Any = batch.get("input_ids") if isinstance(batch, Mapping) else None
+            causal = _is_causal(reference) and tokens is not None and p.shape[:2] == tokens.shape
+            if name == "last_hidden_state":
+                scores.append(_hidden_scores(p, q))
+                continue
+            if causal:
+                mask = batch.get("attention_mask")
+                kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+                p, q = p[:, :-1], q[:, :-1]
+                scores.append(_token_scores(p, q, tokens[:, 1:].to(p.device), kept[:, 1:].to(p.device)))
+                if decode is not None:
+                    changes += _changes(p, q, tokens, decode)
+            else:
+                scores.append(_logit_scores(p, q))
+    if not scores:
+        raise ValueError("there is nothing to compare on: no batches")
+    worst = sorted(changes, key=lambda item: -item[0])[:20]
+    return ModelComparison(_figures(scores), tuple(change for _, change in worst))
+
+
+def _is_causal(model: nn.Module) -> bool:
+    config: Any = getattr(model, "config", None)
+    names = " ".join(getattr(config, "architectures", None) or [type(model).__name__])
+    encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    return not encoder_decoder and any(
+        word in names for word in ("CausalLM", "LMHeadModel", "ForConditionalGeneration")
+    )
+
+
+def _token_scores(p: Tensor, q: Tensor, targets: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    """Return sums a window [batch], and how many tokens they are over."""
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    losses = [-log.gather(-1, targets.unsqueeze(-1)).squeeze(-1) for log in (log_p, log_q)]
+    agree = (p.argmax(-1) == q.argmax(-1)).float()
+    sums = {"kl": divergence, "loss": losses[0], "other loss": losses[1], "agree": agree}
+    return {name: (value.double() * kept).sum(-1) for name, value in sums.items()} | {"tokens": kept.sum(-1).double()}
+
+
+def _logit_scores(p: Tensor, q: Tensor) -> dict[str, Tensor]:
+    divergence = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    agree = (p.argmax(-1) == q.argmax(-1)).float()
+    rows = {"kl": divergence, "agree": agree, "tokens": torch.ones_like(agree)}
+    return {
+        name: value.double().flatten(1).sum(1) if value.dim() > 1 else value.double() for name, value in rows.items()
+    }
+
+
+def _hidden_scores(p: Tensor, q: Tensor) -> dict[str, Tensor]:
+    p, q = p.double().flatten(1), q.double().flatten(1)
+    return {
+        "signal": p.square().sum(1),
+        "noise": (p - q).square().sum(1),
+        "cosine": F.cosine_similarity(p, q, dim=1),
+    }
+
+
+def _figures(scores: Sequence[Mapping[str, Tensor]]) -> tuple[Figure, ...]:
+    total = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
+    if "signal" in total:
+        ratio = 10 * (total["signal"].sum() / total["noise"].sum()).log10()
+        each = 10 * (total["signal"] / total["noise"]).log10()
+        return (
+            Figure("signal to noise of hidden states", ratio.item(), standard_error(each), "dB"),
+            Figure("cosine of hidden states", total["cosine"].mean().item(), standard_error(total["cosine"])),
+        )
+    tokens = total["tokens"]
+    figures = []
+    if "loss" in total:
+        for name, key in (("perplexity, reference", "loss"), ("perplexity", "other loss")):
+            figures.append(Figure(name, math.exp(total[key].sum() / tokens.sum()), better="lower"))
+    kl, kl_error = _ratio(total["kl"], tokens)
+    agree, agree_error = _ratio(100 * total["agree"], tokens)
+    figures.append(Figure("KL divergence", kl, kl_error, "nats", "lower"))
+    figures.append(Figure("same first choice", agree, agree_error, "%"))
+    return tuple(figures)
+
+
+def _ratio(sums: Tensor, counts: Tensor) -> tuple[float, float]:
+    """Return the ratio of two sums over windows and its standard error (of the ratio estimator)."""
+    mean = sums.sum() / counts.sum()
+    residual = (sums - mean * counts).square().sum()
+    n = len(sums)
+    error = (residual * n / max(n - 1, 1)).sqrt() / counts.sum() if n > 1 else torch.tensor(math.nan)
+    return mean.item(), error.item()
+
+
+def standard_error(values: Tensor) -> float:
+    """Return the standard error of the mean of independent values [n]; NaN of one alone."""
+    return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
+
+
+def _changes(
+    p: Tensor, q: Tensor, tokens: Tensor, decode: Callable[[Tensor], str], context: int = 12
+) -> list[tuple[float, TokenChange]]:
+    """Return where the first choices differ, with the reference's loss of probability by the change."""
+    found = []
+    for row, position in (p.argmax(-1) != q.argmax(-1)).nonzero().tolist():
+        before, after = p[row, position].softmax(-1), q[row, position].softmax(-1)
+        first, second = before.argmax(), after.argmax()
+        text = decode(tokens[row, max(0, position + 1 - context) : position + 1])
+        words = [
+            (decode(token.view(1)), probability[token].item())
+            for token, probability in ((first, before), (second, after))
+        ]
+        found.append(((before[first] - before[second]).item(), TokenChange(text, words[0], words[1])))
+    return sorted(found, key=lambda item: -item[0])[:20]

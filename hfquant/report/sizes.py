@@ -1,0 +1,55 @@
+"""How large a model is, and will be, by its plan."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from hfquant.integrations.facts import facts_of
+from hfquant.nn.modules import quantized_share
+from hfquant.planner import LayerPlan, Plan
+
+
+@dataclass(frozen=True)
+class PlannedSize:
+    """Size of a model.
+
+    Attributes:
+        before: bytes of its parameters and buffers in full precision.
+        after: bytes once it is quantized.
+        share: of the parameters in matrices, embeddings and output head aside, that are quantized.
+    """
+
+    before: int
+    after: int
+    share: float
+
+
+def planned_size(model: nn.Module, plan: Plan, width: int) -> PlannedSize:
+    """Return the size of a model before and after; it may be on the meta device.
+
+    Args:
+        model: in full precision.
+        plan: for it.
+        width: bytes of a float of the model's dtype.
+    """
+    before = width * sum(tensor.numel() for tensor in {id(p): p for p in model.parameters()}.values())
+    weights = sum(layer.in_features * layer.out_features for layer in plan.layers.values())
+    after = before - width * weights + sum(layer_bytes(layer, width) for layer in plan.layers.values())
+    sizes = {name: layer.in_features * layer.out_features for name, layer in plan.layers.items()}
+    return PlannedSize(before, after, quantized_share(model, sizes, facts_of(model).uncounted)[0])
+
+
+def layer_bytes(layer: LayerPlan, width: int) -> int:
+    """Return the bytes of a layer's tensors but the bias.
+
+    Args:
+        layer: its plan.
+        width: bytes of a float of the model's dtype.
+    """
+    return sum(
+        math.prod(spec.shape) * (width if spec.dtype is None else spec.dtype.itemsize)
+        for spec in layer.tensors().values()
+    )

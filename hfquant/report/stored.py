@@ -1,0 +1,196 @@
+"""What a quantized folder holds, read from its configs and the headers of its files: no weights are loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfquant.integrations.checkpoint import CheckpointError, stored_plans
+from hfquant.integrations.config import HfQuantConfig
+from hfquant.integrations.facts import facts_of
+from hfquant.integrations.skeleton import MODEL, Skeleton, skeleton
+from hfquant.planner import LayerPlan
+from hfquant.report.layers import decibels
+
+#: The report of a quantization, beside the weights that came of it.
+REPORT_FILE = "quant_report.json"
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One quantized layer.
+
+    Attributes:
+        name: of the module.
+        shape: (out, in).
+        weight, input: formats in words, "int4 g64"; an input that is not quantized is "-".
+        method: transform and rounding, "smooth/gptq".
+        segments: sizes of input and of output segments.
+        dual: for each input segment, whether it has a second scale for its negative side.
+        bytes: of all its tensors but the bias.
+        sqnr: signal to noise of its output in dB on calibration rows; None where it was not measured.
+        plain_sqnr: the same of the same formats, rounded to nearest.
+        alphas: strengths of smoothing.
+        rank: of the low-rank branch.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    weight: str
+    input: str
+    method: str
+    segments: tuple[tuple[int, ...], tuple[int, ...]]
+    dual: tuple[bool, ...]
+    bytes: int
+    sqnr: float | None = None
+    plain_sqnr: float | None = None
+    alphas: tuple[float, ...] = ()
+    rank: int = 0
+
+    @property
+    def bits(self) -> float:
+        """Stored bits a weight, scales included."""
+        return 8 * self.bytes / (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """One quantized component of a folder.
+
+    Attributes:
+        kind: its class.
+        config: its quantization config.
+        layers: the quantized ones.
+        skipped: layers in full precision, and why.
+        bytes: of all its tensors.
+        full_bytes: what they were in the dtype that the others have.
+        report: of the quantization, where it was kept.
+    """
+
+    kind: str
+    config: HfQuantConfig
+    layers: tuple[StoredLayer, ...]
+    skipped: dict[str, str]
+    bytes: int
+    full_bytes: int
+    report: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def bits(self) -> float:
+        """Stored bits a weight of the quantized layers, scales included."""
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+        return 8 * sum(layer.bytes for layer in self.layers) / weights if weights else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return {
+            "class": self.kind,
+            "bytes": self.bytes,
+            "bytes_in_full_precision": self.full_bytes,
+            "bits_a_weight": round(self.bits, 3),
+            "config": self.config.to_dict()["config"],
+            "layers": [asdict(layer) | {"bits": round(layer.bits, 3)} for layer in self.layers],
+            "skipped": self.skipped,
+        }
+
+
+def read_folder(folder: str | Path) -> tuple[Skeleton, dict[str, StoredModel]]:
+    """Return what a folder of a model or a pipeline holds, and its quantized components by name.
+
+    Raises:
+        FileNotFoundError: there is neither a model nor a pipeline.
+        ValueError: nothing in it is quantized by hfquant.
+        CheckpointError: weights are missing or damaged.
+    """
+    found = skeleton(str(folder))
+    models = {}
+    for name, model in found.models.items():
+        path = Path(folder) if name == MODEL else Path(folder) / name
+        config = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+        if isinstance(config, Mapping) and config.get("quant_method") == "hfquant":
+            models[name] = _stored_model(path, model, HfQuantConfig.from_dict(config))
+    if not models:
+        raise ValueError(f"{folder}: nothing in it was quantized by hfquant")
+    return found, models
+
+
+def _stored_model(path: Path, model: Any, config: Any) -> StoredModel:
+    sizes = _tensor_bytes(path)
+    plans = stored_plans(model, config, facts_of(model), set(sizes))
+    report = _report(path)
+    errors = {layer.get("name"): layer for layer in report.get("layers", ())}
+    floats = _float_size(path)
+    layers, full = [], sum(sizes.values())
+    aliases = facts_of(model).aliases
+    for name, plan in plans.items():
+        stored = next((n for n in aliases(name) if f"{n}.weight" in sizes), name)
+        taken = sum(sizes.get(f"{stored}.{key}", 0) for key in plan.tensors())
+        full += floats * plan.in_features * plan.out_features - taken
+        layers.append(_layer(name, plan, taken, errors.get(name, {})))
+    return StoredModel(
+        type(model).__name__, config, tuple(layers), dict(config.skipped), sum(sizes.values()), full, report
+    )
+
+
+def _layer(name: str, plan: LayerPlan, taken: int, measured: Mapping[str, Any]) -> StoredLayer:
+    weight, given = plan.config.weight_quant, plan.config.input_quant
+    group = f" g{plan.config.group_size}" if plan.config.group_size else ""
+    return StoredLayer(
+        name,
+        (plan.out_features, plan.in_features),
+        f"{weight.type}{group}{'' if weight.symmetric else ' asymmetric'}",
+        "-" if given is None else f"{given.type}{' dynamic' if given.dynamic else ''}",
+        f"{plan.transform.type}/{plan.config.calib.type}",
+        (plan.input_segments, plan.output_segments),
+        plan.dual,
+        taken,
+        decibels(measured.get("error")),
+        decibels(measured.get("plain_error")),
+        tuple(measured.get("alphas", ())),
+        measured.get("rank", 0),
+    )
+
+
+def _tensor_bytes(path: Path) -> dict[str, int]:
+    """Return the bytes of each tensor in a component's files, from their headers."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path} has no safetensors file")
+    sizes: dict[str, int] = {}
+    for file in files:
+        for name, entry in _header(file).items():
+            start, end = entry["data_offsets"]
+            sizes[name] = end - start
+    return sizes
+
+
+def _header(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > min(file.stat().st_size, 100_000_000):
+            raise CheckpointError(f"{file} is damaged: its header is longer than the file")
+        try:
+            header = json.loads(opened.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from None
+    header.pop("__metadata__", None)
+    return dict(header)
+
+
+def _float_size(path: Path) -> int:
+    """Return the bytes of a float in the model's own dtype: the one that most of its float tensors have."""
+    counts: dict[int, int] = {}
+    for file in path.glob("*.safetensors"):
+        for name, entry in _header(file).items():
+            if entry["dtype"] in ("F32", "F16", "BF16") and "scale" not in name.rpartition(".")[2]:
+                size = 4 if entry["dtype"] == "F32" else 2
+                counts[size] = counts.get(size, 0) + 1
+    return max(counts, key=lambda size: counts[size], default=4)
+
+
+def _report(path: Path) -> dict[str, Any]:
+    file = path / REPORT_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

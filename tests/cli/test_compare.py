@@ -1,0 +1,48 @@
+"""`hfquant compare` of models and of pipelines."""
+
+from __future__ import annotations
+
+import json
+
+from typer.testing import CliRunner, Result
+
+from hfquant.cli import app
+from tests.cli.conftest import lines
+
+
+def compare(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["compare", *map(str, arguments)])
+
+
+def test_language_models(llama, text):
+    result = compare(llama, llama, "--data", text, "--samples", 2, "--seqlen", 8)
+    assert result.exit_code == 0, result.output
+    assert "perplexity" in result.output
+    found = json.loads(compare(llama, llama, "--data", text, "--samples", 2, "--seqlen", 8, "--json").stdout)
+    assert found["figures"]["same first choice"]["value"] == 100
+
+
+def test_the_text_that_every_python_has(llama):
+    result = compare(llama, llama, "--samples", 1, "--seqlen", 8)
+    assert result.exit_code == 0, result.output
+
+
+def test_pipelines(digits, tmp_path):
+    more = ("--arg", "class_labels=[1, 2]", "--arg", "num_inference_steps=2", "--images", tmp_path / "pairs")
+    result = compare(digits, digits, *more)
+    assert result.exit_code == 0, result.output
+    assert "PSNR" in result.output
+    assert "FID left out" in result.output
+    assert len(list((tmp_path / "pairs").iterdir())) == 4
+
+
+def test_bad_input_is_one_line(digits, llama, text, tmp_path):
+    for arguments, message in (
+        ((digits, llama), "one is a pipeline, the other is not"),
+        ((llama, tmp_path / "none"), "is not a folder"),
+        ((llama, llama, "--data", text, "--seqlen", 8, "--images", tmp_path / "x"), "only pipelines make images"),
+    ):
+        result = compare(*arguments)
+        assert result.exit_code == 1
+        assert message in result.stderr
+        assert len(lines(result.stderr)) == 1

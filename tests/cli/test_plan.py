@@ -1,0 +1,56 @@
+"""`hfquant plan` on configs alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from hfquant.cli import app
+from tests.cli.conftest import lines
+from tests.recipes.tiny import PUBLISHED
+
+
+def plan(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
+
+
+def test_a_published_model():
+    result = plan(PUBLISHED / "SmolLM2-1.7B-Instruct", "--preset", "w4a16-gptq")
+    assert result.exit_code == 0, result.output
+    assert "LlamaForCausalLM" in result.output
+    assert "168" in result.output
+    assert "lm_head" in result.output
+
+
+def test_as_json_with_every_layer_and_an_estimate(llama):
+    result = plan(llama, "--preset", "w4a16-gptq", "--json", "--layers", "--estimate", "--dtype", "float32")
+    found = json.loads(result.stdout)["model"]
+    assert found["layers"] == len(found["plan"]) == 14
+    assert found["bytes_after"] < found["bytes_before"]
+    assert found["share"] == 1
+    assert found["skipped"] == {"lm_head": "the model's output head"}
+    assert found["calibration"]["passes"] == 1
+
+
+def test_a_recipe_for_a_pipeline():
+    result = plan(PUBLISHED / "PixArt-Sigma-XL-2-1024-MS", "--recipe", "pixart-sigma-w8a8")
+    assert result.exit_code == 0, result.output
+    assert "transformer" in result.output
+    assert "text_encoder" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recipe", "llama3-w8a8"), "a recipe for a LlamaForCausalLM, and this is a PixArtSigmaPipeline"),
+        (("--component", "unet"), "a PixArtSigmaPipeline has no such model"),
+        (("--dtype", "int4"), "no floating dtype"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message):
+    result = plan(PUBLISHED / "PixArt-Sigma-XL-2-1024-MS", *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert len(lines(result.stderr)) == 1

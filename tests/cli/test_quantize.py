@@ -1,0 +1,150 @@
+"""`hfquant quantize` on real folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+from hfquant.cli import app
+from hfquant.demo.pipeline import DigitsPipeline
+from hfquant.nn.modules import quant_linears
+from tests.cli.conftest import lines
+
+
+def quantize(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["quantize", *map(str, arguments)])
+
+
+def test_a_model_without_data(llama, tmp_path):
+    result = quantize(llama, "--preset", "w4a16", "--out", tmp_path / "q")
+    assert result.exit_code == 0, result.output
+    assert "bits a weight" in result.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    assert len(quant_linears(model)) == 14
+    assert (tmp_path / "q" / "tokenizer.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q"]
+
+
+def test_a_model_with_data_and_layers_left_out(llama, text, tmp_path):
+    more = ("--samples", 4, "--seqlen", 8, "--skip", "model.layers.0.*", "--json")
+    result = quantize(llama, "--preset", "w4a16-gptq", "--calibration", text, "--out", tmp_path / "q", *more)
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout[result.stdout.index("{") :])
+    assert summary["layers"] == 7
+    assert summary["bytes"] < summary["bytes in full precision"]
+    layers = json.loads((tmp_path / "q" / "quant_report.json").read_text())["layers"]
+    assert all(layer["error"] is not None for layer in layers)
+
+
+def test_a_pipeline(digits, labels, tmp_path):
+    more = ("--column", "label", "--samples", 4, "--arg", "num_inference_steps=3")
+    result = quantize(digits, "--preset", "w8a8", "--calibration", labels, "--out", tmp_path / "q", *more)
+    assert result.exit_code == 0, result.output
+    pipe = DigitsPipeline.from_pretrained(tmp_path / "q")
+    assert len(quant_linears(pipe.transformer)) == 20
+    assert pipe([1], num_inference_steps=2, output_type="np").images.shape[0] == 1
+
+
+def test_a_recipe_with_an_affiner(digits, labels, tmp_path):
+    recipe = tmp_path / "digits.yaml"
+    recipe.write_text(
+        f"""
+title: digits
+models: [digits]
+loads: DigitsPipeline
+components:
+  transformer: {{config: w4a16, skip: {{proj_out_2: the way out}}}}
+calibration:
+  data: {{dataset: {labels}, column: label, samples: 4}}
+  call: {{num_inference_steps: 3}}
+affiner: {{stepper: {{sample_size: 4}}, solver: {{blocksize: null}}}}
+"""
+    )
+    result = quantize(digits, "--recipe", recipe, "--out", tmp_path / "q")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "q" / "affiner" / "affiner.safetensors").is_file()
+    tensors = load_file(tmp_path / "q" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert tensors["proj_out_2.weight"].dtype == torch.float32
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--preset", "w4a17"), "unknown preset 'w4a17' (did you mean"),
+            (("--recipe", "flux1-w4"), "unknown recipe 'flux1-w4'; did you mean"),
+            (("--recipe", "flux1-w4a8"), "a recipe for a FluxPipeline, and this is a LlamaForCausalLM"),
+            (("--recipe", "x", "--preset", "w4a16"), "exclude each other"),
+            (("--config", "none.json"), "none.json"),
+            (("--skip", "model.layer.*"), "'model.layer.*' matches no module of LlamaForCausalLM"),
+            (("--component", "unet"), 'its only component is "model"'),
+            (("--preset", "w8a8", "--calibration", "none.parquet"), "none.parquet"),
+            (("--dtype", "int8"), "no floating dtype"),
+        ],
+    )
+    def test_each_is_one_line_and_nothing_is_written(self, llama, arguments, message, tmp_path):
+        result = quantize(llama, "--out", tmp_path / "q", *arguments)
+        assert result.exit_code == 1
+        assert message in result.stderr
+        assert len(lines(result.stderr)) == 1
+        assert list(tmp_path.iterdir()) == []
+
+    def test_no_such_model(self, tmp_path):
+        for name in (tmp_path / "none", "nobody/nothing"):
+            result = quantize(name, "--out", tmp_path / "q")
+            assert result.exit_code == 1
+            assert len(lines(result.stderr)) == 1
+
+    def test_a_folder_that_is_not_empty(self, llama, tmp_path):
+        (tmp_path / "q").mkdir()
+        (tmp_path / "q" / "mine").write_text("kept")
+        result = quantize(llama, "--out", tmp_path / "q")
+        assert result.exit_code == 1
+        assert "is not empty" in result.stderr
+        assert (tmp_path / "q" / "mine").read_text() == "kept"
+
+    def test_a_full_disk_leaves_nothing_half_written(self, llama, tmp_path, monkeypatch):
+        def full(loaded, folder: Path, affiner=None):
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("hfquant.recipes.run.save", full)
+        result = quantize(llama, "--out", tmp_path / "q")
+        assert result.exit_code == 1
+        assert "No space left on device" in result.stderr
+        assert not (tmp_path / "q").exists()
+        assert not list(tmp_path.glob(".q.partial"))
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on(tmp_path, llama, text):
+    command = [sys.executable, "-m", "hfquant.cli", "quantize", str(llama), "--preset", "w4a16-gptq", "--out"]
+    command += [str(tmp_path / "q"), "--calibration", str(text), "--samples", "512", "--seqlen", "64"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    solved = tmp_path / ".q.resume"
+    deadline = time.monotonic() + 120
+    while not (solved.is_dir() and any(solved.rglob("*.safetensors"))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    if run.returncode == 0:
+        pytest.fail("it was finished before it could be interrupted")
+    assert run.returncode == 130
+    assert "Repeat the command to go on" in said
+    assert not (tmp_path / "q").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "q" / "config.json").is_file()
+    assert not solved.exists()

@@ -1,0 +1,75 @@
+"""What a quantized folder holds, read from its files' headers alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from hfquant.integrations.checkpoint import CheckpointError
+from hfquant.report.stored import REPORT_FILE, read_folder
+
+
+def test_a_pipeline(digits):
+    found, models = read_folder(digits)
+    assert found.kind == "DigitsPipeline"
+    model = models["transformer"]
+    assert model.kind == "DiTTransformer2DModel"
+    assert len(model.layers) == 20
+    tensors = load_file(digits / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert model.bytes == sum(t.nbytes for t in tensors.values())
+    layer = next(x for x in model.layers if x.name == "transformer_blocks.0.norm1.linear")
+    own = [t for n, t in tensors.items() if n.startswith(f"{layer.name}.") and not n.endswith(".bias")]
+    assert layer.bytes == sum(t.nbytes for t in own)
+    assert layer.shape == (1152, 192)
+    assert layer.bits == pytest.approx(8 * layer.bytes / (1152 * 192))
+    assert (layer.weight, layer.input, layer.rank) == ("int4 g64", "int8 dynamic", 32)
+    assert len(layer.segments[1]) == 6
+    assert layer.sqnr > layer.plain_sqnr - 3
+    assert model.full_bytes == model.bytes + sum(4 * x.shape[0] * x.shape[1] - x.bytes for x in model.layers)
+
+
+def test_a_model_without_data(llama):
+    models = read_folder(llama)[1]
+    assert list(models) == ["model"]
+    model = models["model"]
+    assert len(model.layers) == 14
+    assert model.skipped == {"lm_head": "the model's output head"}
+    assert all(layer.sqnr is None for layer in model.layers)
+    assert 4 < model.bits <= 4.6
+    assert json.loads(json.dumps(model.to_dict()))["layers"][0]["bits"] == pytest.approx(model.layers[0].bits, abs=1e-3)
+
+
+def test_without_the_report_there_are_no_errors(digits, tmp_path):
+    copy = Path(shutil.copytree(digits, tmp_path / "copy"))
+    (copy / "transformer" / REPORT_FILE).unlink()
+    assert all(layer.sqnr is None for layer in read_folder(copy)[1]["transformer"].layers)
+
+
+class TestBadFolders:
+    def test_missing(self, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            read_folder(tmp_path / "none")
+
+    def test_not_quantized(self, tmp_path):
+        from tests.report.conftest import small_llama
+
+        small_llama().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="nothing in it was quantized by hfquant"):
+            read_folder(tmp_path)
+
+    def test_no_weights(self, llama, tmp_path):
+        copy = Path(shutil.copytree(llama, tmp_path / "copy"))
+        (copy / "model.safetensors").unlink()
+        with pytest.raises(CheckpointError, match="no safetensors file"):
+            read_folder(copy)
+
+    @pytest.mark.parametrize("content", [b"", b"\xff" * 40, (8).to_bytes(8, "little") + b"not json"])
+    def test_damaged_weights(self, content, llama, tmp_path):
+        copy = Path(shutil.copytree(llama, tmp_path / "copy"))
+        (copy / "model.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"model.safetensors is damaged"):
+            read_folder(copy)
