@@ -95,7 +95,8 @@ def test_a_budget_in_bytes_is_that_in_bits():
 
 
 def test_more_budget_lowers_the_bound():
-    found = [search(Net(), inputs(), bits, ("int4", "int6", "int8"), BASE) for bits in (5.3, 6, 7, 8, 9.5)]
+    net = Net()
+    found = [search(net, inputs(), bits, ("int4", "int6", "int8"), BASE) for bits in (5.3, 6, 7, 8, 9.5)]
     bounds = [choice.bound for choice in found]
     assert bounds == sorted(bounds, reverse=True)
     assert all(choice.error >= choice.bound - 1e-9 for choice in found)

@@ -85,6 +85,7 @@ WIDE = {
     "test_golden.py",
     "test_imports.py",
     "test_layer_plan.py",
+    "test_notebooks.py",
     "test_tree.py",
     "test_wheel.py",
     "test_without_libraries.py",
