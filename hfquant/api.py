@@ -31,7 +31,7 @@ def quantize(
     resume_dir: str | os.PathLike[str] | None = None,
     held_out: Any = None,
 ) -> nn.Module:
-    """Quantize the linears of ``model`` in place and return it.
+    """Quantize the layers of ``model`` in place and return it.
 
     Under ``accelerate launch`` all processes call this, each with its copy of the model and the same data (or each with
     its own part); they share the work of a config that needs data, and all end with the same model.
@@ -83,10 +83,10 @@ def quantize(
 
 
 def plan(model: nn.Module, config: Any = None, example: Any = None) -> Plan:
-    """Decide what every linear of ``model`` will become. Needs no weights: the model may be on the meta device.
+    """Decide what every layer of ``model`` will become. Needs no weights: the model may be on the meta device.
 
     Args:
-        model: any module; only modules whose type is exactly ``nn.Linear`` are quantized.
+        model: any module; what can be quantized of it, :mod:`hfquant.nn.kinds` says.
         config: a dict, the name of a preset, an :class:`~hfquant.HfQuantConfig`, or None (the reference's defaults).
         example: model inputs for pattern detection: a tensor, positional arguments, or a dict of keyword arguments;
             None derives them from the model's own config where that is possible.
@@ -108,13 +108,13 @@ def _check_module(model: Any) -> None:
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """Replace every quantized linear by a plain ``nn.Linear``, in place; activations are no longer quantized.
+    """Replace every quantized layer by the float one that it was, in place; activations are no longer quantized.
 
     Raises:
-        ValueError: ``model`` has no quantized linear.
+        ValueError: ``model`` has no quantized layer.
     """
     if not quant_linears(model):
-        raise ValueError(f"{type(model).__name__} has no quantized linear")
+        raise ValueError(f"{type(model).__name__} has no quantized layer")
     if hasattr(model, "hf_quantizer") and hasattr(model, "dequantize"):
         return cast(nn.Module, cast(Any, model).dequantize())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

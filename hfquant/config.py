@@ -107,8 +107,26 @@ class WeightQuant(_Quant):
                 raise ValueError(f"{name}={getattr(self, name)!r} {why}")
 
 
+#: Layers that stay in full precision unless ``include`` names them, or an entry of the config of its own
+#: (``{"<glob>": {"enable": True}}``), and what they are.
+OPTIONAL = {
+    "autoencoder_convs": "a convolution of an autoencoder",
+    "edge_convs": "a convolution that reads or writes few channels, at an end of the model",
+    "embeddings": "an embedding",
+    "output_heads": "the model's output head",
+}
+
+
+def _optional(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"expected a list of names, got {value!r}")
+    if unknown := [v for v in value if not isinstance(v, str) or v not in OPTIONAL]:
+        raise ValueError(f"unknown name {unknown[0]!r}; there are {', '.join(OPTIONAL)}")
+    return tuple(dict.fromkeys(value))
+
+
 class LayerConfig(Section):
-    """Everything decided for one linear before its data is seen. Defaults are the reference's."""
+    """Everything decided for one layer before its data is seen. Defaults are the reference's."""
 
     enable: bool = True
     seglinear: bool = True
@@ -118,6 +136,7 @@ class LayerConfig(Section):
     calib: SerializeAsAny[Rounding] = Nearest()
     input_quant: InputQuant | None = InputQuant()
     weight_quant: WeightQuant = WeightQuant()
+    include: Annotated[tuple[str, ...], BeforeValidator(_optional)] = ()
 
     @model_validator(mode="after")
     def _combinations(self, info: ValidationInfo) -> LayerConfig:

@@ -34,7 +34,8 @@ from hfquant.config import InputQuant, LayerConfig, WeightQuant
 from hfquant.distributed import Processes
 from hfquant.folding import Folding
 from hfquant.formats import NumberFormat
-from hfquant.nn.linear import QuantLinear
+from hfquant.nn.kinds import kind_of
+from hfquant.nn.linear import QuantLayer, QuantLinear
 from hfquant.planner import LayerPlan, Plan
 from hfquant.remedies import LADDER, likely_cause
 from hfquant.report.layers import LayerReport, QuantReport
@@ -108,7 +109,7 @@ def samples_to_check(loader: Any, data: CalibrationData | None, held_out: Any) -
 
 def outcome(
     plan: Plan,
-    layers: Mapping[str, QuantLinear],
+    layers: Mapping[str, QuantLayer],
     mended: Mapping[str, tuple[Mended, nn.Module]],
     reports: Sequence[LayerReport],
 ) -> tuple[Plan, QuantReport]:
@@ -141,7 +142,7 @@ def mend(
 
     Args:
         model: with ``layers`` in it; left as it is.
-        layers: name -> quantized layer.
+        layers: name -> quantized linear; other kinds are not checked.
         originals: their float ones.
         folding: divisors that went into what comes before a layer.
         checks: samples of the model's input; empty where this process has none.
@@ -151,11 +152,13 @@ def mend(
     checker = [*group.gather(bool(checks)), True].index(True)
 
     def exact(name: str) -> tuple[Tensor, Tensor | None]:
-        linear = originals[name]
-        assert isinstance(linear, nn.Linear)
+        original = originals[name]
+        kind = kind_of(original)
+        assert kind is not None
         # Offloaded weights are fetched for the moment.
-        with align_module_device(linear):
-            return folding.weight(name, linear.weight.detach()), folding.bias(name, linear.bias)
+        with align_module_device(original):
+            weight = kind.matrix(original.get_parameter("weight").detach())
+            return folding.weight(name, weight), folding.bias(name, original._parameters.get("bias"))
 
     found: dict[str, Mended] = {}
     with group.together():
@@ -171,16 +174,17 @@ def mend(
             continue
         device = layers[name].weight.device
         tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
-        mended[name] = found_there, QuantLinear.from_tensors(found_there.plan, tensors, layers[name].bias)
+        kind = type(layers[name])
+        mended[name] = found_there, kind.from_tensors(found_there.plan, tensors, layers[name].bias, originals[name])
     return mended
 
 
 def _in_float(name: str, original: nn.Module, folding: Folding) -> nn.Module:
     """Return the float layer, its weights as what was folded around it wants them."""
-    assert isinstance(original, nn.Linear)
-    weight = folding.weight(name, original.weight.detach())
     if name not in folding.inputs and name not in folding.outputs:
         return original
+    assert isinstance(original, nn.Linear)
+    weight = folding.weight(name, original.weight.detach())
     with torch.device("meta"):
         linear = nn.Linear(original.in_features, original.out_features, bias=original.bias is not None)
     linear.weight = nn.Parameter(weight.to(original.weight.dtype), requires_grad=False)

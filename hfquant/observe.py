@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hfquant.calibration.batches import CalibrationError, device_of, evaluating, forward, samples
 from hfquant.console import progress_bar
 from hfquant.memory import release_free_memory
+from hfquant.nn.kinds import kind_of
 from hfquant.statistics import Collector, LayerStats
 
 
@@ -31,7 +33,8 @@ def observe(
 ) -> dict[str, LayerStats]:
     """Run ``model`` over the data once and collect the statistics of the inputs of ``layers``.
 
-    Rows that a sample's 2-D ``attention_mask`` masks out (padding) are not counted.
+    A layer's kind says what the rows of its input are (:mod:`hfquant.nn.kinds`). Those that a sample's 2-D
+    ``attention_mask`` masks out (padding) are not counted.
 
     Args:
         model: run as it is, in eval mode.
@@ -54,21 +57,24 @@ def observe(
     batch = 0
     seen: set[str] = set()
 
-    def hook(name: str) -> Any:
-        def pre_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
-            masked = mask is not None and x.shape[:2] == mask.shape
-            if bad := collector.add(name, x, mask if masked else None):
+    def watch(name: str, module: nn.Module) -> RemovableHandle:
+        kind = kind_of(module)
+        assert kind is not None
+
+        def see(x: Tensor) -> None:
+            rows, left_out = kind.rows(module, x, collector.seed)
+            masked = mask is not None and rows.shape[:2] == mask.shape
+            if bad := collector.add(name, rows, mask if masked else None, left_out):
                 raise CalibrationError(
-                    f"layer {name!r}: {bad} of {x.numel()} inputs are NaN or Inf in calibration batch {batch}"
+                    f"layer {name!r}: {bad} of {rows.numel()} inputs are NaN or Inf in calibration batch {batch}"
                 )
             seen.add(name)
             if stop_early and len(seen) == len(layers):
                 raise _AllSeen
 
-        return pre_forward
+        return kind.watch(module, see)
 
-    handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
+    handles = [watch(n, m) for n, m in layers.items()]
     try:
         with evaluating(model):
             for batch, number, sample in _share(data, *shard):

@@ -1,4 +1,4 @@
-"""What each linear of a model will become, decided before any data is seen: config, segments, dual scale.
+"""What each layer of a model will become, decided before any data is seen: config, segments, dual scale.
 
 The plan is all that is needed to build every :class:`~hfquant.nn.linear.QuantLinear` empty, so it is also what a saved
 checkpoint's config.json is expanded to.
@@ -17,12 +17,15 @@ import torch
 from torch import nn
 
 from hfquant.algorithms import TensorSpec, Transform
-from hfquant.config import ConfigError, LayerConfig, QuantRules
+from hfquant.autoencoders import autoencoder_convs
+from hfquant.config import OPTIONAL, ConfigError, LayerConfig, QuantRules
 from hfquant.console import counted
 from hfquant.dataflow import LinearTrace, PatternError, obstacles_in_source, trace
 from hfquant.enums import SegPattern
 from hfquant.folding import Fold, plan_folds
 from hfquant.formats import GridRule, InputRule, split_columns
+from hfquant.nn.kinds import kind_of, layers_in, refusal, size_of
+from hfquant.ties import configs_together, tied_groups
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,9 @@ class ModelFacts:
     """What is known of a model beside its modules; a library's integration knows more than the core.
 
     Attributes:
-        skipped: names of linears that stay in full precision unless asked for, and why.
+        skipped: names of layers that stay in full precision unless asked for, and why.
+        tied: names of modules whose weight is that of another once it is loaded, and the other.
+        optional: names of layers, and what a config's ``include`` has to name for them to be quantized.
         prefix: a name without it means the same module (transformers' ``base_model_prefix``).
         example: gives inputs for pattern detection, or None where they are not known.
         options: for the layers that are watched, keyword arguments that a calibration sample may lack.
@@ -46,6 +51,8 @@ class ModelFacts:
     """
 
     skipped: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    optional: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     example: Callable[[], Any] = lambda: None
     options: Callable[[Iterable[nn.Module]], Mapping[str, Any]] = lambda layers: {}
@@ -61,15 +68,17 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one linear will become.
+    """What one layer will become.
 
     Attributes:
         config: the resolved config.
-        in_features, out_features: of the linear.
+        in_features, out_features: of its matrix.
         input_segments: column sizes that are quantized apart, summing to ``in_features``.
         output_segments: row sizes likewise, summing to ``out_features``.
         dual: for each input segment, whether its activations get a second scale for the negative side.
         folded: whether the transform's divisor goes into what comes before the layer (:mod:`hfquant.folding`).
+        rank: number of dimensions of the float weight, which the codes have too.
+        tied: the layer whose codes and weight scales it shares; "" where it has its own.
         evidence: why, for people.
     """
 
@@ -80,6 +89,8 @@ class LayerPlan:
     output_segments: tuple[int, ...]
     dual: tuple[bool, ...]
     folded: bool = False
+    rank: int = 2
+    tied: str = ""
     evidence: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -133,7 +144,8 @@ class LayerPlan:
         """Return shape and dtype of each tensor of the layer in memory, by name, bias excepted."""
         weight, rows = self.config.weight_quant, self.out_features
         form = weight.format
-        spec = {"weight": TensorSpec((rows, form.packed_width(self.in_features)), form.code_dtype)}
+        shape = (rows, form.packed_width(self.in_features), *(1,) * (self.rank - 2))
+        spec = {"weight": TensorSpec(shape, form.code_dtype)}
         groups = len(self.columns)
         if form.has_scale:
             spec["weight_scale"] = TensorSpec((rows, groups), torch.uint8 if self.two_level else torch.float32)
@@ -160,6 +172,8 @@ class LayerPlan:
             found["dual"] = list(self.dual)
         if self.folded:
             found["folded"] = True
+        if self.tied:
+            found["tied"] = self.tied
         return found
 
     def without_data(self) -> LayerPlan:
@@ -177,8 +191,8 @@ class LayerPlan:
         return replace(self, config=self.config.plain(), dual=(False,) * len(self.dual))
 
 
-def layer_plan(name: str, linear: nn.Linear, config: LayerConfig, stored: Mapping[str, Any] | None = None) -> LayerPlan:
-    """Return the plan of one linear by its config's own rule, or with the differences a checkpoint stored.
+def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mapping[str, Any] | None = None) -> LayerPlan:
+    """Return the plan of one float layer by its config's own rule, or with the differences a checkpoint stored.
 
     Raises:
         ConfigError: ``stored`` does not fit the layer.
@@ -189,17 +203,23 @@ def layer_plan(name: str, linear: nn.Linear, config: LayerConfig, stored: Mappin
             config = QuantRules({"default": stored.pop("config")}).default
         except ConfigError as error:
             raise ConfigError(f"layer {name!r}, stored plan: {error}") from None
+    kind = kind_of(module)
+    assert kind is not None
+    config, (in_features, out_features) = kind.fitted(config), size_of(module)
     folded = stored.pop("folded", False)
     if type(folded) is not bool:
         raise ConfigError(f"layer {name!r}: folded={folded!r} in the stored plan is neither True nor False")
+    tied = stored.pop("tied", "")
+    if not isinstance(tied, str):
+        raise ConfigError(f"layer {name!r}: tied={tied!r} in the stored plan is no name")
     if odd := {k: v for k, v in stored.items() if not isinstance(v, (list, tuple))}:
         raise ConfigError(f"layer {name!r}: expected lists in the stored plan, got {odd}")
-    inputs = tuple(stored.pop("input_segments", (linear.in_features,)))
-    outputs = tuple(stored.pop("output_segments", (linear.out_features,)))
+    inputs = tuple(stored.pop("input_segments", (in_features,)))
+    outputs = tuple(stored.pop("output_segments", (out_features,)))
     dual = tuple(stored.pop("dual", (False,) * len(inputs)))
     if stored:
         raise ConfigError(f"layer {name!r}: unknown keys {sorted(stored)} in the stored plan")
-    for what, sizes, total in (("input", inputs, linear.in_features), ("output", outputs, linear.out_features)):
+    for what, sizes, total in (("input", inputs, in_features), ("output", outputs, out_features)):
         if not all(type(s) is int and s > 0 for s in sizes) or sum(sizes) != total:
             raise ConfigError(f"layer {name!r}: {what}_segments={list(sizes)} do not sum to {what}_features={total}")
     if len(dual) != len(inputs) or not all(type(d) is bool for d in dual):
@@ -209,7 +229,8 @@ def layer_plan(name: str, linear: nn.Linear, config: LayerConfig, stored: Mappin
         raise ConfigError(
             f"layer {name!r}: dual scale needs an input_quant.type of at most 15 bits, not {quant and quant.type}"
         )
-    return LayerPlan(config, linear.in_features, linear.out_features, inputs, outputs, dual, folded)
+    rank = module.get_parameter("weight").dim()
+    return LayerPlan(config, in_features, out_features, inputs, outputs, dual, folded, rank, tied)
 
 
 def _can_be_dual(config: LayerConfig) -> bool:
@@ -222,7 +243,7 @@ class Plan:
 
     Attributes:
         layers: by name, in order of execution.
-        skipped: why each other linear is left alone.
+        skipped: why each other layer is left alone.
         folds: of the folded layers, in order of execution.
     """
 
@@ -263,22 +284,6 @@ def matches(names: Iterable[str], keys: Collection[str]) -> bool:
     return any(f".{key}." in f".{name}." or fnmatchcase(name, key) for name in names for key in keys)
 
 
-def shared_weights(model: nn.Module) -> dict[str, str]:
-    """Return the modules whose parameters are those of another module too, and why they stay in full precision."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for param in module._parameters.values():
-            if param is not None:
-                owners.setdefault(id(param), []).append(name)
-    shared = [list(dict.fromkeys(names)) for names in owners.values()]
-    return {
-        name: f"its weight is tied to {next(other for other in reversed(names) if other != name)}"
-        for names in shared
-        if len(names) > 1
-        for name in names
-    }
-
-
 def plan_layers(
     model: nn.Module,
     rules: QuantRules,
@@ -286,10 +291,10 @@ def plan_layers(
     example: Any = None,
     facts: ModelFacts | None = None,
 ) -> Plan:
-    """Decide what every linear of ``model`` will become. Needs no weights: the model may be on the meta device.
+    """Decide what every layer of ``model`` will become. Needs no weights: the model may be on the meta device.
 
     Args:
-        model: any module; only modules whose type is exactly ``nn.Linear`` are quantized.
+        model: any module; what can be quantized of it, :mod:`hfquant.nn.kinds` says.
         rules: the validated config.
         not_convert: names, path components or globs to leave alone, beside the default ones.
         example: model inputs for pattern detection: a tensor, positional arguments, or a dict of keyword arguments;
@@ -300,7 +305,7 @@ def plan_layers(
         ConfigError: the config is invalid, or does not fit a layer.
     """
     facts = facts or ModelFacts()
-    chosen, skipped = _chosen(model, rules, not_convert, facts)
+    chosen, skipped, ties = _chosen(model, rules, not_convert, facts)
     traces = _traces(model, chosen, example, facts)
     # Where no forward was watched the source code says what it can.
     obstacles = {n: t.obstacle for n, t in traces.items() if t.obstacle} if traces else obstacles_in_source(model)
@@ -311,15 +316,23 @@ def plan_layers(
     folds = plan_folds(model, chosen, traces)
     folded = {name: fold.source.module for fold in folds for name in fold.readers}
     layers = {n: _with_trace(n, model.get_submodule(n), chosen[n], traces.get(n), folded.get(n)) for n in order}
+    layers = {n: replace(p, tied=ties[n]) if ties.get(n) in layers else p for n, p in layers.items()}
     _log_cuts(type(model).__name__, layers)
     return Plan(layers, skipped, tuple(folds))
 
 
 def _chosen(
     model: nn.Module, rules: QuantRules, not_convert: Collection[str], facts: ModelFacts
-) -> tuple[dict[str, LayerConfig], dict[str, str]]:
-    """Return the configs of the linears to quantize, and why each other one is not; warn of names that match none."""
-    skips = shared_weights(model) | dict(facts.skipped)
+) -> tuple[dict[str, LayerConfig], dict[str, str], dict[str, str]]:
+    """Decide which layers are quantized; warn of names that match none.
+
+    Returns:
+        The configs of those to quantize, why each other one is not, and whose weight each shares that shares one.
+    """
+    kinds, groups = layers_in(model), tied_groups(model, facts.tied)
+    tied = {name: next(n for n in reversed(group) if n != name) for group in groups for name in group}
+    codec = autoencoder_convs(model, kinds)
+    open_to: dict[str, LayerConfig] = {}
     chosen: dict[str, LayerConfig] = {}
     skipped: dict[str, str] = {}
     idle, unused = dict.fromkeys(rules.patterns), dict.fromkeys(not_convert)
@@ -327,31 +340,47 @@ def _chosen(
         names = facts.aliases(name)
         for key in [k for k in unused if matches(names, [k])]:
             del unused[key]
-        if not isinstance(module, nn.Linear):
+        kind, refused = kinds.get(name), refusal(module)
+        if kind is None and not refused:
             continue
         globs = rules.matching(*names)
         for glob in globs:
             idle.pop(glob, None)
         asked = any(rules.raw[glob].get("enable") is True for glob in globs)
         layer = rules.resolve(*names)
-        if type(module) is not nn.Linear:
-            skipped[name] = f"it is a subclass of nn.Linear, {type(module).__name__}"
+        options = [] if kind is None else [facts.optional.get(name, ""), kind.optional(module)]
+        options += ["autoencoder_convs"] if name in codec else []
+        closed = [option for option in options if option and option not in layer.include]
+        if kind is None:
+            skipped[name] = refused
         elif not name:
             skipped[name] = "it is the whole model, so nothing can hold its replacement; wrap it in nn.Sequential"
         elif matches(names, not_convert):
             skipped[name] = EXCLUDED
         elif not layer.enable:
             skipped[name] = SWITCHED_OFF
-        elif name in skips and not asked:
-            skipped[name] = skips[name]
+        elif name in facts.skipped and not asked:
+            skipped[name] = facts.skipped[name]
+        elif closed and not asked:
+            skipped[name] = OPTIONAL[closed[0]]
         else:
-            chosen[name] = layer
+            open_to[name] = kind.fitted(layer)
+            if name in tied and not asked:
+                skipped[name] = f"its weight is tied to {tied[name]}"
+            else:
+                chosen[name] = layer
+    ties: dict[str, str] = {}
+    for group in groups:
+        together = configs_together(group, open_to, kinds)
+        chosen |= together
+        skipped = {name: why for name, why in skipped.items() if name not in together}
+        ties |= {name: group[0] for name in group[1:] if name in together}
     who = type(model).__name__
     for glob in idle:
-        logger.warning("%s: config[%r] matches no linear (those of a block are %r)", who, glob, f"{glob}.*")
+        logger.warning("%s: config[%r] matches no layer (those of a block are %r)", who, glob, f"{glob}.*")
     for key in unused:
         logger.warning("%s: modules_to_not_convert: %r matches no module", who, key)
-    return chosen, skipped
+    return chosen, skipped, ties
 
 
 def _log_cuts(who: str, layers: Mapping[str, LayerPlan]) -> None:
@@ -385,10 +414,10 @@ def _traces(
 
 
 def _with_trace(
-    name: str, linear: nn.Module, config: LayerConfig, found: LinearTrace | None, source: str | None
+    name: str, module: nn.Module, config: LayerConfig, found: LinearTrace | None, source: str | None
 ) -> LayerPlan:
-    assert isinstance(linear, nn.Linear)
-    base = replace(layer_plan(name, linear, config), folded=source is not None)
+    base = replace(layer_plan(name, module, config), folded=source is not None)
+    config = base.config
     if found is None:
         return base
     quant, weight, grouped = config.input_quant, config.weight_quant, config.group_size is not None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import xxhash
 from accelerate.utils import align_module_device
-from torch import nn
+from torch import Tensor, nn
 
 from hfquant.calibration.batches import CalibrationData, CalibrationError, samples
 from hfquant.config import QuantRules
@@ -25,8 +25,9 @@ from hfquant.distributed import Processes, processes
 from hfquant.folding import Folding, find_folding
 from hfquant.guard import Mended, mend, outcome, samples_to_check
 from hfquant.memory import free_memory, release_free_memory
-from hfquant.nn.linear import QuantLinear
-from hfquant.nn.modules import log_share, quant_linears, replace_modules
+from hfquant.nn.kinds import kind_of
+from hfquant.nn.linear import QuantLayer, QuantLinear
+from hfquant.nn.modules import log_share, quant_linears, replace_modules, tie
 from hfquant.observe import observe
 from hfquant.offload import refuse_group_offloaded
 from hfquant.planner import EXCLUDED, SWITCHED_OFF, LayerPlan, ModelFacts, Plan, plan_layers
@@ -104,11 +105,24 @@ class Run:
     seen: dict[str, LayerStats] = field(default_factory=dict)
     checks: Sequence[Any] | None = None
 
-    def linear(self, name: str) -> nn.Linear:
+    def module(self, name: str) -> nn.Module:
         """Return a layer that is not replaced yet."""
-        linear = self.model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        return linear
+        return self.model.get_submodule(name)
+
+    def matrix(self, name: str) -> Tensor:
+        """Return its float matrix [out, in], divisors folded in; it must be aligned."""
+        module = self.module(name)
+        kind = kind_of(module)
+        assert kind is not None
+        return self.folding.weight(name, kind.matrix(module.get_parameter("weight").detach()))
+
+    def quantized(self, name: str, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantLayer:
+        """Return the quantized layer of solved tensors; the float one must be aligned."""
+        module = self.module(name)
+        kind = kind_of(module)
+        assert kind is not None
+        bias = self.folding.bias(name, module._parameters.get("bias"))
+        return kind.from_tensors(plan, tensors, bias, module)
 
 
 def quantize(
@@ -119,7 +133,7 @@ def quantize(
     facts: ModelFacts | None = None,
     finish: Callable[[Applied], None] = lambda applied: None,
 ) -> Applied:
-    """Quantize the linears of ``model`` in place; where that fails the model is left as it was.
+    """Quantize the layers of ``model`` in place; where that fails the model is left as it was.
 
     Args:
         model: any module.
@@ -132,7 +146,7 @@ def quantize(
     Raises:
         ConfigError: the config does not fit a layer.
         CalibrationError: data is missing, empty, or has NaN or Inf.
-        ValueError: the model is already quantized or group offloaded, has no linears, or differs from another process'.
+        ValueError: the model is already quantized or group offloaded, has no layers, or differs from another process'.
         RuntimeError: it failed in another process, which the message names with its cause.
     """
     settings, facts = settings or Settings(), facts or ModelFacts()
@@ -144,7 +158,7 @@ def quantize(
     with log_shown() if settings.verbose else nullcontext(), sharing as group:
         run = _prepared(model, loader, rules, settings, facts, group)
         if not run.plan.layers:
-            logger.warning("%s: every linear is switched off or skipped; nothing is quantized", type(model).__name__)
+            logger.warning("%s: every layer is switched off or skipped; nothing is quantized", type(model).__name__)
             return Applied(run.plan, QuantReport([], run.plan.skipped))
         return _applied(_folded(run), settings.verbose, finish)
 
@@ -163,7 +177,9 @@ def _prepared(
             example = samples(data.first)[0]
         plan = plan_layers(model, rules, settings.not_convert, example, facts)
         if not plan.layers and not {EXCLUDED, SWITCHED_OFF} & set(plan.skipped.values()):
-            raise ValueError(f"{type(model).__name__} has nothing to quantize: {plan.skipped or 'no nn.Linear'}")
+            raise ValueError(
+                f"{type(model).__name__} has nothing to quantize: {plan.skipped or 'no layer of a kind that can be'}"
+            )
         needing = [name for name, layer in plan.layers.items() if layer.config.needs_data]
         if needing and data is None:
             more = f" (and {len(needing) - 1} more)" if len(needing) > 1 else ""
@@ -235,8 +251,8 @@ def _folded(run: Run) -> Run:
 
 def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Applied:
     """Solve all layers, then swap them in and finish, in one step that is undone whole."""
-    originals: dict[str, nn.Module] = {name: run.linear(name) for name in run.plan.layers}
-    layers: dict[str, QuantLinear] = {}
+    originals: dict[str, nn.Module] = {name: run.module(name) for name in run.plan.layers}
+    layers: dict[str, QuantLayer] = {}
     sources = run.folding.sources(run.model, run.plan)
     originals |= {name: run.model.get_submodule(name) for name in sources}
     handles: list[Any] = []
@@ -257,12 +273,15 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
         for handle in handles:
             handle.remove()
         replace_modules(run.model, {originals[name]: module for name, module in (layers | sources).items()})
+        tie(run.model)
         needing = {name for name, layer in run.plan.layers.items() if layer.config.needs_data}
         if needing and all(r.fallback for r in reports if r.name in needing):
             logger.warning("calibration ran none of the layers that need its data")
         if needing and run.checks is not None:
             options = run.facts.options(layers.values())
-            mended |= mend(run.model, layers, originals, run.folding, run.checks, options, run.group)
+            # What is tied has codes in common with an embedding, and keeps them.
+            linears = {n: x for n, x in layers.items() if isinstance(x, QuantLinear) and not x.plan.tied}
+            mended |= mend(run.model, linears, originals, run.folding, run.checks, options, run.group)
             replace_modules(run.model, {layers[name]: module for name, (_, module) in mended.items()})
         applied = Applied(*outcome(run.plan, layers, mended, reports), originals)
         finish(applied)
@@ -301,7 +320,7 @@ def block_of(name: str) -> str:
     return found.group() if found else name.rpartition(".")[0]
 
 
-def _solve_group(run: Run, names: Sequence[str]) -> Iterator[tuple[str, QuantLinear, LayerReport]]:
+def _solve_group(run: Run, names: Sequence[str]) -> Iterator[tuple[str, QuantLayer, LayerReport]]:
     """Observe the layers of a group in one pass over the data, then solve them, each in one of the processes."""
     group, layers = run.group, {name: run.plan.layers[name] for name in names}
     with group.together():
@@ -314,7 +333,7 @@ def _solve_group(run: Run, names: Sequence[str]) -> Iterator[tuple[str, QuantLin
     if needs and not stats:
         stats = _observed(run, needs, {n: owners[n] for n in needs})
 
-    def solved() -> Iterator[tuple[str, QuantLinear, LayerReport]]:
+    def solved() -> Iterator[tuple[str, QuantLayer, LayerReport]]:
         for name in names:
             if owners[name] == group.rank:
                 yield name, *_solve_layer(run, name, stats.pop(name, None), known.get(name))
@@ -330,11 +349,11 @@ def _solve_group(run: Run, names: Sequence[str]) -> Iterator[tuple[str, QuantLin
         if name in mine:
             yield name, *mine[name]
             continue
-        linear = run.linear(name)
-        with align_module_device(linear):
-            tensors = {key: tensor.to(linear.weight.device) for key, tensor in tensors.items()}
-            bias = run.folding.bias(name, linear.bias)
-            yield name, QuantLinear.from_tensors(layer_plan, tensors, bias), report
+        module = run.module(name)
+        with align_module_device(module):
+            device = module.get_parameter("weight").device
+            tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
+            yield name, run.quantized(name, layer_plan, tensors), report
 
 
 def _observed(run: Run, needs: Mapping[str, Collection[str]], owners: Mapping[str, int]) -> dict[str, LayerStats]:
@@ -342,13 +361,13 @@ def _observed(run: Run, needs: Mapping[str, Collection[str]], owners: Mapping[st
     stats: dict[str, LayerStats] = {}
     with run.group.together():
         if run.data is not None:
-            linears = {n: run.linear(n) for n in needs}
+            modules = {n: run.module(n) for n in needs}
             stats = observe(
                 run.model,
-                linears,
+                modules,
                 run.data,
                 needs,
-                options=run.facts.options(linears.values()),
+                options=run.facts.options(modules.values()),
                 stop_early=run.per_layer_mode,
                 shard=run.shard,
             )
@@ -360,10 +379,10 @@ def _known(run: Run, names: Sequence[str]) -> dict[str, Solution]:
     """Return the layers that an interrupted run solved."""
     known = {}
     for name in names if run.cache is not None else ():
-        linear, plan = run.linear(name), run.plan.layers[name]
-        with align_module_device(linear):
+        plan = run.plan.layers[name]
+        with align_module_device(run.module(name)):
             assert run.cache is not None
-            weight = run.folding.weight(name, linear.weight.detach())
+            weight = run.matrix(name)
             solution = run.cache.find(name, run.cache.key(name, weight, plan), plan)
         if solution is not None:
             known[name] = solution
@@ -372,18 +391,19 @@ def _known(run: Run, names: Sequence[str]) -> dict[str, Solution]:
 
 def _solve_layer(
     run: Run, name: str, stats: LayerStats | None, known: Solution | None
-) -> tuple[QuantLinear, LayerReport]:
-    linear, plan = run.linear(name), run.plan.layers[name]
+) -> tuple[QuantLayer, LayerReport]:
+    module, plan = run.module(name), run.plan.layers[name]
     start = time.perf_counter()
     # Offloaded weights are fetched for the moment.
-    with align_module_device(linear), torch.no_grad():
-        weight, stats = run.folding.weight(name, linear.weight.detach()), run.folding.stats(name, stats)
-        if linear.bias is not None:
-            check_finite(name, "biases", linear.bias)
-        solution = known or solve(name, weight, plan, stats, linear.weight.dtype)
+    with align_module_device(module), torch.no_grad():
+        weight, stats = run.matrix(name), run.folding.stats(name, stats)
+        bias = module._parameters.get("bias")
+        if bias is not None:
+            check_finite(name, "biases", bias)
+        solution = known or solve(name, weight, plan, stats, module.get_parameter("weight").dtype)
         if run.cache is not None and known is None:
             run.cache.store(name, run.cache.key(name, weight, plan), solution)
-        layer = QuantLinear.from_tensors(solution.plan, solution.tensors, run.folding.bias(name, linear.bias))
+        layer = run.quantized(name, solution.plan, solution.tensors)
         seconds = time.perf_counter() - start
         report = layer_report(name, weight, solution, layer, stats, seconds)
     release_free_memory()

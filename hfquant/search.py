@@ -114,7 +114,10 @@ def search(
     held = seen[-max(1, len(seen) // 4) :]
     seen = seen[: len(seen) - len(held)]
     facts = facts or ModelFacts()
-    plans = {name: plan_layers(model, QuantRules(config), (), seen[0], facts).layers for name, config in rules.items()}
+    plans = {
+        name: _linears(model, plan_layers(model, QuantRules(config), (), seen[0], facts).layers)
+        for name, config in rules.items()
+    }
     first = next(iter(plans.values()))
     sensitivity = _sensitivity(model, list(first), seen)
     table = _table(model, plans, seen, sensitivity, facts, width)
@@ -132,6 +135,11 @@ def search(
         judged = {how: _divergence(model, plans, found[how], held) for how in sorted(distinct.values())}
     best = min(judged, key=lambda how: judged[how]) if judged else "output"
     return _result(raw, table, found[best], limit, weights, judged)
+
+
+def _linears(model: nn.Module, layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """Return the plans of linears alone: other kinds of layers keep the base's format."""
+    return {name: plan for name, plan in layers.items() if isinstance(model.get_submodule(name), nn.Linear)}
 
 
 def _with_type(raw: Mapping[str, Any], name: str) -> dict[str, Any]:

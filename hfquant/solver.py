@@ -50,6 +50,8 @@ def solve(
         ValueError: the weight has NaN or Inf.
     """
     check_finite(name, "weights", weight)
+    # A transposed or permuted matrix would give codes that are: neither kernels nor safetensors take those.
+    weight = weight.contiguous()
     fallback = plan.config.needs_data and stats is None
     if fallback:
         plan = plan.without_data()

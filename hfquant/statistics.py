@@ -203,6 +203,12 @@ class LayerStats:
         sums = {name: STATISTICS[name].reduction(ours, other.sums[name]) for name, ours in self.sums.items()}
         return LayerStats(self.count + other.count, sums, self.sample.merge(other.sample))
 
+    def widened(self, low: Tensor, high: Tensor) -> LayerStats:
+        """Return the statistics with the ranges, [halves, in] each, of further rows, which count for nothing else."""
+        ranges = {"low": low, "high": high}
+        found = {name: STATISTICS[name].reduction(self.sums[name], more) for name, more in ranges.items()}
+        return replace(self, sums={**self.sums, **found})
+
     def to(self, device: torch.device) -> LayerStats:
         """Return the same on another device."""
         sums = {k: v.to(device) for k, v in self.sums.items()}
@@ -293,26 +299,29 @@ class Collector:
         self.stats: dict[str, LayerStats] = {}
         self._measured: dict[tuple[int, frozenset[str]], _Measured] = {}
         self._draws: dict[int, Tensor] = {}
-        self._seed = 0
+        self.seed = 0
 
     def start(self, seed: int) -> None:
         """Begin a sample whose rows are drawn by ``seed`` (the CPU's generator takes 32 bits of it)."""
-        self._seed = seed % 2**32
+        self.seed = seed % 2**32
         self._draws.clear()
         self._measured.clear()
 
-    def add(self, name: str, x: Tensor, mask: Tensor | None = None) -> int:
+    def add(
+        self, name: str, x: Tensor, mask: Tensor | None = None, left_out: tuple[Tensor, Tensor] | None = None
+    ) -> int:
         """Take in an input of layer ``name``.
 
         Args:
             name: of the layer.
             x: [..., in].
             mask: bool of ``x``'s first dimensions, the rows that count; None: all.
+            left_out: ranges of rows that ``x`` is a sample of; see :meth:`LayerStats.widened`.
 
         Returns:
             How many values are NaN or Inf; nothing is taken in then.
         """
-        measured = self._measure(name, x, mask)
+        measured = self._measure(name, x, mask, left_out)
         if measured is None:
             return 0
         if isinstance(measured, int):
@@ -323,7 +332,9 @@ class Collector:
         self.stats[name] = measured.merged[id(old)][1]
         return 0
 
-    def _measure(self, name: str, x: Tensor, mask: Tensor | None) -> _Measured | int | None:
+    def _measure(
+        self, name: str, x: Tensor, mask: Tensor | None, left_out: tuple[Tensor, Tensor] | None
+    ) -> _Measured | int | None:
         key = id(x), self.needs[name]
         known = self._measured.get(key)
         if known is not None and known.of() is x and known.version == x._version:
@@ -332,6 +343,8 @@ class Collector:
         if not rows.shape[0]:
             return None
         new = LayerStats.of(rows, self._draw(len(rows)), self.needs[name])
+        if left_out is not None:
+            new = new.widened(*left_out)
         if not (new.low.isfinite().all() and new.high.isfinite().all()):
             return int((~rows.isfinite()).sum())
         # Forgotten with the tensor: kept to the end of the batch, those of all layers would add up.
@@ -340,6 +353,6 @@ class Collector:
 
     def _draw(self, rows: int) -> Tensor:
         if rows not in self._draws:
-            generator = torch.Generator().manual_seed(self._seed)
+            generator = torch.Generator().manual_seed(self.seed)
             self._draws[rows] = torch.rand(rows, dtype=torch.float64, generator=generator)
         return self._draws[rows]

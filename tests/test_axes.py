@@ -1,4 +1,4 @@
-"""The three open axes: a number format, a transform and a rounding of this file's own, one line in a table each.
+"""The open axes: a number format, a transform, a rounding and a kind of layer of this file's own, one line each.
 
 Each quantizes a plain module, a Llama and a denoiser, is saved, loaded and run on codes. Nothing else in hfquant knows
 of them.
@@ -17,13 +17,15 @@ import torch
 from diffusers import DiTTransformer2DModel
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
 import hfquant
 from hfquant.algorithms import ROUNDINGS, TRANSFORMS, Problem, Rounding, TensorSpec, Transform, Transformed
 from hfquant.config import ConfigError, parse
 from hfquant.formats import FORMATS, Grid, GridRule, NumberFormat
 from hfquant.formats.integer import IntegerFormat
+from hfquant.nn.kinds import KINDS
+from hfquant.nn.linear import QuantLayer
 from hfquant.nn.modules import quant_linears
 from hfquant.statistics import STATISTICS, LayerStats, Reduction, Statistic
 
@@ -328,9 +330,122 @@ def test_names_and_options_are_checked_like_hfquant_s_own(config: dict[str, Any]
             parse({"default": {"calib": {"type": "half_up"}, "weight_quant": {"type": "fp16"}}})
 
 
+class Channels(nn.Module):
+    """A linear on dimension 1 that keeps its weight as [in, out] and multiplies its output by a constant."""
+
+    def __init__(self, inputs: int, outputs: int, gain: float) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * (x.movedim(1, -1) @ self.weight + self.bias).movedim(-1, 1)
+
+
+class QuantChannels(QuantLayer):
+    """What such a module becomes."""
+
+    gain: float
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        return isinstance(module, Channels)
+
+    @staticmethod
+    def refuses(module: nn.Module) -> str:
+        return "" if isinstance(module, Channels) and module.gain else "all of it is zero"
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        return weight.T
+
+    @staticmethod
+    def float_weight(matrix: Tensor, shape: torch.Size) -> Tensor:
+        return matrix.T
+
+    @staticmethod
+    def rows(module: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, None]:
+        return x.movedim(1, -1), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain: Any = self._float.gain
+        return gain * self.multiply(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class ChannelsConfig(PretrainedConfig):
+    model_type = "channels"
+
+
+class ChannelsModel(PreTrainedModel):
+    config_class = ChannelsConfig
+
+    def __init__(self, config: ChannelsConfig) -> None:
+        super().__init__(config)
+        self.first, self.second, self.idle = Channels(20, 24, 2.0), Channels(24, 12, -1.0), Channels(20, 20, 0.0)
+        self.post_init()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu()) + self.idle(x).sum()
+
+
+KIND_CONFIGS: dict[str, dict[str, Any]] = {
+    "w8a8": {"opt": {"type": "smooth"}, "input_quant": {"type": "int8"}, "weight_quant": {"type": "int8", "axis": -1}},
+    "w4": {"opt": {"type": "default"}, "input_quant": None, "weight_quant": {"type": "int4", "group_size": 8}},
+    "gptq, low rank": {
+        "opt": {"type": "svd", "low_rank": 2}, "calib": {"type": "gptq"}, "input_quant": DYNAMIC,
+        "weight_quant": {"type": "int4", "axis": -1},
+    },
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", KIND_CONFIGS.values(), ids=KIND_CONFIGS)
+def test_a_kind_of_layer(fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned, calibrated on its own rows, saved, loaded, quantized while loading, and itself again in float."""
+    monkeypatch.setattr("hfquant.nn.kinds.KINDS", [*KINDS, QuantChannels])
+    config = {"default": fields}
+    torch.manual_seed(0)
+    model, x = ChannelsModel(ChannelsConfig()).eval(), torch.randn(3, 20, 7)
+    float_state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "float")
+    exact = model(x)
+    found = hfquant.plan(model, config, {"x": x})
+    assert {n: (p.in_features, p.out_features) for n, p in found.layers.items()} == {
+        "first": (20, 24), "second": (24, 12),
+    }  # fmt: skip
+    assert found.skipped == {"idle": "all of it is zero"}
+    hfquant.quantize(model, [{"x": x}], config, resume_dir=tmp_path / "resume")
+    assert [type(m) for m in (model.first, model.second, model.idle)] == [QuantChannels, QuantChannels, Channels]
+    output = model(x)
+    assert 0 < (output - exact).norm() < 0.3 * exact.norm()
+    hfquant.set_real_quant(model)
+    torch.testing.assert_close(model(x), output, rtol=1e-3, atol=1e-3)
+    hfquant.set_real_quant(model, False)
+
+    model.save_pretrained(tmp_path / "quantized")
+    loaded = ChannelsModel.from_pretrained(tmp_path / "quantized").eval()
+    assert same(model, loaded)
+    assert torch.equal(loaded(x), output)
+    with pytest.raises(RuntimeError):
+        # No float module takes the codes.
+        Channels(20, 24, 2.0).load_state_dict({"weight": model.first.codes_on_disk(), "bias": model.first.bias})
+    streamed = ChannelsModel.from_pretrained(
+        tmp_path / "float", quantization_config=hfquant.HfQuantConfig(config, calibration=[{"x": x}])
+    )
+    assert same(model, streamed)
+
+    hfquant.dequantize(loaded)
+    assert type(loaded.first) is Channels
+    assert loaded.first.gain == 2.0
+    assert {k: v.shape for k, v in loaded.state_dict().items()} == {k: v.shape for k, v in float_state.items()}
+    error = (loaded.first.weight - float_state["first.weight"]).norm() / float_state["first.weight"].norm()
+    assert 0 < error < 0.2
+
+
 def test_the_tables_are_as_they_were() -> None:
     """What a test puts there is gone again, or a name would be known by accident."""
     assert "int5" not in FORMATS
     assert "powers" not in FORMATS
     assert TRANSFORMS.keys() == {"default", "smooth", "svd"}
     assert ROUNDINGS.keys() == {"amax", "gptq"}
+    assert QuantChannels not in KINDS

@@ -59,22 +59,36 @@ def tiny_llama(**changes) -> LlamaForCausalLM:
 
 def test_every_linear_and_nothing_else() -> None:
     class Special(nn.Linear):
-        pass
+        def forward(self, input):
+            return super().forward(input) + 1
+
+    class Same(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
 
     model = nn.ModuleDict(
         {
             "plain": nn.Linear(4, 4),
             "special": Special(4, 4),
+            "same": Same(4, 4),
             "attention": nn.MultiheadAttention(4, 1),
             "conv": nn.Conv1d(4, 4, 1),
+            "depthwise": nn.Conv2d(4, 4, 3, groups=4),
+            "up": nn.ConvTranspose2d(4, 4, 2),
+            "embedding": nn.Embedding(4, 4),
             "bilinear": nn.Bilinear(4, 4, 4),
         }
     )
     found = plan(model, OFF)
-    assert list(found.layers) == ["plain"]
+    assert list(found.layers) == ["plain", "same", "conv"]
     assert found.skipped == {
         "special": "it is a subclass of nn.Linear, Special",
+        "attention": "nn.MultiheadAttention reads its projections as raw parameters",
         "attention.out_proj": "it is a subclass of nn.Linear, NonDynamicallyQuantizableLinear",
+        "depthwise": "a convolution in 4 groups",
+        "up": "a transposed convolution",
+        "embedding": "an embedding",
+        "bilinear": "a bilinear layer",
     }
 
 
@@ -100,6 +114,7 @@ def test_tied_weights_of_plain_modules() -> None:
     found = plan(model, OFF)
     assert list(found.layers) == ["free"]
     assert found.skipped == {
+        "embed": "an embedding",
         "out": "its weight is tied to embed", "a": "its weight is tied to b", "b": "its weight is tied to a",
     }  # fmt: skip
 
@@ -114,7 +129,7 @@ def test_a_parameter_under_two_names_of_one_module_is_not_tied() -> None:
 def test_heads_and_tied_weights_of_transformers(tied) -> None:
     found = plan(tiny_llama(tie_word_embeddings=tied), OFF)
     assert len(found.layers) == 2 * 7
-    assert list(found.skipped) == ["lm_head"]
+    assert list(found.skipped) == ["model.embed_tokens", "lm_head"]
     assert found.skipped["lm_head"] == "the model's output head"
 
 
@@ -177,7 +192,7 @@ def test_globs_that_match_nothing_are_reported(caplog) -> None:
     with caplog.at_level(logging.WARNING, "hfquant"):
         plan(Net(), {**OFF, "blocks.0": {"enable": False}, "*.up": {"enable": False}})
     assert [r.getMessage() for r in caplog.records] == [
-        "Net: config['blocks.0'] matches no linear (those of a block are 'blocks.0.*')"
+        "Net: config['blocks.0'] matches no layer (those of a block are 'blocks.0.*')"
     ]
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch import nn
 
 from hfquant.dataflow.weights import CAST, READ, fast_path_linears
+from hfquant.nn.kinds import layers_in
 
 _HARMLESS = frozenset(("device", "shape", "ndim", "size", "numel", "is_floating_point", "requires_grad"))
 
@@ -30,7 +31,7 @@ def obstacles_in_source(model: nn.Module) -> dict[str, str]:
         Linear -> reason, as in ``LinearTrace.obstacle``; linears of which nothing is known are left out.
     """
     found = dict.fromkeys(sorted(fast_path_linears(model)), READ)
-    linears = {id(m): name for name, m in model.named_modules() if type(m) is nn.Linear}
+    linears = {id(model.get_submodule(name)): name for name in layers_in(model)}
     uses = {kind: _uses(kind) for kind in {type(m) for m in model.modules()}}
     for module in model.modules():
         for use in sorted(uses[type(module)], reverse=True):  # of two reasons READ comes first

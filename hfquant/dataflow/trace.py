@@ -27,6 +27,8 @@ from hfquant.dataflow.tracker import Call, FeatureTracker, Slice
 from hfquant.dataflow.twin import PatternError, run_twin
 from hfquant.dataflow.weights import WeightWatch, find_obstacles
 from hfquant.enums import SegPattern
+from hfquant.nn.kinds import layers_in, size_of
+from hfquant.nn.linear import QuantLayer, QuantLinear, first
 
 __all__ = ["LinearTrace", "PatternError", "failure", "trace"]
 
@@ -35,7 +37,7 @@ ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
 
 @dataclass(frozen=True)
 class LinearTrace:
-    """What one watched forward says about one ``nn.Linear``.
+    """What one watched forward says about one layer.
 
     Attributes:
         name: qualified module name.
@@ -81,8 +83,8 @@ def trace(
             Where code depends on a weight's dtype, a second run shows whether it bears that dtype.
 
     Returns:
-        One :class:`LinearTrace` for each module of type ``nn.Linear`` (no subclass) that ran or cannot be replaced, in
-        order of execution. Where the calls of one linear disagree, its segments are the finest common refinement
+        One :class:`LinearTrace` for each layer (:mod:`hfquant.nn.kinds`) that ran or cannot be replaced, in order of
+        execution. Where the calls of one linear disagree, its segments are the finest common refinement
         (a cut is never wrong) and an activation is kept if all calls agree on it.
 
     Raises:
@@ -92,9 +94,9 @@ def trace(
     if example is None:
         raise ValueError("trace needs example inputs: a tensor, a tuple of positional or a dict of keyword arguments")
     wanted = frozenset(SegPattern.all() if patterns is None else patterns)
-    if codes is None:
-        codes = {name: torch.int8 for name, m in model.named_modules() if type(m) is nn.Linear}
-    run, fake = run_twin(model, example, functools.partial(_Watch, model, wanted, codes))
+    layers = layers_in(model)
+    codes = dict.fromkeys(layers, torch.int8) if codes is None else codes
+    run, fake = run_twin(model, example, functools.partial(_Watch, model, wanted, layers, codes))
     obstacles = find_obstacles(model, example, run.weights, fake)
     calls: dict[str, list[Call]] = {}
     for call in run.features.calls:
@@ -145,16 +147,21 @@ class _Watch(contextlib.ExitStack):
     """Everything that watches one forward of a twin."""
 
     def __init__(
-        self, model: nn.Module, patterns: frozenset[SegPattern], codes: Mapping[str, torch.dtype], twin: nn.Module
+        self,
+        model: nn.Module,
+        patterns: frozenset[SegPattern],
+        layers: Mapping[str, type[QuantLayer]],
+        codes: Mapping[str, torch.dtype],
+        twin: nn.Module,
     ) -> None:
         super().__init__()
         self.features = FeatureTracker(patterns)
-        self.weights = WeightWatch(twin, codes)
+        self.weights = WeightWatch(twin, layers, codes)
         self.scales = ScaleWatch(twin)
         for (_, real), (_, used) in zip(model.named_buffers(), twin.named_buffers(), strict=True):
             if not real.is_meta:
                 self.features.know(used, real)
-        _hook(twin, self.features)
+        _hook(twin, layers, self.features)
 
     def __enter__(self) -> _Watch:
         self.enter_context(self.features)
@@ -163,11 +170,12 @@ class _Watch(contextlib.ExitStack):
         return self
 
 
-def _hook(twin: nn.Module, tracker: FeatureTracker) -> None:
-    """Tell ``tracker`` what goes into and comes out of each linear, and what each activation module makes."""
+def _hook(twin: nn.Module, layers: Mapping[str, type[QuantLayer]], tracker: FeatureTracker) -> None:
+    """Tell ``tracker`` what goes into and comes out of each layer, and what each activation module makes."""
     for name, module in twin.named_modules():
-        if type(module) is nn.Linear:
-            module.register_forward_hook(functools.partial(_on_linear, tracker, name), with_kwargs=True)
+        if name in layers:
+            see = _on_linear if issubclass(layers[name], QuantLinear) else _on_other
+            module.register_forward_hook(functools.partial(see, tracker, name), with_kwargs=True)
         elif type(module).__module__ in ACTIVATION_MODULES and "Softmax" not in type(module).__name__:
             label = type(module).__name__.lower().removesuffix("activation")
             if label not in ("identity", "linear", "tanh", "multihead"):
@@ -175,8 +183,12 @@ def _hook(twin: nn.Module, tracker: FeatureTracker) -> None:
 
 
 def _on_linear(tracker: FeatureTracker, name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-    assert isinstance(module, nn.Linear)
-    tracker.call_linear(name, module, args[0] if args else kwargs["input"], out)
+    tracker.call_linear(name, size_of(module), first(args, kwargs), out)
+
+
+def _on_other(tracker: FeatureTracker, name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    """Record the call alone: what is cut or joined along other dimensions than the last is not followed."""
+    tracker.call_other(name, size_of(module), first(args, kwargs))
 
 
 def _on_activation(tracker: FeatureTracker, label: str, module: nn.Module, args: Any, out: Any) -> None:
@@ -186,10 +198,10 @@ def _on_activation(tracker: FeatureTracker, label: str, module: nn.Module, args:
 
 def _summarize(name: str, order: int, linear: nn.Module, calls: list[Call], obstacle: str | None) -> LinearTrace:
     """Join what the calls of one linear say."""
-    assert isinstance(linear, nn.Linear)
-    ins = _edges(frozenset[int]().union(*(c.input.cuts for c in calls)), linear.in_features)
+    in_features, out_features = size_of(linear)
+    ins = _edges(frozenset[int]().union(*(c.input.cuts for c in calls)), in_features)
     out_cuts = [_out_cuts(c) for c in calls]
-    outs = _edges(frozenset[int]().union(*out_cuts), linear.out_features)
+    outs = _edges(frozenset[int]().union(*out_cuts), out_features)
     activations = tuple(_agreed([_at(c, low, high) for c in calls]) for low, high in ins)
     inputs, outputs = tuple(b - a for a, b in ins), tuple(b - a for a, b in outs)
     joins = list(dict.fromkeys(j for c in calls for j in c.input.joins))

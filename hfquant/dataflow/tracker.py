@@ -150,14 +150,24 @@ class FeatureTracker(TorchFunctionMode):
                     self._step(Op(kind, func, args, kwargs, inputs, outputs))
         return result
 
-    def call_linear(self, name: str, linear: nn.Linear, x: Tensor, out: Tensor) -> None:
-        """Record a call of ``linear`` that made ``out`` [..., out_features] from ``x`` [..., in_features]."""
+    def call_linear(self, name: str, size: tuple[int, int], x: Tensor, out: Tensor) -> None:
+        """Record a call of a linear of ``size`` (in, out) that made ``out`` [..., out] from ``x`` [..., in]."""
+        in_features, out_features = size
         with paused():
-            call = Call(name, self._table.read(self._labels.get(x), linear.in_features), linear.out_features)
+            call = Call(name, self._table.read(self._labels.get(x), in_features), out_features)
             self.calls.append(call)
             if self.patterns & {SegPattern.LINEAR2CHUNK, SegPattern.LINEAR2SPLIT}:
-                index = torch.arange(linear.out_features, dtype=torch.int32)
+                index = torch.arange(out_features, dtype=torch.int32)
                 self._slices[out] = Slice(call, index.expand(out.shape))
+
+    def call_other(self, name: str, size: tuple[int, int], x: Tensor) -> None:
+        """Record a call of another layer of ``size`` (in, out): the activation that made ``x``, and nothing else."""
+        in_features, out_features = size
+        with paused():
+            labels = self._labels.get(x)
+            made_by = {None} if labels is None else self._table.activations(labels)
+            activation = made_by.pop() if len(made_by) == 1 else None
+            self.calls.append(Call(name, Reading(frozenset(), (), {(0, in_features): activation}), out_features))
 
     def call_activation(self, name: str, out: Tensor) -> None:
         """Record that an activation module called ``name`` made ``out``, unless the functions in it already said so."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from hfquant.dataflow.functions import name_of
 from hfquant.dataflow.twin import PatternError, run_twin
+from hfquant.nn.kinds import layers_in
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ class WeightWatch(TorchFunctionMode):
     """See every use of a linear's weight outside its own forward.
 
     Args:
-        twin: the model that will run; hooks are put on the modules that own a linear's weight.
+        twin: the model that will run; hooks are put on the modules that own a layer's weight.
+        layers: the names of what can be quantized in it.
         codes: for each linear that may be quantized, the dtype that its weight will have then.
         answer: answer questions for a weight's dtype with the dtype of its codes.
 
@@ -47,14 +49,16 @@ class WeightWatch(TorchFunctionMode):
         asked: the linears whose dtype was read, with the functions that read it.
     """
 
-    def __init__(self, twin: nn.Module, codes: Mapping[str, torch.dtype], answer: bool = False) -> None:
+    def __init__(
+        self, twin: nn.Module, layers: Collection[str], codes: Mapping[str, torch.dtype], answer: bool = False
+    ) -> None:
         super().__init__()
-        self._dtypes = {name: m.weight.dtype for name, m in twin.named_modules() if type(m) is nn.Linear}
+        self._dtypes = {name: twin.get_submodule(name).get_parameter("weight").dtype for name in layers}
         self.codes = {n: dtype for n, dtype in codes.items() if dtype != self._dtypes.get(n, dtype)}
         self.answer = answer
         self.obstacles: dict[str, str] = {}
         self.asked: dict[str, set[CodeType]] = {}
-        self._owners = _owners(twin)
+        self._owners = _owners(twin, layers)
         self._running: list[nn.Module] = []
         for module in {id(m): m for _, modules in self._owners.values() for m in modules}.values():
             module.register_forward_pre_hook(lambda m, args: self._running.append(m))
@@ -132,8 +136,9 @@ def find_obstacles(model: nn.Module, example: Any, first: WeightWatch, fake: boo
     found = {**first.obstacles, **dict.fromkeys(fast_path_linears(model), READ)}
     asked = {name: first.codes[name] for name in first.asked if name not in found}
     if asked:
+        layers = layers_in(model)
         try:
-            second, _ = run_twin(model, example, lambda twin: WeightWatch(twin, asked, answer=True), [fake])
+            second, _ = run_twin(model, example, lambda twin: WeightWatch(twin, layers, asked, answer=True), [fake])
         except PatternError as error:
             logger.info("where weights have the dtype of codes, %s", error)
             return {**dict.fromkeys(asked, UNCLEAR), **found}
@@ -141,16 +146,16 @@ def find_obstacles(model: nn.Module, example: Any, first: WeightWatch, fake: boo
     return found
 
 
-def _owners(model: nn.Module) -> dict[int, tuple[list[str], list[nn.Module]]]:
-    """Return, by the ``id`` of each linear's weight, the linears it belongs to and all modules that own it."""
+def _owners(model: nn.Module, layers: Collection[str]) -> dict[int, tuple[list[str], list[nn.Module]]]:
+    """Return, by the ``id`` of each layer's weight, the layers it belongs to and all modules that own it."""
     owners: dict[int, tuple[list[str], list[nn.Module]]] = {
-        id(m.weight): ([], []) for m in model.modules() if type(m) is nn.Linear
+        id(model.get_submodule(name).get_parameter("weight")): ([], []) for name in layers
     }
     for name, module in model.named_modules():
         for p in module.parameters(recurse=False):
             if id(p) in owners:
                 owners[id(p)][1].append(module)
-                if type(module) is nn.Linear:
+                if name in layers:
                     owners[id(p)][0].append(name)
     return owners
 

@@ -20,7 +20,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from hfquant.exporters.checkpoint import Converted, ExportError, must_be_of, refuse
-from hfquant.exporters.requantize import plain, requantized
+from hfquant.exporters.requantize import no_linear, plain, requantized
 from hfquant.formats import NumberFormat
 from hfquant.formats.words import to_words
 from hfquant.nn.linear import QuantLinear
@@ -42,7 +42,7 @@ def convert(model: Any, requantize: bool) -> Converted:
     for name, layer in layers.items():
         why = obstacle(layer.plan)
         plans[name] = plain(layer.plan) if why and requantize else layer.plan
-        if why := obstacle(plans[name]):
+        if why := no_linear(layer) or obstacle(plans[name]):
             problems[name] = why
     refuse(problems, "compressed-tensors", requantize)
     scaled = {name: plan for name, plan in plans.items() if plan.config.weight_quant.format.has_scale}
@@ -53,6 +53,7 @@ def convert(model: Any, requantize: bool) -> Converted:
     groups: dict[str, list[str]] = {}
     for name, layer in layers.items():
         plan = plans[name]
+        assert isinstance(layer, QuantLinear)
         with align_module_device(layer):
             if plan is not layer.plan:
                 layer = requantized(name, layer, plan)

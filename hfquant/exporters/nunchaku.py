@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hfquant.exporters.checkpoint import Converted, must_be_of, refuse
-from hfquant.exporters.requantize import plain, requantized
+from hfquant.exporters.requantize import no_linear, plain, requantized
 from hfquant.formats import NumberFormat
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_linears
@@ -45,13 +45,14 @@ def convert(model: Any, requantize: bool) -> Converted:
         why = obstacle(layer.plan)
         if why and requantize:
             why = obstacle(_grouped(layer.plan))
-        if why:
+        if why := no_linear(layer) or why:
             problems[name] = why
     refuse(problems, "nunchaku-lite", requantize)
     dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     rank = max(_RANK, *(-(-_rank(layer.plan) // _RANK) * _RANK for layer in layers.values()))
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
+        assert isinstance(layer, QuantLinear)
         with align_module_device(layer):
             if obstacle(layer.plan):
                 layer = requantized(name, layer, _grouped(layer.plan))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from hfquant.nn.linear import QuantLinear
+from hfquant.nn.linear import QuantLayer, QuantLinear
 from hfquant.planner import LayerPlan
 from hfquant.solver import solve
 
@@ -16,6 +16,11 @@ logger = logging.getLogger(__name__)
 
 #: Groups narrower than this would cost more than they gain.
 _NARROWEST = 16
+
+
+def no_linear(layer: QuantLayer) -> str | None:
+    """Return what a layer is that no other format has codes for; None for a linear."""
+    return None if type(layer) is QuantLinear else f"it is no linear but a {layer._get_name()}"
 
 
 def plain(plan: LayerPlan) -> LayerPlan:

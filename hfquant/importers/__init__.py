@@ -17,6 +17,7 @@ from hfquant.importers.layers import ImportedLayer, LayerKind
 from hfquant.integrations.checkpoint import CheckpointError
 from hfquant.integrations.compat import names_in_model
 from hfquant.integrations.config import HfQuantConfig
+from hfquant.nn.kinds import layers_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,5 +122,5 @@ def _config(model: nn.Module, kinds: Mapping[str, LayerKind]) -> HfQuantConfig:
     for name, kind in kinds.items():
         if kind.weight_quant != usual:
             rules[name] = {"weight_quant": dict(kind.weight_quant)}
-    left = {n: "not quantized in the imported checkpoint" for n, m in model.named_modules() if type(m) is nn.Linear}
+    left = dict.fromkeys(layers_in(model), "not quantized in the imported checkpoint")
     return HfQuantConfig(rules).for_model({}, {n: why for n, why in left.items() if n not in kinds})

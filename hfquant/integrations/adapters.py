@@ -126,7 +126,7 @@ class LoraQuantLinear(Linear):
     def _on_floats(self, tensors: Mapping[str, Any]) -> Iterator[nn.Linear]:
         """Have a plain linear in the place of the base layer, with the float32 weight that ``tensors`` stand for."""
         layer = self.base_layer
-        linear = QuantLinear.from_tensors(layer.plan, tensors, tensors.get("bias")).to_linear(torch.float32)
+        linear: Any = QuantLinear.from_tensors(layer.plan, tensors, tensors.get("bias")).to_float(torch.float32)
         if linear.bias is not None:
             linear.bias = nn.Parameter(linear.bias.clone(), requires_grad=False)
         self.base_layer = linear

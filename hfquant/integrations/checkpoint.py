@@ -3,24 +3,27 @@
 A model loaded without hfquant imported must fail, not run on garbage. diffusers refuses a method that it does not know.
 transformers merely logs it and goes on; config.json stops it (:data:`hfquant.integrations.compat.NEEDS_HFQUANT`), and
 behind that the weights: it takes any tensor named ``weight`` of the right shape, so codes have a leading dimension of 1
-on disk, which no plain ``nn.Linear`` accepts.
+on disk, one more than the weight of the float module has.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from hfquant.config import ConfigError
 from hfquant.console import counted
 from hfquant.integrations.compat import is_marked_initialized, mark_initialized
 from hfquant.integrations.config import HfQuantConfig
-from hfquant.nn.linear import QuantLinear
-from hfquant.nn.modules import quant_linears, replace_modules
+from hfquant.nn.kinds import kind_of, layers_in
+from hfquant.nn.linear import QuantLayer
+from hfquant.nn.modules import quant_linears, replace_modules, tie
 from hfquant.planner import LayerPlan, ModelFacts, Plan, layer_plan, matches
 
 logger = logging.getLogger(__name__)
@@ -33,41 +36,45 @@ class CheckpointError(ValueError):
 def stored_plans(
     model: nn.Module, config: HfQuantConfig, facts: ModelFacts, stored_names: Collection[str] | None = None
 ) -> dict[str, LayerPlan]:
-    """Return the plan of each quantized linear of ``model`` (still float, perhaps on meta) by its checkpoint's config.
+    """Return the plan of each quantized layer of ``model`` (still float, perhaps on meta) by its checkpoint's config.
 
     Args:
         model: the model to load into.
         config: as read from the checkpoint's config.json.
         facts: of the model.
-        stored_names: of the checkpoint's tensors; a linear with none among them is left out. None: all must be there.
+        stored_names: of the checkpoint's tensors; a layer with none among them is left out. None: all must be there.
 
     Raises:
         ConfigError: the stored plan does not fit the model.
     """
     plans = {}
-    for name, linear in model.named_modules():
-        if type(linear) is not nn.Linear:
-            continue
+    layers = layers_in(model)
+    for name in layers:
         names = facts.aliases(name)
-        if stored_names is not None and not any(f"{n}.weight" in stored_names for n in names):
+        tied = any("tied" in config.layers.get(n, ()) for n in names)
+        if stored_names is not None and not tied and not any(f"{n}.weight" in stored_names for n in names):
             continue
         left = config.skipped.keys() & set(names) or matches(names, config.modules_to_not_convert or ())
         rule = config.rules.resolve(*names)
         if rule.enable and not left:
             stored = next((config.layers[n] for n in names if n in config.layers), None)
-            plans[name] = layer_plan(name, linear, rule, stored)
+            plan = layer_plan(name, model.get_submodule(name), rule, stored)
+            plans[name] = replace(plan, tied=next((n for n in facts.aliases(plan.tied) if n in layers), plan.tied))
+    for name, plan in plans.items():
+        if plan.tied and plan.tied not in plans:
+            raise ConfigError(f"layer {name!r}: it is tied to {plan.tied!r}, which is not quantized")
     return plans
 
 
 def warn_if_empty(model: nn.Module, plan: Plan) -> None:
     """Log one line where loading has nothing to quantize: a pipeline may load all parts with one config."""
     if not plan.layers:
-        why = plan.skipped or "no nn.Linear"
+        why = plan.skipped or "no layer that can be"
         logger.warning("%s has nothing to quantize (%s): it stays in full precision", type(model).__name__, why)
 
 
 def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: bool) -> dict[str, nn.Module]:
-    """Replace linears by empty QuantLinears on the meta device.
+    """Replace float layers by empty quantized ones on the meta device.
 
     Args:
         model: changed in place.
@@ -79,16 +86,19 @@ def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: boo
     """
     replacements: dict[nn.Module, nn.Module] = {}
     for name, plan in plans.items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        layer = QuantLinear(plan, linear.bias is not None, "meta", linear.weight.dtype)
+        module = model.get_submodule(name)
+        kind = kind_of(module)
+        assert kind is not None
+        layer = kind.replacing(module, plan)
         if on_disk:
             layer.weight = nn.Parameter(layer.codes_on_disk(), requires_grad=False)
         # transformers initializes what is not marked, modules and tensors that stay on disk alike, and codes have no
         # random initialization. A tensor that is missing is replaced by one without the mark.
+        if plan.tied:
+            layer.borrow(None)  # until :func:`finish_loading`
         for marked in (layer, *layer.parameters(), *layer.buffers()):
             mark_initialized(marked)
-        replacements[linear] = layer
+        replacements[module] = layer
     replace_modules(model, replacements)
     return dict(zip(plans, replacements, strict=True))
 
@@ -111,7 +121,7 @@ def tensor_names(files: Iterable[str | Path]) -> set[str]:
 
 
 def check_names(model: nn.Module, names: Iterable[str]) -> None:
-    """Check that a checkpoint has no tensor of a quantized linear that the linear's plan does not explain.
+    """Check that a checkpoint has no tensor of a quantized layer that the linear's plan does not explain.
 
     Args:
         model: with its QuantLinears in place.
@@ -129,13 +139,13 @@ def check_names(model: nn.Module, names: Iterable[str]) -> None:
             left.append(name)
     if left:
         raise CheckpointError(
-            f"the checkpoint has {_listed(sorted(left))} of quantized linears that its config does not explain: "
+            f"the checkpoint has {_listed(sorted(left))} of quantized layers that its config does not explain: "
             "another config wrote these weights"
         )
 
 
 def check_loaded(model: nn.Module, on_disk: bool) -> None:
-    """Check that every tensor of every QuantLinear came from the checkpoint, with the shape and dtype of its plan.
+    """Check that every tensor of every quantized layer came from the checkpoint, with the shape and dtype of its plan.
 
     transformers fills missing tensors with garbage and casts to the dtype it expects.
 
@@ -149,10 +159,9 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
     missing: list[str] = []
     for name, layer in quant_linears(model).items():
         spec = {key: (shape, dtype) for key, (shape, dtype) in layer.plan.tensors().items()}
-        spec["bias"] = (layer.out_features,), None
+        spec["bias"] = (layer.plan.out_features,), None
         if on_disk:
-            shape, dtype = spec["weight"]
-            spec["weight"] = (1, *shape), layer.format.disk_dtype
+            spec["weight"] = layer.disk_form
         for key, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
             if tensor.device.type == "meta":  # offloaded to disk
                 continue
@@ -170,7 +179,7 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
         raise missing_tensors(missing)
 
 
-def check_values(name: str, layer: QuantLinear) -> None:
+def check_values(name: str, layer: QuantLayer) -> None:
     """Check that a loaded layer's scales are finite and positive, and its other floats finite.
 
     Codes, zero points and the bytes of scales in two levels have no value that is out of range.
@@ -190,8 +199,8 @@ def check_values(name: str, layer: QuantLinear) -> None:
 
 
 def missing_tensors(names: Sequence[str]) -> CheckpointError:
-    """Return the error that says which tensors of quantized linears a checkpoint lacks."""
-    return CheckpointError(f"the checkpoint lacks {_listed(names)} of quantized linears")
+    """Return the error that says which tensors of quantized layers a checkpoint lacks."""
+    return CheckpointError(f"the checkpoint lacks {_listed(names)} of quantized layers")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -207,11 +216,12 @@ def finish_loading(model: nn.Module) -> None:
     """
     for name, layer in quant_linears(model).items():
         # Offloaded weights stay as they are on disk; forward takes both forms.
-        if layer.weight.device.type != "meta" and layer.weight.dim() == 3:
+        if not layer.plan.tied and layer.weight.device.type != "meta" and layer.weight.dim() > layer.plan.rank:
             layer.set_tensor("weight", layer.weight.data)
         check_values(name, layer)
         for param in layer.parameters(recurse=False):
             param.requires_grad_(False)
+    tie(model)
 
 
 def needs_no_data(plan: Plan) -> None:
@@ -223,21 +233,28 @@ def needs_no_data(plan: Plan) -> None:
         raise CalibrationError(f"layer {needing!r} needs calibration data, which quantizing while loading has not got")
 
 
-def codes_on_disk(state_dict: Mapping[str, Tensor], formats: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Return ``state_dict`` with the codes of quantized linears as they are stored: [1, out, ...] of the disk's dtype.
+def codes_on_disk(
+    state_dict: Mapping[str, Tensor], forms: Mapping[str, tuple[tuple[int, ...], torch.dtype] | None]
+) -> dict[str, Tensor]:
+    """Return ``state_dict`` with the codes of quantized layers as they are stored, and tied ones once.
 
     Args:
         state_dict: of the model.
-        formats: the quantized linears' names, and the dtype of their codes on disk.
+        forms: as :func:`disk_forms` gives them.
     """
-    changed = {
-        key: state_dict[key].view(1, *state_dict[key].shape[-2:]).view(dtype)
-        for name, dtype in formats.items()
-        if (key := f"{name}.weight") in state_dict
-    }
-    return {**state_dict, **changed}
+    stored = {}
+    for key, tensor in state_dict.items():
+        form = forms.get(key, (tensor.shape, tensor.dtype))
+        if form is not None:
+            stored[key] = tensor.view(form[0]).view(form[1]) if key in forms else tensor
+    return stored
 
 
-def disk_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """Return the dtype on disk of each quantized linear's codes, by the linear's name."""
-    return {name: layer.format.disk_dtype for name, layer in quant_linears(model).items()}
+def disk_forms(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
+    """Return shape and dtype on disk of each quantized layer's codes, by their name; None for what tied ones share."""
+    forms: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {}
+    for name, layer in quant_linears(model).items():
+        forms[f"{name}.weight"] = layer.disk_form
+        if layer.plan.tied:
+            forms.update({f"{name}.{tensor}": None for tensor in layer.plan.tensors() if tensor.startswith("weight")})
+    return forms

@@ -18,7 +18,7 @@ from hfquant.integrations.checkpoint import (
     CheckpointError,
     check_names,
     codes_on_disk,
-    disk_dtypes,
+    disk_forms,
     finish_loading,
     install_empty,
     missing_tensors,
@@ -39,7 +39,8 @@ from hfquant.integrations.placement import (
     tensor_bytes,
     without_working_memory,
 )
-from hfquant.nn.linear import QuantLinear
+from hfquant.nn.kinds import kind_of
+from hfquant.nn.linear import QuantLayer
 from hfquant.nn.modules import dequantized, log_share, quant_linears, replace_modules
 from hfquant.planner import Plan, plan_layers
 from hfquant.solver import solve
@@ -64,7 +65,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.plan: Plan | None = None
         #: Of the quantized linears, for saving.
-        self.disk_dtypes: dict[str, torch.dtype] = {}
+        self.disk_forms: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {}
         self._stored_names: set[str] = set()
         self._files: list[str] = []
         #: While loading: where tensors go, and the bytes of them all beside those of as many in the model's dtype.
@@ -168,7 +169,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
     def _is_quantized(self, model: ModelMixin, name: str) -> bool:
         if self.plan is not None:
             return name in self.plan.layers
-        return isinstance(model.get_submodule(name), QuantLinear)
+        return isinstance(model.get_submodule(name), QuantLayer)
 
     def check_if_quantized_param(
         self, model: ModelMixin, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -177,7 +178,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         name, _, tensor = param_name.rpartition(".")
         if self.plan is not None:
             return tensor == "weight" and name in self.plan.layers
-        return self.pre_quantized and isinstance(model.get_submodule(name), QuantLinear)
+        return self.pre_quantized and isinstance(model.get_submodule(name), QuantLayer)
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
         """Refuse: codes have one exact shape.
@@ -203,20 +204,21 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         name, _, tensor = param_name.rpartition(".")
         module = model.get_submodule(name)
         if self.plan is not None:
-            assert isinstance(module, nn.Linear)
-            solved = solve(name, param_value.to(target_device), self.plan.layers[name], None)
-            layer = QuantLinear.from_tensors(solved.plan, solved.tensors, None)
-            layer.bias = module.bias  # on meta where it is yet to come, perhaps from another shard
+            kind = kind_of(module)
+            assert kind is not None
+            solved = solve(name, kind.matrix(param_value.to(target_device)), self.plan.layers[name], None)
+            layer = kind.from_tensors(solved.plan, solved.tensors, None, module)
+            layer.bias = module._parameters.get("bias")  # on meta where it is yet to come, perhaps from another shard
             replace_modules(model, {module: layer})
             return
-        assert isinstance(module, QuantLinear)
+        assert isinstance(module, QuantLayer)
         # diffusers has cast param_value to the model's dtype; scales must stay as they are stored.
         stored = state_dict[param_name]
         value = param_value if tensor in module._model_floats and stored.is_floating_point() else stored
         self._put(module, name, tensor, value.to(target_device))
 
     def _put(self, layer: nn.Module, name: str, tensor: str, value: Tensor) -> None:
-        assert isinstance(layer, QuantLinear)
+        assert isinstance(layer, QuantLayer)
         try:
             layer.set_tensor(tensor, value)
         except ValueError as error:
@@ -233,7 +235,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             if on_disk:
                 self._read_buffers(model)
             finish_loading(model)
-            self.disk_dtypes = disk_dtypes(model)
+            self.disk_forms = disk_forms(model)
             return model
         if plan is None:
             quantize_attached(model, diffusers_batches(config.calibration), config, facts_of(model), attach)
@@ -248,7 +250,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         stored = model.config.get("quantization_config")
         if stored is not None:
             self.quantization_config = stored
-        self.plan, self.pre_quantized, self.disk_dtypes = None, True, disk_dtypes(model)
+        self.plan, self.pre_quantized, self.disk_forms = None, True, disk_forms(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -266,7 +268,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
                 f"{counted(offloaded, 'tensor')} are offloaded, and diffusers does not save those: load the model "
                 "without device_map, and save that"
             )
-        return codes_on_disk(state_dict, self.disk_dtypes), {}
+        return codes_on_disk(state_dict, self.disk_forms), {}
 
     def _dequantize(self, model: ModelMixin) -> nn.Module:
         model = dequantized(model, model.dtype)
@@ -298,7 +300,7 @@ def attach(model: ModelMixin, config: HfQuantConfig) -> None:
     if not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} has no config: quantize the models that it is made of, one by one")
     model.hf_quantizer = HfQuantDiffusersQuantizer(config, pre_quantized=True)
-    model.hf_quantizer.disk_dtypes = disk_dtypes(model)
+    model.hf_quantizer.disk_forms = disk_forms(model)
     model.is_quantized = True
     model.quantization_method = config.quant_method
     set_quantization_config(model, config)

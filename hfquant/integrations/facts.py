@@ -9,28 +9,30 @@ from torch import nn
 from hfquant.calibration.batches import options_for
 from hfquant.integrations.compat import keep_in_fp32
 from hfquant.integrations.examples import example_inputs
+from hfquant.nn.kinds import kind_of
 from hfquant.planner import ModelFacts, matches
 
 
 def facts_of(model: nn.Module) -> ModelFacts:
     """Return what is known of ``model``; of a module of neither library, nothing.
 
-    Left in full precision unless asked for: output heads, tied weights (also those that are tied only once loaded),
-    and the model's ``_keep_in_fp32_modules``.
+    Left in full precision unless asked for: tied weights (also those that are tied only once loaded) and the model's
+    ``_keep_in_fp32_modules``; unless included: output heads.
     """
     keep = keep_in_fp32(model)
     skips = {
         name: "in the model's _keep_in_fp32_modules"
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and matches([name, f"{name}.weight"], keep)
+        if kind_of(module) is not None and matches([name, f"{name}.weight"], keep)
     }
-    for key, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        skips.update({k.removesuffix(".weight"): f"its weight is tied ({key} = {other})" for k in (key, other)})
+    pairs = (getattr(model, "all_tied_weights_keys", None) or {}).items()
+    tied = {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in pairs if k.endswith(".weight")}
     head = _head(model)
     heads = [name for name, module in model.named_modules() if head is not None and module is head]
-    skips.update(dict.fromkeys(heads, "the model's output head"))
     return ModelFacts(
         skipped=skips,
+        tied=tied,
+        optional=dict.fromkeys(heads, "output_heads"),
         prefix=getattr(model, "base_model_prefix", ""),
         example=lambda: example_inputs(model),
         options=lambda layers: options_for(model, layers),

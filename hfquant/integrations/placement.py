@@ -11,7 +11,8 @@ from torch import nn
 
 from hfquant.console import counted
 from hfquant.integrations.compat import mark_initialized
-from hfquant.nn.linear import QuantLinear
+from hfquant.nn.kinds import kind_of
+from hfquant.nn.linear import QuantLayer
 from hfquant.nn.modules import quant_linears, replace_modules
 from hfquant.offload import forget_weights, on_disk
 from hfquant.planner import Plan
@@ -77,7 +78,7 @@ def check_offload_folder(model: nn.Module) -> None:
     Raises:
         ValueError: there is no offload folder.
     """
-    places = [on_disk(module) for module in model.modules() if isinstance(module, nn.Linear)]
+    places = [on_disk(module) for module in model.modules() if isinstance(module, QuantLayer) or kind_of(module)]
     lacking = sum(place is not None and place.folder is None for place in places)
     if lacking:
         raise ValueError(
@@ -96,14 +97,17 @@ def quantize_left(model: nn.Module, plan: Plan) -> None:
     """
     check_offload_folder(model)
     for name, layer_plan in plan.layers.items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        if not linear.weight.is_floating_point():
+        module = model.get_submodule(name)
+        if not module.get_parameter("weight").is_floating_point():
             continue
-        with align_module_device(linear):
-            solved = solve(name, linear.weight.detach(), layer_plan, None)
-            layer = QuantLinear.from_tensors(solved.plan, solved.tensors, linear.bias)
+        original = module._float if isinstance(module, QuantLayer) else module
+        kind = kind_of(original)
+        assert kind is not None
+        with align_module_device(module):
+            bias, weight = module._parameters.get("bias"), module.get_parameter("weight").detach()
+            solved = solve(name, kind.matrix(weight), layer_plan, None)
+            layer = kind.from_tensors(solved.plan, solved.tensors, bias, original)
         for tensor in [*layer.parameters(), *layer.buffers()]:
             mark_initialized(tensor)
-        replace_modules(model, {linear: layer})
-        forget_weights(linear)
+        replace_modules(model, {module: layer})
+        forget_weights(module)

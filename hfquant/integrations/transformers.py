@@ -17,7 +17,7 @@ from hfquant.integrations.checkpoint import (
     check_loaded,
     check_names,
     codes_on_disk,
-    disk_dtypes,
+    disk_forms,
     finish_loading,
     install_empty,
     needs_no_data,
@@ -38,7 +38,7 @@ from hfquant.integrations.data import transformers_batches
 from hfquant.integrations.facts import facts_of
 from hfquant.integrations.placement import check_offload_folder, put_back, quantize_left, without_working_memory
 from hfquant.integrations.sharing.facts import tags_of
-from hfquant.nn.linear import QuantLinear
+from hfquant.nn.linear import QuantLayer
 from hfquant.nn.modules import dequantized, log_share, quant_linears
 from hfquant.planner import Plan, plan_layers
 from hfquant.solver import solve
@@ -60,6 +60,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         self.plan: Plan | None = None
         #: The first failure of :class:`QuantizeWeight`.
         self.failure: Exception | None = None
+        #: Tied quantized weights, taken out of the model's list while it is loaded.
+        self.ties: dict[str, str] = {}
         #: Names of the tensors whose dtype is the format's and not the model's.
         self.exact: set[str] = set()
         #: While loading: put back the linears that a device map sends to disk.
@@ -91,6 +93,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             names = _stored_names(model, checkpoint_files)
             plans = stored_plans(model, config, facts, None if _is_own(model) else names)
             install_empty(model, plans, on_disk=True)
+            self._forget_ties(model)
             check_names(model, names or ())
             self.exact = {
                 f"{name}.{tensor}"
@@ -111,6 +114,28 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             if isinstance(device_map, dict):
                 self._put_back(device_map)
 
+    def _forget_ties(self, model: PreTrainedModel) -> None:
+        """Take ties of quantized layers out of the model's list until :meth:`_recall_ties`.
+
+        transformers would fit a head's bias to the first dimension of its weight, which codes on disk have not got, and
+        knows nothing of scales.
+        """
+        tied = model.all_tied_weights_keys
+        self.ties = {k: v for k, v in tied.items() if isinstance(model.get_submodule(k.rpartition(".")[0]), QuantLayer)}
+        model.all_tied_weights_keys = {k: v for k, v in tied.items() if k not in self.ties}
+        for key in self.ties:
+            layer, _, tensor = key.rpartition(".")
+            if tensor == "bias":
+                model.get_submodule(layer)._parameters["bias"] = None
+
+    def _recall_ties(self, model: PreTrainedModel) -> None:
+        for key, other in self.ties.items():
+            layer, _, tensor = key.rpartition(".")
+            if tensor == "bias":
+                model.get_submodule(layer)._parameters["bias"] = model.get_parameter(other)
+        kept = {k: v for k, v in self.ties.items() if _still_tied(model, k, v)}
+        model.all_tied_weights_keys = model.all_tied_weights_keys | kept
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Return whether a checkpoint tensor is a float weight to be quantized as it arrives.
 
@@ -119,8 +144,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         """
         name, _, tensor = param_name.rpartition(".")
         if self.pre_quantized:
-            return isinstance(model.get_submodule(name), QuantLinear)
-        return tensor == "weight" and isinstance(model.get_submodule(name), QuantLinear)
+            return isinstance(model.get_submodule(name), QuantLayer)
+        return tensor == "weight" and isinstance(model.get_submodule(name), QuantLayer)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """No cast for codes and scales: one of the wrong dtype must be seen."""
@@ -146,6 +171,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             quantize_left(model, self.plan)
         check_loaded(model, self.pre_quantized)
         finish_loading(model)
+        self._recall_ties(model)
         set_quantized(model, True)
         model.add_model_tags(tags_of(model))
         if self.plan is not None:
@@ -162,9 +188,9 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             # transformers reads an offloaded tensor itself, in whatever shape it has: on disk the right one.
             if layer.weight.is_meta and hasattr(model, "hf_device_map"):
                 codes = load_offloaded_parameter(model, f"{name}.weight")
-                if codes.dim() == 2:
+                if codes.dim() == layer.plan.rank:
                     state_dict[f"{name}.weight"] = codes
-        return codes_on_disk(state_dict, disk_dtypes(model)), {}
+        return codes_on_disk(state_dict, disk_forms(model)), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
         # transformers passes config.dtype, which is a string once the model has been saved.
@@ -186,7 +212,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
 
 
 class QuantizeWeight(ConversionOps):
-    """One float weight of a checkpoint to the tensors of its QuantLinear (already in the model, on meta)."""
+    """One float weight of a checkpoint to the tensors of its quantized layer (already in the model, on meta)."""
 
     def __init__(self, quantizer: HfQuantTransformersQuantizer) -> None:
         self.quantizer = quantizer
@@ -201,7 +227,7 @@ class QuantizeWeight(ConversionOps):
         for key, value in input_dict.items():
             name, weight = key.removesuffix(".weight"), value[0] if isinstance(value, list) else value
             layer = model.get_submodule(name)
-            if not isinstance(layer, QuantLinear):
+            if not isinstance(layer, QuantLayer):
                 converted[key] = weight
                 continue
             try:
@@ -222,13 +248,12 @@ class QuantizeWeight(ConversionOps):
         return converted
 
 
-def _quantized(name: str, layer: QuantLinear, weight: Tensor) -> dict[str, Tensor]:
-    expected = (layer.out_features, layer.in_features)
-    if tuple(weight.shape) != expected:
-        raise CheckpointError(f"{name}.weight: expected shape {expected}, got {tuple(weight.shape)}")
-    tensors = solve(name, weight, layer.plan, None).tensors
-    solved = QuantLinear.from_tensors(layer.plan, tensors, None)
-    return {f"{name}.{key}": getattr(solved, key) for key in tensors}
+def _quantized(name: str, layer: QuantLayer, weight: Tensor) -> dict[str, Tensor]:
+    expected = layer.float_shape
+    if weight.shape != expected:
+        raise CheckpointError(f"{name}.weight: expected shape {tuple(expected)}, got {tuple(weight.shape)}")
+    tensors = solve(name, layer.matrix(weight), layer.plan, None).tensors
+    return {f"{name}.{key}": layer.stored(key, tensor) for key, tensor in tensors.items()}
 
 
 def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
@@ -246,15 +271,19 @@ def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
 def _untie(model: PreTrainedModel) -> None:
     """A quantized head is no longer tied to the embedding, and a later ``tie_weights()`` must not tie it again."""
     tied = model.all_tied_weights_keys
-    kept = {
-        key: other
-        for key, other in tied.items()
-        if not any(isinstance(model.get_submodule(k.rpartition(".")[0]), QuantLinear) for k in (key, other))
-    }
+    kept = {key: other for key, other in tied.items() if _still_tied(model, key, other)}
     # Where other weights stay tied (an encoder's and a decoder's embedding) the switch must stay on.
     if len(kept) < len(tied) and not kept:
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = kept
+
+
+def _still_tied(model: PreTrainedModel, *keys: str) -> bool:
+    """Return whether tensors that were tied still are: quantizing a layer may have given it one of its own."""
+    if not any(isinstance(model.get_submodule(key.rpartition(".")[0]), QuantLayer) for key in keys):
+        return True
+    one, other = (model.get_parameter(key) for key in keys)
+    return one is other or (not one.is_meta and one.data_ptr() == other.data_ptr())
 
 
 def _is_own(model: PreTrainedModel) -> bool:

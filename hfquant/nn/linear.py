@@ -1,27 +1,36 @@
-"""QuantLinear: the one module that a quantized linear becomes."""
+"""QuantLinear, the module that a quantized linear becomes, and what it shares with the other kinds of layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hfquant.algorithms import block_slices
 from hfquant.formats import Grid, NumberFormat
 from hfquant.kernels.base import Operands, Product
 from hfquant.kernels.op import linear
-from hfquant.planner import LayerPlan
+from hfquant.nn.float_modules import first, hollow, is_plain_linear
+
+if TYPE_CHECKING:  # it asks the kinds of layers what they take
+    from hfquant.config import LayerConfig
+    from hfquant.planner import LayerPlan
 
 
-class QuantLinear(nn.Linear):
-    """A linear with quantized weights and, where its plan says so, quantized activations.
+class QuantLayer(nn.Module):
+    """A layer with quantized weights and, where its plan says so, quantized activations.
 
-    ``weight`` holds codes ([out, in] int8 or int16, or [out, ceil(in * bits / 8)] packed int8), so it is not what a
-    matmul wants: :meth:`dequantize` gives the float weight. ``weight`` and ``bias`` are frozen parameters, scales and
-    the rest are buffers (see :meth:`LayerPlan.tensors` for shapes). On disk ``weight`` has a leading dimension of 1
-    (:mod:`hfquant.integrations.checkpoint`), and is accepted with it here, since offloaded weights come straight from
-    disk.
+    Whatever it was in float, it multiplies rows [..., in] with a matrix [out, in]; a subclass is a kind of layer
+    (:mod:`hfquant.nn.kinds`): its static methods say which float modules it takes, what their matrix and rows are.
+
+    ``weight`` holds codes ([out, in] int8 or int16, or [out, ceil(in * bits / 8)] packed int8, with trailing dimensions
+    of 1 up to the rank of the float weight), so it is not what a matmul wants: :meth:`dequantize` gives the float
+    matrix. ``weight`` and ``bias`` are frozen parameters, scales and the rest are buffers (see
+    :meth:`LayerPlan.tensors` for shapes). On disk ``weight`` has a leading dimension of 1, and is accepted with it
+    here, since offloaded weights come straight from disk.
 
     Args:
         plan: what the layer is.
@@ -30,7 +39,9 @@ class QuantLinear(nn.Linear):
     """
 
     weight: nn.Parameter
-    bias: nn.Parameter | None  # type: ignore[assignment]
+    bias: nn.Parameter | None
+    #: The float module that it replaced, without its weights; see :meth:`to_float`.
+    _float: nn.Module
 
     def __init__(
         self,
@@ -39,10 +50,9 @@ class QuantLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        # nn.Linear's own __init__ would allocate and initialize a float weight.
+        # The float module's own __init__ would allocate and initialize a float weight.
         nn.Module.__init__(self)
         self.plan = plan
-        self.in_features, self.out_features = plan.in_features, plan.out_features
         self.real_quant = plan.config.real_quant
         symmetric = plan.config.weight_quant.symmetric
         self.product = Product(self.format, plan.columns, plan.input_segments, plan.input_rule, symmetric)
@@ -59,21 +69,101 @@ class QuantLinear(nn.Linear):
                 self.weight = nn.Parameter(tensor, requires_grad=False)
             else:
                 self.register_buffer(name, tensor)
-        bias_tensor = torch.empty(self.out_features, dtype=dtype, device=device) if bias else None
+        bias_tensor = torch.empty(plan.out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if bias_tensor is None else nn.Parameter(bias_tensor, requires_grad=False)
 
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Return whether ``module`` is of this kind."""
+        raise NotImplementedError
+
+    @staticmethod
+    def refuses(module: nn.Module) -> str:
+        """Return why a module of this kind cannot be quantized exactly; "" where it can."""
+        return ""
+
+    @staticmethod
+    def optional(module: nn.Module) -> str:
+        """Return what a config's ``include`` has to name for ``module`` to be quantized; "" for nothing."""
+        return ""
+
+    @staticmethod
+    def fitted(config: LayerConfig) -> LayerConfig:
+        """Return the config with what has no meaning for this kind put right."""
+        return config
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        """Return a float weight as the matrix [out, in]."""
+        return weight
+
+    @staticmethod
+    def float_weight(matrix: Tensor, shape: torch.Size) -> Tensor:
+        """Return a matrix [out, in] as the float weight of ``shape``: the inverse of :meth:`matrix`."""
+        return matrix
+
+    @staticmethod
+    def watch(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """Have ``see`` called with each input of a float module before it is used, until the handle is removed."""
+        return module.register_forward_pre_hook(lambda m, args, kwargs: see(first(args, kwargs)), with_kwargs=True)
+
+    @staticmethod
+    def rows(module: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return the rows [..., in] that a float module multiplies for an input that :meth:`watch` saw.
+
+        Args:
+            module: of this kind.
+            x: its input.
+            seed: of the draw, where there are so many rows that only some are returned.
+
+        Returns:
+            The rows, and of those left out the least and largest value of each column, [2, in] each; None for none.
+        """
+        return x, None
+
     @classmethod
-    def from_tensors(cls, plan: LayerPlan, tensors: Mapping[str, Tensor], bias: nn.Parameter | None) -> QuantLinear:
-        """Build a layer from its solved tensors; ``weight`` unpacked or packed, everything else as it is stored."""
+    def replacing(cls, module: nn.Module, plan: LayerPlan) -> Self:
+        """Return an empty layer on the meta device to take the place of a float module, and to know its way back."""
+        layer = cls(plan, getattr(module, "bias", None) is not None, "meta", module.get_parameter("weight").dtype)
+        layer._remember(module)
+        return layer
+
+    @classmethod
+    def from_tensors(
+        cls,
+        plan: LayerPlan,
+        tensors: Mapping[str, Tensor],
+        bias: nn.Parameter | None,
+        module: nn.Module | None = None,
+    ) -> Self:
+        """Build a layer from its solved tensors.
+
+        Args:
+            plan, bias: of the layer.
+            tensors: ``weight`` unpacked or packed, everything else as it is stored.
+            module: the float module that it replaces; None for a layer that replaces nothing.
+        """
         device = tensors["weight"].device
-        floats = [tensors[name].dtype for name, spec in plan.tensors().items() if spec.dtype is None]
-        dtype = floats[0] if floats else None if bias is None else bias.dtype
-        layer = cls(plan, bias is not None, "meta", dtype)
+        if module is None:
+            floats = [tensors[name].dtype for name, spec in plan.tensors().items() if spec.dtype is None]
+            layer = cls(plan, False, "meta", floats[0] if floats else None if bias is None else bias.dtype)
+        else:
+            layer = cls.replacing(module, plan)
         for name in plan.tensors():
             layer.set_tensor(name, tensors[name])
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
+        layer.bias = None if bias is None else nn.Parameter(bias.detach().to(device), requires_grad=False)
         return layer
+
+    def _remember(self, module: nn.Module) -> None:
+        # Not through __setattr__: it is no part of the model.
+        vars(self)["_float"] = hollow(module)
+
+    def borrow(self, owner: QuantLayer | None) -> None:
+        """Take codes and weight scales of ``owner``, which has the same matrix, or let them go (None)."""
+        for name in self.plan.tensors():
+            if name.startswith("weight"):
+                table: dict[str, Any] = self._parameters if name in self._parameters else self._buffers
+                table[name] = None if owner is None else getattr(owner, name)
 
     @property
     def format(self) -> NumberFormat:
@@ -98,7 +188,8 @@ class QuantLinear(nn.Linear):
             raise ValueError(f"{self._get_name()} has no tensor {name!r}; there are {', '.join(there)}")
         expected, dtype = current.shape, current.dtype
         if name == "weight":
-            expected, dtype, value = expected[-2:], self.format.code_dtype, self._in_memory(value)
+            expected, dtype = torch.Size(self.plan.tensors()["weight"].shape), self.format.code_dtype
+            value = self.stored(name, value)
         both_floats = name in self._model_floats and value.is_floating_point()
         if value.shape != expected or (value.dtype != dtype and not both_floats):
             raise ValueError(
@@ -110,53 +201,49 @@ class QuantLinear(nn.Linear):
         else:
             self._buffers[name] = value
 
-    def _in_memory(self, codes: Tensor) -> Tensor:
-        """Return codes packed, of rank 2 and of the dtype they have in memory, where they are of this format."""
-        form = self.format
-        codes = codes.squeeze(0) if codes.dim() == 3 and codes.shape[0] == 1 else codes
+    def stored(self, name: str, codes: Tensor) -> Tensor:
+        """Return a solved tensor as it is in memory: codes packed, of the right rank and dtype, where they fit."""
+        if name != "weight":
+            return codes
+        form, shape = self.format, self.plan.tensors()["weight"].shape
+        if (codes.dim() == 1 + self.plan.rank and codes.shape[0] == 1) or codes.dim() == 3:
+            codes = codes.squeeze(0)
         if form.disk_dtype != form.code_dtype and codes.dtype == form.disk_dtype:
             codes = codes.view(form.code_dtype)
-        if codes.dtype == form.code_dtype and codes.shape == (self.out_features, self.in_features):
+        if codes.dtype == form.code_dtype and codes.shape == (self.plan.out_features, self.plan.in_features):
             codes = form.pack(codes)
-        return codes
+        return codes.view(shape) if tuple(codes.shape) == shape[:2] else codes
 
     def codes_on_disk(self, codes: Tensor | None = None) -> Tensor:
-        """Return the codes as a checkpoint has them: rank 3, of the format's dtype on disk.
+        """Return the codes as a checkpoint has them: with a leading dimension of 1, of the format's dtype on disk.
 
-        No plain ``nn.Linear`` accepts them, so a model loaded without hfquant fails in place of running on garbage.
+        No float module accepts them, so a model loaded without hfquant fails in place of running on garbage.
 
         Args:
             codes: of this layer, from elsewhere (offloaded); default: ``weight``.
         """
-        codes = self.weight.data if codes is None else codes
-        return codes.view(1, *codes.shape[-2:]).view(self.format.disk_dtype)
+        shape, dtype = self.disk_form
+        return (self.weight.data if codes is None else codes).view(shape).view(dtype)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``input`` [..., in] of any float dtype to [..., out] of the same dtype.
+    @property
+    def float_shape(self) -> torch.Size:
+        """Shape of the weight that the layer replaced."""
+        return self._float.get_parameter("weight").shape
 
-        Sums are exact or float32 whatever the dtype, autocast or not. In training the gradient reaches the input as if
-        its rounding were the identity (straight through).
+    @property
+    def disk_form(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the codes in a checkpoint."""
+        return (1, *self.plan.tensors()["weight"].shape), self.format.disk_dtype
 
-        Raises:
-            TypeError: ``input`` is not floating point (it was cast to the dtype of the codes).
-            ValueError: its last dimension is not ``in_features``.
-        """
-        if not input.is_floating_point():
-            raise TypeError(
-                f"QuantLinear({self.in_features}, {self.out_features}) got an input of {input.dtype}: code that casts "
-                f"to `linear.weight.dtype` sees the dtype of the codes here; cast to the model's dtype instead"
-            )
-        if input.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"QuantLinear({self.in_features}, {self.out_features}) got an input of shape {tuple(input.shape)}"
-            )
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return rows ``x`` [..., in] of any float dtype times the matrix, plus bias, [..., out] of the same dtype."""
         groups = self._row_groups
         if len(groups) == 1:
-            y = self._part(input, 0, groups[0])
+            y = self._part(x, 0, groups[0])
         else:
-            y = torch.cat([self._part(input, i, rows) for i, rows in enumerate(groups)], dim=-1)
-        extra = self._transform.output(input, self._buffers, self.plan.row_groups)
-        return y if extra is None else (y + extra).to(input.dtype)
+            y = torch.cat([self._part(x, i, rows) for i, rows in enumerate(groups)], dim=-1)
+        extra = self._transform.output(x, self._buffers, self.plan.row_groups)
+        return y if extra is None else (y + extra).to(x.dtype)
 
     def _part(self, x: Tensor, group: int, rows: slice) -> Tensor:
         x = self._transform.input(x, self._buffers, group)
@@ -184,24 +271,24 @@ class QuantLinear(nn.Linear):
             return weight
         if weight.dtype not in (self._code_dtype, self.format.disk_dtype):
             raise TypeError(
-                f"QuantLinear({self.in_features}, {self.out_features}) has a weight of {weight.dtype} in the place of "
+                f"{self._get_name()}({self._sizes()}) has a weight of {weight.dtype} in the place of "
                 f"{self._code_dtype} codes: something wrote floats to it, such as merging an adapter other than LoRA"
             )
-        # Offloaded weights come straight from disk: of rank 3, and FP8 as unsigned bytes.
-        return weight.view(weight.shape[-2:]).view(self._code_dtype)
+        # Of a higher rank; offloaded weights come straight from disk, FP8 as unsigned bytes.
+        return weight.view(self.plan.out_features, -1).view(self._code_dtype)
 
-    def codes(self, rows: slice = slice(None)) -> Tensor:
+    def codes(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """Return unpacked codes [out, in]."""
-        return self.format.unpack(self._stored_codes()[rows], self.in_features)
+        return self.format.unpack(self._stored_codes()[rows], self.plan.in_features)
 
-    def grid(self, rows: slice = slice(None)) -> Grid:
+    def grid(self, rows: slice | Tensor = slice(None)) -> Grid:
         """Return the grid of the codes."""
         stored = {name: tensor for name, tensor in self._buffers.items() if name.startswith("weight_")}
         return Grid.from_tensors(
             self.format, self.plan.columns, {k: None if v is None else v[rows] for k, v in stored.items()}
         )
 
-    def dequantize(self, rows: slice = slice(None)) -> Tensor:
+    def dequantize(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """Return the float32 weight [out, in] that the codes stand for (transformed, without a low-rank branch)."""
         return self.grid(rows).dequantize(self.codes(rows))
 
@@ -209,16 +296,20 @@ class QuantLinear(nn.Linear):
         """Return the float32 weight [out, in] in terms of the raw input."""
         return self.plan.transform.restored(self.dequantize(), self._buffers, self.plan.row_groups)
 
-    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
-        """Return a plain ``nn.Linear`` of ``dtype`` with the effective weight; activations are no longer quantized."""
-        with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        linear.weight = nn.Parameter(self.effective_weight().to(dtype), requires_grad=False)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
-        return linear
+    def to_float(self, dtype: torch.dtype) -> nn.Module:
+        """Return the float module that this layer replaced, with the effective weight in ``dtype``.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        Activations are no longer quantized.
+        """
+        module = hollow(self._float)
+        weight = self.float_weight(self.effective_weight(), module.get_parameter("weight").shape)
+        # Contiguous as a float module's is, whatever the matrix was.
+        module.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=False)
+        if self.bias is not None:
+            module.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
+        return module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         tensors = {**self._parameters, **self._buffers}
         fixed = {id(tensor) for name, tensor in tensors.items() if name not in self._model_floats}
 
@@ -233,9 +324,16 @@ class QuantLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """Return sizes, formats and what else the plan decided."""
+        return f"{self._sizes()}, {self.described()}"
+
+    def _sizes(self) -> str:
+        plan = self.plan
+        return f"in_features={plan.in_features}, out_features={plan.out_features}, bias={self.bias is not None}"
+
+    def described(self) -> str:
+        """Return formats and what else the plan decided, in words."""
         config = self.plan.config
         words = [
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}",
             f"weight={config.weight_quant.type}",
         ]
         if config.group_size:
@@ -251,3 +349,53 @@ class QuantLinear(nn.Linear):
         if described := self.plan.transform.describe():
             words.append(described)
         return ", ".join(words)
+
+
+class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
+    """A quantized ``nn.Linear``, or a subclass of it that does the same."""
+
+    bias: nn.Parameter | None  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(plan, bias, device, dtype)
+        self.in_features, self.out_features = plan.in_features, plan.out_features
+        self._remember(nn.Linear(self.in_features, self.out_features, bias, "meta"))
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Return whether ``module`` is an ``nn.Linear``."""
+        return isinstance(module, nn.Linear)
+
+    @staticmethod
+    def refuses(module: nn.Module) -> str:
+        """Return why a subclass of ``nn.Linear`` is not one in what it does; "" where it is."""
+        kind = type(module)
+        if kind is nn.Linear or is_plain_linear(module):
+            return ""
+        return f"it is a subclass of nn.Linear, {kind.__name__}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` [..., in] of any float dtype to [..., out] of the same dtype.
+
+        Sums are exact or float32, autocast or not. In training the gradient reaches the input straight through.
+
+        Raises:
+            TypeError: ``input`` is not floating point (it was cast to the dtype of the codes).
+            ValueError: its last dimension is not ``in_features``.
+        """
+        if not input.is_floating_point():
+            raise TypeError(
+                f"QuantLinear({self.in_features}, {self.out_features}) got an input of {input.dtype}: code that casts "
+                f"to `linear.weight.dtype` sees the dtype of the codes here; cast to the model's dtype instead"
+            )
+        if input.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"QuantLinear({self.in_features}, {self.out_features}) got an input of shape {tuple(input.shape)}"
+            )
+        return self.multiply(input)

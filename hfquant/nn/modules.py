@@ -10,26 +10,26 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 from hfquant.console import counted
-from hfquant.nn.linear import QuantLinear
+from hfquant.nn.linear import QuantLayer
 from hfquant.offload import copy_hook, refuse_group_offloaded
 
 logger = logging.getLogger(__name__)
 
 
-def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
-    """Return the quantized linears of ``model`` by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+def quant_linears(model: nn.Module) -> dict[str, QuantLayer]:
+    """Return the quantized layers of ``model`` by name, of whatever kind."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
 
 
 def set_real_quant(model: nn.Module, real_quant: bool = True) -> None:
-    """Run every quantized linear on low-bit kernels (True) or on dequantized floats (False); the results agree.
+    """Run every quantized layer on low-bit kernels (True) or on dequantized floats (False); the results agree.
 
     Raises:
-        ValueError: ``model`` has no quantized linear.
+        ValueError: ``model`` has no quantized layer.
     """
     layers = quant_linears(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no quantized linear")
+        raise ValueError(f"{type(model).__name__} has no quantized layer")
     for layer in layers.values():
         layer.real_quant = real_quant
 
@@ -46,19 +46,30 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         copy_hook(old, new)
 
 
+def tie(model: nn.Module) -> None:
+    """Have each quantized layer whose plan says so share codes and scales with the layer that it is tied to."""
+    layers = quant_linears(model)
+    for layer in layers.values():
+        if layer.plan.tied:
+            layer.borrow(layers[layer.plan.tied])
+
+
 def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace every QuantLinear of ``model`` by a plain ``nn.Linear`` of ``dtype``, in place, and return the model.
+    """Replace every quantized layer of ``model`` by the float one it was, in ``dtype``, in place; return the model.
 
     Raises:
         ValueError: the model is group offloaded.
     """
     refuse_group_offloaded(model)
-    linears: dict[nn.Module, nn.Module] = {}
-    for layer in quant_linears(model).values():
+    floats: dict[nn.Module, nn.Module] = {}
+    layers = quant_linears(model)
+    for layer in layers.values():
         # Offloaded weights are fetched for the moment.
         with align_module_device(layer):
-            linears[layer] = layer.to_linear(dtype).requires_grad_()
-    replace_modules(model, linears)
+            floats[layer] = layer.to_float(dtype).requires_grad_()
+    for layer in (x for x in layers.values() if x.plan.tied):
+        floats[layer].weight = floats[layers[layer.plan.tied]].weight
+    replace_modules(model, floats)
     return model
 
 
@@ -82,13 +93,20 @@ def quantized_share(
 
 
 def log_share(model: nn.Module, uncounted: Collection[str] = ()) -> None:
-    """Log what share of the model's matrices was quantized, embeddings and ``uncounted`` aside; warn below 80 %."""
-    layers = {name: layer.in_features * layer.out_features for name, layer in quant_linears(model).items()}
+    """Log what share of the model's matrices was quantized; warn below 80 %.
+
+    Embeddings and ``uncounted`` are left aside, unless they were quantized.
+    """
+    # Tied layers share their weights.
+    layers = {
+        name: 0 if layer.plan.tied else layer.plan.in_features * layer.plan.out_features
+        for name, layer in quant_linears(model).items()
+    }
     share, largest = quantized_share(model, layers, uncounted)
     logger.log(
         logging.INFO if share >= 0.8 else logging.WARNING,
         "%s quantized, %.0f %% of the parameters in matrices%s",
-        counted(len(layers), "linear"),
+        counted(len(layers), "layer"),
         100 * share,
         f"; the largest left: {', '.join(largest)}" if largest else "",
     )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hfquant.nn.linear import QuantLinear
+from hfquant.nn.linear import QuantLayer, QuantLinear
 from hfquant.solver import Solution, solve
 from hfquant.statistics import LayerStats
 
@@ -106,7 +106,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
 
 
 def layer_report(
-    name: str, weight: Tensor, solution: Solution, layer: QuantLinear, stats: LayerStats | None, seconds: float
+    name: str, weight: Tensor, solution: Solution, layer: QuantLayer, stats: LayerStats | None, seconds: float
 ) -> LayerReport:
     """Measure a solved layer against its float weight [out, in] on the sampled rows of its input."""
     error = plain_error = None
@@ -131,8 +131,8 @@ def layer_report(
 
 
 @torch.no_grad()
-def _relative_error(layer: QuantLinear, x: Tensor, exact: Tensor, row_weights: Tensor) -> float:
-    output = layer(x) if layer.bias is None else layer(x) - layer.bias.float()
+def _relative_error(layer: QuantLayer, x: Tensor, exact: Tensor, row_weights: Tensor) -> float:
+    output = layer.multiply(x) if layer.bias is None else layer.multiply(x) - layer.bias.float()
     root = row_weights.sqrt()[:, None]
     norm, error = (exact * root).norm().item(), ((output - exact) * root).norm().item()
     return error / norm if norm else error

@@ -59,7 +59,7 @@ def test_maps_agree_with_data_that_names_itself(chain):
     watch = FeatureTracker(P.all())
     with torch.no_grad(), watch:
         y = linear(x)
-        watch.call_linear("linear", linear, x, y)
+        watch.call_linear("linear", (linear.in_features, linear.out_features), x, y)
         parts = torch.cat([torch.full((2, 3, n), float(n)) for n in (5, 12, 7)], -1)
         for view in chain:
             y, parts = view(y), view(parts)

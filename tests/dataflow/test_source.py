@@ -35,9 +35,10 @@ class Model(nn.Module):
 
 
 def test_uses_in_forward_and_in_the_methods_it_calls():
-    assert obstacles_in_source(Model()) == {"b": READ, "c": CAST, "inner.d": READ}
+    assert obstacles_in_source(Model()) == {"b": READ, "c": CAST, "inner.d": READ, "conv": READ}
     nested = nn.Sequential(nn.Linear(8, 8), nn.ModuleDict({"block": Model()}))
-    assert obstacles_in_source(nested) == {"1.block.b": READ, "1.block.c": CAST, "1.block.inner.d": READ}
+    found = {"1.block.b": READ, "1.block.c": CAST, "1.block.inner.d": READ, "1.block.conv": READ}
+    assert obstacles_in_source(nested) == found
 
 
 def test_fused_layers_of_torch():
@@ -79,4 +80,5 @@ def test_what_a_run_sees_is_in_the_source_too(kind):
             config = Blip2Config()
             config.vision_config.num_hidden_layers = config.qformer_config.num_hidden_layers = 1
             found = obstacles_in_source(Blip2ForImageTextRetrieval(config))
-            assert found == dict.fromkeys(("vision_projection", "text_projection", "itm_head"), CAST)
+            names = ("vision_projection", "text_projection", "itm_head", "vision_model.embeddings.patch_embedding")
+            assert found == dict.fromkeys(names, CAST)

@@ -221,12 +221,14 @@ def test_blip2_matching_head():
     }
     model = Blip2ForImageTextRetrieval(config)
     found = trace(model, {**example, "use_image_text_matching_head": True})
-    assert {name for name, t in found.items() if t.obstacle} == {"itm_head"}
+    patches = "vision_model.embeddings.patch_embedding"
+    assert {name for name, t in found.items() if t.obstacle} == {"itm_head", patches}
     assert found["itm_head"].obstacle == CAST
     found = trace(model, example)
     assert {n: t.obstacle for n, t in found.items() if t.obstacle} == {
         "vision_projection": CAST,
         "text_projection": CAST,
+        patches: CAST,
     }
 
 

@@ -79,7 +79,8 @@ def test_it_saves_as_hfquant(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "ours")
     saved = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
     assert saved["quant_method"] == "hfquant"
-    assert saved["skipped"] == {"lm_head": "not quantized in the imported checkpoint"}
+    left = "not quantized in the imported checkpoint"
+    assert saved["skipped"] == {"lm_head": left, "model.embed_tokens": left}
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     check_weights(again, layers)
     assert torch.equal(again(IDS).logits, model(IDS).logits)

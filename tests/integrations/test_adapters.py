@@ -269,7 +269,7 @@ def test_dora_with_dropout_trains_through_the_codes() -> None:
     layer, _ = layer_of(cases("int8")["channel"].plan())
     config, shape = LoraConfig(use_dora=True, lora_dropout=0.5, init_lora_weights="gaussian"), (10, 24)
     ours = LoraQuantLinear(layer, "a", config=config, r=3)
-    theirs = Linear(layer.to_linear(torch.float32), "a", config=config, r=3)
+    theirs = Linear(layer.to_float(torch.float32), "a", config=config, r=3)
     nn.init.normal_(ours.lora_B["a"].weight)
     theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if "lora_" in k}, strict=False)
     x, saved = torch.randn(7, 24), []

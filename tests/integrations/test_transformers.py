@@ -296,19 +296,19 @@ def test_share_of_a_mixture_of_experts_is_warned_about(checkpoint, caplog):
         transformers.MixtralForCausalLM.from_pretrained(
             checkpoint("mixtral"), quantization_config=HfQuantConfig("w8a16")
         )
-        (share,) = [r for r in caplog.records if "linears quantized" in r.message]
+        (share,) = [r for r in caplog.records if "layers quantized" in r.message]
         assert share.levelno == logging.WARNING
         assert "experts" in share.message
         caplog.clear()
         LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=HfQuantConfig("w8a16"))
-        (share,) = [r for r in caplog.records if "linears quantized" in r.message]
+        (share,) = [r for r in caplog.records if "layers quantized" in r.message]
         assert share.levelno == logging.INFO
-        assert "14 linears quantized" in share.message
+        assert "14 layers quantized" in share.message
 
 
 def test_model_without_linears_is_loaded_with_a_warning(tmp_path, caplog):
-    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8)
-    model = transformers.GPT2LMHeadModel(config).eval()  # its layers are Conv1D
+    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=0, n_head=2, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config).eval()  # embeddings and a head alone
     model.save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, "hfquant"):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HfQuantConfig("w8a16"))
@@ -338,7 +338,7 @@ def test_config_json_is_enough_and_holds_nothing_else(checkpoint, tmp_path):
     assert stored["quant_method"] == "hfquant"
     assert stored["config"] == PRESETS["w8a8"]
     assert stored["modules_to_not_convert"] is None
-    assert stored["skipped"] == {"lm_head": "the model's output head"}
+    assert stored["skipped"] == {"lm_head": "the model's output head", "model.embed_tokens": "an embedding"}
     assert set(stored["layers"]) <= set(quant_linears(model))
     rebuilt = HfQuantConfig.from_dict(stored)
     assert rebuilt.calibration is None

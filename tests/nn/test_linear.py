@@ -156,7 +156,7 @@ def test_zeros_and_bad_tokens() -> None:
 
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("case", cases("int8"))
-def test_effective_weight_and_to_linear(dtype, case) -> None:
+def test_effective_weight_and_to_float(dtype, case) -> None:
     plan = cases(dtype)[case].plan(None)
     layer, tensors = layer_of(plan)
     w = weight_by_hand(plan, tensors)
@@ -173,17 +173,17 @@ def test_effective_weight_and_to_linear(dtype, case) -> None:
         start += rows
     before = {k: v.clone() for k, v in layer.state_dict().items()}
     np.testing.assert_allclose(layer.effective_weight().numpy(), w, rtol=1e-6, atol=1e-7)
-    linear = layer.to_linear(torch.float32)
+    linear = layer.to_float(torch.float32)
     assert type(linear) is nn.Linear
     assert (linear.in_features, linear.out_features) == (IN, OUT)
     x = some_input(4)
     y, size = forward_by_hand(plan, tensors, x)
     assert_close(linear(x), y, size * 2)
-    half = layer.to_linear(torch.bfloat16)
+    half = layer.to_float(torch.bfloat16)
     assert half.weight.dtype == half.bias.dtype == torch.bfloat16
-    assert layer.to_linear(torch.float32).bias.data_ptr() != 0
+    assert layer.to_float(torch.float32).bias.data_ptr() != 0
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
-    assert layer_of(plan, bias=False)[0].to_linear(torch.float32).bias is None
+    assert layer_of(plan, bias=False)[0].to_float(torch.float32).bias is None
 
 
 def test_errors_of_forward() -> None:
@@ -404,5 +404,7 @@ def test_codes_go_to_disk_and_back(dtype) -> None:
 def test_floats_in_the_place_of_codes_are_refused() -> None:
     layer, _ = layer_of(cases("int8")["channel"].plan())
     layer.weight.data = layer.effective_weight()
-    with pytest.raises(TypeError, match=r"\(24, 10\) has a weight of torch.float32 in the place of torch.int8"):
+    with pytest.raises(
+        TypeError, match=r"out_features=10, bias=True\) has a weight of torch.float32 in the place of torch.int8"
+    ):
         layer(torch.randn(2, IN))

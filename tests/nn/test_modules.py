@@ -45,7 +45,7 @@ def test_replace_modules_everywhere() -> None:
 
 def test_set_real_quant() -> None:
     model = Shared()
-    with pytest.raises(ValueError, match="Shared has no quantized linear"):
+    with pytest.raises(ValueError, match="Shared has no quantized layer"):
         set_real_quant(model)
     replace_modules(model, {m: quantized_twin(m) for m in (model.a, model.c[2])})
     x = some_input(3)
@@ -114,7 +114,7 @@ def test_the_share_that_was_quantized(caplog) -> None:
         replace_modules(model, {model["b"]: quantized_twin(model["b"])})
         log_share(model, ["head"])
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("WARNING", "1 linear quantized, 2 % of the parameters in matrices; the largest left: head.weight, b.weight"),
-        ("WARNING", "1 linear quantized, 71 % of the parameters in matrices; the largest left: b.weight"),
-        ("INFO", "2 linears quantized, 100 % of the parameters in matrices"),
+        ("WARNING", "1 layer quantized, 2 % of the parameters in matrices; the largest left: head.weight, b.weight"),
+        ("WARNING", "1 layer quantized, 71 % of the parameters in matrices; the largest left: b.weight"),
+        ("INFO", "2 layers quantized, 100 % of the parameters in matrices"),
     ]

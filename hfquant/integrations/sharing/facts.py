@@ -184,7 +184,7 @@ def _component(name: str, model: nn.Module) -> Component:
     for layer in layers.values():
         rule = layer.plan.config
         tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-        elements = layer.in_features * layer.out_features
+        elements = layer.plan.in_features * layer.plan.out_features
         parameters = elements + (0 if layer.bias is None else layer.bias.numel())
         added = 1, elements, parameters, sum(tensor.nbytes for tensor in tensors)
         key = _weights(rule.weight_quant), _inputs(rule.input_quant)

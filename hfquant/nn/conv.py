@@ -1,0 +1,248 @@
+"""Convolutions: linears on unfolded rows, columns ordered [kernel positions, input channels].
+
+Weight-only ones dequantize block by block into torch's convolution; those with quantized inputs unfold tile by tile
+into the product that linears run on. Groups, and transposed convolutions, stay in float.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import CodeType
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hfquant.algorithms import Transform
+from hfquant.nn.linear import QuantLayer
+from hfquant.nn.unfold import draw, ranges, tiles, windows
+
+if TYPE_CHECKING:
+    from hfquant.config import LayerConfig
+    from hfquant.planner import LayerPlan
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: Values of unfolded rows that are there at once: 32 MB of float32.
+TILE = 1 << 23
+#: Values of dequantized weights that are there at once, likewise.
+BLOCK = 1 << 23
+#: Rows of one input that calibration looks at, at most, and values in them (128 MB of float32).
+ROWS, VALUES = 4096, 1 << 25
+
+
+class QuantConv(QuantLayer):
+    """A quantized convolution. Its class is made for each class of float ones, which it is a subclass of.
+
+    What such a class does before it convolves (pad with earlier frames, cut into chunks) it goes on doing: torch's own
+    ``_conv_forward`` is what is replaced.
+    """
+
+    in_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Return whether ``module`` is a convolution of one, two or three dimensions."""
+        return isinstance(module, CONVS)
+
+    @staticmethod
+    def refuses(module: nn.Module) -> str:
+        """Return why it stays in float: groups, or a subclass that does not leave its weight to torch."""
+        assert isinstance(module, CONVS)
+        if module.groups != 1:
+            return f"a convolution in {module.groups} groups"
+        if not _leaves_its_weight_alone(cast(Any, type(module))):
+            return f"a convolution whose class, {type(module).__name__}, uses the weight by itself"
+        return ""
+
+    @staticmethod
+    def optional(module: nn.Module) -> str:
+        """Return "edge_convs" for one between a model and its images or latents: small, and hard to quantize."""
+        assert isinstance(module, CONVS)
+        few, many = sorted((module.in_channels, module.out_channels))
+        patches = module.kernel_size == module.stride and math.prod(module.kernel_size) > 1
+        return "edge_convs" if few < 32 and (few * 4 <= many or patches) else ""
+
+    @staticmethod
+    def fitted(config: LayerConfig) -> LayerConfig:
+        """Return the config with one scale a row in place of a dynamic one a tensor: no tile knows all the rows."""
+        quant = config.input_quant
+        if quant is None or not quant.dynamic or quant.axis is not None:
+            return config
+        return config.model_copy(update={"input_quant": quant.model_copy(update={"axis": -1})})
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        """Return [out, in, *kernel] as [out, kernel positions * in]."""
+        return weight.movedim(1, -1).flatten(1)
+
+    @staticmethod
+    def float_weight(matrix: Tensor, shape: torch.Size) -> Tensor:
+        """Return [out, kernel positions * in] as [out, in, *kernel]."""
+        out, channels, *kernel = shape
+        # Through one dimension: strides of dimensions of 1 make torch take a weight for a channels-last one.
+        return matrix.view(out, *kernel, channels).movedim(-1, 1).reshape(-1).view(shape)
+
+    @staticmethod
+    def watch(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """Have ``see`` called with what is convolved, which a subclass may have made of the module's input."""
+        convolve = cast(Any, module)._conv_forward
+
+        def watched(input: Tensor, *args: Any) -> Tensor:
+            see(input)
+            return cast(Tensor, convolve(input, *args))
+
+        vars(module)["_conv_forward"] = watched
+        return cast(RemovableHandle, _Undo(lambda: vars(module).pop("_conv_forward", None)))
+
+    @staticmethod
+    def rows(module: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return unfolded rows [rows, in], drawn by chance where there are many, and the ranges of the others."""
+        conv = cast(QuantConv, module)
+        padded = _padded(conv, x if x.dim() == 2 + len(conv.kernel_size) else x.unsqueeze(0))
+        seen = windows(padded, conv.kernel_size, conv.stride, conv.dilation)
+        positions, spatial = math.prod(conv.kernel_size), len(conv.kernel_size)
+        count = min(ROWS, max(VALUES // (positions * conv.in_channels), 1))
+        rows = draw(seen, spatial, count, seed)
+        return rows, ranges(padded, positions) if len(rows) < seen.shape[: 1 + spatial].numel() else None
+
+    @classmethod
+    def replacing(cls, module: nn.Module, plan: LayerPlan) -> Self:
+        """Return an empty layer on the meta device to take the place of a float module, and to know its way back."""
+        layer = cast(Self, object.__new__(quantized_class(cast(Any, type(module)))))
+        weight = module.get_parameter("weight")
+        QuantLayer.__init__(layer, plan, cast(Any, module).bias is not None, "meta", weight.dtype)
+        layer._remember(module)
+        for key, value in vars(layer._float).items():
+            vars(layer).setdefault(key, value)
+        return layer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its class is found by the float one's, since no module holds it."""
+        return _new, (type(self._float),), vars(self)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not input.is_floating_point():
+            raise TypeError(
+                f"{self._get_name()} got an input of {input.dtype}: code that casts to `conv.weight.dtype` sees the "
+                "dtype of the codes here; cast to the model's dtype instead"
+            )
+        batched = input.dim() == 2 + len(self.kernel_size)
+        x = input if batched else input.unsqueeze(0)
+        y = self._weight_only(x) if self.product.input is None and self._is_plain() else self._unfolded(x)
+        return y if batched else y.squeeze(0)
+
+    def _is_plain(self) -> bool:
+        """Return whether the transform's action on the input can be said of the weight."""
+        kind = type(self._transform)
+        return kind.input is Transform.input and kind.output is Transform.output
+
+    def _weight_only(self, x: Tensor) -> Tensor:
+        parts = [self._convolve(x, weight, bias) for weight, bias in self._blocks(x.dtype)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        float_class: Any = type(self._float)
+        return cast(Tensor, float_class._conv_forward(self, x, weight, bias))
+
+    def _blocks(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield blocks of output channels: their weight [channels, in, *kernel] and bias."""
+        out, columns = self.plan.out_features, self.plan.in_features
+        count = max(BLOCK // columns, 1)
+        divisor = self._transform.divisor(self._buffers, 0)
+        branch = self._transform.branch(self._buffers, 0, slice(None))
+        for start in range(0, out, count):
+            rows = slice(start, min(start + count, out))
+            matrix = self.dequantize(rows)
+            if divisor is not None:
+                matrix = matrix / divisor
+            if branch is not None:
+                down, up = branch
+                matrix = matrix + up[rows].float() @ down.float()
+            shape = torch.Size((len(matrix), self.in_channels, *self.kernel_size))
+            bias = None if self.bias is None else self.bias[rows].to(dtype)
+            yield self.float_weight(matrix.to(dtype), shape), bias
+
+    def _unfolded(self, x: Tensor) -> Tensor:
+        """Multiply unfolded rows, a tile of the output at a time."""
+        seen = windows(_padded(self, x), self.kernel_size, self.stride, self.dilation)
+        sizes = seen.shape[: 1 + len(self.kernel_size)]
+        y = x.new_empty(sizes[0], self.plan.out_features, *sizes[1:])
+        if x.dim() > 3 and x.shape[1] > 1 and not x.is_contiguous():
+            wanted = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+            if x.is_contiguous(memory_format=wanted):
+                y = y.contiguous(memory_format=wanted)
+        filled = y.movedim(1, -1)
+        for tile in tiles(sizes, max(TILE // self.plan.in_features, 1)):
+            rows = seen[tile].flatten(len(sizes))
+            filled[tile] = self.multiply(rows)
+        return y
+
+    def _sizes(self) -> str:
+        plan = self.plan
+        return (
+            f"{self.in_channels}, {plan.out_features}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, bias={self.bias is not None}"
+        )
+
+
+class _Undo:
+    """A handle like those of torch's hooks."""
+
+    def __init__(self, remove: Callable[[], Any]) -> None:
+        self.remove = remove
+
+
+@cache
+def quantized_class(float_class: Any) -> type[QuantConv]:
+    """Return the class of the quantized convolutions that were of ``float_class``."""
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> nn.Module:
+        """Make a float module: an adapter builds its own convolutions by ``type(base_layer)``."""
+        return float_class(*args, **kwargs)
+
+    name = f"Quant{float_class.__name__}"
+    return cast(type[QuantConv], type(name, (QuantConv, float_class), {"__new__": new, "__doc__": QuantConv.__doc__}))
+
+
+def _new(float_class: Any) -> QuantConv:
+    return object.__new__(quantized_class(float_class))
+
+
+@cache
+def _leaves_its_weight_alone(kind: Any) -> bool:
+    """Return whether a subclass adds to torch's convolution only what goes before and after it."""
+    for base in kind.__mro__[: next(i for i, base in enumerate(kind.__mro__) if base in CONVS)]:
+        if "_conv_forward" in vars(base) or "weight" in vars(base):
+            return False
+        methods = {name: f.__code__ for name, f in vars(base).items() if hasattr(f, "__code__") and name != "__init__"}
+        if any("weight" in _names(code) for code in methods.values()):
+            return False
+        if "forward" in methods and "forward" not in methods["forward"].co_names:
+            return False
+    return True
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return the attributes and globals that a function names, and those within it."""
+    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _padded(conv: Any, x: Tensor) -> Tensor:
+    """Return ``x`` [batch, channels, *spatial] padded as ``conv`` pads it."""
+    # "same" is worked out by torch; sizes may have been set since.
+    given = conv.padding
+    sizes = conv._reversed_padding_repeated_twice if isinstance(given, str) else [p for p in given[::-1] for _ in "lr"]
+    if not any(sizes):
+        return x
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(x, list(sizes), mode)

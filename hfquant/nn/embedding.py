@@ -1,0 +1,129 @@
+"""Embeddings: rows of the matrix are looked up and dequantized, nothing is multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from hfquant.formats import Grid
+from hfquant.nn.linear import QuantLayer
+
+if TYPE_CHECKING:
+    from hfquant.config import LayerConfig
+    from hfquant.planner import LayerPlan
+
+
+class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
+    """A quantized ``nn.Embedding``: one scale a row, or one a group of it; nothing in but indices.
+
+    Attributes:
+        dtype: of the rows that it returns; a cast of the model changes it.
+        scale: what rows are multiplied by (Gemma's and Bart's embeddings), or None.
+        scale_in_dtype: whether that is rounded to ``dtype`` first.
+    """
+
+    bias: None
+    scale: float | None = None
+    scale_in_dtype = False
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(plan, False, device, dtype)
+        self.dtype = dtype or torch.get_default_dtype()
+        self.num_embeddings, self.embedding_dim = plan.out_features, plan.in_features
+        self.padding_idx = self.max_norm = None
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Return whether ``module`` is an ``nn.Embedding``."""
+        return isinstance(module, nn.Embedding)
+
+    @staticmethod
+    def refuses(module: nn.Module) -> str:
+        """Return why it stays in float: a norm that it enforces, or a subclass that does more than scale."""
+        assert isinstance(module, nn.Embedding)
+        if module.max_norm is not None:
+            return "an embedding with max_norm, which changes its weight as it runs"
+        if type(module) is not nn.Embedding and not _is_scaled(module):
+            return f"it is a subclass of nn.Embedding, {type(module).__name__}"
+        return ""
+
+    @staticmethod
+    def optional(module: nn.Module) -> str:
+        """Return "embeddings"."""
+        return "embeddings"
+
+    @staticmethod
+    def fitted(config: LayerConfig) -> LayerConfig:
+        """Return the weight's format alone: nothing is multiplied, so no error of a product can be made smaller."""
+        return config.plain().model_copy(update={"input_quant": None})
+
+    @classmethod
+    def replacing(cls, module: nn.Module, plan: LayerPlan) -> Self:
+        """Return an empty layer on the meta device to take the place of a float module, and to know its way back."""
+        layer = super().replacing(module, plan)
+        assert isinstance(module, nn.Embedding)
+        layer.padding_idx = module.padding_idx
+        if type(module) is not nn.Embedding:
+            layer.scale, layer.scale_in_dtype = _scale_of(module), "embed_scale" in module._buffers
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Indices [...] to rows [..., embedding_dim] of ``dtype``.
+
+        Raises:
+            IndexError: an index is out of range.
+        """
+        index = input.reshape(-1)
+
+        def picked(tensor: Tensor) -> Tensor:
+            # Unlike tensor[index] this refuses negative ones.
+            return tensor.index_select(0, index)
+
+        stored = {name: picked(t) for name, t in self._buffers.items() if t is not None and name.startswith("weight_")}
+        codes = self.format.unpack(picked(self._stored_codes()), self.plan.in_features)
+        rows = Grid.from_tensors(self.format, self.plan.columns, stored).dequantize(codes).to(self.dtype)
+        if self.scale is not None:
+            rows = rows * (rows.new_tensor(self.scale) if self.scale_in_dtype else self.scale)
+        return rows.view(*input.shape, self.embedding_dim)
+
+    def to_float(self, dtype: torch.dtype) -> nn.Module:
+        """Return the float embedding that this layer replaced, with the effective weight in ``dtype``."""
+        module = super().to_float(dtype)
+        if "embed_scale" in module._buffers:
+            # Remembered of a model on the meta device it has no value.
+            assert self.scale is not None
+            module._buffers["embed_scale"] = torch.tensor(self.scale, device=self.weight.device)
+        return module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        return super()._apply(fn, recurse)
+
+    def _sizes(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+def _is_scaled(module: nn.Module) -> bool:
+    """Return whether a subclass of ``nn.Embedding`` multiplies its rows by a constant and does nothing else.
+
+    transformers has one for each architecture, all with this name's end and this attribute.
+    """
+    named = type(module).__name__.endswith("ScaledWordEmbedding")
+    return named and _scale_of(module) is not None and set(module._buffers) <= {"embed_scale"}
+
+
+def _scale_of(module: nn.Module) -> float | None:
+    holder: Any = module
+    scale = getattr(holder, "scalar_embed_scale", getattr(holder, "embed_scale", None))
+    if isinstance(scale, Tensor):
+        return None if scale.is_meta else scale.item()
+    return None if scale is None else float(scale)

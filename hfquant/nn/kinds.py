@@ -1,0 +1,70 @@
+"""The kinds of layers: which float modules can be quantized, and as what.
+
+A new kind is a subclass of :class:`~hfquant.nn.linear.QuantLayer` in one file and one line in :data:`KINDS`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from hfquant.nn.conv import QuantConv
+from hfquant.nn.conv1d import QuantConv1D
+from hfquant.nn.embedding import QuantEmbedding
+from hfquant.nn.linear import QuantLayer, QuantLinear
+
+KINDS: list[type[QuantLayer]] = [QuantLinear, QuantConv1D, QuantConv, QuantEmbedding]
+
+#: Modules with matrices that no kind takes, and why.
+_OTHERS = {
+    nn.MultiheadAttention: "nn.MultiheadAttention reads its projections as raw parameters",
+    nn.ConvTranspose1d: "a transposed convolution",
+    nn.ConvTranspose2d: "a transposed convolution",
+    nn.ConvTranspose3d: "a transposed convolution",
+    nn.Bilinear: "a bilinear layer",
+}
+
+
+def kind_of(module: nn.Module) -> type[QuantLayer] | None:
+    """Return the kind of layer that ``module`` can be quantized as; None where it cannot."""
+    kind = _taken(module)
+    return None if kind is None or _refused(kind, module) else kind
+
+
+def refusal(module: nn.Module) -> str:
+    """Return why a module that has a matrix cannot be quantized; "" where it can, or has none."""
+    kind = _taken(module)
+    if kind is not None:
+        return _refused(kind, module)
+    return next((why for other, why in _OTHERS.items() if isinstance(module, other)), "")
+
+
+def layers_in(model: nn.Module) -> dict[str, type[QuantLayer]]:
+    """Return the modules of ``model`` that can be quantized, by name, and the kind of each."""
+    kinds = {name: kind_of(module) for name, module in model.named_modules()}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def size_of(module: nn.Module) -> tuple[int, int]:
+    """Return in_features and out_features of the matrix of a module that has a kind."""
+    kind, weight = kind_of(module), module.get_parameter("weight")
+    assert kind is not None
+    out, columns = kind.matrix(torch.empty(weight.shape, device="meta")).shape
+    return columns, out
+
+
+def _taken(module: nn.Module) -> type[QuantLayer] | None:
+    if isinstance(module, QuantLayer):
+        return None
+    return next((kind for kind in KINDS if kind.takes(module)), None)
+
+
+def _refused(kind: type[QuantLayer], module: nn.Module) -> str:
+    weight = module._parameters.get("weight")
+    if weight is None or is_lazy(weight):
+        return "its weight is computed as it runs"
+    known = (weight, module._parameters.get("bias"), None)
+    if module._modules or any(all(p is not k for k in known) for p in module._parameters.values()):
+        return f"{type(module).__name__} has more than a weight and a bias"
+    return kind.refuses(module)

@@ -1,0 +1,116 @@
+"""The table: which modules are taken, by what, and why others are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import FalconConfig, FalconForCausalLM
+from transformers.models.falcon.modeling_falcon import FalconLinear
+
+import hfquant
+from hfquant.nn.conv import QuantConv
+from hfquant.nn.embedding import QuantEmbedding
+from hfquant.nn.kinds import KINDS, kind_of, layers_in, refusal, size_of
+from hfquant.nn.linear import QuantLinear
+from hfquant.nn.modules import quant_linears
+
+
+def weight_normed() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+
+def old_weight_norm() -> nn.Module:
+    module = nn.Conv1d(4, 4, 3)
+    weight = module._parameters.pop("weight")
+    module.register_parameter("weight_v", weight)
+    module.weight = weight.detach()
+    return module
+
+
+def with_child() -> nn.Module:
+    module = nn.Linear(4, 4)
+    module.child = nn.Identity()
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "size"),
+    [
+        (nn.Linear(4, 6), QuantLinear, (4, 6)),
+        (FalconLinear(4, 6), QuantLinear, (4, 6)),
+        (nn.Conv1d(4, 6, 3), QuantConv, (12, 6)),
+        (nn.Conv2d(4, 6, (3, 2)), QuantConv, (24, 6)),
+        (nn.Conv3d(4, 6, 2), QuantConv, (32, 6)),
+        (nn.Embedding(6, 4), QuantEmbedding, (4, 6)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_taken(module, kind, size, device) -> None:
+    module = module.to(device)
+    assert kind_of(module) is kind
+    assert size_of(module) == size
+    assert refusal(module) == ""
+    # A matrix is the inverse of its float weight, whatever the shape.
+    weight = torch.arange(float(torch.Size(module.weight.shape).numel())).view(module.weight.shape)
+    assert torch.equal(kind.float_weight(kind.matrix(weight), weight.shape), weight)
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (nn.Conv2d(4, 4, 3, groups=2), "a convolution in 2 groups"),
+        (nn.ConvTranspose3d(4, 4, 2), "a transposed convolution"),
+        (nn.MultiheadAttention(4, 1), "nn.MultiheadAttention reads its projections as raw parameters"),
+        (nn.Embedding(4, 4, max_norm=1.0), "an embedding with max_norm, which changes its weight as it runs"),
+        (nn.LazyLinear(4), "its weight is computed as it runs"),
+        (weight_normed(), "its weight is computed as it runs"),
+        (old_weight_norm(), "its weight is computed as it runs"),
+        (with_child(), "Linear has more than a weight and a bias"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_refused(module, why) -> None:
+    assert kind_of(module) is None
+    assert refusal(module) == why
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(4), nn.ReLU(), nn.ModuleList([nn.Linear(4, 4)]), nn.GRU(4, 4)])
+def test_what_is_no_layer(module) -> None:
+    assert kind_of(module) is None
+    assert refusal(module) == ""
+
+
+def test_a_quantized_layer_is_not_taken_again() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 3))
+    assert list(layers_in(model)) == ["0", "1"]
+    hfquant.quantize(model, None, "w8a16")
+    assert layers_in(model) == {}
+    assert len(quant_linears(model)) == 2
+    assert all(not any(kind.takes(m) and kind_of(m) for kind in KINDS) for m in model)
+
+
+@torch.no_grad()
+def test_falcon() -> None:
+    config = FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)
+    model, ids = FalconForCausalLM(config).eval(), torch.randint(0, 40, (2, 7))
+    exact = model(ids).logits
+    names = [name for name, m in model.named_modules() if isinstance(m, FalconLinear)]
+    hfquant.quantize(model, None, "w8a8-dynamic")
+    assert list(quant_linears(model)) == names
+    assert (model(ids).logits - exact).norm() < 0.05 * exact.norm()
+    hfquant.dequantize(model)
+    assert all(type(model.get_submodule(name)) is FalconLinear for name in names)
+
+
+def test_what_falcon_adds_in_place_may_have_a_gradient() -> None:
+    """The residual is added to a layer's output where it lies."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    hfquant.quantize(model, None, "w8a8-dynamic")
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    y = model(x)
+    y += x
+    y.sum().backward()
+    expected = 1 + model[0].dequantize().sum(0)
+    torch.testing.assert_close(x.grad, expected.expand(2, 3, 8))
