@@ -11,7 +11,7 @@ from torch import nn
 from hfquant import ptq
 from hfquant.integrations import batches_for, model_facts, quantize_model
 from hfquant.integrations.config import HfQuantConfig
-from hfquant.nn.modules import dequantized, quant_linears
+from hfquant.nn.modules import dequantized, quant_modules
 from hfquant.planner import Plan, plan_layers
 
 __all__ = ["dequantize", "plan", "quantize"]
@@ -98,12 +98,14 @@ def _check_module(model: Any) -> None:
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """Replace every quantized linear by a plain ``nn.Linear``, in place; activations are no longer quantized.
+    """Replace every quantized linear by a plain ``nn.Linear``, and quantized experts by the float ones of their class.
+
+    In place; activations are no longer quantized.
 
     Raises:
         ValueError: ``model`` has no quantized linear.
     """
-    if not quant_linears(model):
+    if not quant_modules(model):
         raise ValueError(f"{type(model).__name__} has no quantized linear")
     if hasattr(model, "hf_quantizer") and hasattr(model, "dequantize"):
         return cast(nn.Module, cast(Any, model).dequantize())

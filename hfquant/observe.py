@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hfquant.calibration.batches import CalibrationError, device_of, evaluating, forward, samples
+from hfquant.experts import UnfusedExperts
 from hfquant.memory import release_free_memory
 from hfquant.statistics import Collector, LayerStats
 
@@ -57,8 +58,7 @@ def observe(
     def hook(name: str) -> Any:
         def pre_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
-            masked = mask is not None and x.shape[:2] == mask.shape
-            if bad := collector.add(name, x, mask if masked else None):
+            if bad := collector.add(name, x, _rows(x, mask)):
                 raise CalibrationError(
                     f"layer {name!r}: {bad} of {x.numel()} inputs are NaN or Inf in calibration batch {batch}"
                 )
@@ -68,11 +68,14 @@ def observe(
 
         return pre_forward
 
+    experts = [module for module in model.modules() if isinstance(module, UnfusedExperts)]
     handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
     try:
         with evaluating(model):
             for batch, number, sample in _share(data, *shard):
                 mask = _padding_mask(sample, device)
+                for module in experts:
+                    module.real = mask
                 seen.clear()
                 collector.start(batch + 1_000_003 * number)
                 with suppress(_AllSeen):
@@ -80,6 +83,8 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
+        for module in experts:
+            module.real = None
     return collector.stats
 
 
@@ -90,6 +95,15 @@ def _share(data: Iterable[Any], rank: int, size: int) -> Iterator[tuple[int, int
             for number, sample in enumerate(samples(batch)):
                 yield index, number, sample
             release_free_memory()
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Return which rows of an input [batch, tokens, ..., in] or [batch * tokens, in] count; None: all, or unknown."""
+    if mask is None or x.dim() < 2:
+        return None
+    if x.dim() == 2:
+        return mask.flatten() if len(x) == mask.numel() else None
+    return mask if x.shape[:2] == mask.shape else None
 
 
 def _padding_mask(sample: Any, device: torch.device | str | int) -> Tensor | None:

@@ -29,6 +29,13 @@ def execution_device(module: nn.Module) -> torch.device | str | int | None:
     return next((device for device in said if device is not None), None)
 
 
+def fetches_weights(module: nn.Module) -> bool:
+    """Return whether accelerate keeps the module's weights elsewhere and fetches them for each forward."""
+    hook = vars(module).get(_ACCELERATE)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return any(getattr(hook, "offload", False) for hook in hooks)
+
+
 def copy_hook(old: nn.Module, new: nn.Module) -> None:
     """Give ``new`` the hook of accelerate that ``old`` has, unless it has one. ``old`` keeps its own."""
     if _ACCELERATE in vars(old) and _ACCELERATE not in vars(new):

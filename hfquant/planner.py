@@ -21,6 +21,7 @@ from hfquant.config import ConfigError, LayerConfig, QuantRules
 from hfquant.console import counted
 from hfquant.dataflow import LinearTrace, PatternError, obstacles_in_source, trace
 from hfquant.enums import SegPattern
+from hfquant.experts import ExpertsLayout, Unfused, check_one_config, share_traces, unfused
 from hfquant.folding import Fold, plan_folds
 from hfquant.formats import GridRule, InputRule, split_columns
 
@@ -43,6 +44,7 @@ class ModelFacts:
         example: gives inputs for pattern detection, or None where they are not known.
         options: for the layers that are watched, keyword arguments that a calibration sample may lack.
         uncounted: names of modules that the share of quantized parameters leaves out (output heads).
+        experts: name of a module of fused experts -> how it keeps them.
     """
 
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -50,6 +52,7 @@ class ModelFacts:
     example: Callable[[], Any] = lambda: None
     options: Callable[[Iterable[nn.Module]], Mapping[str, Any]] = lambda layers: {}
     uncounted: Collection[str] = ()
+    experts: Mapping[str, ExpertsLayout] = field(default_factory=dict)
 
     def aliases(self, name: str) -> tuple[str, ...]:
         """Return a module's name, then its name with or without the prefix."""
@@ -70,6 +73,8 @@ class LayerPlan:
         output_segments: row sizes likewise, summing to ``out_features``.
         dual: for each input segment, whether its activations get a second scale for the negative side.
         folded: whether the transform's divisor goes into what comes before the layer (:mod:`hfquant.folding`).
+        rounded: of a parameter that holds experts, the numbers of those that calibration gave too few rows; they are
+            rounded to nearest.
         evidence: why, for people.
     """
 
@@ -80,6 +85,7 @@ class LayerPlan:
     output_segments: tuple[int, ...]
     dual: tuple[bool, ...]
     folded: bool = False
+    rounded: tuple[int, ...] = ()
     evidence: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -160,6 +166,8 @@ class LayerPlan:
             found["dual"] = list(self.dual)
         if self.folded:
             found["folded"] = True
+        if self.rounded:
+            found["rounded"] = list(self.rounded)
         return found
 
     def without_data(self) -> LayerPlan:
@@ -197,6 +205,7 @@ def layer_plan(name: str, linear: nn.Linear, config: LayerConfig, stored: Mappin
     inputs = tuple(stored.pop("input_segments", (linear.in_features,)))
     outputs = tuple(stored.pop("output_segments", (linear.out_features,)))
     dual = tuple(stored.pop("dual", (False,) * len(inputs)))
+    rounded = tuple(stored.pop("rounded", ()))
     if stored:
         raise ConfigError(f"layer {name!r}: unknown keys {sorted(stored)} in the stored plan")
     for what, sizes, total in (("input", inputs, linear.in_features), ("output", outputs, linear.out_features)):
@@ -209,7 +218,9 @@ def layer_plan(name: str, linear: nn.Linear, config: LayerConfig, stored: Mappin
         raise ConfigError(
             f"layer {name!r}: dual scale needs an input_quant.type of at most 15 bits, not {quant and quant.type}"
         )
-    return LayerPlan(config, linear.in_features, linear.out_features, inputs, outputs, dual, folded)
+    if not all(type(i) is int and i >= 0 for i in rounded):
+        raise ConfigError(f"layer {name!r}: rounded={list(rounded)} in the stored plan are not numbers of experts")
+    return LayerPlan(config, linear.in_features, linear.out_features, inputs, outputs, dual, folded, rounded)
 
 
 def _can_be_dual(config: LayerConfig) -> bool:
@@ -229,6 +240,14 @@ class Plan:
     layers: dict[str, LayerPlan]
     skipped: dict[str, str]
     folds: tuple[Fold, ...] = ()
+
+    def fused(self, experts: Unfused) -> Plan:
+        """Return the plan with one entry for the experts of a parameter, under the parameter's name."""
+        layers: dict[str, LayerPlan] = {}
+        for name, layer in self.layers.items():
+            layers.setdefault(experts.parameters.get(name, name), layer)
+        skipped = {experts.parameters.get(name, name): why for name, why in self.skipped.items()}
+        return replace(self, layers=layers, skipped=skipped)
 
     def __str__(self) -> str:
         rows = [("layer", "in x out", "weight", "input", "opt", "segments in | out", "dual", "why")]
@@ -286,7 +305,9 @@ def plan_layers(
     example: Any = None,
     facts: ModelFacts | None = None,
 ) -> Plan:
-    """Decide what every linear of ``model`` will become. Needs no weights: the model may be on the meta device.
+    """Decide what every linear of ``model`` will become, and every parameter that holds experts.
+
+    Needs no weights: the model may be on the meta device.
 
     Args:
         model: any module; only modules whose type is exactly ``nn.Linear`` are quantized.
@@ -300,8 +321,22 @@ def plan_layers(
         ConfigError: the config is invalid, or does not fit a layer.
     """
     facts = facts or ModelFacts()
-    chosen, skipped = _chosen(model, rules, not_convert, facts)
+    with unfused(model, facts.experts) as experts:
+        return plan_linears(model, rules, not_convert, example, facts, experts).fused(experts)
+
+
+def plan_linears(
+    model: nn.Module,
+    rules: QuantRules,
+    not_convert: Collection[str],
+    example: Any,
+    facts: ModelFacts,
+    experts: Unfused,
+) -> Plan:
+    """Do what :func:`plan_layers` does for a model whose experts are taken apart: each is a linear of its own."""
+    chosen, skipped = _chosen(model, rules, not_convert, facts, experts)
     traces = _traces(model, chosen, example, facts)
+    share_traces(traces, experts)
     # Where no forward was watched the source code says what it can.
     obstacles = {n: t.obstacle for n, t in traces.items() if t.obstacle} if traces else obstacles_in_source(model)
     for name in [n for n in chosen if n in obstacles]:
@@ -316,15 +351,16 @@ def plan_layers(
 
 
 def _chosen(
-    model: nn.Module, rules: QuantRules, not_convert: Collection[str], facts: ModelFacts
+    model: nn.Module, rules: QuantRules, not_convert: Collection[str], facts: ModelFacts, experts: Unfused
 ) -> tuple[dict[str, LayerConfig], dict[str, str]]:
     """Return the configs of the linears to quantize, and why each other one is not; warn of names that match none."""
     skips = shared_weights(model) | dict(facts.skipped)
     chosen: dict[str, LayerConfig] = {}
-    skipped: dict[str, str] = {}
+    skipped: dict[str, str] = dict(experts.skipped)
     idle, unused = dict.fromkeys(rules.patterns), dict.fromkeys(not_convert)
     for name, module in model.named_modules():
-        names = facts.aliases(name)
+        fused = experts.parameters.get(name)
+        names = facts.aliases(name) + (facts.aliases(fused) if fused else ())
         for key in [k for k in unused if matches(names, [k])]:
             del unused[key]
         if not isinstance(module, nn.Linear):
@@ -342,8 +378,8 @@ def _chosen(
             skipped[name] = EXCLUDED
         elif not layer.enable:
             skipped[name] = SWITCHED_OFF
-        elif name in skips and not asked:
-            skipped[name] = skips[name]
+        elif (why := skips.get(name) or skips.get(fused or "")) and not asked:
+            skipped[name] = why
         else:
             chosen[name] = layer
     who = type(model).__name__
@@ -351,6 +387,7 @@ def _chosen(
         logger.warning("%s: config[%r] matches no linear (those of a block are %r)", who, glob, f"{glob}.*")
     for key in unused:
         logger.warning("%s: modules_to_not_convert: %r matches no module", who, key)
+    check_one_config(chosen, experts)
     return chosen, skipped
 
 

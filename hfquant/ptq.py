@@ -23,18 +23,23 @@ from hfquant.config import QuantRules
 from hfquant.console import log_shown
 from hfquant.digests import digest_of, update_with_weights
 from hfquant.distributed import Processes, processes
+from hfquant.experts import Unfused, unfused
 from hfquant.folding import Folding, find_folding
 from hfquant.memory import free_memory, release_free_memory
+from hfquant.nn.experts import QuantExperts, fuse
 from hfquant.nn.linear import QuantLinear
-from hfquant.nn.modules import log_share, quant_linears, replace_modules
+from hfquant.nn.modules import log_share, quant_modules
 from hfquant.observe import observe
-from hfquant.planner import EXCLUDED, SWITCHED_OFF, LayerPlan, ModelFacts, Plan, plan_layers
+from hfquant.planner import EXCLUDED, SWITCHED_OFF, LayerPlan, ModelFacts, Plan, plan_linears
+from hfquant.replacing import replace_modules
 from hfquant.report.layers import LayerReport, QuantReport, layer_report
 from hfquant.resume import Cache
 from hfquant.solver import Solution, check_finite, solve
 from hfquant.statistics import SAMPLE_ROWS, LayerStats, stats_bytes
 
 logger = logging.getLogger(__name__)
+
+FEWEST_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Run:
         budget: bytes that statistics may take at once in a process.
         facts: what a library knows of the model.
         per_layer_mode: whether layers see the quantized ones before them.
+        experts: that are taken apart meanwhile.
         folding: the divisors that go into what comes before a layer.
         seen: statistics of all layers, where folding has taken them already.
     """
@@ -95,6 +101,7 @@ class Run:
     budget: int
     facts: ModelFacts
     per_layer_mode: bool
+    experts: Unfused
     folding: Folding = field(default_factory=Folding)
     seen: dict[str, LayerStats] = field(default_factory=dict)
 
@@ -130,20 +137,28 @@ def quantize(
         RuntimeError: it failed in another process, which the message names with its cause.
     """
     settings, facts = settings or Settings(), facts or ModelFacts()
-    if quant_linears(model):
+    if quant_modules(model):
         raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
     # Without data there is little to share, and a caller may well quantize in one process alone.
     sharing = processes() if rules.needs_data else nullcontext(Processes())
-    with log_shown() if settings.verbose else nullcontext(), sharing as group:
-        run = _prepared(model, loader, rules, settings, facts, group)
+    shown = log_shown() if settings.verbose else nullcontext()
+    with shown, sharing as group, unfused(model, facts.experts) as experts:
+        run = _prepared(model, loader, rules, settings, facts, group, experts)
         if not run.plan.layers:
             logger.warning("%s: every linear is switched off or skipped; nothing is quantized", type(model).__name__)
-            return Applied(run.plan, QuantReport([], run.plan.skipped))
+            plan = run.plan.fused(experts)
+            return Applied(plan, QuantReport([], plan.skipped))
         return _applied(_folded(run), settings.verbose, finish)
 
 
 def _prepared(
-    model: nn.Module, loader: Any, rules: QuantRules, settings: Settings, facts: ModelFacts, group: Processes
+    model: nn.Module,
+    loader: Any,
+    rules: QuantRules,
+    settings: Settings,
+    facts: ModelFacts,
+    group: Processes,
+    experts: Unfused,
 ) -> Run:
     """Check what was given, plan, and agree on it with the other processes."""
     with group.together():
@@ -154,7 +169,7 @@ def _prepared(
         example = settings.example
         if example is None and data is not None and has_data:
             example = samples(data.first)[0]
-        plan = plan_layers(model, rules, settings.not_convert, example, facts)
+        plan = plan_linears(model, rules, settings.not_convert, example, facts, experts)
         if not plan.layers and not {EXCLUDED, SWITCHED_OFF} & set(plan.skipped.values()):
             raise ValueError(f"{type(model).__name__} has nothing to quantize: {plan.skipped or 'no nn.Linear'}")
         needing = [name for name, layer in plan.layers.items() if layer.config.needs_data]
@@ -181,7 +196,7 @@ def _prepared(
             cache = Cache.open(settings.resume_dir, digest_of(group.gather(digest_of(mode))))
     budget = min(group.gather(settings.memory_budget or free_memory() // (4 * group.on_this_machine)))
     shard = _shard(data, group)
-    return Run(model, plan, data, shard, group, cache, budget, facts, settings.per_layer_mode)
+    return Run(model, plan, data, shard, group, cache, budget, facts, settings.per_layer_mode, experts)
 
 
 def _check_models_agree(model: nn.Module, group: Processes) -> None:
@@ -231,6 +246,7 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
     layers: dict[str, QuantLinear] = {}
     sources = run.folding.sources(run.model, run.plan)
     originals |= {name: run.model.get_submodule(name) for name in sources}
+    swapped: dict[nn.Module, nn.Module] = {}
     handles: list[Any] = []
     reports: list[LayerReport] = []
     try:
@@ -247,12 +263,22 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
                     replace_modules(run.model, {originals[name]: layers[name] for name in names})
         for handle in handles:
             handle.remove()
-        replace_modules(run.model, {originals[name]: module for name, module in (layers | sources).items()})
+        fused = fuse(run.experts, layers, {report.name for report in reports if report.fallback})
+        _log_rounded(run, fused)
+        swapped |= {run.experts.modules[name]: module for name, module in fused.items()}
+        kept = {n: m for n, m in (layers | sources).items() if n not in run.experts.parameters}
+        swapped |= {originals[name]: module for name, module in kept.items()}
+        replace_modules(run.model, swapped)
         needing = {name for name, layer in run.plan.layers.items() if layer.config.needs_data}
         if needing and all(r.fallback for r in reports if r.name in needing):
             logger.warning("calibration ran none of the layers that need its data")
-        plan = replace(run.plan, layers={name: layer.plan for name, layer in layers.items()})
-        applied = Applied(plan, QuantReport(reports, plan.skipped), originals)
+        plan = replace(run.plan, layers={name: layer.plan for name, layer in layers.items()}).fused(run.experts)
+        plans = plan.layers | {f"{name}.{p}".lstrip("."): x for name, m in fused.items() for p, x in m.plans.items()}
+        applied = Applied(
+            replace(plan, layers=plans),
+            QuantReport(reports, plan.skipped),
+            {name: originals[name] for name in kept} | {name: run.experts.originals[name] for name in fused},
+        )
         finish(applied)
         if verbose and run.group.main:
             logger.info("\n%s", applied.report)
@@ -260,8 +286,16 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
             log_share(run.model, run.facts.uncounted)
         return applied
     except BaseException:
-        replace_modules(run.model, {module: originals[name] for name, module in (layers | sources).items()})
+        undone = {module: originals[name] for name, module in (layers | sources).items()}
+        replace_modules(run.model, undone | {new: old for old, new in swapped.items()})
         raise
+
+
+def _log_rounded(run: Run, fused: Mapping[str, QuantExperts]) -> None:
+    """Name the experts that saw too few rows, in one line."""
+    few = [f"{n}.{p} {list(x.rounded)}" for n, m in fused.items() for p, x in m.plans.items() if x.rounded]
+    if few and run.group.main:
+        logger.warning("experts that saw fewer than %d rows are rounded to nearest: %s", FEWEST_ROWS, "; ".join(few))
 
 
 def _groups(run: Run) -> Iterator[list[str]]:
@@ -367,14 +401,15 @@ def _solve_layer(
         weight, stats = run.folding.weight(name, linear.weight.detach()), run.folding.stats(name, stats)
         if linear.bias is not None:
             check_finite(name, "biases", linear.bias)
-        solution = known or solve(name, weight, plan, stats, linear.weight.dtype)
+        enough = name not in run.experts.parameters or (stats is not None and stats.count >= FEWEST_ROWS)
+        solution = known or solve(name, weight, plan, stats if enough else None, linear.weight.dtype)
         if run.cache is not None and known is None:
             run.cache.store(name, run.cache.key(name, weight, plan), solution)
         layer = QuantLinear.from_tensors(solution.plan, solution.tensors, run.folding.bias(name, linear.bias))
         seconds = time.perf_counter() - start
         report = layer_report(name, weight, solution, layer, stats, seconds)
     release_free_memory()
-    if solution.fallback:
+    if solution.fallback and name not in run.experts.parameters:
         logger.warning("layer %r never ran during calibration: rounded to nearest, inputs scaled by token", name)
     return layer, report
 

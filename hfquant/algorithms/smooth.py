@@ -89,6 +89,10 @@ class Smooth(Transform):
                 part.div_(divisor)
         return weight
 
+    def idle(self, name: str) -> Tensor:
+        """Return 1 for the divisor, 0 for all else."""
+        return torch.tensor(float(name == "smooth"))
+
     def folds(self) -> bool:
         """Return ``fold``."""
         return self.fold

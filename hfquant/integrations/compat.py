@@ -21,6 +21,8 @@ with suppress(ImportError):  # either library may be absent
 
 __all__ = [
     "ConversionOps",
+    "apply_gate",
+    "declares_experts",
     "drop_quantization_config",
     "is_marked_initialized",
     "keep_in_fp32",
@@ -36,6 +38,16 @@ def keep_in_fp32(model: nn.Module) -> list[str]:
     """Return the keys of modules that either library keeps in float32."""
     lists = (getattr(model, f"_keep_in_fp32_modules{strict}", None) for strict in ("", "_strict"))
     return [key for keys in lists for key in keys or ()]
+
+
+def declares_experts(module: nn.Module) -> bool:
+    """Return whether a module is of a class that transformers' ``use_experts_implementation`` decorates."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+
+
+def apply_gate(kind: type, experts: nn.Module, gate_up: Any) -> Any:
+    """Return what class ``kind`` of transformers makes of both halves, with the attributes of ``experts``."""
+    return kind._apply_gate(experts, gate_up)  # type: ignore[attr-defined]
 
 
 def mark_initialized(holder: Any) -> None:

@@ -13,13 +13,15 @@ from hfquant.console import counted
 from hfquant.integrations.apply import own_config, quantize_attached
 from hfquant.integrations.checkpoint import (
     CheckpointError,
+    CodesOnDisk,
     check_names,
     codes_on_disk,
-    disk_dtypes,
+    disk_forms,
     finish_loading,
     install_empty,
     missing_tensors,
     needs_no_data,
+    quantized_experts,
     stored_plans,
     tensor_names,
     warn_if_empty,
@@ -27,10 +29,13 @@ from hfquant.integrations.checkpoint import (
 from hfquant.integrations.compat import drop_quantization_config
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import check_data, diffusers_batches
+from hfquant.integrations.experts import layout_of
 from hfquant.integrations.facts import facts_of
+from hfquant.nn.experts import QuantExperts
 from hfquant.nn.linear import QuantLinear
-from hfquant.nn.modules import dequantized, log_share, replace_modules
+from hfquant.nn.modules import dequantized, log_share
 from hfquant.planner import Plan, plan_layers
+from hfquant.replacing import replace_modules
 from hfquant.solver import solve
 
 if TYPE_CHECKING:
@@ -53,7 +58,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.plan: Plan | None = None
         #: Of the quantized linears, for saving.
-        self.disk_dtypes: dict[str, torch.dtype] = {}
+        self.disk_forms: dict[str, CodesOnDisk] = {}
         self._stored_names: set[str] = set()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -90,7 +95,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
         config, facts = self.quantization_config, facts_of(model)
         if self.pre_quantized:
-            install_empty(model, stored_plans(model, config, facts), on_disk=True)
+            install_empty(model, stored_plans(model, config, facts), facts.experts, on_disk=True)
             check_names(model, self._stored_names)
         elif not config.needs_data:
             # The linears stay until their weights arrive: the loader checks float shapes against the model.
@@ -100,15 +105,16 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
         """Raise where the checkpoint lacks a tensor of a linear that is quantized, or is to be."""
-        lacking = sorted(k for k in missing_keys if self._is_quantized(model, k.rpartition(".")[0]))
+        lacking = sorted(k for k in missing_keys if self._is_quantized(model, k))
         if lacking:
             raise missing_tensors(lacking)
         return missing_keys
 
-    def _is_quantized(self, model: ModelMixin, name: str) -> bool:
+    def _is_quantized(self, model: ModelMixin, key: str) -> bool:
+        name = key.rpartition(".")[0]
         if self.plan is not None:
-            return name in self.plan.layers
-        return isinstance(model.get_submodule(name), QuantLinear)
+            return name in self.plan.layers or key in self.plan.layers
+        return isinstance(model.get_submodule(name), (QuantLinear, QuantExperts))
 
     def check_if_quantized_param(
         self, model: ModelMixin, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -116,8 +122,11 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         """Claim float weights that are to be quantized, and every tensor of a quantized linear."""
         name, _, tensor = param_name.rpartition(".")
         if self.plan is not None:
-            return tensor == "weight" and name in self.plan.layers
-        return self.pre_quantized and isinstance(model.get_submodule(name), QuantLinear)
+            return (tensor == "weight" and name in self.plan.layers) or param_name in self.plan.layers
+        module = model.get_submodule(name)
+        # The float tensors of experts are diffusers' own business.
+        claimed = isinstance(module, QuantLinear) or (isinstance(module, QuantExperts) and tensor in module.specs())
+        return self.pre_quantized and claimed
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
         """Refuse: codes have one exact shape.
@@ -142,6 +151,9 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         """Quantize a float weight, or put a stored tensor in its place."""
         name, _, tensor = param_name.rpartition(".")
         module = model.get_submodule(name)
+        if self.plan is not None and param_name in self.plan.layers:
+            self._hold_experts(model, module, param_name, param_value.to(target_device))
+            return
         if self.plan is not None:
             assert isinstance(module, nn.Linear)
             solved = solve(name, param_value.to(target_device), self.plan.layers[name], None)
@@ -149,7 +161,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             layer.bias = module.bias  # on meta where it is yet to come, perhaps from another shard
             replace_modules(model, {module: layer})
             return
-        assert isinstance(module, QuantLinear)
+        assert isinstance(module, (QuantLinear, QuantExperts))
         # diffusers has cast param_value to the model's dtype; scales must stay as they are stored.
         stored = state_dict[param_name]
         value = param_value if tensor in module._model_floats and stored.is_floating_point() else stored
@@ -158,11 +170,22 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from None
 
+    def _hold_experts(self, model: ModelMixin, module: nn.Module, key: str, weights: Tensor) -> None:
+        """Have the codes of a float parameter of experts, ``key``, in its place."""
+        assert self.plan is not None
+        if not isinstance(module, QuantExperts):
+            layout = layout_of(module)
+            assert layout is not None
+            original, module = module, QuantExperts(module, layout)
+            replace_modules(model, {original: module})
+        plan = self.plan.layers[key]
+        module.hold(key.rpartition(".")[2], plan, quantized_experts(key, module, plan, weights))
+
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         config, plan = self.quantization_config, self.plan
         if self.pre_quantized:
             finish_loading(model)
-            self.disk_dtypes = disk_dtypes(model)
+            self.disk_forms = disk_forms(model)
             return model
         if plan is None:
             quantize_attached(model, diffusers_batches(config.calibration), config, facts_of(model), attach)
@@ -176,7 +199,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         stored = model.config.get("quantization_config")
         if stored is not None:
             self.quantization_config = stored
-        self.plan, self.pre_quantized, self.disk_dtypes = None, True, disk_dtypes(model)
+        self.plan, self.pre_quantized, self.disk_forms = None, True, disk_forms(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -189,7 +212,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         """
         if not safe_serialization:
             raise ValueError("quantized models are saved as safetensors only; leave safe_serialization=True")
-        return codes_on_disk(state_dict, self.disk_dtypes), {}
+        return codes_on_disk(state_dict, self.disk_forms), {}
 
     def _dequantize(self, model: ModelMixin) -> nn.Module:
         model = dequantized(model, model.dtype)
@@ -215,7 +238,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
 def attach(model: ModelMixin, config: HfQuantConfig) -> None:
     """Make ``model`` one that diffusers knows as quantized by ``config`` (its own copy)."""
     model.hf_quantizer = HfQuantDiffusersQuantizer(config, pre_quantized=True)
-    model.hf_quantizer.disk_dtypes = disk_dtypes(model)
+    model.hf_quantizer.disk_forms = disk_forms(model)
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.register_to_config(quantization_config=config)

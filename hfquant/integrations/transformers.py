@@ -15,10 +15,11 @@ from hfquant.integrations.checkpoint import (
     check_loaded,
     check_names,
     codes_on_disk,
-    disk_dtypes,
+    disk_forms,
     finish_loading,
     install_empty,
     needs_no_data,
+    quantized_experts,
     stored_plans,
     tensor_names,
     warn_if_empty,
@@ -34,9 +35,11 @@ from hfquant.integrations.compat import (
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import check_data, transformers_batches
 from hfquant.integrations.facts import facts_of
+from hfquant.nn.experts import QuantExperts, tensor_name
 from hfquant.nn.linear import QuantLinear
-from hfquant.nn.modules import dequantized, log_share, quant_linears, replace_modules
+from hfquant.nn.modules import dequantized, log_share, quant_modules
 from hfquant.planner import Plan, plan_layers
+from hfquant.replacing import replace_modules
 from hfquant.solver import solve
 
 if TYPE_CHECKING:
@@ -82,12 +85,12 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         if self.pre_quantized:
             names = _stored_names(model, checkpoint_files)
             plans = stored_plans(model, config, facts, None if _is_own(model) else names)
-            install_empty(model, plans, on_disk=True)
+            install_empty(model, plans, facts.experts, on_disk=True)
             check_names(model, names or ())
             self.exact = {
                 f"{name}.{tensor}"
-                for name, plan in plans.items()
-                for tensor, spec in plan.tensors().items()
+                for name, layer in quant_modules(model).items()
+                for tensor, spec in layer.specs().items()
                 if spec.dtype is not None
             }
         elif not config.needs_data:
@@ -97,7 +100,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             # A tied weight arrives under another name, or not at all: such linears are quantized after loading.
             tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
             arriving = {name: plan for name, plan in self.plan.layers.items() if name not in tied}
-            install_empty(model, arriving, on_disk=False)
+            install_empty(model, arriving, facts.experts, on_disk=False)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Return whether a checkpoint tensor is a float weight to be quantized as it arrives.
@@ -107,8 +110,9 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         """
         name, _, tensor = param_name.rpartition(".")
         if self.pre_quantized:
-            return isinstance(model.get_submodule(name), QuantLinear)
-        return tensor == "weight" and isinstance(model.get_submodule(name), QuantLinear)
+            return isinstance(model.get_submodule(name), (QuantLinear, QuantExperts))
+        module = model.get_submodule(name)
+        return isinstance(module, (QuantLinear, QuantExperts)) and tensor in module.code_names
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """No cast for codes and scales: one of the wrong dtype must be seen."""
@@ -142,13 +146,14 @@ class HfQuantTransformersQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors as they are stored."""
         state_dict = model.state_dict()
-        for name, layer in quant_linears(model).items():
+        forms = disk_forms(model)
+        for key, form in forms.items():
             # transformers reads an offloaded tensor itself, in whatever shape it has: on disk the right one.
-            if layer.weight.is_meta and hasattr(model, "hf_device_map"):
-                codes = load_offloaded_parameter(model, f"{name}.weight")
-                if codes.dim() == 2:
-                    state_dict[f"{name}.weight"] = codes
-        return codes_on_disk(state_dict, disk_dtypes(model)), {}
+            if state_dict[key].is_meta and hasattr(model, "hf_device_map"):
+                codes = load_offloaded_parameter(model, key)
+                if codes.dim() < form.dims:
+                    state_dict[key] = codes
+        return codes_on_disk(state_dict, forms), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
         # transformers passes config.dtype, which is a string once the model has been saved.
@@ -174,48 +179,51 @@ class QuantizeWeight(ConversionOps):
         self.quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> dict[str, Tensor]:
-        """``{"x.weight": float}`` to ``{"x.weight": codes, "x.weight_scale": ...}``.
+        """``{"x.weight": float}`` to ``{"x.weight": codes, "x.weight_scale": ...}``, parameters of experts likewise.
 
         Several come at once where the checkpoint has them fused; of these, linears that stay float pass through.
         """
         assert model is not None
         converted: dict[str, Tensor] = {}
         for key, value in input_dict.items():
-            name, weight = key.removesuffix(".weight"), value[0] if isinstance(value, list) else value
+            name, _, tensor = key.rpartition(".")
+            weight = value[0] if isinstance(value, list) else value
             layer = model.get_submodule(name)
-            if not isinstance(layer, QuantLinear):
+            if not isinstance(layer, (QuantLinear, QuantExperts)) or tensor not in layer.code_names:
                 converted[key] = weight
                 continue
             try:
                 if self.quantizer.failure is None:
-                    converted.update(_quantized(name, layer, weight))
+                    converted.update(_quantized(key, layer, weight))
                     continue
             except ValueError as error:
                 # transformers turns an exception into a line of its report; it is raised once loading has ended.
                 self.quantizer.failure = error
             # Placeholders keep that report from calling the rest missing.
-            spec = layer.plan.tensors().items()
-            converted.update(
-                {
-                    f"{name}.{t}": torch.zeros((), dtype=dtype or weight.dtype).expand(shape)
-                    for t, (shape, dtype) in spec
-                }
-            )
+            for other, (shape, kind) in layer.specs().items():
+                if other == tensor or other not in layer._parameters:
+                    converted[f"{name}.{other}"] = torch.zeros((), dtype=kind or weight.dtype).expand(shape)
         return converted
 
 
-def _quantized(name: str, layer: QuantLinear, weight: Tensor) -> dict[str, Tensor]:
+def _quantized(key: str, layer: QuantLinear | QuantExperts, weight: Tensor) -> dict[str, Tensor]:
+    """Return the quantized tensors that a float tensor ``key`` of a checkpoint becomes, by their names there."""
+    name, _, tensor = key.rpartition(".")
+    if isinstance(layer, QuantExperts):
+        stacks = quantized_experts(key, layer, layer.plans[tensor], weight)
+        return {f"{name}.{tensor_name(tensor, k)}": stack for k, stack in stacks.items()}
     expected = (layer.out_features, layer.in_features)
     if tuple(weight.shape) != expected:
-        raise CheckpointError(f"{name}.weight: expected shape {expected}, got {tuple(weight.shape)}")
-    tensors = solve(name, weight, layer.plan, None).tensors
-    solved = QuantLinear.from_tensors(layer.plan, tensors, None)
-    return {f"{name}.{key}": getattr(solved, key) for key in tensors}
+        raise CheckpointError(f"{key}: expected shape {expected}, got {tuple(weight.shape)}")
+    solved = QuantLinear.from_tensors(layer.plan, solve(name, weight, layer.plan, None).tensors, None)
+    return {f"{name}.{k}": v for k, v in solved.solved_tensors().items()}
 
 
 def _quantize_late(model: PreTrainedModel, plan: Plan) -> None:
     """The weights that loading left in float: tied ones, and some of those that came fused with others."""
     for name, layer_plan in plan.layers.items():
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), QuantExperts):  # quantized as they were read
+            continue
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         if not linear.weight.is_floating_point():

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from hfquant.algorithms import block_slices
+from hfquant.algorithms import TensorSpec, block_slices
 from hfquant.formats import Grid, NumberFormat
 from hfquant.kernels.base import Operands, Product
 from hfquant.kernels.op import linear
 from hfquant.planner import LayerPlan
+
+
+def keeping_dtypes(
+    module: nn.Module, fn: Callable[[Tensor], Tensor], names: Collection[str]
+) -> Callable[[Tensor], Tensor]:
+    """Return what ``nn.Module._apply`` is to call for ``fn``: tensors ``names`` are only moved, others cast as well."""
+    tensors = {**module._parameters, **module._buffers}
+    fixed = {id(tensor) for name, tensor in tensors.items() if name in names}
+
+    def applied(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        return tensor.to(new.device) if id(tensor) in fixed and new.dtype != tensor.dtype else new
+
+    return applied
 
 
 class QuantLinear(nn.Linear):
@@ -84,6 +98,34 @@ class QuantLinear(nn.Linear):
         """Return all but the bias, by name: what :meth:`from_tensors` takes."""
         return {name: getattr(self, name) for name in self.plan.tensors()}
 
+    @property
+    def code_names(self) -> tuple[str, ...]:
+        """Names of the tensors that are codes."""
+        return ("weight",)
+
+    @property
+    def matrix_size(self) -> int:
+        """How many weights are quantized."""
+        return self.in_features * self.out_features
+
+    @property
+    def matrix_count(self) -> int:
+        """How many matrices are quantized."""
+        return 1
+
+    def disk_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of codes on disk."""
+        return self.format.disk_dtype
+
+    def specs(self, on_disk: bool = False) -> dict[str, TensorSpec]:
+        """Return shape and dtype (None: a float) of each tensor, in memory or on disk, bias included."""
+        found = self.plan.tensors()
+        if on_disk:
+            found["weight"] = TensorSpec((1, *found["weight"].shape), self.format.disk_dtype)
+        if self.bias is not None:
+            found["bias"] = TensorSpec((self.out_features,), None)
+        return found
+
     def set_tensor(self, name: str, value: Tensor) -> None:
         """Put ``value`` in place of parameter or buffer ``name``.
 
@@ -120,15 +162,12 @@ class QuantLinear(nn.Linear):
             codes = form.pack(codes)
         return codes
 
-    def codes_on_disk(self, codes: Tensor | None = None) -> Tensor:
+    def codes_on_disk(self, name: str = "weight") -> Tensor:
         """Return the codes as a checkpoint has them: rank 3, of the format's dtype on disk.
 
         No plain ``nn.Linear`` accepts them, so a model loaded without hfquant fails in place of running on garbage.
-
-        Args:
-            codes: of this layer, from elsewhere (offloaded); default: ``weight``.
         """
-        codes = self.weight.data if codes is None else codes
+        codes = self.get_parameter(name).data
         return codes.view(1, *codes.shape[-2:]).view(self.format.disk_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -150,24 +189,36 @@ class QuantLinear(nn.Linear):
             raise ValueError(
                 f"QuantLinear({self.in_features}, {self.out_features}) got an input of shape {tuple(input.shape)}"
             )
-        transform, tensors, groups = self._transform, self._buffers, self._row_groups
-        parts = [
-            linear(transform.input(input, tensors, i), self._operands(i, rows), self.product, self.real_quant)
-            for i, rows in enumerate(groups)
-        ]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        extra = transform.output(input, tensors, self.plan.row_groups)
-        return y if extra is None else (y + extra).to(input.dtype)
-
-    def _operands(self, group: int, rows: slice) -> Operands:
-        """Return what a kernel multiplies with for one group of rows."""
         # Reading the dicts takes a tenth of the time of attributes, which adds up in small layers.
-        get, transform = self._buffers.get, self._transform
-        divisor = transform.divisor(self._buffers, group)
-        down, up = transform.branch(self._buffers, group, rows) or (None, None)
+        return self.run(input, self._buffers, self._stored_codes(), self._parameters.get("bias"))
+
+    def run(self, x: Tensor, tensors: Mapping[str, Tensor | None], codes: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the product that the plan describes on given tensors.
+
+        Args:
+            x: [..., in], of a float dtype.
+            tensors: scales and what the transform stores, by name.
+            codes: packed, [out, ...].
+            bias: [out].
+        """
+        transform = self._transform
+        parts = []
+        for i, rows in enumerate(self._row_groups):
+            operands = self._operands(i, rows, tensors, codes, bias)
+            parts.append(linear(transform.input(x, tensors, i), operands, self.product, self.real_quant))
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        extra = transform.output(x, tensors, self.plan.row_groups)
+        return y if extra is None else (y + extra).to(x.dtype)
+
+    def _operands(
+        self, group: int, rows: slice, tensors: Mapping[str, Tensor | None], codes: Tensor, bias: Tensor | None
+    ) -> Operands:
+        """Return what a kernel multiplies with for one group of rows."""
+        get, transform = tensors.get, self._transform
+        divisor = transform.divisor(tensors, group)
+        down, up = transform.branch(tensors, group, rows) or (None, None)
         scale, scale_row, zero = get("weight_scale"), get("weight_scale_row"), get("weight_zero_point")
         inputs = (get("input_scale"), get("input_scale_neg"))
-        codes, bias = self._stored_codes(), self._parameters.get("bias")
         if len(self._row_groups) == 1:
             return Operands(codes, scale, scale_row, zero, *inputs, divisor, down, up, bias)
         part = Operands(codes, scale, scale_row, zero, bias=bias).rows(rows)
@@ -211,14 +262,8 @@ class QuantLinear(nn.Linear):
         return linear
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        tensors = {**self._parameters, **self._buffers}
-        fixed = {id(tensor) for name, tensor in tensors.items() if name not in self._model_floats}
-
-        def move_only(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return tensor.to(new.device) if id(tensor) in fixed and new.dtype != tensor.dtype else new
-
-        return super()._apply(move_only, recurse)
+        fixed = {*self._parameters, *self._buffers} - self._model_floats
+        return super()._apply(keeping_dtypes(self, fn, fixed), recurse)
 
     def reset_parameters(self) -> None:
         """Do nothing: there is no random initialization for codes."""
