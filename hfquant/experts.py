@@ -69,6 +69,10 @@ class Experts(nn.Module):
         """Return which expert each row goes to, [tokens, choices]; numbers past the last expert mean none."""
         return index
 
+    def alone(self, rows: Tensor) -> bool:
+        """Return whether the first expert is to stand for all: where no numbers say which row goes where."""
+        return shapes_only(rows)
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Take what the original's ``forward`` takes."""
         return self.layout.route(self, *args, **kwargs)
@@ -79,9 +83,11 @@ class UnfusedExperts(Experts):
 
     Attributes:
         real: [batch, tokens] bool, the tokens that are not padding while statistics are taken; None: all are.
+        only_first: whether only the first expert is there, and takes all rows.
     """
 
     real: Tensor | None = None
+    only_first = False
 
     def __init__(self, original: nn.Module, layout: ExpertsLayout) -> None:
         super().__init__(original, layout)
@@ -99,6 +105,10 @@ class UnfusedExperts(Experts):
         """Call the linear."""
         y: Tensor = self.get_submodule(name)[expert](rows)  # type: ignore[index]
         return y
+
+    def alone(self, rows: Tensor) -> bool:
+        """Return whether the first expert is to stand for all, as within :func:`first_alone`."""
+        return self.only_first or super().alone(rows)
 
     def counted(self, index: Tensor) -> Tensor:
         """Send padding nowhere."""
@@ -128,12 +138,12 @@ def fused_like(experts: Experts, leave: Collection[str]) -> nn.Module:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    with torch.device("meta"):
-        linear = nn.Linear(1, 1, bias=bias is not None)
+    # nn.Linear's own __init__ would fill a weight with random numbers, tens of thousands of times.
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
+    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     return linear
 
 
@@ -197,6 +207,21 @@ def unfused(model: nn.Module, layouts: Mapping[str, ExpertsLayout]) -> Iterator[
         replace_modules(model, {m: found.originals[n] for n, m in found.modules.items()})
 
 
+@contextmanager
+def first_alone(experts: Unfused) -> Iterator[None]:
+    """Leave only the first expert of each module, for a forward that is watched: around the others all is the same."""
+    lists = [(m, name, m.get_submodule(name)) for m in experts.modules.values() for name in m.layout.projections]
+    try:
+        for module, name, linears in lists:
+            module.only_first = True
+            module._modules[name] = nn.ModuleList([linears[0]])  # type: ignore[index]
+        yield
+    finally:
+        for module, name, linears in lists:
+            module.only_first = False
+            module._modules[name] = linears
+
+
 def check_one_config(configs: Mapping[str, Any], experts: Unfused) -> None:
     """Raise where the experts of one parameter do not all have the same config, or all none.
 
@@ -228,8 +253,7 @@ def share_traces(traces: dict[str, LinearTrace], experts: Unfused) -> None:
             traces[name] = replace(seen, source=None)
 
 
-# Ways to route. Where an input has no values (fake tensors) one expert stands for all: what a watched forward finds
-# around it holds for the others.
+# Ways to route.
 
 
 def route_tokens(experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -244,7 +268,7 @@ def route_tokens(experts: Experts, hidden_states: Tensor, top_k_index: Tensor, t
         top_k_weights: [tokens, choices].
     """
     tokens, choices = top_k_index.shape
-    if shapes_only(hidden_states):
+    if experts.alone(hidden_states):
         return (experts.run(0, hidden_states) * top_k_weights[:, :1]).to(hidden_states.dtype)
     chosen = experts.counted(top_k_index).reshape(-1)
     order = chosen.argsort(stable=True)
@@ -252,8 +276,9 @@ def route_tokens(experts: Experts, hidden_states: Tensor, top_k_index: Tensor, t
     order = order[: sum(counts)]
     outputs = _by_expert(experts, hidden_states[order // choices], counts)
     weighted = outputs * top_k_weights.reshape(-1)[order, None]
-    joined = weighted.new_zeros(tokens * choices, weighted.shape[-1]).index_copy(0, order, weighted)
-    return joined.view(tokens, choices, -1).sum(1).to(hidden_states.dtype)
+    width = weighted.shape[-1]
+    joined = weighted.new_zeros(tokens * choices, width).index_copy(0, order, weighted)
+    return joined.view(tokens, choices, width).sum(1).to(hidden_states.dtype)
 
 
 def route_sorted(experts: Experts, rows: Tensor, counts: Tensor | list[int]) -> Tensor:
@@ -264,7 +289,7 @@ def route_sorted(experts: Experts, rows: Tensor, counts: Tensor | list[int]) -> 
         rows: [n, in].
         counts: of each expert's rows.
     """
-    if shapes_only(rows):
+    if experts.alone(rows):
         return experts.run(0, rows)
     counts = counts.tolist() if isinstance(counts, Tensor) else list(counts)
     outputs = _by_expert(experts, rows[: sum(counts)], counts)
@@ -279,7 +304,7 @@ def route_all(experts: Experts, hidden_states: Tensor) -> Tensor:
         experts: which; without biases, so that zeros give zeros.
         hidden_states: [experts * tokens, in].
     """
-    if shapes_only(hidden_states):
+    if experts.alone(hidden_states):
         return experts.run(0, hidden_states)
     rows = hidden_states.view(experts.expert_count, -1, hidden_states.shape[-1])
     index = torch.arange(len(rows), device=rows.device).expand(rows.shape[1], -1)

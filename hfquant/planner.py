@@ -21,7 +21,7 @@ from hfquant.config import ConfigError, LayerConfig, QuantRules
 from hfquant.console import counted
 from hfquant.dataflow import LinearTrace, PatternError, obstacles_in_source, trace
 from hfquant.enums import SegPattern
-from hfquant.experts import ExpertsLayout, Unfused, check_one_config, share_traces, unfused
+from hfquant.experts import ExpertsLayout, Unfused, check_one_config, first_alone, share_traces, unfused
 from hfquant.folding import Fold, plan_folds
 from hfquant.formats import GridRule, InputRule, split_columns
 
@@ -335,7 +335,8 @@ def plan_linears(
 ) -> Plan:
     """Do what :func:`plan_layers` does for a model whose experts are taken apart: each is a linear of its own."""
     chosen, skipped = _chosen(model, rules, not_convert, facts, experts)
-    traces = _traces(model, chosen, example, facts)
+    with first_alone(experts):
+        traces = _traces(model, chosen, example, facts)
     share_traces(traces, experts)
     # Where no forward was watched the source code says what it can.
     obstacles = {n: t.obstacle for n, t in traces.items() if t.obstacle} if traces else obstacles_in_source(model)

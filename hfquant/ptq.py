@@ -39,6 +39,9 @@ from hfquant.statistics import SAMPLE_ROWS, LayerStats, stats_bytes
 
 logger = logging.getLogger(__name__)
 
+#: An expert that saw fewer rows is rounded to nearest. Measured on SmolLM2's MLPs, with held-out rows: from 32 rows on
+#: what is solved for them (w8a8-smooth, w4a16-gptq) errs at most 5 % more than that, and mostly much less; with 8 up to
+#: 43 % more. And a row beyond n that were seen exceeds their range, in any one channel, with chance 2 / (n + 1).
 FEWEST_ROWS = 32
 
 

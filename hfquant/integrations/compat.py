@@ -21,6 +21,7 @@ with suppress(ImportError):  # either library may be absent
 
 __all__ = [
     "ConversionOps",
+    "WeightConverter",
     "apply_gate",
     "declares_experts",
     "drop_quantization_config",

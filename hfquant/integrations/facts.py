@@ -49,7 +49,7 @@ def facts_of(model: nn.Module) -> ModelFacts:
 
 
 def _routers(model: nn.Module, experts: Mapping[str, ExpertsLayout]) -> list[str]:
-    """Return the linears beside fused experts that have an output for each: small, and an error sends rows elsewhere."""
+    """Return the linears beside fused experts with an output for each: small, and an error sends rows elsewhere."""
     found = []
     for name, layout in experts.items():
         count = len(model.get_submodule(name).get_parameter(layout.projections[0]))

@@ -26,6 +26,7 @@ from hfquant.integrations.checkpoint import (
 )
 from hfquant.integrations.compat import (
     ConversionOps,
+    WeightConverter,
     load_offloaded_parameter,
     mark_initialized,
     names_in_model,
@@ -119,6 +120,11 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         if self.exact.issuperset(getattr(converter, "target_patterns", ("",))):
             return None
         return super().get_new_dtype(converter, param, dtype)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Merge, split and transpose nothing of a quantized checkpoint: it has the model's own tensors."""
+        updated = super().update_weight_conversions(weight_conversions, model)
+        return [c for c in updated if not isinstance(c, WeightConverter)] if self.pre_quantized else updated
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation run on each weight that :meth:`param_needs_quantization` claims."""
