@@ -58,7 +58,8 @@ def log_share(model: nn.Module, uncounted: Collection[str] = ()) -> None:
     quantized = sum(layer.matrix_size for layer in layers)
     aside = [m for n, m in model.named_modules() if n in uncounted or isinstance(m, nn.Embedding)]
     excluded = {id(p) for module in aside for p in module.parameters()}
-    excluded |= {id(layer.get_parameter(name)) for layer in layers for name in layer.code_names}
+    # The biases of experts have two dimensions too.
+    excluded |= {id(tensor) for layer in layers for name in layer.specs() for tensor in [layer._parameters.get(name)]}
     kept = [(n, p) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in excluded]
     share = quantized / (quantized + sum(p.numel() for _, p in kept))
     largest = ", ".join(n for n, _ in sorted(kept, key=lambda item: -item[1].numel())[:3])
