@@ -25,6 +25,7 @@ EXACT = [
     "search",
     "folded",
     "svd",
+    "experts",
     "prepared",
     "recorded",
     "recorded on disk",

@@ -38,6 +38,8 @@ class QuantExperts(Experts):
     def __init__(self, original: nn.Module, layout: ExpertsLayout) -> None:
         super().__init__(original, layout)
         self.plans: dict[str, LayerPlan] = {}
+        #: Projection -> names here of a QuantLinear's tensors.
+        self._names: dict[str, dict[str, str]] = {}
         #: What runs the products. They have no tensors of their own: each expert's are slices of the stacks.
         self._linears: dict[str, QuantLinear] = {}
         #: Names of the quantized projections' tensors of the model's float dtype; the others keep theirs in any cast.
@@ -54,8 +56,9 @@ class QuantExperts(Experts):
         dtype = self.get_parameter(projection).dtype
         self.plans[projection] = plan
         self._linears[projection] = QuantLinear(plan, False, "meta", dtype)
+        self._names[projection] = {key: tensor_name(projection, key) for key in plan.tensors()}
         for key, spec in plan.tensors().items():
-            name = tensor_name(projection, key)
+            name = self._names[projection][key]
             shape = (self.expert_count, *spec.shape)
             value = torch.empty(shape, dtype=spec.dtype or dtype, device="meta") if tensors is None else tensors[key]
             if key == "weight":
@@ -145,11 +148,12 @@ class QuantExperts(Experts):
 
     def tensors_of(self, projection: str, expert: int) -> dict[str, Tensor]:
         """Return one expert's tensors by the names that a QuantLinear's have, bias aside."""
-        found = {}
-        for key in self.plans[projection].tensors():
-            tensor = getattr(self, tensor_name(projection, key))
-            found[key] = (self._codes(projection, tensor) if key == "weight" else tensor)[expert]
-        return found
+        parameters, buffers = self._parameters, self._buffers
+        names = self._names[projection].items()
+        found = {key: tensor[expert] for key, name in names if (tensor := buffers.get(name)) is not None}
+        codes = parameters[projection]
+        assert codes is not None
+        return found | {"weight": self._codes(projection, codes)[expert]}
 
     def project(self, name: str, expert: int, rows: Tensor) -> Tensor:
         """Run the product of one expert on ``rows`` [n, in]."""
@@ -163,7 +167,7 @@ class QuantExperts(Experts):
 
     def dequantized(self, dtype: torch.dtype) -> nn.Module:
         """Return a module of the original's class with float parameters of ``dtype``, as the original has them."""
-        float_experts = fused_like(self, leave=("plans", "_linears", "_model_floats"))
+        float_experts = fused_like(self, leave=("plans", "_names", "_linears", "_model_floats"))
         for name in self.specs():
             float_experts._buffers.pop(name, None)
             float_experts._parameters.pop(name, None)

@@ -1,8 +1,10 @@
 """Mixtures of experts of both libraries: quantized while and after loading, saved, reloaded, dequantized."""
 
 import copy
+import importlib
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,55 @@ def test_from_a_float_checkpoint_and_back(name: str, tmp_path: Path) -> None:
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in floats.state_dict().items()}
     again.save_pretrained(tmp_path / "dequantized")
     assert_same_tensors(type(model).from_pretrained(tmp_path / "dequantized"), again)
+
+
+def assert_run_as_their_class(experts: nn.Module, *inputs: Any) -> None:
+    layout = layout_of(experts)
+    assert layout is not None
+    with torch.no_grad():
+        torch.testing.assert_close(UnfusedExperts(experts, layout)(*inputs), experts(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_run_as_their_class_does(name: str) -> None:
+    """On what the class's own model hands them."""
+    model, seen = mixture(name), []
+    for key in model_facts(model).experts:
+        model.get_submodule(key).register_forward_pre_hook(lambda module, args: seen.append((module, args)))
+    outputs(model, tokens())
+    assert len(seen) == len(model_facts(model).experts) > 0
+    for module, inputs in seen:
+        assert_run_as_their_class(module, *inputs)
+
+
+class Sizes:
+    """A config for any class of experts: four of them, all sizes 16."""
+
+    hidden_act = mlp_hidden_act = hidden_activation = "silu"
+    _experts_implementation = "eager"
+    moe_latent_size = None
+    swiglu_limit, swiglu_alpha, rms_norm_eps = 7.0, 1.702, 1e-6
+
+    def __getattr__(self, name: str) -> int:
+        return 4 if "experts" in name else 16
+
+
+@pytest.mark.slow
+def test_every_class_that_declares_its_experts() -> None:
+    """Each one that transformers has, on random tokens and choices."""
+    found = 0
+    for file in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        names = re.findall(r"^@use_experts_implementation.*\nclass (\w+)", file.read_text(), re.MULTILINE)
+        for name in names:
+            module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+            torch.manual_seed(0)
+            experts = getattr(module, name)(Sizes())
+            for parameter in experts.parameters():
+                nn.init.normal_(parameter, std=0.3)
+            index = torch.stack([torch.randperm(4)[:2] for _ in range(9)])
+            assert_run_as_their_class(experts, torch.randn(9, 16), index, torch.rand(9, 2))
+            found += 1
+    assert found >= 60
 
 
 def model_weight(experts: QuantExperts, projection: str, number: int) -> Tensor:
