@@ -241,11 +241,18 @@ class Plan:
     skipped: dict[str, str]
     folds: tuple[Fold, ...] = ()
 
-    def fused(self, experts: Unfused) -> Plan:
-        """Return the plan with one entry for the experts of a parameter, under the parameter's name."""
+    def fused(self, experts: Unfused, solved: Mapping[str, LayerPlan] | None = None) -> Plan:
+        """Return the plan with one entry for the experts of a parameter, under the parameter's name.
+
+        Args:
+            experts: of the model.
+            solved: the plans that such parameters ended up with; default: that of the first expert.
+        """
+        solved = solved or {}
         layers: dict[str, LayerPlan] = {}
         for name, layer in self.layers.items():
-            layers.setdefault(experts.parameters.get(name, name), layer)
+            parameter = experts.parameters.get(name, name)
+            layers.setdefault(parameter, solved.get(parameter, layer))
         skipped = {experts.parameters.get(name, name): why for name, why in self.skipped.items()}
         return replace(self, layers=layers, skipped=skipped)
 

@@ -13,7 +13,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import xxhash
 from accelerate.utils import align_module_device
 from torch import nn
 from tqdm.auto import tqdm
@@ -21,12 +20,12 @@ from tqdm.auto import tqdm
 from hfquant.calibration.batches import CalibrationData, CalibrationError, samples
 from hfquant.config import QuantRules
 from hfquant.console import log_shown
-from hfquant.digests import digest_of, update_with_weights
-from hfquant.distributed import Processes, processes
+from hfquant.digests import digest_of
+from hfquant.distributed import Processes, check_models_agree, processes, shard_of
 from hfquant.experts import Unfused, unfused
 from hfquant.folding import Folding, find_folding
 from hfquant.memory import free_memory, release_free_memory
-from hfquant.nn.experts import QuantExperts, fuse
+from hfquant.nn.experts import fuse, plans_of
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import log_share, quant_modules
 from hfquant.observe import observe
@@ -185,7 +184,7 @@ def _prepared(
                 if param.is_floating_point() and not param.is_meta:
                     layer, _, tensor = name.rpartition(".")
                     check_finite(layer, f"values of its {tensor}", param.detach())
-    _check_models_agree(model, group)
+    check_models_agree(model, group)
     found = group.gather((plan, has_data))
     if data is not None and not any(has for _, has in found):
         raise CalibrationError("calibration data: the loaders of all processes are empty")
@@ -198,29 +197,8 @@ def _prepared(
             mode = (settings.per_layer_mode, facts.prefix, digest_of(*(data or ())))
             cache = Cache.open(settings.resume_dir, digest_of(group.gather(digest_of(mode))))
     budget = min(group.gather(settings.memory_budget or free_memory() // (4 * group.on_this_machine)))
-    shard = _shard(data, group)
+    shard = shard_of(None if data is None else data.first, group)
     return Run(model, plan, data, shard, group, cache, budget, facts, settings.per_layer_mode, experts)
-
-
-def _check_models_agree(model: nn.Module, group: Processes) -> None:
-    if group.size == 1:
-        return
-    digest = xxhash.xxh3_128()
-    update_with_weights(digest, model)
-    for rank, other in enumerate(group.gather(digest.hexdigest())):
-        if other != digest.hexdigest():
-            raise ValueError(f"process {rank} has another model, or other weights, than process {group.rank}")
-
-
-def _shard(data: CalibrationData | None, group: Processes) -> tuple[int, int]:
-    """Return which batches this process takes: every ``size``-th of data that all have, all of data that differ."""
-    if group.size == 1:
-        return 0, 1
-    if len(set(group.gather(digest_of(None if data is None else data.first)))) == 1:
-        return group.rank, group.size
-    if group.main:
-        logger.info("the processes' calibration data differ: each takes all of its own")
-    return 0, 1
 
 
 def _folded(run: Run) -> Run:
@@ -247,9 +225,9 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
     """Solve all layers, then swap them in and finish, in one step that is undone whole."""
     originals: dict[str, nn.Module] = {name: run.linear(name) for name in run.plan.layers}
     layers: dict[str, QuantLinear] = {}
+    finished: Mapping[str, nn.Module] = layers
     sources = run.folding.sources(run.model, run.plan)
-    originals |= {name: run.model.get_submodule(name) for name in sources}
-    swapped: dict[nn.Module, nn.Module] = {}
+    originals |= {name: run.model.get_submodule(name) for name in sources} | run.experts.modules
     handles: list[Any] = []
     reports: list[LayerReport] = []
     try:
@@ -266,22 +244,17 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
                     replace_modules(run.model, {originals[name]: layers[name] for name in names})
         for handle in handles:
             handle.remove()
+        plan = replace(run.plan, layers={name: layer.plan for name, layer in layers.items()})
         fused = fuse(run.experts, layers, {report.name for report in reports if report.fallback})
-        _log_rounded(run, fused)
-        swapped |= {run.experts.modules[name]: module for name, module in fused.items()}
-        kept = {n: m for n, m in (layers | sources).items() if n not in run.experts.parameters}
-        swapped |= {originals[name]: module for name, module in kept.items()}
-        replace_modules(run.model, swapped)
+        finished = layers | sources | fused
+        replace_modules(run.model, {originals[name]: module for name, module in finished.items()})
         needing = {name for name, layer in run.plan.layers.items() if layer.config.needs_data}
         if needing and all(r.fallback for r in reports if r.name in needing):
             logger.warning("calibration ran none of the layers that need its data")
-        plan = replace(run.plan, layers={name: layer.plan for name, layer in layers.items()}).fused(run.experts)
-        plans = plan.layers | {f"{name}.{p}".lstrip("."): x for name, m in fused.items() for p, x in m.plans.items()}
-        applied = Applied(
-            replace(plan, layers=plans),
-            QuantReport(reports, plan.skipped),
-            {name: originals[name] for name in kept} | {name: run.experts.originals[name] for name in fused},
-        )
+        plan = plan.fused(run.experts, plans_of(fused))
+        _log_rounded(run, plan)
+        before = originals | run.experts.originals
+        applied = Applied(plan, QuantReport(reports, plan.skipped), {name: before[name] for name in finished})
         finish(applied)
         if verbose and run.group.main:
             logger.info("\n%s", applied.report)
@@ -289,14 +262,13 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
             log_share(run.model, run.facts.uncounted)
         return applied
     except BaseException:
-        undone = {module: originals[name] for name, module in (layers | sources).items()}
-        replace_modules(run.model, undone | {new: old for old, new in swapped.items()})
+        replace_modules(run.model, {module: originals[name] for name, module in finished.items()})
         raise
 
 
-def _log_rounded(run: Run, fused: Mapping[str, QuantExperts]) -> None:
+def _log_rounded(run: Run, plan: Plan) -> None:
     """Name the experts that saw too few rows, in one line."""
-    few = [f"{n}.{p} {list(x.rounded)}" for n, m in fused.items() for p, x in m.plans.items() if x.rounded]
+    few = [f"{name} {list(layer.rounded)}" for name, layer in plan.layers.items() if layer.rounded]
     if few and run.group.main:
         logger.warning("experts that saw fewer than %d rows are rounded to nearest: %s", FEWEST_ROWS, "; ".join(few))
 

@@ -231,12 +231,17 @@ def stacked(layers: Sequence[QuantLinear], rounded: Collection[int]) -> tuple[La
     }
 
 
-def fuse(experts: Unfused, layers: Mapping[str, QuantLinear], fallbacks: Collection[str]) -> dict[str, QuantExperts]:
+def plans_of(experts: Mapping[str, QuantExperts]) -> dict[str, LayerPlan]:
+    """Return the plans of modules of experts, by the parameter's name."""
+    return {f"{n}.{p}".lstrip("."): plan for n, module in experts.items() for p, plan in module.plans.items()}
+
+
+def fuse(experts: Unfused, layers: dict[str, QuantLinear], fallbacks: Collection[str]) -> dict[str, QuantExperts]:
     """Return what the experts of a model become, by name; those of which nothing was solved are left out.
 
     Args:
         experts: taken apart.
-        layers: name -> solved linear; others are passed over.
+        layers: name -> solved linear; those of experts are taken out as they are stacked, so that few exist twice.
         fallbacks: names of those that were solved without data although it was wanted.
     """
     found = {}
@@ -246,7 +251,7 @@ def fuse(experts: Unfused, layers: Mapping[str, QuantLinear], fallbacks: Collect
             names = [f"{name}.{projection}.{i}".lstrip(".") for i in range(apart.expert_count)]
             if names[0] in layers:
                 few = [i for i, n in enumerate(names) if n in fallbacks]
-                module.hold(projection, *stacked([layers[n] for n in names], few))
+                module.hold(projection, *stacked([layers.pop(n) for n in names], few))
         if module.plans:
             found[name] = module
     return found
