@@ -268,6 +268,8 @@ def test_offloaded_experts_run(tmp_path: Path) -> None:
     disk["model.layers.1"] = "disk"
     again = type(model).from_pretrained(tmp_path, device_map=disk, offload_folder=tmp_path / "folder")
     assert torch.equal(outputs(again, ids), expected)
+    again.save_pretrained(tmp_path / "copy")
+    assert_same_tensors(type(model).from_pretrained(tmp_path / "copy"), type(model).from_pretrained(tmp_path))
 
 
 @pytest.mark.slow
