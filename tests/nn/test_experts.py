@@ -128,6 +128,25 @@ def test_an_expert_without_rows_is_rounded_to_nearest(name: str, caplog: pytest.
     assert by_name["experts.down_proj.0"].sqnr > 10
 
 
+def test_thirty_two_rows_are_enough() -> None:
+    """Counted by the model's own choices; what fewer rows say is still reported."""
+    torch.manual_seed(5)
+    model, batches = Model(), [torch.randn(1, 31, WIDTH), torch.randn(1, 31, WIDTH)]
+    rows = model.first(torch.cat(batches)).view(-1, WIDTH)
+    chosen = (rows @ model.router.T)[:, : EXPERTS - 1].topk(CHOICES).indices
+    counts = torch.bincount(chosen.flatten(), minlength=EXPERTS)
+    few = [i for i in range(EXPERTS) if counts[i] < 32]
+    assert 1 < len(few) < EXPERTS
+    rules = QuantRules({"default": CONFIGS["static, smooth"], "first": {"enable": False}})
+    applied = ptq.quantize(model, batches, rules, facts=model.facts)
+    assert [list(plan.rounded) for plan in model.experts.plans.values()] == [few, few]
+    reports = {report.name: report for report in applied.report.layers}
+    for i in range(EXPERTS):
+        report = reports[f"experts.gate_up_proj.{i}"]
+        assert report.fallback == (i in few)
+        assert (report.sqnr is None) == (counts[i] == 0)
+
+
 def test_two_scales_in_one_expert_are_two_in_all() -> None:
     """The data decides on DualScale an expert; a stack has one plan, so an expert that needs one scale has it twice."""
     generator = torch.Generator().manual_seed(0)
