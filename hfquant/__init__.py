@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hfquant.diffusion import quantize_pipeline
     from hfquant.enums import Calibrate, DType, Optimum, SegPattern
     from hfquant.integrations.config import HfQuantConfig
+    from hfquant.integrations.sharing import push_to_hub, save_pretrained
     from hfquant.nn.linear import QuantLinear
     from hfquant.nn.modules import set_real_quant
     from hfquant.presets import PRESETS
@@ -53,8 +54,10 @@ __all__ = [
     "load_affiner",
     "load_calibrate_set",
     "plan",
+    "push_to_hub",
     "quantize",
     "quantize_pipeline",
+    "save_pretrained",
     "set_real_quant",
 ]
 
@@ -79,6 +82,7 @@ _LAZY = {
     **dict.fromkeys(("dequantize", "plan", "quantize"), "hfquant.api"),
     "CalibrationError": "hfquant.calibration.batches",
     "HfQuantConfig": "hfquant.integrations.config",
+    **dict.fromkeys(("push_to_hub", "save_pretrained"), "hfquant.integrations.sharing"),
     "PRESETS": "hfquant.presets",
     "QuantLinear": "hfquant.nn.linear",
     "quantize_pipeline": "hfquant.diffusion",
@@ -89,11 +93,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_LAZY[name]), name)
-    if (
-        name == "HfQuantConfig"
-    ):  # on its way into one of the libraries, whichever modules of theirs are imported by then
+    if name == "HfQuantConfig":  # on its way into transformers, whichever modules of it are imported by then
         _register_transformers()
-        _register_diffusers()
     return value
 
 
@@ -106,9 +107,24 @@ def _register_transformers() -> None:
 def _register_diffusers() -> None:
     from hfquant.integrations import register_diffusers
 
+    _register_transformers()  # a PipelineQuantizationConfig asks both
     register_diffusers()
 
 
-# Neither library is imported for this: each learns of hfquant once its models can be loaded.
+def _register_peft() -> None:
+    from hfquant.integrations import register_peft
+
+    register_peft()
+
+
+def _register_diffusers_lora() -> None:
+    from hfquant.integrations import register_diffusers_lora
+
+    register_diffusers_lora()
+
+
+# No library is imported for this: each learns of hfquant once its models, configs or adapters can be loaded.
 after_import("transformers.modeling_utils", _register_transformers)
-after_import("diffusers.models.modeling_utils", _register_diffusers)
+after_import("diffusers.quantizers.auto", _register_diffusers)
+after_import("diffusers.loaders.lora_pipeline", _register_diffusers_lora)
+after_import("peft", _register_peft)

@@ -1,11 +1,15 @@
-"""What this package says on the console."""
+"""What this package says on the console: log lines and progress bars."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 
@@ -25,3 +29,35 @@ def log_shown() -> Iterator[None]:
             yield
     finally:
         package.setLevel(level)
+
+
+def progress_bar(
+    iterable: Iterable[Any] | None = None,
+    desc: str | None = None,
+    *,
+    total: int | None = None,
+    unit: str = "it",
+    shown: bool = True,
+) -> tqdm:
+    """Return a progress bar, silent where the user has switched bars off: see :func:`bars_enabled`.
+
+    Args:
+        iterable: what is iterated through the bar; None for one that is updated by hand.
+        desc: its title.
+        total: steps in all; default: the length of ``iterable``.
+        unit: what a step is called.
+        shown: whether this process shows it at all.
+    """
+    return tqdm(iterable, desc, total=total, unit=unit, disable=not (shown and bars_enabled()))
+
+
+def bars_enabled() -> bool:
+    """Return whether bars are wanted now: not switched off by ``TQDM_DISABLE`` nor in a library that is in use.
+
+    tqdm itself reads ``TQDM_DISABLE`` once, when it is imported. transformers and diffusers keep a switch each
+    (``<library>.utils.logging.disable_progress_bar()``); one that has not been imported has not been switched.
+    """
+    if os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false"):
+        return False
+    switches = (sys.modules.get(f"{library}.utils.logging") for library in ("transformers", "diffusers"))
+    return all(switch is None or switch.is_progress_bar_enabled() for switch in switches)

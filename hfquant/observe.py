@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hfquant.calibration.batches import CalibrationError, device_of, evaluating, forward, samples
+from hfquant.console import progress_bar
 from hfquant.experts import UnfusedExperts
 from hfquant.memory import release_free_memory
 from hfquant.statistics import Collector, LayerStats
@@ -90,7 +90,7 @@ def observe(
 
 def _share(data: Iterable[Any], rank: int, size: int) -> Iterator[tuple[int, int, Any]]:
     """Yield (batch, number in the batch, sample) of one process's share of the batches."""
-    for index, batch in enumerate(tqdm(data, "calibrating", disable=rank > 0)):
+    for index, batch in enumerate(progress_bar(data, "calibrating", shown=rank == 0)):
         if index % size == rank:
             for number, sample in enumerate(samples(batch)):
                 yield index, number, sample

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
-from tqdm.auto import tqdm
 
 from hfquant.calibration.batches import CalibrationData, CalibrationError, samples
 from hfquant.config import QuantRules
-from hfquant.console import log_shown
+from hfquant.console import log_shown, progress_bar
 from hfquant.digests import digest_of
 from hfquant.distributed import Processes, check_models_agree, processes, shard_of
 from hfquant.experts import Unfused, unfused
@@ -231,7 +230,7 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
     handles: list[Any] = []
     reports: list[LayerReport] = []
     try:
-        with tqdm(total=len(run.plan.layers), desc="quantizing", disable=not run.group.main) as progress:
+        with progress_bar(total=len(run.plan.layers), desc="quantizing", shown=run.group.main) as progress:
             for names in _groups(run):
                 for name, layer, report in _solve_group(run, names):
                     layers[name] = layer

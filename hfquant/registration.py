@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -21,8 +20,8 @@ class _AfterImport(MetaPathFinder):
         """Return the spec that the other finders give for the module awaited, its loader followed by the action."""
         if name != self.module:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target)) is not None), None)
         if spec is None or spec.loader is None:
             return spec
         loader: Any = spec.loader
@@ -30,7 +29,10 @@ class _AfterImport(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            self.action()
+            # Not before: whether a module is installed is often asked in the same way, and then it is not imported.
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.action()
 
         loader.exec_module = exec_module
         return spec

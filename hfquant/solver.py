@@ -5,7 +5,7 @@ Statistics are of the raw input X; what a transformed layer sees follows from th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -67,6 +67,32 @@ def solve(
     elif any(plan.dual) and stats is not None:
         plan = replace(plan, dual=_useful_dual(plan, stats, [p.divisor for p in parts]))
     return Solution(plan, tensors, [list(p.alphas) for p in parts if p.alphas], fallback)
+
+
+def requantize(name: str, weight: Tensor, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put another weight in the place of a solved layer's: its transform stays, its grid is fitted anew.
+
+    Rounds to nearest, whatever the layer was rounded by: there is no data any more.
+
+    Args:
+        name: for messages.
+        weight: [out, in], any float dtype, in terms of the raw input.
+        plan: of the solved layer.
+        tensors: of the solved layer, by name.
+
+    Returns:
+        The tensors of the layer, codes unpacked; those of ``tensors`` that are kept are the same objects.
+
+    Raises:
+        ValueError: the weight has NaN or Inf.
+    """
+    check_finite(name, "weights", weight)
+    weight = plan.transform.reapplied(weight.float().clone(), tensors, plan.row_groups)
+    parts = []
+    for rows in weight.split(list(plan.row_groups)):
+        grid = plan.grid_rule(len(rows)).fit(rows)
+        parts.append({"weight": grid.quantize(rows), **grid.tensors()})
+    return {**tensors, **{key: torch.cat([part[key] for part in parts]) for key in parts[0]}}
 
 
 def check_finite(name: str, what: str, values: Tensor) -> None:

@@ -85,6 +85,11 @@ class Shuffle(Transform):
         assert order is not None
         return weight[:, order.argsort()]
 
+    def reapplied(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
+        order = tensors["order"]
+        assert order is not None
+        return weight[:, order]
+
     def describe(self) -> str:
         return f"seed={self.seed}"
 

@@ -30,7 +30,7 @@ PRIVATE = {
     "hfquant/offload.py": {"_hf_hook", "_diffusers_hook", "_old_forward"},
     "hfquant/integrations/compat.py": {
         *("_internal_dict", "_is_hf_initialized", "_weight_conversions"),
-        *("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"),
+        *("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_experts_implementation"),
     },
 }
 

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hfquant.config import QuantRules
+from hfquant.config import InputQuant, QuantRules
 from hfquant.nn.linear import QuantLinear
 from hfquant.planner import LayerPlan, layer_plan
-from hfquant.solver import Solution, solve
+from hfquant.solver import Solution, requantize, solve
 from hfquant.statistics import LayerStats
+from tests.nn.linear_cases import IN, OUT, cases, layer_of, rank, weight_by_hand
 
 TOKEN = {"type": "int8", "axis": -1, "dynamic": True}
 CHANNEL = {"type": "int8", "axis": -1}
@@ -309,3 +310,59 @@ def test_a_rank_above_the_layer_s_size_is_cut() -> None:
     solution = solve("layer", weight, make_plan(2, 20, opt=opt, weight_quant=CHANNEL), stats_of(x))
     assert solution.tensors["svd_up"].shape == (2, 2)
     assert error(solution, weight, x) < 1e-5  # a branch of full rank leaves nothing over
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int6", "int8", "fp8e4m3", "bf16"])
+def test_requantizing_keeps_the_transform_and_rounds_another_weight_to_nearest(dtype: str) -> None:
+    for name, case in cases(dtype).items():
+        plan = case.plan(InputQuant())
+        _, tensors = layer_of(plan, bias=False)
+        before = {key: tensor.clone() for key, tensor in tensors.items()}
+        weight = torch.randn(OUT, IN)
+        given = weight.clone()
+        made = requantize("layer", weight, plan, tensors)
+        assert torch.equal(weight, given)
+        assert made.keys() == tensors.keys()
+        for key in made.keys() - {"weight", "weight_scale", "weight_scale_row", "weight_zero_point"}:
+            assert torch.equal(made[key], before[key]), (name, key)
+        assert all(torch.equal(tensors[key], before[key]) for key in tensors)
+        # What is rounded, in float64: (W - up down) s.
+        target, start = weight.double().numpy(), 0
+        for i, rows in enumerate(plan.row_groups):
+            block = slice(start, start + rows)
+            if rank(plan):
+                down = tensors["svd_down"].double().numpy().reshape(-1, rank(plan), IN)[i]
+                target[block] -= tensors["svd_up"].double().numpy()[block] @ down
+            if "smooth" in tensors:
+                target[block] *= tensors["smooth"].double().numpy().reshape(-1, IN)[i]
+            start += rows
+        found = weight_by_hand(plan, made)
+        form = plan.config.weight_quant.format
+        if form.is_integer:
+            one = {**made, "weight": torch.ones_like(made["weight"])}
+            one.pop("weight_zero_point", None)
+            step = weight_by_hand(plan, one)
+            # Scales in two levels are rounded by up to 1/64, and what lies beyond the last code is clipped.
+            steps = 0.5001 + (2**form.bits / 64 if plan.two_level else 0)
+            assert (np.abs(found - target) <= step * steps + 1e-6).all(), name
+        else:
+            assert (np.abs(found - target) <= np.abs(target) * 2.0**-4 + np.abs(target).max() * 1e-3).all(), name
+        QuantLinear.from_tensors(plan, made, None)
+
+
+def test_requantizing_what_the_codes_stand_for_gives_them_back() -> None:
+    plan = make_plan(12, 20, weight_quant={"type": "int8", "axis": -1}, input_quant=None)
+    tensors = solve("layer", torch.randn(12, 20), plan, None).tensors
+    layer = QuantLinear.from_tensors(plan, tensors, None)
+    made = requantize("layer", layer.effective_weight(), plan, tensors)
+    assert torch.equal(made["weight"], tensors["weight"])
+    torch.testing.assert_close(made["weight_scale"], tensors["weight_scale"], rtol=1e-6, atol=0)
+
+
+def test_requantizing_nan_names_the_layer() -> None:
+    plan = make_plan(12, 20, weight_quant={"type": "int8", "axis": -1}, input_quant=None)
+    tensors = solve("layer", torch.randn(12, 20), plan, None).tensors
+    weight = torch.randn(12, 20)
+    weight[3] = torch.nan
+    with pytest.raises(ValueError, match=r"layer 'block\.linear': 20 of 240 weights are NaN or Inf"):
+        requantize("block.linear", weight, plan, tensors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -212,7 +211,7 @@ class BlockwiseAffiner:
         token: str | None = None,
         commit_message: str = "Upload affiner",
     ) -> str:
-        """Upload what :meth:`save_pretrained` writes, creating the repository where it is missing.
+        """Upload what :meth:`save_pretrained` writes and a card, as :func:`hfquant.push_to_hub` does.
 
         Args:
             repo_id: "user/name".
@@ -224,16 +223,10 @@ class BlockwiseAffiner:
         Returns:
             Address of the commit.
         """
-        from huggingface_hub import HfApi
+        from hfquant.integrations.sharing import push_to_hub
 
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, path_in_repo=subfolder or None, commit_message=commit_message
-            )
-        return str(commit)
+        options: dict[str, Any] = {"subfolder": subfolder, "private": private, "token": token}
+        return push_to_hub(self, repo_id, commit_message=commit_message, **options)
 
 
 def load_pipeline(pipeline_class: Any, pretrained: str | os.PathLike[str], **kwargs: Any) -> Any:

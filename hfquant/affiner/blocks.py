@@ -15,11 +15,11 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hfquant.affiner.config import BlocksConfig
 from hfquant.affiner.hooks import Undo
 from hfquant.affiner.solvers import Moments, moments, solve_blocks
+from hfquant.console import progress_bar
 from hfquant.denoisers import compute_dtype, run_denoiser
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def fit_blocks(
     fitted: list[BlockMap] = []
     best, kept = float("inf"), 0
     # One pass gives the error with the maps so far and the outputs of the next block behind them.
-    for name in tqdm([*names, ""], desc="aligning blocks", disable=not progress):
+    for name in progress_bar([*names, ""], "aligning blocks", shown=progress):
         error = 0.0
         sums: dict[int, Moments] = {}
         with ExitStack() as stack:

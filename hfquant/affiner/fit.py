@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hfquant.affiner.affiner import BlockwiseAffiner
 from hfquant.affiner.blocks import Call, fit_blocks, hook_blocks
@@ -20,6 +19,7 @@ from hfquant.affiner.inputs import Samples, as_pipeline, call_batches, check_ali
 from hfquant.affiner.runs import Event, Run
 from hfquant.calibration.samplers import seeded
 from hfquant.config import ConfigError
+from hfquant.console import progress_bar
 from hfquant.denoisers import check_layout, compute_dtype, eval_mode, find_denoiser
 
 
@@ -129,7 +129,7 @@ class _Fit:
             if hasattr(self.affiner, "uncond_half"):
                 self.affiner.uncond_half = self.uncond_half
         seen: dict[float, None] = {}
-        with tqdm(desc="fitting the affiner", unit="call") as progress:
+        with progress_bar(desc="fitting the affiner", unit="call") as progress:
             for group in [samples] if self.stepper.recurrent else [[sample] for sample in samples]:
                 batches = [self._batch(sample) for sample in group]
                 try:
@@ -280,7 +280,7 @@ def _denoiser_calls(pipeline: Any, samples: Samples, count: int) -> list[Call]:
     def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
         held.append(send_to_device((args, kwargs), "cpu"))
 
-    for sample in tqdm(samples, desc="recording denoiser calls"):
+    for sample in progress_bar(samples, "recording denoiser calls"):
         held.clear()
         run = Run(pipeline, fresh_call(sample))
         handle = find_denoiser(pipeline).register_forward_pre_hook(keep, with_kwargs=True)

@@ -152,6 +152,13 @@ class Transform(Section):
         """Return the number, 0-d float32, that fills the stored tensor ``name`` of a transform that does nothing."""
         raise NotImplementedError
 
+    def reapplied(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
+        """Return the weight to be quantized, [out, in], from one in terms of the raw input (changed in place).
+
+        The inverse of :meth:`restored`: for another weight in the place of the one that the transform was solved for.
+        """
+        return weight
+
     def describe(self) -> str:
         """Return what a layer's ``repr`` says of it; empty for nothing."""
         return ""

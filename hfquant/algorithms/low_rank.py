@@ -63,13 +63,22 @@ class LowRank(Smooth):
 
     def restored(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
         """Return ``W / s + up @ down``."""
-        weight = super().restored(weight, tensors, rows)
-        down, up = tensors["svd_down"], tensors["svd_up"]
-        assert down is not None
-        assert up is not None
-        narrow = down.view(-1, self.low_rank, down.shape[-1])
-        for i, (part, u) in enumerate(zip(weight.split(list(rows)), up.split(list(rows)), strict=True)):
-            part.add_(u.float() @ narrow[i].float())
+        return self._with_branch(super().restored(weight, tensors, rows), tensors, rows, 1)
+
+    def reapplied(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
+        """Return ``(W - up @ down) s``."""
+        return super().reapplied(self._with_branch(weight, tensors, rows, -1), tensors, rows)
+
+    def _with_branch(
+        self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int], sign: int
+    ) -> Tensor:
+        start = 0
+        for group, part in enumerate(weight.split(list(rows))):
+            factors = self.branch(tensors, group, slice(start, start + len(part)))
+            assert factors is not None
+            down, up = factors
+            part.addmm_(up.float(), down.float(), alpha=sign)
+            start += len(part)
         return weight
 
     def folded(self) -> Transform:

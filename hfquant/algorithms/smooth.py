@@ -93,6 +93,13 @@ class Smooth(Transform):
         """Return 1 for the divisor, 0 for all else."""
         return torch.tensor(float(name == "smooth"))
 
+    def reapplied(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
+        """Return ``W s``."""
+        for group, part in enumerate(weight.split(list(rows))):
+            if (divisor := self.divisor(tensors, group)) is not None:
+                part.mul_(divisor)
+        return weight
+
     def folds(self) -> bool:
         """Return ``fold``."""
         return self.fold

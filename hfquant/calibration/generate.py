@@ -11,7 +11,6 @@ from typing import Any
 
 import xxhash
 from torch import nn
-from tqdm.auto import tqdm
 
 from hfquant.calibration import files, storage
 from hfquant.calibration.batches import CalibrationError
@@ -21,7 +20,7 @@ from hfquant.calibration.recorder import Recording, find_layer
 from hfquant.calibration.samplers import BaseSampler, seeded
 from hfquant.calibration.storage import CalibSetError, Cursor, Index
 from hfquant.calibration.streams import calibration_batches, is_source
-from hfquant.console import counted
+from hfquant.console import counted, progress_bar
 from hfquant.digests import update
 from hfquant.distributed import processes
 
@@ -182,7 +181,7 @@ def _samples(
     rank, world_size = shard
     source = xxhash.xxh3_128()
     steps, ran, found = None, False, start.taken > 0
-    progress = tqdm(desc=f"Sampling {type(sampler).__name__}", unit="batch", total=_length(loader))
+    progress = progress_bar(desc=f"Sampling {type(sampler).__name__}", unit="batch", total=_length(loader))
     with seeded(sampler.seed):
         batches = iter(loader)
     try:

@@ -56,6 +56,19 @@ def provenance(
     }
 
 
+def data_provenance(data: Any) -> dict[str, Any]:
+    """Describe calibration data as JSON, without secrets: what a source or a set says of itself, else its class.
+
+    Args:
+        data: batches, as :func:`~hfquant.calibration.calibration_batches` gives them.
+    """
+    known = getattr(getattr(data, "dataset", data), "provenance", None)
+    if not isinstance(known, Mapping):
+        return {"class": type(data).__name__} | ({"batches": len(data)} if hasattr(data, "__len__") else {})
+    # Of a calibration set, what was recorded; the model it was recorded from is the one that is quantized.
+    return _described({key: value for key, value in known.items() if key not in ("model", "shard", "versions")})
+
+
 def without_secrets(value: Any) -> Any:
     """Return a value with all that looks like a secret replaced, by its name or by its form, at any depth.
 

@@ -32,6 +32,7 @@ from hfquant.calibration.model_inputs import (
     is_image,
     stacked,
 )
+from hfquant.console import counted
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +84,18 @@ class StreamSpec(BaseModel):
 
 
 class Batches(Iterable[Any]):
-    """Batches of model inputs that can be iterated any number of times."""
+    """Batches of model inputs that can be iterated any number of times.
 
-    def __init__(self, make: Callable[[], Iterator[Any]], empty: str) -> None:
+    Args:
+        make: starts a pass.
+        empty: what an error says of a source without any.
+        provenance: what the source is, as JSON.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[Any]], empty: str, provenance: Mapping[str, Any]) -> None:
         self._make = make
         self._empty = empty
+        self.provenance = provenance
 
     def __iter__(self) -> Iterator[Any]:
         empty = True
@@ -153,9 +161,10 @@ def calibration_batches(
         reader = Reader(tokenizer, processor, _length_limit(tokenizer, model), isinstance(model, nn.Module))
         spec = _parse(given)
         source = "there is no text in the list" if are_texts(spec.dataset) else f"{spec.dataset} gives no rows"
-        return Batches(lambda: _from_spec(spec, reader, spec.batch_size or size), source)
+        return Batches(lambda: _from_spec(spec, reader, spec.batch_size or size), source, _provenance(spec))
     if isinstance(calibration, Sequence) and calibration and all(is_image(image) for image in calibration):
-        return Batches(lambda: (images_batch(group, processor) for group in grouped(calibration, size)), "no images")
+        images = {"dataset": counted(len(calibration), "image")}
+        return Batches(lambda: (images_batch(g, processor) for g in grouped(calibration, size)), "no images", images)
     CalibrationData(calibration)  # checks it
     if isinstance(calibration, Sequence) and not calibration:
         raise CalibrationError("calibration data: the list is empty")
@@ -172,6 +181,19 @@ def _parse(spec: Mapping[str, Any]) -> StreamSpec:
             allowed = [*StreamSpec.model_fields, "tokenizer", "processor"]
             raise CalibrationError(f"calibration: unknown key {key!r}; allowed are {allowed}") from None
         raise CalibrationError(f"calibration[{key!r}]: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _provenance(spec: StreamSpec) -> dict[str, Any]:
+    """Return what a card may say of a stream: of a local path its name alone, of an object what it knows of itself."""
+    source = spec.dataset
+    if are_texts(source):
+        name = counted(len(source), "text")
+    elif _of_datasets(source):
+        info = getattr(source, "info", None)
+        name = getattr(info, "dataset_name", None) or getattr(info, "builder_name", None) or type(source).__name__
+    else:
+        name = Path(source).name if Path(source).exists() else str(source)
+    return {"dataset": name, **spec.model_dump(exclude={"dataset", "batch_size", "buffer_size"}, exclude_none=True)}
 
 
 def _length_limit(tokenizer: Any, model: Any) -> int:

@@ -56,7 +56,15 @@ def quantize_model(
 
     Returns:
         A function that undoes it.
+
+    Raises:
+        ValueError: ``model`` has adapters.
     """
+    if adapters := getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{type(model).__name__} has adapters ({', '.join(adapters)}), whose own linears would be quantized as "
+            "well: merge or unload them, or quantize first and load them then"
+        )
     return quantize_attached(model, loader, config, model_facts(model), attach, settings)
 
 
@@ -84,11 +92,13 @@ def register_transformers() -> None:
         return
     from transformers.quantizers import auto
 
+    from hfquant.integrations.compat import allow_needs_hfquant
     from hfquant.integrations.transformers import HfQuantTransformersQuantizer
 
     if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         auto.register_quantization_config(METHOD)(HfQuantConfig)
         auto.register_quantizer(METHOD)(HfQuantTransformersQuantizer)
+        allow_needs_hfquant()
 
 
 def register_diffusers() -> None:
@@ -97,8 +107,28 @@ def register_diffusers() -> None:
         return
     from diffusers.quantizers import auto
 
+    from hfquant.integrations.compat import accept_no_dtype
     from hfquant.integrations.diffusers import HfQuantDiffusersQuantizer
 
-    # diffusers has no public registration.
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, HfQuantConfig)
-    auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, HfQuantDiffusersQuantizer)
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        # diffusers has no public registration.
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HfQuantConfig
+        auto.AUTO_QUANTIZER_MAPPING[METHOD] = HfQuantDiffusersQuantizer
+        accept_no_dtype()
+
+
+def register_peft() -> None:
+    """Make quantized linears known to peft's LoRA. Called once peft is imported."""
+    from hfquant.integrations.adapters import LoraQuantLinear
+    from hfquant.integrations.compat import register_lora_layer
+    from hfquant.nn.linear import QuantLinear
+
+    register_lora_layer(QuantLinear, LoraQuantLinear)
+
+
+def register_diffusers_lora() -> None:
+    """Make quantized linears known to diffusers' LoRA loaders. Called once these are imported."""
+    from hfquant.integrations.compat import register_lora_base
+    from hfquant.nn.linear import QuantLinear
+
+    register_lora_base(QuantLinear, QuantLinear.effective_weight)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hfquant import ptq
+from hfquant.calibration.provenance import data_provenance
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.planner import ModelFacts, Plan
 
@@ -39,7 +40,9 @@ def quantize_attached(
     restore = _snapshot(model)
 
     def finish(applied: ptq.Applied) -> None:
-        attach(model, own_config(config, applied.plan, facts))
+        own = own_config(config, applied.plan, facts)
+        own.provenance = data_provenance(loader) if config.needs_data else {}
+        attach(model, own)
         model.quant_report = applied.report  # type: ignore[assignment]
 
     try:

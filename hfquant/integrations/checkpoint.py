@@ -1,8 +1,9 @@
 """What both libraries' checkpoints share: codes on disk, empty modules to load into, completeness, values.
 
-A model loaded without hfquant imported must fail, not run on garbage. transformers merely logs an unknown method and
-goes on, and takes any tensor named ``weight`` of the right shape; so codes have a leading dimension of 1 on disk,
-which no plain ``nn.Linear`` accepts.
+A model loaded without hfquant imported must fail, not run on garbage. diffusers refuses a method that it does not know.
+transformers merely logs it and goes on; config.json stops it (:data:`hfquant.integrations.compat.NEEDS_HFQUANT`), and
+behind that the weights: it takes any tensor named ``weight`` of the right shape, so codes have a leading dimension of 1
+on disk, which no plain ``nn.Linear`` accepts.
 """
 
 from __future__ import annotations

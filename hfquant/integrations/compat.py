@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,21 +21,36 @@ with suppress(ImportError):  # either library may be absent
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
     from transformers.integrations.accelerate import load_offloaded_parameter
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 __all__ = [
+    "NEEDS_HFQUANT",
     "ConversionOps",
     "WeightConverter",
+    "accept_no_dtype",
+    "allow_needs_hfquant",
     "apply_gate",
     "declares_experts",
+    "drop_needs_hfquant",
     "drop_quantization_config",
     "is_marked_initialized",
     "keep_in_fp32",
     "load_offloaded_parameter",
     "mark_initialized",
     "names_in_model",
+    "register_lora_base",
+    "register_lora_layer",
     "save_as_named",
     "set_quantized",
 ]
+
+
+#: The implementation of experts that config.json of a quantized transformers model asks for.
+#:
+#: transformers merely warns of a quantization method that it does not know and goes on, but at an implementation that
+#: is not registered it stops, before any weight is read, and says its name. So who has not imported hfquant is told
+#: what to do. It asks models without experts as well.
+NEEDS_HFQUANT = "hfquant: pip install hfquant, and import hfquant before loading"
 
 
 def keep_in_fp32(model: nn.Module) -> list[str]:
@@ -62,8 +80,24 @@ def is_marked_initialized(tensor: Any) -> bool:
 
 
 def set_quantized(model: PreTrainedModel, quantized: bool) -> None:
-    """Say in a transformers model's config whether it is quantized."""
+    """Say in a transformers model's config whether it is quantized, and that its checkpoints need hfquant."""
     model.config._is_quantized = quantized
+    # What a config takes from its file under this name it keeps under another, so what is set here only gets saved.
+    if quantized:
+        model.config.experts_implementation = NEEDS_HFQUANT
+    elif "experts_implementation" in vars(model.config):
+        del model.config.experts_implementation
+
+
+def drop_needs_hfquant(config: Any) -> None:
+    """Leave the choice of experts to the library in a config read from a quantized checkpoint."""
+    if config._experts_implementation == NEEDS_HFQUANT:
+        config._experts_implementation = None
+
+
+def allow_needs_hfquant() -> None:
+    """Let float models be made from the config of a quantized one; their experts run as by default."""
+    ALL_EXPERTS_FUNCTIONS.register(NEEDS_HFQUANT, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
 
 
 def drop_quantization_config(model: Any) -> None:
@@ -90,3 +124,79 @@ def names_in_model(model: PreTrainedModel, keys: Sequence[str]) -> set[str]:
     renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
     own = model.state_dict()
     return {rename_source_key(key, renamings, [], model.base_model_prefix, own)[0] for key in keys}
+
+
+def register_lora_layer(kind: type[nn.Module], layer: type[nn.Module]) -> None:
+    """Have peft wrap modules of class ``kind`` in ``layer`` for LoRA, as it wraps ``nn.Linear`` in its own ``Linear``.
+
+    ``LoraConfig._register_custom_module`` does this for one config. It is called here for every config that is used:
+    diffusers makes its own, where nobody else could call it.
+    """
+    from peft.tuners.lora.model import LoraModel
+
+    create = LoraModel._create_new_module
+
+    def create_new_module(lora_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        lora_config._register_custom_module({kind: layer})
+        return create(lora_config, *args, **kwargs)
+
+    LoraModel._create_new_module = staticmethod(create_new_module)
+
+
+def accept_no_dtype() -> None:
+    """Have ``to(dtype=None)`` of a quantized diffusers model change nothing; ``save_lora_adapter`` calls it.
+
+    diffusers refuses it as it does a cast to a dtype.
+    """
+    from diffusers.models.modeling_utils import ModelMixin
+
+    to = ModelMixin.to
+
+    @wraps(to)
+    def without_none(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return to(self, *args, **{k: v for k, v in kwargs.items() if k != "dtype" or v is not None})
+
+    ModelMixin.to = without_none
+
+
+def register_lora_base(kind: type[nn.Linear], floats: Callable[[Any], Tensor]) -> None:
+    """Have diffusers' LoRA loader of FLUX see modules of class ``kind`` as it sees those of its own quantizers.
+
+    It compares an adapter's shape with the module's, expands the module where the adapter takes more features and the
+    adapter where it takes fewer. Other quantizers' modules it knows by the names of classes; of all others it takes the
+    shape of ``weight`` for that of the matrix.
+
+    Args:
+        kind: a class of linears whose ``weight`` is of another shape.
+        floats: returns the matrix of one.
+    """
+    from diffusers.loaders import lora_pipeline
+
+    loader = lora_pipeline.FluxLoraLoaderMixin
+    shape_of, padded = loader._calculate_module_shape, loader._maybe_expand_lora_state_dict.__func__
+    dequantized = lora_pipeline._maybe_dequantize_weight_for_expanded_lora
+
+    def calculate_module_shape(
+        model: nn.Module, base_module: nn.Module | None = None, base_weight_param_name: str | None = None
+    ) -> torch.Size:
+        module = base_module
+        if module is None and base_weight_param_name is not None:
+            module = model.get_submodule(base_weight_param_name.removesuffix(".weight"))
+        if isinstance(module, kind):
+            return torch.Size((module.out_features, module.in_features))
+        return shape_of(model, base_module, base_weight_param_name)
+
+    def dequantize(model: Any, module: nn.Module) -> Tensor:
+        return floats(module).to(model.dtype) if isinstance(module, kind) else dequantized(model, module)
+
+    def expand_lora(cls: Any, transformer: nn.Module, lora_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, module in transformer.named_modules():
+            key = f"{cls.transformer_name}.{name.removesuffix('.base_layer')}.lora_A.weight"
+            if isinstance(module, kind) and key in lora_state_dict:
+                missing = module.in_features - lora_state_dict[key].shape[1]
+                lora_state_dict[key] = pad(lora_state_dict[key], (0, max(missing, 0)))
+        return padded(cls, transformer, lora_state_dict)
+
+    loader._calculate_module_shape = staticmethod(calculate_module_shape)
+    loader._maybe_expand_lora_state_dict = classmethod(expand_lora)
+    lora_pipeline._maybe_dequantize_weight_for_expanded_lora = dequantize

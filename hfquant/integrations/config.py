@@ -15,16 +15,13 @@ from hfquant.config import ConfigError, QuantRules
 if TYPE_CHECKING:
     _BASES: Any = object
 else:
-    # Each library asks for a subclass of its own mixin; either may be absent.
+    # transformers registers only subclasses of its mixin, where it is installed. diffusers asks for none of its own,
+    # and importing it takes seconds that those who use transformers alone should not spend.
     _BASES = ()
     with suppress(ImportError):
-        from transformers.utils.quantization_config import QuantizationConfigMixin as _TransformersMixin
+        from transformers.utils.quantization_config import QuantizationConfigMixin
 
-        _BASES += (_TransformersMixin,)
-    with suppress(ImportError):
-        from diffusers.quantizers.quantization_config import QuantizationConfigMixin as _DiffusersMixin
-
-        _BASES += (_DiffusersMixin,)
+        _BASES += (QuantizationConfigMixin,)
 
 METHOD = "hfquant"
 #: Of what a checkpoint holds; raised when a reader of this version could not read what a later one writes.
@@ -74,6 +71,8 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         self.layers: dict[str, dict[str, Any]] = {}
         #: Exact names of the linears that were left in full precision, and why; likewise.
         self.skipped: dict[str, str] = {}
+        #: What the calibration data was, as JSON; likewise, and empty where the config needs none.
+        self.provenance: dict[str, Any] = {}
 
     @classmethod
     def of(cls, config: Any) -> HfQuantConfig:
@@ -107,6 +106,7 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
             "per_layer_mode": self.per_layer_mode,
             "layers": copy.deepcopy(self.layers),
             "skipped": dict(self.skipped),
+            **({"provenance": copy.deepcopy(self.provenance)} if self.provenance else {}),
         }
 
     @classmethod
@@ -132,16 +132,19 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         if "format_version" in config_dict and "config" not in values:
             raise ConfigError("the stored quantization_config lacks its key 'config'")
         layers, skipped = values.pop("layers", {}), values.pop("skipped", {})
+        provenance = values.pop("provenance", {})
         if unknown := set(values) - set(_ARGUMENTS):
-            raise ConfigError(
-                f"unknown keys {sorted(unknown)}; allowed are {', '.join((*_ARGUMENTS, 'layers', 'skipped'))}"
-            )
+            allowed = ", ".join((*_ARGUMENTS, "layers", "skipped", "provenance"))
+            raise ConfigError(f"unknown keys {sorted(unknown)}; allowed are {allowed}")
         if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
             raise ConfigError("layers: expected a dict of dicts, one a layer")
         if not isinstance(skipped, dict) or not all(isinstance(v, str) for v in skipped.values()):
             raise ConfigError("skipped: expected a dict of reasons, one a linear")
+        if not isinstance(provenance, dict):
+            raise ConfigError("provenance: expected a dict")
         config = cls(**values)
         config.layers, config.skipped = copy.deepcopy(layers), dict(skipped)
+        config.provenance = copy.deepcopy(provenance)
         return (config, unused) if return_unused_kwargs else config
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -159,6 +162,7 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         new.rules = QuantRules(self.rules.raw)
         new.modules_to_not_convert = copy.copy(self.modules_to_not_convert)
         new.layers, new.skipped = copy.deepcopy(self.layers), dict(self.skipped)
+        new.provenance = copy.deepcopy(self.provenance)
         return new
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:

@@ -231,8 +231,8 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Return False: rounding has no gradient."""
-        return False
+        """Return True: adapters train, on a gradient that passes the rounding by; codes themselves do not."""
+        return True
 
 
 def attach(model: ModelMixin, config: HfQuantConfig) -> None:

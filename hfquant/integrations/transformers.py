@@ -27,6 +27,7 @@ from hfquant.integrations.checkpoint import (
 from hfquant.integrations.compat import (
     ConversionOps,
     WeightConverter,
+    drop_needs_hfquant,
     load_offloaded_parameter,
     mark_initialized,
     names_in_model,
@@ -36,6 +37,7 @@ from hfquant.integrations.compat import (
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import check_data, transformers_batches
 from hfquant.integrations.facts import facts_of
+from hfquant.integrations.sharing.facts import tags_of
 from hfquant.nn.experts import QuantExperts, tensor_name
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import dequantized, log_share, quant_modules
@@ -78,6 +80,11 @@ class HfQuantTransformersQuantizer(HfQuantizer):
                 'weights cannot be quantized on the way to "disk" in a device_map: quantize without it and save, then '
                 "load the quantized checkpoint with that device_map"
             )
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Return the config that the model is made from: transformers has found hfquant, so it needs no telling."""
+        drop_needs_hfquant(config)
+        return config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -142,6 +149,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             _quantize_late(model, self.plan)
         check_loaded(model, self.pre_quantized)
         finish_loading(model)
+        set_quantized(model, True)
+        model.add_model_tags(tags_of(model))
         if self.plan is not None:
             facts = facts_of(model)
             attach(model, own_config(config, self.plan, facts))
@@ -164,8 +173,10 @@ class HfQuantTransformersQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
         # transformers passes config.dtype, which is a string once the model has been saved.
         wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        tags = tags_of(model)
         model = dequantized(model, wanted)
         set_quantized(model, False)
+        model.model_tags = [tag for tag in model.model_tags or () if tag not in tags]
         return model
 
     def is_serializable(self) -> bool:
@@ -174,8 +185,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Return False: rounding has no gradient."""
-        return False
+        """Return True: adapters train, on a gradient that passes the rounding by; codes themselves do not."""
+        return True
 
 
 class QuantizeWeight(ConversionOps):
@@ -248,6 +259,7 @@ def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
     set_quantized(model, True)
+    model.add_model_tags(tags_of(model))
     _untie(model)
     save_as_named(model)
 

@@ -96,6 +96,15 @@ class QuantExperts(Experts):
         """How many matrices are quantized."""
         return self.expert_count * len(self.plans)
 
+    def held(self) -> list[tuple[LayerPlan, int, dict[str, Tensor]]]:
+        """Return each projection: its plan, how many matrices, and its tensors by a QuantLinear's names."""
+        found = []
+        for projection, plan in self.plans.items():
+            tensors = {key: getattr(self, name) for key, name in self._names[projection].items()}
+            bias = self._parameters.get(f"{projection}_bias")
+            found.append((plan, self.expert_count, tensors if bias is None else {**tensors, "bias": bias}))
+        return found
+
     def disk_dtype(self, name: str) -> torch.dtype:
         """Return the dtype of codes on disk."""
         return self.plans[name].config.weight_quant.format.disk_dtype

@@ -113,6 +113,10 @@ class QuantLinear(nn.Linear):
         """How many matrices are quantized."""
         return 1
 
+    def held(self) -> list[tuple[LayerPlan, int, dict[str, Tensor]]]:
+        """Return what is quantized: its plan, how many matrices, and all their tensors by name, bias included."""
+        return [(self.plan, 1, {**dict(self.named_parameters(recurse=False)), **self.solved_tensors()})]
+
     def disk_dtype(self, name: str) -> torch.dtype:
         """Return the dtype of codes on disk."""
         return self.format.disk_dtype
@@ -230,6 +234,11 @@ class QuantLinear(nn.Linear):
         assert weight is not None
         if weight.dim() == 2 and weight.dtype == self._code_dtype:
             return weight
+        if weight.dtype not in (self._code_dtype, self.format.disk_dtype):
+            raise TypeError(
+                f"QuantLinear({self.in_features}, {self.out_features}) has a weight of {weight.dtype} in the place of "
+                f"{self._code_dtype} codes: something wrote floats to it, such as merging an adapter other than LoRA"
+            )
         # Offloaded weights come straight from disk: of rank 3, and FP8 as unsigned bytes.
         return weight.view(weight.shape[-2:]).view(self._code_dtype)
 

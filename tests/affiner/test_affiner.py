@@ -1,11 +1,9 @@
 """Saving, loading, the hub, and files that are damaged or hostile."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
@@ -89,33 +87,6 @@ def test_a_cached_pipeline_loads_offline_without_an_affiner(monkeypatch):
         load_pipeline(Pipe, "user/pipe")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert load_pipeline(Pipe, "user/pipe").affiner is None
-
-
-def test_the_hub_gets_what_is_saved(affiner, tmp_path, monkeypatch):
-    uploads = []
-
-    class Repo:
-        repo_id = "user/digits-affiner"
-
-    def upload_folder(self, *, repo_id, folder_path, path_in_repo, commit_message):
-        files = {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
-        uploads.append((repo_id, path_in_repo, commit_message, files))
-        return "https://hub/commit/1"
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, private, exist_ok: Repo())
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    assert affiner.push_to_hub("digits-affiner", subfolder="affiner") == "https://hub/commit/1"
-    ((repo, path, message, files),) = uploads
-    assert (repo, path, message) == ("user/digits-affiner", "affiner", "Upload affiner")
-
-    def download(repo_id, filename, *, subfolder=None, **_):
-        assert (repo_id, subfolder) == ("user/digits-affiner", "affiner")
-        (tmp_path / filename).write_bytes(files[filename])
-        return str(tmp_path / filename)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    loaded = BlockwiseAffiner.from_pretrained("user/digits-affiner", subfolder="affiner")
-    assert loaded.errors == affiner.errors
 
 
 def edit_json(folder, **changes):

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from hfquant.calibration import BaseCalibSet, calibration_batches
 from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.model_inputs import _packed
+from hfquant.calibration.provenance import data_provenance
 from hfquant.calibration.streams import _paragraphs, _shuffled, _spread
 from tests.calibration.tiny_models import tiny_llama
 
@@ -426,3 +427,19 @@ def test_text_for_a_model_needs_a_tokenizer():
     for source in ({"dataset": ["a b"]}, ["a b"], datasets.Dataset.from_dict({"text": ["a b"]})):
         with pytest.raises(CalibrationError, match=r"text, .*'tokenizer': tokenizer"):
             list(calibration_batches(source, model=tiny_llama()))
+
+
+def test_a_stream_says_what_it_is_and_not_where_it_lies(tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("one\n\ntwo\n")
+    spec = {"samples": 2, "seqlen": 9, "seed": 3}
+    batches = calibration_batches({"dataset": str(file), **spec})
+    assert data_provenance(batches) == {"dataset": "texts.txt", **spec}
+    assert data_provenance(calibration_batches(["a", "b"])) == {"dataset": "2 texts", "seqlen": 512}
+    rows = datasets.Dataset.from_dict({"text": ["a"]})
+    assert data_provenance(calibration_batches(rows))["dataset"] == "Dataset"
+    stored = BaseCalibSet.from_samples([torch.ones(2)])
+    stored.provenance = {"layer": "proj", "call": {"token": "hf_" + "a" * 20}, "model": {"name": "/here"}}
+    expected = {"layer": "proj", "call": {"token": "(redacted)"}}
+    assert data_provenance(stored) == data_provenance(calibration_batches(stored)) == expected
+    assert data_provenance(iter(())) == {"class": "tuple_iterator"}

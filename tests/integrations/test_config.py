@@ -9,7 +9,6 @@ import pytest
 import transformers.quantizers.auto
 from diffusers import PipelineQuantizationConfig
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersMixin
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersMixin
 
@@ -156,7 +155,6 @@ def test_needs_data() -> None:
 
 def test_one_class_for_both_libraries() -> None:
     assert issubclass(HfQuantConfig, TransformersMixin)
-    assert issubclass(HfQuantConfig, DiffusersMixin)
     signature = inspect.signature(HfQuantConfig.__init__)
     assert list(signature.parameters) == [
         "self", "config", "calibration", "modules_to_not_convert", "per_layer_mode",
@@ -177,3 +175,16 @@ def test_pipeline_config_by_backend_and_by_mapping() -> None:
     config = HfQuantConfig("w8a8", calibration=Uncopyable())
     by_mapping = PipelineQuantizationConfig(quant_mapping={"transformer": config})
     assert by_mapping._resolve_quant_config(is_diffusers=True, module_name="transformer") is config
+
+
+def test_what_the_data_was_is_kept_and_checked() -> None:
+    config = HfQuantConfig("w8a8")
+    assert "provenance" not in config.to_dict()
+    config.provenance = {"dataset": "texts", "seed": 0}
+    again = HfQuantConfig.from_dict(config.to_dict())
+    assert again.provenance == config.provenance
+    copied = copy.deepcopy(again)
+    copied.provenance["seed"] = 1
+    assert again.provenance["seed"] == 0
+    with pytest.raises(ConfigError, match="provenance: expected a dict"):
+        HfQuantConfig.from_dict(config.to_dict() | {"provenance": []})

@@ -21,7 +21,9 @@ from hfquant.experts import UnfusedExperts
 from hfquant.integrations import model_facts
 from hfquant.integrations.checkpoint import CheckpointError
 from hfquant.integrations.experts import layout_of
+from hfquant.integrations.sharing.facts import of_models
 from hfquant.nn.experts import QuantExperts
+from hfquant.nn.modules import quant_modules
 from tests.integrations import tiny_diffusers
 from tests.integrations.mixtures import MIXTURES, mixture, nucleus, nucleus_inputs, tokens
 
@@ -285,6 +287,16 @@ def test_compiled() -> None:
         inputs = x, torch.cat([index, (index + 1) % 4], 1), torch.rand(count, 2, generator=generator)
         with torch.no_grad():
             torch.testing.assert_close(compiled(*inputs), experts(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_the_card_counts_experts() -> None:
+    model = mixture("GptOssForCausalLM")
+    hfquant.quantize(model, None, "w8a16")
+    (component,) = of_models(model).components
+    rows = sum(row.layers for row in component.rows)
+    assert rows == sum(layer.matrix_count for layer in quant_modules(model).values()) > 2 * 4 * 2
+    codes = {id(layer.get_parameter(name)) for layer in quant_modules(model).values() for name in layer.code_names}
+    assert sum(row.elements for row in component.rows) == sum(p.numel() for p in model.parameters() if id(p) in codes)
 
 
 def test_undone_whole(monkeypatch: pytest.MonkeyPatch) -> None:

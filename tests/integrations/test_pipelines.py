@@ -39,6 +39,7 @@ from transformers import (
 import hfquant
 from hfquant import HfQuantConfig
 from hfquant.demo import DIGITS_PATH, load_digits_pipeline
+from hfquant.integrations.compat import NEEDS_HFQUANT
 from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
 from tests.integrations.small_models import sqnr
@@ -260,17 +261,25 @@ def digits(pipe: DiffusionPipeline) -> Tensor:
 
 FRESH = """
 import hashlib, sys, torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from transformers import LlamaForCausalLM
 torch.set_num_threads(1)
-digits, eight_bits, four_bits = sys.argv[1:]
-for cls, folder in (
-    (LlamaForCausalLM, eight_bits), (LlamaForCausalLM, four_bits), (DiTTransformer2DModel, digits + "/transformer")
+digits, eight_bits, four_bits, pixart = sys.argv[1:]
+explicit = {"experts_implementation": "eager"}
+for cls, folder, options in (
+    (LlamaForCausalLM, eight_bits, {}),
+    (LlamaForCausalLM, four_bits, {"ignore_mismatched_sizes": True}),
+    (LlamaForCausalLM, eight_bits, explicit),
+    (LlamaForCausalLM, four_bits, explicit),
+    (DiTTransformer2DModel, digits + "/transformer", {}),
+    (DiffusionPipeline, pixart, {}),
 ):
     try:
-        cls.from_pretrained(folder)
+        cls.from_pretrained(folder, **options)
     except Exception as error:
-        print(type(error).__name__, str(error).splitlines()[0][:38])
+        print(type(error).__name__, str(error).splitlines()[0].partition(" is not supported")[0].partition(" - ")[0])
+    else:
+        print("loaded", folder)
 assert "hfquant" not in sys.modules
 
 from hfquant.demo import DigitsPipeline
@@ -286,8 +295,11 @@ for tensor in results:
 """
 
 
-def test_digits_pipeline_and_a_fresh_process(checkpoint, tmp_path):
-    """A new process gives the same bits; one without hfquant refuses: codes in a plain linear would be noise."""
+def test_digits_pipeline_and_a_fresh_process(checkpoint, folders, tmp_path):
+    """A new process gives the same bits; one without hfquant refuses and names it: codes in a linear would be noise.
+
+    An experts implementation that is asked for takes the place of the one that says so; the codes' shape remains.
+    """
     config = PipelineQuantizationConfig(quant_mapping={"transformer": HfQuantConfig("w8a8-dynamic")})
     pipe = DiffusionPipeline.from_pretrained(DIGITS_PATH, quantization_config=config)
     original = load_digits_pipeline()
@@ -297,22 +309,24 @@ def test_digits_pipeline_and_a_fresh_process(checkpoint, tmp_path):
         assert sqnr(original.transformer.get_submodule(name).weight, layer.effective_weight()) >= 35
     expected = [digits(pipe)]
     assert sqnr(digits(original), expected[0]) > 10
-    folders = [tmp_path / "digits", tmp_path / "8", tmp_path / "4"]
-    pipe.save_pretrained(folders[0])
-    stored = json.loads((folders[0] / "transformer" / "config.json").read_text())
+    saved = [tmp_path / "digits", tmp_path / "8", tmp_path / "4", tmp_path / "pixart"]
+    pipe.save_pretrained(saved[0])
+    stored = json.loads((saved[0] / "transformer" / "config.json").read_text())
     assert stored["quantization_config"]["quant_method"] == "hfquant"
-    assert torch.equal(digits(DiffusionPipeline.from_pretrained(folders[0])), expected[0])
+    assert torch.equal(digits(DiffusionPipeline.from_pretrained(saved[0])), expected[0])
     four_bits = {"opt": {"type": "default"}, "weight_quant": {"type": "int4", "axis": -1}, "input_quant": None}
-    for folder, rules in ((folders[1], "w8a8-dynamic"), (folders[2], {"default": four_bits})):
+    for folder, rules in ((saved[1], "w8a8-dynamic"), (saved[2], {"default": four_bits})):
         model = type(small_models.llama()).from_pretrained(
             checkpoint("llama"), quantization_config=HfQuantConfig(rules)
         )
         model.save_pretrained(folder)
         with torch.no_grad():
             expected.append(model(input_ids=torch.arange(3, 20)[None]).logits)
+    encoder = PipelineQuantizationConfig(quant_mapping={"text_encoder": HfQuantConfig("w8a16")})
+    DiffusionPipeline.from_pretrained(folders["pixart"], quantization_config=encoder).save_pretrained(saved[3])
 
     run = subprocess.run(
-        [sys.executable, "-c", FRESH, *folders],
+        [sys.executable, "-c", FRESH, *saved],
         cwd=ROOT,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"},
         capture_output=True,
@@ -320,8 +334,14 @@ def test_digits_pipeline_and_a_fresh_process(checkpoint, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [
-        *["RuntimeError You set `ignore_mismatched_sizes` to `"] * 2,
+        *[f'ValueError Specified `experts_implementation="{NEEDS_HFQUANT}"`'] * 2,
+        *[
+            "RuntimeError You set `ignore_mismatched_sizes` to `False`, thus raising an error. "
+            "For details look at the above report!"
+        ]
+        * 2,
         "ValueError Unknown quantization type, got hfquant",
+        f'ValueError Specified `experts_implementation="{NEEDS_HFQUANT}"`',
         *[hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in expected],
     ]
     assert "Unknown quantization type, got hfquant" in run.stderr

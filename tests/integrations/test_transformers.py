@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 import hfquant
 from hfquant import PRESETS, HfQuantConfig
+from hfquant.integrations.compat import NEEDS_HFQUANT
 from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
 from tests.integrations.small_models import assert_same, outputs, sqnr, transformers_inputs
@@ -301,10 +302,10 @@ def test_checkpoint_that_fuses_what_the_model_splits(tmp_path):
             assert_same(AutoModel.from_pretrained(tmp_path / "quantized"), loaded, inputs)
 
 
-def test_share_of_a_mixture_of_experts_is_warned_about(checkpoint, caplog):
+def test_a_small_share_of_quantized_parameters_is_warned_about(checkpoint, caplog):
     with caplog.at_level(logging.INFO, "hfquant"):
         transformers.MixtralForCausalLM.from_pretrained(
-            checkpoint("mixtral"), quantization_config=HfQuantConfig("w8a16")
+            checkpoint("mixtral"), quantization_config=HfQuantConfig("w8a16", modules_to_not_convert=["experts"])
         )
         (share,) = [r for r in caplog.records if "linears quantized" in r.message]
         assert share.levelno == logging.WARNING
@@ -464,3 +465,17 @@ def test_low_rank_models_are_bit_identical_after_reload(preset, checkpoint, tmp_
         assert layer.svd_down.is_contiguous()
     model.save_pretrained(tmp_path)
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_the_choice_of_experts_stays_the_librarys(checkpoint, tmp_path):
+    """config.json asks for one that only hfquant has, so that who lacks it is told; no model is to run on it."""
+    cls = type(small_models.mixtral())
+    model = cls.from_pretrained(checkpoint("mixtral"), quantization_config=HfQuantConfig("w8a8-dynamic"))
+    model.save_pretrained(tmp_path)
+    for options in ({}, {"experts_implementation": "eager"}):
+        expected = cls.from_pretrained(checkpoint("mixtral"), **options).config._experts_implementation
+        loaded = cls.from_pretrained(tmp_path, **options)
+        assert loaded.config._experts_implementation == expected
+        loaded.save_pretrained(tmp_path / "again")
+        stored = json.loads((tmp_path / "again" / "config.json").read_text())
+        assert stored["experts_implementation"] == NEEDS_HFQUANT

@@ -398,3 +398,10 @@ def test_codes_go_to_disk_and_back(dtype) -> None:
     for wrong in {torch.uint8, torch.int8, torch.int16} - {layer.weight.dtype, FORMATS[dtype].disk_dtype}:
         with pytest.raises(ValueError, match=r"tensor 'weight': expected shape .* got "):
             layer.set_tensor("weight", stored.to(wrong))
+
+
+def test_floats_in_the_place_of_codes_are_refused() -> None:
+    layer, _ = layer_of(cases("int8")["channel"].plan())
+    layer.weight.data = layer.effective_weight()
+    with pytest.raises(TypeError, match=r"\(24, 10\) has a weight of torch.float32 in the place of torch.int8"):
+        layer(torch.randn(2, IN))

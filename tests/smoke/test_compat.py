@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import diffusers
 import pytest
 import torch
@@ -45,6 +47,31 @@ def test_a_config_says_that_its_model_is_quantized(llama: transformers.LlamaForC
     assert llama.config._is_quantized
     compat.set_quantized(llama, False)
     assert not llama.config._is_quantized
+    assert "experts_implementation" not in llama.config.to_dict()
+    compat.set_quantized(llama, False)
+
+
+def test_a_config_says_that_its_model_needs_hfquant(
+    llama: transformers.LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, classes = type(llama.config), type(llama)
+    compat.set_quantized(llama, True)
+    stored = llama.config.to_diff_dict()
+    assert stored["experts_implementation"] == compat.NEEDS_HFQUANT
+    classes(copy.deepcopy(llama.config))  # in memory it makes no difference
+
+    registered = transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS._global_mapping
+    monkeypatch.delitem(registered, compat.NEEDS_HFQUANT, raising=False)
+    with pytest.raises(ValueError, match="hfquant: pip install hfquant, and import hfquant before loading"):
+        classes(config.from_dict(stored))
+    compat.allow_needs_hfquant()
+    classes(config.from_dict(stored))
+    loaded = config.from_dict(stored)
+    compat.drop_needs_hfquant(loaded)
+    assert loaded._experts_implementation is None
+    chosen = config.from_dict(stored, experts_implementation="eager")
+    compat.drop_needs_hfquant(chosen)
+    assert chosen._experts_implementation == "eager"
 
 
 def test_the_quantization_config_leaves_a_frozen_config() -> None:
@@ -95,3 +122,59 @@ def test_classes_declare_how_they_keep_experts() -> None:
     halves = torch.tensor([[2.0, 3.0]])
     expected = (3.0 + 1) * 2.0 * torch.sigmoid(torch.tensor(2.0 * config.swiglu_alpha))
     assert compat.apply_gate(type(mlp.experts), mlp.experts, halves).item() == pytest.approx(expected.item())
+
+
+class Packed(nn.Linear):
+    """A linear whose weight is not of the matrix's shape."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__(columns, rows)
+        self.matrix = self.weight.detach().clone()
+        self.weight = nn.Parameter(torch.zeros(rows, columns // 2, dtype=torch.int8), requires_grad=False)
+
+
+@pytest.fixture
+def flux_loader(monkeypatch: pytest.MonkeyPatch) -> type:
+    from diffusers.loaders import lora_pipeline
+
+    loader = lora_pipeline.FluxLoraLoaderMixin
+    for name in ("_calculate_module_shape", "_maybe_expand_lora_state_dict"):
+        monkeypatch.setattr(loader, name, vars(loader)[name])
+    name = "_maybe_dequantize_weight_for_expanded_lora"
+    monkeypatch.setattr(lora_pipeline, name, getattr(lora_pipeline, name))
+    compat.register_lora_base(Packed, lambda module: module.matrix)
+    return loader
+
+
+def test_the_flux_loader_sees_the_matrix_of_a_packed_linear(flux_loader: type) -> None:
+    from diffusers.loaders import lora_pipeline
+
+    model = nn.ModuleDict({"packed": Packed(6, 4), "plain": nn.Linear(6, 4)})
+    model.dtype = torch.bfloat16
+    for name, module in model.items():
+        assert flux_loader._calculate_module_shape(model=model, base_module=module) == (4, 6)
+        assert flux_loader._calculate_module_shape(model=model, base_weight_param_name=f"{name}.weight") == (4, 6)
+    found = lora_pipeline._maybe_dequantize_weight_for_expanded_lora(model, model["packed"])
+    assert torch.equal(found, model["packed"].matrix.bfloat16())
+    assert lora_pipeline._maybe_dequantize_weight_for_expanded_lora(model, model["plain"]).shape == (4, 6)
+
+
+def test_the_flux_loader_pads_an_adapter_to_a_packed_linear(flux_loader: type) -> None:
+    model = nn.ModuleDict({"packed": Packed(6, 4), "plain": nn.Linear(6, 4)})
+    lora = {f"transformer.{name}.lora_A.weight": torch.ones(2, 5) for name in model}
+    for value in flux_loader._maybe_expand_lora_state_dict(model, lora).values():
+        assert torch.equal(value, torch.ones(2, 6) * (torch.arange(6) < 5))
+
+
+def test_a_cast_to_no_dtype_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models.modeling_utils import ModelMixin
+
+    monkeypatch.setattr(ModelMixin, "to", ModelMixin.to)
+    compat.accept_no_dtype()
+    model = diffusers.DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1, sample_size=4)
+    model.is_quantized = True
+    assert model.to(dtype=None) is model
+    assert model.to("cpu", dtype=None) is model
+    for call in (lambda: model.to(torch.float16), lambda: model.to(dtype=torch.float32)):
+        with pytest.raises(ValueError, match="Casting a quantized model"):
+            call()

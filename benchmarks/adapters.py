@@ -1,0 +1,113 @@
+"""LoRA on SmolLM2: what a run on the quantized model gains beside one on the float model, and what merging keeps of it.
+
+    python -m benchmarks.adapters --json benchmarks/results/adapters.json
+
+The shuffled SmolLM2 (:mod:`benchmarks.models`) gets an adapter of the same random start on every linear, and is trained
+on the first three quarters of Python's language reference; the loss is that of windows of the last quarter, which
+nothing else sees. Presets that need data are calibrated on the training part. "merged" is the loss once the trained
+adapter has been rounded into the codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models import calibration_text, smollm2, token_batches
+
+COLUMNS = ("before", "after", "gain", "merged", "gain kept")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train one adapter a model and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters", description=__doc__.partition("\n")[0])
+    parser.add_argument("--presets", nargs="*", default=["w8a8-dynamic", "w4a16-gptq"])
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--json", type=Path, help="file to write; a .md of the same name goes beside it")
+    args = parser.parse_args(argv)
+    rows: dict[str, dict[str, float]] = {}
+    for preset in [None, *args.presets]:
+        rows[preset or "float"] = train(preset, args.steps, args.seqlen)
+        print(markdown(rows), flush=True)
+    if args.json:
+        from benchmarks.quality import environment
+
+        described = f"{args.steps} steps of one window of {args.seqlen} tokens, rank 8; {environment()['cpu']}."
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        found = {"environment": environment(), "steps": args.steps, "seqlen": args.seqlen, "rows": rows}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.with_suffix(".md").write_text(f"{markdown(rows)}\n{described}\n")
+    return 0
+
+
+def train(preset: str | None, steps: int, seqlen: int) -> dict[str, float]:
+    """Train an adapter on SmolLM2, quantized by ``preset`` (None: float), one window of ``seqlen`` tokens a step.
+
+    Returns:
+        Held-out losses in nats a token: before, after, and merged; what training gained; the share of it that merging
+        keeps.
+    """
+    import hfquant
+
+    model, tokenizer = smollm2()
+    training, held_out = parts(tokenizer, steps, seqlen)
+    if preset is not None:
+        hfquant.quantize(model, training, preset)
+    before = loss_of(model, held_out)
+    adapted = fitted(model, training)
+    after = loss_of(adapted, held_out)
+    adapted.merge_adapter()
+    merged = loss_of(adapted, held_out)
+    gain = before - after
+    return {"before": before, "after": after, "gain": gain, "merged": merged, "gain kept": (before - merged) / gain}
+
+
+def parts(tokenizer: Any, steps: int, seqlen: int) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Windows to train on and windows to measure on, of two parts of the text."""
+    text = calibration_text()
+    cut = len(text) * 3 // 4
+    order = torch.randperm(steps, generator=torch.Generator().manual_seed(0)).tolist()
+    windows = token_batches(tokenizer, text[:cut], seqlen, steps, 1)
+    return [windows[i] for i in order], token_batches(tokenizer, text[cut:], seqlen, 16, 2)
+
+
+def fitted(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Any:
+    """``model`` with an adapter trained on the batches, one AdamW step each."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, len(batches))
+    adapted.train()
+    for batch in batches:
+        adapted(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return adapted.eval()
+
+
+def loss_of(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:
+    """Mean loss in nats a token."""
+    with torch.inference_mode():
+        losses = [model(**batch, labels=batch["input_ids"]).loss for batch in batches]
+    return float(torch.stack(losses).double().mean())
+
+
+def markdown(rows: dict[str, dict[str, float]]) -> str:
+    """The rows as a table."""
+    lines = ["| model | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(f"{row[c]:.3f}" for c in COLUMNS) + " |" for name, row in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,133 @@
+"""Quantized models, pipelines, affiners and calibration sets with the files that go along: on disk and on the hub.
+
+Neither library tells a quantizer where a model is saved or pushed, so what its own ``save_pretrained`` and
+``push_to_hub`` write has no card of ours; transformers' has our tags, and both keep a card that is in the repository.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hfquant.integrations.sharing.card import content_of
+from hfquant.integrations.sharing.kinds import kind_of
+from hfquant.integrations.sharing.origin import CARD_FILE, origin_of
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+def save_pretrained(
+    thing: Any, save_directory: str | os.PathLike[str], *, base_model: str | None = None, **options: Any
+) -> None:
+    """Save what hfquant made, with a model card and the tokenizer or processor that the model came with.
+
+    Args:
+        thing: a quantized model, a pipeline with quantized components, an affiner, or a calibration set.
+        save_directory: folder. A README.md that is there keeps what a person wrote.
+        base_model: hub id of the full-precision model; default: where ``thing`` was loaded from, if that is one.
+        **options: of the thing's own ``save_pretrained`` (``max_shard_size``, ``variant``...), or of
+            :meth:`~hfquant.BaseCalibSet.save`.
+
+    Raises:
+        TypeError: another kind of thing.
+        ValueError: nothing of it is quantized, or the metadata of the README.md that is there cannot be read.
+    """
+    folder = Path(save_directory)
+    _save(thing, folder, folder.name, base_model, options)
+
+
+def push_to_hub(
+    thing: Any,
+    repo_id: str,
+    *,
+    subfolder: str = "",
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    base_model: str | None = None,
+    **options: Any,
+) -> str:
+    """Upload what :func:`save_pretrained` writes, in one commit, creating the repository where it is missing.
+
+    A card that is there keeps what a person wrote. Shards and indices of weights that an earlier push left are removed.
+
+    Args:
+        thing: as for :func:`save_pretrained`; a calibration set becomes a dataset repository.
+        repo_id: "user/name".
+        subfolder: where in the repository.
+        private: of a repository created here.
+        token: of the hub; by default the one stored on this machine.
+        create_pr: open a pull request instead.
+        commit_message: of the commit.
+        base_model, **options: as for :func:`save_pretrained`.
+
+    Returns:
+        Address of the commit, or of the pull request.
+
+    Raises:
+        PermissionError: the token may not write there. Nothing was uploaded.
+        TypeError, ValueError: as for :func:`save_pretrained`.
+    """
+    from huggingface_hub import HfApi
+
+    kind = kind_of(thing)
+    api = HfApi(token=token)
+    with _allowed(repo_id), tempfile.TemporaryDirectory() as temporary:
+        repo_id = api.create_repo(repo_id, repo_type=kind.repo_type, private=private, exist_ok=True).repo_id
+        folder = Path(temporary)
+        there = "/".join(filter(None, (subfolder, CARD_FILE)))
+        if api.file_exists(repo_id, there, repo_type=kind.repo_type):
+            card = Path(api.hf_hub_download(repo_id, there, repo_type=kind.repo_type))
+            (folder / CARD_FILE).write_bytes(card.read_bytes())
+        _save(thing, folder, repo_id, base_model, options)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            repo_type=kind.repo_type,
+            folder_path=folder,
+            path_in_repo=subfolder or None,
+            commit_message=commit_message or f"Upload {kind.noun}",
+            create_pr=create_pr,
+            delete_patterns=[*kind.leftovers, *_leftover_weights(folder)] or None,
+        )
+    return str(commit.pr_url or commit)
+
+
+def _save(thing: Any, folder: Path, address: str, base_model: str | None, options: dict[str, Any]) -> None:
+    kind, card = kind_of(thing), folder / CARD_FILE
+    origin = origin_of(thing, base_model)
+    # A card that cannot be kept stops this before anything is written.
+    existing = card.read_text(encoding="utf-8-sig") if card.is_file() else origin.quantized_card
+    content = content_of(kind.facts(thing), kind.noun, address, origin, existing)
+    kind.save(thing, folder, options)
+    if options.get("is_main_process", True):
+        card.write_text(content, encoding="utf-8")
+
+
+@contextmanager
+def _allowed(repo_id: str) -> Iterator[None]:
+    """Turn the hub's refusals into one error that says what to do."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status not in (401, 403):
+            raise
+        raise PermissionError(
+            f"{repo_id}: the hub does not let this token write there ({status}). Nothing was uploaded or lost. "
+            "Log in with a token that may write (`hf auth login`), pass token=, or push to a name of your own"
+        ) from error
+
+
+def _leftover_weights(folder: Path) -> list[str]:
+    """Return patterns of what an earlier push with other shards may have left beside the weights in ``folder``."""
+    stems = {_SHARD.sub("", str(path.relative_to(folder).with_suffix(""))) for path in folder.rglob("*.safetensors")}
+    shards = [f"{stem}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].safetensors" for stem in sorted(stems)]
+    return [*shards, *(f"{stem}.safetensors{end}" for stem in sorted(stems) for end in ("", ".index.json"))]

@@ -1,0 +1,245 @@
+"""What a card says of a thing: read off the thing itself, as plain values."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import xxhash
+from torch import nn
+
+from hfquant.calibration import BaseCalibSet
+from hfquant.calibration.provenance import without_secrets
+from hfquant.config import InputQuant, WeightQuant
+from hfquant.denoisers import module_names
+from hfquant.integrations import library
+from hfquant.integrations.config import HfQuantConfig
+from hfquant.nn.modules import quant_modules
+from hfquant.presets import PRESETS
+from hfquant.report.layers import LayerReport, QuantReport, worst
+
+if TYPE_CHECKING:
+    from hfquant.affiner import BlockwiseAffiner
+
+
+class Row(NamedTuple):
+    """The quantized layers of one pair of formats."""
+
+    weights: str
+    inputs: str
+    layers: int
+    #: In their weights; biases are parameters too.
+    elements: int
+    parameters: int
+    bytes: int
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight, all tensors of the layers counted."""
+        return 8 * self.bytes / self.elements
+
+
+class Left(NamedTuple):
+    """What stays in full precision for one reason."""
+
+    why: str
+    parameters: int
+    names: list[str]
+
+
+class Measured(NamedTuple):
+    """The error of layers' outputs on sampled calibration rows, in dB: as solved, and with plain rounding."""
+
+    sqnr: float
+    plain_sqnr: float
+    worst: list[LayerReport]
+    never_ran: list[str]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One quantized model."""
+
+    name: str
+    class_name: str
+    library: str
+    config: HfQuantConfig
+    rows: list[Row]
+    left: list[Left]
+    float_bytes: int
+    measured: Measured | None
+
+    @property
+    def preset(self) -> str | None:
+        """The preset that the config is, if it is one."""
+        return preset_of(self.config)
+
+    @property
+    def recipe_json(self) -> str:
+        """What makes the same model once more."""
+        stored = self.config.to_dict()
+        kept = {key: stored[key] for key in ("config", "modules_to_not_convert", "per_layer_mode") if stored[key]}
+        return json.dumps(kept, indent=2)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the layers were calibrated on; nothing where no data was needed, or it is not known."""
+        return dict(self.config.provenance)
+
+    @property
+    def float_parameters(self) -> int:
+        """Of those that stay in full precision."""
+        return sum(left.parameters for left in self.left)
+
+    @property
+    def parameters(self) -> int:
+        """Of the model, counted as in full precision."""
+        return sum(row.parameters for row in self.rows) + self.float_parameters
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors that are stored."""
+        return sum(row.bytes for row in self.rows) + self.float_bytes
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says.
+
+    Attributes:
+        class_name: of the thing.
+        library_name: as the hub knows it.
+        tags: for its search.
+        recipe: digest of what decides the result; while it is the same, what was measured before still holds.
+        components: quantized models.
+        values: what the template asks for beside them.
+    """
+
+    class_name: str
+    library_name: str
+    tags: list[str]
+    recipe: str
+    components: list[Component] = field(default_factory=list)
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+def models_of(thing: Any) -> dict[str, nn.Module]:
+    """Return the models of a pipeline by name, or ``{"": thing}``."""
+    if isinstance(thing, nn.Module):
+        return {"": thing}
+    return {name: thing.components[name] for name in module_names(thing)}
+
+
+def of_models(thing: Any) -> Facts:
+    """Return what there is to say of a quantized model, or of a pipeline with some."""
+    quantized = {name: model for name, model in models_of(thing).items() if quant_modules(model)}
+    tags = dict.fromkeys(tag for model in quantized.values() for tag in tags_of(model))
+    recipe = _digest({name: config_of(model).to_dict() for name, model in quantized.items()})
+    components = [_component(name, model) for name, model in quantized.items()]
+    return Facts(type(thing).__name__, library(thing) or "diffusers", list(tags), recipe, components)
+
+
+def of_affiner(affiner: BlockwiseAffiner) -> Facts:
+    """Return what there is to say of an affiner."""
+    errors = list(affiner.errors.values())
+    before, after = (sum(pair[i] for pair in errors) / len(errors) for i in (0, 1)) if errors else (None, None)
+    config = affiner.config.to_json()
+    values = {"affiner": affiner, "config": config, "before": before, "after": after}
+    return Facts(type(affiner).__name__, "diffusers", ["hfquant", "affiner"], _digest(config), values=values)
+
+
+def of_set(calibration_set: BaseCalibSet) -> Facts:
+    """Return what there is to say of a calibration set."""
+    provenance = without_secrets(calibration_set.provenance)
+    values = {"samples": len(calibration_set), "provenance": provenance}
+    return Facts("BaseCalibSet", "hfquant", ["hfquant", "calibration"], _digest(provenance), values=values)
+
+
+def preset_of(config: HfQuantConfig) -> str | None:
+    """Return the name of the preset that a config is; None for one of the user's own."""
+    return next((name for name, preset in PRESETS.items() if preset == config.rules.raw), None)
+
+
+def tags_of(model: nn.Module) -> list[str]:
+    """Return the hub's tags of a quantized model: hfquant, the bits of its weights, the preset."""
+    plans = [plan for layer in quant_modules(model).values() for plan, _, _ in layer.held()]
+    bits = sorted({plan.config.weight_quant.format.bits for plan in plans})
+    preset = preset_of(config_of(model))
+    return ["hfquant", *(f"{n}-bit" for n in bits), *([preset] if preset else [])]
+
+
+def config_of(model: Any) -> HfQuantConfig:
+    """Return the config that a quantized model of either library carries."""
+    config = model.config
+    stored: HfQuantConfig = config["quantization_config"] if isinstance(config, Mapping) else config.quantization_config
+    return stored
+
+
+def _component(name: str, model: nn.Module) -> Component:
+    config, layers = config_of(model), quant_modules(model)
+    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    for plan, number, tensors in (held for layer in layers.values() for held in layer.held()):
+        rule = plan.config
+        elements = number * plan.in_features * plan.out_features
+        bias = tensors.get("bias")
+        parameters = elements + (0 if bias is None else bias.numel())
+        added = number, elements, parameters, sum(tensor.nbytes for tensor in tensors.values())
+        key = _weights(rule.weight_quant), _inputs(rule.input_quant)
+        counts[key] = [a + b for a, b in zip(counts[key], added, strict=True)]
+    left: dict[str, dict[str, list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False) if path not in layers else ():
+            # One that is tied is counted where it comes first.
+            new = [] if id(parameter) in seen else [parameter]
+            left[config.skipped.get(path) or f"{type(module).__name__}, not quantized"][path] += new
+            seen.add(id(parameter))
+    stored = model.state_dict().keys()
+    buffers = [b for n, b in model.named_buffers() if n in stored and n.rpartition(".")[0] not in layers]
+    kept = [p for found in left.values() for new in found.values() for p in new]
+    return Component(
+        name,
+        type(model).__name__,
+        library(model) or "",
+        config,
+        [Row(*key, *counted) for key, counted in sorted(counts.items())],
+        [
+            Left(why, sum(p.numel() for new in found.values() for p in new), list(found))
+            for why, found in sorted(left.items())
+        ],
+        sum(tensor.nbytes for tensor in (*kept, *buffers)),
+        _measured(getattr(model, "quant_report", None)),
+    )
+
+
+def _weights(rule: WeightQuant) -> str:
+    if rule.group_size is not None:
+        scale = f"groups of {rule.group_size}"
+    else:
+        scale = "one scale a tensor" if rule.axis is None else "one scale a channel"
+    points = "" if rule.symmetric else ", zero points"
+    return f"{rule.type}, {scale}{points}" if rule.format.has_scale else rule.type
+
+
+def _inputs(rule: InputQuant | None) -> str:
+    if rule is None:
+        return "float"
+    if not rule.format.has_scale:
+        return rule.type
+    scale = f"one scale a {'tensor' if rule.axis is None else 'token'}"
+    return f"{rule.type}, {scale}, {'calibrated' if rule.static else 'at run time'}"
+
+
+def _measured(report: QuantReport | None) -> Measured | None:
+    if report is None or not (layers := [layer for layer in report.layers if layer.sqnr is not None]):
+        return None
+    sqnr, plain = (median(getattr(layer, key) for layer in layers) for key in ("sqnr", "plain_sqnr"))
+    return Measured(sqnr, plain, worst(layers), [layer.name for layer in report.layers if layer.fallback])
+
+
+def _digest(value: Any) -> str:
+    return xxhash.xxh3_64(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,83 @@
+"""The kinds of thing that can be saved and pushed, one entry each: how it is saved and what its card says."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfquant.calibration import BaseCalibSet
+from hfquant.integrations import library
+from hfquant.integrations.sharing import facts
+from hfquant.integrations.sharing.facts import Facts
+from hfquant.integrations.sharing.origin import save_processor
+from hfquant.nn.modules import quant_modules
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of thing.
+
+    Attributes:
+        noun: what it is called.
+        save: writes it to a folder, with the options of its own method.
+        facts: what its card says.
+        repo_type: "model", or "dataset".
+        leftovers: patterns of files in a repository that an earlier push of another size may have left.
+    """
+
+    noun: str
+    save: Callable[[Any, Path, dict[str, Any]], None]
+    facts: Callable[[Any], Facts]
+    repo_type: str = "model"
+    leftovers: tuple[str, ...] = ()
+
+
+def kind_of(thing: Any) -> Kind:
+    """Return the kind of ``thing``.
+
+    Raises:
+        TypeError: none that can be shared.
+        ValueError: a model or pipeline in which nothing is quantized.
+    """
+    if isinstance(thing, BaseCalibSet):
+        return CALIBRATION_SET
+    # Things of a module exist only once that module is imported, so nothing is imported for the question.
+    if _is(thing, "hfquant.affiner.affiner", "BlockwiseAffiner"):
+        return AFFINER
+    pipeline = _is(thing, "diffusers.pipelines.pipeline_utils", "DiffusionPipeline")
+    if not pipeline and library(thing) is None:
+        raise TypeError(
+            f"expected a model of transformers or diffusers, a pipeline, an affiner or a calibration set, got "
+            f"{type(thing).__name__}"
+        )
+    if not any(quant_modules(model) for model in facts.models_of(thing).values()):
+        raise ValueError(f"{type(thing).__name__} has no quantized layer: call its own save_pretrained or push_to_hub")
+    return PIPELINE if pipeline else MODEL
+
+
+def _is(thing: Any, module: str, name: str) -> bool:
+    return module in sys.modules and isinstance(thing, getattr(sys.modules[module], name))
+
+
+def _save(thing: Any, folder: Path, options: dict[str, Any]) -> None:
+    thing.save_pretrained(folder, **options)
+
+
+def _save_model(model: Any, folder: Path, options: dict[str, Any]) -> None:
+    model.save_pretrained(folder, **options)
+    if library(model) == "transformers":
+        save_processor(model, folder)
+
+
+def _save_set(calibration_set: BaseCalibSet, folder: Path, options: dict[str, Any]) -> None:
+    calibration_set.save(folder, **options)
+
+
+MODEL = Kind("model", _save_model, facts.of_models)
+PIPELINE = Kind("pipeline", _save, facts.of_models)
+AFFINER = Kind("affiner", _save, facts.of_affiner)
+_CHUNKS = "chunk-[0-9]*.safetensors*", "shard-[0-9]*/*"
+CALIBRATION_SET = Kind("calibration set", _save_set, facts.of_set, "dataset", _CHUNKS)

@@ -1,0 +1,309 @@
+"""What is saved and pushed comes back by its id, with its card, and nothing that a person wrote is lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline
+from huggingface_hub import HfApi, ModelCard, snapshot_download
+from tokenizers import Tokenizer, models
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import hfquant
+from hfquant import BaseCalibSet, BlockwiseAffiner, HfQuantConfig
+from hfquant.integrations.sharing.merge import CardError, sections
+from hfquant.nn.modules import quant_linears
+from tests.integrations import small_models
+from tests.integrations.sharing.hub_server import TOKEN, Hub
+from tests.integrations.small_models import assert_same
+
+Checkpoint = Callable[[str], Path]
+ROOT = Path(__file__).parents[3]
+
+
+def quantized(source: Any, name: str = "llama", preset: str = "w8a8-dynamic", **options: Any) -> Any:
+    cls = type(getattr(small_models, name)())
+    return cls.from_pretrained(source, quantization_config=HfQuantConfig(preset, **options))
+
+
+def card(hub: Hub, repo: str, kind: str = "model") -> ModelCard:
+    return ModelCard(hub.repos[kind, repo]["README.md"].decode())
+
+
+def pipeline() -> DiffusionPipeline:
+    torch.manual_seed(3)
+    sizes = {"block_out_channels": (8,), "norm_num_groups": 2, "layers_per_block": 1, "latent_channels": 4}
+    return DiTPipeline(small_models.dit(), AutoencoderKL(**sizes), DDIMScheduler(num_train_timesteps=10))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({"<p>": 0, "a": 1, "b": 2}, "<p>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<p>")
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "bits"),
+    [("llama", "w4a16", "4-bit"), ("bert", "fp8-dynamic", "8-bit"), ("dit", "w8a8-dynamic", "8-bit")],
+)
+def test_a_model_comes_back_by_its_id(
+    hub: Hub, checkpoint: Checkpoint, tmp_path: Path, name: str, preset: str, bits: str
+) -> None:
+    model = quantized(checkpoint(name), name, preset)
+    url = hfquant.push_to_hub(model, "me/model", token=TOKEN, commit_message="The first")
+    assert url.startswith(f"{hub.endpoint}/me/model/commit/")
+    assert hub.commits == [("me/model", "The first")]
+    loaded = type(model).from_pretrained("me/model")
+    assert quant_linears(loaded).keys() == quant_linears(model).keys()
+    assert_same(model, loaded)
+    data = card(hub, "me/model").data
+    assert data.library_name == ("diffusers" if name == "dit" else "transformers")
+    assert data.tags == ["hfquant", bits, preset]
+    assert data.base_model is None  # it came from a folder
+    assert f'{type(model).__name__}.from_pretrained("me/model")' in card(hub, "me/model").text
+    hfquant.save_pretrained(loaded, tmp_path / "model", is_main_process=False)
+    assert not (tmp_path / "model" / "README.md").exists()
+    hfquant.save_pretrained(loaded, tmp_path / "model")
+    saved = (tmp_path / "model" / "README.md").read_text()
+    assert dict(sections(saved))["Quantization"] == dict(sections(card(hub, "me/model").text))["Quantization"]
+
+
+def test_a_pipeline_comes_back_by_its_id(hub: Hub) -> None:
+    pipe = pipeline()
+    hfquant.quantize(pipe.transformer, None, "w8a8-dynamic")
+    hfquant.quantize(pipe.vae, None, "w4a16")
+    hfquant.push_to_hub(pipe, "me/pipe", token=TOKEN)
+    loaded = DiffusionPipeline.from_pretrained("me/pipe")
+    for name in ("transformer", "vae"):
+        assert quant_linears(getattr(loaded, name)).keys() == quant_linears(getattr(pipe, name)).keys()
+    assert_same(pipe.transformer, loaded.transformer)
+    pushed = card(hub, "me/pipe")
+    assert pushed.data.library_name == "diffusers"
+    assert pushed.data.tags == ["hfquant", "8-bit", "w8a8-dynamic", "4-bit", "w4a16"]
+    for heading in (
+        "## Quantization of transformer\n",
+        "## Quantization of vae\n",
+        "## Left in full precision in vae\n",
+    ):
+        assert heading in pushed.text
+    assert 'DiffusionPipeline.from_pretrained("me/pipe")' in pushed.text
+
+
+def test_an_affiner_comes_back_by_its_id(hub: Hub) -> None:
+    affiner = BlockwiseAffiner({"solver": {"blocksize": 2}})
+    real = torch.randn(6, 2, 4, 4)
+    affiner.observe(10.0, real, real * 0.9 + 0.1)
+    affiner.solve(10.0)
+    affiner.push_to_hub("me/affiner", token=TOKEN)
+    affiner.push_to_hub("me/pipe", subfolder="affiner", token=TOKEN)
+    for loaded in (
+        BlockwiseAffiner.from_pretrained("me/affiner"),
+        BlockwiseAffiner.from_pretrained("me/pipe", subfolder="affiner"),
+    ):
+        assert torch.equal(loaded.correct(10.0, real), affiner.correct(10.0, real))
+    assert card(hub, "me/affiner").data.tags == ["hfquant", "affiner"]
+    assert "mean squared error of predictions" in card(hub, "me/affiner").text
+    assert {path for path in hub.repos["model", "me/pipe"] if path.endswith(".md")} == {"affiner/README.md"}
+
+
+def test_a_calibration_set_comes_back_by_its_id(hub: Hub, tmp_path: Path) -> None:
+    samples = [{"x": torch.randn(2, 3)} for _ in range(5)]
+    made = BaseCalibSet.from_samples(samples)
+    made.provenance = {"layer": "transformer", "call": {"authorization": "Bearer abcdefghijk", "steps": 4}}
+    hfquant.push_to_hub(made, "me/calib", token=TOKEN, chunk_size=2)
+    hfquant.push_to_hub(made, "me/calib", token=TOKEN, chunk_size=4)
+    folder = snapshot_download("me/calib", repo_type="dataset", local_dir=tmp_path / "calibration")
+    loaded = hfquant.load_calibrate_set(folder)
+    assert [s["x"].tolist() for s in loaded] == [s["x"].tolist() for s in samples]
+    assert len(list(Path(folder).glob("chunk-*"))) == 2  # the third of the first push is gone
+    text = card(hub, "me/calib", "dataset").text
+    assert "5 samples of the layer `transformer`" in text
+    assert '"steps": 4' in text
+    assert "abcdefghijk" not in text
+
+
+def test_the_librarys_own_push_has_our_tags_and_keeps_our_card(hub: Hub, checkpoint: Checkpoint) -> None:
+    model = quantized(checkpoint("llama"), preset="w4a16")
+    model.push_to_hub("me/own", token=TOKEN)
+    assert card(hub, "me/own").data.tags == ["hfquant", "4-bit", "w4a16"]
+    assert_same(model, type(model).from_pretrained("me/own"))
+    hfquant.push_to_hub(model, "me/ours", token=TOKEN)
+    before = hub.repos["model", "me/ours"]["README.md"]
+    type(model).from_pretrained("me/ours").push_to_hub("me/ours", token=TOKEN)
+    assert ModelCard(before.decode()).text == card(hub, "me/ours").text
+    model.dequantize()
+    assert model.model_tags == []
+
+
+def test_a_second_push_keeps_what_a_person_wrote(hub: Hub, checkpoint: Checkpoint) -> None:
+    hfquant.push_to_hub(quantized(checkpoint("llama"), preset="w8a16"), "me/model", token=TOKEN)
+    files = hub.repos["model", "me/model"]
+    text = files["README.md"].decode().replace("library_name: transformers", "library_name: mine\nlicense: mit")
+    text = text.replace("## Quantization\n", "## Evaluation\n\nBetter than I thought.\n\n## Quantization\n")
+    files["README.md"] = text.encode()
+    hfquant.push_to_hub(quantized(checkpoint("llama"), preset="w4a16"), "me/model", token=TOKEN)
+    pushed = card(hub, "me/model")
+    assert "Better than I thought." in pushed.text
+    assert (pushed.data.library_name, pushed.data.license) == ("mine", "mit")
+    assert pushed.data.tags == ["hfquant", "4-bit", "w4a16"]
+    assert "int8" not in pushed.text
+    assert "int4, groups of 64" in pushed.text
+
+
+def test_shards_of_an_earlier_push_go(hub: Hub, checkpoint: Checkpoint) -> None:
+    model = quantized(checkpoint("llama"))
+    hfquant.push_to_hub(model, "me/model", token=TOKEN, max_shard_size="20kB")
+    files = hub.repos["model", "me/model"]
+    assert len([path for path in files if path.endswith(".safetensors")]) > 1
+    files["other.safetensors"] = b"a person's"
+    hfquant.push_to_hub(model, "me/model", token=TOKEN)
+    left = {path for path in hub.repos["model", "me/model"] if "safetensors" in path}
+    assert left == {"model.safetensors", "other.safetensors"}
+    assert_same(model, type(model).from_pretrained("me/model"))
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_no_permission_is_one_clear_error(hub: Hub, checkpoint: Checkpoint, exists: bool) -> None:
+    """A repository that cannot be made, and one that can be read and not written."""
+    model = quantized(checkpoint("llama"))
+    before = {"README.md": b"theirs"}
+    if exists:
+        hub.repos["model", "other/model"] = dict(before)
+    hub.closed.add("other")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for token in (TOKEN, "hf_" + "stranger" * 4):
+        with pytest.raises(PermissionError, match=r"other/model: .* may not write|other/model: .*\(403\)") as caught:
+            hfquant.push_to_hub(model, "other/model", token=token)
+        assert "hf auth login" in str(caught.value)
+        assert token not in str(caught.value)
+    assert hub.repos == ({("model", "other/model"): before} if exists else {})
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_token_reaches_no_file_and_no_log(
+    hub: Hub,
+    checkpoint: Checkpoint,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    model = quantized(checkpoint("llama"))
+    with caplog.at_level(logging.DEBUG):
+        hfquant.push_to_hub(model, "me/model", token=TOKEN)
+        hfquant.save_pretrained(model, tmp_path / "saved")
+    pushed = b"".join(content for files in hub.repos.values() for content in files.values())
+    saved = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    printed = capfd.readouterr()
+    assert TOKEN.encode() not in pushed + saved
+    assert TOKEN not in caplog.text + printed.out + printed.err
+    assert str(checkpoint("llama")).encode() not in pushed + saved  # nor where things lie on this machine
+
+
+def test_what_the_source_has_goes_along(hub: Hub, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Tokenizer, license, language and the base model's id, by way of the hub; then once more from what was pushed."""
+    api = HfApi(token=TOKEN)
+    api.create_repo("base/float")
+    folder = tmp_path / "float"
+    small_models.llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en, de]\ntags: [big]\n---\n# Float\n")
+    api.upload_folder(repo_id="base/float", folder_path=folder)
+    model = quantized("base/float", preset="w4a16")
+    hfquant.push_to_hub(model, "me/quantized", token=TOKEN)
+    data = card(hub, "me/quantized").data
+    assert (data.base_model, data.base_model_relation) == ("base/float", "quantized")
+    assert (data.license, data.language) == ("apache-2.0", ["en", "de"])
+    assert data.tags == ["hfquant", "4-bit", "w4a16"]
+    assert AutoTokenizer.from_pretrained("me/quantized").vocab == tokenizer().vocab
+
+    files = hub.repos["model", "me/quantized"]
+    files["README.md"] += b"\n## Thanks\n\nTo all.\n"
+    again = type(model).from_pretrained("me/quantized")
+    hfquant.save_pretrained(again, tmp_path / "again")
+    saved = ModelCard.load(tmp_path / "again" / "README.md")
+    assert (saved.data.base_model, saved.data.license) == ("base/float", "apache-2.0")
+    assert "To all." in saved.text
+    assert (tmp_path / "again" / "tokenizer.json").is_file()
+
+
+def test_a_tokenizer_that_is_there_stays(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = tmp_path / "float"
+    small_models.llama().save_pretrained(source)
+    tokenizer().save_pretrained(source)
+    mine = tmp_path / "quantized" / "tokenizer_config.json"
+    mine.parent.mkdir()
+    mine.write_text("{}")
+    hfquant.save_pretrained(quantized(source), mine.parent)
+    assert mine.read_text() == "{}"
+    assert not (mine.parent / "tokenizer.json").exists()
+
+
+def test_what_the_data_was_outlives_a_reload(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """In config.json; the measurements are in the card alone, and stay there while the recipe is the same."""
+    ids = [{"input_ids": torch.randint(3, 40, (2, 9))} for _ in range(3)]
+    recorded = BaseCalibSet.from_samples(ids)
+    recorded.provenance = {"layer": "model", "sampler": {"class": "LanguageModelSampler", "seed": 7}}
+    model = quantized(checkpoint("llama"), preset="w8a8-smooth", calibration=recorded)
+    hfquant.save_pretrained(model, tmp_path / "first")
+    stored = json.loads((tmp_path / "first" / "config.json").read_text())["quantization_config"]
+    assert stored["provenance"] == recorded.provenance
+    loaded = type(model).from_pretrained(tmp_path / "first")
+    hfquant.save_pretrained(loaded, tmp_path / "second")
+    text = (tmp_path / "second" / "README.md").read_text()
+    assert "'seed': 7" in text
+    assert "## Measured while quantizing" in text
+    other = quantized(checkpoint("llama"), preset="w8a8-dynamic")
+    hfquant.save_pretrained(other, tmp_path / "second")
+    text = (tmp_path / "second" / "README.md").read_text()
+    assert "## Measured while quantizing" not in text
+    assert "## Calibration data" not in text
+
+
+def test_what_cannot_be_shared(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"expected a model of transformers or diffusers, a pipeline, .* got Linear"):
+        hfquant.save_pretrained(nn.Linear(2, 2), tmp_path)
+    for thing in (small_models.llama(), pipeline()):
+        with pytest.raises(ValueError, match=f"{type(thing).__name__} has no quantized layer"):
+            hfquant.push_to_hub(thing, "me/float")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_that_cannot_be_read_stops_before_anything_is_written(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\ntags: [a\n---\nmine")
+    with pytest.raises(CardError, match=r"metadata at the top of README.md cannot be read, mend it first"):
+        hfquant.save_pretrained(quantized(checkpoint("llama")), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+FRESH = """
+import sys
+import hfquant
+from diffusers import DiffusionPipeline
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("me/model")
+assert isinstance(model.model.layers[0].mlp.up_proj, hfquant.QuantLinear)
+hfquant.push_to_hub(model, "me/copy")
+assert DiffusionPipeline.from_pretrained("me/pipe").transformer.is_quantized
+"""
+
+
+@pytest.mark.slow
+def test_a_fresh_process_through_the_environment(hub: Hub, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    hfquant.push_to_hub(quantized(checkpoint("llama")), "me/model", token=TOKEN)
+    pipe = pipeline()
+    hfquant.quantize(pipe.transformer, None, "w8a8-dynamic")
+    hfquant.push_to_hub(pipe, "me/pipe", token=TOKEN)
+    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    environment = {"PATH": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **settings}
+    done = subprocess.run([sys.executable, "-c", FRESH], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert hub.repos["model", "me/copy"]["model.safetensors"] == hub.repos["model", "me/model"]["model.safetensors"]
+    assert TOKEN not in done.stdout + done.stderr
