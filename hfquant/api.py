@@ -12,7 +12,7 @@ from torch import nn
 from hfquant import ptq
 from hfquant.integrations import batches_for, model_facts, quantize_model
 from hfquant.integrations.config import HfQuantConfig
-from hfquant.nn.modules import dequantized, quant_linears
+from hfquant.nn.modules import dequantized, quant_modules
 from hfquant.planner import Plan, plan_layers
 from hfquant.search import search
 
@@ -113,7 +113,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: ``model`` has no quantized layer.
     """
-    if not quant_linears(model):
+    if not quant_modules(model):
         raise ValueError(f"{type(model).__name__} has no quantized layer")
     if hasattr(model, "hf_quantizer") and hasattr(model, "dequantize"):
         return cast(nn.Module, cast(Any, model).dequantize())
@@ -146,7 +146,7 @@ def search_bits(
         CalibrationError: fewer than two samples.
     """
     _check_module(model)
-    if quant_linears(model):
+    if quant_modules(model):
         raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
     width = next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
     config = HfQuantConfig.of(base)

@@ -7,6 +7,7 @@ One process alone goes through the same code; nothing is sent then.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,13 +17,17 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import xxhash
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor
+from torch import Tensor, nn
 
+from hfquant.digests import digest_of, update_with_weights
 from hfquant.statistics import SAMPLE_ROWS, STATISTICS, LayerStats, Reduction, RowSample, collected
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 #: Environment variable: how many seconds a process waits for another one that is alive but slow.
 TIMEOUT_VARIABLE = "HFQUANT_TIMEOUT"
@@ -203,6 +208,37 @@ class Processes:
         if buffer.numel():
             dist.broadcast(buffer.view(-1).view(torch.uint8), source, group=self.group)
         return buffer if tensor is None else tensor
+
+
+def check_models_agree(model: nn.Module, group: Processes) -> None:
+    """Raise where the processes do not all have the same model with the same weights.
+
+    Raises:
+        ValueError: naming a process that has another.
+    """
+    if group.size == 1:
+        return
+    digest = xxhash.xxh3_128()
+    update_with_weights(digest, model)
+    for rank, other in enumerate(group.gather(digest.hexdigest())):
+        if other != digest.hexdigest():
+            raise ValueError(f"process {rank} has another model, or other weights, than process {group.rank}")
+
+
+def shard_of(first: Any, group: Processes) -> tuple[int, int]:
+    """Return which batches a process takes: every ``size``-th of data that all have, all of data that differ.
+
+    Args:
+        first: the first batch of this process's data; None without data.
+        group: the processes.
+    """
+    if group.size == 1:
+        return 0, 1
+    if len(set(group.gather(digest_of(first)))) == 1:
+        return group.rank, group.size
+    if group.main:
+        logger.info("the processes' calibration data differ: each takes all of its own")
+    return 0, 1
 
 
 def is_main() -> bool:

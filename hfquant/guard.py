@@ -35,7 +35,7 @@ from hfquant.distributed import Processes
 from hfquant.folding import Folding
 from hfquant.formats import NumberFormat
 from hfquant.nn.kinds import kind_of
-from hfquant.nn.linear import QuantLayer, QuantLinear
+from hfquant.nn.linear import QuantLinear
 from hfquant.planner import LayerPlan, Plan
 from hfquant.remedies import LADDER, likely_cause
 from hfquant.report.layers import LayerReport, QuantReport
@@ -109,12 +109,12 @@ def samples_to_check(loader: Any, data: CalibrationData | None, held_out: Any) -
 
 def outcome(
     plan: Plan,
-    layers: Mapping[str, QuantLayer],
+    solved: Mapping[str, LayerPlan],
     mended: Mapping[str, tuple[Mended, nn.Module]],
     reports: Sequence[LayerReport],
 ) -> tuple[Plan, QuantReport]:
     """Return the plan and the report of a model once what was off is mended."""
-    plans = {name: layer.plan for name, layer in layers.items() if name not in mended}
+    plans = {name: layer for name, layer in solved.items() if name not in mended}
     skipped = dict(plan.skipped)
     for name, (found, _) in mended.items():
         if found.plan is None:

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hfquant.calibration.batches import CalibrationError, device_of, evaluating, forward, samples
 from hfquant.console import progress_bar
+from hfquant.experts import UnfusedExperts
 from hfquant.memory import release_free_memory
 from hfquant.nn.kinds import kind_of
 from hfquant.statistics import Collector, LayerStats
@@ -63,8 +64,7 @@ def observe(
 
         def see(x: Tensor) -> None:
             rows, left_out = kind.rows(module, x, collector.seed)
-            masked = mask is not None and rows.shape[:2] == mask.shape
-            if bad := collector.add(name, rows, mask if masked else None, left_out):
+            if bad := collector.add(name, rows, _counted(rows, mask), left_out):
                 raise CalibrationError(
                     f"layer {name!r}: {bad} of {rows.numel()} inputs are NaN or Inf in calibration batch {batch}"
                 )
@@ -74,11 +74,14 @@ def observe(
 
         return kind.watch(module, see)
 
+    experts = [module for module in model.modules() if isinstance(module, UnfusedExperts)]
     handles = [watch(n, m) for n, m in layers.items()]
     try:
         with evaluating(model):
             for batch, number, sample in _share(data, *shard):
                 mask = _padding_mask(sample, device)
+                for module in experts:
+                    module.real = mask
                 seen.clear()
                 collector.start(batch + 1_000_003 * number)
                 with suppress(_AllSeen):
@@ -86,6 +89,8 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
+        for module in experts:
+            module.real = None
     return collector.stats
 
 
@@ -96,6 +101,15 @@ def _share(data: Iterable[Any], rank: int, size: int) -> Iterator[tuple[int, int
             for number, sample in enumerate(samples(batch)):
                 yield index, number, sample
             release_free_memory()
+
+
+def _counted(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Return which rows of an input [batch, tokens, ..., in] or [batch * tokens, in] count; None: all, or unknown."""
+    if mask is None or x.dim() < 2:
+        return None
+    if x.dim() == 2:
+        return mask.flatten() if len(x) == mask.numel() else None
+    return mask if x.shape[:2] == mask.shape else None
 
 
 def _padding_mask(sample: Any, device: torch.device | str | int) -> Tensor | None:

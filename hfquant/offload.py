@@ -96,6 +96,13 @@ def forget_weights(module: nn.Module) -> None:
             (place.folder / f"{name}.dat").unlink(missing_ok=True)
 
 
+def fetches_weights(module: nn.Module) -> bool:
+    """Return whether accelerate keeps the module's weights elsewhere and fetches them for each forward."""
+    hook = vars(module).get(_ACCELERATE)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return any(getattr(hook, "offload", False) for hook in hooks)
+
+
 def copy_hook(old: nn.Module, new: nn.Module) -> None:
     """Give ``new`` the hook of accelerate that ``old`` has, unless it has one. ``old`` keeps its own.
 

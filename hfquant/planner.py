@@ -22,6 +22,7 @@ from hfquant.config import OPTIONAL, ConfigError, LayerConfig, QuantRules
 from hfquant.console import counted
 from hfquant.dataflow import LinearTrace, PatternError, obstacles_in_source, trace
 from hfquant.enums import SegPattern
+from hfquant.experts import ExpertsLayout, Unfused, check_one_config, first_alone, share_traces, unfused
 from hfquant.folding import Fold, plan_folds
 from hfquant.formats import GridRule, InputRule, split_columns
 from hfquant.nn.kinds import kind_of, layers_in, refusal, size_of
@@ -48,6 +49,7 @@ class ModelFacts:
         example: gives inputs for pattern detection, or None where they are not known.
         options: for the layers that are watched, keyword arguments that a calibration sample may lack.
         uncounted: names of modules that the share of quantized parameters leaves out (output heads).
+        experts: name of a module of fused experts -> how it keeps them.
     """
 
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class ModelFacts:
     example: Callable[[], Any] = lambda: None
     options: Callable[[Iterable[nn.Module]], Mapping[str, Any]] = lambda layers: {}
     uncounted: Collection[str] = ()
+    experts: Mapping[str, ExpertsLayout] = field(default_factory=dict)
 
     def aliases(self, name: str) -> tuple[str, ...]:
         """Return a module's name, then its name with or without the prefix."""
@@ -79,6 +82,8 @@ class LayerPlan:
         folded: whether the transform's divisor goes into what comes before the layer (:mod:`hfquant.folding`).
         rank: number of dimensions of the float weight, which the codes have too.
         tied: the layer whose codes and weight scales it shares; "" where it has its own.
+        rounded: of a parameter that holds experts, the numbers of those that calibration gave too few rows; they are
+            rounded to nearest.
         evidence: why, for people.
     """
 
@@ -91,6 +96,7 @@ class LayerPlan:
     folded: bool = False
     rank: int = 2
     tied: str = ""
+    rounded: tuple[int, ...] = ()
     evidence: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -174,6 +180,8 @@ class LayerPlan:
             found["folded"] = True
         if self.tied:
             found["tied"] = self.tied
+        if self.rounded:
+            found["rounded"] = list(self.rounded)
         return found
 
     def without_data(self) -> LayerPlan:
@@ -217,6 +225,7 @@ def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mappin
     inputs = tuple(stored.pop("input_segments", (in_features,)))
     outputs = tuple(stored.pop("output_segments", (out_features,)))
     dual = tuple(stored.pop("dual", (False,) * len(inputs)))
+    rounded = tuple(stored.pop("rounded", ()))
     if stored:
         raise ConfigError(f"layer {name!r}: unknown keys {sorted(stored)} in the stored plan")
     for what, sizes, total in (("input", inputs, in_features), ("output", outputs, out_features)):
@@ -229,8 +238,10 @@ def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mappin
         raise ConfigError(
             f"layer {name!r}: dual scale needs an input_quant.type of at most 15 bits, not {quant and quant.type}"
         )
+    if not all(type(i) is int and i >= 0 for i in rounded):
+        raise ConfigError(f"layer {name!r}: rounded={list(rounded)} in the stored plan are not numbers of experts")
     rank = module.get_parameter("weight").dim()
-    return LayerPlan(config, in_features, out_features, inputs, outputs, dual, folded, rank, tied)
+    return LayerPlan(config, in_features, out_features, inputs, outputs, dual, folded, rank, tied, rounded)
 
 
 def _can_be_dual(config: LayerConfig) -> bool:
@@ -250,6 +261,21 @@ class Plan:
     layers: dict[str, LayerPlan]
     skipped: dict[str, str]
     folds: tuple[Fold, ...] = ()
+
+    def fused(self, experts: Unfused, solved: Mapping[str, LayerPlan] | None = None) -> Plan:
+        """Return the plan with one entry for the experts of a parameter, under the parameter's name.
+
+        Args:
+            experts: of the model.
+            solved: the plans that such parameters ended up with; default: that of the first expert.
+        """
+        solved = solved or {}
+        layers: dict[str, LayerPlan] = {}
+        for name, layer in self.layers.items():
+            parameter = experts.parameters.get(name, name)
+            layers.setdefault(parameter, solved.get(parameter, layer))
+        skipped = {experts.parameters.get(name, name): why for name, why in self.skipped.items()}
+        return replace(self, layers=layers, skipped=skipped)
 
     def __str__(self) -> str:
         rows = [("layer", "in x out", "weight", "input", "opt", "segments in | out", "dual", "why")]
@@ -291,7 +317,9 @@ def plan_layers(
     example: Any = None,
     facts: ModelFacts | None = None,
 ) -> Plan:
-    """Decide what every layer of ``model`` will become. Needs no weights: the model may be on the meta device.
+    """Decide what every layer of ``model`` will become, and every parameter that holds experts.
+
+    Needs no weights: the model may be on the meta device.
 
     Args:
         model: any module; what can be quantized of it, :mod:`hfquant.nn.kinds` says.
@@ -305,8 +333,23 @@ def plan_layers(
         ConfigError: the config is invalid, or does not fit a layer.
     """
     facts = facts or ModelFacts()
-    chosen, skipped, ties = _chosen(model, rules, not_convert, facts)
-    traces = _traces(model, chosen, example, facts)
+    with unfused(model, facts.experts) as experts:
+        return plan_apart(model, rules, not_convert, example, facts, experts).fused(experts)
+
+
+def plan_apart(
+    model: nn.Module,
+    rules: QuantRules,
+    not_convert: Collection[str],
+    example: Any,
+    facts: ModelFacts,
+    experts: Unfused,
+) -> Plan:
+    """Do what :func:`plan_layers` does for a model whose experts are taken apart: each is a linear of its own."""
+    chosen, skipped, ties = _chosen(model, rules, not_convert, facts, experts)
+    with first_alone(experts):
+        traces = _traces(model, chosen, example, facts)
+    share_traces(traces, experts)
     # Where no forward was watched the source code says what it can.
     obstacles = {n: t.obstacle for n, t in traces.items() if t.obstacle} if traces else obstacles_in_source(model)
     for name in [n for n in chosen if n in obstacles]:
@@ -322,7 +365,7 @@ def plan_layers(
 
 
 def _chosen(
-    model: nn.Module, rules: QuantRules, not_convert: Collection[str], facts: ModelFacts
+    model: nn.Module, rules: QuantRules, not_convert: Collection[str], facts: ModelFacts, experts: Unfused
 ) -> tuple[dict[str, LayerConfig], dict[str, str], dict[str, str]]:
     """Decide which layers are quantized; warn of names that match none.
 
@@ -334,10 +377,11 @@ def _chosen(
     codec = autoencoder_convs(model, kinds)
     open_to: dict[str, LayerConfig] = {}
     chosen: dict[str, LayerConfig] = {}
-    skipped: dict[str, str] = {}
+    skipped: dict[str, str] = dict(experts.skipped)
     idle, unused = dict.fromkeys(rules.patterns), dict.fromkeys(not_convert)
     for name, module in model.named_modules():
-        names = facts.aliases(name)
+        fused = experts.parameters.get(name)
+        names = facts.aliases(name) + (facts.aliases(fused) if fused else ())
         for key in [k for k in unused if matches(names, [k])]:
             del unused[key]
         kind, refused = kinds.get(name), refusal(module)
@@ -359,8 +403,8 @@ def _chosen(
             skipped[name] = EXCLUDED
         elif not layer.enable:
             skipped[name] = SWITCHED_OFF
-        elif name in facts.skipped and not asked:
-            skipped[name] = facts.skipped[name]
+        elif (why := facts.skipped.get(name) or facts.skipped.get(fused or "")) and not asked:
+            skipped[name] = why
         elif closed and not asked:
             skipped[name] = OPTIONAL[closed[0]]
         else:
@@ -380,6 +424,7 @@ def _chosen(
         logger.warning("%s: config[%r] matches no layer (those of a block are %r)", who, glob, f"{glob}.*")
     for key in unused:
         logger.warning("%s: modules_to_not_convert: %r matches no module", who, key)
+    check_one_config(chosen, experts)
     return chosen, skipped, ties
 
 

@@ -13,30 +13,37 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import xxhash
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from hfquant.calibration.batches import CalibrationData, CalibrationError, samples
 from hfquant.config import QuantRules
 from hfquant.console import log_shown, progress_bar
-from hfquant.digests import digest_of, update_with_weights
-from hfquant.distributed import Processes, processes
+from hfquant.digests import digest_of
+from hfquant.distributed import Processes, check_models_agree, processes, shard_of
+from hfquant.experts import Unfused, unfused
 from hfquant.folding import Folding, find_folding
 from hfquant.guard import Mended, mend, outcome, samples_to_check
 from hfquant.memory import free_memory, release_free_memory
+from hfquant.nn.experts import fuse, plans_of
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.linear import QuantLayer, QuantLinear
-from hfquant.nn.modules import log_share, quant_linears, replace_modules, tie
+from hfquant.nn.modules import log_share, quant_modules, tie
 from hfquant.observe import observe
 from hfquant.offload import refuse_group_offloaded
-from hfquant.planner import EXCLUDED, SWITCHED_OFF, LayerPlan, ModelFacts, Plan, plan_layers
+from hfquant.planner import EXCLUDED, SWITCHED_OFF, LayerPlan, ModelFacts, Plan, plan_apart
+from hfquant.replacing import replace_modules
 from hfquant.report.layers import LayerReport, QuantReport, layer_report
 from hfquant.resume import Cache
 from hfquant.solver import Solution, check_finite, solve
 from hfquant.statistics import SAMPLE_ROWS, LayerStats, stats_bytes
 
 logger = logging.getLogger(__name__)
+
+#: An expert that saw fewer rows is rounded to nearest. Measured on SmolLM2's MLPs, with held-out rows: from 32 rows on
+#: what is solved for them (w8a8-smooth, w4a16-gptq) errs at most 5 % more than that, and mostly much less; with 8 up to
+#: 43 % more. And a row beyond n that were seen exceeds their range, in any one channel, with chance 2 / (n + 1).
+FEWEST_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Run:
         budget: bytes that statistics may take at once in a process.
         facts: what a library knows of the model.
         per_layer_mode: whether layers see the quantized ones before them.
+        experts: that are taken apart meanwhile.
         folding: the divisors that go into what comes before a layer.
         seen: statistics of all layers, where folding has taken them already.
         checks: samples for the guard, empty where this process has no data; None where there is to be none.
@@ -101,6 +109,7 @@ class Run:
     budget: int
     facts: ModelFacts
     per_layer_mode: bool
+    experts: Unfused
     folding: Folding = field(default_factory=Folding)
     seen: dict[str, LayerStats] = field(default_factory=dict)
     checks: Sequence[Any] | None = None
@@ -150,21 +159,29 @@ def quantize(
         RuntimeError: it failed in another process, which the message names with its cause.
     """
     settings, facts = settings or Settings(), facts or ModelFacts()
-    if quant_linears(model):
+    if quant_modules(model):
         raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
     refuse_group_offloaded(model)
     # Without data there is little to share, and a caller may well quantize in one process alone.
     sharing = processes() if rules.needs_data else nullcontext(Processes())
-    with log_shown() if settings.verbose else nullcontext(), sharing as group:
-        run = _prepared(model, loader, rules, settings, facts, group)
+    shown = log_shown() if settings.verbose else nullcontext()
+    with shown, sharing as group, unfused(model, facts.experts) as experts:
+        run = _prepared(model, loader, rules, settings, facts, group, experts)
         if not run.plan.layers:
             logger.warning("%s: every layer is switched off or skipped; nothing is quantized", type(model).__name__)
-            return Applied(run.plan, QuantReport([], run.plan.skipped))
+            plan = run.plan.fused(experts)
+            return Applied(plan, QuantReport([], plan.skipped))
         return _applied(_folded(run), settings.verbose, finish)
 
 
 def _prepared(
-    model: nn.Module, loader: Any, rules: QuantRules, settings: Settings, facts: ModelFacts, group: Processes
+    model: nn.Module,
+    loader: Any,
+    rules: QuantRules,
+    settings: Settings,
+    facts: ModelFacts,
+    group: Processes,
+    experts: Unfused,
 ) -> Run:
     """Check what was given, plan, and agree on it with the other processes."""
     with group.together():
@@ -175,7 +192,7 @@ def _prepared(
         example = settings.example
         if example is None and data is not None and has_data:
             example = samples(data.first)[0]
-        plan = plan_layers(model, rules, settings.not_convert, example, facts)
+        plan = plan_apart(model, rules, settings.not_convert, example, facts, experts)
         if not plan.layers and not {EXCLUDED, SWITCHED_OFF} & set(plan.skipped.values()):
             raise ValueError(
                 f"{type(model).__name__} has nothing to quantize: {plan.skipped or 'no layer of a kind that can be'}"
@@ -190,7 +207,7 @@ def _prepared(
                 if param.is_floating_point() and not param.is_meta:
                     layer, _, tensor = name.rpartition(".")
                     check_finite(layer, f"values of its {tensor}", param.detach())
-    _check_models_agree(model, group)
+    check_models_agree(model, group)
     found = group.gather((plan, has_data))
     if data is not None and not any(has for _, has in found):
         raise CalibrationError("calibration data: the loaders of all processes are empty")
@@ -203,30 +220,9 @@ def _prepared(
             mode = (settings.per_layer_mode, facts.prefix, digest_of(*(() if data is None else data)))
             cache = Cache.open(settings.resume_dir, digest_of(group.gather(digest_of(mode))))
     budget = min(group.gather(settings.memory_budget or free_memory() // (4 * group.on_this_machine)))
-    shard = _shard(data, group)
+    shard = shard_of(None if data is None else data.first, group)
     checks = samples_to_check(loader, data, settings.held_out) if settings.guard else None
-    return Run(model, plan, data, shard, group, cache, budget, facts, settings.per_layer_mode, checks=checks)
-
-
-def _check_models_agree(model: nn.Module, group: Processes) -> None:
-    if group.size == 1:
-        return
-    digest = xxhash.xxh3_128()
-    update_with_weights(digest, model)
-    for rank, other in enumerate(group.gather(digest.hexdigest())):
-        if other != digest.hexdigest():
-            raise ValueError(f"process {rank} has another model, or other weights, than process {group.rank}")
-
-
-def _shard(data: CalibrationData | None, group: Processes) -> tuple[int, int]:
-    """Return which batches this process takes: every ``size``-th of data that all have, all of data that differ."""
-    if group.size == 1:
-        return 0, 1
-    if len(set(group.gather(digest_of(None if data is None else data.first)))) == 1:
-        return group.rank, group.size
-    if group.main:
-        logger.info("the processes' calibration data differ: each takes all of its own")
-    return 0, 1
+    return Run(model, plan, data, shard, group, cache, budget, facts, settings.per_layer_mode, experts, checks=checks)
 
 
 def _folded(run: Run) -> Run:
@@ -253,8 +249,9 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
     """Solve all layers, then swap them in and finish, in one step that is undone whole."""
     originals: dict[str, nn.Module] = {name: run.module(name) for name in run.plan.layers}
     layers: dict[str, QuantLayer] = {}
+    finished: Mapping[str, nn.Module] = layers
     sources = run.folding.sources(run.model, run.plan)
-    originals |= {name: run.model.get_submodule(name) for name in sources}
+    originals |= {name: run.model.get_submodule(name) for name in sources} | run.experts.modules
     handles: list[Any] = []
     reports: list[LayerReport] = []
     mended: dict[str, tuple[Mended, nn.Module]] = {}
@@ -272,18 +269,26 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
                     replace_modules(run.model, {originals[name]: layers[name] for name in names})
         for handle in handles:
             handle.remove()
-        replace_modules(run.model, {originals[name]: module for name, module in (layers | sources).items()})
+        plans = {name: layer.plan for name, layer in layers.items()}
+        fused = fuse(run.experts, layers, {report.name for report in reports if report.fallback})
+        finished = layers | sources | fused
+        replace_modules(run.model, {originals[name]: module for name, module in finished.items()})
         tie(run.model)
         needing = {name for name, layer in run.plan.layers.items() if layer.config.needs_data}
         if needing and all(r.fallback for r in reports if r.name in needing):
             logger.warning("calibration ran none of the layers that need its data")
         if needing and run.checks is not None:
             options = run.facts.options(layers.values())
-            # What is tied has codes in common with an embedding, and keeps them.
+            # What is tied has codes in common with an embedding, and keeps them; experts are not checked.
             linears = {n: x for n, x in layers.items() if isinstance(x, QuantLinear) and not x.plan.tied}
             mended |= mend(run.model, linears, originals, run.folding, run.checks, options, run.group)
             replace_modules(run.model, {layers[name]: module for name, (_, module) in mended.items()})
-        applied = Applied(*outcome(run.plan, layers, mended, reports), originals)
+        plan, found = outcome(run.plan, plans, mended, reports)
+        plan = plan.fused(run.experts, plans_of(fused))
+        _log_rounded(run, plan)
+        before = originals | run.experts.originals
+        replaced = {name: before[name] for name in finished}
+        applied = Applied(plan, QuantReport(found.layers, plan.skipped), replaced)
         finish(applied)
         if verbose and run.group.main:
             logger.info("\n%s", applied.report)
@@ -291,9 +296,16 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
             log_share(run.model, run.facts.uncounted)
         return applied
     except BaseException:
-        back = [*(layers | sources).items(), *((name, module) for name, (_, module) in mended.items())]
+        back = [*finished.items(), *((name, module) for name, (_, module) in mended.items())]
         replace_modules(run.model, {module: originals[name] for name, module in back if module is not originals[name]})
         raise
+
+
+def _log_rounded(run: Run, plan: Plan) -> None:
+    """Name the experts that saw too few rows, in one line."""
+    few = [f"{name} {list(layer.rounded)}" for name, layer in plan.layers.items() if layer.rounded]
+    if few and run.group.main:
+        logger.warning("experts that saw fewer than %d rows are rounded to nearest: %s", FEWEST_ROWS, "; ".join(few))
 
 
 def _groups(run: Run) -> Iterator[list[str]]:
@@ -400,14 +412,16 @@ def _solve_layer(
         bias = module._parameters.get("bias")
         if bias is not None:
             check_finite(name, "biases", bias)
-        solution = known or solve(name, weight, plan, stats, module.get_parameter("weight").dtype)
+        enough = name not in run.experts.parameters or (stats is not None and stats.count >= FEWEST_ROWS)
+        dtype = module.get_parameter("weight").dtype
+        solution = known or solve(name, weight, plan, stats if enough else None, dtype)
         if run.cache is not None and known is None:
             run.cache.store(name, run.cache.key(name, weight, plan), solution)
         layer = run.quantized(name, solution.plan, solution.tensors)
         seconds = time.perf_counter() - start
         report = layer_report(name, weight, solution, layer, stats, seconds)
     release_free_memory()
-    if solution.fallback:
+    if solution.fallback and name not in run.experts.parameters:
         logger.warning("layer %r never ran during calibration: rounded to nearest, inputs scaled by token", name)
     return layer, report
 

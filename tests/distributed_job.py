@@ -35,6 +35,7 @@ from hfquant.observe import observe
 from hfquant.statistics import STATISTICS, Reduction, Statistic
 from tests.calibration.tiny_models import tiny_pipeline, tiny_unet
 from tests.integrations.small_models import llama_of_64
+from tests.nn import fused_experts
 
 STATIC = {"default": {"opt": {"type": "default"}, "input_quant": {"type": "int8"}}}
 SEARCH = {"default": {"opt": {"type": "smooth", "search_alpha_config": {"enable": True}}}}
@@ -219,6 +220,14 @@ def other_models() -> dict[str, Tensor]:
     return {"0": hfquant.quantize(nn.Sequential(nn.Linear(8, 8)), [torch.ones(2, 8)], STATIC)[0].weight}
 
 
+def experts() -> dict[str, Tensor]:
+    """Fused experts, of which one sees no row in any process."""
+    torch.manual_seed(0)
+    model = fused_experts.Model()
+    fused_experts.quantized(model, fused_experts.CONFIGS["static, smooth"])
+    return model.state_dict()
+
+
 def tasks(out: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
     """Every task by name."""
     return {
@@ -232,6 +241,7 @@ def tasks(out: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
         "gptq": lambda: quantized(GPTQ, data(5)),
         "mixed": lambda: quantized(MIXED, data(5), memory_budget=1),
         "layer by layer": lambda: quantized(GPTQ, data(5), per_layer_mode=True),
+        "experts": experts,
         "prepared": prepared,
         "self-made": lambda: self_made(out),
         "mended": mended,

@@ -25,6 +25,7 @@ EXACT = [
     "search",
     "folded",
     "svd",
+    "experts",
     "prepared",
     "self-made",
     "mended",

@@ -17,9 +17,10 @@ from hfquant import ptq
 from hfquant.config import parse
 from hfquant.folding import Folding, _effective, find_folding
 from hfquant.integrations import model_facts
-from hfquant.nn.modules import quant_linears, replace_modules
+from hfquant.nn.modules import quant_linears
 from hfquant.observe import observe
 from hfquant.planner import layer_plan, plan_layers
+from hfquant.replacing import replace_modules
 from tests.integrations.tiny_transformers import GQA, T5, TEXT
 
 SEARCH = {"search_alpha_config": {"enable": True, "min": 0.2, "max": 0.6, "step": 0.2}}

@@ -59,6 +59,7 @@ ELSEWHERE = {
     "kernels/triton/programs/weight_only.py": "kernels/triton/test_weight_only.py",
     "offload.py": "smoke/test_offload.py",
     "presets.py": "test_config.py",
+    "replacing.py": "nn/test_modules.py",
     "report/affiner.py": "affiner/test_fit.py",
     "report/layers.py": "test_ptq.py",
     "schema.py": "test_config.py",

@@ -148,6 +148,10 @@ class Transform(Section):
         """Return the weight [out, in] in terms of the raw input, from the dequantized one (changed in place)."""
         return weight
 
+    def idle(self, name: str) -> Tensor:
+        """Return the number, 0-d float32, that fills the stored tensor ``name`` of a transform that does nothing."""
+        raise NotImplementedError
+
     def reapplied(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
         """Return the weight to be quantized, [out, in], from one in terms of the raw input (changed in place).
 

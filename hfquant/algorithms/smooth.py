@@ -89,6 +89,10 @@ class Smooth(Transform):
                 part.div_(divisor)
         return weight
 
+    def idle(self, name: str) -> Tensor:
+        """Return 1 for the divisor, 0 for all else."""
+        return torch.tensor(float(name == "smooth"))
+
     def reapplied(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
         """Return ``W s``."""
         for group, part in enumerate(weight.split(list(rows))):

@@ -37,6 +37,7 @@ __all__ = [
     "described",
     "paused",
     "run_twin",
+    "shapes_only",
     "unset_fake_temporarily",
 ]
 
@@ -89,6 +90,11 @@ def described(error: BaseException) -> str:
     """Return an exception's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def shapes_only(tensor: Tensor) -> bool:
+    """Return whether a tensor has a shape and a dtype but no numbers."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ on disk, one more than the weight of the float module has.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +19,16 @@ from torch import Tensor, nn
 
 from hfquant.config import ConfigError
 from hfquant.console import counted
+from hfquant.experts import ExpertsLayout, first_linear
 from hfquant.integrations.compat import is_marked_initialized, mark_initialized
 from hfquant.integrations.config import HfQuantConfig
+from hfquant.nn.experts import QuantExperts, stacked
 from hfquant.nn.kinds import kind_of, layers_in
-from hfquant.nn.linear import QuantLayer
-from hfquant.nn.modules import quant_linears, replace_modules, tie
+from hfquant.nn.linear import QuantLayer, QuantLinear
+from hfquant.nn.modules import quant_modules, tie
 from hfquant.planner import LayerPlan, ModelFacts, Plan, layer_plan, matches
+from hfquant.replacing import replace_modules
+from hfquant.solver import solve
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +40,10 @@ class CheckpointError(ValueError):
 def stored_plans(
     model: nn.Module, config: HfQuantConfig, facts: ModelFacts, stored_names: Collection[str] | None = None
 ) -> dict[str, LayerPlan]:
-    """Return the plan of each quantized layer of ``model`` (still float, perhaps on meta) by its checkpoint's config.
+    """Return the plan of each quantized layer, or parameter of experts, of ``model`` by its checkpoint's config.
 
     Args:
-        model: the model to load into.
+        model: the model to load into, still float, perhaps on the meta device.
         config: as read from the checkpoint's config.json.
         facts: of the model.
         stored_names: of the checkpoint's tensors; a layer with none among them is left out. None: all must be there.
@@ -47,18 +51,25 @@ def stored_plans(
     Raises:
         ConfigError: the stored plan does not fit the model.
     """
+    linears = {name: (module, ".weight") for name, module in model.named_modules() if type(module) is nn.Linear}
+    for name, layout in facts.experts.items():
+        experts = model.get_submodule(name)
+        linears |= {f"{name}.{p}".lstrip("."): (first_linear(experts, layout, p), "") for p in layout.projections}
     plans = {}
-    layers = layers_in(model)
-    for name in layers:
+    layers = {name: (model.get_submodule(name), ".weight") for name in layers_in(model)}
+    for name, layout in facts.experts.items():
+        experts = model.get_submodule(name)
+        layers |= {f"{name}.{p}".lstrip("."): (first_linear(experts, layout, p), "") for p in layout.projections}
+    for name, (module, suffix) in layers.items():
         names = facts.aliases(name)
         tied = any("tied" in config.layers.get(n, ()) for n in names)
-        if stored_names is not None and not tied and not any(f"{n}.weight" in stored_names for n in names):
+        if stored_names is not None and not tied and not any(n + suffix in stored_names for n in names):
             continue
         left = config.skipped.keys() & set(names) or matches(names, config.modules_to_not_convert or ())
         rule = config.rules.resolve(*names)
         if rule.enable and not left:
             stored = next((config.layers[n] for n in names if n in config.layers), None)
-            plan = layer_plan(name, model.get_submodule(name), rule, stored)
+            plan = layer_plan(name, module, rule, stored)
             plans[name] = replace(plan, tied=next((n for n in facts.aliases(plan.tied) if n in layers), plan.tied))
     for name, plan in plans.items():
         if plan.tied and plan.tied not in plans:
@@ -73,34 +84,57 @@ def warn_if_empty(model: nn.Module, plan: Plan) -> None:
         logger.warning("%s has nothing to quantize (%s): it stays in full precision", type(model).__name__, why)
 
 
-def install_empty(model: nn.Module, plans: Mapping[str, LayerPlan], on_disk: bool) -> dict[str, nn.Module]:
-    """Replace float layers by empty quantized ones on the meta device.
+def install_empty(
+    model: nn.Module, plans: Mapping[str, LayerPlan], layouts: Mapping[str, ExpertsLayout], on_disk: bool
+) -> dict[str, nn.Module]:
+    """Replace float layers by empty quantized ones on the meta device, and modules of experts by empty QuantExperts.
 
     Args:
         model: changed in place.
         plans: name -> plan.
+        layouts: name of a module of experts -> how it keeps them.
         on_disk: whether the codes take the form they have on disk, so that a loader's own checks are exact.
 
     Returns:
-        The linears, by name.
+        The float layers, by name; experts not among them.
     """
     replacements: dict[nn.Module, nn.Module] = {}
-    for name, plan in plans.items():
-        module = model.get_submodule(name)
-        kind = kind_of(module)
-        assert kind is not None
-        layer = kind.replacing(module, plan)
-        if on_disk:
-            layer.weight = nn.Parameter(layer.codes_on_disk(), requires_grad=False)
+    layers: dict[str, nn.Module] = {}
+    for name, old, layer in _empty_modules(model, plans, layouts):
+        for key in layer.code_names if on_disk else ():
+            setattr(layer, key, nn.Parameter(layer.codes_on_disk(key), requires_grad=False))
         # transformers initializes what is not marked, modules and tensors that stay on disk alike, and codes have no
         # random initialization. A tensor that is missing is replaced by one without the mark.
-        if plan.tied:
+        if isinstance(layer, QuantLayer) and layer.plan.tied:
             layer.borrow(None)  # until :func:`finish_loading`
         for marked in (layer, *layer.parameters(), *layer.buffers()):
             mark_initialized(marked)
-        replacements[module] = layer
+        replacements[old] = layer
+        if isinstance(layer, QuantLayer):
+            layers[name] = old
     replace_modules(model, replacements)
-    return dict(zip(plans, replacements, strict=True))
+    return layers
+
+
+def _empty_modules(
+    model: nn.Module, plans: Mapping[str, LayerPlan], layouts: Mapping[str, ExpertsLayout]
+) -> Iterator[tuple[str, nn.Module, QuantLayer | QuantExperts]]:
+    """Yield the name of what is to be replaced, the module itself, and its replacement."""
+    parameters = {}
+    for name, layout in layouts.items():
+        old = model.get_submodule(name)
+        experts = QuantExperts(old, layout)
+        for projection in layout.projections:
+            parameters[f"{name}.{projection}".lstrip(".")] = experts
+            if (plan := plans.get(f"{name}.{projection}".lstrip("."))) is not None:
+                experts.hold(projection, plan)
+        if experts.plans:
+            yield name, old, experts
+    for name in [name for name in plans if name not in parameters]:
+        module = model.get_submodule(name)
+        kind = kind_of(module)
+        assert kind is not None
+        yield name, module, kind.replacing(module, plans[name])
 
 
 def tensor_names(files: Iterable[str | Path]) -> set[str]:
@@ -130,7 +164,7 @@ def check_names(model: nn.Module, names: Iterable[str]) -> None:
     Raises:
         CheckpointError: naming the tensors.
     """
-    layers = quant_linears(model)
+    layers = quant_modules(model)
     left = []
     for name in names:
         parent, _, tensor = name.rpartition(".")
@@ -157,18 +191,16 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
         CheckpointError: naming the tensors.
     """
     missing: list[str] = []
-    for name, layer in quant_linears(model).items():
-        spec = {key: (shape, dtype) for key, (shape, dtype) in layer.plan.tensors().items()}
-        spec["bias"] = (layer.plan.out_features,), None
-        if on_disk:
-            spec["weight"] = layer.disk_form
-        for key, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+    for name, layer in quant_modules(model).items():
+        for key, (shape, dtype) in layer.specs(on_disk).items():
+            tensor = getattr(layer, key)
+            if tensor is None:  # tied
+                continue
             if tensor.device.type == "meta":  # offloaded to disk
                 continue
             if not is_marked_initialized(tensor):
                 missing.append(f"{name}.{key}")
                 continue
-            shape, dtype = spec[key]
             fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
             if not fits or tuple(tensor.shape) != shape:
                 raise CheckpointError(
@@ -179,7 +211,7 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
         raise missing_tensors(missing)
 
 
-def check_values(name: str, layer: QuantLayer) -> None:
+def check_values(name: str, layer: QuantLayer | QuantExperts) -> None:
     """Check that a loaded layer's scales are finite and positive, and its other floats finite.
 
     Codes, zero points and the bytes of scales in two levels have no value that is out of range.
@@ -190,7 +222,7 @@ def check_values(name: str, layer: QuantLayer) -> None:
     for key, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
         if tensor.is_meta:
             continue
-        positive = key == "smooth" or key.startswith(("weight_scale", "input_scale"))
+        positive = key.endswith(("smooth", "scale", "scale_row", "scale_neg"))
         if positive and tensor.is_floating_point():
             if not (tensor.isfinite() & (tensor > 0)).all():
                 raise CheckpointError(f"{name}.{key}: scales must be finite and positive")
@@ -214,14 +246,40 @@ def finish_loading(model: nn.Module) -> None:
     Raises:
         CheckpointError: a value is out of range.
     """
-    for name, layer in quant_linears(model).items():
-        # Offloaded weights stay as they are on disk; forward takes both forms.
-        if not layer.plan.tied and layer.weight.device.type != "meta" and layer.weight.dim() > layer.plan.rank:
-            layer.set_tensor("weight", layer.weight.data)
+    for name, layer in quant_modules(model).items():
+        for key in layer.code_names:
+            codes = layer._parameters[key]
+            # Offloaded weights stay as they are on disk; forward takes both forms. Those of a tied layer come last.
+            if codes is not None and codes.device.type != "meta" and codes.dim() > len(layer.specs()[key].shape):
+                layer.set_tensor(key, codes.data)
         check_values(name, layer)
         for param in layer.parameters(recurse=False):
             param.requires_grad_(False)
     tie(model)
+
+
+def quantized_experts(name: str, layer: QuantExperts, plan: LayerPlan, weights: Tensor) -> dict[str, Tensor]:
+    """Quantize a float parameter of experts without data.
+
+    Args:
+        name: of the parameter.
+        layer: where it goes.
+        plan: of each expert.
+        weights: float, [experts, out, in] or as the class keeps it.
+
+    Returns:
+        The tensors of a QuantLinear, stacked.
+
+    Raises:
+        CheckpointError: ``weights`` have another shape than the plan.
+        ValueError: they have NaN or Inf.
+    """
+    matrices = weights.transpose(-1, -2) if layer.layout.transposed else weights
+    expected = (layer.expert_count, plan.out_features, plan.in_features)
+    if tuple(matrices.shape) != expected:
+        raise CheckpointError(f"{name}: expected shape {expected}, got {tuple(matrices.shape)}")
+    solved = (solve(f"{name}.{i}", matrix, plan, None).tensors for i, matrix in enumerate(matrices))
+    return stacked([QuantLinear.from_tensors(plan, tensors, None) for tensors in solved], ())[1]
 
 
 def needs_no_data(plan: Plan) -> None:
@@ -236,7 +294,7 @@ def needs_no_data(plan: Plan) -> None:
 def codes_on_disk(
     state_dict: Mapping[str, Tensor], forms: Mapping[str, tuple[tuple[int, ...], torch.dtype] | None]
 ) -> dict[str, Tensor]:
-    """Return ``state_dict`` with the codes of quantized layers as they are stored, and tied ones once.
+    """Return ``state_dict`` with codes as they are stored, and tied ones once.
 
     Args:
         state_dict: of the model.
@@ -251,10 +309,15 @@ def codes_on_disk(
 
 
 def disk_forms(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
-    """Return shape and dtype on disk of each quantized layer's codes, by their name; None for what tied ones share."""
+    """Return shape and dtype on disk of all codes of a model, by their name; None for what tied layers share."""
     forms: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {}
-    for name, layer in quant_linears(model).items():
-        forms[f"{name}.weight"] = layer.disk_form
-        if layer.plan.tied:
-            forms.update({f"{name}.{tensor}": None for tensor in layer.plan.tensors() if tensor.startswith("weight")})
+    for name, layer in quant_modules(model).items():
+        on_disk = layer.specs(on_disk=True)
+        for key in layer.code_names:
+            shape, dtype = on_disk[key]
+            assert dtype is not None
+            forms[f"{name}.{key}".lstrip(".")] = shape, dtype
+        if isinstance(layer, QuantLayer) and layer.plan.tied:
+            shared = (tensor for tensor in layer.plan.tensors() if tensor.startswith("weight"))
+            forms.update({f"{name}.{tensor}".lstrip("."): None for tensor in shared})
     return forms

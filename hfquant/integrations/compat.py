@@ -32,8 +32,11 @@ with suppress(ImportError):  # either library may be absent
 __all__ = [
     "NEEDS_HFQUANT",
     "ConversionOps",
+    "WeightConverter",
     "accept_no_dtype",
     "allow_needs_hfquant",
+    "apply_gate",
+    "declares_experts",
     "drop_needs_hfquant",
     "is_marked_initialized",
     "keep_in_fp32",
@@ -61,6 +64,16 @@ def keep_in_fp32(model: nn.Module) -> list[str]:
     """Return the keys of modules that either library keeps in float32."""
     lists = (getattr(model, f"_keep_in_fp32_modules{strict}", None) for strict in ("", "_strict"))
     return [key for keys in lists for key in keys or ()]
+
+
+def declares_experts(module: nn.Module) -> bool:
+    """Return whether a module is of a class that transformers' ``use_experts_implementation`` decorates."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+
+
+def apply_gate(kind: type, experts: nn.Module, gate_up: Any) -> Any:
+    """Return what class ``kind`` of transformers makes of both halves, with the attributes of ``experts``."""
+    return kind._apply_gate(experts, gate_up)  # type: ignore[attr-defined]
 
 
 def mark_initialized(holder: Any) -> None:

@@ -23,6 +23,7 @@ from hfquant.integrations.checkpoint import (
     install_empty,
     missing_tensors,
     needs_no_data,
+    quantized_experts,
     stored_plans,
     tensor_names,
     warn_if_empty,
@@ -30,6 +31,7 @@ from hfquant.integrations.checkpoint import (
 from hfquant.integrations.compat import set_quantization_config
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import check_component_data, diffusers_batches
+from hfquant.integrations.experts import holds_experts, layout_of
 from hfquant.integrations.facts import facts_of
 from hfquant.integrations.placement import (
     device_for,
@@ -39,10 +41,12 @@ from hfquant.integrations.placement import (
     tensor_bytes,
     without_working_memory,
 )
+from hfquant.nn.experts import QuantExperts
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.linear import QuantLayer
-from hfquant.nn.modules import dequantized, log_share, quant_linears, replace_modules
+from hfquant.nn.modules import dequantized, log_share, quant_modules
 from hfquant.planner import Plan, plan_layers
+from hfquant.replacing import replace_modules
 from hfquant.solver import solve
 
 if TYPE_CHECKING:
@@ -124,7 +128,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: ModelMixin, device_map: Any = None, **kwargs: Any) -> None:
         config, facts = self.quantization_config, facts_of(model)
         if self.pre_quantized:
-            install_empty(model, stored_plans(model, config, facts), on_disk=True)
+            install_empty(model, stored_plans(model, config, facts), facts.experts, on_disk=True)
             check_names(model, self._stored_names)
         elif not config.needs_data:
             # The linears stay until their weights arrive: the loader checks float shapes against the model.
@@ -133,14 +137,15 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             warn_if_empty(model, self.plan)
             if isinstance(device_map, str):
                 # A device map is inferred from the sizes that the tensors are going to have.
-                self._put_back = partial(put_back, model, install_empty(model, self.plan.layers, on_disk=False))
+                layers = {n: p for n, p in self.plan.layers.items() if not holds_experts(model, n)}
+                self._put_back = partial(put_back, model, install_empty(model, layers, {}, on_disk=False))
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
         """Raise where the checkpoint lacks a tensor of a linear that is quantized, or is to be."""
-        lacking = sorted(k for k in missing_keys if self._is_quantized(model, k.rpartition(".")[0]))
+        lacking = sorted(k for k in missing_keys if self._is_quantized(model, k))
         if lacking:
             raise missing_tensors(lacking)
-        for name, layer in quant_linears(model).items():
+        for name, layer in quant_modules(model).items():
             if device_for(name, self._device_map) == "disk":
                 # diffusers offloads parameters alone and leaves buffers without memory: _read_buffers will fill it.
                 for key, buffer in layer._buffers.items():
@@ -151,11 +156,11 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         return missing_keys
 
     def _read_buffers(self, model: ModelMixin) -> None:
-        """Read the buffers of quantized linears from the checkpoint's files, as they are stored.
+        """Read the buffers of quantized layers from the checkpoint's files, as they are stored.
 
         What diffusers puts on disk on the way, for good or while it loads the rest, it rounds to the model's dtype.
         """
-        layers = quant_linears(model)
+        layers = quant_modules(model)
         for file in self._files:
             with safe_open(file, framework="pt") as opened:
                 for full_name in tensor_names([file]):
@@ -166,10 +171,11 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
                         value = value.to(current) if value.is_floating_point() else value.to(current.device)
                         self._put(layers[name], name, tensor, value)
 
-    def _is_quantized(self, model: ModelMixin, name: str) -> bool:
+    def _is_quantized(self, model: ModelMixin, key: str) -> bool:
+        name = key.rpartition(".")[0]
         if self.plan is not None:
-            return name in self.plan.layers
-        return isinstance(model.get_submodule(name), QuantLayer)
+            return name in self.plan.layers or key in self.plan.layers
+        return isinstance(model.get_submodule(name), (QuantLayer, QuantExperts))
 
     def check_if_quantized_param(
         self, model: ModelMixin, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -177,8 +183,11 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         """Claim float weights that are to be quantized, and every tensor of a quantized linear."""
         name, _, tensor = param_name.rpartition(".")
         if self.plan is not None:
-            return tensor == "weight" and name in self.plan.layers
-        return self.pre_quantized and isinstance(model.get_submodule(name), QuantLayer)
+            return (tensor == "weight" and name in self.plan.layers) or param_name in self.plan.layers
+        module = model.get_submodule(name)
+        # The float tensors of experts are diffusers' own business.
+        claimed = isinstance(module, QuantLayer) or (isinstance(module, QuantExperts) and tensor in module.specs())
+        return self.pre_quantized and claimed
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
         """Refuse: codes have one exact shape.
@@ -203,6 +212,9 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         """Quantize a float weight, or put a stored tensor in its place."""
         name, _, tensor = param_name.rpartition(".")
         module = model.get_submodule(name)
+        if self.plan is not None and param_name in self.plan.layers:
+            self._hold_experts(model, module, param_name, param_value.to(target_device))
+            return
         if self.plan is not None:
             kind = kind_of(module)
             assert kind is not None
@@ -211,7 +223,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             layer.bias = module._parameters.get("bias")  # on meta where it is yet to come, perhaps from another shard
             replace_modules(model, {module: layer})
             return
-        assert isinstance(module, QuantLayer)
+        assert isinstance(module, (QuantLayer, QuantExperts))
         # diffusers has cast param_value to the model's dtype; scales must stay as they are stored.
         stored = state_dict[param_name]
         value = param_value if tensor in module._model_floats and stored.is_floating_point() else stored
@@ -223,6 +235,17 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             layer.set_tensor(tensor, value)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from None
+
+    def _hold_experts(self, model: ModelMixin, module: nn.Module, key: str, weights: Tensor) -> None:
+        """Have the codes of a float parameter of experts, ``key``, in its place."""
+        assert self.plan is not None
+        if not isinstance(module, QuantExperts):
+            layout = layout_of(module)
+            assert layout is not None
+            original, module = module, QuantExperts(module, layout)
+            replace_modules(model, {original: module})
+        plan = self.plan.layers[key]
+        module.hold(key.rpartition(".")[2], plan, quantized_experts(key, module, plan, weights))
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         config, plan = self.quantization_config, self.plan

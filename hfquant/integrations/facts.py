@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from hfquant.calibration.batches import options_for
+from hfquant.experts import ExpertsLayout
 from hfquant.integrations.compat import keep_in_fp32
 from hfquant.integrations.examples import example_inputs
+from hfquant.integrations.experts import experts_of
 from hfquant.nn.kinds import kind_of
 from hfquant.planner import ModelFacts, matches
 
@@ -16,8 +19,8 @@ from hfquant.planner import ModelFacts, matches
 def facts_of(model: nn.Module) -> ModelFacts:
     """Return what is known of ``model``; of a module of neither library, nothing.
 
-    Left in full precision unless asked for: tied weights (also those that are tied only once loaded) and the model's
-    ``_keep_in_fp32_modules``; unless included: output heads.
+    Left in full precision unless asked for: tied weights (also those that are tied only once loaded), the routers of
+    experts and the model's ``_keep_in_fp32_modules``; unless included: output heads.
     """
     keep = keep_in_fp32(model)
     skips = {
@@ -27,6 +30,12 @@ def facts_of(model: nn.Module) -> ModelFacts:
     }
     pairs = (getattr(model, "all_tied_weights_keys", None) or {}).items()
     tied = {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in pairs if k.endswith(".weight")}
+    experts = experts_of(model)
+    for name in [f"{n}.{p}".lstrip(".") for n, layout in experts.items() for p in layout.projections]:
+        if matches([name], keep):
+            skips[name] = "in the model's _keep_in_fp32_modules"
+    for name in _routers(model, experts):
+        skips[name] = "it routes to experts"
     head = _head(model)
     heads = [name for name, module in model.named_modules() if head is not None and module is head]
     return ModelFacts(
@@ -37,7 +46,22 @@ def facts_of(model: nn.Module) -> ModelFacts:
         example=lambda: example_inputs(model),
         options=lambda layers: options_for(model, layers),
         uncounted=frozenset(heads),
+        experts=experts,
     )
+
+
+def _routers(model: nn.Module, experts: Mapping[str, ExpertsLayout]) -> list[str]:
+    """Return the linears beside fused experts with an output for each: small, and an error sends rows elsewhere."""
+    found = []
+    for name, layout in experts.items():
+        count = len(model.get_submodule(name).get_parameter(layout.projections[0]))
+        parent = name.rpartition(".")[0]
+        found += [
+            f"{parent}.{n}".lstrip(".")
+            for n, module in model.get_submodule(parent).named_modules()
+            if isinstance(module, nn.Linear) and module.out_features == count
+        ]
+    return found
 
 
 def _head(model: nn.Module) -> nn.Module | None:

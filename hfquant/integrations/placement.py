@@ -11,9 +11,10 @@ from torch import nn
 
 from hfquant.console import counted
 from hfquant.integrations.compat import mark_initialized
+from hfquant.integrations.experts import holds_experts
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.linear import QuantLayer
-from hfquant.nn.modules import quant_linears, replace_modules
+from hfquant.nn.modules import quant_modules, replace_modules
 from hfquant.offload import forget_weights, on_disk
 from hfquant.planner import Plan
 from hfquant.solver import solve
@@ -57,8 +58,9 @@ def tensor_bytes(model: nn.Module, plan: Plan | None = None) -> int:
         if layer is None:
             total += tensor.nbytes
             continue
+        matrices = len(tensor) if name in layers else 1  # experts
         for shape, dtype in layer.tensors().values():
-            total += torch.Size(shape).numel() * (dtype or tensor.dtype).itemsize
+            total += matrices * torch.Size(shape).numel() * (dtype or tensor.dtype).itemsize
     return total
 
 
@@ -66,8 +68,8 @@ def exact_floats(model: nn.Module) -> dict[str, torch.dtype]:
     """Return the dtype of each float tensor of the quantized linears that keeps its own in a model of any dtype."""
     return {
         f"{name}.{key}": spec.dtype
-        for name, layer in quant_linears(model).items()
-        for key, spec in layer.plan.tensors().items()
+        for name, layer in quant_modules(model).items()
+        for key, spec in layer.specs().items()
         if spec.dtype is not None and spec.dtype.is_floating_point
     }
 
@@ -97,6 +99,8 @@ def quantize_left(model: nn.Module, plan: Plan) -> None:
     """
     check_offload_folder(model)
     for name, layer_plan in plan.layers.items():
+        if holds_experts(model, name):  # quantized as they were read
+            continue
         module = model.get_submodule(name)
         if not module.get_parameter("weight").is_floating_point():
             continue

@@ -21,12 +21,14 @@ from hfquant.integrations.checkpoint import (
     finish_loading,
     install_empty,
     needs_no_data,
+    quantized_experts,
     stored_plans,
     tensor_names,
     warn_if_empty,
 )
 from hfquant.integrations.compat import (
     ConversionOps,
+    WeightConverter,
     drop_needs_hfquant,
     load_offloaded_parameter,
     names_in_model,
@@ -38,8 +40,9 @@ from hfquant.integrations.data import transformers_batches
 from hfquant.integrations.facts import facts_of
 from hfquant.integrations.placement import check_offload_folder, put_back, quantize_left, without_working_memory
 from hfquant.integrations.sharing.facts import tags_of
+from hfquant.nn.experts import QuantExperts, tensor_name
 from hfquant.nn.linear import QuantLayer
-from hfquant.nn.modules import dequantized, log_share, quant_linears
+from hfquant.nn.modules import dequantized, log_share, quant_modules
 from hfquant.planner import Plan, plan_layers
 from hfquant.solver import solve
 
@@ -92,13 +95,13 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         if self.pre_quantized:
             names = _stored_names(model, checkpoint_files)
             plans = stored_plans(model, config, facts, None if _is_own(model) else names)
-            install_empty(model, plans, on_disk=True)
+            install_empty(model, plans, facts.experts, on_disk=True)
             self._forget_ties(model)
             check_names(model, names or ())
             self.exact = {
                 f"{name}.{tensor}"
-                for name, plan in plans.items()
-                for tensor, spec in plan.tensors().items()
+                for name, layer in quant_modules(model).items()
+                for tensor, spec in layer.specs().items()
                 if spec.dtype is not None
             }
         elif not config.needs_data:
@@ -108,7 +111,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             # A tied weight arrives under another name, or not at all: such linears are quantized after loading.
             tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
             arriving = {name: plan for name, plan in self.plan.layers.items() if name not in tied}
-            linears = install_empty(model, arriving, on_disk=False)
+            linears = install_empty(model, arriving, facts.experts, on_disk=False)
             # Of what goes to disk transformers reads the checkpoint's own file later on: it must hold floats.
             self._put_back = partial(put_back, model, linears)
             if isinstance(device_map, dict):
@@ -144,14 +147,20 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         """
         name, _, tensor = param_name.rpartition(".")
         if self.pre_quantized:
-            return isinstance(model.get_submodule(name), QuantLayer)
-        return tensor == "weight" and isinstance(model.get_submodule(name), QuantLayer)
+            return isinstance(model.get_submodule(name), (QuantLayer, QuantExperts))
+        module = model.get_submodule(name)
+        return isinstance(module, (QuantLayer, QuantExperts)) and tensor in module.code_names
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """No cast for codes and scales: one of the wrong dtype must be seen."""
         if self.exact.issuperset(getattr(converter, "target_patterns", ("",))):
             return None
         return super().get_new_dtype(converter, param, dtype)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Merge, split and transpose nothing of a quantized checkpoint: it has the model's own tensors."""
+        updated = super().update_weight_conversions(weight_conversions, model)
+        return [c for c in updated if not isinstance(c, WeightConverter)] if self.pre_quantized else updated
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation run on each weight that :meth:`param_needs_quantization` claims."""
@@ -184,13 +193,14 @@ class HfQuantTransformersQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors as they are stored."""
         state_dict = model.state_dict()
-        for name, layer in quant_linears(model).items():
+        forms = disk_forms(model)
+        for key, form in forms.items():
             # transformers reads an offloaded tensor itself, in whatever shape it has: on disk the right one.
-            if layer.weight.is_meta and hasattr(model, "hf_device_map"):
-                codes = load_offloaded_parameter(model, f"{name}.weight")
-                if codes.dim() == layer.plan.rank:
-                    state_dict[f"{name}.weight"] = codes
-        return codes_on_disk(state_dict, disk_forms(model)), {}
+            if form is not None and state_dict[key].is_meta and hasattr(model, "hf_device_map"):
+                codes = load_offloaded_parameter(model, key)
+                if codes.dim() < len(form[0]):
+                    state_dict[key] = codes
+        return codes_on_disk(state_dict, forms), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
         # transformers passes config.dtype, which is a string once the model has been saved.
@@ -218,42 +228,44 @@ class QuantizeWeight(ConversionOps):
         self.quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> dict[str, Tensor]:
-        """``{"x.weight": float}`` to ``{"x.weight": codes, "x.weight_scale": ...}``.
+        """``{"x.weight": float}`` to ``{"x.weight": codes, "x.weight_scale": ...}``, parameters of experts likewise.
 
         Several come at once where the checkpoint has them fused; of these, linears that stay float pass through.
         """
         assert model is not None
         converted: dict[str, Tensor] = {}
         for key, value in input_dict.items():
-            name, weight = key.removesuffix(".weight"), value[0] if isinstance(value, list) else value
+            name, _, tensor = key.rpartition(".")
+            weight = value[0] if isinstance(value, list) else value
             layer = model.get_submodule(name)
-            if not isinstance(layer, QuantLayer):
+            if not isinstance(layer, (QuantLayer, QuantExperts)) or tensor not in layer.code_names:
                 converted[key] = weight
                 continue
             try:
                 if self.quantizer.failure is None:
-                    converted.update(_quantized(name, layer, weight))
+                    converted.update(_quantized(key, layer, weight))
                     continue
             except ValueError as error:
                 # transformers turns an exception into a line of its report; it is raised once loading has ended.
                 self.quantizer.failure = error
             # Placeholders keep that report from calling the rest missing.
-            spec = layer.plan.tensors().items()
-            converted.update(
-                {
-                    f"{name}.{t}": torch.zeros((), dtype=dtype or weight.dtype).expand(shape)
-                    for t, (shape, dtype) in spec
-                }
-            )
+            for other, (shape, kind) in layer.specs().items():
+                if other == tensor or other not in layer._parameters:
+                    converted[f"{name}.{other}"] = torch.zeros((), dtype=kind or weight.dtype).expand(shape)
         return converted
 
 
-def _quantized(name: str, layer: QuantLayer, weight: Tensor) -> dict[str, Tensor]:
+def _quantized(key: str, layer: QuantLayer | QuantExperts, weight: Tensor) -> dict[str, Tensor]:
+    """Return the quantized tensors that a float tensor ``key`` of a checkpoint becomes, by their names there."""
+    name, _, tensor = key.rpartition(".")
+    if isinstance(layer, QuantExperts):
+        stacks = quantized_experts(key, layer, layer.plans[tensor], weight)
+        return {f"{name}.{tensor_name(tensor, k)}": stack for k, stack in stacks.items()}
     expected = layer.float_shape
     if weight.shape != expected:
-        raise CheckpointError(f"{name}.weight: expected shape {tuple(expected)}, got {tuple(weight.shape)}")
+        raise CheckpointError(f"{key}: expected shape {tuple(expected)}, got {tuple(weight.shape)}")
     tensors = solve(name, layer.matrix(weight), layer.plan, None).tensors
-    return {f"{name}.{key}": layer.stored(key, tensor) for key, tensor in tensors.items()}
+    return {f"{name}.{k}": layer.stored(k, value) for k, value in tensors.items()}
 
 
 def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:

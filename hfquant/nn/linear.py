@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hfquant.algorithms import block_slices
+from hfquant.algorithms import TensorSpec, block_slices
 from hfquant.formats import Grid, NumberFormat
 from hfquant.kernels.base import Operands, Product
 from hfquant.kernels.op import linear
@@ -18,6 +18,20 @@ from hfquant.nn.float_modules import first, hollow, is_plain_linear
 if TYPE_CHECKING:  # it asks the kinds of layers what they take
     from hfquant.config import LayerConfig
     from hfquant.planner import LayerPlan
+
+
+def keeping_dtypes(
+    module: nn.Module, fn: Callable[[Tensor], Tensor], names: Collection[str]
+) -> Callable[[Tensor], Tensor]:
+    """Return what ``nn.Module._apply`` is to call for ``fn``: tensors ``names`` are only moved, others cast as well."""
+    tensors = {**module._parameters, **module._buffers}
+    fixed = {id(tensor) for name, tensor in tensors.items() if name in names}
+
+    def applied(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        return tensor.to(new.device) if id(tensor) in fixed and new.dtype != tensor.dtype else new
+
+    return applied
 
 
 class QuantLayer(nn.Module):
@@ -174,6 +188,37 @@ class QuantLayer(nn.Module):
         """Return all but the bias, by name: what :meth:`from_tensors` takes."""
         return {name: getattr(self, name) for name in self.plan.tensors()}
 
+    @property
+    def code_names(self) -> tuple[str, ...]:
+        """Names of the tensors that are codes."""
+        return ("weight",)
+
+    def sizes(self) -> dict[str, int]:
+        """Return how many weights are quantized, by the name of their codes; tied ones are another layer's."""
+        return {"weight": 0 if self.plan.tied else self.plan.in_features * self.plan.out_features}
+
+    @property
+    def matrix_count(self) -> int:
+        """How many matrices are quantized."""
+        return 1
+
+    def held(self) -> list[tuple[LayerPlan, int, dict[str, Tensor]]]:
+        """Return what is quantized: its plan, how many matrices, and all their tensors by name, bias included."""
+        return [(self.plan, 1, {**dict(self.named_parameters(recurse=False)), **self.solved_tensors()})]
+
+    def disk_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of codes on disk."""
+        return self.format.disk_dtype
+
+    def specs(self, on_disk: bool = False) -> dict[str, TensorSpec]:
+        """Return shape and dtype (None: a float) of each tensor, in memory or on disk, bias included."""
+        found = self.plan.tensors()
+        if on_disk:
+            found["weight"] = TensorSpec((1, *found["weight"].shape), self.format.disk_dtype)
+        if self.bias is not None:
+            found["bias"] = TensorSpec((self.plan.out_features,), None)
+        return found
+
     def set_tensor(self, name: str, value: Tensor) -> None:
         """Put ``value`` in place of parameter or buffer ``name``.
 
@@ -214,16 +259,13 @@ class QuantLayer(nn.Module):
             codes = form.pack(codes)
         return codes.view(shape) if tuple(codes.shape) == shape[:2] else codes
 
-    def codes_on_disk(self, codes: Tensor | None = None) -> Tensor:
+    def codes_on_disk(self, name: str = "weight") -> Tensor:
         """Return the codes as a checkpoint has them: with a leading dimension of 1, of the format's dtype on disk.
 
         No float module accepts them, so a model loaded without hfquant fails in place of running on garbage.
-
-        Args:
-            codes: of this layer, from elsewhere (offloaded); default: ``weight``.
         """
         shape, dtype = self.disk_form
-        return (self.weight.data if codes is None else codes).view(shape).view(dtype)
+        return self.get_parameter(name).data.view(shape).view(dtype)
 
     @property
     def float_shape(self) -> torch.Size:
@@ -237,27 +279,36 @@ class QuantLayer(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return rows ``x`` [..., in] of any float dtype times the matrix, plus bias, [..., out] of the same dtype."""
-        groups = self._row_groups
-        if len(groups) == 1:
-            y = self._part(x, 0, groups[0])
-        else:
-            y = torch.cat([self._part(x, i, rows) for i, rows in enumerate(groups)], dim=-1)
-        extra = self._transform.output(x, self._buffers, self.plan.row_groups)
+        return self.run(x, self._buffers, self._stored_codes(), self._parameters.get("bias"))
+
+    def run(self, x: Tensor, tensors: Mapping[str, Tensor | None], codes: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the product that the plan describes on given tensors.
+
+        Args:
+            x: [..., in], of a float dtype.
+            tensors: scales and what the transform stores, by name.
+            codes: packed, [out, ...].
+            bias: [out].
+        """
+        transform, groups = self._transform, self._row_groups
+        parts = []
+        for i, rows in enumerate(groups):
+            operands = self._operands(i, rows, tensors, codes, bias)
+            parts.append(linear(transform.input(x, tensors, i), operands, self.product, self.real_quant))
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        extra = transform.output(x, tensors, self.plan.row_groups)
         return y if extra is None else (y + extra).to(x.dtype)
 
-    def _part(self, x: Tensor, group: int, rows: slice) -> Tensor:
-        x = self._transform.input(x, self._buffers, group)
-        return linear(x, self._operands(group, rows), self.product, self.real_quant)
-
-    def _operands(self, group: int, rows: slice) -> Operands:
+    def _operands(
+        self, group: int, rows: slice, tensors: Mapping[str, Tensor | None], codes: Tensor, bias: Tensor | None
+    ) -> Operands:
         """Return what a kernel multiplies with for one group of rows."""
         # Reading the dicts takes a tenth of the time of attributes, which adds up in small layers.
-        get, transform = self._buffers.get, self._transform
-        divisor = transform.divisor(self._buffers, group)
-        down, up = transform.branch(self._buffers, group, rows) or (None, None)
+        get, transform = tensors.get, self._transform
+        divisor = transform.divisor(tensors, group)
+        down, up = transform.branch(tensors, group, rows) or (None, None)
         scale, scale_row, zero = get("weight_scale"), get("weight_scale_row"), get("weight_zero_point")
         inputs = (get("input_scale"), get("input_scale_neg"))
-        codes, bias = self._stored_codes(), self._parameters.get("bias")
         if len(self._row_groups) == 1:
             return Operands(codes, scale, scale_row, zero, *inputs, divisor, down, up, bias)
         part = Operands(codes, scale, scale_row, zero, bias=bias).rows(rows)
@@ -310,14 +361,8 @@ class QuantLayer(nn.Module):
         return module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        tensors = {**self._parameters, **self._buffers}
-        fixed = {id(tensor) for name, tensor in tensors.items() if name not in self._model_floats}
-
-        def move_only(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return tensor.to(new.device) if id(tensor) in fixed and new.dtype != tensor.dtype else new
-
-        return super()._apply(move_only, recurse)
+        fixed = {*self._parameters, *self._buffers} - self._model_floats
+        return super()._apply(keeping_dtypes(self, fn, fixed), recurse)
 
     def reset_parameters(self) -> None:
         """Do nothing: there is no random initialization for codes."""

@@ -10,8 +10,10 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 from hfquant.console import counted
+from hfquant.nn.experts import QuantExperts
 from hfquant.nn.linear import QuantLayer
-from hfquant.offload import copy_hook, refuse_group_offloaded
+from hfquant.offload import refuse_group_offloaded
+from hfquant.replacing import replace_modules
 
 logger = logging.getLogger(__name__)
 
@@ -21,29 +23,22 @@ def quant_linears(model: nn.Module) -> dict[str, QuantLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
 
 
+def quant_modules(model: nn.Module) -> dict[str, QuantLayer | QuantExperts]:
+    """Return all modules of ``model`` with quantized weights by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, (QuantLayer, QuantExperts))}
+
+
 def set_real_quant(model: nn.Module, real_quant: bool = True) -> None:
     """Run every quantized layer on low-bit kernels (True) or on dequantized floats (False); the results agree.
 
     Raises:
         ValueError: ``model`` has no quantized layer.
     """
-    layers = quant_linears(model)
+    layers = quant_modules(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized layer")
     for layer in layers.values():
         layer.real_quant = real_quant
-
-
-def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each value in the place of its key, wherever ``model`` refers to it; accelerate's hooks move along."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and child in replacements:
-                new = replacements[child]
-                new.training = child.training
-                parent._modules[name] = new
-    for old, new in replacements.items():
-        copy_hook(old, new)
 
 
 def tie(model: nn.Module) -> None:
@@ -55,22 +50,29 @@ def tie(model: nn.Module) -> None:
 
 
 def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace every quantized layer of ``model`` by the float one it was, in ``dtype``, in place; return the model.
+    """Replace every quantized module of ``model`` by the float one it was, in ``dtype``, in place; return the model.
 
     Raises:
         ValueError: the model is group offloaded.
     """
     refuse_group_offloaded(model)
     floats: dict[nn.Module, nn.Module] = {}
-    layers = quant_linears(model)
-    for layer in layers.values():
+    for layer in quant_modules(model).values():
         # Offloaded weights are fetched for the moment.
         with align_module_device(layer):
             floats[layer] = layer.to_float(dtype).requires_grad_()
-    for layer in (x for x in layers.values() if x.plan.tied):
-        floats[layer].weight = floats[layers[layer.plan.tied]].weight
+    layers = quant_linears(model)
+    for tied in (x for x in layers.values() if x.plan.tied):
+        floats[tied].weight = floats[layers[tied.plan.tied]].weight
     replace_modules(model, floats)
     return model
+
+
+def weight_of(model: nn.Module, name: str) -> nn.Parameter | None:
+    """Return the weight of the layer of that name, or the parameter itself where it is one that holds experts."""
+    parent, _, own = name.rpartition(".")
+    parameters = model.get_submodule(parent)._parameters
+    return parameters[own] if own in parameters else model.get_submodule(name)._parameters.get("weight")
 
 
 def quantized_share(
@@ -86,8 +88,12 @@ def quantized_share(
     quantized = sum(layers.values())
     aside = [m for n, m in model.named_modules() if n in uncounted or isinstance(m, nn.Embedding)]
     excluded = {id(p) for module in aside for p in module.parameters()}
-    excluded |= {id(getattr(model.get_submodule(name), "weight", None)) for name in layers}
-    kept = [(n, p.numel()) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in excluded]
+    excluded |= {id(weight_of(model, name)) for name in layers}
+    # The biases of experts have two dimensions too.
+    biases = {f"{name}_bias" for name in layers}
+    kept = [
+        (n, p.numel()) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in excluded and n not in biases
+    ]
     share = quantized / max(quantized + sum(size for _, size in kept), 1)
     return share, [name for name, _ in sorted(kept, key=lambda item: -item[1])[:3]]
 
@@ -97,16 +103,17 @@ def log_share(model: nn.Module, uncounted: Collection[str] = ()) -> None:
 
     Embeddings and ``uncounted`` are left aside, unless they were quantized.
     """
-    # Tied layers share their weights.
-    layers = {
-        name: 0 if layer.plan.tied else layer.plan.in_features * layer.plan.out_features
-        for name, layer in quant_linears(model).items()
+    modules = quant_modules(model)
+    sizes = {
+        (f"{name}.{key}" if isinstance(layer, QuantExperts) else name).lstrip("."): size
+        for name, layer in modules.items()
+        for key, size in layer.sizes().items()
     }
-    share, largest = quantized_share(model, layers, uncounted)
+    share, largest = quantized_share(model, sizes, uncounted)
     logger.log(
         logging.INFO if share >= 0.8 else logging.WARNING,
         "%s quantized, %.0f %% of the parameters in matrices%s",
-        counted(len(layers), "layer"),
+        counted(sum(layer.matrix_count for layer in modules.values()), "layer"),
         100 * share,
         f"; the largest left: {', '.join(largest)}" if largest else "",
     )

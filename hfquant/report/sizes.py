@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hfquant.integrations.experts import holds_experts
 from hfquant.integrations.facts import facts_of
 from hfquant.nn.modules import quantized_share
 from hfquant.planner import LayerPlan, Plan
@@ -36,10 +37,17 @@ def planned_size(model: nn.Module, plan: Plan, width: int) -> PlannedSize:
         width: bytes of a float of the model's dtype.
     """
     before = width * sum(tensor.numel() for tensor in {id(p): p for p in model.parameters()}.values())
-    weights = sum(layer.in_features * layer.out_features for layer in plan.layers.values())
-    after = before - width * weights + sum(layer_bytes(layer, width) for layer in plan.layers.values())
-    sizes = {name: layer.in_features * layer.out_features for name, layer in plan.layers.items()}
-    return PlannedSize(before, after, quantized_share(model, sizes, facts_of(model).uncounted)[0])
+    counts = {name: _matrices(model, name) for name, layer in plan.layers.items() if not layer.tied}
+    layers = {name: plan.layers[name] for name in counts}
+    sizes = {name: counts[name] * layer.in_features * layer.out_features for name, layer in layers.items()}
+    stored = sum(counts[name] * layer_bytes(layer, width) for name, layer in layers.items())
+    share, _ = quantized_share(model, sizes, facts_of(model).uncounted)
+    return PlannedSize(before, before - width * sum(sizes.values()) + stored, share)
+
+
+def _matrices(model: nn.Module, name: str) -> int:
+    """Return how many matrices an entry of a plan stands for: the experts of a parameter, or the one of a layer."""
+    return len(model.get_parameter(name)) if holds_experts(model, name) else 1
 
 
 def layer_bytes(layer: LayerPlan, width: int) -> int:

@@ -10,8 +10,10 @@ from typing import Any
 
 from hfquant.integrations.checkpoint import CheckpointError, stored_plans
 from hfquant.integrations.config import HfQuantConfig
+from hfquant.integrations.experts import holds_experts
 from hfquant.integrations.facts import facts_of
 from hfquant.integrations.skeleton import MODEL, Skeleton, skeleton
+from hfquant.nn.experts import tensor_name
 from hfquant.planner import LayerPlan
 from hfquant.report.layers import decibels
 
@@ -25,13 +27,14 @@ class StoredLayer:
 
     Attributes:
         name: of the module.
-        shape: (out, in).
+        shape: (out, in); of a parameter that holds experts, out is that of them all.
         weight, input: formats in words, "int4 g64"; an input that is not quantized is "-".
         method: transform and rounding, "smooth/gptq".
         segments: sizes of input and of output segments.
         dual: for each input segment, whether it has a second scale for its negative side.
         bytes: of all its tensors but the bias.
-        sqnr: signal to noise of its output in dB on calibration rows; None where it was not measured.
+        sqnr: signal to noise of its output in dB on calibration rows; None where it was not measured. Of experts, the
+            worst.
         plain_sqnr: the same of the same formats, rounded to nearest.
         alphas: strengths of smoothing.
         rank: of the low-rank branch.
@@ -126,21 +129,27 @@ def _stored_model(path: Path, model: Any, config: Any) -> StoredModel:
     layers, full = [], sum(sizes.values())
     aliases = facts_of(model).aliases
     for name, plan in plans.items():
-        stored = next((n for n in aliases(name) if f"{n}.weight" in sizes), name)
-        taken = sum(sizes.get(f"{stored}.{key}", 0) for key in plan.tensors())
-        full += floats * plan.in_features * plan.out_features - taken
-        layers.append(_layer(name, plan, taken, errors.get(name, {})))
+        experts = len(model.get_parameter(name)) if holds_experts(model, name) else 0
+        measured = errors.get(name, {})
+        if experts:
+            found = [entry for i in range(experts) if (entry := errors.get(f"{name}.{i}"))]
+            measured = max(found, key=lambda entry: entry.get("error") or 0.0, default={})
+        keys = [tensor_name("", key) if experts else f".{key}" for key in plan.tensors()]
+        taken = max(sum(sizes.get(f"{n}{key}", 0) for key in keys) for n in aliases(name))
+        if not plan.tied:
+            full += floats * max(experts, 1) * plan.in_features * plan.out_features - taken
+        layers.append(_layer(name, plan, taken, measured, max(experts, 1)))
     return StoredModel(
         type(model).__name__, config, tuple(layers), dict(config.skipped), sum(sizes.values()), full, report
     )
 
 
-def _layer(name: str, plan: LayerPlan, taken: int, measured: Mapping[str, Any]) -> StoredLayer:
+def _layer(name: str, plan: LayerPlan, taken: int, measured: Mapping[str, Any], experts: int) -> StoredLayer:
     weight, given = plan.config.weight_quant, plan.config.input_quant
     group = f" g{plan.config.group_size}" if plan.config.group_size else ""
     return StoredLayer(
         name,
-        (plan.out_features, plan.in_features),
+        (experts * plan.out_features, plan.in_features),
         f"{weight.type}{group}{'' if weight.symmetric else ' asymmetric'}",
         "-" if given is None else f"{given.type}{' dynamic' if given.dynamic else ''}",
         f"{plan.transform.type}/{plan.config.calib.type}",

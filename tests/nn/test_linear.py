@@ -382,7 +382,6 @@ def test_codes_go_to_disk_and_back(dtype) -> None:
     assert stored.shape == (1, *layer.weight.shape)
     assert stored.dtype == FORMATS[dtype].disk_dtype == (torch.uint8 if "fp8" in dtype else layer.weight.dtype)
     assert not stored.is_floating_point()
-    assert torch.equal(layer.codes_on_disk(stored), stored)
     x = some_input(3)
     for codes in (stored, stored[0]):
         other = QuantLinear(case.plan(None), bias=False, device="meta")

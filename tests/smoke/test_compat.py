@@ -130,6 +130,19 @@ def test_offloaded_parameters_are_read(llama: transformers.LlamaForCausalLM, tmp
     assert torch.equal(compat.load_offloaded_parameter(again, name), weight)
 
 
+def test_classes_declare_how_they_keep_experts() -> None:
+    """By their modules' attributes, and by a method for the gate that reads them."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.GptOssConfig(vocab_size=32, num_local_experts=2, **sizes, num_key_value_heads=1)
+    mlp = transformers.GptOssForCausalLM(config).model.layers[0].mlp
+    assert compat.declares_experts(mlp.experts)
+    assert not compat.declares_experts(mlp.router)
+    assert (mlp.experts.has_gate, mlp.experts.is_transposed, mlp.experts.has_post_expert_norm) == (True, True, False)
+    halves = torch.tensor([[2.0, 3.0]])
+    expected = (3.0 + 1) * 2.0 * torch.sigmoid(torch.tensor(2.0 * config.swiglu_alpha))
+    assert compat.apply_gate(type(mlp.experts), mlp.experts, halves).item() == pytest.approx(expected.item())
+
+
 class Packed(nn.Linear):
     """A linear whose weight is not of the matrix's shape."""
 

@@ -18,7 +18,7 @@ from hfquant.config import InputQuant, WeightQuant
 from hfquant.denoisers import module_names
 from hfquant.integrations import library
 from hfquant.integrations.config import HfQuantConfig
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_modules
 from hfquant.presets import PRESETS
 from hfquant.report.layers import LayerReport, QuantReport, worst
 
@@ -136,7 +136,7 @@ def models_of(thing: Any) -> dict[str, nn.Module]:
 
 def of_models(thing: Any) -> Facts:
     """Return what there is to say of a quantized model, or of a pipeline with some."""
-    quantized = {name: model for name, model in models_of(thing).items() if quant_linears(model)}
+    quantized = {name: model for name, model in models_of(thing).items() if quant_modules(model)}
     tags = dict.fromkeys(tag for model in quantized.values() for tag in tags_of(model))
     recipe = _digest({name: config_of(model).to_dict() for name, model in quantized.items()})
     components = [_component(name, model) for name, model in quantized.items()]
@@ -166,7 +166,8 @@ def preset_of(config: HfQuantConfig) -> str | None:
 
 def tags_of(model: nn.Module) -> list[str]:
     """Return the hub's tags of a quantized model: hfquant, the bits of its weights, the preset."""
-    bits = sorted({layer.format.bits for layer in quant_linears(model).values()})
+    plans = [plan for layer in quant_modules(model).values() for plan, _, _ in layer.held()]
+    bits = sorted({plan.config.weight_quant.format.bits for plan in plans})
     preset = preset_of(config_of(model))
     return ["hfquant", *(f"{n}-bit" for n in bits), *([preset] if preset else [])]
 
@@ -179,14 +180,14 @@ def config_of(model: Any) -> HfQuantConfig:
 
 
 def _component(name: str, model: nn.Module) -> Component:
-    config, layers = config_of(model), quant_linears(model)
+    config, layers = config_of(model), quant_modules(model)
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
-    for layer in layers.values():
-        rule = layer.plan.config
-        tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-        elements = layer.plan.in_features * layer.plan.out_features
-        parameters = elements + (0 if layer.bias is None else layer.bias.numel())
-        added = 1, elements, parameters, sum(tensor.nbytes for tensor in tensors)
+    for plan, number, tensors in (held for layer in layers.values() for held in layer.held()):
+        rule = plan.config
+        elements = number * plan.in_features * plan.out_features
+        bias = tensors.get("bias")
+        parameters = elements + (0 if bias is None else bias.numel())
+        added = number, elements, parameters, sum(tensor.nbytes for tensor in tensors.values())
         key = _weights(rule.weight_quant), _inputs(rule.input_quant)
         counts[key] = [a + b for a, b in zip(counts[key], added, strict=True)]
     left: dict[str, dict[str, list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))

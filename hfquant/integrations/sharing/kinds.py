@@ -13,7 +13,7 @@ from hfquant.integrations import library
 from hfquant.integrations.sharing import facts
 from hfquant.integrations.sharing.facts import Facts
 from hfquant.integrations.sharing.origin import save_processor
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_modules
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def kind_of(thing: Any) -> Kind:
             f"expected a model of transformers or diffusers, a pipeline, an affiner or a calibration set, got "
             f"{type(thing).__name__}"
         )
-    if not any(quant_linears(model) for model in facts.models_of(thing).values()):
+    if not any(quant_modules(model) for model in facts.models_of(thing).values()):
         raise ValueError(f"{type(thing).__name__} has no quantized layer: call its own save_pretrained or push_to_hub")
     return PIPELINE if pipeline else MODEL
 

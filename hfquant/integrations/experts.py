@@ -1,0 +1,81 @@
+"""How the libraries' classes keep and run the experts that they fuse into 3-D parameters.
+
+Most classes of transformers declare it (``use_experts_implementation``): whether there is a gate, which dimension comes
+first. Those that declare nothing are a line of :data:`LAYOUTS`. Classes whose experts are plain linears (diffusers'
+HiDream) need nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hfquant.experts import Experts, ExpertsLayout, route_all, route_sorted, route_tokens
+from hfquant.integrations.compat import apply_gate, declares_experts
+
+
+def _declared(experts: Any, number: int, rows: Tensor) -> Tensor:
+    """One expert of a class of transformers that declares its layout."""
+    if experts.has_gate:
+        hidden = apply_gate(experts.original, experts, experts.project("gate_up_proj", number, rows))
+    else:
+        hidden = experts.act_fn(experts.project("up_proj", number, rows))
+    out: Tensor = experts.project("down_proj", number, hidden)
+    return experts.post_expert_norm(out) if experts.has_post_expert_norm else out
+
+
+def _own_gate(experts: Experts, number: int, rows: Tensor) -> Tensor:
+    """One expert of a class that has a function for its gate."""
+    gated = apply_gate(experts.original, experts, experts.project("gate_up_proj", number, rows))
+    return experts.project("down_proj", number, gated)
+
+
+def _act_fn(experts: Any, number: int, rows: Tensor) -> Tensor:
+    """``down(up * act_fn(gate))``."""
+    gate, up = experts.project("gate_up_proj", number, rows).chunk(2, dim=-1)
+    out: Tensor = experts.project("down_proj", number, up * experts.act_fn(gate))
+    return out
+
+
+def _silu(experts: Experts, number: int, rows: Tensor) -> Tensor:
+    """``down(silu(gate) * up)``."""
+    gate, up = experts.project("gate_up_proj", number, rows).chunk(2, dim=-1)
+    return experts.project("down_proj", number, F.silu(gate) * up)
+
+
+def _one_matrix(experts: Experts, number: int, rows: Tensor) -> Tensor:
+    return experts.project("weight", number, rows)
+
+
+_GATED = ("gate_up_proj", "down_proj")
+
+#: (package, class) -> its layout, for classes that declare none.
+LAYOUTS: dict[tuple[str, str], ExpertsLayout] = {
+    ("transformers", "JetMoeParallelExperts"): ExpertsLayout(("weight",), route_sorted, _one_matrix),
+    ("transformers", "Llama4TextExperts"): ExpertsLayout(_GATED, route_all, _act_fn, transposed=True),
+    ("transformers", "Step3p7Experts"): ExpertsLayout(_GATED, route_tokens, _own_gate),
+    ("diffusers", "SwiGLUExperts"): ExpertsLayout(_GATED, route_sorted, _silu, transposed=True),
+}
+
+
+def experts_of(model: nn.Module) -> dict[str, ExpertsLayout]:
+    """Return, by name, how each module of fused experts in ``model`` keeps them."""
+    found = ((name, layout_of(module)) for name, module in model.named_modules())
+    return {name: layout for name, layout in found if layout is not None}
+
+
+def layout_of(module: Any) -> ExpertsLayout | None:
+    """Return how a float module keeps its experts; None where it has none that are fused, or an unknown layout."""
+    kind = type(module)
+    if declares_experts(module):
+        projections = _GATED if module.has_gate else ("up_proj", "down_proj")
+        return ExpertsLayout(projections, route_tokens, _declared, module.is_transposed)
+    return LAYOUTS.get((kind.__module__.partition(".")[0], kind.__name__))
+
+
+def holds_experts(model: nn.Module, name: str) -> bool:
+    """Return whether an entry of a plan is a parameter that holds experts, not a layer."""
+    parent, _, own = name.rpartition(".")
+    return own in model.get_submodule(parent)._parameters

@@ -1,0 +1,277 @@
+"""QuantExperts: what a module of fused experts becomes, its 3-D parameters held as codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hfquant.algorithms import TensorSpec, block_slices
+from hfquant.experts import Experts, ExpertsLayout, Unfused, fused_like
+from hfquant.nn.linear import QuantLayer, QuantLinear, keeping_dtypes
+from hfquant.planner import LayerPlan
+
+
+def tensor_name(projection: str, key: str) -> str:
+    """Return what the stack of a QuantLinear's tensor ``key`` is called: the codes have the float parameter's name."""
+    return projection if key == "weight" else f"{projection}_{key.removeprefix('weight_')}"
+
+
+class QuantExperts(Experts):
+    """Fused experts with quantized weights: the tensors of one QuantLinear an expert, stacked along a first dimension.
+
+    A projection ``p`` keeps its name: ``p`` are the codes [experts, out, ...] whatever the float parameter's layout,
+    beside them stand ``p_scale``, ``p_smooth`` and so on, and ``p_bias`` as it was. A projection that is not in
+    ``plans`` stays a float parameter. On disk codes have a leading dimension of 1, as QuantLinear's have.
+
+    Args:
+        original: the float experts, perhaps on the meta device.
+        layout: of their class.
+
+    Attributes:
+        plans: projection -> what each of its experts is; :attr:`LayerPlan.rounded` names those that saw too few rows.
+    """
+
+    def __init__(self, original: nn.Module, layout: ExpertsLayout) -> None:
+        super().__init__(original, layout)
+        self.plans: dict[str, LayerPlan] = {}
+        #: Projection -> names here of a QuantLinear's tensors.
+        self._names: dict[str, dict[str, str]] = {}
+        #: What runs the products. They have no tensors of their own: each expert's are slices of the stacks.
+        self._linears: dict[str, QuantLinear] = {}
+        #: Names of the quantized projections' tensors of the model's float dtype; the others keep theirs in any cast.
+        self._model_floats: set[str] = set()
+
+    def hold(self, projection: str, plan: LayerPlan, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Have codes in place of a float projection.
+
+        Args:
+            projection: its name.
+            plan: of each expert.
+            tensors: stacked, by the names that a QuantLinear's have; None: empty ones on the meta device.
+        """
+        dtype = self.get_parameter(projection).dtype
+        self.plans[projection] = plan
+        self._linears[projection] = QuantLinear(plan, False, "meta", dtype)
+        self._names[projection] = {key: tensor_name(projection, key) for key in plan.tensors()}
+        for key, spec in plan.tensors().items():
+            name = self._names[projection][key]
+            shape = (self.expert_count, *spec.shape)
+            value = torch.empty(shape, dtype=spec.dtype or dtype, device="meta") if tensors is None else tensors[key]
+            if key == "weight":
+                setattr(self, name, nn.Parameter(value, requires_grad=False))
+            else:
+                self.register_buffer(name, value)
+            if spec.dtype is None:
+                self._model_floats.add(name)
+        bias = self._parameters.get(f"{projection}_bias")
+        if bias is not None:
+            setattr(self, f"{projection}_bias", nn.Parameter(bias.detach(), requires_grad=False))
+
+    @property
+    def real_quant(self) -> bool:
+        """Whether products run on low-bit kernels."""
+        return any(linear.real_quant for linear in self._linears.values())
+
+    @real_quant.setter
+    def real_quant(self, value: bool) -> None:
+        for linear in self._linears.values():
+            linear.real_quant = value
+
+    @property
+    def code_names(self) -> tuple[str, ...]:
+        """Names of the tensors that are codes."""
+        return tuple(self.plans)
+
+    def sizes(self) -> dict[str, int]:
+        """Return how many weights are quantized, by the name of their codes."""
+        return {name: self.expert_count * p.in_features * p.out_features for name, p in self.plans.items()}
+
+    @property
+    def matrix_count(self) -> int:
+        """How many matrices are quantized."""
+        return self.expert_count * len(self.plans)
+
+    def held(self) -> list[tuple[LayerPlan, int, dict[str, Tensor]]]:
+        """Return each projection: its plan, how many matrices, and its tensors by a QuantLinear's names."""
+        found = []
+        for projection, plan in self.plans.items():
+            tensors = {key: getattr(self, name) for key, name in self._names[projection].items()}
+            bias = self._parameters.get(f"{projection}_bias")
+            found.append((plan, self.expert_count, tensors if bias is None else {**tensors, "bias": bias}))
+        return found
+
+    def disk_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of codes on disk."""
+        return self.plans[name].config.weight_quant.format.disk_dtype
+
+    def specs(self, on_disk: bool = False) -> dict[str, TensorSpec]:
+        """Return shape and dtype (None: a float) of each tensor of the quantized projections, biases included."""
+        found = {}
+        for projection, plan in self.plans.items():
+            for key, (shape, dtype) in plan.tensors().items():
+                found[tensor_name(projection, key)] = TensorSpec((self.expert_count, *shape), dtype)
+            if on_disk:
+                shape, _ = found[projection]
+                found[projection] = TensorSpec((1, *shape), self.disk_dtype(projection))
+            if self._parameters.get(f"{projection}_bias") is not None:
+                found[f"{projection}_bias"] = TensorSpec((self.expert_count, plan.out_features), None)
+        return found
+
+    def set_tensor(self, name: str, value: Tensor) -> None:
+        """Put ``value`` in place of parameter or buffer ``name``; codes may come as they are on disk.
+
+        Raises:
+            ValueError: there is no such tensor, or shape or dtype do not fit.
+        """
+        spec = self.specs().get(name)
+        if spec is None:
+            raise ValueError(f"{self._get_name()} has no tensor {name!r}; there are {', '.join(self.specs())}")
+        if name in self.plans:
+            value = self._codes(name, value)
+        fits = value.is_floating_point() if spec.dtype is None else value.dtype == spec.dtype
+        if tuple(value.shape) != spec.shape or not fits:
+            raise ValueError(
+                f"tensor {name!r}: expected shape {spec.shape} of {spec.dtype or 'floats'}, "
+                f"got {tuple(value.shape)} of {value.dtype}"
+            )
+        if name in self._parameters:
+            setattr(self, name, nn.Parameter(value, requires_grad=False))
+        else:
+            self._buffers[name] = value
+
+    def _codes(self, projection: str, codes: Tensor) -> Tensor:
+        """Return codes [experts, out, ...] as they are in memory; offloaded ones come straight from disk."""
+        form = self.plans[projection].config.weight_quant.format
+        codes = codes.squeeze(0) if codes.dim() == 4 and len(codes) == 1 else codes
+        return codes.view(form.code_dtype) if codes.dtype == form.disk_dtype else codes
+
+    def codes_on_disk(self, projection: str) -> Tensor:
+        """Return codes as a checkpoint has them: [1, experts, out, ...], which the float class cannot take."""
+        codes = self.get_parameter(projection).data
+        return codes.view(1, *codes.shape[-3:]).view(self.disk_dtype(projection))
+
+    def tensors_of(self, projection: str, expert: int) -> dict[str, Tensor]:
+        """Return one expert's tensors by the names that a QuantLinear's have, bias aside."""
+        parameters, buffers = self._parameters, self._buffers
+        names = self._names[projection].items()
+        found = {key: tensor[expert] for key, name in names if (tensor := buffers.get(name)) is not None}
+        codes = parameters[projection]
+        assert codes is not None
+        return found | {"weight": self._codes(projection, codes)[expert]}
+
+    def project(self, name: str, expert: int, rows: Tensor) -> Tensor:
+        """Run the product of one expert on ``rows`` [n, in]."""
+        biases = self._parameters.get(f"{name}_bias")
+        bias = None if biases is None else biases[expert]
+        if name in self.plans:
+            tensors = self.tensors_of(name, expert)
+            return self._linears[name].run(rows, tensors, tensors.pop("weight"), bias)
+        weight = self.get_parameter(name)[expert]
+        return F.linear(rows, weight.T if self.layout.transposed else weight, bias)
+
+    def to_float(self, dtype: torch.dtype) -> nn.Module:
+        """Return a module of the original's class with float parameters of ``dtype``, as the original has them."""
+        float_experts = fused_like(self, leave=("plans", "_names", "_linears", "_model_floats"))
+        for name in self.specs():
+            float_experts._buffers.pop(name, None)
+            float_experts._parameters.pop(name, None)
+        for name, plan in self.plans.items():
+            shape = (self.expert_count, plan.out_features, plan.in_features)
+            weight = torch.empty(shape, dtype=dtype, device=self.get_parameter(name).device)
+            for i in range(self.expert_count):
+                weight[i] = QuantLinear.from_tensors(plan, self.tensors_of(name, i), None).effective_weight()
+            weight = weight.transpose(1, 2).contiguous() if self.layout.transposed else weight
+            float_experts.register_parameter(name, nn.Parameter(weight))
+            bias = self._parameters.get(f"{name}_bias")
+            if bias is not None:
+                float_experts.register_parameter(f"{name}_bias", nn.Parameter(bias.detach().to(dtype)))
+        return float_experts
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantExperts:
+        return super()._apply(keeping_dtypes(self, fn, self.specs().keys() - self._floats()), recurse)
+
+    def _floats(self) -> set[str]:
+        return self._model_floats | {f"{projection}_bias" for projection in self.plans}
+
+    def extra_repr(self) -> str:
+        """Return how many experts there are, and what each projection is."""
+        lines = [f"{self.original.__name__}, experts={self.expert_count}"]
+        for name, linear in self._linears.items():
+            few = f", rounded to nearest: {list(plan.rounded)}" if (plan := self.plans[name]).rounded else ""
+            lines.append(f"({name}): {linear.extra_repr()}{few}")
+        return "\n".join(lines)
+
+
+def stacked(layers: Sequence[QuantLayer], rounded: Collection[int]) -> tuple[LayerPlan, dict[str, Tensor]]:
+    """Return one plan for the solved experts of a projection, and their tensors, each stacked along a first dimension.
+
+    Experts may differ in what the data decided: a segment that needs two scales in one of them has two in all, equal
+    ones where one would do. An expert that was solved without data has no transform and no input scale; it gets a
+    transform that does nothing, and the largest input scale among the others.
+
+    Args:
+        layers: one an expert.
+        rounded: numbers of those that were solved without data although it was wanted.
+    """
+    solved = [layer for i, layer in enumerate(layers) if i not in rounded] or layers
+    dual = tuple(any(ds) for ds in zip(*(layer.plan.dual for layer in solved), strict=True))
+    plan = replace(solved[0].plan, dual=dual, rounded=tuple(sorted(rounded)))
+    largest = torch.stack([_raw_input_scale(layer) for layer in solved]).amax(0) if plan.static_input else None
+
+    def tensor(layer: QuantLayer, key: str, spec: TensorSpec) -> Tensor:
+        has = layer.solved_tensors()
+        if key in has:
+            return has[key]
+        if key == "input_scale_neg" and "input_scale" in has:
+            return has["input_scale"]
+        if key.startswith("input_scale"):
+            assert largest is not None
+            return largest
+        dtype = spec.dtype or next(t.dtype for t in (getattr(other, key, None) for other in solved) if t is not None)
+        return plan.transform.idle(key).to(layer.weight.device, dtype).expand(spec.shape)
+
+    return plan, {
+        key: torch.stack([tensor(layer, key, spec) for layer in layers]) for key, spec in plan.tensors().items()
+    }
+
+
+def plans_of(experts: Mapping[str, QuantExperts]) -> dict[str, LayerPlan]:
+    """Return the plans of modules of experts, by the parameter's name."""
+    return {f"{n}.{p}".lstrip("."): plan for n, module in experts.items() for p, plan in module.plans.items()}
+
+
+def fuse(experts: Unfused, layers: dict[str, QuantLayer], fallbacks: Collection[str]) -> dict[str, QuantExperts]:
+    """Return what the experts of a model become, by name; those of which nothing was solved are left out.
+
+    Args:
+        experts: taken apart.
+        layers: name -> solved linear; those of experts are taken out as they are stacked, so that few exist twice.
+        fallbacks: names of those that were solved without data although it was wanted.
+    """
+    found = {}
+    for name, apart in experts.modules.items():
+        module = QuantExperts(experts.originals[name], apart.layout)
+        for projection in apart.layout.projections:
+            names = [f"{name}.{projection}.{i}".lstrip(".") for i in range(apart.expert_count)]
+            if names[0] in layers:
+                few = [i for i, n in enumerate(names) if n in fallbacks]
+                module.hold(projection, *stacked([layers.pop(n) for n in names], few))
+        if module.plans:
+            found[name] = module
+    return found
+
+
+def _raw_input_scale(layer: QuantLayer) -> Tensor:
+    """Return static scales [row groups * segments] for the raw input: nothing is clipped that the layer's own kept."""
+    scales: Tensor = layer.get_buffer("input_scale")
+    parts = []
+    for group, part in enumerate(scales.view(len(layer.plan.row_groups), -1)):
+        divisor = layer.plan.transform.divisor(layer._buffers, group)
+        if divisor is not None:
+            part = part * torch.stack([divisor[c].amax() for c in block_slices(layer.plan.input_segments)])
+        parts.append(part)
+    return torch.cat(parts)
