@@ -11,7 +11,8 @@ from torch import nn
 
 from hfquant.exporters import compressed_tensors, nunchaku
 from hfquant.exporters.checkpoint import Converted, ExportError, write
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.experts import QuantExperts
+from hfquant.nn.modules import quant_modules
 
 __all__ = ["FORMATS", "Converted", "ExportError", "export"]
 
@@ -64,6 +65,8 @@ def export(
             f"model: expected a torch.nn.Module, got {type(model).__name__}; of a pipeline pass a component: "
             "hfquant.export(pipe.transformer, ...)"
         )
-    if not quant_linears(model):
+    if not (layers := quant_modules(model)):
         raise ExportError(f"{type(model).__name__} has no quantized linear: quantize it with hfquant first")
+    if experts := [name for name, layer in layers.items() if isinstance(layer, QuantExperts)]:
+        raise ExportError(f"experts are not exported yet: {', '.join(experts[:5])}")
     write(model, FORMATS[format](model, requantize), folder, max_shard_size)
