@@ -68,5 +68,5 @@ def export(
     if not (layers := quant_modules(model)):
         raise ExportError(f"{type(model).__name__} has no quantized linear: quantize it with hfquant first")
     if experts := [name for name, layer in layers.items() if isinstance(layer, QuantExperts)]:
-        raise ExportError(f"experts are not exported yet: {', '.join(experts[:5])}")
+        raise ExportError(f"fused experts cannot be exported yet: {experts[0]!r} and {len(experts) - 1} more")
     write(model, FORMATS[format](model, requantize), folder, max_shard_size)

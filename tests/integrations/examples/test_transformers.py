@@ -7,6 +7,7 @@ from torch import nn
 
 from hfquant.dataflow.trace import trace
 from hfquant.integrations.examples import example_inputs
+from hfquant.nn.kinds import layers_in
 from tests.integrations.tiny_transformers import GQA, MODELS, build
 
 # Forwards that look at values, which run on real tensors alone.
@@ -22,7 +23,10 @@ def test_every_linear_is_seen(name):
     real = name in ON_VALUES | WITH_PICTURES
     model = build(name, "cpu" if real else "meta")
     found = trace(model, example_inputs(model))
-    assert found.keys() == {n for n, m in model.named_modules() if type(m) is nn.Linear}
+    # An embedding that only lends its weight to others never runs.
+    missed = layers_in(model).keys() - found.keys()
+    assert found.keys() <= layers_in(model).keys()
+    assert all(isinstance(model.get_submodule(name), nn.Embedding) for name in missed)
 
 
 @pytest.mark.parametrize("name", sorted(WITH_PICTURES))
@@ -70,7 +74,7 @@ class Broken(Own):
 def test_a_class_of_ones_own(caplog):
     """Usual names suffice; a name that no rule knows, and a forward that fails, give None and say so."""
     config = transformers.LlamaConfig(**GQA)
-    assert trace(Own(config), example_inputs(Own(config))).keys() == {"head"}
+    assert trace(Own(config), example_inputs(Own(config))).keys() == {"embed", "head"}
     for model, why in ((Odd, "moon_phase"), (Broken, "Broken")):
         with caplog.at_level("DEBUG", "hfquant"):
             assert example_inputs(model(config)) is None
