@@ -73,6 +73,18 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+class Sizes:
+    """A config for any class of experts: four of them, all sizes 16."""
+
+    hidden_act = mlp_hidden_act = hidden_activation = "silu"
+    _experts_implementation = "eager"
+    moe_latent_size = None
+    swiglu_limit, swiglu_alpha, rms_norm_eps = 7.0, 1.702, 1e-6
+
+    def __getattr__(self, name: str) -> int:
+        return 4 if "experts" in name else 16
+
+
 def mixture(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A model of a class of transformers with weights large enough that experts matter."""
     config, fields = MIXTURES[name]

@@ -25,7 +25,7 @@ from hfquant.integrations.sharing.facts import of_models
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.modules import quant_modules
 from tests.integrations import tiny_diffusers
-from tests.integrations.mixtures import MIXTURES, mixture, nucleus, nucleus_inputs, tokens
+from tests.integrations.mixtures import MIXTURES, Sizes, mixture, nucleus, nucleus_inputs, tokens
 
 GOAL = ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM", "OlmoeForCausalLM"]
 
@@ -111,18 +111,6 @@ def test_experts_run_as_their_class_does(name: str) -> None:
     assert len(seen) == len(experts) > 0
     for module, inputs in seen:
         assert_run_as_their_class(module, *inputs)
-
-
-class Sizes:
-    """A config for any class of experts: four of them, all sizes 16."""
-
-    hidden_act = mlp_hidden_act = hidden_activation = "silu"
-    _experts_implementation = "eager"
-    moe_latent_size = None
-    swiglu_limit, swiglu_alpha, rms_norm_eps = 7.0, 1.702, 1e-6
-
-    def __getattr__(self, name: str) -> int:
-        return 4 if "experts" in name else 16
 
 
 @pytest.mark.slow
@@ -274,6 +262,15 @@ def test_offloaded_experts_run(tmp_path: Path) -> None:
     assert torch.equal(outputs(again, ids), expected)
     again.save_pretrained(tmp_path / "copy")
     assert_same_tensors(type(model).from_pretrained(tmp_path / "copy"), type(model).from_pretrained(tmp_path))
+
+
+def test_experts_are_not_quantized_on_their_way_to_disk(tmp_path: Path) -> None:
+    model = mixture("OlmoeForCausalLM")
+    model.save_pretrained(tmp_path)
+    disk = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "model.layers.0", "lm_head"), "cpu")
+    settings = {"device_map": disk | {"model.layers.1": "disk"}, "offload_folder": tmp_path / "folder"}
+    with pytest.raises(ValueError, match=r"sends 'model.layers.1.mlp.experts.\w+' to .* fused experts are not"):
+        type(model).from_pretrained(tmp_path, quantization_config=HfQuantConfig("w8a16"), **settings)
 
 
 @pytest.mark.slow
