@@ -108,7 +108,9 @@ def _check_module(model: Any) -> None:
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """Replace every quantized layer by the float one that it was, in place; activations are no longer quantized.
+    """Replace every quantized layer by the float one that it was, and experts by the float ones of their class.
+
+    In place; activations are no longer quantized.
 
     Raises:
         ValueError: ``model`` has no quantized layer.

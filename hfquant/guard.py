@@ -109,12 +109,11 @@ def samples_to_check(loader: Any, data: CalibrationData | None, held_out: Any) -
 
 def outcome(
     plan: Plan,
-    solved: Mapping[str, LayerPlan],
     mended: Mapping[str, tuple[Mended, nn.Module]],
     reports: Sequence[LayerReport],
 ) -> tuple[Plan, QuantReport]:
-    """Return the plan and the report of a model once what was off is mended."""
-    plans = {name: layer for name, layer in solved.items() if name not in mended}
+    """Return the plan, as it was solved, and the report of a model once what was off is mended."""
+    plans = {name: layer for name, layer in plan.layers.items() if name not in mended}
     skipped = dict(plan.skipped)
     for name, (found, _) in mended.items():
         if found.plan is None:

@@ -103,13 +103,13 @@ def _share(data: Iterable[Any], rank: int, size: int) -> Iterator[tuple[int, int
             release_free_memory()
 
 
-def _counted(x: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Return which rows of an input [batch, tokens, ..., in] or [batch * tokens, in] count; None: all, or unknown."""
-    if mask is None or x.dim() < 2:
+def _counted(rows: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Return which rows [batch, tokens, ..., in] or [batch * tokens, in] are not padding; None: all, or unknown."""
+    if mask is None or rows.dim() < 2:
         return None
-    if x.dim() == 2:
-        return mask.flatten() if len(x) == mask.numel() else None
-    return mask if x.shape[:2] == mask.shape else None
+    if rows.dim() == 2:
+        return mask.flatten() if len(rows) == mask.numel() else None
+    return mask if rows.shape[:2] == mask.shape else None
 
 
 def _padding_mask(sample: Any, device: torch.device | str | int) -> Tensor | None:

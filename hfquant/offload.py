@@ -50,6 +50,11 @@ def execution_device(module: nn.Module) -> torch.device | str | int | None:
     return next((device for device in said if device is not None), None)
 
 
+def fetches_weights(module: nn.Module) -> bool:
+    """Return whether accelerate keeps the module's weights elsewhere and fetches them for each forward."""
+    return any(hook.offload for hook in _align_hooks(vars(module).get(_ACCELERATE)))
+
+
 class OnDisk(NamedTuple):
     """Where accelerate keeps the weights of a module that is offloaded to disk.
 
@@ -94,13 +99,6 @@ def forget_weights(module: nn.Module) -> None:
         if "safetensors_file" not in place.files[name]:  # which may be the checkpoint's
             del place.files[name]
             (place.folder / f"{name}.dat").unlink(missing_ok=True)
-
-
-def fetches_weights(module: nn.Module) -> bool:
-    """Return whether accelerate keeps the module's weights elsewhere and fetches them for each forward."""
-    hook = vars(module).get(_ACCELERATE)
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
-    return any(getattr(hook, "offload", False) for hook in hooks)
 
 
 def copy_hook(old: nn.Module, new: nn.Module) -> None:

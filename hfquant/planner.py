@@ -178,10 +178,10 @@ class LayerPlan:
             found["dual"] = list(self.dual)
         if self.folded:
             found["folded"] = True
-        if self.tied:
-            found["tied"] = self.tied
         if self.rounded:
             found["rounded"] = list(self.rounded)
+        if self.tied:
+            found["tied"] = self.tied
         return found
 
     def without_data(self) -> LayerPlan:
@@ -380,7 +380,7 @@ def _chosen(
     skipped: dict[str, str] = dict(experts.skipped)
     idle, unused = dict.fromkeys(rules.patterns), dict.fromkeys(not_convert)
     for name, module in model.named_modules():
-        fused = experts.parameters.get(name)
+        fused = experts.parameters.get(name, "")
         names = facts.aliases(name) + (facts.aliases(fused) if fused else ())
         for key in [k for k in unused if matches(names, [k])]:
             del unused[key]
@@ -403,7 +403,7 @@ def _chosen(
             skipped[name] = EXCLUDED
         elif not layer.enable:
             skipped[name] = SWITCHED_OFF
-        elif (why := facts.skipped.get(name) or facts.skipped.get(fused or "")) and not asked:
+        elif (why := facts.skipped.get(name) or facts.skipped.get(fused)) and not asked:
             skipped[name] = why
         elif closed and not asked:
             skipped[name] = OPTIONAL[closed[0]]

@@ -51,10 +51,6 @@ def stored_plans(
     Raises:
         ConfigError: the stored plan does not fit the model.
     """
-    linears = {name: (module, ".weight") for name, module in model.named_modules() if type(module) is nn.Linear}
-    for name, layout in facts.experts.items():
-        experts = model.get_submodule(name)
-        linears |= {f"{name}.{p}".lstrip("."): (first_linear(experts, layout, p), "") for p in layout.projections}
     plans = {}
     layers = {name: (model.get_submodule(name), ".weight") for name in layers_in(model)}
     for name, layout in facts.experts.items():
@@ -87,7 +83,7 @@ def warn_if_empty(model: nn.Module, plan: Plan) -> None:
 def install_empty(
     model: nn.Module, plans: Mapping[str, LayerPlan], layouts: Mapping[str, ExpertsLayout], on_disk: bool
 ) -> dict[str, nn.Module]:
-    """Replace float layers by empty quantized ones on the meta device, and modules of experts by empty QuantExperts.
+    """Replace float layers, and modules of experts, by empty quantized ones on the meta device.
 
     Args:
         model: changed in place.
@@ -96,11 +92,11 @@ def install_empty(
         on_disk: whether the codes take the form they have on disk, so that a loader's own checks are exact.
 
     Returns:
-        The float layers, by name; experts not among them.
+        What they replaced, by name.
     """
+    replaced: dict[str, nn.Module] = {}
     replacements: dict[nn.Module, nn.Module] = {}
-    layers: dict[str, nn.Module] = {}
-    for name, old, layer in _empty_modules(model, plans, layouts):
+    for name, layer in _empty_modules(model, plans, layouts):
         for key in layer.code_names if on_disk else ():
             setattr(layer, key, nn.Parameter(layer.codes_on_disk(key), requires_grad=False))
         # transformers initializes what is not marked, modules and tensors that stay on disk alike, and codes have no
@@ -109,32 +105,31 @@ def install_empty(
             layer.borrow(None)  # until :func:`finish_loading`
         for marked in (layer, *layer.parameters(), *layer.buffers()):
             mark_initialized(marked)
-        replacements[old] = layer
-        if isinstance(layer, QuantLayer):
-            layers[name] = old
+        replaced[name] = model.get_submodule(name)
+        replacements[replaced[name]] = layer
     replace_modules(model, replacements)
-    return layers
+    return replaced
 
 
 def _empty_modules(
     model: nn.Module, plans: Mapping[str, LayerPlan], layouts: Mapping[str, ExpertsLayout]
-) -> Iterator[tuple[str, nn.Module, QuantLayer | QuantExperts]]:
-    """Yield the name of what is to be replaced, the module itself, and its replacement."""
-    parameters = {}
+) -> Iterator[tuple[str, QuantLayer | QuantExperts]]:
+    """Yield names of what is to be replaced, each with its replacement."""
+    parameters: set[str] = set()
     for name, layout in layouts.items():
-        old = model.get_submodule(name)
-        experts = QuantExperts(old, layout)
+        experts = QuantExperts(model.get_submodule(name), layout)
         for projection in layout.projections:
-            parameters[f"{name}.{projection}".lstrip(".")] = experts
-            if (plan := plans.get(f"{name}.{projection}".lstrip("."))) is not None:
-                experts.hold(projection, plan)
+            parameter = f"{name}.{projection}".lstrip(".")
+            parameters.add(parameter)
+            if parameter in plans:
+                experts.hold(projection, plans[parameter])
         if experts.plans:
-            yield name, old, experts
-    for name in [name for name in plans if name not in parameters]:
+            yield name, experts
+    for name in [n for n in plans if n not in parameters]:
         module = model.get_submodule(name)
         kind = kind_of(module)
         assert kind is not None
-        yield name, module, kind.replacing(module, plans[name])
+        yield name, kind.replacing(module, plans[name])
 
 
 def tensor_names(files: Iterable[str | Path]) -> set[str]:
@@ -194,8 +189,6 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
     for name, layer in quant_modules(model).items():
         for key, (shape, dtype) in layer.specs(on_disk).items():
             tensor = getattr(layer, key)
-            if tensor is None:  # tied
-                continue
             if tensor.device.type == "meta":  # offloaded to disk
                 continue
             if not is_marked_initialized(tensor):
@@ -248,9 +241,9 @@ def finish_loading(model: nn.Module) -> None:
     """
     for name, layer in quant_modules(model).items():
         for key in layer.code_names:
-            codes = layer._parameters[key]
-            # Offloaded weights stay as they are on disk; forward takes both forms. Those of a tied layer come last.
-            if codes is not None and codes.device.type != "meta" and codes.dim() > len(layer.specs()[key].shape):
+            codes = layer.get_parameter(key)
+            # Offloaded weights stay as they are on disk; forward takes both forms.
+            if codes.device.type != "meta" and codes.dim() > len(layer.specs()[key].shape):
                 layer.set_tensor(key, codes.data)
         check_values(name, layer)
         for param in layer.parameters(recurse=False):
@@ -294,7 +287,7 @@ def needs_no_data(plan: Plan) -> None:
 def codes_on_disk(
     state_dict: Mapping[str, Tensor], forms: Mapping[str, tuple[tuple[int, ...], torch.dtype] | None]
 ) -> dict[str, Tensor]:
-    """Return ``state_dict`` with codes as they are stored, and tied ones once.
+    """Return ``state_dict`` with the codes of quantized layers as they are stored, and tied ones once.
 
     Args:
         state_dict: of the model.
@@ -309,7 +302,7 @@ def codes_on_disk(
 
 
 def disk_forms(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
-    """Return shape and dtype on disk of all codes of a model, by their name; None for what tied layers share."""
+    """Return shape and dtype on disk of each quantized layer's codes, by their name; None for what tied ones share."""
     forms: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {}
     for name, layer in quant_modules(model).items():
         on_disk = layer.specs(on_disk=True)
@@ -318,6 +311,5 @@ def disk_forms(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype
             assert dtype is not None
             forms[f"{name}.{key}".lstrip(".")] = shape, dtype
         if isinstance(layer, QuantLayer) and layer.plan.tied:
-            shared = (tensor for tensor in layer.plan.tensors() if tensor.startswith("weight"))
-            forms.update({f"{name}.{tensor}".lstrip("."): None for tensor in shared})
+            forms.update({f"{name}.{tensor}": None for tensor in layer.plan.tensors() if tensor.startswith("weight")})
     return forms

@@ -31,7 +31,7 @@ from hfquant.integrations.checkpoint import (
 from hfquant.integrations.compat import set_quantization_config
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.data import check_component_data, diffusers_batches
-from hfquant.integrations.experts import holds_experts, layout_of
+from hfquant.integrations.experts import layout_of
 from hfquant.integrations.facts import facts_of
 from hfquant.integrations.placement import (
     device_for,
@@ -137,8 +137,8 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             warn_if_empty(model, self.plan)
             if isinstance(device_map, str):
                 # A device map is inferred from the sizes that the tensors are going to have.
-                layers = {n: p for n, p in self.plan.layers.items() if not holds_experts(model, n)}
-                self._put_back = partial(put_back, model, install_empty(model, layers, {}, on_disk=False))
+                replaced = install_empty(model, self.plan.layers, facts.experts, on_disk=False)
+                self._put_back = partial(put_back, model, replaced)
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
         """Raise where the checkpoint lacks a tensor of a linear that is quantized, or is to be."""
@@ -156,7 +156,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         return missing_keys
 
     def _read_buffers(self, model: ModelMixin) -> None:
-        """Read the buffers of quantized layers from the checkpoint's files, as they are stored.
+        """Read the buffers of quantized linears from the checkpoint's files, as they are stored.
 
         What diffusers puts on disk on the way, for good or while it loads the rest, it rounds to the model's dtype.
         """
@@ -229,13 +229,6 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         value = param_value if tensor in module._model_floats and stored.is_floating_point() else stored
         self._put(module, name, tensor, value.to(target_device))
 
-    def _put(self, layer: nn.Module, name: str, tensor: str, value: Tensor) -> None:
-        assert isinstance(layer, QuantLayer)
-        try:
-            layer.set_tensor(tensor, value)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}") from None
-
     def _hold_experts(self, model: ModelMixin, module: nn.Module, key: str, weights: Tensor) -> None:
         """Have the codes of a float parameter of experts, ``key``, in its place."""
         assert self.plan is not None
@@ -246,6 +239,13 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             replace_modules(model, {original: module})
         plan = self.plan.layers[key]
         module.hold(key.rpartition(".")[2], plan, quantized_experts(key, module, plan, weights))
+
+    def _put(self, layer: nn.Module, name: str, tensor: str, value: Tensor) -> None:
+        assert isinstance(layer, (QuantLayer, QuantExperts))
+        try:
+            layer.set_tensor(tensor, value)
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from None
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         config, plan = self.quantization_config, self.plan

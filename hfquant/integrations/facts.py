@@ -19,8 +19,8 @@ from hfquant.planner import ModelFacts, matches
 def facts_of(model: nn.Module) -> ModelFacts:
     """Return what is known of ``model``; of a module of neither library, nothing.
 
-    Left in full precision unless asked for: tied weights (also those that are tied only once loaded), the routers of
-    experts and the model's ``_keep_in_fp32_modules``; unless included: output heads.
+    Left in full precision unless asked for: tied weights (also those that are tied only once loaded) and the model's
+    ``_keep_in_fp32_modules``, the routers of experts; unless included: output heads.
     """
     keep = keep_in_fp32(model)
     skips = {
@@ -28,14 +28,13 @@ def facts_of(model: nn.Module) -> ModelFacts:
         for name, module in model.named_modules()
         if kind_of(module) is not None and matches([name, f"{name}.weight"], keep)
     }
-    pairs = (getattr(model, "all_tied_weights_keys", None) or {}).items()
-    tied = {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in pairs if k.endswith(".weight")}
     experts = experts_of(model)
     for name in [f"{n}.{p}".lstrip(".") for n, layout in experts.items() for p in layout.projections]:
         if matches([name], keep):
             skips[name] = "in the model's _keep_in_fp32_modules"
-    for name in _routers(model, experts):
-        skips[name] = "it routes to experts"
+    skips.update(dict.fromkeys(_routers(model, experts), "it routes to experts"))
+    pairs = (getattr(model, "all_tied_weights_keys", None) or {}).items()
+    tied = {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in pairs if k.endswith(".weight")}
     head = _head(model)
     heads = [name for name, module in model.named_modules() if head is not None and module is head]
     return ModelFacts(

@@ -11,12 +11,12 @@ from torch import nn
 
 from hfquant.console import counted
 from hfquant.integrations.compat import mark_initialized
-from hfquant.integrations.experts import holds_experts
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.linear import QuantLayer
-from hfquant.nn.modules import quant_modules, replace_modules
+from hfquant.nn.modules import quant_modules
 from hfquant.offload import forget_weights, on_disk
 from hfquant.planner import Plan
+from hfquant.replacing import replace_modules
 from hfquant.solver import solve
 
 #: How many float32 copies of a weight quantizing it takes at once.
@@ -58,9 +58,9 @@ def tensor_bytes(model: nn.Module, plan: Plan | None = None) -> int:
         if layer is None:
             total += tensor.nbytes
             continue
-        matrices = len(tensor) if name in layers else 1  # experts
+        experts = tensor.numel() // (layer.in_features * layer.out_features) if name in layers else 1
         for shape, dtype in layer.tensors().values():
-            total += matrices * torch.Size(shape).numel() * (dtype or tensor.dtype).itemsize
+            total += experts * torch.Size(shape).numel() * (dtype or tensor.dtype).itemsize
     return total
 
 
@@ -95,11 +95,14 @@ def quantize_left(model: nn.Module, plan: Plan) -> None:
     Left are those that are offloaded to disk, tied ones, and some that come fused with others.
 
     Raises:
-        ValueError: a weight has NaN or Inf, or there is no folder for the codes.
+        ValueError: a weight has NaN or Inf, there is no folder for the codes, or fused experts are on disk.
     """
     check_offload_folder(model)
+    parameters = dict(model.named_parameters())
     for name, layer_plan in plan.layers.items():
-        if holds_experts(model, name):  # quantized as they were read
+        if name in parameters:  # of experts, which are quantized as they are read
+            if parameters[name].is_floating_point():
+                raise ValueError(f'device_map: it sends {name!r} to "disk", and fused experts are not quantized there')
             continue
         module = model.get_submodule(name)
         if not module.get_parameter("weight").is_floating_point():

@@ -149,7 +149,9 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         if self.pre_quantized:
             return isinstance(model.get_submodule(name), (QuantLayer, QuantExperts))
         module = model.get_submodule(name)
-        return isinstance(module, (QuantLayer, QuantExperts)) and tensor in module.code_names
+        if isinstance(module, QuantExperts):
+            return tensor in module.code_names
+        return tensor == "weight" and isinstance(module, QuantLayer)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """No cast for codes and scales: one of the wrong dtype must be seen."""
@@ -265,7 +267,7 @@ def _quantized(key: str, layer: QuantLayer | QuantExperts, weight: Tensor) -> di
     if weight.shape != expected:
         raise CheckpointError(f"{key}: expected shape {tuple(expected)}, got {tuple(weight.shape)}")
     tensors = solve(name, layer.matrix(weight), layer.plan, None).tensors
-    return {f"{name}.{k}": layer.stored(k, value) for k, value in tensors.items()}
+    return {f"{name}.{k}": layer.stored(k, v) for k, v in tensors.items()}
 
 
 def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:

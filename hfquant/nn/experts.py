@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from hfquant.algorithms import TensorSpec, block_slices
 from hfquant.experts import Experts, ExpertsLayout, Unfused, fused_like
 from hfquant.nn.linear import QuantLayer, QuantLinear, keeping_dtypes
-from hfquant.planner import LayerPlan
+
+if TYPE_CHECKING:  # it asks the kinds of layers what they take
+    from hfquant.planner import LayerPlan
 
 
 def tensor_name(projection: str, key: str) -> str:
@@ -87,13 +90,8 @@ class QuantExperts(Experts):
         return tuple(self.plans)
 
     def sizes(self) -> dict[str, int]:
-        """Return how many weights are quantized, by the name of their codes."""
+        """Return how many weights of each projection are quantized."""
         return {name: self.expert_count * p.in_features * p.out_features for name, p in self.plans.items()}
-
-    @property
-    def matrix_count(self) -> int:
-        """How many matrices are quantized."""
-        return self.expert_count * len(self.plans)
 
     def held(self) -> list[tuple[LayerPlan, int, dict[str, Tensor]]]:
         """Return each projection: its plan, how many matrices, and its tensors by a QuantLinear's names."""
@@ -169,7 +167,7 @@ class QuantExperts(Experts):
         bias = None if biases is None else biases[expert]
         if name in self.plans:
             tensors = self.tensors_of(name, expert)
-            return self._linears[name].run(rows, tensors, tensors.pop("weight"), bias)
+            return self._linears[name].multiply_by(rows, tensors, tensors.pop("weight"), bias)
         weight = self.get_parameter(name)[expert]
         return F.linear(rows, weight.T if self.layout.transposed else weight, bias)
 
@@ -202,7 +200,7 @@ class QuantExperts(Experts):
         lines = [f"{self.original.__name__}, experts={self.expert_count}"]
         for name, linear in self._linears.items():
             few = f", rounded to nearest: {list(plan.rounded)}" if (plan := self.plans[name]).rounded else ""
-            lines.append(f"({name}): {linear.extra_repr()}{few}")
+            lines.append(f"({name}): {linear.described()}{few}")
         return "\n".join(lines)
 
 

@@ -188,37 +188,6 @@ class QuantLayer(nn.Module):
         """Return all but the bias, by name: what :meth:`from_tensors` takes."""
         return {name: getattr(self, name) for name in self.plan.tensors()}
 
-    @property
-    def code_names(self) -> tuple[str, ...]:
-        """Names of the tensors that are codes."""
-        return ("weight",)
-
-    def sizes(self) -> dict[str, int]:
-        """Return how many weights are quantized, by the name of their codes; tied ones are another layer's."""
-        return {"weight": 0 if self.plan.tied else self.plan.in_features * self.plan.out_features}
-
-    @property
-    def matrix_count(self) -> int:
-        """How many matrices are quantized."""
-        return 1
-
-    def held(self) -> list[tuple[LayerPlan, int, dict[str, Tensor]]]:
-        """Return what is quantized: its plan, how many matrices, and all their tensors by name, bias included."""
-        return [(self.plan, 1, {**dict(self.named_parameters(recurse=False)), **self.solved_tensors()})]
-
-    def disk_dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of codes on disk."""
-        return self.format.disk_dtype
-
-    def specs(self, on_disk: bool = False) -> dict[str, TensorSpec]:
-        """Return shape and dtype (None: a float) of each tensor, in memory or on disk, bias included."""
-        found = self.plan.tensors()
-        if on_disk:
-            found["weight"] = TensorSpec((1, *found["weight"].shape), self.format.disk_dtype)
-        if self.bias is not None:
-            found["bias"] = TensorSpec((self.plan.out_features,), None)
-        return found
-
     def set_tensor(self, name: str, value: Tensor) -> None:
         """Put ``value`` in place of parameter or buffer ``name``.
 
@@ -277,22 +246,41 @@ class QuantLayer(nn.Module):
         """Shape and dtype of the codes in a checkpoint."""
         return (1, *self.plan.tensors()["weight"].shape), self.format.disk_dtype
 
+    def held(self) -> list[tuple[LayerPlan, int, dict[str, Tensor]]]:
+        """Return what is quantized: its plan, how many matrices, and all tensors by name, bias included."""
+        return [(self.plan, 1, dict([*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]))]
+
+    @property
+    def code_names(self) -> tuple[str, ...]:
+        """Names of the tensors that are codes of the layer's own."""
+        return () if self.plan.tied else ("weight",)
+
+    def specs(self, on_disk: bool = False) -> dict[str, TensorSpec]:
+        """Return shape and dtype (None: a float) of each tensor, in memory or on disk, bias included."""
+        found = self.plan.tensors() | {"bias": TensorSpec((self.plan.out_features,), None)}
+        if on_disk:
+            found["weight"] = TensorSpec(*self.disk_form)
+        there = {**self._parameters, **self._buffers}
+        return {name: spec for name, spec in found.items() if there.get(name) is not None}
+
     def multiply(self, x: Tensor) -> Tensor:
         """Return rows ``x`` [..., in] of any float dtype times the matrix, plus bias, [..., out] of the same dtype."""
-        return self.run(x, self._buffers, self._stored_codes(), self._parameters.get("bias"))
+        # Reading the dicts takes a tenth of the time of attributes, which adds up in small layers.
+        return self.multiply_by(x, self._buffers, self._stored_codes(), self._parameters.get("bias"))
 
-    def run(self, x: Tensor, tensors: Mapping[str, Tensor | None], codes: Tensor, bias: Tensor | None) -> Tensor:
-        """Run the product that the plan describes on given tensors.
+    def multiply_by(
+        self, x: Tensor, tensors: Mapping[str, Tensor | None], codes: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Return what :meth:`multiply` does, for a matrix from elsewhere with the same plan.
 
         Args:
-            x: [..., in], of a float dtype.
+            x: rows.
             tensors: scales and what the transform stores, by name.
             codes: packed, [out, ...].
             bias: [out].
         """
-        transform, groups = self._transform, self._row_groups
-        parts = []
-        for i, rows in enumerate(groups):
+        transform, parts = self._transform, []
+        for i, rows in enumerate(self._row_groups):
             operands = self._operands(i, rows, tensors, codes, bias)
             parts.append(linear(transform.input(x, tensors, i), operands, self.product, self.real_quant))
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -303,7 +291,6 @@ class QuantLayer(nn.Module):
         self, group: int, rows: slice, tensors: Mapping[str, Tensor | None], codes: Tensor, bias: Tensor | None
     ) -> Operands:
         """Return what a kernel multiplies with for one group of rows."""
-        # Reading the dicts takes a tenth of the time of attributes, which adds up in small layers.
         get, transform = tensors.get, self._transform
         divisor = transform.divisor(tensors, group)
         down, up = transform.branch(tensors, group, rows) or (None, None)

@@ -24,7 +24,7 @@ def quant_linears(model: nn.Module) -> dict[str, QuantLayer]:
 
 
 def quant_modules(model: nn.Module) -> dict[str, QuantLayer | QuantExperts]:
-    """Return all modules of ``model`` with quantized weights by name."""
+    """Return all modules of ``model`` with quantized weights by name, fused experts among them."""
     return {name: module for name, module in model.named_modules() if isinstance(module, (QuantLayer, QuantExperts))}
 
 
@@ -57,22 +57,15 @@ def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     refuse_group_offloaded(model)
     floats: dict[nn.Module, nn.Module] = {}
-    for layer in quant_modules(model).values():
-        # Offloaded weights are fetched for the moment.
-        with align_module_device(layer):
-            floats[layer] = layer.to_float(dtype).requires_grad_()
     layers = quant_linears(model)
-    for tied in (x for x in layers.values() if x.plan.tied):
-        floats[tied].weight = floats[layers[tied.plan.tied]].weight
+    for module in quant_modules(model).values():
+        # Offloaded weights are fetched for the moment.
+        with align_module_device(module):
+            floats[module] = module.to_float(dtype).requires_grad_()
+    for layer in (x for x in layers.values() if x.plan.tied):
+        floats[layer].weight = floats[layers[layer.plan.tied]].weight
     replace_modules(model, floats)
     return model
-
-
-def weight_of(model: nn.Module, name: str) -> nn.Parameter | None:
-    """Return the weight of the layer of that name, or the parameter itself where it is one that holds experts."""
-    parent, _, own = name.rpartition(".")
-    parameters = model.get_submodule(parent)._parameters
-    return parameters[own] if own in parameters else model.get_submodule(name)._parameters.get("weight")
 
 
 def quantized_share(
@@ -82,18 +75,16 @@ def quantized_share(
 
     Args:
         model: quantized or still to be, perhaps on the meta device.
-        layers: the weights of each quantized layer, by name.
+        layers: the weights of each quantized layer, or parameter of experts, by name.
         uncounted: names of modules that do not count, beside embeddings (output heads).
     """
     quantized = sum(layers.values())
     aside = [m for n, m in model.named_modules() if n in uncounted or isinstance(m, nn.Embedding)]
     excluded = {id(p) for module in aside for p in module.parameters()}
-    excluded |= {id(weight_of(model, name)) for name in layers}
-    # The biases of experts have two dimensions too.
-    biases = {f"{name}_bias" for name in layers}
-    kept = [
-        (n, p.numel()) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in excluded and n not in biases
-    ]
+    parameters = [(n, p) for n, p in model.named_parameters() if n.removesuffix(".weight") not in layers]
+    # The biases of experts have two dimensions as well.
+    excluded |= {id(p) for n, p in parameters if n.removesuffix("_bias") in layers}
+    kept = [(n, p.numel()) for n, p in parameters if p.dim() > 1 and id(p) not in excluded]
     share = quantized / max(quantized + sum(size for _, size in kept), 1)
     return share, [name for name, _ in sorted(kept, key=lambda item: -item[1])[:3]]
 
@@ -103,17 +94,20 @@ def log_share(model: nn.Module, uncounted: Collection[str] = ()) -> None:
 
     Embeddings and ``uncounted`` are left aside, unless they were quantized.
     """
-    modules = quant_modules(model)
-    sizes = {
-        (f"{name}.{key}" if isinstance(layer, QuantExperts) else name).lstrip("."): size
-        for name, layer in modules.items()
-        for key, size in layer.sizes().items()
+    # Tied layers share their weights.
+    layers = {
+        name: 0 if layer.plan.tied else layer.plan.in_features * layer.plan.out_features
+        for name, layer in quant_linears(model).items()
     }
-    share, largest = quantized_share(model, sizes, uncounted)
+    experts = {n: m for n, m in model.named_modules() if isinstance(m, QuantExperts)}
+    for name, module in experts.items():
+        layers |= {f"{name}.{p}".lstrip("."): size for p, size in module.sizes().items()}
+    count = len(layers) + sum((module.expert_count - 1) * len(module.plans) for module in experts.values())
+    share, largest = quantized_share(model, layers, uncounted)
     logger.log(
         logging.INFO if share >= 0.8 else logging.WARNING,
         "%s quantized, %.0f %% of the parameters in matrices%s",
-        counted(sum(layer.matrix_count for layer in modules.values()), "layer"),
+        counted(count, "layer"),
         100 * share,
         f"; the largest left: {', '.join(largest)}" if largest else "",
     )
