@@ -19,6 +19,7 @@ ELSEWHERE = {
     "cli/__init__.py": "cli/test_calibrate.py",
     "cli/demo.py": "cli/test_recipe.py",
     "cli/errors.py": "cli/test_calibrate.py",
+    "cli/export.py": "cli/test_inspect.py",
     "cli/options.py": "cli/test_quantize.py",
     "cli/output.py": "cli/test_quantize.py",
     "cli/report.py": "cli/test_inspect.py",

@@ -12,6 +12,7 @@ import typer
 from hfquant.cli.calibrate import calibrate
 from hfquant.cli.compare import compare
 from hfquant.cli.demo import demo
+from hfquant.cli.export import export
 from hfquant.cli.inspect import inspect
 from hfquant.cli.kernels import kernels
 from hfquant.cli.plan import plan
@@ -43,6 +44,6 @@ def main(
     """Take the options that stand before a command."""
 
 
-for command in (quantize, plan, calibrate, inspect, compare, report, kernels, demo):
+for command in (quantize, plan, calibrate, inspect, compare, report, export, kernels, demo):
     app.command()(command)
 app.add_typer(recipe, name="recipe")

@@ -1,4 +1,4 @@
-"""`hfquant inspect` and `hfquant report` on a quantized folder."""
+"""`hfquant inspect`, `hfquant report` and `hfquant export` on a quantized folder."""
 
 from __future__ import annotations
 
@@ -45,6 +45,24 @@ def test_report_is_a_page(quantized, llama, text, tmp_path):
     result = run("report", quantized, "-o", tmp_path / "r.html", *more)
     assert result.exit_code == 0, result.output
     assert "KL divergence" in (tmp_path / "r.html").read_text()
+
+
+def test_export(llama, tmp_path):
+    assert run("quantize", llama, "--preset", "w8a16", "--out", tmp_path / "q").exit_code == 0
+    result = run("export", tmp_path / "q", "--out", tmp_path / "exported")
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    for arguments, message in (
+        (("--format", "gguf"), "unknown export format 'gguf'"),
+        (("--format", "nunchaku-lite"), "nunchaku-lite"),
+    ):
+        result = run("export", tmp_path / "q", "--out", tmp_path / "other", *arguments)
+        assert result.exit_code == 1
+        assert message in result.stderr
+        assert len(lines(result.stderr)) == 1
+        assert not (tmp_path / "other").exists()
+    assert "is not empty" in run("export", tmp_path / "q", "--out", tmp_path / "exported").stderr
 
 
 @pytest.mark.parametrize("command", ["inspect", "report"])

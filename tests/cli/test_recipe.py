@@ -83,7 +83,18 @@ class TestImport:
 def test_help_needs_no_torch():
     code = "import sys; from hfquant.cli import app; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-    for command in ("quantize", "plan", "calibrate", "inspect", "compare", "report", "kernels", "demo", "recipe"):
+    for command in (
+        "quantize",
+        "plan",
+        "calibrate",
+        "inspect",
+        "compare",
+        "report",
+        "export",
+        "kernels",
+        "demo",
+        "recipe",
+    ):
         result = CliRunner().invoke(app, [command, "--help"])
         assert result.exit_code == 0
         assert "Usage" in result.output

@@ -1,0 +1,43 @@
+"""`hfquant export`: a quantized model in another program's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hfquant.cli import options
+from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.output import check_empty, staged
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a model that hfquant quantized.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not hold anything yet.")],
+    form: Annotated[
+        str, typer.Option("--format", help="compressed-tensors, or nunchaku-lite for a pipeline's component.")
+    ] = "compressed-tensors",
+    component: Annotated[str | None, typer.Option(help="Of a pipeline; default: its main denoiser.")] = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Round layers anew that the format cannot express as they are.")
+    ] = False,
+    dtype: options.Dtype = None,
+    debug: options.Debug = False,
+) -> None:
+    """Write a quantized model so that transformers, vLLM or diffusers load it without hfquant."""
+    with errors_in_one_line(debug):
+        check_empty(out)
+        from hfquant.denoisers import denoiser_name, is_pipeline
+        from hfquant.exporters import export as write
+        from hfquant.integrations.hub import load
+
+        loaded = load(model, dtype)
+        if is_pipeline(loaded):
+            name = component or denoiser_name(loaded)
+            if name not in loaded.components:
+                raise ValueError(f"--component: {model} has no {name!r}; it has {', '.join(loaded.components)}")
+            loaded = loaded.components[name]
+        with staged(out) as folder:
+            write(loaded, folder, format=form, requantize=requantize)
+    typer.echo(f"wrote {out}")
