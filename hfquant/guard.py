@@ -34,9 +34,10 @@ from hfquant.config import InputQuant, LayerConfig, WeightQuant
 from hfquant.distributed import Processes
 from hfquant.folding import Folding
 from hfquant.formats import NumberFormat
+from hfquant.layer_plan import LayerPlan
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.linear import QuantLinear
-from hfquant.planner import LayerPlan, Plan
+from hfquant.planner import Plan
 from hfquant.remedies import LADDER, likely_cause
 from hfquant.report.layers import LayerReport, QuantReport
 from hfquant.solver import solve

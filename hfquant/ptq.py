@@ -24,6 +24,7 @@ from hfquant.distributed import Processes, check_models_agree, processes, shard_
 from hfquant.experts import Unfused, unfused
 from hfquant.folding import Folding, find_folding
 from hfquant.guard import Mended, mend, outcome, samples_to_check
+from hfquant.layer_plan import LayerPlan
 from hfquant.memory import free_memory, release_free_memory
 from hfquant.nn.experts import fuse, plans_of
 from hfquant.nn.kinds import kind_of
@@ -31,7 +32,7 @@ from hfquant.nn.linear import QuantLayer, QuantLinear
 from hfquant.nn.modules import log_share, quant_modules, tie
 from hfquant.observe import observe
 from hfquant.offload import refuse_group_offloaded
-from hfquant.planner import EXCLUDED, SWITCHED_OFF, LayerPlan, ModelFacts, Plan, plan_apart
+from hfquant.planner import EXCLUDED, SWITCHED_OFF, ModelFacts, Plan, plan_apart
 from hfquant.replacing import replace_modules
 from hfquant.report.layers import LayerReport, QuantReport, layer_report
 from hfquant.resume import Cache

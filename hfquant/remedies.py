@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hfquant.config import WeightQuant
+from hfquant.layer_plan import LayerPlan
 from hfquant.nn.linear import QuantLinear
-from hfquant.planner import LayerPlan
 
 
 def _token_scales(plan: LayerPlan) -> LayerPlan | None:

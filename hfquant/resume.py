@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hfquant.digests import content
-from hfquant.planner import LayerPlan
+from hfquant.layer_plan import LayerPlan
 from hfquant.solver import Solution
 
 logger = logging.getLogger(__name__)

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from hfquant.calibration.batches import CalibrationData, CalibrationError, evaluating, forward, samples
 from hfquant.config import ConfigError, QuantRules, parse
 from hfquant.formats import FORMATS
+from hfquant.layer_plan import LayerPlan
 from hfquant.memory import free_memory
 from hfquant.nn.linear import QuantLinear
 from hfquant.observe import observe
-from hfquant.planner import LayerPlan, ModelFacts, plan_layers
+from hfquant.planner import ModelFacts, plan_layers
 from hfquant.solver import solve
 from hfquant.statistics import LayerStats, stats_bytes
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hfquant.algorithms import Problem, block_slices, segment_ranges
 from hfquant.calibration.batches import CalibrationError
-from hfquant.planner import LayerPlan
+from hfquant.layer_plan import LayerPlan
 from hfquant.statistics import LayerStats
 
 

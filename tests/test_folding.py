@@ -17,9 +17,10 @@ from hfquant import ptq
 from hfquant.config import parse
 from hfquant.folding import Folding, _effective, find_folding
 from hfquant.integrations import model_facts
+from hfquant.layer_plan import layer_plan
 from hfquant.nn.modules import quant_linears
 from hfquant.observe import observe
-from hfquant.planner import layer_plan, plan_layers
+from hfquant.planner import plan_layers
 from hfquant.replacing import replace_modules
 from tests.integrations.tiny_transformers import GQA, T5, TEXT
 

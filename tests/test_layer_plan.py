@@ -13,7 +13,7 @@ from hfquant.algorithms import Identity, TensorSpec
 from hfquant.algorithms.low_rank import LowRank
 from hfquant.config import InputQuant, LayerConfig, QuantRules, WeightQuant
 from hfquant.formats import FORMATS
-from hfquant.planner import LayerPlan, layer_plan
+from hfquant.layer_plan import LayerPlan, layer_plan
 
 A8 = {"opt": {"type": "default"}, "input_quant": {"type": "int8", "dynamic": True}, "weight_quant": {"axis": -1}}
 

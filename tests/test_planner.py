@@ -13,7 +13,8 @@ from hfquant.config import LayerConfig, QuantRules
 from hfquant.dataflow.trace import LinearTrace, PatternError
 from hfquant.integrations import model_facts
 from hfquant.integrations.facts import facts_of
-from hfquant.planner import LayerPlan, ModelFacts, Plan, matches, plan_layers
+from hfquant.layer_plan import LayerPlan
+from hfquant.planner import ModelFacts, Plan, matches, plan_layers
 
 FREE = {"opt": {"type": "default"}, "input_quant": None}
 OFF = {"default": {**FREE, "search_patterns": []}}

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import hfquant
+from hfquant.layer_plan import LayerPlan, layer_plan
 from hfquant.nn.linear import QuantLinear
-from hfquant.planner import LayerPlan, layer_plan
 from hfquant.remedies import LADDER, likely_cause
 
 ROWS = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hfquant.config import InputQuant, QuantRules
+from hfquant.layer_plan import LayerPlan, layer_plan
 from hfquant.nn.linear import QuantLinear
-from hfquant.planner import LayerPlan, layer_plan
 from hfquant.solver import Solution, requantize, solve
 from hfquant.statistics import LayerStats
 from tests.nn.linear_cases import IN, OUT, cases, layer_of, rank, weight_by_hand

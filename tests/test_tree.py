@@ -86,7 +86,6 @@ WIDE = {
     "test_floors.py",
     "test_golden.py",
     "test_imports.py",
-    "test_layer_plan.py",
     "test_notebooks.py",
     "test_tree.py",
     "test_wheel.py",

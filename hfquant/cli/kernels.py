@@ -79,8 +79,8 @@ def _shape(text: str) -> tuple[int, int, int]:
 def _layer(name: str, inputs: int, outputs: int) -> QuantLinear:
     """Return an empty layer that computes the product on codes."""
     from hfquant.config import LayerConfig
+    from hfquant.layer_plan import LayerPlan
     from hfquant.nn.linear import QuantLinear
-    from hfquant.planner import LayerPlan
 
     config = LayerConfig.model_validate({**PRODUCTS[name], "real_quant": True, "opt": {"type": "default"}})
     plan = LayerPlan(config, inputs, outputs, (inputs,), (outputs,), (False,))

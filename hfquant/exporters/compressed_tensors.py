@@ -23,9 +23,9 @@ from hfquant.exporters.checkpoint import Converted, ExportError, must_be_of, ref
 from hfquant.exporters.requantize import no_linear, plain, requantized
 from hfquant.formats import NumberFormat
 from hfquant.formats.words import to_words
+from hfquant.layer_plan import LayerPlan
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_linears
-from hfquant.planner import LayerPlan
 
 #: Number formats that it has as well, by our names.
 _TYPES = {"int4": "int", "int6": "int", "int8": "int", "fp8e4m3": "float"}

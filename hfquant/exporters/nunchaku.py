@@ -19,9 +19,9 @@ from torch.nn.functional import pad
 from hfquant.exporters.checkpoint import Converted, must_be_of, refuse
 from hfquant.exporters.requantize import no_linear, plain, requantized
 from hfquant.formats import NumberFormat
+from hfquant.layer_plan import LayerPlan
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_linears
-from hfquant.planner import LayerPlan
 
 #: The one format of its SVDQuant weights and activations, and their group.
 _FORMAT, _GROUP = "int4", 64

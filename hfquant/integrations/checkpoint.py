@@ -22,11 +22,12 @@ from hfquant.console import counted
 from hfquant.experts import ExpertsLayout, first_linear
 from hfquant.integrations.compat import is_marked_initialized, mark_initialized
 from hfquant.integrations.config import HfQuantConfig
+from hfquant.layer_plan import LayerPlan, layer_plan
 from hfquant.nn.experts import QuantExperts, stacked
 from hfquant.nn.kinds import kind_of, layers_in
 from hfquant.nn.linear import QuantLayer, QuantLinear
 from hfquant.nn.modules import quant_modules, tie
-from hfquant.planner import LayerPlan, ModelFacts, Plan, layer_plan, matches
+from hfquant.planner import ModelFacts, Plan, matches
 from hfquant.replacing import replace_modules
 from hfquant.solver import solve
 

@@ -23,7 +23,7 @@ from hfquant.nn.unfold import draw, ranges, tiles, windows
 
 if TYPE_CHECKING:
     from hfquant.config import LayerConfig
-    from hfquant.planner import LayerPlan
+    from hfquant.layer_plan import LayerPlan
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Values of unfolded rows that are there at once: 32 MB of float32.

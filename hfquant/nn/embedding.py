@@ -13,7 +13,7 @@ from hfquant.nn.linear import QuantLayer
 
 if TYPE_CHECKING:
     from hfquant.config import LayerConfig
-    from hfquant.planner import LayerPlan
+    from hfquant.layer_plan import LayerPlan
 
 
 class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]

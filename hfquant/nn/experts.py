@@ -15,7 +15,7 @@ from hfquant.experts import Experts, ExpertsLayout, Unfused, fused_like
 from hfquant.nn.linear import QuantLayer, QuantLinear, keeping_dtypes
 
 if TYPE_CHECKING:  # it asks the kinds of layers what they take
-    from hfquant.planner import LayerPlan
+    from hfquant.layer_plan import LayerPlan
 
 
 def tensor_name(projection: str, key: str) -> str:

@@ -17,7 +17,7 @@ from hfquant.nn.float_modules import first, hollow, is_plain_linear
 
 if TYPE_CHECKING:  # it asks the kinds of layers what they take
     from hfquant.config import LayerConfig
-    from hfquant.planner import LayerPlan
+    from hfquant.layer_plan import LayerPlan
 
 
 def keeping_dtypes(

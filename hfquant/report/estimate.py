@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfquant.layer_plan import LayerPlan
 from hfquant.memory import free_memory
-from hfquant.planner import LayerPlan, Plan
+from hfquant.planner import Plan
 from hfquant.solver import solve
 from hfquant.statistics import Collector, stats_bytes
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from hfquant.integrations.experts import holds_experts
 from hfquant.integrations.facts import facts_of
+from hfquant.layer_plan import LayerPlan
 from hfquant.nn.modules import quantized_share
-from hfquant.planner import LayerPlan, Plan
+from hfquant.planner import Plan
 
 
 @dataclass(frozen=True)

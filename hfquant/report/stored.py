@@ -13,8 +13,8 @@ from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.experts import holds_experts
 from hfquant.integrations.facts import facts_of
 from hfquant.integrations.skeleton import MODEL, Skeleton, skeleton
+from hfquant.layer_plan import LayerPlan
 from hfquant.nn.experts import tensor_name
-from hfquant.planner import LayerPlan
 from hfquant.report.layers import decibels
 
 #: The report of a quantization, beside the weights that came of it.

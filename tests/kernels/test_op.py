@@ -13,7 +13,7 @@ from hfquant.config import InputQuant
 from hfquant.kernels import cpu
 from hfquant.kernels.base import Operands
 from hfquant.kernels.op import linear
-from hfquant.planner import LayerPlan
+from hfquant.layer_plan import LayerPlan
 from tests import oracle
 from tests.kernels.products import NAMES, Spec, kernel, sample
 from tests.nn.linear_cases import IN, OUT, cases, layer_of, rank, some_input, weight_by_hand

@@ -11,7 +11,7 @@ from hfquant.algorithms import Identity, Smooth, Transform
 from hfquant.algorithms.low_rank import LowRank
 from hfquant.config import InputQuant, LayerConfig, WeightQuant
 from hfquant.formats import FORMATS
-from hfquant.planner import LayerPlan
+from hfquant.layer_plan import LayerPlan
 from tests import oracle
 
 IN, OUT = 24, 10

@@ -10,10 +10,10 @@ from torch import nn
 
 from hfquant import ptq
 from hfquant.config import QuantRules, parse
+from hfquant.layer_plan import layer_plan
 from hfquant.nn.experts import QuantExperts, stacked, tensor_name
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import dequantized, log_share, quant_modules, set_real_quant
-from hfquant.planner import layer_plan
 from hfquant.solver import solve
 from hfquant.statistics import LayerStats
 from tests.nn.fused_experts import (

@@ -1,0 +1,196 @@
+"""What one layer will become: enough to build its quantized module empty, or to read it from a checkpoint's config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfquant.algorithms import TensorSpec, Transform
+from hfquant.config import ConfigError, LayerConfig, QuantRules
+from hfquant.formats import GridRule, InputRule, split_columns
+from hfquant.nn.kinds import kind_of, size_of
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer will become.
+
+    Attributes:
+        config: the resolved config.
+        in_features, out_features: of its matrix.
+        input_segments: column sizes that are quantized apart, summing to ``in_features``.
+        output_segments: row sizes likewise, summing to ``out_features``.
+        dual: for each input segment, whether its activations get a second scale for the negative side.
+        folded: whether the transform's divisor goes into what comes before the layer (:mod:`hfquant.folding`).
+        rank: number of dimensions of the float weight, which the codes have too.
+        tied: the layer whose codes and weight scales it shares; "" where it has its own.
+        rounded: of a parameter that holds experts, the numbers of those that calibration gave too few rows; they are
+            rounded to nearest.
+        evidence: why, for people.
+    """
+
+    config: LayerConfig
+    in_features: int
+    out_features: int
+    input_segments: tuple[int, ...]
+    output_segments: tuple[int, ...]
+    dual: tuple[bool, ...]
+    folded: bool = False
+    rank: int = 2
+    tied: str = ""
+    rounded: tuple[int, ...] = ()
+    evidence: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def opt(self) -> Transform:
+        """The config's transform, or what folding leaves of it."""
+        return self.config.opt.folded() if self.folded else self.config.opt
+
+    @cached_property
+    def transform(self) -> Transform:
+        """The transform, its options cut to the layer's size."""
+        return self.opt.fitted(self.in_features, self.row_groups)
+
+    @cached_property
+    def columns(self) -> tuple[int, ...]:
+        """Sizes of the column blocks that have a weight scale of their own: groups, else input segments."""
+        # Cached before the first forward: torch.compile cannot follow a section's missing field.
+        return split_columns(self.input_segments, self.config.group_size)
+
+    @property
+    def row_groups(self) -> tuple[int, ...]:
+        """Rows that see the same quantized input: output segments where each is transformed apart, else all rows."""
+        return self.output_segments if self.opt.per_output_segment else (self.out_features,)
+
+    @property
+    def input_rule(self) -> InputRule | None:
+        """How the input is quantized; None where it is not."""
+        quant = self.config.input_quant
+        if quant is None:
+            return None
+        return InputRule(quant.format, quant.dynamic, quant.axis is not None, self.input_segments, self.dual)
+
+    def grid_rule(self, rows: int) -> GridRule:
+        """Return how the grid of a row group of ``rows`` rows is found."""
+        quant = self.config.weight_quant
+        sharing: tuple[int, ...] | None = None
+        if quant.axis is None and not self.config.group_size:
+            sharing = self.output_segments if len(self.row_groups) == 1 else (rows,)
+        return GridRule(quant.format, self.columns, sharing, quant.symmetric, quant.clip, self.two_level)
+
+    @property
+    def two_level(self) -> bool:
+        """Whether weight scales are stored as a byte a group times a float32 a row."""
+        return self.config.group_size is not None and self.config.weight_quant.scale == "two_level"
+
+    @property
+    def static_input(self) -> bool:
+        """Whether activations have a calibrated scale."""
+        return self.config.input_quant is not None and self.config.input_quant.static
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Return shape and dtype of each tensor of the layer in memory, by name, bias excepted."""
+        weight, rows = self.config.weight_quant, self.out_features
+        form = weight.format
+        shape = (rows, form.packed_width(self.in_features), *(1,) * (self.rank - 2))
+        spec = {"weight": TensorSpec(shape, form.code_dtype)}
+        groups = len(self.columns)
+        if form.has_scale:
+            spec["weight_scale"] = TensorSpec((rows, groups), torch.uint8 if self.two_level else torch.float32)
+        if self.two_level:
+            spec["weight_scale_row"] = TensorSpec((rows, 1), torch.float32)
+        if not weight.symmetric:
+            spec["weight_zero_point"] = TensorSpec((rows, form.packed_width(groups)), form.code_dtype)
+        if self.static_input:
+            spec["input_scale"] = TensorSpec((len(self.row_groups) * len(self.input_segments),), torch.float32)
+            if any(self.dual):
+                spec["input_scale_neg"] = spec["input_scale"]
+        return spec | self.transform.tensors(self.in_features, self.row_groups)
+
+    def differences(self, rule: LayerConfig) -> dict[str, Any]:
+        """Return what :func:`layer_plan` cannot derive from ``rule``, as JSON."""
+        found: dict[str, Any] = {}
+        if self.config != rule:
+            found["config"] = self.config.model_dump(mode="json")
+        if len(self.input_segments) > 1:
+            found["input_segments"] = list(self.input_segments)
+        if len(self.output_segments) > 1:
+            found["output_segments"] = list(self.output_segments)
+        if any(self.dual):
+            found["dual"] = list(self.dual)
+        if self.folded:
+            found["folded"] = True
+        if self.rounded:
+            found["rounded"] = list(self.rounded)
+        if self.tied:
+            found["tied"] = self.tied
+        return found
+
+    def without_data(self) -> LayerPlan:
+        """Return the stated fallback for a layer that calibration never ran.
+
+        No transform, weights rounded to nearest, activations scaled by the token at run time.
+        """
+        config, quant = self.config.plain(), self.config.input_quant
+        if quant is not None and quant.format.has_scale:
+            quant = quant.model_copy(update={"dynamic": True, "axis": -1})
+        return replace(self, config=config.model_copy(update={"input_quant": quant}))
+
+    def plain(self) -> LayerPlan:
+        """Return the same formats with nothing done to help them: what the report compares with."""
+        return replace(self, config=self.config.plain(), dual=(False,) * len(self.dual))
+
+
+def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mapping[str, Any] | None = None) -> LayerPlan:
+    """Return the plan of one float layer by its config's own rule, or with the differences a checkpoint stored.
+
+    Raises:
+        ConfigError: ``stored`` does not fit the layer.
+    """
+    stored = dict(stored or {})
+    if "config" in stored:
+        try:
+            config = QuantRules({"default": stored.pop("config")}).default
+        except ConfigError as error:
+            raise ConfigError(f"layer {name!r}, stored plan: {error}") from None
+    kind = kind_of(module)
+    assert kind is not None
+    config, (in_features, out_features) = kind.fitted(config), size_of(module)
+    folded = stored.pop("folded", False)
+    if type(folded) is not bool:
+        raise ConfigError(f"layer {name!r}: folded={folded!r} in the stored plan is neither True nor False")
+    tied = stored.pop("tied", "")
+    if not isinstance(tied, str):
+        raise ConfigError(f"layer {name!r}: tied={tied!r} in the stored plan is no name")
+    if odd := {k: v for k, v in stored.items() if not isinstance(v, (list, tuple))}:
+        raise ConfigError(f"layer {name!r}: expected lists in the stored plan, got {odd}")
+    inputs = tuple(stored.pop("input_segments", (in_features,)))
+    outputs = tuple(stored.pop("output_segments", (out_features,)))
+    dual = tuple(stored.pop("dual", (False,) * len(inputs)))
+    rounded = tuple(stored.pop("rounded", ()))
+    if stored:
+        raise ConfigError(f"layer {name!r}: unknown keys {sorted(stored)} in the stored plan")
+    for what, sizes, total in (("input", inputs, in_features), ("output", outputs, out_features)):
+        if not all(type(s) is int and s > 0 for s in sizes) or sum(sizes) != total:
+            raise ConfigError(f"layer {name!r}: {what}_segments={list(sizes)} do not sum to {what}_features={total}")
+    if len(dual) != len(inputs) or not all(type(d) is bool for d in dual):
+        raise ConfigError(f"layer {name!r}: dual={list(dual)} does not fit {len(inputs)} input segments")
+    if any(dual) and not can_be_dual(config):
+        quant = config.input_quant
+        raise ConfigError(
+            f"layer {name!r}: dual scale needs an input_quant.type of at most 15 bits, not {quant and quant.type}"
+        )
+    if not all(type(i) is int and i >= 0 for i in rounded):
+        raise ConfigError(f"layer {name!r}: rounded={list(rounded)} in the stored plan are not numbers of experts")
+    rank = module.get_parameter("weight").dim()
+    return LayerPlan(config, in_features, out_features, inputs, outputs, dual, folded, rank, tied, rounded)
+
+
+def can_be_dual(config: LayerConfig) -> bool:
+    """Return whether activations of a layer can have a second scale for their negative side."""
+    return config.input_quant is not None and config.input_quant.format.max_dual_exponent > 0
