@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from hfquant.nn.conv import QuantConv
-from hfquant.nn.linear import QuantLayer
+from hfquant.nn.layer import QuantLayer
 
 #: Names of classes that turn images or sound into latents or codes, or back.
 _NAMES = re.compile(r"VAE|Auto[eE]ncoder|VQ(?!A)|[cC]odec|Vocoder|HifiGan|^Dac|^Mimi")

@@ -28,7 +28,8 @@ from hfquant.layer_plan import LayerPlan
 from hfquant.memory import free_memory, release_free_memory
 from hfquant.nn.experts import fuse, plans_of
 from hfquant.nn.kinds import kind_of
-from hfquant.nn.linear import QuantLayer, QuantLinear
+from hfquant.nn.layer import QuantLayer
+from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import log_share, quant_modules, tie
 from hfquant.observe import observe
 from hfquant.offload import refuse_group_offloaded

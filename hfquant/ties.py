@@ -9,7 +9,7 @@ from torch import nn
 
 from hfquant.config import LayerConfig
 from hfquant.nn.embedding import QuantEmbedding
-from hfquant.nn.linear import QuantLayer
+from hfquant.nn.layer import QuantLayer
 
 
 def tied_groups(model: nn.Module, tied: Mapping[str, str]) -> list[list[str]]:

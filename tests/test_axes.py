@@ -25,7 +25,7 @@ from hfquant.config import ConfigError, parse
 from hfquant.formats import FORMATS, Grid, GridRule, NumberFormat
 from hfquant.formats.integer import IntegerFormat
 from hfquant.nn.kinds import KINDS
-from hfquant.nn.linear import QuantLayer
+from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import quant_linears
 from hfquant.statistics import STATISTICS, LayerStats, Reduction, Statistic
 

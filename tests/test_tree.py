@@ -48,6 +48,7 @@ ELSEWHERE = {
     "integrations/facts.py": "test_planner.py",
     "integrations/hub.py": "cli/test_calibrate.py",
     "integrations/sharing/kinds.py": "integrations/sharing/test_sharing.py",
+    "nn/layer.py": "nn/test_linear.py",
     "recipes/run.py": "recipes/test_recipes.py",
     "recipes/schema.py": "recipes/test_recipes.py",
     "report/gather.py": "report/test_page.py",

@@ -27,8 +27,10 @@ from hfquant.dataflow.tracker import Call, FeatureTracker, Slice
 from hfquant.dataflow.twin import PatternError, run_twin
 from hfquant.dataflow.weights import WeightWatch, find_obstacles
 from hfquant.enums import SegPattern
+from hfquant.nn.float_modules import first
 from hfquant.nn.kinds import layers_in, size_of
-from hfquant.nn.linear import QuantLayer, QuantLinear, first
+from hfquant.nn.layer import QuantLayer
+from hfquant.nn.linear import QuantLinear
 
 __all__ = ["LinearTrace", "PatternError", "failure", "trace"]
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 from torch import nn
 
 from hfquant.layer_plan import LayerPlan
-from hfquant.nn.linear import QuantLayer, QuantLinear
+from hfquant.nn.layer import QuantLayer
+from hfquant.nn.linear import QuantLinear
 from hfquant.solver import solve
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,8 @@ from hfquant.integrations.config import HfQuantConfig
 from hfquant.layer_plan import LayerPlan, layer_plan
 from hfquant.nn.experts import QuantExperts, stacked
 from hfquant.nn.kinds import kind_of, layers_in
-from hfquant.nn.linear import QuantLayer, QuantLinear
+from hfquant.nn.layer import QuantLayer
+from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_modules, tie
 from hfquant.planner import ModelFacts, Plan, matches
 from hfquant.replacing import replace_modules

@@ -43,7 +43,7 @@ from hfquant.integrations.placement import (
 )
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.kinds import kind_of
-from hfquant.nn.linear import QuantLayer
+from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import dequantized, log_share, quant_modules
 from hfquant.planner import Plan, plan_layers
 from hfquant.replacing import replace_modules

@@ -12,7 +12,7 @@ from torch import nn
 from hfquant.console import counted
 from hfquant.integrations.compat import mark_initialized
 from hfquant.nn.kinds import kind_of
-from hfquant.nn.linear import QuantLayer
+from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import quant_modules
 from hfquant.offload import forget_weights, on_disk
 from hfquant.planner import Plan

@@ -41,7 +41,7 @@ from hfquant.integrations.facts import facts_of
 from hfquant.integrations.placement import check_offload_folder, put_back, quantize_left, without_working_memory
 from hfquant.integrations.sharing.facts import tags_of
 from hfquant.nn.experts import QuantExperts, tensor_name
-from hfquant.nn.linear import QuantLayer
+from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import dequantized, log_share, quant_modules
 from hfquant.planner import Plan, plan_layers
 from hfquant.solver import solve

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hfquant.algorithms import Transform
-from hfquant.nn.linear import QuantLayer
+from hfquant.nn.layer import QuantLayer
 from hfquant.nn.unfold import draw, ranges, tiles, windows
 
 if TYPE_CHECKING:

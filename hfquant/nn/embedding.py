@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hfquant.formats import Grid
-from hfquant.nn.linear import QuantLayer
+from hfquant.nn.layer import QuantLayer
 
 if TYPE_CHECKING:
     from hfquant.config import LayerConfig

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hfquant.algorithms import TensorSpec, block_slices
 from hfquant.experts import Experts, ExpertsLayout, Unfused, fused_like
-from hfquant.nn.linear import QuantLayer, QuantLinear, keeping_dtypes
+from hfquant.nn.layer import QuantLayer, keeping_dtypes
+from hfquant.nn.linear import QuantLinear
 
 if TYPE_CHECKING:  # it asks the kinds of layers what they take
     from hfquant.layer_plan import LayerPlan

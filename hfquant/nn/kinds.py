@@ -1,6 +1,6 @@
 """The kinds of layers: which float modules can be quantized, and as what.
 
-A new kind is a subclass of :class:`~hfquant.nn.linear.QuantLayer` in one file and one line in :data:`KINDS`.
+A new kind is a subclass of :class:`~hfquant.nn.layer.QuantLayer` in one file and one line in :data:`KINDS`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 from hfquant.nn.conv import QuantConv
 from hfquant.nn.conv1d import QuantConv1D
 from hfquant.nn.embedding import QuantEmbedding
-from hfquant.nn.linear import QuantLayer, QuantLinear
+from hfquant.nn.layer import QuantLayer
+from hfquant.nn.linear import QuantLinear
 
 KINDS: list[type[QuantLayer]] = [QuantLinear, QuantConv1D, QuantConv, QuantEmbedding]
 

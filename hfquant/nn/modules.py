@@ -11,7 +11,7 @@ from torch import nn
 
 from hfquant.console import counted
 from hfquant.nn.experts import QuantExperts
-from hfquant.nn.linear import QuantLayer
+from hfquant.nn.layer import QuantLayer
 from hfquant.offload import refuse_group_offloaded
 from hfquant.replacing import replace_modules
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hfquant.nn.linear import QuantLayer, QuantLinear
+from hfquant.nn.layer import QuantLayer
+from hfquant.nn.linear import QuantLinear
 from hfquant.solver import Solution, solve
 from hfquant.statistics import LayerStats
 

@@ -1,0 +1,383 @@
+"""QuantLayer: what all kinds of quantized layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hfquant.algorithms import TensorSpec, block_slices
+from hfquant.formats import Grid, NumberFormat
+from hfquant.kernels.base import Operands, Product
+from hfquant.kernels.op import linear
+from hfquant.nn.float_modules import first, hollow
+
+if TYPE_CHECKING:  # it asks the kinds of layers what they take
+    from hfquant.config import LayerConfig
+    from hfquant.layer_plan import LayerPlan
+
+
+def keeping_dtypes(
+    module: nn.Module, fn: Callable[[Tensor], Tensor], names: Collection[str]
+) -> Callable[[Tensor], Tensor]:
+    """Return what ``nn.Module._apply`` is to call for ``fn``: tensors ``names`` are only moved, others cast as well."""
+    tensors = {**module._parameters, **module._buffers}
+    fixed = {id(tensor) for name, tensor in tensors.items() if name in names}
+
+    def applied(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        return tensor.to(new.device) if id(tensor) in fixed and new.dtype != tensor.dtype else new
+
+    return applied
+
+
+class QuantLayer(nn.Module):
+    """A layer with quantized weights and, where its plan says so, quantized activations.
+
+    Whatever it was in float, it multiplies rows [..., in] with a matrix [out, in]; a subclass is a kind of layer
+    (:mod:`hfquant.nn.kinds`): its static methods say which float modules it takes, what their matrix and rows are.
+
+    ``weight`` holds codes ([out, in] int8 or int16, or [out, ceil(in * bits / 8)] packed int8, with trailing dimensions
+    of 1 up to the rank of the float weight), so it is not what a matmul wants: :meth:`dequantize` gives the float
+    matrix. ``weight`` and ``bias`` are frozen parameters, scales and the rest are buffers (see
+    :meth:`LayerPlan.tensors` for shapes). On disk ``weight`` has a leading dimension of 1, and is accepted with it
+    here, since offloaded weights come straight from disk.
+
+    Args:
+        plan: what the layer is.
+        bias: whether there is one.
+        device, dtype: where to create the (uninitialized) tensors; ``dtype`` is that of bias and low-rank branch.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    #: The float module that it replaced, without its weights; see :meth:`to_float`.
+    _float: nn.Module
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        # The float module's own __init__ would allocate and initialize a float weight.
+        nn.Module.__init__(self)
+        self.plan = plan
+        self.real_quant = plan.config.real_quant
+        symmetric = plan.config.weight_quant.symmetric
+        self.product = Product(self.format, plan.columns, plan.input_segments, plan.input_rule, symmetric)
+        self._transform, self._code_dtype = plan.transform, self.format.code_dtype
+        self._row_groups = block_slices(plan.row_groups)
+        dtype = dtype or torch.get_default_dtype()
+        #: Names of the tensors of the model's float dtype; the others keep theirs whatever the model is cast to.
+        self._model_floats = {"bias"}
+        for name, spec in plan.tensors().items():
+            tensor = torch.empty(spec.shape, dtype=spec.dtype or dtype, device=device)
+            if spec.dtype is None:
+                self._model_floats.add(name)
+            if name == "weight":
+                self.weight = nn.Parameter(tensor, requires_grad=False)
+            else:
+                self.register_buffer(name, tensor)
+        bias_tensor = torch.empty(plan.out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if bias_tensor is None else nn.Parameter(bias_tensor, requires_grad=False)
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Return whether ``module`` is of this kind."""
+        raise NotImplementedError
+
+    @staticmethod
+    def refuses(module: nn.Module) -> str:
+        """Return why a module of this kind cannot be quantized exactly; "" where it can."""
+        return ""
+
+    @staticmethod
+    def optional(module: nn.Module) -> str:
+        """Return what a config's ``include`` has to name for ``module`` to be quantized; "" for nothing."""
+        return ""
+
+    @staticmethod
+    def fitted(config: LayerConfig) -> LayerConfig:
+        """Return the config with what has no meaning for this kind put right."""
+        return config
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        """Return a float weight as the matrix [out, in]."""
+        return weight
+
+    @staticmethod
+    def float_weight(matrix: Tensor, shape: torch.Size) -> Tensor:
+        """Return a matrix [out, in] as the float weight of ``shape``: the inverse of :meth:`matrix`."""
+        return matrix
+
+    @staticmethod
+    def watch(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """Have ``see`` called with each input of a float module before it is used, until the handle is removed."""
+        return module.register_forward_pre_hook(lambda m, args, kwargs: see(first(args, kwargs)), with_kwargs=True)
+
+    @staticmethod
+    def rows(module: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return the rows [..., in] that a float module multiplies for an input that :meth:`watch` saw.
+
+        Args:
+            module: of this kind.
+            x: its input.
+            seed: of the draw, where there are so many rows that only some are returned.
+
+        Returns:
+            The rows, and of those left out the least and largest value of each column, [2, in] each; None for none.
+        """
+        return x, None
+
+    @classmethod
+    def replacing(cls, module: nn.Module, plan: LayerPlan) -> Self:
+        """Return an empty layer on the meta device to take the place of a float module, and to know its way back."""
+        layer = cls(plan, getattr(module, "bias", None) is not None, "meta", module.get_parameter("weight").dtype)
+        layer._remember(module)
+        return layer
+
+    @classmethod
+    def from_tensors(
+        cls,
+        plan: LayerPlan,
+        tensors: Mapping[str, Tensor],
+        bias: nn.Parameter | None,
+        module: nn.Module | None = None,
+    ) -> Self:
+        """Build a layer from its solved tensors.
+
+        Args:
+            plan, bias: of the layer.
+            tensors: ``weight`` unpacked or packed, everything else as it is stored.
+            module: the float module that it replaces; None for a layer that replaces nothing.
+        """
+        device = tensors["weight"].device
+        if module is None:
+            floats = [tensors[name].dtype for name, spec in plan.tensors().items() if spec.dtype is None]
+            layer = cls(plan, False, "meta", floats[0] if floats else None if bias is None else bias.dtype)
+        else:
+            layer = cls.replacing(module, plan)
+        for name in plan.tensors():
+            layer.set_tensor(name, tensors[name])
+        layer.bias = None if bias is None else nn.Parameter(bias.detach().to(device), requires_grad=False)
+        return layer
+
+    def _remember(self, module: nn.Module) -> None:
+        # Not through __setattr__: it is no part of the model.
+        vars(self)["_float"] = hollow(module)
+
+    def borrow(self, owner: QuantLayer | None) -> None:
+        """Take codes and weight scales of ``owner``, which has the same matrix, or let them go (None)."""
+        for name in self.plan.tensors():
+            if name.startswith("weight"):
+                table: dict[str, Any] = self._parameters if name in self._parameters else self._buffers
+                table[name] = None if owner is None else getattr(owner, name)
+
+    @property
+    def format(self) -> NumberFormat:
+        """The weight's number format."""
+        return self.plan.config.weight_quant.format
+
+    def solved_tensors(self) -> dict[str, Tensor]:
+        """Return all but the bias, by name: what :meth:`from_tensors` takes."""
+        return {name: getattr(self, name) for name in self.plan.tensors()}
+
+    def set_tensor(self, name: str, value: Tensor) -> None:
+        """Put ``value`` in place of parameter or buffer ``name``.
+
+        Codes may come packed or not, and as they are on disk.
+
+        Raises:
+            ValueError: there is no such tensor in the plan, or shape or dtype do not fit.
+        """
+        current = self._parameters.get(name, self._buffers.get(name))
+        if current is None:
+            there = [*self._parameters, *self._buffers]
+            raise ValueError(f"{self._get_name()} has no tensor {name!r}; there are {', '.join(there)}")
+        expected, dtype = current.shape, current.dtype
+        if name == "weight":
+            expected, dtype = torch.Size(self.plan.tensors()["weight"].shape), self.format.code_dtype
+            value = self.stored(name, value)
+        both_floats = name in self._model_floats and value.is_floating_point()
+        if value.shape != expected or (value.dtype != dtype and not both_floats):
+            raise ValueError(
+                f"tensor {name!r}: expected shape {tuple(expected)} of {dtype}, "
+                f"got {tuple(value.shape)} of {value.dtype}"
+            )
+        if name in self._parameters:
+            setattr(self, name, nn.Parameter(value, requires_grad=False))
+        else:
+            self._buffers[name] = value
+
+    def stored(self, name: str, codes: Tensor) -> Tensor:
+        """Return a solved tensor as it is in memory: codes packed, of the right rank and dtype, where they fit."""
+        if name != "weight":
+            return codes
+        form, shape = self.format, self.plan.tensors()["weight"].shape
+        if (codes.dim() == 1 + self.plan.rank and codes.shape[0] == 1) or codes.dim() == 3:
+            codes = codes.squeeze(0)
+        if form.disk_dtype != form.code_dtype and codes.dtype == form.disk_dtype:
+            codes = codes.view(form.code_dtype)
+        if codes.dtype == form.code_dtype and codes.shape == (self.plan.out_features, self.plan.in_features):
+            codes = form.pack(codes)
+        return codes.view(shape) if tuple(codes.shape) == shape[:2] else codes
+
+    def codes_on_disk(self, name: str = "weight") -> Tensor:
+        """Return the codes as a checkpoint has them: with a leading dimension of 1, of the format's dtype on disk.
+
+        No float module accepts them, so a model loaded without hfquant fails in place of running on garbage.
+        """
+        shape, dtype = self.disk_form
+        return self.get_parameter(name).data.view(shape).view(dtype)
+
+    @property
+    def float_shape(self) -> torch.Size:
+        """Shape of the weight that the layer replaced."""
+        return self._float.get_parameter("weight").shape
+
+    @property
+    def disk_form(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the codes in a checkpoint."""
+        return (1, *self.plan.tensors()["weight"].shape), self.format.disk_dtype
+
+    def held(self) -> list[tuple[LayerPlan, int, dict[str, Tensor]]]:
+        """Return what is quantized: its plan, how many matrices, and all tensors by name, bias included."""
+        return [(self.plan, 1, dict([*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]))]
+
+    @property
+    def code_names(self) -> tuple[str, ...]:
+        """Names of the tensors that are codes of the layer's own."""
+        return () if self.plan.tied else ("weight",)
+
+    def specs(self, on_disk: bool = False) -> dict[str, TensorSpec]:
+        """Return shape and dtype (None: a float) of each tensor, in memory or on disk, bias included."""
+        found = self.plan.tensors() | {"bias": TensorSpec((self.plan.out_features,), None)}
+        if on_disk:
+            found["weight"] = TensorSpec(*self.disk_form)
+        there = {**self._parameters, **self._buffers}
+        return {name: spec for name, spec in found.items() if there.get(name) is not None}
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return rows ``x`` [..., in] of any float dtype times the matrix, plus bias, [..., out] of the same dtype."""
+        # Reading the dicts takes a tenth of the time of attributes, which adds up in small layers.
+        return self.multiply_by(x, self._buffers, self._stored_codes(), self._parameters.get("bias"))
+
+    def multiply_by(
+        self, x: Tensor, tensors: Mapping[str, Tensor | None], codes: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Return what :meth:`multiply` does, for a matrix from elsewhere with the same plan.
+
+        Args:
+            x: rows.
+            tensors: scales and what the transform stores, by name.
+            codes: packed, [out, ...].
+            bias: [out].
+        """
+        transform, parts = self._transform, []
+        for i, rows in enumerate(self._row_groups):
+            operands = self._operands(i, rows, tensors, codes, bias)
+            parts.append(linear(transform.input(x, tensors, i), operands, self.product, self.real_quant))
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        extra = transform.output(x, tensors, self.plan.row_groups)
+        return y if extra is None else (y + extra).to(x.dtype)
+
+    def _operands(
+        self, group: int, rows: slice, tensors: Mapping[str, Tensor | None], codes: Tensor, bias: Tensor | None
+    ) -> Operands:
+        """Return what a kernel multiplies with for one group of rows."""
+        get, transform = tensors.get, self._transform
+        divisor = transform.divisor(tensors, group)
+        down, up = transform.branch(tensors, group, rows) or (None, None)
+        scale, scale_row, zero = get("weight_scale"), get("weight_scale_row"), get("weight_zero_point")
+        inputs = (get("input_scale"), get("input_scale_neg"))
+        if len(self._row_groups) == 1:
+            return Operands(codes, scale, scale_row, zero, *inputs, divisor, down, up, bias)
+        part = Operands(codes, scale, scale_row, zero, bias=bias).rows(rows)
+        pos, neg = (None if s is None else s.view(len(self._row_groups), -1)[group] for s in inputs)
+        return part._replace(input_scale=pos, input_scale_neg=neg, divisor=divisor, down=down, up=up)
+
+    def _stored_codes(self) -> Tensor:
+        weight = self._parameters["weight"]
+        assert weight is not None
+        if weight.dim() == 2 and weight.dtype == self._code_dtype:
+            return weight
+        if weight.dtype not in (self._code_dtype, self.format.disk_dtype):
+            raise TypeError(
+                f"{self._get_name()}({self._sizes()}) has a weight of {weight.dtype} in the place of "
+                f"{self._code_dtype} codes: something wrote floats to it, such as merging an adapter other than LoRA"
+            )
+        # Of a higher rank; offloaded weights come straight from disk, FP8 as unsigned bytes.
+        return weight.view(self.plan.out_features, -1).view(self._code_dtype)
+
+    def codes(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Return unpacked codes [out, in]."""
+        return self.format.unpack(self._stored_codes()[rows], self.plan.in_features)
+
+    def grid(self, rows: slice | Tensor = slice(None)) -> Grid:
+        """Return the grid of the codes."""
+        stored = {name: tensor for name, tensor in self._buffers.items() if name.startswith("weight_")}
+        return Grid.from_tensors(
+            self.format, self.plan.columns, {k: None if v is None else v[rows] for k, v in stored.items()}
+        )
+
+    def dequantize(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Return the float32 weight [out, in] that the codes stand for (transformed, without a low-rank branch)."""
+        return self.grid(rows).dequantize(self.codes(rows))
+
+    def effective_weight(self) -> Tensor:
+        """Return the float32 weight [out, in] in terms of the raw input."""
+        return self.plan.transform.restored(self.dequantize(), self._buffers, self.plan.row_groups)
+
+    def to_float(self, dtype: torch.dtype) -> nn.Module:
+        """Return the float module that this layer replaced, with the effective weight in ``dtype``.
+
+        Activations are no longer quantized.
+        """
+        module = hollow(self._float)
+        weight = self.float_weight(self.effective_weight(), module.get_parameter("weight").shape)
+        # Contiguous as a float module's is, whatever the matrix was.
+        module.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=False)
+        if self.bias is not None:
+            module.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
+        return module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        fixed = {*self._parameters, *self._buffers} - self._model_floats
+        return super()._apply(keeping_dtypes(self, fn, fixed), recurse)
+
+    def reset_parameters(self) -> None:
+        """Do nothing: there is no random initialization for codes."""
+
+    def extra_repr(self) -> str:
+        """Return sizes, formats and what else the plan decided."""
+        return f"{self._sizes()}, {self.described()}"
+
+    def _sizes(self) -> str:
+        plan = self.plan
+        return f"in_features={plan.in_features}, out_features={plan.out_features}, bias={self.bias is not None}"
+
+    def described(self) -> str:
+        """Return formats and what else the plan decided, in words."""
+        config = self.plan.config
+        words = [
+            f"weight={config.weight_quant.type}",
+        ]
+        if config.group_size:
+            words.append(f"group_size={config.group_size}")
+        if config.input_quant is not None:
+            words.append(f"input={config.input_quant.type}{' dynamic' if config.input_quant.dynamic else ''}")
+        if len(self.plan.input_segments) > 1:
+            words.append(f"input_segments={list(self.plan.input_segments)}")
+        if len(self.plan.output_segments) > 1:
+            words.append(f"output_segments={list(self.plan.output_segments)}")
+        if any(self.plan.dual):
+            words.append("dual")
+        if described := self.plan.transform.describe():
+            words.append(described)
+        return ", ".join(words)
