@@ -287,6 +287,10 @@ class QuantLayer(nn.Module):
         extra = transform.output(x, tensors, self.plan.row_groups)
         return y if extra is None else (y + extra).to(x.dtype)
 
+    def operands(self, group: int, rows: slice) -> Operands:
+        """Return what a kernel multiplies the rows of group ``group`` with, ``rows`` of the layer's own matrix."""
+        return self._operands(group, rows, self._buffers, self._stored_codes(), self._parameters.get("bias"))
+
     def _operands(
         self, group: int, rows: slice, tensors: Mapping[str, Tensor | None], codes: Tensor, bias: Tensor | None
     ) -> Operands:

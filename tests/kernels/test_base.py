@@ -87,7 +87,7 @@ def test_any_other_text_is_refused(text) -> None:
 
 def test_rows_of_operands() -> None:
     layer, _ = layer_of(cases("int4")["all at once"].plan(InputQuant()))
-    operands = layer._operands(1, slice(3, 10))
+    operands = layer.operands(1, slice(3, 10))
     part = operands.rows(slice(2, 5))
     for name in ("weight", "scale", "scale_row", "zero_point", "up", "bias"):
         assert torch.equal(getattr(part, name), getattr(operands, name)[2:5])
@@ -99,7 +99,7 @@ def test_rows_of_operands() -> None:
 def test_codes_and_grid_of_operands() -> None:
     for case in ("asymmetric", "float32 scales", "group", "channel"):
         layer, tensors = layer_of(cases("int6")[case].plan(None))
-        operands = layer._operands(0, slice(None))
+        operands = layer.operands(0, slice(None))
         assert torch.equal(operands.codes(layer.product), tensors["weight"])
         assert torch.equal(operands.grid(layer.product).dequantize(tensors["weight"]), layer.dequantize())
 

@@ -18,7 +18,7 @@ def test_blocks_are_the_weight(dtype, monkeypatch) -> None:
         expected = weight_by_hand(plan, tensors)
         for block in (1, 24 * 33, 24 * 70, 1 << 19):
             monkeypatch.setattr(dequantize, "BLOCK", block)
-            parts = list(dequantize.blocks(layer._operands(0, slice(None)), layer.product))
+            parts = list(dequantize.blocks(layer.operands(0, slice(None)), layer.product))
             assert [rows.start for rows, _ in parts] == [0, *(rows.stop for rows, _ in parts[:-1])]
             assert parts[-1][0].stop == 70
             assert len(parts) == -(-70 // max(block // 24, 16))
@@ -65,7 +65,7 @@ def test_gradient_is_that_of_the_effective_weight(dtype, block, monkeypatch) -> 
         plan = case.plan(InputQuant(dynamic=True))
         layer, tensors = layer_of(plan)
         grad = torch.randn(5, 10)
-        operands = layer._operands(0, slice(None))
+        operands = layer.operands(0, slice(None))
         weight = weight_by_hand(plan, tensors)
         if "smooth" in tensors:
             weight = weight / tensors["smooth"].double().numpy().reshape(1, -1)

@@ -106,7 +106,7 @@ def test_with_a_gradient_it_computes_what_it_does_without(kernel) -> None:
 def arguments(case: str, quant: str, real: bool, dtype: str = "int4"):
     """What the op takes, for a layer with one group of rows."""
     layer, _ = layer_of(cases(dtype)[case].plan(INPUTS[quant], real))
-    return layer._operands(0, slice(None)), layer.product
+    return layer.operands(0, slice(None)), layer.product
 
 
 @both_modes

@@ -28,6 +28,6 @@ def run_layer(run: Callable[..., Tensor], layer: QuantLinear, x: Tensor) -> Tens
     """Return the layer's output [tokens, out] for ``x`` [tokens, in], computed by a kernel's ``run``."""
     layer, x = layer.to(DEVICE), x.to(DEVICE)
     parts = [
-        run(x, layer._operands(i, rows), layer.product) for i, rows in enumerate(block_slices(layer.plan.row_groups))
+        run(x, layer.operands(i, rows), layer.product) for i, rows in enumerate(block_slices(layer.plan.row_groups))
     ]
     return torch.cat(parts, -1).cpu()
