@@ -115,8 +115,8 @@ def test_weights_in_memory_are_not_on_disk(tmp_path: Path) -> None:
     assert torch.equal(model(x := torch.ones(2, 6)), model(x))
     save_file({"0.weight": torch.ones(5, 6)}, tmp_path / "weights.safetensors")
     where = {"0.weight": {"safetensors_file": str(tmp_path / "weights.safetensors"), "weight_name": "0.weight"}}
-    model = nn.Sequential(nn.Linear(6, 5, bias=False))
-    dispatch_model(model, {"": "disk"}, offload_index=where)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.ReLU())
+    dispatch_model(model, {"0": "disk", "1": "cpu"}, main_device="cpu", offload_index=where)
     place = offload.on_disk(model[0])
     assert place is not None
     assert place.folder is None
