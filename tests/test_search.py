@@ -45,11 +45,11 @@ def inputs(count: int = 4) -> list[Tensor]:
 
 
 sizes = st.integers(1, 60)
-errors = st.floats(0, 10)
-spares = st.integers(0, 150)
+errors = st.integers(0, 100).map(float)
+spares = st.integers(0, 100)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.lists(st.tuples(sizes, errors), min_size=2, max_size=3), min_size=1, max_size=5), st.integers(0, 150)
 )
@@ -66,6 +66,15 @@ def test_the_choice_is_the_best_that_there_is(layers, spare):
     assert sum(c.bytes for c in picked) <= limit
     assert sum(c.error for c in picked) == pytest.approx(best, abs=1e-9)
     assert relaxed(table, limit) <= best + 1e-9
+
+
+def test_what_one_layer_takes_the_others_do_not_get():
+    table = {
+        name: [Choice("small", 1, 10.0, 10.0), Choice("large", 11, error, error)]
+        for name, error in (("first", 1.0), ("second", 0.5), ("third", 0.0))
+    }
+    assert _knapsack(table, 14, lambda c: c.error) == {"first": "small", "second": "small", "third": "large"}
+    assert _knapsack(table, 24, lambda c: c.error) == {"first": "small", "second": "large", "third": "large"}
 
 
 def test_sensitivity_is_the_mean_square_of_the_gradient():

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hfquant.integrations import library
 from hfquant.integrations.checkpoint import CheckpointError, stored_plans
+from hfquant.integrations.compat import names_in_model
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.experts import holds_experts
 from hfquant.integrations.facts import facts_of
@@ -122,6 +124,9 @@ def read_folder(folder: str | Path) -> tuple[Skeleton, dict[str, StoredModel]]:
 
 def _stored_model(path: Path, model: Any, config: Any) -> StoredModel:
     sizes = _tensor_bytes(path)
+    if library(model) == "transformers":  # some classes store their tensors under other names
+        names = names_in_model(model, sorted(sizes))
+        sizes = {names[key]: size for key, size in sizes.items()}
     plans = stored_plans(model, config, facts_of(model), set(sizes))
     report = _report(path)
     errors = {layer.get("name"): layer for layer in report.get("layers", ())}

@@ -7,9 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
+import hfquant
 from hfquant.integrations.checkpoint import CheckpointError
+from hfquant.recipes.run import save
 from hfquant.report.stored import REPORT_FILE, read_folder
 
 
@@ -47,6 +51,24 @@ def test_without_the_report_there_are_no_errors(digits, tmp_path):
     copy = Path(shutil.copytree(digits, tmp_path / "copy"))
     (copy / "transformer" / REPORT_FILE).unlink()
     assert all(layer.sqnr is None for layer in read_folder(copy)[1]["transformer"].layers)
+
+
+def test_experts_of_a_parameter_are_one_entry(tmp_path):
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 50, "num_local_experts": 3}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    data = [{"input_ids": torch.randint(50, (2, 64))} for _ in range(2)]
+    save(hfquant.quantize(model, data, "w8a8-smooth"), tmp_path)
+    stored = read_folder(tmp_path)[1]["model"]
+    layer = next(x for x in stored.layers if x.name.endswith("experts.down_proj"))
+    assert layer.shape == (3 * 64, 96)
+    assert 8 < layer.bits < 9
+    own = [x for x in model.quant_report.layers if x.name.startswith(layer.name)]
+    assert len(own) == 3
+    assert layer.sqnr == pytest.approx(min(x.sqnr for x in own))
+    weights = sum(x.shape[0] * x.shape[1] for x in stored.layers)
+    assert stored.full_bytes == stored.bytes + 4 * weights - sum(x.bytes for x in stored.layers)
 
 
 class TestBadFolders:
