@@ -15,8 +15,8 @@ help: ## List the targets
 demo: $(VENV)/.demo ## Quantize the embedded digits pipeline in several ways and write demo_out/
 	$(BIN)/python -m hfquant.demo --out demo_out
 
-test: $(VENV)/.dev models ## Run the fast tests
-	$(BIN)/pytest
+test: $(VENV)/.dev models ## Run the fast tests, on up to four cores
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.dev $(VENV)/.benchmarks models ## Run what takes more than a few seconds a test, peers in benchmarks too
 	$(BIN)/pytest -m slow
