@@ -6,6 +6,7 @@ grid, one pixel, or the whole grid. Everything here is float64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,28 @@ class Moments(NamedTuple):
         """Return the sum of `(scale q + shift - r)^2` in each cell; scale and shift are constant within cells."""
         crossed = scale * (scale * self.qq + 2 * shift * self.q - 2 * self.qr)
         return (crossed + shift * (shift * self.n - 2 * self.r) + self.rr).clamp_min(0)
+
+
+def held_out_strength(folds: Sequence[Moments], maps: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Return how much of a correction holds on samples that it was not fitted on, and the error that it leaves there.
+
+    The strength s in [0, 1] minimises `sum of ((1 + s (K - 1)) q + s b - r)^2` over the folds, each with the map that
+    was fitted on the others: 0 where what the others say does harm, 1 where it is right.
+
+    Args:
+        folds: Sums of each fold, of blocks or of pixels.
+        maps: K and b fitted without that fold, of the same shape.
+
+    Returns:
+        s, and by how much it lowers the squared error, summed over all folds; at least 0.
+    """
+    along = across = 0.0
+    for sums, (scale, shift) in zip(folds, maps, strict=True):
+        delta = scale - 1
+        along += float((delta * (sums.qr - sums.qq) + shift * (sums.r - sums.q)).sum())
+        across += float((delta * (delta * sums.qq + 2 * shift * sums.q) + shift * shift * sums.n).sum())
+    strength = min(max(along / across, 0.0), 1.0) if across > 0 else 1.0
+    return strength, strength * (2 * along - strength * across)
 
 
 class Grid(NamedTuple):
