@@ -102,7 +102,8 @@ def fit_blocks(
             for call, other in pairs:
                 expected, reals = _outputs(real, name, call)
                 predicted, quants = _outputs(quant, name, other)
-                error += _squared_error(*(_rows(x, held_out=True) for x in (expected, predicted)))
+                judged = [_rows(x, held_out=True).double() for x in (expected, predicted)]
+                error += float((judged[0] - judged[1].to(judged[0].device)).square().sum())
                 for i, added in _moments(name, reals, quants) if name else ():
                     sums[i] = sums[i] + added if i in sums else added
         if error < best:
@@ -122,10 +123,6 @@ def _rows(values: Tensor, held_out: bool) -> Tensor:
     return values[(torch.arange(len(values)) % HELD_OUT == HELD_OUT - 1) == held_out]
 
 
-def _squared_error(expected: Tensor, predicted: Tensor) -> float:
-    return float((expected.double() - predicted.to(expected.device).double()).square().sum())
-
-
 def _moments(name: str, reals: list[Tensor | None], quants: list[Tensor | None]) -> Iterator[tuple[int, Moments]]:
     """The sums of each output tensor of a block, by its number."""
     if len(reals) != len(quants):
@@ -137,8 +134,8 @@ def _moments(name: str, reals: list[Tensor | None], quants: list[Tensor | None])
             raise ValueError(f"block {name!r} gives {list(r.shape)} in the real model, {list(q.shape)} here")
         if not bool(r.isfinite().all()) or not bool(q.isfinite().all()):
             raise ValueError(f"block {name!r} gives NaN or infinity")
-        fitted = (_channels_second(_rows(x, held_out=False)) for x in (r, q))
-        yield i, moments(*fitted, None)
+        fitted = [_channels_second(_rows(x, held_out=False)) for x in (r, q)]
+        yield i, moments(fitted[0], fitted[1], None)
 
 
 def _converted(calls: Sequence[Call], real: nn.Module, quant: nn.Module) -> Sequence[Call]:

@@ -38,13 +38,12 @@ class AffineMaps:
         size: Height and width of the latents.
         frames_first: Whether latents of video are `[B, T, C, H, W]`, not `[B, C, T, H, W]`.
         table: Timestep to (K, b).
-        errors: Timestep to the mean squared error over all samples and pixels, before and after; where maps are
-            `checked`, each sample is corrected by what the others say.
+        errors: Timestep to the mean squared error over all samples and pixels, before and after.
     """
 
     blocksize: int | None = None
     interpolate = False
-    #: Weaken a timestep's map to what lowers the error of samples that it was not fitted on.
+    #: Weaken a timestep's map to what does no harm to samples that it was not fitted on.
     checked = False
 
     def __init__(self, config: AffinerConfig) -> None:
@@ -72,7 +71,8 @@ class AffineMaps:
 
     def observe(self, timestep: float, real: Tensor, quant: Tensor) -> None:
         """Add a batch of any layout that :func:`~hfquant.denoisers.to_grid` knows."""
-        size = tuple(to_grid(real[:1], self.frames_first).shape[-2:])
+        height, width = to_grid(real[:1], self.frames_first).shape[-2:]
+        size = (height, width)
         if self.size not in (None, size):
             raise ValueError(f"all samples must have latents of one size; after {self.size} came {size}")
         self.size = size
@@ -83,8 +83,8 @@ class AffineMaps:
         for fold in range(FOLDS):
             rows = slice((fold - count) % FOLDS, None, FOLDS)
             if len(real[rows]):
-                pair = (to_grid(values[rows], self.frames_first) for values in (real, quant))
-                sums = solvers.moments(*pair, 1 if self.interpolate else self.blocksize)
+                r, q = (to_grid(values[rows], self.frames_first) for values in (real, quant))
+                sums = solvers.moments(r, q, 1 if self.interpolate else self.blocksize)
                 folds[fold] = folds[fold] + sums if fold in folds else sums
 
     def solve(self, timestep: float) -> None:
@@ -92,17 +92,16 @@ class AffineMaps:
         folds = list(self._sums[timestep].values())
         total = reduce(operator.add, folds)
         scale, shift = self.fit(total)
-        before = float(total.squared_error().sum())
-        after = float(total.squared_error(*self._spread(scale, shift)).sum())
         if self.checked and len(folds) > 1:
             others = [reduce(operator.add, folds[:i] + folds[i + 1 :]) for i in range(len(folds))]
-            strength, gain = solvers.held_out_strength(folds, [self._spread(*self.fit(sums)) for sums in others])
-            scale, shift, after = 1 + strength * (scale - 1), strength * shift, max(before - gain, 0.0)
+            strength = solvers.held_out_strength(folds, [self._spread(*self.fit(sums)) for sums in others])
+            scale, shift = 1 + strength * (scale - 1), strength * shift
         if self.enabled is not None and self._order.index(timestep) not in self.enabled:
-            scale, shift, after = torch.ones_like(scale), torch.zeros_like(shift), before
+            scale, shift = torch.ones_like(scale), torch.zeros_like(shift)
         self.table[timestep] = scale.float(), shift.float()
         count = float(total.n.sum())
-        self.errors[timestep] = before / count, after / count
+        before, after = total.squared_error(), total.squared_error(*self._spread(scale, shift))
+        self.errors[timestep] = float(before.sum()) / count, float(after.sum()) / count
         # Second-order schedulers come back to a timestep at once; sums of earlier ones are done with.
         self._sums = {t: s for t, s in self._sums.items() if t == timestep or t not in self.table}
 
