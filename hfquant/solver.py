@@ -57,8 +57,6 @@ def solve(
         plan = plan.without_data()
     dtype = dtype or weight.dtype
     stats = None if stats is None else stats.to(weight.device)
-    # Codes take the strides of a weight that is stored transposed, and kernels and checkpoints want rows.
-    weight = weight.contiguous()
     parts = [_solve_rows(name, weight[rows].float(), plan, stats, dtype) for rows in block_slices(plan.row_groups)]
     tensors = {key: _joined(plan, key, [p.tensors[key] for p in parts]) for key in parts[0].tensors}
     if "input_scale_neg" in tensors:
