@@ -63,15 +63,22 @@ class _Quant(Section):
 
 
 class InputQuant(_Quant):
-    """Activations. ``axis``: None = one scale a tensor (a segment), -1 = one scale a token (dynamic only)."""
+    """Activations. ``axis``: None = one scale a tensor (a segment), -1 = one scale a token (dynamic only).
+
+    ``token_fallback``: layers that no calibrated scale serves get one scale a token at run time
+    (:func:`hfquant.solver.needs_token_scales`).
+    """
 
     axis: Annotated[Literal[None, -1], BeforeValidator(_int_or_none)] = None
     dynamic: bool = False
+    token_fallback: bool = False
 
     @model_validator(mode="after")
     def _static_per_token(self, info: ValidationInfo) -> InputQuant:
         if not is_patch(info) and self.format.has_scale and self.axis == -1 and not self.dynamic:
             raise ValueError("axis=-1 (one scale a token) needs dynamic=True: a static scale cannot know the tokens")
+        if not is_patch(info) and self.token_fallback and not self.static:
+            raise ValueError("token_fallback is for calibrated scales: set dynamic=False and a type that has a scale")
         return self
 
     @property
@@ -170,7 +177,9 @@ class LayerConfig(Section):
     def plain(self) -> LayerConfig:
         """Return the same formats, untransformed and rounded to nearest."""
         weight = self.weight_quant.model_copy(update={"group_size": self.group_size})
-        return self.model_copy(update={"opt": Identity(), "calib": Nearest(), "weight_quant": weight})
+        inputs = self.input_quant and self.input_quant.model_copy(update={"token_fallback": False})
+        update = {"opt": Identity(), "calib": Nearest(), "weight_quant": weight, "input_quant": inputs}
+        return self.model_copy(update=update)
 
 
 #: Sections whose class depends on ``type``, and the type that they have where none is named.
