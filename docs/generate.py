@@ -154,7 +154,11 @@ def _default_of(param: Any) -> str:
     if param.required:
         return "required"
     value = param.default
-    return "" if value is None or value is False or value == () or callable(value) else f"`{getattr(value, 'value', value)}`"
+    return (
+        ""
+        if value is None or value is False or value == () or callable(value)
+        else f"`{getattr(value, 'value', value)}`"
+    )
 
 
 def commands() -> str:

@@ -66,10 +66,12 @@ class InputQuant(_Quant):
     """How activations are quantized."""
 
     axis: Annotated[Literal[None, -1], BeforeValidator(_int_or_none)] = Field(
-        None, description="None: one scale for the tensor, or for each segment. -1: one for each token; needs `dynamic`."
+        None,
+        description="None: one scale for the tensor, or for each segment. -1: one for each token; needs `dynamic`.",
     )
     dynamic: bool = Field(
-        False, description="True: scales are computed from the input at run time. False: they are calibrated beforehand."
+        False,
+        description="True: scales are computed from the input at run time. False: they are calibrated beforehand.",
     )
 
     @model_validator(mode="after")
@@ -93,14 +95,14 @@ class WeightQuant(_Quant):
     group_size: int | None = Field(
         None,
         ge=1,
-        description="Input channels that share a scale, in each output channel; overrides `axis`. Groups never straddle "
+        description="Input channels that share a scale, in each output channel; overrides `axis`. Groups do not straddle "
         "segments; where the size does not divide a segment, its last group is short.",
     )
     symmetric: bool = Field(True, description="False: groups have zero points as well; integer formats only.")
     clip: Literal["amax", "mse"] = Field(
         "amax",
-        description="How the range is chosen: up to the largest weight, or clipped to the least squared error (weighted "
-        "by the inputs' second moments where they are known).",
+        description="How the range is chosen: up to the largest weight, or clipped to the least squared error, "
+        "weighted by the inputs' second moments where they are known.",
     )
     scale: Literal["two_level", "float32"] = Field(
         "two_level",
