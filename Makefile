@@ -17,7 +17,7 @@ demo: $(VENV)/.demo ## Quantize the embedded digits pipeline in several ways and
 
 docs: $(VENV)/.docs ## Fill in the documentation's generated parts and build its site in site/
 	$(BIN)/python docs/generate.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not --quiet: it would silence what --strict counts
 
 test: $(VENV)/.dev models ## Run the fast tests, on up to four cores
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile

@@ -95,8 +95,8 @@ class WeightQuant(_Quant):
     group_size: int | None = Field(
         None,
         ge=1,
-        description="Input channels that share a scale, in each output channel; overrides `axis`. Groups do not straddle "
-        "segments; where the size does not divide a segment, its last group is short.",
+        description="Input channels that share a scale, in each output channel; overrides `axis`. Groups never "
+        "straddle segments; where the size does not divide a segment, its last group is short.",
     )
     symmetric: bool = Field(True, description="False: groups have zero points as well; integer formats only.")
     clip: Literal["amax", "mse"] = Field(
