@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from enum import EnumMeta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import typer.main
 
@@ -142,10 +143,12 @@ def _commands(command: Any, path: tuple[str, ...] = ("hfquant",)) -> Iterator[tu
             yield (*path, name), child
 
 
-def _shown(param: Any) -> str:
+def _shown(param: Any, hint: Any) -> str:
     if param.param_type_name == "argument":
         return f"`{param.name.upper()}`"
-    value = "" if getattr(param, "is_flag", False) else f" {param.metavar or param.name.upper()}"
+    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, EnumMeta)]
+    choices = "/".join(choice.value for kind in kinds for choice in kind)
+    value = "" if getattr(param, "is_flag", False) else f" {param.metavar or choices or param.name.upper()}"
     names = ", ".join(f"`{name}{value}`" for name in param.opts)
     return names + "".join(f", `{name}`" for name in param.secondary_opts)
 
@@ -167,8 +170,9 @@ def commands() -> str:
     for path, command in _commands(typer.main.get_command(app)):
         about = re.sub(r"\s*\n\s*", " ", command.help.replace("\n\n", "\0").strip()).replace("\0", "\n\n")
         about = "\n\n".join(line.strip() for line in about.split("\n\n"))
+        hints = get_type_hints(command.callback)
         rows = [
-            (_shown(param), _default_of(param), getattr(param, "help", None) or "")
+            (_shown(param, hints.get(param.name)), _default_of(param), getattr(param, "help", None) or "")
             for param in command.params
             if param.name != "help"
         ]

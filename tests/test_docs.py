@@ -27,7 +27,7 @@ from tests.cli.conftest import make_llama
 from tests.integrations.test_pipelines import sd3
 
 ROOT = Path(__file__).parents[1]
-generate = SimpleNamespace(**runpy.run_path(str(ROOT / "docs/generate.py")))
+generate, hooks = (SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / name))) for name in ("generate.py", "hooks.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Blocks that cannot run in a test, by page. Each says why in a comment before it: ``<!-- not run: reason -->``.
 NOT_RUN = {"README.md": 1, "calibration.md": 1, "sharing.md": 1}
@@ -126,6 +126,38 @@ def test_generated_parts_are_current(page: Path) -> None:
     assert generate.filled(text) == text, "run: make docs"
 
 
+def test_a_part_is_made_anew() -> None:
+    page = "before\n<!-- begin presets -->\nstale\n<!-- end presets -->\nafter\n"
+    made = generate.filled(page)
+    assert made.startswith("before\n<!-- begin presets -->\n\n| preset |")
+    assert made.endswith("|\n\n<!-- end presets -->\nafter\n")
+    assert "stale" not in made
+
+
+def test_blocks_of_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "text\n\n```python\nx = 1\n```\n\n<!-- not run: no such machine -->\n```bash\nhfquant a \\\n  b # c\n```\n"
+    )
+    python, bash = blocks(page)
+    assert python == (3, "python", "x = 1\n", None)
+    assert (bash.line, bash.language, bash.not_run) == (8, "bash", "no such machine")
+    assert commands(bash.text) == [["hfquant", "a", "b"]]
+
+
+def test_links_out_of_docs_lead_to_the_repository() -> None:
+    config = {"repo_url": "https://host/repo"}
+    rewritten = hooks.on_page_markdown("[a](../README.md#limits) [b](config.md)", config)
+    assert rewritten == "[a](https://host/repo/blob/main/README.md#limits) [b](config.md)"
+    with pytest.raises(FileNotFoundError, match=r"nothing\.md"):
+        hooks.on_page_markdown("[a](../nothing.md)", config)
+
+
+def test_roles_in_docstrings_are_shown_as_code() -> None:
+    html = "<p>see :func:<code>~hfquant.quantize</code>, <code>x</code></p>"
+    assert hooks.on_page_content(html) == "<p>see <code>quantize</code>, <code>x</code></p>"
+
+
 def test_generated_parts_are_all_used() -> None:
     begun = re.findall(r"<!-- begin ([\w-]+) -->", "".join(page.read_text(encoding="utf-8") for page in PAGES))
     assert sorted(begun) == sorted(generate.PARTS)
@@ -134,7 +166,7 @@ def test_generated_parts_are_all_used() -> None:
 def test_every_field_of_a_config_has_a_meaning() -> None:
     rows = [line for line in generate.config_fields().splitlines() if line.startswith("| `")]
     assert rows
-    assert not [row for row in rows if not row.rstrip("| ").endswith((".", "`"))]
+    assert not [row for row in rows if not row.rsplit(" | ", 1)[1].strip(" |")]
 
 
 def _anchors(page: Path) -> set[str]:
@@ -175,5 +207,5 @@ def test_measured_rows_of_readme_are_rows_of_the_page() -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    listed = re.findall(r"^ +- ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = re.findall(r"^ +- (?:Home: )?([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(page.name for page in PAGES[1:])
