@@ -16,7 +16,7 @@ demo: $(VENV)/.demo ## Quantize the embedded digits pipeline in several ways and
 	$(BIN)/python -m hfquant.demo --out demo_out
 
 docs: $(VENV)/.docs ## Fill in the documentation's generated parts and build its site in site/
-	$(BIN)/python docs/generate.py
+	$(BIN)/python -m docs.generate
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not --quiet: it would silence what --strict counts
 
 test: $(VENV)/.dev models ## Run the fast tests, on up to four cores

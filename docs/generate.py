@@ -1,7 +1,7 @@
 """Fill the parts of the documentation that are made from the code.
 
 A page says where: ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, NAME being one of :data:`PARTS`. What lies between
-is replaced by ``python docs/generate.py``; ``tests/test_docs.py`` fails where it is not what would be written.
+is replaced by ``python -m docs.generate``; ``tests/test_docs.py`` fails where it is not what would be written.
 """
 
 from __future__ import annotations
