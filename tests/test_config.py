@@ -67,9 +67,12 @@ def test_search_patterns() -> None:
 
 def test_facts_of_the_formats() -> None:
     assert {d.name: number_format(d.value).bits for d in DType} == {
-        "INT4": 4, "INT6": 6, "INT8": 8, "INT16": 16, "FP8E4M3": 8, "FP8E5M2": 8, "FP16": 16, "BF16": 16,
+        "INT2": 2, "INT3": 3, "INT4": 4, "INT5": 5, "INT6": 6, "INT7": 7, "INT8": 8, "INT16": 16,
+        "FP8E4M3": 8, "FP8E5M2": 8, "FP16": 16, "BF16": 16,
     }  # fmt: skip
-    assert [d.name for d in DType if number_format(d).is_integer] == ["INT4", "INT6", "INT8", "INT16"]
+    assert [d.name for d in DType if number_format(d).is_integer] == [
+        f"INT{bits}" for bits in (2, 3, 4, 5, 6, 7, 8, 16)
+    ]
     assert [d.name for d in DType if not number_format(d).has_scale] == ["FP16", "BF16"]
 
 
@@ -223,7 +226,7 @@ WRONG = [
     ({"input_quant": {"axis": 1}}, "input_quant.axis", "None or -1, got 1"),
     ({"input_quant": {"dynamic": 0}}, "input_quant.dynamic", "0"),
     ({"weight_quant": None}, "weight_quant", "None"),
-    ({"weight_quant": {"type": "int5"}}, "weight_quant.type", "int4, int6, int8, int16, fp8e4m3"),
+    ({"weight_quant": {"type": "int9"}}, "weight_quant.type", "int2, int3, int4, int5, int6, int7, int8, int16, fp8e4m3"),
     ({"weight_quant": {"type": 8}}, "weight_quant.type", "8"),
     ({"weight_quant": {"axis": 0}}, "weight_quant.axis", "None, 1 or -1, got 0"),
     ({"weight_quant": {"axis": True}}, "weight_quant.axis", "True"),
