@@ -226,7 +226,7 @@ WRONG = [
     ({"input_quant": {"axis": 1}}, "input_quant.axis", "None or -1, got 1"),
     ({"input_quant": {"dynamic": 0}}, "input_quant.dynamic", "0"),
     ({"weight_quant": None}, "weight_quant", "None"),
-    ({"weight_quant": {"type": "int9"}}, "weight_quant.type", "int2, int3, int4, int5, int6, int7, int8, int16, fp8e4m3"),
+    ({"weight_quant": {"type": "int9"}}, "weight_quant.type", "int5, int6, int7, int8, int16, fp8e4m3"),
     ({"weight_quant": {"type": 8}}, "weight_quant.type", "8"),
     ({"weight_quant": {"axis": 0}}, "weight_quant.axis", "None, 1 or -1, got 0"),
     ({"weight_quant": {"axis": True}}, "weight_quant.axis", "True"),
