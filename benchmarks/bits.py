@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ from hfquant.replacing import replace_modules
 from hfquant.search import Measured, choose, limit_of
 from hfquant.search.choices import rules_of
 from hfquant.search.measure import measure
-from hfquant.search.repair import Judge
+from hfquant.search.repair import TRIES, Judge
 
 BUDGETS = (3.5, 4.5, 5.5, 6.5)
 WIDTHS = (3, 4, 5, 6, 8)
+#: Tokens a window, and windows of each text to evaluate on.
+SEQLEN, WINDOWS = 256, 8
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -56,14 +58,12 @@ Score = Callable[[], dict[str, Tensor]]
 def smollm2(count: int) -> tuple[nn.Module, list[Any], Score]:
     """Return the model, its calibration windows and what scores it: KL a window on two texts."""
     model, tokenizer = models.smollm2()
-    data = models.token_batches(tokenizer, models.calibration_text(), count=count, batch_size=1)
-    # Windows of the calibration text's kind that are not among those for calibration, and of another.
-    others = models.token_batches(tokenizer, models.calibration_text(), count=count * 2 + 1, batch_size=1)
-    known = {tuple(batch["input_ids"][0].tolist()) for batch in data}
-    same = [b["input_ids"] for b in others if tuple(b["input_ids"][0].tolist()) not in known]
+    # Every other window is for calibration, some of those between are for evaluation.
+    windows = models.token_batches(tokenizer, models.calibration_text(), SEQLEN, 2 * count, batch_size=1)
+    data, between = windows[::2], [batch["input_ids"] for batch in windows[1::2]]
     texts = {
-        "descriptions": metrics.evaluation_windows(tokenizer, models.evaluation_texts()),
-        "reference manual": same[:: max(len(same) // 12, 1)][:12],
+        "descriptions": metrics.evaluation_windows(tokenizer, models.evaluation_texts(), SEQLEN)[:WINDOWS],
+        "reference manual": between[:: max(len(between) // WINDOWS, 1)][:WINDOWS],
     }
     before = {name: metrics.reference(model, windows) for name, windows in texts.items()}
 
@@ -109,14 +109,14 @@ def digits(count: int) -> tuple[nn.Module, list[Any], Score]:
     return model, data, score
 
 
-def run(subject: str, rounding: str, count: int) -> dict[str, Any]:
+def run(subject: str, rounding: str, count: int, tries: int, wide: Sequence[int]) -> dict[str, Any]:
     """Return scores of the searched and of the uniform models of one subject and rounding."""
     model, data, score = {"smollm2": smollm2, "digits": digits}[subject](count)
     facts, began = facts_of(model), time.process_time()
     held, seen = data[-(len(data) // 4) :], data[: -(len(data) // 4)]
-    wide = [{"type": f"int{bits}", "group_size": 16} for bits in WIDTHS[:4]]
     choices = [f"int{bits}" for bits in WIDTHS]
-    measured = measure(model, rules_of([*choices, *wide], parse(base(rounding))), seen, facts, Unfused())
+    larger = [{"type": f"int{bits}", "group_size": 16} for bits in wide]
+    measured = measure(model, rules_of([*choices, *larger], parse(base(rounding))), seen, facts, Unfused())
     labels = [option.name for option in next(iter(measured.table.values()))]
     times = {"measure": time.process_time() - began}
     judge = Judge.of(model, held)
@@ -136,7 +136,7 @@ def run(subject: str, rounding: str, count: int) -> dict[str, Any]:
     narrow = measured.only(choices)
     for budget in BUDGETS:
         began = time.process_time()
-        chosen, judged = choose(narrow, judge, limit_of(narrow, budget))
+        chosen, judged = choose(narrow, judge, limit_of(narrow, budget), tries)
         times[f"search at {budget}"] = time.process_time() - began
         counts = {label: list(chosen.values()).count(label) for label in choices}
         rows[f"search {budget}"] = {**scored(chosen), "judged": judged, "counts": counts, "chosen": chosen}
@@ -198,10 +198,12 @@ def main() -> None:
     parser.add_argument("subject", choices=["smollm2", "digits"])
     parser.add_argument("--rounding", choices=["gptq", "amax"], default="gptq")
     parser.add_argument("--samples", type=int, default=24, help="calibration windows, or images")
+    parser.add_argument("--tries", type=int, default=TRIES, help="choices that a search may judge end to end")
+    parser.add_argument("--wide", type=int, nargs="*", default=WIDTHS[:4], help="bits to measure in groups of 16 too")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    found = run(args.subject, args.rounding, args.samples)
+    found = run(args.subject, args.rounding, args.samples, args.tries, args.wide)
     path = RESULTS / "bits.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     key = (found["subject"], found["rounding"])

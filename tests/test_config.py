@@ -339,6 +339,7 @@ NEEDS_DATA = {
     "w8a8": True, "w8a8-dynamic": False, "w8a8-smooth": True, "w8a16": False, "w6a16": False, "w4a16": False,
     "w4a16-gptq": True, "w4a8-gptq": True,
     "w4a8": True, "w4a8-dynamic": False, "w4a8-svd": True, "w4a4-svd": True, "fp8": True, "fp8-dynamic": False,
+    "w4-auto": True,
 }  # fmt: skip
 
 
@@ -347,7 +348,9 @@ def test_presets(name) -> None:
     rules = parse(name)
     assert rules.needs_data == NEEDS_DATA[name]
     weight, inputs = rules.default.weight_quant, rules.default.input_quant
-    if name.startswith("fp8"):
+    if rules.search is not None:
+        assert rules.default == parse(rules.search.budget).default
+    elif name.startswith("fp8"):
         assert (weight.type, inputs.type) == (DType.FP8E4M3, DType.FP8E4M3)
     else:
         bits, activations = name.split("-")[0].removeprefix("w").split("a")
@@ -446,3 +449,15 @@ def test_a_config_without_an_end_is_refused() -> None:
     endless["default"]["opt"] = endless
     with pytest.raises(ConfigError, match="nested more than 8 levels"):
         QuantRules(endless)
+
+
+def test_a_search_is_no_layer() -> None:
+    rules = QuantRules({"default": {"calib": {"type": "amax"}}, "search": {"budget": 4.5}, "*.up": {"enable": False}})
+    assert rules.patterns == ["*.up"]
+    assert rules.search is not None
+    assert (rules.search.budget, rules.search.choices) == (4.5, ("int3", "int4", "int5", "int6", "int8"))
+    assert rules.needs_data
+    assert QuantRules(rules.raw).search == rules.search
+    assert rules.resolve("search") == rules.default
+    with pytest.raises(ConfigError, match=r"config\['search'\].bits: unknown key; allowed are budget, choices"):
+        QuantRules({"search": {"budget": 4, "bits": 3}})

@@ -81,10 +81,8 @@ def test_experts_of_one_parameter_are_one_layer():
     assert all(len(found.members[name]) == 4 for name in fused)
     whole = dict(model.named_parameters())
     for name in fused:
-        assert (
-            sum(found.plans["int4"][n].in_features * found.plans["int4"][n].out_features for n in found.members[name])
-            == whole[name].numel()
-        )
+        sizes = [(p.in_features, p.out_features) for p in (found.plans["int4"][n] for n in found.members[name])]
+        assert sum(i * o for i, o in sizes) == whole[name].numel()
         assert found.table[name][0].error > found.table[name][-1].error
     assert set(found.modules(dict.fromkeys(found.table, "int8"))) == {n for ns in found.members.values() for n in ns}
 

@@ -38,7 +38,7 @@ def test_a_budget_in_bytes_is_that_in_bits():
 
 def test_more_budget_lowers_the_bound():
     net = Net()
-    found = [search(net, inputs(), bits, ("int4", "int6", "int8"), BASE) for bits in (5.3, 6, 7, 8, 9.5)]
+    found = [search(net, inputs(), bits, ("int4", "int6", "int8"), BASE) for bits in (5.3, 7, 9.5)]
     bounds = [choice.bound for choice in found]
     assert bounds == sorted(bounds, reverse=True)
     assert all(choice.error >= choice.bound - 1e-9 for choice in found)
@@ -103,7 +103,7 @@ def test_experts_and_presets():
     model = mixture("MixtralForCausalLM")
     before = copy.deepcopy(model.state_dict())
     data = [{"input_ids": tokens(seed=i)} for i in range(4)]
-    config = hfquant.search_bits(model, data, 6.5, ["w8a8-dynamic", {"type": "int4", "group_size": 16}], BASE)
+    config = hfquant.search_bits(model, data, 8.5, ["w8a8-dynamic", {"type": "int4", "group_size": 16}], BASE)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     layers = hfquant.plan(model, config).layers
     kinds = {(p.config.weight_quant.type, p.config.input_quant and p.config.input_quant.type) for p in layers.values()}
@@ -112,7 +112,7 @@ def test_experts_and_presets():
     hfquant.quantize(model, data, config)
 
 
-@pytest.mark.parametrize("kind", ["preset", "config"])
+@pytest.mark.parametrize("kind", ["config", pytest.param("preset", marks=pytest.mark.slow)])
 def test_a_config_that_asks_for_a_search(kind, tmp_path):
     small_llama().save_pretrained(tmp_path / "float")
     choices = ["int3", "int4", "int6", {"type": "int8", "group_size": 64}]
