@@ -83,7 +83,7 @@ def smollm2(count: int) -> tuple[nn.Module, list[Any], Score]:
 
 
 def digits(count: int) -> tuple[nn.Module, list[Any], Score]:
-    """Return the denoiser, its calibration inputs and what scores it: minus the PSNR of an image."""
+    """Return the denoiser, its calibration inputs and what scores it: the PSNR of an image."""
     from hfquant.demo import load_digits_pipeline
 
     pipe = load_digits_pipeline()
@@ -104,7 +104,7 @@ def digits(count: int) -> tuple[nn.Module, list[Any], Score]:
     expected = images(64, seed=2)
 
     def score() -> dict[str, Tensor]:
-        return {"minus PSNR": -metrics.psnr(expected, images(64, seed=2), value_range=1.0).double()}
+        return {"PSNR dB": metrics.psnr(expected, images(64, seed=2), value_range=1.0).double()}
 
     return model, data, score
 
@@ -165,9 +165,8 @@ def markdown(results: list[Mapping[str, Any]]) -> str:
     lines = [
         "# Automatic bits",
         "",
-        "Made by `python -m benchmarks.bits`, whose docstring says what is compared with what. Less is better in each",
-        "column of scores (PSNR with its sign turned). Standard errors are over windows or images; of differences",
-        "over the differences of each.",
+        "Made by `python -m benchmarks.bits`, whose docstring says what is compared with what. KL: less is better;",
+        "PSNR: more. Standard errors are over windows or images; of differences over the differences of each.",
     ]
     for result in results:
         title = f"{result['subject']}, rounding: {result['rounding']}, {result['samples']} calibration samples"

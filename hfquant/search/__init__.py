@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hfquant.calibration.batches import CalibrationData, samples
 from hfquant.config import ConfigError, QuantRules, parse
-from hfquant.experts import unfused
+from hfquant.experts import Unfused, unfused
 from hfquant.layer_plan import LayerPlan
 from hfquant.planner import ModelFacts, plan_apart
 from hfquant.presets import PRESETS
@@ -98,7 +98,7 @@ def search(
             names = [name for found in measured.members.values() for name in found if name in plans]
             budget = max(sum(stored_bytes(model, plans[name]) for name in names), 33)
         chosen, judged = choose(measured, Judge.of(model, held), limit_of(measured, budget))
-        config = _config(base, rules, measured, chosen, planned(base))
+        config = _config(rules, measured, chosen, planned(base), experts)
     return _result(measured, chosen, config, limit_of(measured, budget), judged)
 
 
@@ -122,8 +122,7 @@ def choose(measured: Measured, judge: Judge, limit: int, tries: int = TRIES) -> 
             kept[key] = judge.divergence(measured.modules(chosen))
         return kept[key]
 
-    harm = measured.gradients and any(o.error for options in table.values() for o in options)
-    if not harm:
+    if not measured.gradients:
         table = _by_differences(measured, judge)
     weightings: dict[str, Callable[[str, Option], float]] = {
         "output": lambda _, option: option.error,
@@ -152,7 +151,7 @@ def _by_differences(measured: Measured, judge: Judge) -> dict[str, list[Option]]
 
     The output's divergence with one layer at its smallest choice, and at others in proportion to the layer's own error.
     """
-    one = Judge(judge.model, judge.data[:1], judge.expected[:1], judge.is_language_model)
+    one = replace(judge, data=judge.data[:1], expected=judge.expected[:1])
     table = {}
     for unit, options in measured.table.items():
         smallest = min(options, key=lambda option: option.bytes)
@@ -163,27 +162,26 @@ def _by_differences(measured: Measured, judge: Judge) -> dict[str, list[Option]]
 
 
 def _config(
-    base: QuantRules,
     rules: Mapping[str, QuantRules],
     measured: Measured,
     chosen: Mapping[str, str],
     planned: Mapping[str, LayerPlan],
+    experts: Unfused,
 ) -> dict[str, dict[str, Any]]:
     """Return the config of a choice: the commonest as default, whole sections for each layer that differs.
 
-    Layers that were not chosen for keep what ``base`` says, ``planned``.
+    Layers that were not chosen for keep what is ``planned`` by the base.
     """
     labels = list(chosen.values())
     default = max(dict.fromkeys(labels), key=labels.count)
     config = dict(rules[default].raw)
-    wanted = {unit: measured.plans[label][measured.members[unit][0]] for unit, label in chosen.items()}
-    others = {name: plan for name, plan in planned.items() if not any(name in m for m in measured.members.values())}
-    for name, plan in (wanted | others).items():
-        member = measured.members[name][0] if name in measured.members else name
-        given = measured.plans[default][member].config.model_dump(mode="json")
-        differing = {k: v for k, v in plan.config.model_dump(mode="json").items() if v != given[k]}
+    for name, plan in planned.items():
+        unit = experts.parameters.get(name, name)
+        wanted = measured.plans[chosen[unit]][name] if unit in chosen else plan
+        given = measured.plans[default][name].config.model_dump(mode="json")
+        differing = {k: v for k, v in wanted.config.model_dump(mode="json").items() if v != given[k]}
         if differing:
-            config[name] = differing
+            config[unit] = differing
     return config
 
 

@@ -46,7 +46,8 @@ def described(config: LayerConfig) -> str:
 def _default(choice: Choice, base: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(choice, str):
         if choice in PRESETS:
-            return parse(choice).raw["default"]
+            # Which layers are quantized is not up for choice.
+            return {**parse(choice).raw["default"], **{key: base[key] for key in ("enable", "include") if key in base}}
         if choice not in FORMATS:
             known = f"formats {', '.join(FORMATS)} and presets {', '.join(PRESETS)}"
             raise ConfigError(f"unknown number format {choice!r}; there are {known}")

@@ -101,7 +101,7 @@ def measure(
     table = {}
     for unit, found in members.items():
         table[unit] = [_option(model, label, found, plans[label], solved, seen) for label in plans]
-    gradients = all(found.squares for found in seen.values())
+    gradients = all(found.has_gradients for found in seen.values())
     return Measured(table, solved, members, plans, gradients)
 
 

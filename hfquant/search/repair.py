@@ -20,7 +20,7 @@ from hfquant.calibration.batches import evaluating, forward
 from hfquant.console import progress_bar
 from hfquant.replacing import replace_modules
 from hfquant.search.knapsack import Table, cheapest
-from hfquant.search.sensitivity import main_tensor
+from hfquant.search.sensitivity import is_distribution, main_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -41,33 +41,32 @@ class Judge:
         model: in full precision.
         data: held-out samples.
         expected: the model's output for each.
-        is_language_model: whether outputs are distributions over tokens.
+        is_distribution: whether outputs are logits over tokens or labels.
     """
 
     model: nn.Module
     data: Sequence[Any]
     expected: list[Tensor]
-    is_language_model: bool
+    is_distribution: bool
 
     @classmethod
     def of(cls, model: nn.Module, data: Sequence[Any]) -> Judge:
         """Run the model over the data."""
         with evaluating(model):
-            expected = [_compared(forward(model, sample)) for sample in data]
-        vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-        return cls(model, data, expected, vocabulary == expected[0].shape[-1])
+            expected = [_compared(main_tensor(forward(model, sample))) for sample in data]
+        return cls(model, data, expected, is_distribution(model, expected[0]))
 
     def divergence(self, layers: Mapping[str, nn.Module]) -> Tensor:
         """Return how far the output moves with ``layers`` in place, for each element of the batches, [n] float64.
 
-        Mean KL divergence a token of a language model, else the relative squared error.
+        Mean KL divergence a token (or label), else the relative squared error.
         """
         originals = {name: self.model.get_submodule(name) for name in layers}
         try:
             replace_modules(self.model, {originals[name]: layer for name, layer in layers.items()})
             with evaluating(self.model):
                 found = [
-                    self._apart(_compared(forward(self.model, sample)), before, _mask(sample, before))
+                    self._apart(_compared(main_tensor(forward(self.model, sample))), before, _mask(sample, before))
                     for sample, before in zip(self.data, self.expected, strict=True)
                 ]
         finally:
@@ -75,20 +74,20 @@ class Judge:
         return torch.cat(found).double().cpu()
 
     def _apart(self, after: Tensor, before: Tensor, mask: Tensor | None) -> Tensor:
-        if not self.is_language_model:
-            error, size = (after - before).square().flatten(1).sum(1), before.square().flatten(1).sum(1)
+        if not self.is_distribution:
+            error, size = (x.square().reshape(len(x), -1).sum(1) for x in (after - before, before))
             return error / size.clamp(min=torch.finfo(torch.float32).tiny)
         log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
         each = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
         if mask is None:
-            return each.flatten(1).mean(1)
+            return each.reshape(len(each), -1).mean(1)
         return (each * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def _compared(output: Any) -> Tensor:
-    """Return the main tensor [batch, ...] of an output, of long sequences at some positions."""
-    values = main_tensor(output).detach().float()
-    return values[:, _positions(values.shape[1])] if values.dim() == 3 else values.reshape(len(values), -1)
+def _compared(output: Tensor) -> Tensor:
+    """Return an output [batch, ...] in float32, of long sequences at some positions."""
+    values = output.detach().float()
+    return values[:, _positions(values.shape[1])] if values.dim() == 3 else values
 
 
 def _positions(length: int) -> slice:
@@ -104,10 +103,12 @@ def _mask(sample: Any, compared: Tensor) -> Tensor | None:
 
 
 def better(one: Tensor, other: Tensor) -> bool:
-    """Return whether ``one``'s divergences are less than ``other``'s by more than two standard errors of the mean."""
+    """Return whether ``one``'s divergences are less than ``other``'s by more than two standard errors of the mean.
+
+    One divergence alone does not say.
+    """
     difference = one - other
-    noise = difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
-    return difference.mean().item() < -2 * noise
+    return len(difference) > 1 and difference.mean().item() < -2 * difference.std().item() / math.sqrt(len(difference))
 
 
 def repaired(

@@ -22,6 +22,9 @@ from hfquant.calibration.batches import evaluating, forward
 
 logger = logging.getLogger(__name__)
 
+#: What configs call the number of tokens or labels.
+_COUNTS = ("vocab_size", "num_labels")
+
 #: Rows kept of a layer that maps rows to rows, in all.
 ROWS = 512
 #: Bytes of inputs kept of any other layer (convolutions).
@@ -35,13 +38,18 @@ class Seen:
     Attributes:
         inputs: each [rows, in], or whole inputs of a layer that does not map rows to rows.
         squares: of the gradients, in the shape of the outputs; shorter than ``inputs`` where there are none.
-        share: of the rows that the layer saw, those that are kept.
+        kept, rows: how many rows ``inputs`` has, and how many the layer saw.
     """
 
     inputs: list[Tensor] = field(default_factory=list)
     squares: list[Tensor] = field(default_factory=list)
     kept: int = 0
     rows: int = 0
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether each input has gradients beside it."""
+        return len(self.squares) == len(self.inputs) > 0 and all(squares.numel() for squares in self.squares)
 
     @torch.no_grad()
     def errors(self, layer: nn.Module, other: nn.Module) -> tuple[float, float]:
@@ -50,7 +58,7 @@ class Seen:
         Without gradients the harm is the relative error.
         """
         harm = error = size = 0.0
-        has_gradients = len(self.squares) == len(self.inputs)
+        has_gradients = self.has_gradients
         for i, x in enumerate(self.inputs):
             y = layer(x).float()
             difference = (other(x).float() - y).square_()
@@ -111,7 +119,7 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
             parameter.requires_grad_(False)
         with evaluating(model), torch.enable_grad():
             for sample in data:
-                loss_of(forward(model, sample), generator).backward()
+                loss_of(model, forward(model, sample), generator).backward()
     except RuntimeError as error:
         logger.warning("the model's output has no gradient (%s): forward differences take its place", error)
         for found in seen.values():
@@ -124,16 +132,22 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
     return seen
 
 
-def loss_of(output: Any, generator: torch.Generator) -> Tensor:
+def loss_of(model: nn.Module, output: Any, generator: torch.Generator) -> Tensor:
     """Return a number whose gradient's covariance is the Fisher information of the output."""
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        flat = logits.float().flatten(0, -2)
+    values = main_tensor(output)
+    if is_distribution(model, values):
+        flat = values.float().reshape(-1, values.shape[-1])
         drawn = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator).to(flat.device)
         return nn.functional.cross_entropy(flat, drawn.squeeze(1), reduction="sum")
-    values = main_tensor(output)
     direction = torch.randn(values.shape, generator=generator).to(values)
     return (values * direction).sum()
+
+
+def is_distribution(model: nn.Module, output: Tensor) -> bool:
+    """Return whether a model's output is logits over tokens or labels, along its last dimension."""
+    config = getattr(model, "config", None)
+    counts = [getattr(c, n, None) for c in (config, getattr(config, "text_config", None)) for n in _COUNTS]
+    return output.dim() > 1 and output.shape[-1] > 1 and output.shape[-1] in counts
 
 
 def main_tensor(output: Any) -> Tensor:

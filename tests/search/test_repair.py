@@ -17,7 +17,7 @@ from tests.search.nets import Net, inputs
 def test_divergence_of_a_plain_model():
     net, data = Net(), inputs()
     judge = Judge.of(net, data)
-    assert not judge.is_language_model
+    assert not judge.is_distribution
     assert judge.divergence({}).tolist() == [0.0] * 32
     other = copy.deepcopy(net.loud)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def test_divergence_of_a_language_model_leaves_padding_out():
     ids, mask = torch.randint(50, (2, 12)), torch.ones(2, 12, dtype=torch.int64)
     mask[1, 8:] = 0
     judge = Judge.of(model, [{"input_ids": ids, "attention_mask": mask}])
-    assert judge.is_language_model
+    assert judge.is_distribution
     head = copy.deepcopy(model.lm_head)
     with torch.no_grad():
         head.weight += 0.1 * torch.randn_like(head.weight)
@@ -64,7 +64,7 @@ def test_better_is_beyond_noise():
     assert not better(ones, ones)
     assert not better(ones + noise - noise.mean() - 0.1, ones)  # less by 0.4 standard errors
     assert better(ones + noise - noise.mean() - 1, ones)
-    assert better(torch.zeros(1), torch.ones(1))
+    assert not better(torch.zeros(1), torch.ones(1))
 
 
 def test_groups():

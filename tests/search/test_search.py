@@ -99,6 +99,14 @@ def test_layers_that_are_not_chosen_for_keep_what_the_base_says():
     assert plan["lm_head"].config.weight_quant.type == plan["model.embed_tokens"].config.weight_quant.type == "int4"
 
 
+def test_presets_leave_it_to_the_base_which_layers_are_quantized():
+    model = small_llama()
+    base = {"default": {**BASE["default"], "include": ["output_heads"]}}
+    data = [{"input_ids": torch.randint(50, (2, 12))} for _ in range(4)]
+    config = hfquant.search_bits(model, data, 9.0, ["int4", "w8a16"], base)
+    assert "lm_head" in hfquant.plan(model, config).layers
+
+
 def test_experts_and_presets():
     model = mixture("MixtralForCausalLM")
     before = copy.deepcopy(model.state_dict())
