@@ -96,10 +96,12 @@ def search(
         if isinstance(budget, str):
             plans = planned(parse(budget))
             names = [name for found in measured.members.values() for name in found if name in plans]
-            budget = max(sum(stored_bytes(model, plans[name]) for name in names), 33)
-        chosen, judged = choose(measured, Judge.of(model, held), limit_of(measured, budget))
+            limit = sum(stored_bytes(model, plans[name]) for name in names)
+        else:
+            limit = limit_of(measured, budget)
+        chosen, judged = choose(measured, Judge.of(model, held), limit)
         config = _config(rules, measured, chosen, planned(base), experts)
-    return _result(measured, chosen, config, limit_of(measured, budget), judged)
+    return _result(measured, chosen, config, limit, judged)
 
 
 def limit_of(measured: Measured, budget: float) -> int:
@@ -204,9 +206,11 @@ def _result(
         judged,
     )
     logger.info(
-        "bits: %s; %.2f bits a weight, on held-out rows %s",
+        "bits: %s; %.2f bits a weight, estimated harm %.3g, at least %.3g within the budget; on held-out rows %s",
         ", ".join(f"{labels.count(label)} x {label}" for label in dict.fromkeys(sorted(labels))),
         found.bits,
+        found.error,
+        found.bound,
         ", ".join(f"{value:.4g} ({how})" for how, value in judged.items()),
     )
     return found
