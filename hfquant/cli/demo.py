@@ -12,7 +12,7 @@ from hfquant.cli.errors import errors_in_one_line
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the picture, the report page and the quantized pipelines.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for picture, report page and quantized pipelines.")] = Path(
         "demo_out"
     ),
     debug: options.Debug = False,

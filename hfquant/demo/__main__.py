@@ -15,7 +15,8 @@ import diffusers
 from rich.console import Console
 from rich.progress import track
 
-from hfquant.demo.measure import drawing, measure, speeds
+from hfquant.demo import DigitsPipeline
+from hfquant.demo.measure import Result, drawing, measure, speeds
 from hfquant.demo.rows import AFFINER, CONFIGS, DEFAULT_ROWS, FULL_PRECISION, folder_of, is_known, read_row, write_row
 from hfquant.demo.show import best_of, draw_grid, table, write_page
 
@@ -43,16 +44,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(out: Path, rows: Sequence[str], steps: int) -> None:
     """Make, measure and show the rows, full precision first."""
     console = Console(highlight=False, soft_wrap=True)
-    labels = list(range(10)) * 5
+    labels = list(range(10)) * 3
     out.mkdir(parents=True, exist_ok=True)
-    results, pipes = [], []
+    results: list[Result] = []
+    pipes: list[DigitsPipeline] = []
     for row in track([FULL_PRECISION, *rows], "Quantizing and drawing", console=Console(stderr=True), transient=True):
         write_row(row, out, steps)
         pipes.append(read_row(row, out))
         reference = results[0].images if results else None
         results.append(measure(row, pipes[-1], folder_of(row, out), labels, steps, reference))
-    reference, *others = [drawing(pipe) for pipe in pipes]
-    measured = speeds(reference, others)
+    full, *others = [drawing(pipe) for pipe in pipes]
+    measured = speeds(full, others)
 
     picture = out / "grid.png"
     draw_grid(results, labels, picture)

@@ -1,4 +1,4 @@
-"""The rows of the demo: presets, with data and without, each made from the embedded pipeline and written to a folder."""
+"""The rows of the demo: presets, with data and without, made from the embedded pipeline and written to folders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 DEFAULT_ROWS = (
     *("w8a8-dynamic", "w8a8-smooth"),
-    *("w4a8-dynamic", "w4a8-gptq", f"w4a8-gptq{AFFINER}"),
+    *("w4a8-dynamic", "w4a8-svd"),
     *("w4a4-dynamic", "w4a4-svd", f"w4a4-svd{AFFINER}"),
 )
 
@@ -59,17 +59,16 @@ def write_row(row: str, out: Path, steps: int) -> None:
     if row == FULL_PRECISION:
         load_digits_pipeline().save_pretrained(folder_of(row, out))
         return
-    pipe = load_quantized(row.removesuffix(AFFINER))
-    affiner = None
+    pipe, affiner = load_quantized(row.removesuffix(AFFINER)), None
     if row.endswith(AFFINER):
-        quiet = load_digits_pipeline()
-        for one in (pipe, quiet):
+        full = load_digits_pipeline()
+        for one in (pipe, full):
             one.set_progress_bar_config(disable=True)
         config = {
-            "stepper": {"max_timestep": steps, "batch_size": 40, "seed": CALIBRATION_SEED},
+            "stepper": {"max_timestep": steps, "batch_size": 20, "seed": CALIBRATION_SEED},
             "solver": {"blocksize": 1},
         }
-        affiner = load_affiner(config, [{"class_labels": [digit]} for digit in range(10)] * 4, quiet, pipe)
+        affiner = load_affiner(config, [{"class_labels": [digit]} for digit in range(10)] * 2, full, pipe)
     save(pipe, folder_of(row, out), affiner)
 
 
@@ -94,7 +93,7 @@ def load_quantized(name: str) -> DigitsPipeline:
     return pipe
 
 
-def record_inputs(pipe: DigitsPipeline, steps: int = 10) -> list[dict[str, Any]]:
+def record_inputs(pipe: DigitsPipeline, steps: int = 8) -> list[dict[str, Any]]:
     """What the denoiser is given while it draws each digit twice, one dict of keyword arguments a step.
 
     The noise is not the one that rows are judged on.
