@@ -99,11 +99,11 @@ def psnr(images: np.ndarray, reference: np.ndarray) -> float:
     return 10 * float(np.log10(1 / error)) if error else float("inf")
 
 
-def drawing(pipe: DigitsPipeline) -> Callable[[], object]:
-    """Return the run that a pipeline's speed is measured on: ten digits, four steps."""
+def drawing(pipe: DigitsPipeline, steps: int) -> Callable[[], object]:
+    """Return the run that a pipeline's speed is measured on: each digit once, in so many steps."""
     pipe.set_progress_bar_config(disable=True)
     return lambda: pipe(
-        list(range(10)), num_inference_steps=4, generator=torch.Generator().manual_seed(SEED), output_type="np"
+        list(range(10)), num_inference_steps=steps, generator=torch.Generator().manual_seed(SEED), output_type="np"
     )
 
 
