@@ -70,6 +70,7 @@ ELSEWHERE = {
 #: Test files that are about more than one module, or about the project itself.
 WIDE = {
     "test_behaviour.py",
+    "test_docs.py",
     "affiner/test_refusals.py",
     "calibration/test_diffusers_pipelines.py",
     "calibration/test_digits.py",
