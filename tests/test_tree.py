@@ -29,6 +29,7 @@ ELSEWHERE = {
     "demo/__main__.py": "demo/test_demo.py",
     "demo/classifier.py": "demo/test_demo.py",
     "demo/pipeline.py": "demo/test_demo.py",
+    "demo/rows.py": "demo/test_demo.py",
     "demo/train.py": "demo/test_demo.py",
     "enums.py": "test_config.py",
     "exporters/checkpoint.py": "exporters/test_exporters.py",
