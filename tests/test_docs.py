@@ -197,6 +197,12 @@ def test_the_kernels_page_has_every_kernel() -> None:
     assert rows == list(KERNELS)
 
 
+def test_how_it_works_names_files_that_exist() -> None:
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8"))
+    assert named
+    assert not [name for name in named if not (ROOT / "hfquant" / name).exists()]
+
+
 def test_measured_rows_of_readme_are_rows_of_the_page() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = text[text.index("## Measured") : text.index("## Limits")]
@@ -207,5 +213,7 @@ def test_measured_rows_of_readme_are_rows_of_the_page() -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    listed = re.findall(r"^ +- (?:Home: )?([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = re.findall(
+        r"^ +- (?:Home: )?([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert sorted(listed) == sorted(page.name for page in PAGES[1:])
