@@ -73,11 +73,18 @@ class InputQuant(_Quant):
         False,
         description="True: scales are computed from the input at run time. False: they are calibrated beforehand.",
     )
+    token_fallback: bool = Field(
+        False,
+        description="Layers whose inputs no calibrated scale serves get one for each token at run time: those whose "
+        "output errs more than four times as much by it as the format promises, on rows that did not make the scale.",
+    )
 
     @model_validator(mode="after")
     def _static_per_token(self, info: ValidationInfo) -> InputQuant:
         if not is_patch(info) and self.format.has_scale and self.axis == -1 and not self.dynamic:
             raise ValueError("axis=-1 (one scale a token) needs dynamic=True: a static scale cannot know the tokens")
+        if not is_patch(info) and self.token_fallback and not self.static:
+            raise ValueError("token_fallback is for calibrated scales: set dynamic=False and a type that has a scale")
         return self
 
     @property
@@ -202,7 +209,9 @@ class LayerConfig(Section):
     def plain(self) -> LayerConfig:
         """Return the same formats, untransformed and rounded to nearest."""
         weight = self.weight_quant.model_copy(update={"group_size": self.group_size})
-        return self.model_copy(update={"opt": Identity(), "calib": Nearest(), "weight_quant": weight})
+        inputs = self.input_quant and self.input_quant.model_copy(update={"token_fallback": False})
+        update = {"opt": Identity(), "calib": Nearest(), "weight_quant": weight, "input_quant": inputs}
+        return self.model_copy(update=update)
 
 
 #: Sections whose class depends on ``type``, and the type that they have where none is named.

@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "w8a8": {
             "opt": _SEARCHED,
             "weight_quant": _channel("int8"),
-            "input_quant": {"type": "int8"},
+            "input_quant": {"type": "int8", "token_fallback": True},
         },
         "w8a8-dynamic": {**_ROUND, "weight_quant": _channel("int8"), "input_quant": _INT8_TOKEN},
         "w8a8-smooth": {
