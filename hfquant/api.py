@@ -14,7 +14,7 @@ from hfquant.integrations import batches_for, model_facts, quantize_model
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.nn.modules import dequantized, quant_modules
 from hfquant.planner import Plan, plan_layers
-from hfquant.search import search
+from hfquant.search import Choice, search
 
 __all__ = ["dequantize", "plan", "quantize", "search_bits"]
 
@@ -126,31 +126,37 @@ def dequantize(model: nn.Module) -> nn.Module:
 def search_bits(
     model: nn.Module,
     calibration: Any,
-    budget: float,
-    choices: Sequence[str] = ("int4", "int6", "int8"),
+    budget: float | str,
+    choices: Sequence[Choice] = ("int4", "int6", "int8"),
     base: Any = "w4a16-gptq",
 ) -> dict[str, Any]:
-    """Choose a weight format for each layer under a budget, from measured effects; the model is left as it is.
+    """Choose a format, or more, for each layer under a budget, from measured effects; the model is left as it is.
+
+    Layers of every kind take part, experts too, those of one parameter together. What is measured, and what it takes,
+    says :mod:`hfquant.search`.
 
     Args:
         model: in full precision.
         calibration: what :func:`quantize` takes; the last quarter of its samples judges.
-        budget: at most 32: stored bits a weight, scales included; more: bytes of all quantized layers.
-        choices: weight formats to choose from.
+        budget: at most 32: stored bits a weight, scales included; more: bytes of all layers that are chosen for; the
+            name of a preset: as many bytes as it takes.
+        choices: what to choose from: names of number formats, which take the place of the base's weight format; fields
+            of ``weight_quant``, such as ``{"type": "int3", "group_size": 128}``; fields of a layer's config; or names
+            of presets.
         base: config that says all else.
 
     Returns:
-        A config's dict: the format that most layers have, and an entry for each layer that differs.
+        A config's dict: what most layers have, and an entry for each layer that differs.
 
     Raises:
-        ConfigError: unknown formats, or a base that they do not fit.
+        ConfigError: unknown choices, or a base that they do not fit.
         ValueError: the budget is less than the smallest choice takes, or ``model`` is already quantized.
-        CalibrationError: fewer than two samples.
+        CalibrationError: a single sample that is no batch, or none of the layers ran.
     """
     _check_module(model)
     if quant_modules(model):
         raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
-    width = next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
     config = HfQuantConfig.of(base)
     data = batches_for(model, calibration, config)
-    return search(model, data, budget, choices, config.rules.raw, model_facts(model), width).config
+    not_convert = config.modules_to_not_convert or ()
+    return search(model, data, budget, choices, config.rules, model_facts(model), not_convert).config

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -214,6 +214,17 @@ class LayerConfig(Section):
         return self.model_copy(update=update)
 
 
+class SearchRule(Section):
+    """Choose what each layer becomes by :mod:`hfquant.search`, on the calibration data, when a model is quantized.
+
+    ``budget``: stored bits a weight (at most 32) or bytes, or the name of a preset, whose bytes it takes. ``choices``:
+    formats, presets or fields of a config, as of :func:`hfquant.search_bits`.
+    """
+
+    budget: float | str
+    choices: tuple[str | dict[str, Any], ...] = Field(("int3", "int4", "int5", "int6", "int8"), strict=False)
+
+
 #: Sections whose class depends on ``type``, and the type that they have where none is named.
 _TABLES: dict[str, tuple[Mapping[str, type[Section]], str]] = {
     "opt": (TRANSFORMS, "smooth"),
@@ -234,7 +245,8 @@ class QuantRules:
     """A validated config: the default and the overrides, in the order they were listed.
 
     An entry overrides only the fields it names; a sub-dict that names another ``type`` replaces the whole sub-dict.
-    Where several globs match a module they are applied in the order listed, so the last one wins.
+    Where several globs match a module they are applied in the order listed, so the last one wins. "search" is no glob
+    but a :class:`SearchRule`.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
@@ -248,12 +260,19 @@ class QuantRules:
             )
         #: The entries as given, in JSON's own types and with enum members spelled as their values.
         self.raw: dict[str, dict[str, Any]] = {}
+        #: How layers' choices are found; None where the entries say it all.
+        self.search: SearchRule | None = None
         for key, entry in raw.items():
+            where = f"config[{key!r}]"
             if not isinstance(entry, dict):
-                raise ConfigError(f"config[{key!r}]: expected a dict of fields, got {entry!r}")
-            checked = _validate(entry, f"config[{key!r}]", patch=key != "default")
+                raise ConfigError(f"{where}: expected a dict of fields, got {entry!r}")
+            if key == "search":
+                checked: Section = _section(SearchRule, entry, where, patch=False)
+                self.search = cast(SearchRule, checked)
+            else:
+                checked = _validate(entry, where, patch=key != "default")
             self.raw[key] = checked.model_dump(mode="json", exclude_unset=True)
-        self.patterns = [k for k in self.raw if k != "default"]
+        self.patterns = [k for k in self.raw if k not in ("default", "search")]
         self._resolved: dict[tuple[str, ...], LayerConfig] = {}
         self.default = self.resolve()
 
@@ -272,7 +291,7 @@ class QuantRules:
     @property
     def needs_data(self) -> bool:
         """Whether any layer could need calibration data: by the default, or by a glob and those that cover it."""
-        if self.default.needs_data:
+        if self.search is not None or self.default.needs_data:
             return True
         # Only globs that would need data if they were enabled are worth the search for what covers them.
         needing = (p for p in self.patterns if _enabled(_merge(self.raw.get("default", {}), self.raw[p])).needs_data)

@@ -20,6 +20,15 @@ _INT4_GPTQ = {
     "calib": {"type": "gptq"},
     "weight_quant": {**_INT4_GROUP, "symmetric": False, "clip": "mse"},
 }
+#: Half a bit apart, so that a budget is well spent.
+_SEARCHED_BITS = [
+    {"type": "int3", "group_size": 64},
+    {"type": "int4", "group_size": 64},
+    {"type": "int4", "group_size": 32},
+    {"type": "int5", "group_size": 64},
+    {"type": "int6", "group_size": 64},
+    {"type": "int8", "group_size": 64},
+]
 _ROUND = {"opt": {"type": "default"}, "calib": {"type": "amax"}}
 _SVD = {"opt": {"type": "svd", "low_rank": 32, "alpha": 0.5}, "calib": {"type": "amax"}}
 
@@ -57,3 +66,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fp8-dynamic": {**_ROUND, "weight_quant": _channel("fp8e4m3"), "input_quant": _FP8_TOKEN},
     }.items()
 }
+# As many bytes as w4a16-gptq, spent where they count.
+PRESETS["w4-auto"] = {**PRESETS["w4a16-gptq"], "search": {"budget": "w4a16-gptq", "choices": _SEARCHED_BITS}}

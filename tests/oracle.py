@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-INTEGERS = {"int4": 4, "int6": 6, "int8": 8, "int16": 16}
+INTEGERS = {f"int{bits}": bits for bits in (2, 3, 4, 5, 6, 7, 8, 16)}
 #: bits, exponent bits, mantissa bits, bias, whether the top exponent is Inf and NaN (E4M3 has only S.1111.111 as NaN).
 FLOATS = {
     "fp8e4m3": (8, 4, 3, 7, False),

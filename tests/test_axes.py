@@ -30,7 +30,7 @@ from hfquant.nn.modules import quant_linears
 from hfquant.statistics import STATISTICS, LayerStats, Reduction, Statistic
 
 # A format of few bits is one line.
-INT5 = IntegerFormat("int5", 5, torch.int8)
+FIVE = IntegerFormat("five", 5, torch.int8)
 
 
 @dataclass(frozen=True)
@@ -146,20 +146,20 @@ DYNAMIC = {"type": "int8", "dynamic": True, "axis": -1}
 PLAIN = {"opt": {"type": "default"}, "input_quant": None, "weight_quant": {"type": "int8", "group_size": 10}}
 #: What is put into which table, and the fields of a config that use it.
 AXES: dict[str, tuple[dict[str, Any], str, Any, dict[str, Any]]] = {
-    "format": (FORMATS, "int5", INT5, {"weight_quant": {"type": "int5", "group_size": 10}}),
+    "format": (FORMATS, "five", FIVE, {"weight_quant": {"type": "five", "group_size": 10}}),
     "asymmetric format": (
-        FORMATS, "int5", INT5, {"weight_quant": {"type": "int5", "group_size": 10, "symmetric": False, "clip": "mse"}},
+        FORMATS, "five", FIVE, {"weight_quant": {"type": "five", "group_size": 10, "symmetric": False, "clip": "mse"}},
     ),
     "format of inputs": (
-        FORMATS, "int5", INT5, {"weight_quant": {"type": "int5", "axis": -1}, "input_quant": {"type": "int5"}},
+        FORMATS, "five", FIVE, {"weight_quant": {"type": "five", "axis": -1}, "input_quant": {"type": "five"}},
     ),
     "format of one's own": (
         FORMATS, "powers", POWERS,
         {"weight_quant": {"type": "powers", "axis": -1}, "input_quant": {**DYNAMIC, "type": "powers"}},
     ),
     "format, smoothed": (
-        FORMATS, "int5", INT5,
-        {"weight_quant": {"type": "int5"}, "opt": {"type": "svd", "low_rank": 2}, "calib": {"type": "gptq"}},
+        FORMATS, "five", FIVE,
+        {"weight_quant": {"type": "five"}, "opt": {"type": "svd", "low_rank": 2}, "calib": {"type": "gptq"}},
     ),
     "transform": (TRANSFORMS, "shuffle", Shuffle, {"opt": {"type": "shuffle", "seed": 3}, "input_quant": DYNAMIC}),
     "transform with data": (TRANSFORMS, "centred", Centred, {"opt": {"type": "centred"}, "input_quant": DYNAMIC}),
@@ -217,7 +217,7 @@ def check_layers(model: nn.Module, count: int, run: Callable[[], Tensor], exact:
     for layer in layers.values():
         chosen = layer.plan.config
         assert {chosen.weight_quant.type, chosen.opt.type, chosen.calib.type} & MADE_UP
-        if chosen.weight_quant.type == "int5":
+        if chosen.weight_quant.type == "five":
             assert layer.weight.nbytes == layer.out_features * -(-layer.in_features * 5 // 8)
     output = run()
     assert 0 < (output - exact).norm() < 0.4 * exact.norm()
@@ -444,7 +444,7 @@ def test_a_kind_of_layer(fields: dict[str, Any], tmp_path: Path, monkeypatch: py
 
 def test_the_tables_are_as_they_were() -> None:
     """What a test puts there is gone again, or a name would be known by accident."""
-    assert "int5" not in FORMATS
+    assert "five" not in FORMATS
     assert "powers" not in FORMATS
     assert TRANSFORMS.keys() == {"default", "smooth", "svd"}
     assert ROUNDINGS.keys() == {"amax", "gptq"}

@@ -67,9 +67,12 @@ def test_search_patterns() -> None:
 
 def test_facts_of_the_formats() -> None:
     assert {d.name: number_format(d.value).bits for d in DType} == {
-        "INT4": 4, "INT6": 6, "INT8": 8, "INT16": 16, "FP8E4M3": 8, "FP8E5M2": 8, "FP16": 16, "BF16": 16,
+        "INT2": 2, "INT3": 3, "INT4": 4, "INT5": 5, "INT6": 6, "INT7": 7, "INT8": 8, "INT16": 16,
+        "FP8E4M3": 8, "FP8E5M2": 8, "FP16": 16, "BF16": 16,
     }  # fmt: skip
-    assert [d.name for d in DType if number_format(d).is_integer] == ["INT4", "INT6", "INT8", "INT16"]
+    assert [d.name for d in DType if number_format(d).is_integer] == [
+        f"INT{bits}" for bits in (2, 3, 4, 5, 6, 7, 8, 16)
+    ]
     assert [d.name for d in DType if not number_format(d).has_scale] == ["FP16", "BF16"]
 
 
@@ -223,7 +226,7 @@ WRONG = [
     ({"input_quant": {"axis": 1}}, "input_quant.axis", "None or -1, got 1"),
     ({"input_quant": {"dynamic": 0}}, "input_quant.dynamic", "0"),
     ({"weight_quant": None}, "weight_quant", "None"),
-    ({"weight_quant": {"type": "int5"}}, "weight_quant.type", "int4, int6, int8, int16, fp8e4m3"),
+    ({"weight_quant": {"type": "int9"}}, "weight_quant.type", "int5, int6, int7, int8, int16, fp8e4m3"),
     ({"weight_quant": {"type": 8}}, "weight_quant.type", "8"),
     ({"weight_quant": {"axis": 0}}, "weight_quant.axis", "None, 1 or -1, got 0"),
     ({"weight_quant": {"axis": True}}, "weight_quant.axis", "True"),
@@ -336,6 +339,7 @@ NEEDS_DATA = {
     "w8a8": True, "w8a8-dynamic": False, "w8a8-smooth": True, "w8a16": False, "w6a16": False, "w4a16": False,
     "w4a16-gptq": True, "w4a8-gptq": True,
     "w4a8": True, "w4a8-dynamic": False, "w4a8-svd": True, "w4a4-svd": True, "fp8": True, "fp8-dynamic": False,
+    "w4-auto": True,
 }  # fmt: skip
 
 
@@ -344,7 +348,9 @@ def test_presets(name) -> None:
     rules = parse(name)
     assert rules.needs_data == NEEDS_DATA[name]
     weight, inputs = rules.default.weight_quant, rules.default.input_quant
-    if name.startswith("fp8"):
+    if rules.search is not None:
+        assert rules.default == parse(rules.search.budget).default
+    elif name.startswith("fp8"):
         assert (weight.type, inputs.type) == (DType.FP8E4M3, DType.FP8E4M3)
     else:
         bits, activations = name.split("-")[0].removeprefix("w").split("a")
@@ -443,3 +449,15 @@ def test_a_config_without_an_end_is_refused() -> None:
     endless["default"]["opt"] = endless
     with pytest.raises(ConfigError, match="nested more than 8 levels"):
         QuantRules(endless)
+
+
+def test_a_search_is_no_layer() -> None:
+    rules = QuantRules({"default": {"calib": {"type": "amax"}}, "search": {"budget": 4.5}, "*.up": {"enable": False}})
+    assert rules.patterns == ["*.up"]
+    assert rules.search is not None
+    assert (rules.search.budget, rules.search.choices) == (4.5, ("int3", "int4", "int5", "int6", "int8"))
+    assert rules.needs_data
+    assert QuantRules(rules.raw).search == rules.search
+    assert rules.resolve("search") == rules.default
+    with pytest.raises(ConfigError, match=r"config\['search'\].bits: unknown key; allowed are budget, choices"):
+        QuantRules({"search": {"budget": 4, "bits": 3}})

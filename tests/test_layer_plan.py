@@ -76,7 +76,7 @@ def test_stored_differences_round_trip(made) -> None:
         ({"config": []}, "expected a dict"),
         ({"config": {"weight_quant": {"group_size": 0}}}, "group_size.*got 0"),
         ({"config": {"opt": {"type": "svd", "low_rank": 0}}}, "low_rank.*got 0"),
-        ({"config": {"weight_quant": {"type": "int5"}}}, "unknown number format 'int5'"),
+        ({"config": {"weight_quant": {"type": "int9"}}}, "unknown number format 'int9'"),
     ],
 )
 def test_malformed_stored_plans(stored, says) -> None:

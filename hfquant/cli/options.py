@@ -63,6 +63,7 @@ def chosen_recipe(
     skip: Sequence[str],
     calibration: Mapping[str, Any] | None = None,
     call: Mapping[str, Any] | None = None,
+    bits: float | None = None,
 ) -> Recipe:
     """Return the recipe named, or one that says what the other options say.
 
@@ -72,12 +73,14 @@ def chosen_recipe(
         recipe, preset, config, skip: as given on the command line.
         calibration: a dataset as a stream has it; takes the place of the recipe's.
         call: arguments of a pipeline's call, added to the recipe's.
+        bits: stored bits a weight, for each component to choose formats under.
 
     Raises:
         ConfigError: more than one of recipe, preset and config, or one that cannot be used.
         FileNotFoundError: no such file.
     """
     from hfquant import recipes
+    from hfquant.config import parse
     from hfquant.schema import ConfigError
 
     if len([given for given in (recipe, preset, config) if given is not None]) > 1:
@@ -90,7 +93,7 @@ def chosen_recipe(
             component["skip"] = {**component.get("skip", {}), **left}
             component.pop("expected", None)
     else:
-        settings: Any = preset or "w8a8-dynamic"
+        settings: Any = preset or ("w8a8-dynamic" if bits is None else "w4-auto")
         if config is not None:
             settings = json.loads(config.read_text(encoding="utf-8"))
         entry = {"config": settings, "skip": left}
@@ -100,6 +103,10 @@ def chosen_recipe(
             "loads": loads,
             "components": {name: dict(entry) for name in components},
         }
+    if bits is not None:
+        for component in content["components"].values():
+            rules = parse(component["config"]).raw
+            component["config"] = {**rules, "search": {**rules.get("search", {}), "budget": bits}}
     if calibration is not None or call:
         data = content.get("calibration") or {}
         content["calibration"] = {

@@ -62,6 +62,9 @@ def plan(
     for name, found_plan in plans.items():
         for line in _reasons(found_plan):
             console().print(f"- {name}: {line}")
+        if (rule := wanted.components[name].rules().search) is not None:
+            budget = f"the bytes of {rule.budget}" if isinstance(rule.budget, str) else f"{rule.budget:g} bits a weight"
+            console().print(f"- {name}: not final: quantizing chooses each layer's format on the data, within {budget}")
         if name in costs:
             console().print(f"- {name}: {costs[name]}")
         if layers:

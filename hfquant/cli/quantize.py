@@ -21,6 +21,10 @@ def quantize(
     recipe: options.RecipeName = None,
     preset: options.Preset = None,
     config: options.ConfigFile = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Stored bits a weight: choose each layer's format under this budget, on the data."),
+    ] = None,
     component: options.Components = None,
     skip: options.Skip = None,
     calibration: Annotated[
@@ -50,8 +54,8 @@ def quantize(
 ) -> None:
     """Quantize a model or the denoisers of a pipeline, and save the result.
 
-    Without --recipe, --preset and --config it is the preset w8a8-dynamic. Solved layers are kept beside --out until it
-    is written: repeat the same command to go on after an interruption.
+    Without --recipe, --preset and --config it is the preset w8a8-dynamic, or w4-auto with --bits. Solved layers are
+    kept beside --out until it is written: repeat the same command to go on after an interruption.
     """
     call = {key: options.parsed(value) for key, value in options.pairs("--arg", arg or ()).items()}
     stream = None
@@ -68,7 +72,7 @@ def quantize(
 
         found = skeleton(model)
         wanted = options.chosen_recipe(
-            found.kind, component or found.denoisers, recipe, preset, config, skip or (), stream, call
+            found.kind, component or found.denoisers, recipe, preset, config, skip or (), stream, call, bits
         )
         check_fits(wanted, found)
         start = time.perf_counter()

@@ -28,7 +28,7 @@ from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_linears
 
 #: Number formats that it has as well, by our names.
-_TYPES = {"int4": "int", "int6": "int", "int8": "int", "fp8e4m3": "float"}
+_TYPES = {**{f"int{bits}": "int" for bits in range(2, 9)}, "fp8e4m3": "float"}
 
 
 def convert(model: Any, requantize: bool) -> Converted:

@@ -29,8 +29,12 @@ __all__ = [
 
 #: Every number format by its name in configs.
 FORMATS: dict[str, NumberFormat] = {
+    "int2": IntegerFormat("int2", 2, torch.int8),
+    "int3": IntegerFormat("int3", 3, torch.int8),
     "int4": IntegerFormat("int4", 4, torch.int8),
+    "int5": IntegerFormat("int5", 5, torch.int8),
     "int6": IntegerFormat("int6", 6, torch.int8),
+    "int7": IntegerFormat("int7", 7, torch.int8),
     "int8": IntegerFormat("int8", 8, torch.int8),
     "int16": IntegerFormat("int16", 16, torch.int16),
     "fp8e4m3": FloatFormat("fp8e4m3", 8, torch.int8, torch.float8_e4m3fn),

@@ -10,8 +10,12 @@ from torch import nn
 from hfquant import ptq
 from hfquant.calibration.provenance import data_provenance
 from hfquant.calibration.self_made import SelfMade, SelfSpec
+from hfquant.config import QuantRules
+from hfquant.distributed import processes
 from hfquant.integrations.config import HfQuantConfig
+from hfquant.nn.modules import quant_modules
 from hfquant.planner import ModelFacts, Plan
+from hfquant.search import search
 
 
 def quantize_attached(
@@ -38,6 +42,7 @@ def quantize_attached(
         A function that undoes it.
     """
     settings = settings or ptq.Settings(config.modules_to_not_convert or (), config.per_layer_mode, guard=config.guard)
+    rules = _searched(model, loader, config, facts)
     restore = _snapshot(model)
 
     def finish(applied: ptq.Applied) -> None:
@@ -47,7 +52,7 @@ def quantize_attached(
         model.quant_report = applied.report  # type: ignore[assignment]
 
     try:
-        applied = ptq.quantize(model, loader, config.rules, settings, facts, finish)
+        applied = ptq.quantize(model, loader, rules, settings, facts, finish)
     except BaseException:
         restore()
         raise
@@ -57,6 +62,22 @@ def quantize_attached(
         restore()
 
     return undo
+
+
+def _searched(model: nn.Module, loader: Any, config: HfQuantConfig, facts: ModelFacts) -> QuantRules:
+    """Return the rules by which layers are quantized: those of a search where the config asks for one.
+
+    The model's own config keeps the search; what it found is each layer's plan.
+    """
+    rule = config.rules.search
+    if rule is None or loader is None or quant_modules(model):
+        return config.rules
+    with processes() as group:
+        with group.together():
+            not_convert = config.modules_to_not_convert or ()
+            found = search(model, loader, rule.budget, rule.choices, config.rules, facts, not_convert)
+        # Each saw data of its own; what the first found holds for all.
+        return QuantRules(group.gather(found.config)[0])
 
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:

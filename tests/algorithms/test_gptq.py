@@ -99,7 +99,7 @@ def test_blocks_change_nothing(columns: tuple[int, ...], two_level: bool) -> Non
 @given(
     seed=st.integers(0, 1000),
     samples=st.sampled_from([1, 5, 64, 300]),
-    form=st.sampled_from(["int4", "int6", "int8", "fp8e4m3", "fp8e5m2"]),
+    form=st.sampled_from(["int2", "int3", "int4", "int5", "int6", "int8", "fp8e4m3", "fp8e5m2"]),
     columns=st.sampled_from([(48,), (8,) * 6, (16,) * 3, (20, 20, 8)]),
     act_order=st.booleans(),
     symmetric=st.booleans(),

@@ -34,6 +34,14 @@ def test_as_json_with_every_layer_and_an_estimate(llama):
     assert found["calibration"]["passes"] == 1
 
 
+def test_a_search_is_said_to_decide_later(llama):
+    result = plan(llama, "--preset", "w4-auto")
+    assert result.exit_code == 0, result.output
+    assert "not final: quantizing chooses each layer's format on the data, within the bytes of w4a16-gptq" in " ".join(
+        result.output.split()
+    )
+
+
 def test_a_recipe_for_a_pipeline():
     result = plan(PUBLISHED / "PixArt-Sigma-XL-2-1024-MS", "--recipe", "pixart-sigma-w8a8")
     assert result.exit_code == 0, result.output

@@ -47,6 +47,16 @@ def test_a_model_with_data_and_layers_left_out(llama, text, tmp_path):
     assert all(layer["error"] is not None for layer in layers)
 
 
+def test_bits_are_chosen_under_a_budget(llama, text, tmp_path):
+    more = ("--samples", 4, "--seqlen", 8, "--bits", 8.5, "--json")
+    result = quantize(llama, "--preset", "w4a16", "--calibration", text, "--out", tmp_path / "q", *more)
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout[result.stdout.index("{") :])
+    assert summary["bits a weight"]["model"] <= 8.5
+    layers = quant_linears(AutoModelForCausalLM.from_pretrained(tmp_path / "q")).values()
+    assert len({layer.plan.config.weight_quant.type for layer in layers}) > 1
+
+
 def test_a_pipeline(digits, labels, tmp_path):
     more = ("--column", "label", "--samples", 4, "--arg", "num_inference_steps=3")
     result = quantize(digits, "--preset", "w8a8", "--calibration", labels, "--out", tmp_path / "q", *more)

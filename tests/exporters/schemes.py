@@ -34,6 +34,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
     },
     "w4a8-dynamic": {"weight_quant": GROUPS, "input_quant": TOKEN},
     "w4a8-static": {"weight_quant": {**GROUPS, "symmetric": False}, "input_quant": {"type": "int8"}},
+    "w3a16": {"weight_quant": {"type": "int3", "group_size": 32}, "input_quant": None},
+    "w5a16": {"weight_quant": {"type": "int5", "group_size": 32, "symmetric": False}, "input_quant": None},
     "w6a16": {"weight_quant": {"type": "int6", "group_size": 32}, "input_quant": None},
     "fp8-dynamic": {
         "weight_quant": {"type": "fp8e4m3", "axis": -1},

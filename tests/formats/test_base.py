@@ -148,7 +148,7 @@ def test_a_format_is_found_by_its_name(form) -> None:
     assert number_format(form.name) is FORMATS[form.name] is form
 
 
-@pytest.mark.parametrize("unknown", ["int5", "INT4", "", "fp32"])
+@pytest.mark.parametrize("unknown", ["int9", "INT4", "", "fp32"])
 def test_an_unknown_name_says_what_there_is(unknown) -> None:
     listed = f"unknown number format '{unknown}'; there are {', '.join(FORMATS)}"
     with pytest.raises(ConfigError) as error:

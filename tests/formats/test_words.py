@@ -11,7 +11,12 @@ from hfquant.formats import FORMATS
 from hfquant.formats.words import from_words, to_words
 
 
-@given(st.sampled_from(["int4", "int6", "int8"]), st.integers(1, 3), st.integers(1, 70), st.integers(0, 2**32))
+@given(
+    st.sampled_from([f"int{bits}" for bits in range(2, 9)]),
+    st.integers(1, 3),
+    st.integers(1, 70),
+    st.integers(0, 2**32),
+)
 def test_words_are_one_stream_of_unsigned_codes(name: str, rows: int, columns: int, seed: int) -> None:
     form, half = FORMATS[name], 2 ** (FORMATS[name].bits - 1)
     generator = torch.Generator().manual_seed(seed)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from hfquant.formats import FORMATS, InputRule, split_columns
-from hfquant.formats.integer import IntegerFormat
 from hfquant.formats.packing import pack
 from hfquant.kernels import cpu
 from hfquant.kernels.base import Operands, Product
@@ -28,8 +27,6 @@ NAMES = [kernel.name for kernel in cpu.KERNELS]
 FLOAT_LIMIT, FLOAT_BLOCK = 32639, 128
 #: Columns whose sum a kernel holds in an integer of 32 bits.
 WIDEST = 1 << 15
-#: Formats without a line in the table, for codes that straddle bytes.
-ODD_FORMATS = {f"int{bits}": IntegerFormat(f"int{bits}", bits, torch.int8) for bits in (5, 7)}
 
 
 def require(name: str) -> None:
@@ -45,13 +42,6 @@ def kernel(request, monkeypatch) -> str:
     require(request.param)
     monkeypatch.setenv("HFQUANT_KERNEL", request.param)
     return request.param
-
-
-@pytest.fixture
-def odd_formats(monkeypatch) -> None:
-    """Weights of 5 and 7 bits."""
-    for name, form in ODD_FORMATS.items():
-        monkeypatch.setitem(FORMATS, name, form)
 
 
 @dataclass(frozen=True)
@@ -81,8 +71,7 @@ class Spec:
 
     def product(self) -> Product:
         columns = split_columns(self.segments, self.group) if self.group else self.segments
-        form = FORMATS.get(f"int{self.bits}") or ODD_FORMATS[f"int{self.bits}"]
-        inputs = FORMATS.get(f"int{self.input_bits}") or ODD_FORMATS[f"int{self.input_bits}"]
+        form, inputs = FORMATS[f"int{self.bits}"], FORMATS[f"int{self.input_bits}"]
         dual = (self.dual > 0,) * len(self.segments)
         rule = InputRule(inputs, self.input != "static", self.input == "token", self.segments, dual)
         return Product(form, columns, self.segments, None if self.input == "float" else rule, not self.asymmetric)

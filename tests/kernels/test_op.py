@@ -66,7 +66,7 @@ def emulated(plan: LayerPlan, tensors, x: torch.Tensor) -> torch.Tensor:
 
 @both_modes
 @pytest.mark.parametrize("quant", INPUTS)
-@pytest.mark.parametrize("dtype", ["int4", "int6", "int8", "fp8e4m3", "bf16"])
+@pytest.mark.parametrize("dtype", ["int2", "int3", "int4", "int5", "int6", "int8", "fp8e4m3", "bf16"])
 def test_result_and_gradient_are_those_of_an_emulation(dtype, quant, real) -> None:
     for name, case in cases(dtype).items():
         plan = case.plan(INPUTS[quant], real)

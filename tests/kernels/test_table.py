@@ -62,7 +62,7 @@ def test_every_kernel_that_the_cpu_can_run_is_there() -> None:
 @can_compile
 @has_flags
 @pytest.mark.parametrize("tokens", [1, 2, 64, 1000])
-@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_the_widest_path_is_taken(calls, bits, tokens, monkeypatch) -> None:
     monkeypatch.delenv("HFQUANT_KERNEL", raising=False)
     widest = next(name for name, flags in NEEDED.items() if cpu_flags() >= flags)

@@ -125,17 +125,32 @@ def weight_by_hand(plan: LayerPlan, tensors) -> np.ndarray:
         if form.bits < 8:
             zero = np.array([oracle.unpacked(row.tobytes(), form.bits, count) for row in zero])
         values = values - zero[:, group]
+    return values * scale_by_hand(plan, tensors)
+
+
+def scale_by_hand(plan: LayerPlan, tensors) -> np.ndarray:
+    """The weight's scale of each column in float64."""
     scale = tensors["weight_scale"].numpy()
     if "weight_scale_row" in tensors:
         row = tensors["weight_scale_row"].numpy()
         scale = np.vectorize(oracle.group_scale)(scale).astype(np.float32) * row
-    return values * scale.astype(np.float64)[:, group]
+    return scale.astype(np.float64)[:, np.repeat(np.arange(len(plan.columns)), plan.columns)]
+
+
+def terms_by_hand(plan: LayerPlan, tensors) -> np.ndarray:
+    """The largest magnitude of what a kernel adds up for each weight.
+
+    Kernels for integers may multiply unsigned codes, and take off the offset 2^(b-1) times the sum of the inputs later.
+    """
+    form, weight = plan.config.weight_quant.format, np.abs(weight_by_hand(plan, tensors))
+    offset = plan.config.real_quant and form.is_integer and form.bits <= 8
+    return weight + scale_by_hand(plan, tensors) * 2.0 ** (form.bits - 1) if offset else weight
 
 
 def forward_by_hand(plan: LayerPlan, tensors, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The layer in float64 and, for tolerances, the same with every sign made positive."""
+    """The layer in float64 and, for tolerances, the magnitude of all that is added up."""
     x = x.float().numpy()
-    w = weight_by_hand(plan, tensors)
+    w, terms = weight_by_hand(plan, tensors), terms_by_hand(plan, tensors)
     y, size, start = [], [], 0
     quant, segments = plan.config.input_quant, plan.input_segments
     for i, rows in enumerate(plan.row_groups):
@@ -161,7 +176,7 @@ def forward_by_hand(plan: LayerPlan, tensors, x: torch.Tensor) -> tuple[np.ndarr
                 scale = np.where(xs < 0, negative, scale)
             values = oracle.codes_of(xs, scale, quant.type) * scale.astype(np.float64)
         block = slice(start, start + rows)
-        part, bound = values @ w[block].T, np.abs(values) @ np.abs(w[block]).T
+        part, bound = values @ w[block].T, np.abs(values) @ terms[block].T
         if quant is None and plan.config.real_quant:
             bound = bound + rounding / TOLERANCE
         if rank(plan):

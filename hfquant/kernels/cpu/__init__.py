@@ -1,6 +1,6 @@
 """Kernels in C++ for CPUs, one for each instruction set that a machine has.
 
-Weights of 4 to 8 bits are multiplied as integers with inputs of at most 8 bits, or with floats that are taken as 16-bit
+Weights of 2 to 8 bits are multiplied as integers with inputs of at most 8 bits, or with floats that are taken as 16-bit
 integers (input.h). Other weights (FP8, FP16, BF16, INT16) become floats a panel at a time, and FP8 inputs are
 rounded on the way (floats.h).
 """
@@ -55,8 +55,8 @@ def _refuses(product: Product) -> str:
         return "blocks of columns are not groups of one size"
     if form.name in DECODED:
         return "" if product.symmetric else f"{form.name} weights have zero points"
-    if not isinstance(form, IntegerFormat) or not 4 <= form.bits <= 8:
-        return f"weights are {form.name}, not integers of 4 to 8 bits"
+    if not isinstance(form, IntegerFormat) or form.bits > 8:
+        return f"weights are {form.name}, not integers of at most 8 bits"
     if rule is not None and (not isinstance(rule.format, IntegerFormat) or rule.format.bits > 8):
         return f"inputs are {rule.format.name}, not floats or integers of at most 8 bits"
     return ""

@@ -9,10 +9,15 @@ constexpr int64_t FEW = 8;
 
 bool few_tokens(const Job& job, ParallelFor parallel_for) {
   if (!EXACT_BYTES && job.bits == 8) return try_rows<Wide>(job, parallel_for);
-  if (job.bits == 8) return try_rows<Eights>(job, parallel_for);
-  if (job.bits == 6) return try_rows<Sixes>(job, parallel_for);
-  if (job.bits == 4) return try_rows<Nibbles>(job, parallel_for);
-  return false;
+  switch (job.bits) {
+    case 2: return try_rows<Straddling<2>>(job, parallel_for);
+    case 3: return try_rows<Straddling<3>>(job, parallel_for);
+    case 4: return try_rows<Nibbles>(job, parallel_for);
+    case 5: return try_rows<Straddling<5>>(job, parallel_for);
+    case 6: return try_rows<Sixes>(job, parallel_for);
+    case 7: return try_rows<Straddling<7>>(job, parallel_for);
+    default: return try_rows<Eights>(job, parallel_for);
+  }
 }
 
 void multiply(const Job& job, ParallelFor parallel_for) {

@@ -36,7 +36,7 @@ struct Job {
   // What the weight's codes are; where they are not integers, both factors become floats.
   Format format;
 
-  // Codes of 4 to 8 bits, packed low bits first, rows padded to bytes; scales [N, G] as float32, or as bytes times
+  // Codes of 2 to 8 bits, packed low bits first, rows padded to bytes; scales [N, G] as float32, or as bytes times
   // scale_row [N]; zero points [N, G] packed as codes are, or null.
   int bits;
   const uint8_t* weight;

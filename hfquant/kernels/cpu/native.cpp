@@ -123,12 +123,12 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row,
                   " segments");
   job.segment = numbers + 6;
   job.dual = job.segment + job.segments;
-  STD_TORCH_CHECK(numbers[0] >= -INT16 && numbers[0] <= 8 && (numbers[0] < 0 || numbers[0] >= 4),
-                  "expected a weight of 4 to 8 bits or of a known format");
+  STD_TORCH_CHECK(numbers[0] >= -INT16 && numbers[0] <= 8 && (numbers[0] < 0 || numbers[0] >= 2),
+                  "expected a weight of 2 to 8 bits or of a known format");
   if (!integers) job.bits = code_bits(job.format);
   const bool known = integers ? numbers[2] >= 2 && numbers[2] <= 8 : numbers[2] < 0 && numbers[2] >= -FP8_E5M2;
   STD_TORCH_CHECK(numbers[2] == 0 || known,
-                  "expected an input of floats, of 2 to 8 bits for weights of 4 to 8, or of FP8 for others");
+                  "expected an input of floats, of 2 to 8 bits for weights of as many, or of FP8 for others");
   STD_TORCH_CHECK(job.group_size >= 0 && job.group_size <= INT32_MAX, "group size out of range");
   int64_t groups = 0;
   for (int64_t s = 0; s < job.segments; ++s) {

@@ -13,6 +13,12 @@ struct Nibbles {
   static constexpr int CODES = 2 * BYTES, STORED = BYTES, VECTORS = 2;
   static void read(const uint8_t* p, Ints w[]) { unpack4(load(p), w[0], w[1]); }
 };
+// Codes that straddle bytes, in order.
+template <int BITS>
+struct Straddling {
+  static constexpr int CODES = BYTES, STORED = BYTES / 8 * BITS, VECTORS = 1;
+  static void read(const uint8_t* p, Ints w[]) { w[0] = unpack<BITS>(p); }
+};
 struct Sixes {
   static constexpr int CODES = BYTES, STORED = BYTES / 4 * 3, VECTORS = 1;
   static void read(const uint8_t* p, Ints w[]) { w[0] = unpack6(p); }

@@ -98,9 +98,7 @@ struct Panel {
 template <class Dot>
 void unpack_row(const Job& job, const Layout& layout, int64_t row, uint8_t* bytes, void* out) {
   const uint8_t* packed = job.weight + row * job.row_bytes;
-  const int64_t vectors = has_order(job.bits) ? job.K : 0;
-  for (int64_t k = 0; k < vectors; k += BYTES) store(bytes + k, codes_in_order(packed, job.row_bytes, k, job.bits));
-  for (int64_t k = vectors; k < job.K; ++k) bytes[k] = code_at(packed, k, job.bits);
+  for (int64_t k = 0; k < job.K; k += BYTES) store(bytes + k, codes_in_order(packed, job.row_bytes, k, job.bits));
   for (size_t b = 0; b < layout.blocks.size(); ++b) {
     const Block& block = layout.blocks[b];
     if constexpr (Dot::UNSIGNED) {
@@ -119,7 +117,7 @@ void fill_words(const Job& job, const Layout& layout, int64_t first, Panel& pane
   const int64_t words = layout.words;
   uint8_t* bytes = scratch.get<uint8_t>(job.K + BYTES + LANES * words * 4);
   uint8_t* unpacked = bytes + (job.K + BYTES - 1) / BYTES * BYTES;
-  const bool direct = Dot::UNSIGNED && layout.in_order && has_order(job.bits);
+  const bool direct = Dot::UNSIGNED && layout.in_order;
   for (int v = 0; v < VECTORS; ++v) {
     // Lanes beyond the last row repeat it; what they give is not stored.
     int64_t row[LANES];

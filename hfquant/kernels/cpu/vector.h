@@ -12,6 +12,23 @@
 namespace hfquant {
 namespace HFQUANT_ISA {
 
+// Where the two bytes of each code lie in the 2 * BITS bytes of sixteen codes, and the factor that brings it to the top
+// of those 16 bits: of even codes (first = 0) or of odd ones (first = 1).
+template <int BITS>
+struct Halves {
+  alignas(16) int8_t order[16];
+  alignas(16) int16_t factor[8];
+
+  constexpr explicit Halves(int first) : order(), factor() {
+    for (int i = 0; i < 8; ++i) {
+      const int bit = (2 * i + first) * BITS;
+      order[2 * i] = static_cast<int8_t>(bit / 8);
+      order[2 * i + 1] = static_cast<int8_t>(bit / 8 + 1);
+      factor[i] = static_cast<int16_t>(1 << (16 - BITS - bit % 8));
+    }
+  }
+};
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 using Ints = __m512i;
 using Reals = __m512;
@@ -76,6 +93,24 @@ inline Ints unpack6(const uint8_t* p) {
   out = _mm512_or_si512(out, _mm512_and_si512(_mm512_slli_epi32(v, 4), repeat(0x3f0000)));
   out = _mm512_or_si512(out, _mm512_and_si512(_mm512_slli_epi32(v, 6), repeat(0x3f000000)));
   return _mm512_xor_si512(out, _mm512_set1_epi8(32));
+}
+// BYTES codes of other widths from BYTES / 8 * BITS bytes, as unsigned bytes: of each the two bytes that hold it are
+// multiplied to the top of 16 bits and brought down. Reads BYTES.
+template <int BITS>
+inline Ints unpack(const uint8_t* p) {
+  static constexpr Halves<BITS> EVEN(0), ODD(1);
+  auto sixteen = [p](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 2 * BITS * i)); };
+  Ints v = _mm512_castsi128_si512(sixteen(0));
+  v = _mm512_inserti32x4(v, sixteen(1), 1);
+  v = _mm512_inserti32x4(v, sixteen(2), 2);
+  v = _mm512_inserti32x4(v, sixteen(3), 3);
+  auto codes = [v](const Halves<BITS>& h) {
+    const Ints order = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(h.order)));
+    const Ints factor = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(h.factor)));
+    return _mm512_srli_epi16(_mm512_mullo_epi16(_mm512_shuffle_epi8(v, order), factor), 16 - BITS);
+  };
+  const Ints both = _mm512_or_si512(codes(EVEN), _mm512_slli_epi16(codes(ODD), 8));
+  return _mm512_xor_si512(both, _mm512_set1_epi8(1 << (BITS - 1)));
 }
 inline void transpose(Ints r[16]) {
   Ints t[16];
@@ -174,6 +209,19 @@ inline Ints unpack6(const uint8_t* p) {
   out = _mm256_or_si256(out, _mm256_and_si256(_mm256_slli_epi32(v, 6), repeat(0x3f000000)));
   return _mm256_xor_si256(out, _mm256_set1_epi8(32));
 }
+template <int BITS>
+inline Ints unpack(const uint8_t* p) {
+  static constexpr Halves<BITS> EVEN(0), ODD(1);
+  auto sixteen = [p](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 2 * BITS * i)); };
+  const Ints v = _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(0)), sixteen(1), 1);
+  auto codes = [v](const Halves<BITS>& h) {
+    const Ints order = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(h.order)));
+    const Ints factor = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(h.factor)));
+    return _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(v, order), factor), 16 - BITS);
+  };
+  const Ints both = _mm256_or_si256(codes(EVEN), _mm256_slli_epi16(codes(ODD), 8));
+  return _mm256_xor_si256(both, _mm256_set1_epi8(1 << (BITS - 1)));
+}
 inline void transpose(Ints r[8]) {
   Ints t[8];
   for (int i = 0; i < 8; i += 2) {
@@ -264,6 +312,16 @@ inline Ints unpack6(const uint8_t* p) {
   for (int i = 0; i < 4; ++i, p += 3) {
     const uint32_t v = p[0] | p[1] << 8 | p[2] << 16;
     for (int j = 0; j < 4; ++j) out[4 * i + j] = (v >> (6 * j) & 63) ^ 32;
+  }
+  return (Ints)out;
+}
+template <int BITS>
+inline Ints unpack(const uint8_t* p) {
+  Bytes out;
+  for (int i = 0; i < 2; ++i, p += BITS) {
+    uint64_t v = 0;
+    for (int j = 0; j < BITS; ++j) v |= static_cast<uint64_t>(p[j]) << 8 * j;
+    for (int j = 0; j < 8; ++j) out[8 * i + j] = (v >> (BITS * j) & ((1 << BITS) - 1)) ^ (1 << (BITS - 1));
   }
   return (Ints)out;
 }

@@ -71,7 +71,15 @@ inline Ints codes_in_order(const uint8_t* row, int64_t row_bytes, int64_t k, int
     std::memcpy(end, from, row_bytes - at);
     from = end;
   }
-  return bits == 8 ? flip(load(from)) : bits == 6 ? unpack6(from) : unpack4_in_order(from);
+  switch (bits) {
+    case 2: return unpack<2>(from);
+    case 3: return unpack<3>(from);
+    case 4: return unpack4_in_order(from);
+    case 5: return unpack<5>(from);
+    case 6: return unpack6(from);
+    case 7: return unpack<7>(from);
+    default: return flip(load(from));
+  }
 }
 
 // Codes [count] that are the bits of a float, as float32. FP8 is the upper byte of a float16, E4M3 but for its sign one
@@ -102,9 +110,6 @@ inline void decode(const void* codes, int64_t count, Format format, float* __res
     from_float16s(halves, size, 256, out + start);
   }
 }
-
-// Whether codes_in_order can read codes of these bits.
-inline bool has_order(int bits) { return bits == 8 || bits == 6 || bits == 4; }
 
 }  // namespace HFQUANT_ISA
 }  // namespace hfquant

@@ -97,12 +97,12 @@ def worst(layers: Sequence[StoredLayer], count: int = WORST) -> list[StoredLayer
 def override(layer: StoredLayer) -> str:
     """Return the entry of a config that gives a layer more bits: as JSON, to be added to the config's dict.
 
-    One step up a ladder: a scale of the tensor becomes one a token, 4 and 6 bits become 8, 8 bits stay float.
+    One step up a ladder: a scale of the tensor becomes one a token, fewer than 8 bits become 8, 8 bits stay float.
     """
     bits = layer.weight.split()[0]
     if layer.input not in ("-",) and "dynamic" not in layer.input:
         entry: dict[str, Any] = {"input_quant": {"type": layer.input.split()[0], "axis": -1, "dynamic": True}}
-    elif bits in ("int2", "int3", "int4", "int6"):
+    elif bits in ("int2", "int3", "int4", "int5", "int6", "int7"):
         entry = {"weight_quant": {"type": "int8"}}
     else:
         entry = {"enable": False}

@@ -121,7 +121,7 @@ def main() -> None:
         raise SystemExit(f"nothing to check: {missing}")
     start, calls = time.perf_counter(), 0
     dtypes = itertools.cycle(DTYPES)
-    for form, quant in itertools.product(("int4", "int6", "int8", *cpu.DECODED), INPUTS):
+    for form, quant in itertools.product((*(f"int{bits}" for bits in range(2, 9)), *cpu.DECODED), INPUTS):
         for case in cases(form):
             layer, _ = layer_of(case.plan(quant, real=True))
             # Four numbers of tokens and three dtypes: each meets each within a few layers.

@@ -13,11 +13,10 @@ from tests.kernels.products import (
     bits_equal,
     identity,
     kernel,
-    odd_formats,
     sample,
 )
 
-__all__ = ["kernel", "odd_formats"]
+__all__ = ["kernel"]
 
 INPUTS = ("token", "tensor", "static", "float")
 #: Kinds of columns: segments and size of groups.
@@ -57,8 +56,8 @@ def assert_exact(spec: Spec, tokens: int, dtype: torch.dtype = torch.float32, se
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
-@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
-def test_integer_parts_are_exact(kernel, odd_formats, bits, columns) -> None:
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_integer_parts_are_exact(kernel, bits, columns) -> None:
     segments, group = COLUMNS[columns]
     for i, tokens in enumerate(TOKENS):
         # Every pair of options and every option at every number of tokens comes up over bits and columns.
@@ -78,7 +77,7 @@ def test_other_float_types_are_rounded_once(kernel, dtype) -> None:
                     assert_exact(Spec(bits, segments, group, inputs, out=50), tokens, dtype, tokens)
 
 
-@pytest.mark.parametrize("input_bits", [4, 6])
+@pytest.mark.parametrize("input_bits", [2, 3, 4, 6])
 def test_inputs_of_fewer_bits(kernel, input_bits) -> None:
     for inputs in ("token", "tensor", "static"):
         for dual in (0, 3):
@@ -89,7 +88,7 @@ def test_inputs_of_fewer_bits(kernel, input_bits) -> None:
 
 @pytest.mark.parametrize("out", [1, 2, 3, 4, 5, 15, 17, 47, 49, 101, 1000])
 def test_any_number_of_rows(kernel, out) -> None:
-    for bits in (4, 6, 8):
+    for bits in (3, 4, 6, 8):
         for tokens in (1, 7, 11):
             assert_exact(Spec(bits, (200,), 0, "token", out=out), tokens)
             assert_exact(Spec(bits, (192,), 64, "token", True, True, out=out), tokens)
@@ -98,7 +97,7 @@ def test_any_number_of_rows(kernel, out) -> None:
 
 @pytest.mark.parametrize("width", [511, 1024, 2047, 4096, 8191, 8192])
 def test_wide_products(kernel, width) -> None:
-    for bits in (4, 6, 8):
+    for bits in (2, 4, 5, 6, 7, 8):
         for tokens in (1, 3, 17):
             assert_exact(Spec(bits, (width,), 0, "token", bits == 6), tokens)
             assert_exact(Spec(bits, (width,), 0, "static", bits == 4), tokens)
@@ -115,8 +114,8 @@ def test_many_tokens(kernel, tokens) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
-def test_every_width(kernel, odd_formats, bits) -> None:
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_width(kernel, bits) -> None:
     for width in [*range(1, 300), *range(1000, 8193, 799)]:
         for inputs in ("token", "float"):
             for tokens in (1, 9):
@@ -127,8 +126,8 @@ def test_every_width(kernel, odd_formats, bits) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 64, 300])
 @pytest.mark.parametrize("columns", COLUMNS)
-@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
-def test_every_combination(kernel, odd_formats, bits, columns, tokens) -> None:
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_combination(kernel, bits, columns, tokens) -> None:
     segments, group = COLUMNS[columns]
     for inputs in INPUTS:
         for asymmetric in (False, True):

@@ -28,7 +28,7 @@ def float_error(x: torch.Tensor, spec: Spec) -> float:
     return float(((y - x.double() @ weight.T).abs() / norms.clamp(min=1e-300)).max())
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_weight_only_error(kernel, bits) -> None:
     for spec in (Spec(bits, (1000,), 0, "float"), Spec(bits, (1000,), 64, "float", True, True)):
         for seed in range(6):

@@ -19,7 +19,10 @@ pytest.importorskip("triton")
 def test_layers(number, quant) -> None:
     # Each layer in each format and with each number of tokens, under some of the inputs.
     turn = list(INPUTS).index(quant)
-    form, tokens = ("int4", "int8", "int6")[(number + turn) % 3], TOKENS[(number // 3 + turn) % 3]
+    form, tokens = (
+        ("int4", "int8", "int6", "int3", "int5", "int2")[(number + turn) % 6],
+        TOKENS[(number // 3 + turn) % 3],
+    )
     plan = list(cases(form).values())[number].plan(INPUTS[quant], True)
     layer, tensors = layer_of(plan)
     x = some_input(tokens)
@@ -75,6 +78,7 @@ def extreme(shape: tuple[int, int], low: int, high: int, kind: str) -> torch.Ten
     [
         ("int8", False, 8192), ("int8", True, 8192), ("int8", True, 517),
         ("int4", False, 8191), ("int4", True, 4096), ("int6", True, 1),
+        ("int2", False, 8191), ("int3", True, 517), ("int5", True, 2048),
     ],
 )  # fmt: skip
 def test_sums_are_exact(tokens, weight, dual, columns, kind) -> None:

@@ -13,7 +13,7 @@ from tests.nn.linear_cases import Case, assert_close, cases, forward_by_hand, la
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("form", ["int4", "int6", "int8"])
+@pytest.mark.parametrize("form", ["int2", "int3", "int4", "int5", "int6", "int8"])
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("name", cases("int8"))
 def test_layers(name, tokens, form) -> None:
@@ -72,7 +72,7 @@ def test_refusals() -> None:
     def why(weight: str) -> str:
         return weight_only.refuses(Product(FORMATS[weight], (64,), (64,), None))
 
-    assert why("int4") == why("int6") == why("int8") == ""
+    assert why("int2") == why("int3") == why("int4") == why("int5") == why("int6") == why("int8") == ""
     assert why("fp8e4m3") == "the weight is fp8e4m3, not integers of up to 8 bits"
     assert why("int16") == "the weight is int16, not integers of up to 8 bits"
     layer, _ = layer_of(cases("int8")["channel"].plan(INPUTS["token"], True))

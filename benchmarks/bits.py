@@ -1,0 +1,215 @@
+"""Automatic bits against the same format in all layers, at equal size: SmolLM2 (KL on two texts), the digits (PSNR).
+
+One measurement serves every budget. Choices are INT3, INT4, INT5, INT6 and INT8 in groups of 64, zero points and mse
+clipping, without smoothing; the same layers, put together, are the uniform models. Uniform sizes lie 0.3 bits below
+each budget and with groups of 16 above it; a searched model is compared with the smallest uniform one that is at least
+as large. Calibration, selection (the last quarter of the calibration windows) and evaluation are apart.
+
+    python -m benchmarks.bits smollm2 --rounding gptq
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import metrics, models
+from hfquant.config import parse
+from hfquant.experts import Unfused
+from hfquant.integrations.facts import facts_of
+from hfquant.replacing import replace_modules
+from hfquant.search import Measured, choose, limit_of
+from hfquant.search.choices import rules_of
+from hfquant.search.measure import measure
+from hfquant.search.repair import TRIES, Judge
+
+BUDGETS = (3.5, 4.5, 5.5, 6.5)
+WIDTHS = (3, 4, 5, 6, 8)
+#: Tokens a window, and windows of each text to evaluate on.
+SEQLEN, WINDOWS = 256, 8
+RESULTS = Path(__file__).parent / "results"
+
+
+def base(rounding: str) -> dict[str, Any]:
+    """Return the config that all choices share."""
+    weight = {"type": "int4", "group_size": 64, "symmetric": False, "clip": "mse"}
+    return {
+        "default": {
+            "opt": {"type": "default"},
+            "calib": {"type": rounding},
+            "input_quant": None,
+            "weight_quant": weight,
+            "real_quant": True,
+        }
+    }
+
+
+Score = Callable[[], dict[str, Tensor]]
+
+
+def smollm2(count: int) -> tuple[nn.Module, list[Any], Score]:
+    """Return the model, its calibration windows and what scores it: KL a window on two texts."""
+    model, tokenizer = models.smollm2()
+    # Every other window is for calibration, some of those between are for evaluation.
+    windows = models.token_batches(tokenizer, models.calibration_text(), SEQLEN, 2 * count, batch_size=1)
+    data, between = windows[::2], [batch["input_ids"] for batch in windows[1::2]]
+    texts = {
+        "descriptions": metrics.evaluation_windows(tokenizer, models.evaluation_texts(), SEQLEN)[:WINDOWS],
+        "reference manual": between[:: max(len(between) // WINDOWS, 1)][:WINDOWS],
+    }
+    before = {name: metrics.reference(model, windows) for name, windows in texts.items()}
+
+    @torch.inference_mode()
+    def score() -> dict[str, Tensor]:
+        found = {}
+        for name, ref in before.items():
+            each = []
+            for window, states in zip(ref.windows, ref.states, strict=True):
+                log_q = model(input_ids=window).logits[0, :-1].log_softmax(-1)
+                log_p = (states @ ref.head.T).log_softmax(-1)
+                each.append(nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True))
+            found[f"KL, {name}"] = torch.stack(each).double()
+        return found
+
+    return model, data, score
+
+
+def digits(count: int) -> tuple[nn.Module, list[Any], Score]:
+    """Return the denoiser, its calibration inputs and what scores it: the PSNR of an image."""
+    from hfquant.demo import load_digits_pipeline
+
+    pipe = load_digits_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    model, size = pipe.transformer, pipe.transformer.config.sample_size
+
+    def images(number: int, seed: int) -> Tensor:
+        noise = torch.randn(number, 1, size, size, generator=torch.Generator().manual_seed(seed))
+        found: Tensor = pipe([i % 10 for i in range(number)], latents=noise, output_type="pt").images
+        return found
+
+    data: list[Any] = []
+    recorder = model.register_forward_pre_hook(lambda _m, _a, kwargs: data.append(kwargs), with_kwargs=True)
+    images(count, seed=1)
+    recorder.remove()
+    # Shuffled, so that the last quarter has all timesteps.
+    data = [data[i] for i in torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
+    expected = images(64, seed=2)
+
+    def score() -> dict[str, Tensor]:
+        return {"PSNR dB": metrics.psnr(expected, images(64, seed=2), value_range=1.0).double()}
+
+    return model, data, score
+
+
+def run(subject: str, rounding: str, count: int, tries: int, wide: Sequence[int]) -> dict[str, Any]:
+    """Return scores of the searched and of the uniform models of one subject and rounding."""
+    model, data, score = {"smollm2": smollm2, "digits": digits}[subject](count)
+    facts, began = facts_of(model), time.process_time()
+    held, seen = data[-(len(data) // 4) :], data[: -(len(data) // 4)]
+    choices = [f"int{bits}" for bits in WIDTHS]
+    larger = [{"type": f"int{bits}", "group_size": 16} for bits in wide]
+    measured = measure(model, rules_of([*choices, *larger], parse(base(rounding))), seen, facts, Unfused())
+    labels = [option.name for option in next(iter(measured.table.values()))]
+    times = {"measure": time.process_time() - began}
+    judge = Judge.of(model, held)
+    rows: dict[str, dict[str, Any]] = {}
+
+    def scored(chosen: Mapping[str, str]) -> dict[str, Any]:
+        layers = measured.modules(chosen)
+        floats = {name: model.get_submodule(name) for name in layers}
+        replace_modules(model, {floats[name]: layer for name, layer in layers.items()})
+        found = score()
+        replace_modules(model, {layer: floats[name] for name, layer in layers.items()})
+        return {"bits": bits_of(measured, chosen), "scores": {k: v.tolist() for k, v in found.items()}}
+
+    for label in labels:
+        rows[f"all {label}"] = scored(dict.fromkeys(measured.table, label))
+        print(label, _summary(rows[f"all {label}"]), flush=True)
+    narrow = measured.only(choices)
+    for budget in BUDGETS:
+        began = time.process_time()
+        chosen, judged = choose(narrow, judge, limit_of(narrow, budget), tries)
+        times[f"search at {budget}"] = time.process_time() - began
+        counts = {label: list(chosen.values()).count(label) for label in choices}
+        rows[f"search {budget}"] = {**scored(chosen), "judged": judged, "counts": counts, "chosen": chosen}
+        print(budget, _summary(rows[f"search {budget}"]), counts, judged, flush=True)
+    return {"subject": subject, "rounding": rounding, "samples": len(data), "seconds": times, "rows": rows}
+
+
+def bits_of(measured: Measured, chosen: Mapping[str, str]) -> float:
+    """Return stored bits a weight of a choice, scales included."""
+    sizes = {(unit, o.name): o.bytes for unit, options in measured.table.items() for o in options}
+    return 8 * sum(sizes[pair] for pair in chosen.items()) / measured.weights
+
+
+def _summary(row: Mapping[str, Any]) -> str:
+    scores = ", ".join(f"{k} {_mean(v)[0]:.5g}" for k, v in row["scores"].items())
+    return f"{row['bits']:.3f} bits: {scores}"
+
+
+def _mean(values: list[float]) -> tuple[float, float]:
+    tensor = torch.tensor(values, dtype=torch.float64)
+    return tensor.mean().item(), tensor.std().item() / math.sqrt(len(values))
+
+
+def markdown(results: list[Mapping[str, Any]]) -> str:
+    """Return a table a result: each budget, the searched model and the smallest uniform one that is no smaller."""
+    lines = [
+        "# Automatic bits",
+        "",
+        "Made by `python -m benchmarks.bits`, whose docstring says what is compared with what. KL: less is better;",
+        "PSNR: more. Standard errors are over windows or images; of differences over the differences of each.",
+    ]
+    for result in results:
+        title = f"{result['subject']}, rounding: {result['rounding']}, {result['samples']} calibration samples"
+        names = list(next(iter(result["rows"].values()))["scores"])
+        head = [f"{n}: searched | uniform | difference" for n in names]
+        lines += ["", f"## {title}", ""]
+        lines += ["| searched | uniform | " + " | ".join(head) + " |", "|" + " --- |" * (2 + 3 * len(names))]
+        uniform = {k: v for k, v in result["rows"].items() if k.startswith("all")}
+        for key, row in result["rows"].items():
+            if key in uniform:
+                continue
+            larger = {k: v for k, v in uniform.items() if v["bits"] >= row["bits"]}
+            other = min(larger, key=lambda k: larger[k]["bits"])
+            cells = [f"{row['bits']:.2f} bits", f"{other.removeprefix('all ')}, {uniform[other]['bits']:.2f} bits"]
+            for name in names:
+                ours, theirs = row["scores"][name], uniform[other]["scores"][name]
+                apart = _mean([a - b for a, b in zip(ours, theirs, strict=True)])
+                cells += [f"{m:.4g} ± {e:.2g}" for m, e in (_mean(ours), _mean(theirs), apart)]
+            lines.append("| " + " | ".join(cells) + " |")
+        seconds = ", ".join(f"{what} {took:.0f} s" for what, took in result["seconds"].items())
+        lines += ["", f"CPU time: {seconds}."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run one subject, add it to the results and write the table anew."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("subject", choices=["smollm2", "digits"])
+    parser.add_argument("--rounding", choices=["gptq", "amax"], default="gptq")
+    parser.add_argument("--samples", type=int, default=24, help="calibration windows, or images")
+    parser.add_argument("--tries", type=int, default=TRIES, help="choices that a search may judge end to end")
+    parser.add_argument("--wide", type=int, nargs="*", default=WIDTHS[:4], help="bits to measure in groups of 16 too")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    found = run(args.subject, args.rounding, args.samples, args.tries, args.wide)
+    path = RESULTS / "bits.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    key = (found["subject"], found["rounding"])
+    results = [r for r in results if (r["subject"], r["rounding"]) != key] + [found]
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

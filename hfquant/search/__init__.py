@@ -1,0 +1,216 @@
+"""Automatic bits: a choice a layer under a budget, from measured effects.
+
+Measure (:mod:`.measure`): each layer is solved as each choice would have it, and its error at the inputs that it sees
+is weighted by the gradients of the model's output there (:mod:`.sensitivity`). Choose (:mod:`.knapsack`): the least
+harm within the budget. Judge and repair (:mod:`.repair`): on rows held out, at the model's own output.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfquant.calibration.batches import CalibrationData, samples
+from hfquant.config import ConfigError, QuantRules, parse
+from hfquant.experts import Unfused, unfused
+from hfquant.layer_plan import LayerPlan
+from hfquant.planner import ModelFacts, plan_apart
+from hfquant.presets import PRESETS
+from hfquant.search.choices import Choice, rules_of
+from hfquant.search.data import apart
+from hfquant.search.knapsack import Option, cheapest, relaxed
+from hfquant.search.measure import Measured, measure, stored_bytes
+from hfquant.search.repair import TRIES, Judge, repaired
+
+__all__ = ["BitSearch", "Choice", "choose", "search"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BitSearch:
+    """A choice for each layer.
+
+    Attributes:
+        config: the config's dict, with an entry for each layer that differs from the default.
+        chosen: label of the choice by layer.
+        bits: stored bits a weight, scales included.
+        bytes: of all layers.
+        error: estimated harm to the output.
+        bound: no choice within the budget has less of it.
+        judged: divergence of the output on held-out rows, of what was chosen and of what was compared.
+    """
+
+    config: dict[str, dict[str, Any]]
+    chosen: dict[str, str]
+    bits: float
+    bytes: int
+    error: float
+    bound: float
+    judged: dict[str, float]
+
+
+def search(
+    model: nn.Module,
+    data: Any,
+    budget: float | str,
+    choices: Sequence[Choice] = ("int4", "int6", "int8"),
+    base: QuantRules | str | Mapping[str, Any] = "w4a16-gptq",
+    facts: ModelFacts | None = None,
+    not_convert: Sequence[str] = (),
+) -> BitSearch:
+    """Choose for each layer; the model is left as it is.
+
+    Args:
+        model: in full precision.
+        data: calibration batches; the last quarter of them judges.
+        budget: at most 32: stored bits a weight, scales included; more: bytes of all layers chosen for. Or the name of
+            a preset: as many bytes as it takes.
+        choices: to choose from.
+        base: config that says all else.
+        facts: what a library knows of the model.
+        not_convert: names, path components or globs of layers to leave alone.
+
+    Raises:
+        ConfigError: unknown choices, or a base that they do not fit.
+        ValueError: the budget is less than the smallest choice takes.
+        CalibrationError: a single sample that is no batch, or no layer ran.
+    """
+    base = base if isinstance(base, QuantRules) else parse(dict(base) if isinstance(base, Mapping) else base)
+    if isinstance(budget, str) and budget not in PRESETS:
+        raise ConfigError(f"budget: expected bits, bytes or the name of a preset, got {budget!r}")
+    rules, facts = rules_of(choices, base), facts or ModelFacts()
+    seen, held = apart([sample for batch in CalibrationData(data) for sample in samples(batch)])
+    with unfused(model, facts.experts) as experts:
+
+        def planned(found: QuantRules) -> dict[str, LayerPlan]:
+            return plan_apart(model, found, not_convert, seen[0], facts, experts).layers
+
+        measured = measure(model, rules, seen, facts, experts, not_convert)
+        if isinstance(budget, str):
+            plans = planned(parse(budget))
+            names = [name for found in measured.members.values() for name in found if name in plans]
+            limit = sum(stored_bytes(model, plans[name]) for name in names)
+        else:
+            limit = limit_of(measured, budget)
+        chosen, judged = choose(measured, Judge.of(model, held), limit)
+        config = _config(rules, measured, chosen, planned(base), experts)
+    return _result(measured, chosen, config, limit, judged)
+
+
+def limit_of(measured: Measured, budget: float) -> int:
+    """Return a budget in bytes: a number of at most 32 is bits a weight."""
+    return math.floor(budget * measured.weights / 8) if budget <= 32 else math.floor(budget)
+
+
+def choose(measured: Measured, judge: Judge, limit: int, tries: int = TRIES) -> tuple[dict[str, str], dict[str, float]]:
+    """Return a choice for each layer within ``limit`` bytes, and divergences on held-out rows by what they are of.
+
+    Raises:
+        ValueError: the smallest choices take more.
+    """
+    table = measured.table
+    kept: dict[tuple[str, ...], Tensor] = {}
+
+    def judged(chosen: Mapping[str, str]) -> Tensor:
+        key = tuple(chosen[name] for name in table)
+        if key not in kept:
+            kept[key] = judge.divergence(measured.modules(chosen))
+        return kept[key]
+
+    if not measured.gradients:
+        table = _by_differences(measured, judge)
+    weightings: dict[str, Callable[[str, Option], float]] = {
+        "output": lambda _, option: option.error,
+        "both": lambda _, option: math.sqrt(option.error * option.relative),
+    }
+    starts = {how: cheapest(table, limit, weigh) for how, weigh in weightings.items()}
+    found = {how: judged(chosen).mean().item() for how, chosen in starts.items()}
+    best = min(found, key=lambda how: found[how])
+    chosen, divergences = repaired(table, limit, weightings[best], judged, tries)
+    found["repaired"] = divergences.mean().item()
+    # Nothing is gained by a choice that the same one for all layers outdoes.
+    labels = [option.name for option in next(iter(table.values()))]
+    sizes = {label: sum(o.bytes for options in table.values() for o in options if o.name == label) for label in labels}
+    fitting = [label for label in labels if sizes[label] <= limit]
+    if fitting:
+        label = max(fitting, key=lambda label: sizes[label])
+        uniform = dict.fromkeys(table, label)
+        found[f"all {label}"] = judged(uniform).mean().item()
+        if found[f"all {label}"] < found["repaired"]:
+            chosen = uniform
+    return chosen, found
+
+
+def _by_differences(measured: Measured, judge: Judge) -> dict[str, list[Option]]:
+    """Return the table with harm from forward differences.
+
+    The output's divergence with one layer at its smallest choice, and at others in proportion to the layer's own error.
+    """
+    one = replace(judge, data=judge.data[:1], expected=judge.expected[:1])
+    table = {}
+    for unit, options in measured.table.items():
+        smallest = min(options, key=lambda option: option.bytes)
+        moved = one.divergence(measured.modules({unit: smallest.name})).mean().item()
+        scale = moved / max(smallest.relative, torch.finfo(torch.float32).tiny)
+        table[unit] = [Option(o.name, o.bytes, scale * o.relative, o.relative) for o in options]
+    return table
+
+
+def _config(
+    rules: Mapping[str, QuantRules],
+    measured: Measured,
+    chosen: Mapping[str, str],
+    planned: Mapping[str, LayerPlan],
+    experts: Unfused,
+) -> dict[str, dict[str, Any]]:
+    """Return the config of a choice: the commonest as default, whole sections for each layer that differs.
+
+    Layers that were not chosen for keep what is ``planned`` by the base.
+    """
+    labels = list(chosen.values())
+    default = max(dict.fromkeys(labels), key=labels.count)
+    config = dict(rules[default].raw)
+    for name, plan in planned.items():
+        unit = experts.parameters.get(name, name)
+        wanted = measured.plans[chosen[unit]][name] if unit in chosen else plan
+        given = measured.plans[default][name].config.model_dump(mode="json")
+        differing = {k: v for k, v in wanted.config.model_dump(mode="json").items() if v != given[k]}
+        if differing:
+            config[unit] = differing
+    return config
+
+
+def _result(
+    measured: Measured,
+    chosen: dict[str, str],
+    config: dict[str, dict[str, Any]],
+    limit: int,
+    judged: dict[str, float],
+) -> BitSearch:
+    picked = [next(o for o in measured.table[name] if o.name == label) for name, label in chosen.items()]
+    labels, size = list(chosen.values()), sum(option.bytes for option in picked)
+    found = BitSearch(
+        config,
+        chosen,
+        8 * size / measured.weights,
+        size,
+        sum(option.error for option in picked),
+        relaxed(measured.table, limit),
+        judged,
+    )
+    logger.info(
+        "bits: %s; %.2f bits a weight, estimated harm %.3g, at least %.3g within the budget; on held-out rows %s",
+        ", ".join(f"{labels.count(label)} x {label}" for label in dict.fromkeys(sorted(labels))),
+        found.bits,
+        found.error,
+        found.bound,
+        ", ".join(f"{value:.4g} ({how})" for how, value in judged.items()),
+    )
+    return found

@@ -1,0 +1,61 @@
+"""What a layer could become: choices of formats, presets or fields of a config, each as the rules of a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hfquant.config import ConfigError, LayerConfig, QuantRules, WeightQuant, parse
+from hfquant.formats import FORMATS
+from hfquant.presets import PRESETS
+
+#: A number format's or a preset's name, fields of ``weight_quant``, or fields of a layer's config.
+Choice = str | Mapping[str, Any]
+
+
+def rules_of(choices: Sequence[Choice], base: QuantRules) -> dict[str, QuantRules]:
+    """Return the config that each choice alone would be, by a label for people.
+
+    Globs of ``base`` still apply, after the choice. Presets are taken whole, but for globs; everything else overrides
+    fields of the base.
+
+    Raises:
+        ConfigError: fewer than two, unknown names or fields, or a choice that does not fit the base.
+    """
+    if isinstance(choices, str) or len(choices) < 2:
+        raise ConfigError(f"choices: expected at least two, got {choices!r}")
+    found: dict[str, QuantRules] = {}
+    entries = {key: entry for key, entry in base.raw.items() if key != "search"}
+    for i, choice in enumerate(choices):
+        try:
+            rules = QuantRules({**entries, "default": _default(choice, base.raw.get("default", {}))})
+        except ConfigError as error:
+            raise ConfigError(f"choices[{i}]: {error}") from None
+        if any(rules.raw == other.raw for other in found.values()):
+            raise ConfigError(f"choices[{i}]: {choice!r} is there already")
+        label = choice if isinstance(choice, str) else described(rules.default)
+        found[label if label not in found else f"{label} ({i})"] = rules
+    return found
+
+
+def described(config: LayerConfig) -> str:
+    """Return what tells one choice from another at a glance: "int4 g32"."""
+    return config.weight_quant.type + (f" g{config.group_size}" if config.group_size else "")
+
+
+def _default(choice: Choice, base: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(choice, str):
+        if choice in PRESETS:
+            # Which layers are quantized is not up for choice.
+            return {**parse(choice).raw["default"], **{key: base[key] for key in ("enable", "include") if key in base}}
+        if choice not in FORMATS:
+            known = f"formats {', '.join(FORMATS)} and presets {', '.join(PRESETS)}"
+            raise ConfigError(f"unknown number format {choice!r}; there are {known}")
+        choice = {"type": choice}
+    if not isinstance(choice, Mapping):
+        raise ConfigError(f"expected the name of a format or a preset, or a dict of fields, got {choice!r}")
+    fields = {"weight_quant": choice} if set(choice) <= set(WeightQuant.model_fields) else dict(choice)
+    weight = {**base.get("weight_quant", {}), **fields.get("weight_quant", {})}
+    if weight.get("type", "int8") in FORMATS and not FORMATS[weight.get("type", "int8")].is_integer:
+        weight = {key: value for key, value in weight.items() if key not in ("symmetric", "clip")}
+    return {**base, **fields, "weight_quant": weight}

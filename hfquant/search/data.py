@@ -1,0 +1,40 @@
+"""Samples to measure on and samples to judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hfquant.calibration.batches import CalibrationError
+
+
+def apart(samples: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return samples to measure on and the last quarter, to judge by; a single batch is cut within.
+
+    Raises:
+        CalibrationError: there is a single sample, and it is no batch of several.
+    """
+    if len(samples) > 1:
+        held = max(1, len(samples) // 4)
+        return list(samples[:-held]), list(samples[-held:])
+    count = max((len(t) for t in _tensors(samples[0])), default=0) if samples else 0
+    if count < 2:
+        raise CalibrationError("searching for bits needs at least two samples: some to measure on, some to judge by")
+    cut = count - max(1, count // 4)
+    return [_part(samples[0], count, slice(cut))], [_part(samples[0], count, slice(cut, None))]
+
+
+def _tensors(sample: Any) -> list[Tensor]:
+    values = sample.values() if isinstance(sample, Mapping) else sample if isinstance(sample, tuple) else [sample]
+    return [value for value in values if isinstance(value, Tensor) and value.dim()]
+
+
+def _part(sample: Any, count: int, rows: slice) -> Any:
+    """Return some elements of a batch of ``count``; what has no element for each stays whole."""
+    if isinstance(sample, Mapping):
+        return {key: _part(value, count, rows) for key, value in sample.items()}
+    if isinstance(sample, tuple):
+        return tuple(_part(value, count, rows) for value in sample)
+    return sample[rows] if isinstance(sample, Tensor) and sample.dim() and len(sample) == count else sample

@@ -1,0 +1,180 @@
+"""What each choice would do to each layer: solved as it would be, and compared with the float layer on its inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import nn
+
+from hfquant.calibration.batches import CalibrationError
+from hfquant.config import QuantRules
+from hfquant.console import progress_bar
+from hfquant.experts import Unfused
+from hfquant.layer_plan import LayerPlan
+from hfquant.memory import free_memory
+from hfquant.nn.kinds import kind_of
+from hfquant.nn.layer import QuantLayer
+from hfquant.observe import observe
+from hfquant.planner import ModelFacts, plan_apart
+from hfquant.search.knapsack import Option
+from hfquant.search.sensitivity import Seen, watch
+from hfquant.solver import solve
+from hfquant.statistics import LayerStats, stats_bytes
+
+#: Gradients are taken on one sample in so many: a backward takes as long as two forwards.
+_GRADIENTS = 3
+
+
+@dataclass
+class Measured:
+    """Choices by layer, measured; a parameter of experts counts as one layer.
+
+    Attributes:
+        table: options of each layer.
+        solved: name -> choice -> the quantized layer; of experts each by its own name.
+        members: layer -> the names of ``solved`` that it is made of.
+        plans: choice -> plans of all layers, also of those that are not to be chosen for.
+        gradients: whether harm is weighted by gradients.
+    """
+
+    table: dict[str, list[Option]]
+    solved: dict[str, dict[str, QuantLayer]]
+    members: dict[str, list[str]]
+    plans: dict[str, dict[str, LayerPlan]] = field(default_factory=dict)
+    gradients: bool = True
+
+    @property
+    def weights(self) -> int:
+        """How many weights the layers have."""
+        plans = next(iter(self.plans.values()))
+        return sum(plans[n].in_features * plans[n].out_features for names in self.members.values() for n in names)
+
+    def modules(self, chosen: Mapping[str, str]) -> dict[str, QuantLayer]:
+        """Return the quantized layers of a choice, by name."""
+        return {name: self.solved[name][choice] for unit, choice in chosen.items() for name in self.members[unit]}
+
+    def only(self, choices: Sequence[str]) -> Measured:
+        """Return the same with fewer choices."""
+        return replace(self, table={u: [o for o in options if o.name in choices] for u, options in self.table.items()})
+
+
+def measure(
+    model: nn.Module,
+    rules: Mapping[str, QuantRules],
+    data: Sequence[Any],
+    facts: ModelFacts,
+    experts: Unfused,
+    not_convert: Sequence[str] = (),
+) -> Measured:
+    """Measure choices on a model whose experts are taken apart.
+
+    One pass for statistics (more where memory is short), one forward and backward over a third of the data for
+    gradients. Layers keep the base's format, and are not in the table, that share codes with others or never ran.
+
+    Raises:
+        CalibrationError: no layer ran.
+    """
+    plans = {
+        label: plan_apart(model, found, not_convert, data[0], facts, experts).layers for label, found in rules.items()
+    }
+    first = next(iter(plans.values()))
+    shared = {plan.tied for plan in first.values()}
+    names = [name for name, plan in first.items() if not plan.tied and name not in shared]
+    seen = watch(model, {name: model.get_submodule(name) for name in names}, data[::_GRADIENTS])
+    members: dict[str, list[str]] = {}
+    for name in names:
+        members.setdefault(experts.parameters.get(name, name), []).append(name)
+    members = {unit: found for unit, found in members.items() if any(name in seen for name in found)}
+    if not members:
+        raise CalibrationError("calibration ran none of the layers that could be quantized")
+    solved: dict[str, dict[str, QuantLayer]] = {}
+    with progress_bar(total=sum(map(len, members.values())), desc="measuring choices") as progress:
+        for group in _groups(model, [name for found in members.values() for name in found], plans):
+            for name, stats in _observed(model, group, plans, data, facts).items():
+                solved[name] = {label: _solved(model, name, plans[label][name], stats) for label in plans}
+                progress.update()
+    table = {}
+    for unit, found in members.items():
+        table[unit] = [_option(model, label, found, plans[label], solved, seen) for label in plans]
+    gradients = all(found.has_gradients for found in seen.values())
+    return Measured(table, solved, members, plans, gradients)
+
+
+def _groups(model: nn.Module, names: Sequence[str], plans: Mapping[str, Mapping[str, LayerPlan]]) -> list[list[str]]:
+    """Return layers whose statistics fit into memory together."""
+    budget, size = free_memory() // 4, 0
+    groups: list[list[str]] = [[]]
+    for name in names:
+        plan = next(iter(plans.values()))[name]
+        takes = stats_bytes(plan.in_features, _needs(name, plans))
+        if groups[-1] and size + takes > budget:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += takes
+    return groups
+
+
+def _needs(name: str, plans: Mapping[str, Mapping[str, LayerPlan]]) -> frozenset[str]:
+    return frozenset().union(*(plan[name].config.needs for plan in plans.values()))
+
+
+def _observed(
+    model: nn.Module,
+    names: Sequence[str],
+    plans: Mapping[str, Mapping[str, LayerPlan]],
+    data: Sequence[Any],
+    facts: ModelFacts,
+) -> dict[str, LayerStats | None]:
+    layers = {name: model.get_submodule(name) for name in names}
+    needs = {name: _needs(name, plans) for name in names}
+    if not any(plan[name].config.needs_data for plan in plans.values() for name in names):
+        return dict.fromkeys(names)
+    found = observe(model, layers, data, needs, options=facts.options(layers.values()))
+    return {name: found.get(name) for name in names}
+
+
+@torch.no_grad()
+def _solved(model: nn.Module, name: str, plan: LayerPlan, stats: LayerStats | None) -> QuantLayer:
+    """Return a layer as a choice would make it. Smoothing is left out where inputs are float.
+
+    It takes most of the time there, searching for its strength, and moves all choices alike.
+    """
+    module: Any = model.get_submodule(name)
+    kind = kind_of(module)
+    assert kind is not None
+    plan = replace(plan, folded=plan.config.input_quant is None)
+    with align_module_device(module):
+        weight = kind.matrix(module.get_parameter("weight").detach())
+        solution = solve(name, weight, plan, stats, module.weight.dtype)
+        layer: QuantLayer = kind.from_tensors(solution.plan, solution.tensors, module._parameters.get("bias"), module)
+    return layer.eval()
+
+
+def _option(
+    model: nn.Module,
+    label: str,
+    names: Sequence[str],
+    plans: Mapping[str, LayerPlan],
+    solved: Mapping[str, Mapping[str, QuantLayer]],
+    seen: Mapping[str, Seen],
+) -> Option:
+    """Return what a choice is to a layer, or to all experts of a parameter."""
+    harm = relative = 0.0
+    for name in names:
+        if name in seen:
+            one, own = seen[name].errors(model.get_submodule(name), solved[name][label])
+            harm, relative = harm + one, relative + own / len(names)
+    return Option(label, sum(stored_bytes(model, plans[name]) for name in names), harm, relative)
+
+
+def stored_bytes(model: nn.Module, plan: LayerPlan) -> int:
+    """Return the bytes of a layer's tensors, bias excepted."""
+    width = next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
+    specs = plan.tensors().values()
+    return sum(math.prod(s.shape) * (width if s.dtype is None else s.dtype.itemsize) for s in specs)

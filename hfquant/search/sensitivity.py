@@ -1,0 +1,169 @@
+"""What reaches each layer and how much of what it gives matters: inputs, and gradients of the output's loss at them.
+
+Rounding a layer changes its output at a row r by e_r. To second order the model's output then moves by
+sum_r (g_r . e_r)^2, g_r the gradient of the log-likelihood of labels that the model samples itself (Fisher
+information; Martens and Grosse, arXiv 1503.05671), or of a random projection of an output that is no distribution, for
+its squared error. Errors of different outputs hardly correlate, which leaves sum_ro g_ro^2 e_ro^2. Row by row: a
+language model's first token has inputs a thousand times as large as others and next to no gradient, so the product of
+two averages would take its layers for the ones that count.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfquant.calibration.batches import evaluating, forward
+
+logger = logging.getLogger(__name__)
+
+#: What configs call the number of tokens or labels.
+_COUNTS = ("vocab_size", "num_labels")
+
+#: Rows kept of a layer that maps rows to rows, in all.
+ROWS = 512
+#: Bytes of inputs kept of any other layer (convolutions).
+_MOST = 1 << 26
+
+
+@dataclass
+class Seen:
+    """Some inputs of a layer, and the squared gradients of the loss at its outputs.
+
+    Attributes:
+        inputs: each [rows, in], or whole inputs of a layer that does not map rows to rows.
+        squares: of the gradients, in the shape of the outputs; shorter than ``inputs`` where there are none.
+        kept, rows: how many rows ``inputs`` has, and how many the layer saw.
+    """
+
+    inputs: list[Tensor] = field(default_factory=list)
+    squares: list[Tensor] = field(default_factory=list)
+    kept: int = 0
+    rows: int = 0
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether each input has gradients beside it."""
+        return len(self.squares) == len(self.inputs) > 0 and all(squares.numel() for squares in self.squares)
+
+    @torch.no_grad()
+    def errors(self, layer: nn.Module, other: nn.Module) -> tuple[float, float]:
+        """Return the harm of ``other`` in the place of ``layer``, and the relative squared error of its outputs.
+
+        Without gradients the harm is the relative error.
+        """
+        harm = error = size = 0.0
+        has_gradients = self.has_gradients
+        for i, x in enumerate(self.inputs):
+            y = layer(x).float()
+            difference = (other(x).float() - y).square_()
+            error, size = error + difference.sum().item(), size + y.square().sum().item()
+            if has_gradients:
+                harm += (difference * self.squares[i]).sum().item()
+        relative = error / max(size, torch.finfo(torch.float32).tiny)
+        return (harm * self.rows / max(self.kept, 1) if has_gradients else relative), relative
+
+
+def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any], seed: int = 0) -> dict[str, Seen]:
+    """Run ``model`` forward and backward over the data; return what each layer saw that ran on floats.
+
+    Without gradients where a backward is not possible (one warning).
+    """
+    seen: dict[str, Seen] = {}
+    generator = torch.Generator().manual_seed(seed)
+    each = -(-ROWS // max(len(data), 1))
+
+    def hook(name: str) -> Any:
+        def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            x = args[0]
+            if not x.is_floating_point() or not x.numel():
+                return output
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            found = seen.setdefault(name, Seen())
+            by_rows = x.shape[:-1] == output.shape[:-1]
+            rows = x[..., 0].numel() if by_rows else len(x)
+            held = sum(i.nbytes for i in found.inputs)
+            count = min(rows, each if by_rows else int(held < _MOST))
+            found.rows += rows
+            if not count:
+                return output
+            index = torch.randperm(rows, generator=generator)[:count].to(x.device)
+
+            def picked(tensor: Tensor) -> Tensor:
+                return (tensor.detach().flatten(0, -2) if by_rows and tensor.dim() > 1 else tensor.detach())[index]
+
+            place = len(found.inputs)
+            found.inputs.append(picked(x))
+            found.kept += count
+
+            def add(gradient: Tensor) -> None:
+                # Backward comes to later calls of a module first.
+                while len(found.squares) <= place:
+                    found.squares.append(torch.empty(0))
+                found.squares[place] = picked(gradient).float().square()
+
+            output.register_hook(add)
+            return output
+
+        return after
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        with evaluating(model), torch.enable_grad():
+            for sample in data:
+                loss_of(model, forward(model, sample), generator).backward()
+    except RuntimeError as error:
+        logger.warning("the model's output has no gradient (%s): forward differences take its place", error)
+        for found in seen.values():
+            found.squares.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in learning:
+            parameter.requires_grad_()
+    return seen
+
+
+def loss_of(model: nn.Module, output: Any, generator: torch.Generator) -> Tensor:
+    """Return a number whose gradient's covariance is the Fisher information of the output."""
+    values = main_tensor(output)
+    if is_distribution(model, values):
+        flat = values.float().reshape(-1, values.shape[-1])
+        drawn = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator).to(flat.device)
+        return nn.functional.cross_entropy(flat, drawn.squeeze(1), reduction="sum")
+    direction = torch.randn(values.shape, generator=generator).to(values)
+    return (values * direction).sum()
+
+
+def is_distribution(model: nn.Module, output: Tensor) -> bool:
+    """Return whether a model's output is logits over tokens or labels, along its last dimension."""
+    config = getattr(model, "config", None)
+    counts = [getattr(c, n, None) for c in (config, getattr(config, "text_config", None)) for n in _COUNTS]
+    return output.dim() > 1 and output.shape[-1] > 1 and output.shape[-1] in counts
+
+
+def main_tensor(output: Any) -> Tensor:
+    """Return the logits of a model's output, or else the first tensor of floats.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(logits := getattr(output, "logits", None), Tensor):
+        return logits
+    if isinstance(output, Tensor):
+        return output
+    values = list(output.values()) if isinstance(output, Mapping) else list(output) if output is not None else []
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+        if isinstance(value, (list, tuple, Mapping)) and value:
+            return main_tensor(value)
+    raise ValueError(f"a {type(output).__name__} holds no tensor to search bits by")

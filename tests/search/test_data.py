@@ -1,0 +1,32 @@
+"""What is measured on, what judges."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hfquant.calibration.batches import CalibrationError
+from hfquant.search.data import apart
+
+
+def test_the_last_quarter_judges():
+    for count, held in ((2, 1), (3, 1), (8, 2), (9, 2)):
+        seen, judging = apart(list(range(count)))
+        assert (seen, judging) == (list(range(count - held)), list(range(count - held, count)))
+
+
+def test_a_single_batch_is_cut():
+    sample = {"x": torch.arange(8), "scale": torch.ones(()), "table": torch.ones(3), "flag": True}
+    (seen,), (held,) = apart([sample])
+    assert seen["x"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert held["x"].tolist() == [6, 7]
+    assert held["table"] is sample["table"]
+    assert held["flag"] is True
+    (seen,), (held,) = apart([(torch.ones(2, 3), None)])
+    assert (seen[0].shape, held[0].shape, seen[1]) == ((1, 3), (1, 3), None)
+
+
+@pytest.mark.parametrize("samples", [[], [torch.ones(1, 4)], ["text"], [torch.ones(())]])
+def test_too_little(samples):
+    with pytest.raises(CalibrationError, match="at least two samples"):
+        apart(samples)

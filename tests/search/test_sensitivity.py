@@ -1,0 +1,135 @@
+"""Inputs and gradients against closed forms: nets whose derivatives are known."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hfquant.search.sensitivity import ROWS, is_distribution, main_tensor, watch
+from tests.report.conftest import small_llama
+from tests.search.nets import Net, inputs
+
+
+def test_squares_of_gradients():
+    net = Net()
+    found = watch(net, {"loud": net.loud, "quiet": net.quiet}, inputs())
+    # The output's gradient is a random direction of unit variance, scaled by each layer's factor.
+    loud, quiet = torch.cat(found["loud"].squares), torch.cat(found["quiet"].squares)
+    assert loud.shape == quiet.shape == (32, 64)
+    assert loud.mean().item() == pytest.approx(100, rel=0.1)
+    assert quiet.mean().item() == pytest.approx(1e-4, rel=0.1)
+    assert (found["loud"].kept, found["loud"].rows) == (32, 32)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())
+
+
+def test_harm_is_the_squared_change_of_the_output():
+    net, data = Net(), [torch.randn(4 * ROWS, 64)]
+    found = watch(net, {"loud": net.loud}, data)["loud"]
+    assert (found.kept, found.rows) == (ROWS, 4 * ROWS)
+    other = copy.deepcopy(net.loud)
+    with torch.no_grad():
+        other.weight += 0.01 * torch.randn(64, 64)
+        moved = (10 * (other(data[0]) - net.loud(data[0])).double()).square().sum().item()
+        size = net.loud(data[0]).double().square().sum().item()
+    harm, relative = found.errors(net.loud, other)
+    assert harm == pytest.approx(moved, rel=0.1)
+    assert relative == pytest.approx(moved / 100 / size, rel=0.1)
+    assert found.errors(net.loud, net.loud) == (0.0, 0.0)
+
+
+class Masked(nn.Module):
+    """The first row is a thousand times as large as the others and reaches nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([1000 * x[:1], x[1:]])
+        return self.outer(torch.cat([0 * x[:1], self.inner(x)[1:]]))
+
+
+def test_rows_without_a_gradient_do_no_harm():
+    net, x = Masked(), torch.randn(50, 8)
+    found = watch(net, {"inner": net.inner}, [x])["inner"]
+    other = copy.deepcopy(net.inner)
+    with torch.no_grad():
+        other.weight += 0.01 * torch.randn(8, 8)
+        first = (other(1000 * x[:1]) - net.inner(1000 * x[:1])).square().sum().item()
+    assert found.errors(net.inner, other)[0] < 0.01 * first
+
+
+class Twice(nn.Module):
+    """One layer that is called twice, of which only the second call counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0 * self.layer(x) + self.layer(x + 1)
+
+
+def test_calls_keep_their_own_gradients():
+    net, x = Twice(), torch.randn(5, 4)
+    found = watch(net, {"layer": net.layer}, [x])["layer"]
+    assert not found.squares[0].any()
+    assert found.squares[1].any()
+    order = torch.cdist(found.inputs[1], x + 1).argmin(1)
+    assert torch.equal(found.inputs[1], (x + 1)[order])
+
+
+def test_layers_that_do_not_map_rows_to_rows_are_kept_whole():
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Flatten(), nn.Linear(6 * 25, 2))
+    found = watch(net, {"0": net[0], "2": net[2]}, [torch.randn(3, 3, 5, 5), torch.randn(2, 3, 5, 5)])
+    assert [tuple(x.shape) for x in found["0"].inputs] == [(1, 3, 5, 5)] * 2
+    assert [tuple(s.shape) for s in found["0"].squares] == [(1, 6, 5, 5)] * 2
+    assert (found["0"].kept, found["0"].rows) == (2, 5)
+    assert sum(len(x) for x in found["2"].inputs) == 5
+
+
+def test_a_language_model():
+    model = small_llama()
+    names = ["model.embed_tokens", "model.layers.0.mlp.up_proj", "lm_head"]
+    layers = {name: model.get_submodule(name) for name in names}
+    found = watch(model, layers, [{"input_ids": torch.randint(50, (2, 12))}])
+    assert set(found) == set(names[1:])
+    # At the head the expected square of a logit's gradient is p (1 - p), over labels drawn from p.
+    with torch.no_grad():
+        p = model.lm_head(torch.cat(found["lm_head"].inputs)).double().softmax(-1)
+    squares = torch.cat(found["lm_head"].squares).double()
+    assert squares.sum().item() == pytest.approx((p * (1 - p)).sum().item(), rel=0.05)
+
+
+class NoGradient(Net):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_without_a_gradient_there_are_inputs(caplog):
+    net = NoGradient()
+    found = watch(net, {"loud": net.loud}, inputs())["loud"]
+    assert "no gradient" in caplog.text
+    assert found.inputs
+    assert not found.squares
+    harm, relative = found.errors(net.loud, nn.Linear(64, 64))
+    assert harm == relative > 0
+
+
+def test_which_outputs_are_distributions():
+    model = small_llama()
+    assert is_distribution(model, torch.ones(2, 3, 50))
+    assert not is_distribution(model, torch.ones(2, 3, 49))
+    model.config.num_labels = 1
+    assert not is_distribution(model, torch.ones(4, 1))
+    assert not is_distribution(nn.Linear(2, 2), torch.ones(4, 50))
+
+
+def test_outputs_without_tensors():
+    assert torch.equal(main_tensor({"a": None, "b": [torch.ones(2)]}), torch.ones(2))
+    with pytest.raises(ValueError, match="a dict holds no tensor to search bits by"):
+        main_tensor({"a": None})
