@@ -131,8 +131,9 @@ def presets() -> str:
     rows = []
     for name, config in PRESETS.items():
         needs = "yes" if parse(name).needs_data else "no"
-        rows.append((f"`{name}`", needs, f"`{json.dumps(config['default'])}`"))
-    return table(("preset", "needs data", '"default" entry'), rows)
+        others = [f"`{json.dumps({key: entry})}`" for key, entry in config.items() if key != "default"]
+        rows.append((f"`{name}`", needs, ", ".join([f"`{json.dumps(config['default'])}`", *others])))
+    return table(("preset", "needs data", '"default" entry, and others'), rows)
 
 
 def _commands(command: Any, path: tuple[str, ...] = ("hfquant",)) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -197,6 +197,12 @@ def test_the_kernels_page_has_every_kernel() -> None:
     assert rows == list(KERNELS)
 
 
+def test_how_it_works_names_files_that_exist() -> None:
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8"))
+    assert named
+    assert not [name for name in named if not (ROOT / "hfquant" / name).exists()]
+
+
 def test_measured_rows_of_readme_are_rows_of_the_page() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = text[text.index("## Measured") : text.index("## Limits")]
