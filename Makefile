@@ -7,13 +7,17 @@ FLOORS := .venv-min
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-floors lint hooks models notebooks benchmarks wheel test-wheel sanitize clean
+.PHONY: help demo docs test test-slow test-floors lint hooks models notebooks benchmarks wheel test-wheel sanitize clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Quantize the embedded digits pipeline in several ways and write demo_out/
 	$(BIN)/python -m hfquant.demo --out demo_out
+
+docs: $(VENV)/.docs ## Fill in the documentation's generated parts and build its site in site/
+	$(BIN)/python -m docs.generate
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not --quiet: it would silence what --strict counts
 
 test: $(VENV)/.dev models ## Run the fast tests, on up to four cores
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
@@ -61,7 +65,7 @@ sanitize: $(VENV)/.dev ## Run the C++ kernels under AddressSanitizer and Undefin
 $(VENV)/bin/python $(FLOORS)/bin/python:
 	$(PYTHON) -m venv $(@:/bin/python=)
 
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.benchmarks: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs $(VENV)/.benchmarks: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -c constraints.txt -e ".[$(patsubst .%,%,$(notdir $@))]"
 	touch $@
 
@@ -70,4 +74,4 @@ $(FLOORS)/.test: pyproject.toml constraints-min.txt | $(FLOORS)/bin/python
 	touch $@
 
 clean: ## Remove everything that the other targets made
-	rm -rf $(VENV) $(FLOORS) .models demo_out build dist *.egg-info
+	rm -rf $(VENV) $(FLOORS) .models demo_out site build dist *.egg-info

@@ -94,6 +94,7 @@ def watch(command: list[str]) -> dict[str, float]:
         "peak": max(samples) - baseline["RssAnon"],
         "resident peak": final["VmHWM"] - baseline["VmRSS"],
         "held after": final["RssAnon"] - baseline["RssAnon"],
+        "resident after": final["VmRSS"] - baseline["VmRSS"],
         "samples": len(samples),
         **sizes,
     }

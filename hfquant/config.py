@@ -54,7 +54,7 @@ _FormatName = Annotated[str, AfterValidator(_known_format)]
 
 
 class _Quant(Section):
-    type: _FormatName = "int8"
+    type: _FormatName = Field("int8", description="Number format.")
 
     @property
     def format(self) -> NumberFormat:
@@ -63,15 +63,28 @@ class _Quant(Section):
 
 
 class InputQuant(_Quant):
-    """Activations. ``axis``: None = one scale a tensor (a segment), -1 = one scale a token (dynamic only)."""
+    """How activations are quantized."""
 
-    axis: Annotated[Literal[None, -1], BeforeValidator(_int_or_none)] = None
-    dynamic: bool = False
+    axis: Annotated[Literal[None, -1], BeforeValidator(_int_or_none)] = Field(
+        None,
+        description="None: one scale for the tensor, or for each segment. -1: one for each token; needs `dynamic`.",
+    )
+    dynamic: bool = Field(
+        False,
+        description="True: scales are computed from the input at run time. False: they are calibrated beforehand.",
+    )
+    token_fallback: bool = Field(
+        False,
+        description="Layers whose inputs no calibrated scale serves get one for each token at run time: those whose "
+        "output errs more than four times as much by it as the format promises, on rows that did not make the scale.",
+    )
 
     @model_validator(mode="after")
     def _static_per_token(self, info: ValidationInfo) -> InputQuant:
         if not is_patch(info) and self.format.has_scale and self.axis == -1 and not self.dynamic:
             raise ValueError("axis=-1 (one scale a token) needs dynamic=True: a static scale cannot know the tokens")
+        if not is_patch(info) and self.token_fallback and not self.static:
+            raise ValueError("token_fallback is for calibrated scales: set dynamic=False and a type that has a scale")
         return self
 
     @property
@@ -81,16 +94,28 @@ class InputQuant(_Quant):
 
 
 class WeightQuant(_Quant):
-    """Weights. ``axis``: None = one scale a tensor, 1 or -1 = one an output channel; ``group_size`` overrides it.
+    """How weights are quantized."""
 
-    ``scale``: how the scales of groups are stored, as a byte a group times a float32 a row, or each as a float32.
-    """
-
-    axis: Annotated[Literal[None, 1, -1], BeforeValidator(_int_or_none)] = None
-    group_size: int | None = Field(None, ge=1)
-    symmetric: bool = True
-    clip: Literal["amax", "mse"] = "amax"
-    scale: Literal["two_level", "float32"] = "two_level"
+    axis: Annotated[Literal[None, 1, -1], BeforeValidator(_int_or_none)] = Field(
+        None, description="None: one scale for the tensor. 1 or -1: one for each output channel."
+    )
+    group_size: int | None = Field(
+        None,
+        ge=1,
+        description="Input channels that share a scale, in each output channel; overrides `axis`. Groups never "
+        "straddle segments; where the size does not divide a segment, its last group is short.",
+    )
+    symmetric: bool = Field(True, description="False: groups have zero points as well; integer formats only.")
+    clip: Literal["amax", "mse"] = Field(
+        "amax",
+        description="How the range is chosen: up to the largest weight, or clipped to the least squared error, "
+        "weighted by the inputs' second moments where they are known.",
+    )
+    scale: Literal["two_level", "float32"] = Field(
+        "two_level",
+        description="How the scales of groups are stored: a byte for each group times a float32 for each row, or a "
+        "float32 for each group.",
+    )
 
     @model_validator(mode="after")
     def _fields_fit_type(self, info: ValidationInfo) -> WeightQuant:
@@ -128,15 +153,29 @@ def _optional(value: Any) -> Any:
 class LayerConfig(Section):
     """Everything decided for one layer before its data is seen. Defaults are the reference's."""
 
-    enable: bool = True
-    seglinear: bool = True
-    search_patterns: Annotated[tuple[SegPattern, ...], BeforeValidator(_patterns)] = tuple(SegPattern.all())
-    real_quant: bool = False
-    opt: SerializeAsAny[Transform] = Smooth()
-    calib: SerializeAsAny[Rounding] = Nearest()
-    input_quant: InputQuant | None = InputQuant()
-    weight_quant: WeightQuant = WeightQuant()
-    include: Annotated[tuple[str, ...], BeforeValidator(_optional)] = ()
+    enable: bool = Field(True, description="Quantize the layer.")
+    seglinear: bool = Field(True, description="Give segments of the input and output scales of their own.")
+    search_patterns: Annotated[tuple[SegPattern, ...], BeforeValidator(_patterns)] = Field(
+        tuple(SegPattern.all()), description="Patterns of the dataflow from which segments and dual scales are planned."
+    )
+    real_quant: bool = Field(
+        False,
+        description="True: multiply codes on low-bit kernels. False: simulate it, with floats rounded to the codes' "
+        "values.",
+    )
+    opt: SerializeAsAny[Transform] = Field(
+        Smooth(), description="Transform of weight and input before they are rounded; see the options of each `type`."
+    )
+    calib: SerializeAsAny[Rounding] = Field(
+        Nearest(), description="How the transformed weight is rounded; see the options of each `type`."
+    )
+    input_quant: InputQuant | None = Field(
+        InputQuant(), description="How activations are quantized; None leaves them in floating point."
+    )
+    weight_quant: WeightQuant = Field(WeightQuant(), description="How weights are quantized.")
+    include: Annotated[tuple[str, ...], BeforeValidator(_optional)] = Field(
+        (), description="Kinds of layer to quantize as well that stay in floating point otherwise."
+    )
 
     @model_validator(mode="after")
     def _combinations(self, info: ValidationInfo) -> LayerConfig:
@@ -170,7 +209,9 @@ class LayerConfig(Section):
     def plain(self) -> LayerConfig:
         """Return the same formats, untransformed and rounded to nearest."""
         weight = self.weight_quant.model_copy(update={"group_size": self.group_size})
-        return self.model_copy(update={"opt": Identity(), "calib": Nearest(), "weight_quant": weight})
+        inputs = self.input_quant and self.input_quant.model_copy(update={"token_fallback": False})
+        update = {"opt": Identity(), "calib": Nearest(), "weight_quant": weight, "input_quant": inputs}
+        return self.model_copy(update=update)
 
 
 class SearchRule(Section):

@@ -19,7 +19,6 @@ import logging
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from hfquant.calibration.streams import Batches
 from hfquant.config import InputQuant, LayerConfig, WeightQuant
 from hfquant.distributed import Processes
 from hfquant.folding import Folding
-from hfquant.formats import NumberFormat
+from hfquant.formats.promise import bell_error
 from hfquant.layer_plan import LayerPlan
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.linear import QuantLinear
@@ -310,14 +309,7 @@ def _formats(config: LayerConfig) -> tuple[WeightQuant, InputQuant | None]:
 def promise(config: LayerConfig) -> float:
     """Return the relative error of a product whose factors are bell curves, quantized in a config's formats."""
     formats = [config.weight_quant.format] + ([] if config.input_quant is None else [config.input_quant.format])
-    return sum(_noise(form) ** 2 for form in formats) ** 0.5
-
-
-@cache
-def _noise(form: NumberFormat) -> float:
-    bell = torch.special.ndtri(torch.linspace(0, 1, 4099)[1:-1])
-    scale = form.scale_from_amax(bell.abs().max()) if form.has_scale else None
-    return float((form.round(bell, scale) - bell).norm() / bell.norm())
+    return sum(bell_error(form) ** 2 for form in formats) ** 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------- the remedy

@@ -136,10 +136,15 @@ class LayerPlan:
 
         No transform, weights rounded to nearest, activations scaled by the token at run time.
         """
-        config, quant = self.config.plain(), self.config.input_quant
-        if quant is not None and quant.format.has_scale:
-            quant = quant.model_copy(update={"dynamic": True, "axis": -1})
-        return replace(self, config=config.model_copy(update={"input_quant": quant}))
+        return replace(self, config=self.config.plain()).by_token()
+
+    def by_token(self) -> LayerPlan:
+        """Return the same with the inputs scaled by the token at run time, where they have scales."""
+        quant = self.config.input_quant
+        if quant is None or not quant.format.has_scale:
+            return self
+        dynamic = quant.model_copy(update={"dynamic": True, "axis": -1, "token_fallback": False})
+        return replace(self, config=self.config.model_copy(update={"input_quant": dynamic}))
 
     def plain(self) -> LayerPlan:
         """Return the same formats with nothing done to help them: what the report compares with."""

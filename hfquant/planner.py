@@ -211,6 +211,10 @@ def _chosen(
             idle.pop(glob, None)
         asked = any(rules.raw[glob].get("enable") is True for glob in globs)
         layer = rules.resolve(*names)
+        if fused and layer.input_quant is not None:
+            # The experts of one parameter have one config, whatever each would need.
+            static = layer.input_quant.model_copy(update={"token_fallback": False})
+            layer = layer.model_copy(update={"input_quant": static})
         options = [] if kind is None else [facts.optional.get(name, ""), kind.optional(module)]
         options += ["autoencoder_convs"] if name in codec else []
         closed = [option for option in options if option and option not in layer.include]

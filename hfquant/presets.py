@@ -41,11 +41,11 @@ def _channel(dtype: str) -> dict[str, Any]:
 PRESETS: dict[str, dict[str, Any]] = {
     name: {"default": {"real_quant": True, **cast(dict[str, Any], entry)}}
     for name, entry in {
-        # None folds its divisors: layers that share one lose more than a division costs (README).
+        # None folds its divisors: layers that share one lose more than a division costs (docs/config.md).
         "w8a8": {
             "opt": _SEARCHED,
             "weight_quant": _channel("int8"),
-            "input_quant": {"type": "int8"},
+            "input_quant": {"type": "int8", "token_fallback": True},
         },
         "w8a8-dynamic": {**_ROUND, "weight_quant": _channel("int8"), "input_quant": _INT8_TOKEN},
         "w8a8-smooth": {

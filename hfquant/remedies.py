@@ -16,11 +16,7 @@ from hfquant.nn.linear import QuantLinear
 
 def _token_scales(plan: LayerPlan) -> LayerPlan | None:
     """Everything as it is but the scales of the inputs."""
-    quant = plan.config.input_quant
-    if quant is None or not plan.static_input:
-        return None
-    dynamic = quant.model_copy(update={"dynamic": True, "axis": -1})
-    return replace(plan, config=plan.config.model_copy(update={"input_quant": dynamic}))
+    return plan.by_token() if plan.static_input else None
 
 
 def _eight_bits(plan: LayerPlan) -> LayerPlan | None:

@@ -75,6 +75,7 @@ class Cache:
             "dual": json.dumps(solution.plan.dual),
             "alphas": json.dumps(solution.alphas),
             "fallback": json.dumps(solution.fallback),
+            "static": json.dumps(solution.plan.static_input),
         }
         temporary = self.folder / f".{key}.{os.getpid()}.tmp"
         try:
@@ -96,7 +97,10 @@ class Cache:
             if metadata.pop("checksum", None) != _checksum(tensors, metadata):
                 raise ValueError("its checksum does not match")
             fallback = json.loads(metadata["fallback"])
-            plan = replace(plan.without_data() if fallback else plan, dual=tuple(json.loads(metadata["dual"])))
+            plan = plan.without_data() if fallback else plan
+            if plan.static_input and not json.loads(metadata["static"]):
+                plan = plan.by_token()
+            plan = replace(plan, dual=tuple(json.loads(metadata["dual"])))
             return Solution(plan, tensors, json.loads(metadata["alphas"]), fallback)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             logger.warning("%s is damaged (%s): layer %r is solved again", path, error, name)

@@ -13,8 +13,13 @@ from torch import Tensor
 
 from hfquant.algorithms import Problem, block_slices, segment_ranges
 from hfquant.calibration.batches import CalibrationError
+from hfquant.formats import expand_columns
+from hfquant.formats.promise import bell_error
 from hfquant.layer_plan import LayerPlan
 from hfquant.statistics import LayerStats
+
+#: How many times what a format promises the error of a static scale may be before a layer takes a scale a token.
+COARSE = 4.0
 
 
 @dataclass
@@ -57,9 +62,14 @@ def solve(
         plan = plan.without_data()
     dtype = dtype or weight.dtype
     stats = None if stats is None else stats.to(weight.device)
-    # Codes take the strides of a weight that is stored transposed, and kernels and checkpoints want rows.
-    weight = weight.contiguous()
-    parts = [_solve_rows(name, weight[rows].float(), plan, stats, dtype) for rows in block_slices(plan.row_groups)]
+    row_groups = block_slices(plan.row_groups)
+    parts = [_solve_rows(name, weight[rows].float(), plan, stats, dtype) for rows in row_groups]
+    if stats is not None and plan.config.input_quant is not None and plan.config.input_quant.token_fallback:
+        divisors = [part.divisor for part in parts]
+        if any(
+            needs_token_scales(weight[r].float(), d, plan, stats) for r, d in zip(row_groups, divisors, strict=True)
+        ):
+            return solve(name, weight, plan.by_token(), stats, dtype)
     tensors = {key: _joined(plan, key, [p.tensors[key] for p in parts]) for key in parts[0].tensors}
     if "input_scale_neg" in tensors:
         dual = (tensors["input_scale"] != tensors["input_scale_neg"]).view(-1, len(plan.input_segments)).any(0)
@@ -138,6 +148,42 @@ def _solve_rows(name: str, w: Tensor, plan: LayerPlan, stats: LayerStats | None,
         if any(plan.dual):
             tensors["input_scale_neg"] = negative
     return _Part(tensors, transformed.divisor, transformed.alphas)
+
+
+def needs_token_scales(weight: Tensor, divisor: Tensor | None, plan: LayerPlan, stats: LayerStats) -> bool:
+    """Return whether one calibrated scale is too coarse for the inputs of some rows of a layer's weight.
+
+    It is where the error of the output that comes of the inputs' rounding, relative and averaged over rows of input
+    that the scale was not made from, is more than :data:`COARSE` times what the format promises, and a scale a token
+    at least halves it. Rows count alike: a few huge ones must not hide what is left of the others.
+
+    Args:
+        weight: [rows, in] float32, in terms of the raw input.
+        divisor: [in], what the input is divided by; None for nothing.
+        plan: of the layer, with static scales.
+        stats: of its raw inputs.
+    """
+    rule = plan.input_rule
+    assert rule is not None
+    by_token = replace(rule, dynamic=True, per_token=True)
+    weight = weight if divisor is None else weight * divisor
+    static_error = token_error = total = 0.0
+    for half, held_out in stats.divided(divisor).halves():
+        rows = held_out.to(weight.device)
+        x, counts = half.rows[rows], half.row_weights[rows]
+        size = (x @ weight.T).square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+
+        def error(values: Tensor, scale: Tensor | None, x: Tensor = x, size: Tensor = size) -> Tensor:
+            assert scale is not None
+            off = (values * expand_columns(scale, plan.input_segments)).sub_(x) @ weight.T
+            return (off.square_().sum(1) / size).clamp_(max=1)
+
+        scales = rule.scales(*segment_ranges(half, plan.input_segments))
+        static_error += float((error(*rule.quantize(x, *scales)) * counts).sum())
+        token_error += float((error(*by_token.quantize(x)) * counts).sum())
+        total += float(counts.sum())
+    limit = (COARSE * bell_error(rule.format)) ** 2 * total
+    return static_error > limit and static_error > 4 * token_error
 
 
 def _input_scales(plan: LayerPlan, seen: LayerStats) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,9 @@ from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
 
-STATIC = "w8a8"
+#: The preset would see for itself that a scale a tensor does not do.
+STATIC = copy.deepcopy(hfquant.PRESETS["w8a8"])
+STATIC["default"]["input_quant"] = {"type": "int8"}
 WIDTH = 64
 
 

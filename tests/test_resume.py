@@ -143,3 +143,16 @@ def test_a_full_disk_names_layer_and_file(net: Net, data: Any, tmp_path: Path, m
         hfquant.quantize(net, data, CONFIG, resume_dir=tmp_path)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_that_took_scales_a_token_is_taken_as_it_was_solved(tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIG)
+    config["default"]["input_quant"]["token_fallback"] = True
+    rows = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+    rows[::64, 3] *= 1e3
+    linear = nn.Sequential(nn.Linear(16, 8))
+    first, again = (hfquant.quantize(copy.deepcopy(linear), [rows], config, resume_dir=tmp_path) for _ in range(2))
+    assert not first[0].plan.static_input
+    assert again[0].plan == first[0].plan
+    assert again.state_dict().keys() == first.state_dict().keys()
+    assert torch.equal(again(rows), first(rows))

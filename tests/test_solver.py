@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hfquant.config import InputQuant, QuantRules
+from hfquant.config import ConfigError, InputQuant, QuantRules
 from hfquant.layer_plan import LayerPlan, layer_plan
 from hfquant.nn.linear import QuantLinear
 from hfquant.solver import Solution, requantize, solve
@@ -366,3 +366,51 @@ def test_requantizing_nan_names_the_layer() -> None:
     weight[3] = torch.nan
     with pytest.raises(ValueError, match=r"layer 'block\.linear': 20 of 240 weights are NaN or Inf"):
         requantize("block.linear", weight, plan, tensors)
+
+
+def with_massive_rows(rows: int, columns: int, share: float = 1 / 64, size: float = 300.0) -> torch.Tensor:
+    """Rows on a bell curve, a few of them huge in one channel, as the first token of many language models is."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    x[:: round(1 / share), columns // 2] *= size
+    return x
+
+
+FALLBACK = {"type": "int8", "token_fallback": True}
+
+
+@pytest.mark.parametrize("opt", [{"type": "default"}, SMOOTH])
+def test_a_layer_that_no_static_scale_serves_is_scaled_by_the_token(opt: dict[str, Any]) -> None:
+    weight, x = torch.randn(12, 32), with_massive_rows(2048, 32)
+    plan = make_plan(12, 32, opt=opt, weight_quant=CHANNEL, input_quant=FALLBACK)
+    solution = solve("layer", weight, plan, stats_of(x))
+    by_hand = solve("layer", weight, make_plan(12, 32, opt=opt, weight_quant=CHANNEL, input_quant=TOKEN), stats_of(x))
+    assert not solution.plan.static_input
+    assert solution.tensors.keys() == by_hand.tensors.keys()
+    assert all(torch.equal(value, by_hand.tensors[name]) for name, value in solution.tensors.items())
+    kept = solve(
+        "layer", weight, make_plan(12, 32, opt=opt, weight_quant=CHANNEL, input_quant={"type": "int8"}), stats_of(x)
+    )
+    usual = x[1:64]
+    assert error(solution, weight, usual) < 0.5 * error(kept, weight, usual)
+
+
+def test_a_layer_that_a_static_scale_serves_keeps_it() -> None:
+    weight, x = torch.randn(12, 32), torch.randn(2048, 32)
+    plan = make_plan(12, 32, weight_quant=CHANNEL, input_quant=FALLBACK)
+    solution = solve("layer", weight, plan, stats_of(x))
+    assert solution.plan == plan
+    assert "input_scale" in solution.tensors
+
+
+def test_one_output_segment_that_needs_token_scales_moves_all() -> None:
+    """The segments are smoothed apart, but the layer's input has one config."""
+    weight, x = torch.randn(12, 32), with_massive_rows(2048, 32)
+    weight[:6, 16] = 0  # these rows do not read what is huge
+    plan = make_plan(12, 32, {"output_segments": [6, 6]}, opt=SMOOTH, weight_quant=CHANNEL, input_quant=FALLBACK)
+    assert not solve("layer", weight, plan, stats_of(x)).plan.static_input
+
+
+@pytest.mark.parametrize("other", [{"dynamic": True}, {"type": "fp16"}])
+def test_only_calibrated_scales_have_a_fallback(other: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="token_fallback is for calibrated scales"):
+        make_plan(4, 4, weight_quant=CHANNEL, input_quant={**FALLBACK, **other})

@@ -29,6 +29,7 @@ ELSEWHERE = {
     "demo/__main__.py": "demo/test_demo.py",
     "demo/classifier.py": "demo/test_demo.py",
     "demo/pipeline.py": "demo/test_demo.py",
+    "demo/rows.py": "demo/test_demo.py",
     "demo/train.py": "demo/test_demo.py",
     "enums.py": "test_config.py",
     "exporters/checkpoint.py": "exporters/test_exporters.py",
@@ -69,6 +70,7 @@ ELSEWHERE = {
 #: Test files that are about more than one module, or about the project itself.
 WIDE = {
     "test_behaviour.py",
+    "test_docs.py",
     "affiner/test_refusals.py",
     "calibration/test_diffusers_pipelines.py",
     "calibration/test_digits.py",

@@ -3,7 +3,7 @@
 One map serves all timesteps. Blocks are fitted one after the other in the order they run, each on activations that the
 maps of the blocks before it have corrected, against the same block of the real model on the same latents. Blocks
 that come closer to the real ones need not bring the prediction closer, so maps are kept up to the block at which the
-prediction's error is lowest; that may be none.
+prediction's error is lowest on samples that they were not fitted on; that may be none.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from hfquant.affiner.config import BlocksConfig
@@ -25,6 +26,9 @@ from hfquant.denoisers import compute_dtype, run_denoiser
 logger = logging.getLogger(__name__)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+#: One sample of so many is not fitted on; these judge the maps.
+HELD_OUT = 4
 
 
 class BlockMap(NamedTuple):
@@ -98,7 +102,8 @@ def fit_blocks(
             for call, other in pairs:
                 expected, reals = _outputs(real, name, call)
                 predicted, quants = _outputs(quant, name, other)
-                error += float((expected.double() - predicted.to(expected.device).double()).square().sum())
+                judged = [_rows(x, held_out=True).double() for x in (expected, predicted)]
+                error += float((judged[0] - judged[1].to(judged[0].device)).square().sum())
                 for i, added in _moments(name, reals, quants) if name else ():
                     sums[i] = sums[i] + added if i in sums else added
         if error < best:
@@ -109,6 +114,13 @@ def fit_blocks(
     if kept < len(fitted):
         logger.info("aligning blocks from %r on does not lower the error of predictions", fitted[kept].module)
     return fitted[:kept]
+
+
+def _rows(values: Tensor, held_out: bool) -> Tensor:
+    """The samples that maps are fitted on, or judged on: all of a batch that is too small to be split."""
+    if len(values) < HELD_OUT:
+        return values
+    return values[(torch.arange(len(values)) % HELD_OUT == HELD_OUT - 1) == held_out]
 
 
 def _moments(name: str, reals: list[Tensor | None], quants: list[Tensor | None]) -> Iterator[tuple[int, Moments]]:
@@ -122,7 +134,8 @@ def _moments(name: str, reals: list[Tensor | None], quants: list[Tensor | None])
             raise ValueError(f"block {name!r} gives {list(r.shape)} in the real model, {list(q.shape)} here")
         if not bool(r.isfinite().all()) or not bool(q.isfinite().all()):
             raise ValueError(f"block {name!r} gives NaN or infinity")
-        yield i, moments(_channels_second(r), _channels_second(q), None)
+        fitted = [_channels_second(_rows(x, held_out=False)) for x in (r, q)]
+        yield i, moments(fitted[0], fitted[1], None)
 
 
 def _converted(calls: Sequence[Call], real: nn.Module, quant: nn.Module) -> Sequence[Call]:

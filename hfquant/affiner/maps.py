@@ -7,7 +7,9 @@ from the sums.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,9 @@ from hfquant.affiner.solvers import Grid, Moments
 from hfquant.denoisers import from_grid, to_grid
 
 Maps = tuple[Tensor, Tensor]
+
+#: Parts of the samples; each is held out once from a fit, to say how much of it is true of other samples.
+FOLDS = 4
 
 
 class AffineMaps:
@@ -38,6 +43,8 @@ class AffineMaps:
 
     blocksize: int | None = None
     interpolate = False
+    #: Weaken a timestep's map to what does no harm to samples that it was not fitted on.
+    checked = False
 
     def __init__(self, config: AffinerConfig) -> None:
         self.enabled = config.stepper.enable_timesteps
@@ -46,7 +53,8 @@ class AffineMaps:
         self.table: dict[float, Maps] = {}
         self.errors: dict[float, tuple[float, float]] = {}
         self._order: list[float] = []
-        self._sums: dict[float, Moments] = {}
+        self._sums: dict[float, dict[int, Moments]] = {}
+        self._counts: dict[float, int] = {}
 
     def fit(self, sums: Moments) -> Maps:
         """Return K and b, `[C, h, w]`, from sums of blocks (of pixels where `interpolate`)."""
@@ -63,29 +71,45 @@ class AffineMaps:
 
     def observe(self, timestep: float, real: Tensor, quant: Tensor) -> None:
         """Add a batch of any layout that :func:`~hfquant.denoisers.to_grid` knows."""
-        real, quant = to_grid(real, self.frames_first), to_grid(quant, self.frames_first)
-        size = (real.shape[-2], real.shape[-1])
+        height, width = to_grid(real[:1], self.frames_first).shape[-2:]
+        size = (height, width)
         if self.size not in (None, size):
             raise ValueError(f"all samples must have latents of one size; after {self.size} came {size}")
         self.size = size
-        sums = solvers.moments(real, quant, 1 if self.interpolate else self.blocksize)
         if timestep not in self._order:
             self._order.append(timestep)
-        self._sums[timestep] = self._sums[timestep] + sums if timestep in self._sums else sums
+        count, folds = self._counts.get(timestep, 0), self._sums.setdefault(timestep, {})
+        self._counts[timestep] = count + len(real)
+        for fold in range(FOLDS):
+            rows = slice((fold - count) % FOLDS, None, FOLDS)
+            if len(real[rows]):
+                r, q = (to_grid(values[rows], self.frames_first) for values in (real, quant))
+                sums = solvers.moments(r, q, 1 if self.interpolate else self.blocksize)
+                folds[fold] = folds[fold] + sums if fold in folds else sums
 
     def solve(self, timestep: float) -> None:
         """Fit the map of one timestep to all that was observed there."""
-        sums = self._sums[timestep]
-        scale, shift = self.fit(sums)
+        folds = list(self._sums[timestep].values())
+        total = reduce(operator.add, folds)
+        scale, shift = self.fit(total)
+        if self.checked and len(folds) > 1:
+            others = [reduce(operator.add, folds[:i] + folds[i + 1 :]) for i in range(len(folds))]
+            strength = solvers.held_out_strength(folds, [self._spread(*self.fit(sums)) for sums in others])
+            scale, shift = 1 + strength * (scale - 1), strength * shift
         if self.enabled is not None and self._order.index(timestep) not in self.enabled:
             scale, shift = torch.ones_like(scale), torch.zeros_like(shift)
         self.table[timestep] = scale.float(), shift.float()
-        spread = [solvers.expand(x, self._grid(), True) for x in (scale, shift)] if self.interpolate else (scale, shift)
-        count = float(sums.n.sum())
-        before, after = sums.squared_error(), sums.squared_error(*spread)
+        count = float(total.n.sum())
+        before, after = total.squared_error(), total.squared_error(*self._spread(scale, shift))
         self.errors[timestep] = float(before.sum()) / count, float(after.sum()) / count
         # Second-order schedulers come back to a timestep at once; sums of earlier ones are done with.
         self._sums = {t: s for t, s in self._sums.items() if t == timestep or t not in self.table}
+
+    def _spread(self, scale: Tensor, shift: Tensor) -> Maps:
+        """Return K and b of what the sums are kept for, blocks or pixels."""
+        if not self.interpolate:
+            return scale, shift
+        return solvers.expand(scale, self._grid(), True), solvers.expand(shift, self._grid(), True)
 
     def correct(self, timestep: float, values: Tensor) -> Tensor:
         """Return `K_t x + b_t`, computed in float32, for latents of any size; in the dtype of `values`.
@@ -179,7 +203,9 @@ class AffineMaps:
 
 
 class Blockwise(AffineMaps):
-    """Ridge regression block by block, or between block centres."""
+    """Ridge regression block by block, or between block centres, as far as it holds on other samples."""
+
+    checked = True
 
     def __init__(self, config: AffinerConfig) -> None:
         super().__init__(config)

@@ -22,22 +22,20 @@ class Gptq(Rounding):
     """Minimise ``(w - q) H (w - q)^T`` for each row w, greedily.
 
     Each row keeps the better of GPTQ and round-to-nearest, so the loss is never above the latter's.
-
-    Attributes:
-        block_size: columns whose errors are passed on together.
-        damp: share of H's mean diagonal that is added to it.
-        act_order: visit the columns by falling diagonal of H, on a grid fixed beforehand.
-        group_size: as ``weight_quant.group_size``.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     needs_data: ClassVar[bool] = True
     needs_scale: ClassVar[bool] = True
     type: Literal["gptq"] = "gptq"
-    block_size: int = Field(128, ge=1)
-    damp: float = Field(0.01, gt=0.0, le=1.0)
-    act_order: bool = False
-    group_size: int | None = Field(None, ge=1)
+    block_size: int = Field(128, ge=1, description="Columns whose errors are passed on together.")
+    damp: float = Field(
+        0.01, gt=0.0, le=1.0, description="Share of the Hessian's mean diagonal that is added to its diagonal."
+    )
+    act_order: bool = Field(
+        False, description="Visit columns by falling diagonal of the Hessian, on scales fixed beforehand."
+    )
+    group_size: int | None = Field(None, ge=1, description="The same as `weight_quant.group_size`.")
 
     def cost(self, in_features: int, out_features: int) -> float:
         """Return the cost of the inverse and of the sweep."""

@@ -23,7 +23,7 @@ class LowRank(Smooth):
     """Smooth, then take the best rank-r part of the weight out into a float branch; the rest is quantized."""
 
     type: Literal["svd"] = "svd"  # type: ignore[assignment]
-    low_rank: int = Field(32, ge=1)
+    low_rank: int = Field(32, ge=1, description="Rank of the branch; cut to the layer's smaller side.")
 
     def fitted(self, in_features: int, rows: Sequence[int]) -> Self:
         """Cut the rank to the smallest side of a group of rows."""

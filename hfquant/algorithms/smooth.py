@@ -27,10 +27,10 @@ MAX_ALPHAS = 1000
 class SearchAlpha(Section):
     """Grid of smoothing strengths tried for each layer: ``min, min + step, ... max``."""
 
-    enable: bool = False
-    min: float = Field(0.0, ge=0.0, le=1.0)
-    max: float = Field(1.0, ge=0.0, le=1.0)
-    step: float = Field(0.1, gt=0.0, le=1.0)
+    enable: bool = Field(False, description="Search; `alpha` is not used then.")
+    min: float = Field(0.0, ge=0.0, le=1.0, description="Smallest alpha tried.")
+    max: float = Field(1.0, ge=0.0, le=1.0, description="Largest alpha tried.")
+    step: float = Field(0.1, gt=0.0, le=1.0, description="Distance between two alphas; at most 1,000 are tried.")
 
     @model_validator(mode="after")
     def _sane(self, info: ValidationInfo) -> SearchAlpha:
@@ -62,10 +62,22 @@ class Smooth(Transform):
     needs_data: ClassVar[bool] = True
     per_output_segment: ClassVar[bool] = True
     type: Literal["smooth"] = "smooth"
-    alpha: float = Field(0.5, ge=0.0, le=1.0)
-    magnitude: Literal["amax", "rms"] = "amax"
-    search_alpha_config: SearchAlpha = SearchAlpha()
-    fold: bool = False
+    alpha: float = Field(
+        0.5, ge=0.0, le=1.0, description="Share of the inputs' outliers that the weights take over: 0 none, 1 all."
+    )
+    magnitude: Literal["amax", "rms"] = Field(
+        "amax",
+        description="What is balanced between an input channel and its weights: largest values (quantized activations) "
+        "or root mean squares (weights alone).",
+    )
+    search_alpha_config: SearchAlpha = Field(
+        SearchAlpha(), description="Search alpha for each layer, by the error of its output on sampled rows."
+    )
+    fold: bool = Field(
+        False,
+        description="Divide the norm or linear before the layer once instead of dividing the input at run time, where "
+        "nothing else reads what is divided. Layers that read the same input share one divisor then.",
+    )
 
     def tensors(self, in_features: int, rows: Sequence[int]) -> dict[str, TensorSpec]:
         """Return ``smooth``: the divisor, [in] or [groups, in]."""

@@ -39,7 +39,7 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
     """Config for ``from_pretrained(quantization_config=...)`` of any transformers or diffusers model.
 
     Args:
-        config: a dict (README, "Config"), the name of a preset (:data:`hfquant.PRESETS`), or None for
+        config: a dict (docs/config.md), the name of a preset (:data:`hfquant.PRESETS`), or None for
             "w8a8-dynamic".
         calibration: data for configs that need it (static activations, SMOOTH, SVD, GPTQ): a list of strings, a
             ``DataLoader`` or any re-iterable of model inputs. Never stored; let go once used. "self", or a dict

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 import hfquant  # noqa: F401 (registers)
+from hfquant.integrations.checkpoint import CheckpointError
 
 PIPELINE_FILE, MODEL_FILE = "model_index.json", "config.json"
 
@@ -27,7 +29,24 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Any:
         FileNotFoundError: no such folder, or it holds neither a pipeline nor a model.
         ValueError: an unknown dtype, or a pipeline class that diffusers lacks.
         OSError: the hub has no such repository, or cannot be reached.
+        CheckpointError: a safetensors file is damaged.
     """
+    try:
+        return _load(name, dtype, device)
+    except SafetensorError as error:
+        file = next(filter(_is_damaged, sorted(Path(name).rglob("*.safetensors"))), name)
+        raise CheckpointError(f"{file} is damaged: {error}; fetch it again") from error
+
+
+def _is_damaged(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt"):
+            return False
+    except SafetensorError:
+        return True
+
+
+def _load(name: str, dtype: str | None, device: str | None) -> Any:
     options: dict[str, Any] = {} if dtype is None else {"torch_dtype": floating(dtype)}
     if is_pipeline_name(name):
         import diffusers

@@ -97,7 +97,7 @@ def gather(
     pair = load(reference, dtype, device), load(str(folder), dtype, device)
     comparison = compared(*pair, inputs)
     speed = [_timed(*pair, inputs)]
-    return Report(folder.absolute().name, models, comparison, speed, _machine(pair[0]), affiner)
+    return Report(folder.absolute().name, models, comparison, speed, machine(pair[0].device), affiner)
 
 
 def _timed(reference: Any, other: Any, inputs: Inputs, repeats: int = 3) -> tuple[str, float, float]:
@@ -125,8 +125,8 @@ def _call(pipe: Any, call: Mapping[str, Any]) -> Any:
     return pipe(generator=torch.Generator().manual_seed(0), **call)
 
 
-def _machine(model: Any) -> str:
-    device = torch.device(getattr(model, "device", "cpu"))
+def machine(device: torch.device) -> str:
+    """Return the name of the GPU or of the CPU, with its threads, that a speed was measured on."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:

@@ -13,6 +13,7 @@ from hfquant.affiner.solvers import (
     EPS,
     Grid,
     expand,
+    held_out_strength,
     limit,
     moments,
     objective,
@@ -186,3 +187,25 @@ def test_limiting_spares_the_blocks_on_the_other_side():
     limited, moved = limit(scale, shift, 50.0, False, 0.0)
     assert limited.flatten().tolist() == pytest.approx([1.0, 0.5, 1.0, 1.9])
     assert moved.flatten().tolist() == pytest.approx([0.0, 2.0, 0.0, 4.0])
+
+
+def test_a_correction_that_does_harm_elsewhere_is_dropped():
+    """Maps that double the error of the fold that they were not fitted on."""
+    draw = torch.Generator().manual_seed(0)
+    real = torch.randn(4, 2, 3, 3, generator=draw, dtype=torch.float64)
+    folds, maps = [], []
+    for i in range(4):
+        noise = torch.randn(2, 3, 3, generator=draw, dtype=torch.float64)
+        folds.append(moments(real[i : i + 1], (real[i] + noise)[None], 1))
+        maps.append((torch.ones(2, 3, 3, dtype=torch.float64), noise))  # doubles the error
+    assert held_out_strength(folds, maps) == 0.0
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0.5, 1.0), (1.0, 1.0), (1.6, 1.0), (4.0, 0.5), (-1.0, 0.0)])
+def test_the_strength_is_the_most_that_does_no_harm(size, expected):
+    """The quantized model is off by 1 everywhere; the map takes `size` of it away."""
+    draw = torch.Generator().manual_seed(0)
+    real = torch.randn(8, 1, 2, 2, generator=draw, dtype=torch.float64)
+    folds = [moments(real[i::2], real[i::2] + 1, None) for i in range(2)]
+    maps = [(torch.ones(1, 1, 1, dtype=torch.float64), torch.full((1, 1, 1), -size, dtype=torch.float64))] * 2
+    assert held_out_strength(folds, maps) == pytest.approx(expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,42 @@ class TestBadInput:
         assert result.exit_code == 1
         assert "is not empty" in result.stderr
         assert (tmp_path / "q" / "mine").read_text() == "kept"
+
+    def test_a_broken_safetensors_file(self, llama, tmp_path):
+        copy = Path(shutil.copytree(llama, tmp_path / "copy"))
+        (copy / "model.safetensors").write_bytes(b"\xff" * 64)
+        result = quantize(copy, "--preset", "w4a16", "--out", tmp_path / "q")
+        assert result.exit_code == 1
+        assert "model.safetensors" in result.stderr
+        assert len(lines(result.stderr)) == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+
+    def test_not_a_model_folder(self, tmp_path):
+        (tmp_path / "notes").mkdir()
+        result = quantize(tmp_path / "notes", "--out", tmp_path / "q")
+        assert result.exit_code == 1
+        assert "neither model_index.json nor config.json" in result.stderr
+        assert len(lines(result.stderr)) == 1
+
+    def test_no_permission_to_write(self, llama, tmp_path, monkeypatch):
+        """Refused by the system call: the superuser, whom tests may run as, is allowed to write anywhere."""
+        mkdir = Path.mkdir
+
+        def refused(path: Path, *args: object, **kwargs: object) -> None:
+            if tmp_path in path.parents:
+                raise PermissionError(13, "Permission denied", str(path))
+            mkdir(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "mkdir", refused)
+        result = quantize(llama, "--preset", "w4a16", "--out", tmp_path / "closed" / "q")
+        assert result.exit_code == 1
+        assert "Permission denied" in result.stderr
+        assert len(lines(result.stderr)) == 1
+        assert list(tmp_path.iterdir()) == []
+
+    def test_debug_shows_the_trace(self, tmp_path):
+        result = quantize(tmp_path / "none", "--out", tmp_path / "q", "--debug")
+        assert isinstance(result.exception, OSError)
 
     def test_a_full_disk_leaves_nothing_half_written(self, llama, tmp_path, monkeypatch):
         def full(loaded, folder: Path, affiner=None):

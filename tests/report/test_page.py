@@ -58,6 +58,17 @@ class TestWhatItSays:
         assert "2.00" in text
         assert text.count('<figure class="pair') == 2
 
+    def test_every_heading_of_a_table_says_what_it_heads(self, report, llama):
+        for text in (page(report), page(Report("llama", read_folder(llama)[1]))):
+            headings = re.findall(r"<th\b[^>]*>", text)
+            assert headings
+            assert all('scope="col"' in heading for heading in headings)
+
+    def test_only_tiny_pictures_are_shown_small(self, report):
+        large = PipelineComparison((), ((torch.rand(3, 65, 65),) * 2,), {})
+        assert '<div class="pairs tiny">' in page(report)
+        assert '<div class="pairs">' in page(Report("large", report.models, large))
+
     def test_markup_in_names_is_escaped(self, report):
         changes = (TokenChange("<script>alert(1)</script>", ("<b>", 0.6), ("&", 0.5)),)
         text = page(Report("<i>", report.models, ModelComparison((), changes)))

@@ -65,7 +65,8 @@ def push_to_hub(
         token: of the hub; by default the one stored on this machine.
         create_pr: open a pull request instead.
         commit_message: of the commit.
-        base_model, **options: as for :func:`save_pretrained`.
+        base_model: as for :func:`save_pretrained`.
+        **options: as for :func:`save_pretrained`.
 
     Returns:
         Address of the commit, or of the pull request.

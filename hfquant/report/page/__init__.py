@@ -25,6 +25,9 @@ from hfquant.report.stored import StoredLayer, StoredModel
 #: Layers that the page names as the worst.
 WORST = 10
 
+#: Pixels across up to which pictures are shown small: their pixels are seen at any size.
+TINY = 64
+
 
 @dataclass(frozen=True)
 class Report:
@@ -61,6 +64,7 @@ def page(report: Report) -> str:
     )
     environment.filters |= {"size": size, "number": number, "kind": kind_of, "block": block_of}
     comparison = report.comparison
+    images = getattr(comparison, "images", ())[: report.images]
     errors = {} if report.affiner is None else report.affiner.errors
     return environment.get_template("page.html.j2").render(
         report=report,
@@ -74,7 +78,8 @@ def page(report: Report) -> str:
         figures=() if comparison is None else comparison.figures,
         left_out=getattr(comparison, "left_out", {}),
         changes=getattr(comparison, "changes", ()),
-        pairs=[(png(a), png(b)) for a, b in getattr(comparison, "images", ())[: report.images]],
+        pairs=[(png(a), png(b)) for a, b in images],
+        tiny=all(a.shape[-1] <= TINY for a, _ in images),
         affiner=Markup(affiner_chart(errors)) if errors else "",
     )
 

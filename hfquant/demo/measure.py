@@ -1,0 +1,134 @@
+"""What is measured of a row: bits, bytes, pictures against full precision, CPU time against full precision."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from hfquant import QuantLinear
+from hfquant.demo import DigitsPipeline
+from hfquant.demo.classifier import agreement
+
+SEED = 0
+
+#: Spread of a speed, as a share of it, from which on it is called noisy.
+NOISY = 0.2
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How many times as fast as full precision a row is.
+
+    Attributes:
+        ratio: median over the repeats.
+        spread: between the quartiles of the repeats.
+        seconds: median CPU seconds of a run, in full precision and of the row.
+    """
+
+    ratio: float
+    spread: float
+    seconds: tuple[float, float]
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the repeats differ so much that the median says little."""
+        return self.spread > NOISY * self.ratio
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table, without its speed. `images` are `[N, 8, 8]` float32 in [0, 1], what the row drew."""
+
+    name: str
+    bits: float
+    megabytes: float
+    psnr: float
+    agreement: float
+    images: np.ndarray
+
+
+def measure(
+    name: str, pipe: DigitsPipeline, folder: Path, labels: list[int], steps: int, reference: np.ndarray | None
+) -> Result:
+    """Draw with a pipeline, always from the same noise, and compare with what full precision drew.
+
+    Args:
+        name: of the row.
+        pipe: as loaded from `folder`.
+        folder: that the row was saved to.
+        labels: digits to draw.
+        steps: denoising steps.
+        reference: `[N, 8, 8]`, the images of full precision; None for full precision itself.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(SEED)
+    (images,) = pipe(labels, num_inference_steps=steps, generator=generator, output_type="np", return_dict=False)
+    images = images[..., 0]
+    parts = [part for name in ("transformer", "affiner") if (part := folder / name).is_dir()]
+    return Result(
+        name,
+        bits_per_weight(pipe.transformer),
+        sum(file.stat().st_size for part in parts for file in part.iterdir()) / 1e6,
+        float("inf") if reference is None else psnr(images, reference),
+        agreement(images, labels),
+        images,
+    )
+
+
+def bits_per_weight(model: nn.Module) -> float:
+    """Bytes of all tensors of the quantized linears (scales and biases too) in bits a weight.
+
+    A model without quantized linears is counted by its plain ones.
+    """
+    linears: list[nn.Linear] = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    linears = linears or [m for m in model.modules() if isinstance(m, nn.Linear)]
+    stored = sum(t.nbytes for m in linears for t in m.state_dict().values())
+    return 8 * stored / sum(m.in_features * m.out_features for m in linears)
+
+
+def psnr(images: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB over all pixels of all images, data range 1."""
+    error = float(np.mean((images.astype(np.float64) - reference) ** 2))
+    return 10 * float(np.log10(1 / error)) if error else float("inf")
+
+
+def drawing(pipe: DigitsPipeline, steps: int) -> Callable[[], object]:
+    """Return the run that a pipeline's speed is measured on: each digit once, in so many steps."""
+    pipe.set_progress_bar_config(disable=True)
+    return lambda: pipe(
+        list(range(10)), num_inference_steps=steps, generator=torch.Generator().manual_seed(SEED), output_type="np"
+    )
+
+
+def speeds(reference: Callable[[], object], runs: Sequence[Callable[[], object]], repeats: int = 5) -> list[Speed]:
+    """Measure how many times as fast as a reference each of several runs is.
+
+    All take turns, so that a machine that slows down slows all alike, and each repeat gives a ratio of its own. It is
+    CPU time of all threads that counts: what else the machine does adds little to it.
+
+    Args:
+        reference: what the others are compared to.
+        runs: each has run before.
+        repeats: turns.
+    """
+    turns = [[_cpu_seconds(run) for run in (reference, *runs)] for _ in range(repeats)]
+    found = []
+    for i in range(1, len(runs) + 1):
+        ratios = [turn[0] / turn[i] for turn in turns]
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if repeats > 1 else ratios * 3
+        seconds = statistics.median(turn[0] for turn in turns), statistics.median(turn[i] for turn in turns)
+        found.append(Speed(statistics.median(ratios), high - low, seconds))
+    return found
+
+
+def _cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start

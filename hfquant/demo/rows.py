@@ -1,0 +1,113 @@
+"""The rows of the demo: presets, with data and without, made from the embedded pipeline and written to folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import PipelineQuantizationConfig
+from torch import nn
+
+from hfquant import PRESETS, BlockwiseAffiner, HfQuantConfig, load_affiner, quantize
+from hfquant.demo import DigitsPipeline, load_digits_pipeline
+from hfquant.recipes.run import save
+
+FULL_PRECISION = "full precision"
+AFFINER = "+affiner"
+CALIBRATION_SEED = 1
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    **PRESETS,
+    # No preset rounds both sides to 4 bits without data; it shows what the low-rank branch is for.
+    "w4a4-dynamic": {"default": {**PRESETS["w4a4-svd"]["default"], "opt": {"type": "default"}}},
+}
+"""Configs that a row can have, by name."""
+
+DEFAULT_ROWS = (
+    *("w8a8-dynamic", "w8a8-smooth"),
+    *("w4a8-dynamic", "w4a8-gptq", f"w4a8-gptq{AFFINER}"),
+    *("w4a4-dynamic", "w4a4-svd", f"w4a4-svd{AFFINER}"),
+)
+
+
+def is_known(row: str) -> bool:
+    """Return whether a row has a config: its name, or its name before `+affiner`."""
+    return row.removesuffix(AFFINER) in CONFIGS
+
+
+def data_of(row: str) -> str:
+    """Return in a word what a row learns from pictures: "none", "calibrated" or "affiner"."""
+    if row.endswith(AFFINER):
+        return "affiner"
+    return "calibrated" if row in CONFIGS and HfQuantConfig(CONFIGS[row]).needs_data else "none"
+
+
+def folder_of(row: str, out: Path) -> Path:
+    """Return the folder that a row is written to."""
+    return out / row.replace(" ", "-")
+
+
+def write_row(row: str, out: Path, steps: int) -> None:
+    """Quantize the embedded pipeline as a row says, and save it.
+
+    Args:
+        row: `FULL_PRECISION`, a name of `CONFIGS`, or one followed by `+affiner`.
+        out: folder of all rows.
+        steps: denoising steps that an affiner corrects.
+    """
+    if row == FULL_PRECISION:
+        load_digits_pipeline().save_pretrained(folder_of(row, out))
+        return
+    pipe, affiner = load_quantized(row.removesuffix(AFFINER)), None
+    if row.endswith(AFFINER):
+        full = load_digits_pipeline()
+        for one in (pipe, full):
+            one.set_progress_bar_config(disable=True)
+        config = {
+            "stepper": {"max_timestep": steps, "batch_size": 20, "seed": CALIBRATION_SEED},
+            "solver": {"blocksize": 1},
+        }
+        affiner = load_affiner(config, [{"class_labels": [digit]} for digit in range(10)] * 2, full, pipe)
+    save(pipe, folder_of(row, out), affiner)
+
+
+def read_row(row: str, out: Path) -> DigitsPipeline:
+    """Load a row from its folder, its affiner attached where it has one."""
+    folder = folder_of(row, out)
+    pipe = DigitsPipeline.from_pretrained(folder)
+    if row.endswith(AFFINER):
+        BlockwiseAffiner.from_pretrained(folder / "affiner").attach(pipe)
+    return pipe
+
+
+def load_quantized(name: str) -> DigitsPipeline:
+    """The embedded pipeline with its denoiser quantized: while loading, or after it where the config needs data."""
+    config = HfQuantConfig(CONFIGS[name])
+    if not config.needs_data:
+        return load_digits_pipeline(
+            quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": config})
+        )
+    pipe = load_digits_pipeline()
+    quantize(pipe.transformer, record_inputs(pipe), config)
+    return pipe
+
+
+def record_inputs(pipe: DigitsPipeline, steps: int = 8) -> list[dict[str, Any]]:
+    """What the denoiser is given while it draws each digit twice, one dict of keyword arguments a step.
+
+    The noise is not the one that rows are judged on.
+    """
+    batches: list[dict[str, Any]] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batches.append(kwargs)
+
+    handle = pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        generator = torch.Generator().manual_seed(CALIBRATION_SEED)
+        pipe(list(range(10)) * 2, num_inference_steps=steps, generator=generator, output_type="pt")
+    finally:
+        handle.remove()
+    return batches
