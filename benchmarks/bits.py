@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,14 +167,16 @@ def markdown(results: list[Mapping[str, Any]]) -> str:
         "# Automatic bits",
         "",
         "Made by `python -m benchmarks.bits`, whose docstring says what is compared with what. KL: less is better;",
-        "PSNR: more. Standard errors are over windows or images; of differences over the differences of each.",
+        "PSNR: more. The uniform model is the smallest that is no smaller than the searched one; what a uniform one of",
+        "the same size would have is interpolated between those below and above it (of KL the logarithm). Standard",
+        "errors are over windows or images, those of differences over the differences of each.",
     ]
     for result in results:
         title = f"{result['subject']}, rounding: {result['rounding']}, {result['samples']} calibration samples"
         names = list(next(iter(result["rows"].values()))["scores"])
-        head = [f"{n}: searched | uniform | difference" for n in names]
+        head = [f"{n}: searched | uniform | difference | uniform at this size" for n in names]
         lines += ["", f"## {title}", ""]
-        lines += ["| searched | uniform | " + " | ".join(head) + " |", "|" + " --- |" * (2 + 3 * len(names))]
+        lines += ["| searched | uniform | " + " | ".join(head) + " |", "|" + " --- |" * (2 + 4 * len(names))]
         uniform = {k: v for k, v in result["rows"].items() if k.startswith("all")}
         for key, row in result["rows"].items():
             if key in uniform:
@@ -185,10 +188,21 @@ def markdown(results: list[Mapping[str, Any]]) -> str:
                 ours, theirs = row["scores"][name], uniform[other]["scores"][name]
                 apart = _mean([a - b for a, b in zip(ours, theirs, strict=True)])
                 cells += [f"{m:.4g} ± {e:.2g}" for m, e in (_mean(ours), _mean(theirs), apart)]
+                cells.append(f"{_between(uniform, row['bits'], name):.4g}")
             lines.append("| " + " | ".join(cells) + " |")
         seconds = ", ".join(f"{what} {took:.0f} s" for what, took in result["seconds"].items())
         lines += ["", f"CPU time: {seconds}."]
     return "\n".join(lines) + "\n"
+
+
+def _between(uniform: Mapping[str, Mapping[str, Any]], bits: float, name: str) -> float:
+    """Return a mean score at a size, on the line through the uniform models below and above it: of KL its logarithm."""
+    points = sorted((row["bits"], _mean(row["scores"][name])[0]) for row in uniform.values())
+    (low, first), (high, second) = next(pair for pair in pairwise(points) if pair[0][0] <= bits <= pair[1][0])
+    share = (bits - low) / (high - low)
+    if name.startswith("KL"):
+        return math.exp((1 - share) * math.log(first) + share * math.log(second))
+    return (1 - share) * first + share * second
 
 
 def main() -> None:
