@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hfquant.console import size
 from hfquant.integrations.config import FORMAT_VERSION
 from hfquant.integrations.sharing.facts import Facts
 from hfquant.integrations.sharing.merge import merged
@@ -32,7 +33,7 @@ def content_of(facts: Facts, noun: str, address: str, origin: Origin, existing: 
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"size": _size, "count": _count}
+    environment.filters |= {"size": size, "count": _count}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     body = template.render(
         facts=facts,
@@ -57,14 +58,6 @@ def _versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def _size(count: int) -> str:
-    """Return a number of bytes as people read it."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} B"
 
 
 def _count(count: int) -> str:

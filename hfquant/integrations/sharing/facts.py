@@ -58,6 +58,8 @@ class Measured(NamedTuple):
     plain_sqnr: float
     worst: list[LayerReport]
     never_ran: list[str]
+    #: What the guard put back to a safer format.
+    guarded: list[LayerReport]
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,8 @@ def _measured(report: QuantReport | None) -> Measured | None:
     if report is None or not (layers := [layer for layer in report.layers if layer.sqnr is not None]):
         return None
     sqnr, plain = (median(getattr(layer, key) for layer in layers) for key in ("sqnr", "plain_sqnr"))
-    return Measured(sqnr, plain, worst(layers), [layer.name for layer in report.layers if layer.fallback])
+    never_ran = [layer.name for layer in report.layers if layer.fallback]
+    return Measured(sqnr, plain, worst(layers), never_ran, [layer for layer in report.layers if layer.guard])
 
 
 def _digest(value: Any) -> str:

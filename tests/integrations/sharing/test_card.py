@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
 
 import hfquant
-from hfquant.integrations.sharing.card import _count, _size, content_of
+from hfquant.integrations.sharing.card import _count, content_of
 from hfquant.integrations.sharing.facts import of_models
 from hfquant.integrations.sharing.merge import sections
 from hfquant.integrations.sharing.origin import Origin
@@ -61,5 +62,27 @@ def test_every_table_is_one(content: str) -> None:
 
 
 def test_numbers_as_people_read_them() -> None:
-    assert [_size(n) for n in (999, 1_000, 2_500_000, 7_000_000_000)] == ["999 B", "1.0 kB", "2.5 MB", "7.0 GB"]
     assert [_count(n) for n in (999, 1_500, 2_500_000, 7_000_000_000)] == ["999", "1.5 k", "2.5 M", "7.0 B"]
+
+
+def test_what_the_guard_did_is_said() -> None:
+    model = small_models.llama()
+    hfquant.quantize(model, [small_models.transformers_inputs(model)], "w8a8-smooth")
+    layers = model.quant_report.layers
+    layers[2] = replace(layers[2], guard="error 0.9 (a static scale saturates): inputs scaled by the token, error 0.01")
+    text = content_of(of_models(model), "model", "org/name", Origin(None, {}), None)
+    said = dict(sections(ModelCard(text).text.partition("<!--")[0]))["Measured while quantizing"]
+    assert f"- `{layers[2].name}`: {layers[2].guard}" in said
+    assert said.count("error 0.9") == 1
+
+
+def test_data_that_the_model_made_are_called_so() -> None:
+    model = small_models.llama()
+    hfquant.quantize(model, {"source": "self", "samples": 2, "seqlen": 16, "seed": 3}, "w8a8-smooth")
+    text = content_of(of_models(model), "model", "org/name", Origin(None, {}), None)
+    said = dict(sections(ModelCard(text).text.partition("<!--")[0]))["Calibration data"]
+    assert "The model made it itself" in said
+    assert "- seed: `3`" in said
+    hfquant.quantize(fed := small_models.llama(), [small_models.transformers_inputs(fed)], "w8a8-smooth")
+    text = content_of(of_models(fed), "model", "org/name", Origin(None, {}), None)
+    assert "made it itself" not in text
