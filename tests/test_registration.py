@@ -83,3 +83,17 @@ def test_who_uses_transformers_alone_does_not_import_diffusers(tmp_path):
     command = [sys.executable, "-c", TRANSFORMERS_ALONE]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("transformers", "'hfquant' in sys.modules['transformers.quantizers.auto'].AUTO_QUANTIZER_MAPPING"),
+        ("diffusers", "'hfquant' in sys.modules['diffusers.quantizers.auto'].AUTO_QUANTIZER_MAPPING"),
+        ("adapters", "hfquant.integrations.adapters.LoraQuantLinear"),
+    ],
+)
+def test_what_registers_may_be_imported_first(name: str, known: str) -> None:
+    """It imports its library while it is half executed, which calls for it at that moment."""
+    code = f"import sys, hfquant.integrations.{name}\nassert {known}"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

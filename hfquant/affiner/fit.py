@@ -15,9 +15,9 @@ from hfquant.affiner.affiner import BlockwiseAffiner
 from hfquant.affiner.blocks import Call, fit_blocks, hook_blocks
 from hfquant.affiner.config import AffinerConfig, StepperConfig, parse
 from hfquant.affiner.hooks import NEEDS_CFG, Affiner, corrected, half, run_step
-from hfquant.affiner.inputs import Samples, as_pipeline, call_batches, check_alike, fresh_call
+from hfquant.affiner.inputs import Samples, as_pipeline, call_batches, check_alike
 from hfquant.affiner.runs import Event, Run
-from hfquant.calibration.samplers import seeded
+from hfquant.calibration.samplers import fresh_call, seeded
 from hfquant.config import ConfigError
 from hfquant.console import progress_bar
 from hfquant.denoisers import compute_dtype, eval_mode, find_denoiser, has_frames_first

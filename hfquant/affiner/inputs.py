@@ -95,17 +95,6 @@ def call_batches(dataset: Any, pipeline: Any, latents: Tensor | None, shuffle: b
     return samples
 
 
-def fresh_call(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of one call with generators of its own, so that each run of a batch draws the same noise."""
-
-    def fresh(value: Any) -> Any:
-        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Generator):
-            return [one.clone_state() for one in value]
-        return value.clone_state() if isinstance(value, torch.Generator) else value
-
-    return {name: fresh(value) for name, value in sample.items()}
-
-
 def _rows(dataset: Any, stepper: StepperConfig, shuffle: bool) -> list[tuple[int, Any]]:
     """The rows to fit on, with their numbers. A stream is read no further than needed, to its end without a size."""
     indexed = all(hasattr(dataset, name) for name in ("__len__", "__getitem__"))

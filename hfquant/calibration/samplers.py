@@ -249,6 +249,17 @@ def calls_of(batch: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     return [(batch if isinstance(batch, tuple) else (batch,), {})]
 
 
+def fresh_call(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of one call with generators of its own: each call draws the same, and leaves them be."""
+
+    def fresh(value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Generator):
+            return [one.clone_state() for one in value]
+        return value.clone_state() if isinstance(value, torch.Generator) else value
+
+    return {name: fresh(value) for name, value in sample.items()}
+
+
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
     """Within it, torch's global generators start from a seed made of `entropy`; afterwards they are as before."""

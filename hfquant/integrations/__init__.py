@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from hfquant import ptq
 from hfquant.calibration.batches import CalibrationError
 from hfquant.integrations.apply import quantize_attached
-from hfquant.integrations.config import METHOD, HfQuantConfig
+from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.facts import facts_of
 from hfquant.planner import ModelFacts
 
@@ -100,42 +101,23 @@ def attach(model: nn.Module, config: HfQuantConfig) -> None:
             attach_diffusers(model, config)
 
 
+# These modules register themselves at their end, and importing one is all that is done for it: where it is itself
+# what imports its library, it is half executed when the library calls for it.
 def register_transformers() -> None:
     """Make "hfquant" known to transformers, where it is installed; safe to call again."""
-    if find_spec("transformers") is None:
-        return
-    from transformers.quantizers import auto
-
-    from hfquant.integrations.compat import allow_needs_hfquant
-    from hfquant.integrations.transformers import HfQuantTransformersQuantizer
-
-    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        auto.register_quantization_config(METHOD)(HfQuantConfig)
-        auto.register_quantizer(METHOD)(HfQuantTransformersQuantizer)
-        allow_needs_hfquant()
+    if find_spec("transformers") is not None:
+        import_module("hfquant.integrations.transformers")
 
 
 def register_diffusers() -> None:
     """Make "hfquant" known to diffusers, where it is installed; safe to call again."""
-    if find_spec("diffusers") is None:
-        return
-    from diffusers.quantizers import auto
-
-    from hfquant.integrations.diffusers import HfQuantDiffusersQuantizer
-
-    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        # diffusers has no public registration.
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HfQuantConfig
-        auto.AUTO_QUANTIZER_MAPPING[METHOD] = HfQuantDiffusersQuantizer
+    if find_spec("diffusers") is not None:
+        import_module("hfquant.integrations.diffusers")
 
 
 def register_peft() -> None:
     """Make quantized linears known to peft's LoRA. Called once peft is imported."""
-    from hfquant.integrations.adapters import LoraQuantLinear
-    from hfquant.integrations.compat import register_lora_layer
-    from hfquant.nn.linear import QuantLinear
-
-    register_lora_layer(QuantLinear, LoraQuantLinear)
+    import_module("hfquant.integrations.adapters")
 
 
 def register_diffusers_lora() -> None:

@@ -18,6 +18,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from hfquant.integrations.compat import register_lora_layer
 from hfquant.nn.linear import QuantLinear
 from hfquant.solver import requantize
 
@@ -182,3 +183,6 @@ def _put(layer: QuantLinear, tensors: Mapping[str, Tensor]) -> None:
 
 def _decibels(signal: Tensor, noise: Tensor) -> float:
     return float(10 * torch.log10(signal.double().square().sum() / noise.double().square().sum()))
+
+
+register_lora_layer(QuantLinear, LoraQuantLinear)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from hfquant.integrations.checkpoint import (
     warn_if_empty,
 )
 from hfquant.integrations.compat import set_quantization_config
-from hfquant.integrations.config import HfQuantConfig
+from hfquant.integrations.config import METHOD, HfQuantConfig
 from hfquant.integrations.data import check_component_data, diffusers_batches
 from hfquant.integrations.experts import layout_of
 from hfquant.integrations.facts import facts_of
@@ -327,3 +328,8 @@ def attach(model: ModelMixin, config: HfQuantConfig) -> None:
     model.is_quantized = True
     model.quantization_method = config.quant_method
     set_quantization_config(model, config)
+
+
+# diffusers has no public registration.
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HfQuantConfig
+auto.AUTO_QUANTIZER_MAPPING[METHOD] = HfQuantDiffusersQuantizer

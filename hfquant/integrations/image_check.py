@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hfquant.calibration.samplers import calls_of, inference, seeded
+from hfquant.calibration.samplers import calls_of, fresh_call, inference, seeded
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def picture(pipe: Any, batch: Any, arguments: Mapping[str, Any]) -> Tensor | Non
         arguments: of every call; what they say of the output's type does not count.
     """
     args, kwargs = calls_of(batch)[0]
-    kwargs = {**arguments, **kwargs}
+    kwargs = fresh_call({**arguments, **kwargs})
     if "output_type" in inspect.signature(type(pipe).__call__).parameters:
         kwargs["output_type"] = "np"
     try:

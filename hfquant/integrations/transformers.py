@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from hfquant.integrations.apply import own_config, quantize_attached
@@ -29,13 +30,14 @@ from hfquant.integrations.checkpoint import (
 from hfquant.integrations.compat import (
     ConversionOps,
     WeightConverter,
+    allow_needs_hfquant,
     drop_needs_hfquant,
     load_offloaded_parameter,
     names_in_model,
     save_as_named,
     set_quantized,
 )
-from hfquant.integrations.config import HfQuantConfig
+from hfquant.integrations.config import METHOD, HfQuantConfig
 from hfquant.integrations.data import transformers_batches
 from hfquant.integrations.facts import facts_of
 from hfquant.integrations.placement import check_offload_folder, put_back, quantize_left, without_working_memory
@@ -315,3 +317,9 @@ def _stored_names(model: PreTrainedModel, checkpoint_files: list[str] | None) ->
         return None
     keys = tensor_names(checkpoint_files)
     return keys.union(names_in_model(model, sorted(keys)).values())
+
+
+if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+    auto.register_quantization_config(METHOD)(HfQuantConfig)
+    auto.register_quantizer(METHOD)(HfQuantTransformersQuantizer)
+    allow_needs_hfquant()

@@ -95,3 +95,14 @@ def test_a_quantized_pipeline_whose_image_is_spoiled(on, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "hfquant"):
         quantize_pipeline(pipe, DATA, HfQuantConfig("w8a8", guard=on), num_inference_steps=2)
     assert ("values of its image are NaN or Inf once quantized" in caplog.text) == on
+
+
+def test_a_generator_given_draws_the_same_twice_and_is_left_as_it_was():
+    pipe = DigitsPipeline(tiny_dit(), DDIMScheduler())
+    generator = torch.Generator().manual_seed(5)
+    before = generator.get_state()
+    batch = {"class_labels": [3], "generator": [generator], "num_inference_steps": 2}
+    first, second = (picture(pipe, batch, {}) for _ in range(2))
+    assert first is not None
+    assert torch.equal(first, second)
+    assert torch.equal(generator.get_state(), before)
