@@ -34,7 +34,7 @@ class StoredLayer:
         method: transform and rounding, "smooth/gptq".
         segments: sizes of input and of output segments.
         dual: for each input segment, whether it has a second scale for its negative side.
-        bytes: of all its tensors but the bias.
+        bytes: of all its tensors but the bias; 0 where it shares those of the layer that it is tied to.
         sqnr: signal to noise of its output in dB on calibration rows; None where it was not measured. Of experts, the
             worst.
         plain_sqnr: the same of the same formats, rounded to nearest.
@@ -86,8 +86,9 @@ class StoredModel:
     @property
     def bits(self) -> float:
         """Stored bits a weight of the quantized layers, scales included."""
-        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
-        return 8 * sum(layer.bytes for layer in self.layers) / weights if weights else 0.0
+        stored = [layer for layer in self.layers if layer.bytes]
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in stored)
+        return 8 * sum(layer.bytes for layer in stored) / weights if weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import hfquant
 from hfquant.integrations.checkpoint import CheckpointError
@@ -95,3 +95,28 @@ class TestBadFolders:
         (copy / "model.safetensors").write_bytes(content)
         with pytest.raises(CheckpointError, match=r"model.safetensors is damaged"):
             read_folder(copy)
+
+
+def test_what_layers_share_counts_once(tmp_path):
+    """The head has the embedding's codes: it stores nothing, and its weights are no further ones."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=96, vocab_size=500, **heads))
+    config = {
+        "default": {
+            "weight_quant": {"type": "int8", "axis": -1},
+            "input_quant": None,
+            "opt": {"type": "default"},
+            "include": ["embeddings", "output_heads"],
+        }
+    }
+    save(hfquant.quantize(model, None, config), tmp_path / "tied")
+    stored = read_folder(tmp_path / "tied")[1]["model"]
+    by_name = {layer.name: layer for layer in stored.layers}
+    assert sorted(layer.bytes for layer in (by_name["model.embed_tokens"], by_name["lm_head"])) == [0, 500 * (64 + 4)]
+    own = [layer for layer in stored.layers if layer.bytes]
+    assert stored.bits == pytest.approx(
+        sum(layer.bits * layer.shape[0] * layer.shape[1] for layer in own)
+        / sum(layer.shape[0] * layer.shape[1] for layer in own)
+    )
+    assert 8 < stored.bits < 8.7
