@@ -12,15 +12,15 @@ _INT4_GROUP = {"type": "int4", "group_size": 32, "symmetric": False, "clip": "ms
 _INT6_GROUP = {"type": "int6", "group_size": 64, "symmetric": False, "clip": "mse"}
 # One scale a tensor needs most of the outliers in the weights, how many differs by layer.
 _SEARCHED = {"type": "smooth", "search_alpha_config": {"enable": True, "min": 0.5, "step": 0.05}}
+_EVEN = {"type": "smooth", "search_alpha_config": {"enable": True, "min": 0.3, "max": 0.9, "step": 0.05}}
 # With float activations, or a scale a token, the weights' error is what counts.
-_INT4_GPTQ = {
+_GPTQ = {
     "opt": {
         "type": "smooth",
         "magnitude": "rms",
         "search_alpha_config": {"enable": True, "max": 0.5, "step": 0.05},
     },
     "calib": {"type": "gptq"},
-    "weight_quant": _INT4_GROUP,
 }
 _ROUND = {"opt": {"type": "default"}, "calib": {"type": "amax"}}
 _SVD = {"opt": {"type": "svd", "low_rank": 32, "alpha": 0.5}, "calib": {"type": "amax"}}
@@ -49,13 +49,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "w8a16": {**_ROUND, "weight_quant": _channel("int8"), "input_quant": None},
         "w6a16": {**_ROUND, "weight_quant": _INT6_GROUP, "input_quant": None},
         "w4a16": {**_ROUND, "weight_quant": _INT4_GROUP, "input_quant": None},
-        "w4a16-gptq": {**_INT4_GPTQ, "input_quant": None},
-        "w4a8-gptq": {**_INT4_GPTQ, "input_quant": _INT8_TOKEN},
-        "w4a8": {"opt": _SEARCHED, "weight_quant": _INT4_GROUP, "input_quant": {"type": "int8"}},
+        "w8a8-gptq": {
+            "opt": _EVEN,
+            "calib": {"type": "gptq"},
+            "weight_quant": _channel("int8"),
+            "input_quant": _INT8_TOKEN,
+        },
+        "w6a16-gptq": {**_GPTQ, "weight_quant": _INT6_GROUP, "input_quant": None},
+        "w6a8-gptq": {**_GPTQ, "weight_quant": _INT6_GROUP, "input_quant": _INT8_TOKEN},
+        "w4a16-gptq": {**_GPTQ, "weight_quant": _INT4_GROUP, "input_quant": None},
+        "w4a8-gptq": {**_GPTQ, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
         "w4a8-dynamic": {**_ROUND, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
-        "w4a8-svd": {**_SVD, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
-        "w4a4-svd": {**_SVD, "weight_quant": _INT4_GROUP, "input_quant": _INT4_TOKEN},
+        # SVDQuant's own format, which can be exported for its kernels.
+        "w4a4-svd": {**_SVD, "weight_quant": {"type": "int4", "group_size": 64}, "input_quant": _INT4_TOKEN},
         "fp8": {"opt": {"type": "default"}, "weight_quant": _channel("fp8e4m3"), "input_quant": {"type": "fp8e4m3"}},
         "fp8-dynamic": {**_ROUND, "weight_quant": _channel("fp8e4m3"), "input_quant": _FP8_TOKEN},
     }.items()
 }
+
+#: Names of presets that there were, and the one that is better at fewer bits.
+SUCCEEDED = {"w4a8": "w4a8-gptq", "w4a8-svd": "w4a8-gptq"}
