@@ -59,6 +59,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w8a8/hfquant-static-smooth-search": config(INT8, STATIC, {**SMOOTH, **SEARCH}),
     "w8a8/hfquant-static-smooth-search-gptq": config(INT8, STATIC, {**SMOOTH, **SEARCH}, GPTQ),
     "w8a8/hfquant-static-smooth-fine": config(INT8, STATIC, {**SMOOTH, **FINE}),
+    "w8a8/hfquant-static-smooth-fine-by-token": config(INT8, {**STATIC, "token_fallback": True}, {**SMOOTH, **FINE}),
     "w8a8/hfquant-static-smooth-fine-gptq": config(INT8, STATIC, {**SMOOTH, **FINE}, GPTQ),
     "w8a8/hfquant-static-svd-fine": config(INT8, STATIC, {**SVD, "low_rank": 16, **FINE}),
     # Static too, with 16 bits for the activations of massive outliers alone.

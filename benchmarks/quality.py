@@ -37,7 +37,6 @@ ROWS: dict[str, Row] = {
     "fp32": None,
     "w8a16/hfquant": "w8a16",
     "w8a8/hfquant-dynamic": "w8a8-dynamic",
-    "w8a8/hfquant-static-token-fallback": "w8a8",
     "fp8a16/hfquant": {
         "default": {"opt": {"type": "default"}, "weight_quant": {"type": "fp8e4m3", "axis": -1}, "input_quant": None}
     },

@@ -372,7 +372,7 @@ def test_memory_of_a_load_in_a_fresh_process(llama: LlamaForCausalLM, tmp_path) 
 
 
 MEASURED_AS = {
-    "w8a8": "w8a8/hfquant-static-smooth-fine",
+    "w8a8": "w8a8/hfquant-static-smooth-fine-by-token",
     "w8a8-smooth": "w8a8/hfquant-dynamic-smooth",
     "fp8": "fp8a8/hfquant-static",
     "w8a8-gptq": "w8a8/hfquant-dynamic-smooth-gptq",
