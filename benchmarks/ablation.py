@@ -10,6 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 GROUP = {"type": "int4", "group_size": 64}
+#: As presets have them.
+FINE_GROUP = {"type": "int4", "group_size": 32, "symmetric": False, "clip": "mse"}
+INT6_GROUP = {"type": "int6", "group_size": 64, "symmetric": False, "clip": "mse"}
 TOKEN = {"type": "int8", "axis": -1, "dynamic": True}
 TOKEN4 = {"type": "int4", "axis": -1, "dynamic": True}
 STATIC = {"type": "int8"}
@@ -21,6 +24,7 @@ SEARCH = {"search_alpha_config": {"enable": True}}
 FINE = {"search_alpha_config": {"enable": True, "min": 0.5, "step": 0.05}}
 SMOOTH = {"type": "smooth", "alpha": 0.5}
 RMS = {**SMOOTH, "magnitude": "rms", "search_alpha_config": {"enable": True, "max": 0.5, "step": 0.05}}
+EVEN = {**SMOOTH, "search_alpha_config": {"enable": True, "min": 0.3, "max": 0.9, "step": 0.05}}
 SVD = {"type": "svd", "alpha": 0.5, "low_rank": 32}
 THIN_SVD = {"type": "svd", "alpha": 0.5, "low_rank": 8}  # for layers 192 wide
 GPTQ = {"type": "gptq"}
@@ -55,6 +59,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w8a8/hfquant-static-smooth-search": config(INT8, STATIC, {**SMOOTH, **SEARCH}),
     "w8a8/hfquant-static-smooth-search-gptq": config(INT8, STATIC, {**SMOOTH, **SEARCH}, GPTQ),
     "w8a8/hfquant-static-smooth-fine": config(INT8, STATIC, {**SMOOTH, **FINE}),
+    "w8a8/hfquant-static-smooth-fine-by-token": config(INT8, {**STATIC, "token_fallback": True}, {**SMOOTH, **FINE}),
     "w8a8/hfquant-static-smooth-fine-gptq": config(INT8, STATIC, {**SMOOTH, **FINE}, GPTQ),
     "w8a8/hfquant-static-svd-fine": config(INT8, STATIC, {**SVD, "low_rank": 16, **FINE}),
     # Static too, with 16 bits for the activations of massive outliers alone.
@@ -66,6 +71,9 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w8a8/hfquant-static-smooth-search-fp8-inputs": config(INT8, FP8, {**SMOOTH, **SEARCH}),
     "w8a8/hfquant-dynamic-smooth": config(INT8, TOKEN, SMOOTH),
     "w8a8/hfquant-dynamic-smooth-search": config(INT8, TOKEN, {**SMOOTH, **SEARCH}),
+    "w8a8/hfquant-dynamic-smooth-gptq": config(INT8, TOKEN, EVEN, GPTQ),
+    "w6a16/hfquant-smooth-rms-gptq": config(INT6_GROUP, None, RMS, GPTQ),
+    "w6a8/hfquant-smooth-rms-gptq": config(INT6_GROUP, TOKEN, RMS, GPTQ),
     "fp8a8/hfquant-static": config({**FP8, "axis": -1}, FP8),
     "fp8a8/hfquant-static-smooth-search": config({**FP8, "axis": -1}, FP8, {**SMOOTH, **SEARCH}),
     "w4a16/hfquant-mse": config(GROUP, None, clip="mse"),
@@ -81,6 +89,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w4a16/hfquant-smooth-rms": config(GROUP, None, RMS),
     "w4a16/hfquant-smooth-rms-mse-asym": config(GROUP, None, RMS, clip="mse", symmetric=False),
     "w4a16/hfquant-smooth-rms-gptq-mse-asym": config(GROUP, None, RMS, GPTQ, clip="mse", symmetric=False),
+    "w4a16/hfquant-g32-smooth-rms-gptq": config(FINE_GROUP, None, RMS, GPTQ),
     "w4a16/hfquant-svd": config(GROUP, None, SVD),
     "w4a16/hfquant-svd-gptq-mse-asym": config(GROUP, None, SVD, GPTQ, clip="mse", symmetric=False),
     "w4a8/hfquant-smooth": config(GROUP, TOKEN, SMOOTH),
@@ -89,6 +98,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w4a8/hfquant-gptq": config(GROUP, TOKEN, calib=GPTQ),
     "w4a8/hfquant-gptq-mse-asym": config(GROUP, TOKEN, calib=GPTQ, clip="mse", symmetric=False),
     "w4a8/hfquant-smooth-rms-gptq-mse-asym": config(GROUP, TOKEN, RMS, GPTQ, clip="mse", symmetric=False),
+    "w4a8/hfquant-g32-smooth-rms-gptq": config(FINE_GROUP, TOKEN, RMS, GPTQ),
     "w4a8/hfquant-svd-gptq-mse-asym": config(GROUP, TOKEN, SVD, GPTQ, clip="mse", symmetric=False),
     "w4a4/hfquant": config(GROUP, TOKEN4),
     "w4a4/hfquant-smooth": config(GROUP, TOKEN4, SMOOTH),

@@ -41,6 +41,7 @@ ROWS: dict[str, Row] = {
         "default": {"opt": {"type": "default"}, "weight_quant": {"type": "fp8e4m3", "axis": -1}, "input_quant": None}
     },
     "fp8a8/hfquant-dynamic": "fp8-dynamic",
+    "w6a16/hfquant": "w6a16",
     "w4a16/hfquant": "w4a16",
     "w4a8/hfquant-dynamic": "w4a8-dynamic",
     **ABLATION,
@@ -144,7 +145,7 @@ def digits(args: argparse.Namespace) -> Subject:
 
 
 def _by_kind(rows: Mapping[str, Row]) -> dict[str, Row]:
-    kinds = ["fp32", "w8a16", "w8a8", "fp8a16", "fp8a8", "w4a16", "w4a8", "w4a4"]
+    kinds = ["fp32", "w8a16", "w8a8", "fp8a16", "fp8a8", "w6a16", "w6a8", "w4a16", "w4a8", "w4a4"]
     return dict(sorted(rows.items(), key=lambda row: kinds.index(row[0].partition("/")[0])))
 
 

@@ -26,7 +26,7 @@ from pydantic import (
 from hfquant.algorithms import ROUNDINGS, TRANSFORMS, Identity, Nearest, Rounding, Smooth, Transform
 from hfquant.enums import SegPattern
 from hfquant.formats import NumberFormat, number_format
-from hfquant.presets import PRESETS
+from hfquant.presets import PRESETS, SUCCEEDED
 from hfquant.schema import ConfigError, Section, is_patch
 
 
@@ -426,6 +426,8 @@ def parse(config: str | Mapping[str, Any] | None) -> QuantRules:
         TypeError: ``config`` is neither.
     """
     if isinstance(config, str):
+        if config in SUCCEEDED:
+            raise ConfigError(f"there is no preset {config!r} any more: take {SUCCEEDED[config]!r}")
         if config not in PRESETS:
             near = difflib.get_close_matches(config.lower(), PRESETS, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""

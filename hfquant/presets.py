@@ -7,22 +7,24 @@ from typing import Any, cast
 _INT8_TOKEN = {"type": "int8", "axis": -1, "dynamic": True}
 _FP8_TOKEN = {"type": "fp8e4m3", "axis": -1, "dynamic": True}
 _INT4_TOKEN = {"type": "int4", "axis": -1, "dynamic": True}
-_INT4_GROUP = {"type": "int4", "group_size": 64}
+# Halving the groups to 32 halves the error at four bits, for a fifth of a bit a weight (benchmarks/README.md).
+_INT4_GROUP = {"type": "int4", "group_size": 32, "symmetric": False, "clip": "mse"}
+_INT6_GROUP = {"type": "int6", "group_size": 64, "symmetric": False, "clip": "mse"}
 # One scale a tensor needs most of the outliers in the weights, how many differs by layer.
 _SEARCHED = {"type": "smooth", "search_alpha_config": {"enable": True, "min": 0.5, "step": 0.05}}
+_EVEN = {"type": "smooth", "search_alpha_config": {"enable": True, "min": 0.3, "max": 0.9, "step": 0.05}}
 # With float activations, or a scale a token, the weights' error is what counts.
-_INT4_GPTQ = {
+_GPTQ = {
     "opt": {
         "type": "smooth",
         "magnitude": "rms",
         "search_alpha_config": {"enable": True, "max": 0.5, "step": 0.05},
     },
     "calib": {"type": "gptq"},
-    "weight_quant": {**_INT4_GROUP, "symmetric": False, "clip": "mse"},
 }
 #: Half a bit apart, so that a budget is well spent.
 _SEARCHED_BITS = [
-    {"type": "int3", "group_size": 64},
+    {"type": "int3", "group_size": 32},
     {"type": "int4", "group_size": 64},
     {"type": "int4", "group_size": 32},
     {"type": "int5", "group_size": 64},
@@ -54,17 +56,27 @@ PRESETS: dict[str, dict[str, Any]] = {
             "input_quant": _INT8_TOKEN,
         },
         "w8a16": {**_ROUND, "weight_quant": _channel("int8"), "input_quant": None},
-        "w6a16": {**_ROUND, "weight_quant": {"type": "int6", "group_size": 64}, "input_quant": None},
+        "w6a16": {**_ROUND, "weight_quant": _INT6_GROUP, "input_quant": None},
         "w4a16": {**_ROUND, "weight_quant": _INT4_GROUP, "input_quant": None},
-        "w4a16-gptq": {**_INT4_GPTQ, "input_quant": None},
-        "w4a8-gptq": {**_INT4_GPTQ, "input_quant": _INT8_TOKEN},
-        "w4a8": {"opt": _SEARCHED, "weight_quant": _INT4_GROUP, "input_quant": {"type": "int8"}},
+        "w8a8-gptq": {
+            "opt": _EVEN,
+            "calib": {"type": "gptq"},
+            "weight_quant": _channel("int8"),
+            "input_quant": _INT8_TOKEN,
+        },
+        "w6a16-gptq": {**_GPTQ, "weight_quant": _INT6_GROUP, "input_quant": None},
+        "w6a8-gptq": {**_GPTQ, "weight_quant": _INT6_GROUP, "input_quant": _INT8_TOKEN},
+        "w4a16-gptq": {**_GPTQ, "weight_quant": _INT4_GROUP, "input_quant": None},
+        "w4a8-gptq": {**_GPTQ, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
         "w4a8-dynamic": {**_ROUND, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
-        "w4a8-svd": {**_SVD, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
-        "w4a4-svd": {**_SVD, "weight_quant": _INT4_GROUP, "input_quant": _INT4_TOKEN},
+        # SVDQuant's own format, which can be exported for its kernels.
+        "w4a4-svd": {**_SVD, "weight_quant": {"type": "int4", "group_size": 64}, "input_quant": _INT4_TOKEN},
         "fp8": {"opt": {"type": "default"}, "weight_quant": _channel("fp8e4m3"), "input_quant": {"type": "fp8e4m3"}},
         "fp8-dynamic": {**_ROUND, "weight_quant": _channel("fp8e4m3"), "input_quant": _FP8_TOKEN},
     }.items()
 }
 # As many bytes as w4a16-gptq, spent where they count.
 PRESETS["w4-auto"] = {**PRESETS["w4a16-gptq"], "search": {"budget": "w4a16-gptq", "choices": _SEARCHED_BITS}}
+
+#: Names of presets that there were, and the one that is better at fewer bits.
+SUCCEEDED = {"w4a8": "w4a8-gptq", "w4a8-svd": "w4a8-gptq"}

@@ -20,6 +20,8 @@ from hfquant.statistics import LayerStats
 
 #: How many times what a format promises the error of a static scale may be before a layer takes a scale a token.
 COARSE = 4.0
+#: Rows from which on that is judged: of fewer, what lies beyond the scale of the others is chance.
+JUDGED_FROM = 128
 
 
 @dataclass
@@ -155,7 +157,8 @@ def needs_token_scales(weight: Tensor, divisor: Tensor | None, plan: LayerPlan, 
 
     It is where the error of the output that comes of the inputs' rounding, relative and averaged over rows of input
     that the scale was not made from, is more than :data:`COARSE` times what the format promises, and a scale a token
-    at least halves it. Rows count alike: a few huge ones must not hide what is left of the others.
+    at least halves it. Rows count alike: a few huge ones must not hide what is left of the others. Fewer than
+    :data:`JUDGED_FROM` rows say nothing.
 
     Args:
         weight: [rows, in] float32, in terms of the raw input.
@@ -165,6 +168,8 @@ def needs_token_scales(weight: Tensor, divisor: Tensor | None, plan: LayerPlan, 
     """
     rule = plan.input_rule
     assert rule is not None
+    if stats.count < JUDGED_FROM:
+        return False
     by_token = replace(rule, dynamic=True, per_token=True)
     weight = weight if divisor is None else weight * divisor
     static_error = token_error = total = 0.0

@@ -24,7 +24,7 @@ from hfquant.demo import load_digits_pipeline
 FILE = Path(__file__).with_suffix(".json")
 
 DATA_FREE = ("w8a8-dynamic", "w8a16", "w6a16", "w4a16", "w4a8-dynamic", "fp8-dynamic")
-CALIBRATED = ("w8a8", "w8a8-smooth", "w4a16-gptq", "w4a8-gptq", "w4a8", "w4a8-svd", "w4a4-svd", "fp8")
+CALIBRATED = ("w8a8", "w8a8-smooth", "w8a8-gptq", "w6a8-gptq", "w4a16-gptq", "w4a8-gptq", "w4a4-svd", "fp8")
 CASES = (
     *(f"digits/{preset}" for preset in (*DATA_FREE, *CALIBRATED)),
     *(f"smollm2/{preset}" for preset in ("w8a8-dynamic", "w4a16", "w6a16", "fp8-dynamic")),

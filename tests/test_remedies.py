@@ -47,9 +47,9 @@ TOKEN, EIGHT, FLOAT_INPUTS = LADDER
         ),
         (
             "w4a8-gptq",
-            {EIGHT: "default/amax int8 g64 int8 token", FLOAT_INPUTS: "default/amax int8 g64 float"},
+            {EIGHT: "default/amax int8 g32 int8 token", FLOAT_INPUTS: "default/amax int8 g32 float"},
         ),
-        ("w4a16-gptq", {EIGHT: "default/amax int8 g64 float"}),
+        ("w4a16-gptq", {EIGHT: "default/amax int8 g32 float"}),
         ("w4a4-svd", {EIGHT: "default/amax int8 g64 int8 token", FLOAT_INPUTS: "default/amax int8 g64 float"}),
         (
             "fp8",
@@ -86,7 +86,7 @@ def test_causes():
     assert "outlier channel 9 of its input" in cause
     with torch.no_grad():
         linear.weight[:, 3] *= 1e5
-    four = layer(linear, "w4a16")
+    four = layer(linear, {"default": {"opt": {"type": "default"}, "weight_quant": {"type": "int4", "group_size": 64}}})
     cause = likely_cause(four, linear.weight, ROWS)
     assert "outlier channel 3 of its weights" in cause
     four.weight.data.zero_()

@@ -402,6 +402,13 @@ def test_a_layer_that_a_static_scale_serves_keeps_it() -> None:
     assert "input_scale" in solution.tensors
 
 
+def test_few_rows_say_nothing_of_a_scale() -> None:
+    weight, x = torch.randn(12, 32), with_massive_rows(100, 32, share=1 / 20)
+    plan = make_plan(12, 32, weight_quant=CHANNEL, input_quant=FALLBACK)
+    assert solve("layer", weight, plan, stats_of(x)).plan == plan
+    assert not solve("layer", weight, plan, stats_of(with_massive_rows(200, 32, share=1 / 20))).plan.static_input
+
+
 def test_one_output_segment_that_needs_token_scales_moves_all() -> None:
     """The segments are smoothed apart, but the layer's input has one config."""
     weight, x = torch.randn(12, 32), with_massive_rows(2048, 32)

@@ -74,6 +74,10 @@ class NumberFormat(ABC):
         """Return the zero point (``code_dtype``) with which codes reach ``low``; integer formats only."""
         raise TypeError(f"{self.name} has no zero point")
 
+    def centered(self, center: Tensor, scale: Tensor) -> Tensor:
+        """Return the zero point (float) with which codes reach as far below ``center`` as above; integers only."""
+        raise TypeError(f"{self.name} has no zero point")
+
     @abstractmethod
     def quantize(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:
         """Return codes of ``x``, saturated.
@@ -92,8 +96,8 @@ class NumberFormat(ABC):
         """Return what codes stand for before the scale: integers less the zero point, or the float of these bits."""
 
     @abstractmethod
-    def snap(self, x: Tensor) -> Tensor:
-        """Return the nearest values that symmetric codes stand for, of ``x`` float32 in units of the scale."""
+    def snap(self, x: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """Return the nearest values that codes stand for, of ``x`` float32 in units of the scale."""
 
     @abstractmethod
     def round(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:

@@ -47,7 +47,7 @@ class FloatFormat(NumberFormat):
         """Return the floats that the bits spell."""
         return codes.view(self.dtype).to(dtype)
 
-    def snap(self, x: Tensor) -> Tensor:
+    def snap(self, x: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """Return the nearest floats of the format."""
         return x.clamp(-self.qmax, self.qmax).to(self.dtype).float()
 

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hfquant.formats import scales
-from hfquant.formats.base import NumberFormat
-from hfquant.formats.columns import expand_columns, range_columns, sum_columns
-
-#: Factors of amax that ``clip="mse"`` tries.
-CLIP_FACTORS = tuple(1.0 - 0.02 * i for i in range(21))
-#: The same for scales in two levels, in steps of theirs (1/32 to 1/64), tried first; then the best one's neighbors.
-CLIP_STEPS = tuple(range(0, 36, 3))
-#: Weights in a block of rows that ``clip="mse"`` works on: 512 kB of float32, within a core's second-level cache.
-CHUNK = 1 << 17
+from hfquant.formats.base import MIN_SCALE, NumberFormat
+from hfquant.formats.clipping import least_error
+from hfquant.formats.columns import expand_columns, range_columns
 
 
 @dataclass(frozen=True)
@@ -109,13 +104,26 @@ class Grid:
         """Return the grid of some rows."""
         return self._with(self, lambda ours, _: ours[rows])
 
-    def smaller(self, steps: int | Tensor) -> Tensor:
-        """Return the scale some steps of its byte down, as a share of the scale, [out, G]; in two levels only."""
+    def groups(self, which: slice) -> Grid:
+        """Return the grid of some neighboring blocks of columns."""
+        part = self._with(replace(self, scale_row=None), lambda ours, _: ours[:, which])
+        return replace(part, columns=self.columns[which], scale_row=self.scale_row)
+
+    def smaller(self, steps: Tensor, zero_point: Tensor | None = None) -> Grid:
+        """Return the grid of scales that are ``steps`` [out, G] smaller, within what can be stored.
+
+        A step is one of the byte of scales in two levels (1/64 to 1/32 of a scale), else 1/64 of the scale.
+        ``zero_point`` [out, G] replaces the present one where there is one.
+        """
+        if zero_point is None or self.zero_point is None:
+            zero_point = self.zero_point
+        else:
+            zero_point = zero_point.to(self.zero_point.dtype)
+        if self.scale_codes is not None and self.scale_row is not None:
+            codes = (self.scale_codes.int() - steps).clamp(0, 255).to(torch.uint8)
+            return Grid.two_level(self.format, self.columns, codes, self.scale_row, zero_point)
         assert self.scale is not None
-        assert self.scale_codes is not None
-        assert self.scale_row is not None
-        codes = (self.scale_codes.int() - steps).clamp(0, 255)
-        return scales.values(codes) * self.scale_row / self.scale
+        return replace(self, scale=(self.scale * (1 - steps / 64)).clamp(min=MIN_SCALE), zero_point=zero_point)
 
     def column(self, group: int) -> tuple[Tensor, Tensor | None]:
         """Return scale and zero point of one block of columns, [out] each."""
@@ -128,10 +136,10 @@ class Grid:
         return values.unflatten(-1, (len(self.columns), self.columns[0])) if len(set(self.columns)) == 1 else values
 
     def _per_column(self) -> tuple[Tensor | None, Tensor | None]:
-        return per_column(self.scale, self.columns), per_column(self.zero_point, self.columns)
+        return _per_column(self.scale, self.columns), _per_column(self.zero_point, self.columns)
 
 
-def per_column(values: Tensor | None, columns: Sequence[int]) -> Tensor | None:
+def _per_column(values: Tensor | None, columns: Sequence[int]) -> Tensor | None:
     """Return one value a block [..., G] in a shape that broadcasts over columns, grouped where all are equal."""
     if values is None:
         return None
@@ -147,7 +155,7 @@ class GridRule:
         columns: sizes of the blocks of columns that have a scale of their own, summing to in.
         rows: sizes of the blocks of rows that share a scale (one scale a tensor); None: a scale for each row.
         symmetric: without zero points.
-        clip: "amax" reaches the largest weight; "mse" takes the share of it with the least squared error.
+        clip: "amax" reaches the largest weight; "mse" takes the scale and zero point with the least squared error.
         two_level: scales are stored as a byte a group times a float32 a row (see :mod:`hfquant.formats.scales`).
     """
 
@@ -171,8 +179,12 @@ class GridRule:
         low, high = range_columns(weight, self.columns)
         if self.rows is not None:
             low, high = self._over_rows(low, torch.amin), self._over_rows(high, torch.amax)
+        low, high = low.clamp(max=0), high.clamp(min=0)
         grid = self._reaching(low, high, scale_row)
-        return self._clipped(weight, grid, low, high, importance) if self.clip == "mse" else grid
+        if self.clip == "amax":
+            return grid
+        over_rows = None if self.rows is None else partial(self._over_rows, reduce=torch.sum)
+        return least_error(weight, grid, low / 2 + high / 2, importance, over_rows)
 
     def _reaching(self, low: Tensor, high: Tensor, scale_row: Tensor | None = None) -> Grid:
         """Return the grid that reaches ``low`` and ``high`` [out, G]."""
@@ -188,58 +200,3 @@ class GridRule:
     def _over_rows(self, values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
         assert self.rows is not None
         return torch.cat([reduce(b, dim=0, keepdim=True).expand_as(b) for b in values.split(list(self.rows))])
-
-    def _clipped(self, weight: Tensor, widest: Grid, low: Tensor, high: Tensor, importance: Tensor | None) -> Grid:
-        """Take for each scale the one at most the widest grid's with the least (weighted) squared error.
-
-        Zero points stay those of the widest grid.
-        """
-        w = weight.float()
-        if self.rows is None:
-            # A block of rows stays in the cache while all scales are tried on it.
-            count = max(CHUNK // w.shape[1] // 64, 1) * 64
-            blocks = [slice(start, start + count) for start in range(0, len(w), count)]
-        else:
-            blocks = [slice(None)]
-        best = torch.cat([self._best_share(w[rows], widest.part(rows), importance) for rows in blocks])
-        if widest.scale_codes is not None and widest.scale_row is not None:
-            codes = (widest.scale_codes - best).clamp(0, 255).to(torch.uint8)
-            return Grid.two_level(self.format, self.columns, codes, widest.scale_row, widest.zero_point)
-        return replace(self._reaching(low * best, high * best), zero_point=widest.zero_point)
-
-    def _best_share(self, w: Tensor, widest: Grid, importance: Tensor | None) -> Tensor:
-        """Return the factor for each scale with the least squared error, or in two levels the number of steps down."""
-        assert widest.scale is not None
-        # Counted in steps of the widest grid.
-        steps = widest._grouped(w / expand_columns(widest.scale, self.columns))
-        shift = per_column(widest.zero_point, self.columns)
-        importance = None if importance is None else importance.to(w)
-        least, best = torch.full_like(widest.scale, torch.inf), torch.zeros_like(widest.scale)
-
-        def consider(candidate: Tensor, share: Tensor) -> None:
-            nonlocal least, best
-            error = self.format.round(steps, share, shift).sub_(steps).square_().view(w.shape)
-            if importance is not None:
-                error *= importance
-            loss = sum_columns(error, self.columns)
-            if self.rows is not None:
-                loss = self._over_rows(loss, torch.sum)
-            best = torch.where(loss < least, candidate, best)
-            least = torch.minimum(least, loss)
-
-        if widest.scale_codes is None:
-            for factor in widest.scale.new_tensor(CLIP_FACTORS):
-                consider(factor, factor)
-            return best
-        for step in widest.scale.new_tensor(CLIP_STEPS, dtype=torch.int32):
-            consider(step, _spread(widest.smaller(step), self.columns))
-        coarse = best.int()
-        for neighbor in (coarse - 1, coarse + 1):
-            consider(neighbor, _spread(widest.smaller(neighbor), self.columns))
-        return best.int()
-
-
-def _spread(values: Tensor, columns: Sequence[int]) -> Tensor:
-    spread = per_column(values, columns)
-    assert spread is not None
-    return spread

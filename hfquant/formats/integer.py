@@ -48,20 +48,23 @@ class IntegerFormat(NumberFormat):
         limit = torch.finfo(torch.float32).max * (1 - 2.0 ** (1 - self.bits))
         return low.float().clamp(-limit, 0), high.float().clamp(0, limit)
 
+    def centered(self, center: Tensor, scale: Tensor) -> Tensor:
+        """Return the zero point with which codes reach as far below ``center`` as above it, or nearly."""
+        half = 2.0 ** (self.bits - 1)
+        return torch.round(-0.5 - center / scale).clamp(-half, half - 1)
+
     def quantize(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:
         """Return ``clamp(round(x / scale) + zero_point)``."""
-        return self._steps(x, scale, zero_point).to(self.code_dtype)
-
-    def _steps(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
         assert scale is not None
-        if zero_point is None:
-            return self.snap(x.float() / scale)
-        half = 2 ** (self.bits - 1)
-        return (x.float() / scale).round_().add_(zero_point).clamp_(-half, half - 1)
+        steps = self.snap(x.float() / scale, zero_point)
+        return (steps if zero_point is None else steps.add_(zero_point)).to(self.code_dtype)
 
-    def snap(self, x: Tensor) -> Tensor:
-        """Return the nearest integers in [-qmax, qmax]."""
-        return x.round().clamp_(-self.qmax, self.qmax)
+    def snap(self, x: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """Return the nearest integers in [-qmax, qmax], or in [-2^(b-1), 2^(b-1) - 1] less the zero point."""
+        if zero_point is None:
+            return x.round().clamp_(-self.qmax, self.qmax)
+        half = 2 ** (self.bits - 1)
+        return x.round().add_(zero_point).clamp_(-half, half - 1).sub_(zero_point)
 
     def values(self, codes: Tensor, zero_point: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return codes less their zero point."""
@@ -71,8 +74,7 @@ class IntegerFormat(NumberFormat):
     def round(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:
         """Return the nearest values on the grid, float32."""
         assert scale is not None
-        steps = self._steps(x, scale, zero_point)
-        return (steps if zero_point is None else steps.sub_(zero_point)).mul_(scale)
+        return self.snap(x.float() / scale, zero_point).mul_(scale)
 
     def packed_width(self, columns: int) -> int:
         """Return bytes a row, or ``columns`` where codes fill whole bytes."""

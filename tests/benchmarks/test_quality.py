@@ -372,12 +372,14 @@ def test_memory_of_a_load_in_a_fresh_process(llama: LlamaForCausalLM, tmp_path) 
 
 
 MEASURED_AS = {
-    "w8a8": "w8a8/hfquant-static-smooth-fine",
+    "w8a8": "w8a8/hfquant-static-smooth-fine-by-token",
     "w8a8-smooth": "w8a8/hfquant-dynamic-smooth",
     "fp8": "fp8a8/hfquant-static",
-    "w4a16-gptq": "w4a16/hfquant-smooth-rms-gptq-mse-asym",
-    "w4a8-gptq": "w4a8/hfquant-smooth-rms-gptq-mse-asym",
-    "w4a8-svd": "w4a8/hfquant-svd",
+    "w8a8-gptq": "w8a8/hfquant-dynamic-smooth-gptq",
+    "w6a16-gptq": "w6a16/hfquant-smooth-rms-gptq",
+    "w6a8-gptq": "w6a8/hfquant-smooth-rms-gptq",
+    "w4a16-gptq": "w4a16/hfquant-g32-smooth-rms-gptq",
+    "w4a8-gptq": "w4a8/hfquant-g32-smooth-rms-gptq",
     "w4a4-svd": "w4a4/hfquant-svd",
 }
 

@@ -227,7 +227,7 @@ def test_saved_pipeline_loads_through_every_door(pipe, tmp_path, monkeypatch):
 
 def test_command_quantizes_saves_and_compares(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hfquant.demo.rows.record_inputs", partial(rows.record_inputs, steps=2))
-    names = ["w8a8-dynamic", "w4a8-svd", "w4a16+affiner"]
+    names = ["w8a8-dynamic", "w4a8-gptq", "w4a16+affiner"]
     demo.main(["--out", str(tmp_path), "--steps", "4", "--presets", ",".join(names)])
     said = capsys.readouterr().out
     table = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.split()[:1] and " x" in line}

@@ -19,8 +19,8 @@ def row(name: str, psnr: float) -> Result:
 
 
 def test_the_best_has_learned_most_from_data():
-    assert best_of([row("w8a8-dynamic", 50.0), row("w4a8-svd", 30.0), row("w4a4-svd", 20.0)]).name == "w4a8-svd"
-    assert best_of([row("w4a8-svd", 30.0), row("w4a4-svd+affiner", 21.0)]).name == "w4a4-svd+affiner"
+    assert best_of([row("w8a8-dynamic", 50.0), row("w4a8-gptq", 30.0), row("w4a4-svd", 20.0)]).name == "w4a8-gptq"
+    assert best_of([row("w4a8-gptq", 30.0), row("w4a4-svd+affiner", 21.0)]).name == "w4a4-svd+affiner"
     assert best_of([row("w8a8-dynamic", 50.0), row("w4a16", 30.0)]).name == "w8a8-dynamic"
 
 

@@ -1,6 +1,5 @@
-"""The weight grid: whose extremes make each scale, what clipping buys, and rounding on it."""
+"""The weight grid: whose extremes make each scale, and rounding on it."""
 
-from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -9,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfquant.formats import FORMATS, Grid, GridRule, NumberFormat, split_columns
-from hfquant.formats.grid import CLIP_FACTORS
+from hfquant.formats import FORMATS, GridRule, NumberFormat, split_columns
 from tests import oracle
 from tests.formats.format_cases import CASTS, INTEGERS, SCALED, name
 
@@ -32,14 +30,6 @@ def weights() -> torch.Tensor:
     w = torch.randn(6, 12) * torch.logspace(-2, 2, 6)[:, None]
     w[2, 3], w[4] = 1e3, 0.0
     return w
-
-
-def squared_error(w: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None) -> torch.Tensor:
-    """Of each row and column block, in float64."""
-    error = (grid.dequantize(grid.quantize(w)).double() - w.double()) ** 2
-    if importance is not None:
-        error = error * importance.double()
-    return torch.stack([part.sum(-1) for part in error.split(list(grid.columns), -1)], -1)
 
 
 def check_symmetric(w: torch.Tensor, form: NumberFormat, columns, rows) -> None:
@@ -155,75 +145,16 @@ def test_rows_of_another_grid_and_a_column_of_its_own(columns) -> None:
             theirs = other if chosen else one
             assert torch.equal(mixed.scale[i], theirs.scale[i])
             assert symmetric or torch.equal(mixed.zero_point[i], theirs.zero_point[i])
+        inner = one.groups(slice(1, 3))
+        assert inner.columns == columns[1:]
+        assert torch.equal(inner.scale, one.scale[:, 1:])
+        assert symmetric or torch.equal(inner.zero_point, one.zero_point[:, 1:])
         for g in range(3):
             scale, zero_point = one.column(g)
             assert torch.equal(scale, one.scale[:, g])
             assert (zero_point is None) if symmetric else torch.equal(zero_point, one.zero_point[:, g])
     cast = GridRule(FORMATS["fp16"], columns).fit(w)
     assert cast.where(rows, cast) == cast
-
-
-# Clipping.
-
-
-def test_clip_factors() -> None:
-    assert CLIP_FACTORS[0] == 1.0
-    assert min(CLIP_FACTORS) == pytest.approx(0.6)
-    assert max(CLIP_FACTORS) == 1.0
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("columns", ["group", "segments", "short"])
-@pytest.mark.parametrize(
-    ("form", "symmetric"),
-    [("int4", True), ("int4", False), ("int8", True), ("int8", False), ("fp8e4m3", True)],
-)
-def test_clipping_is_the_best_of_its_factors(form, symmetric, columns, rows, weighted) -> None:
-    w, columns, rows = weights() + 0.1, COLUMNS[columns], ROWS[rows]
-    w[5] = 0.0
-    importance = torch.rand(12) ** 4 * 100 if weighted else None
-    plain = GridRule(FORMATS[form], columns, rows, symmetric)
-    grid = replace(plain, clip="mse").fit(w, importance)
-    for r, g, _ in blocks(rows, columns):
-        assert (grid.scale[r, g] == grid.scale[r, g][0]).all()
-        assert grid.zero_point is None or (grid.zero_point[r, g] == grid.zero_point[r, g][0]).all()
-    loss = squared_error(w, grid, importance)
-    best = None
-    for factor in CLIP_FACTORS:
-        # A clipped block is one whose extremes are those of the scaled block.
-        tried = squared_error(w, plain.fit(w * factor), importance)
-        tried = torch.cat([b.sum(0, keepdim=True) for b in tried.split(list(rows or (1,) * 6))])
-        best = tried if best is None else torch.minimum(best, tried)
-    loss = torch.cat([b.sum(0, keepdim=True) for b in loss.split(list(rows or (1,) * 6))])
-    assert (loss <= best * (1 + 1e-5) + 1e-12).all()
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_clipping_with_a_short_last_group_in_blocks_of_rows(weighted, monkeypatch) -> None:
-    """Each group, the short one too, has the grid that it would have alone; so has each block of rows."""
-    w = torch.randn(200, 144)
-    importance = torch.rand(144) if weighted else None
-    rule = GridRule(INT4, (64, 64, 16), clip="mse")
-    whole = rule.fit(w, importance)
-    for g, columns in enumerate((slice(0, 64), slice(64, 128), slice(128, 144))):
-        part = None if importance is None else importance[columns]
-        alone = GridRule(INT4, (columns.stop - columns.start,), clip="mse").fit(w[:, columns], part)
-        assert torch.equal(whole.scale[:, g], alone.scale[:, 0])
-    monkeypatch.setattr("hfquant.formats.grid.CHUNK", 1)
-    assert torch.equal(rule.fit(w, importance).scale, whole.scale)
-
-
-def test_clipping_pays_at_four_bits() -> None:
-    w = torch.randn(64, 64)
-    mse = GridRule(INT4, (64,), clip="mse")
-    losses = [squared_error(w, GridRule(INT4, (64,)).fit(w)), squared_error(w, mse.fit(w))]
-    assert (losses[1] <= losses[0]).all()
-    assert losses[1].sum() < 0.9 * losses[0].sum()
-    # An error in a column that matters counts more: there the grid is not clipped.
-    importance = torch.zeros(64)
-    importance[w[0].abs().argmax()] = 1.0
-    assert squared_error(w[:1], mse.fit(w[:1], importance), importance) < 1e-12
 
 
 @pytest.mark.parametrize("clip", ["amax", "mse"])

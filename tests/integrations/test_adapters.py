@@ -33,7 +33,7 @@ from tests.nn.linear_cases import cases, layer_of, rank, weight_by_hand
 
 MODELS = {"llama": small_models.llama, "flux": small_models.flux, "sana": lora_pipelines.sana}
 #: A branch of the preset's rank would hold nearly all of these small weights.
-NARROW = {"w4a8-svd": 2, "w4a4-svd": 2}
+NARROW = {"w4a4-svd": 2}
 
 
 def recipe(preset: str) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def test_stored_config_of_a_stranger(library, static_folders, tmp_path):
         "version": (lambda c: c.update(format_version="1"), "format_version"),
         "unknown": (lambda c: c.update(colour="red"), "colour"),
         "field": (lambda c: c["config"]["default"].update(colour="red"), "colour"),
-        "value": (lambda c: c["config"]["default"]["weight_quant"].update(type="int5"), "int5"),
+        "value": (lambda c: c["config"]["default"]["weight_quant"].update(type="int9"), "int9"),
         "layers": (lambda c: c.update(layers=[1]), "layers"),
         "sum": (lambda c: c["layers"].update({layer: {"input_segments": [1, 2]}}), rf"{layer}.*do not sum"),
         "plan": (lambda c: c["layers"].update({layer: {"rank": 3}}), rf"{layer}.*rank"),

@@ -139,7 +139,7 @@ def model_weight(experts: QuantExperts, projection: str, number: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["GptOssForCausalLM", "Qwen3MoeForCausalLM"])
-@pytest.mark.parametrize("preset", ["w8a8", "w4a16-gptq", "w4a8-svd"])
+@pytest.mark.parametrize("preset", ["w8a8", "w4a16-gptq", "w4a4-svd"])
 def test_calibrated(name: str, preset: str, tmp_path: Path) -> None:
     """In bf16, transposed with biases and not: each expert has its report; sharded, reloaded bit for bit."""
     model = mixture(name, torch.bfloat16)

@@ -197,7 +197,7 @@ def test_unets(name: str, scheme: str, at_least: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a16-gptq", "w4a8-svd"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16-gptq", "w4a4-svd"])
 @pytest.mark.parametrize("per_layer_mode", [False, True])
 @torch.no_grad()
 def test_a_calibrated_unet(scheme: str, per_layer_mode: bool, tmp_path: Path) -> None:

@@ -88,8 +88,8 @@ def quantized(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     return get
 
 
-FAST = [("flux", "w8a16"), ("unet", "w4a8-svd"), ("llama", "int4"), ("vit", "fp8")]
-PRESETS = ("w8a16", "int4", "w4a8-svd", "fp8")
+FAST = [("flux", "w8a16"), ("unet", "w4a4-svd"), ("llama", "int4"), ("vit", "fp8")]
+PRESETS = ("w8a16", "int4", "w4a4-svd", "fp8")
 SLOW = [(name, preset) for name in ("flux", "unet", "llama", "vit", "sd3") for preset in PRESETS]
 
 
@@ -237,7 +237,7 @@ def test_scales_of_a_bfloat16_model_count_as_they_are(quantized, tmp_path):
 @pytest.mark.parametrize("name", ["unet", "llama"])
 def test_offloaded_by_accelerate(name, buffers, offload, quantized, tmp_path):
     """What a pipeline's sequential offload does to each of its models."""
-    _, folder, expected = quantized(name, "w4a8-svd" if name == "unet" else "int4", torch.bfloat16)
+    _, folder, expected = quantized(name, "w4a4-svd" if name == "unet" else "int4", torch.bfloat16)
     inputs = inputs_of(expected)
     model = load(name, folder, torch.bfloat16)
     kwargs = {"offload_dir": tmp_path} if offload is disk_offload else {}
@@ -248,7 +248,7 @@ def test_offloaded_by_accelerate(name, buffers, offload, quantized, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "to_disk"), [("block_level", False), ("leaf_level", True)])
-@pytest.mark.parametrize(("name", "preset"), [("flux", "w8a16"), ("unet", "w4a8-svd")])
+@pytest.mark.parametrize(("name", "preset"), [("flux", "w8a16"), ("unet", "w4a4-svd")])
 def test_group_offload(name, preset, kind, to_disk, quantized, tmp_path):
     _, folder, expected = quantized(name, preset, torch.bfloat16)
     inputs = inputs_of(expected)

@@ -84,7 +84,10 @@ def test_minilm_calibrated_on_strings_with_its_own_tokenizer(tmp_path):
     texts = [t[:200] for t in calibration_text().split("\n\n") if len(t) > 200][:8]
     config = HfQuantConfig("w8a8", calibration=texts)
     model = AutoModel.from_pretrained(MINILM, quantization_config=config)
-    assert sum("input_scale" in dict(layer.named_buffers()) for layer in quant_linears(model).values()) >= 36
+    layers = quant_linears(model).values()
+    assert len(layers) >= 36
+    assert all(("input_scale" in dict(layer.named_buffers())) == layer.plan.static_input for layer in layers)
+    assert 30 <= sum(layer.plan.static_input for layer in layers) < len(layers)  # two take scales a token
     sentences = [text[:200] for text in evaluation_texts()]
     exact = sentence_embeddings(float_model, tokenizer, sentences)
     similarity = (exact * sentence_embeddings(model, tokenizer, sentences)).sum(-1)

@@ -115,5 +115,5 @@ def test_other_files_are_refused(text, tmp_path):
 def test_unknown_family_and_bad_config(file):
     with pytest.raises(ConfigError, match="unknown model 'wan'; the reference has sd3, flux, sdxl"):
         segquant.convert("smooth", EXPERIMENTS["smooth"], "wan")
-    with pytest.raises(ConfigError, match="int3"):
-        segquant.convert("odd", {"default": {"weight_quant": {"type": "int3"}}}, "sd3")
+    with pytest.raises(ConfigError, match="int9"):
+        segquant.convert("odd", {"default": {"weight_quant": {"type": "int9"}}}, "sd3")

@@ -19,7 +19,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "digits"
     pipe = load_digits_pipeline()
     labels = [{"class_labels": [i, i + 5]} for i in range(3)]
-    hfquant.quantize_pipeline(pipe, labels, "w4a8-svd", num_inference_steps=4)
+    hfquant.quantize_pipeline(pipe, labels, "w4a4-svd", num_inference_steps=4)
     save(pipe, folder)
     return folder
 
