@@ -26,7 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 DEFAULT_ROWS = (
     *("w8a8-dynamic", "w8a8-smooth"),
-    *("w4a8-dynamic", "w4a8-gptq", f"w4a8-gptq{AFFINER}"),
+    *("w4a8-dynamic", f"w4a8-dynamic{AFFINER}", "w4a8-gptq"),
     *("w4a4-dynamic", "w4a4-svd", f"w4a4-svd{AFFINER}"),
 )
 
