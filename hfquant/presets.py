@@ -7,7 +7,7 @@ from typing import Any, cast
 _INT8_TOKEN = {"type": "int8", "axis": -1, "dynamic": True}
 _FP8_TOKEN = {"type": "fp8e4m3", "axis": -1, "dynamic": True}
 _INT4_TOKEN = {"type": "int4", "axis": -1, "dynamic": True}
-# Halving the groups to 32 halves the error at four bits, for a fifth of a bit a weight (benchmarks/README.md).
+# Groups of 32 in place of 64 take a quarter off SmolLM2's KL at four bits, for 0.19 bits a weight.
 _INT4_GROUP = {"type": "int4", "group_size": 32, "symmetric": False, "clip": "mse"}
 _INT6_GROUP = {"type": "int6", "group_size": 64, "symmetric": False, "clip": "mse"}
 # One scale a tensor needs most of the outliers in the weights, how many differs by layer.
