@@ -25,9 +25,9 @@ def quantized(llama, tmp_path_factory):
 def test_every_layer_is_listed(quantized):
     result = run("inspect", quantized)
     assert result.exit_code == 0, result.output
-    assert result.output.count("int4 g64") == 14
+    assert result.output.count("int4 g32") == 14
     assert "lm_head in full precision: " in result.output
-    assert "int4 g64" not in run("inspect", quantized, "--summary").output
+    assert "int4 g32" not in run("inspect", quantized, "--summary").output
 
 
 def test_as_json(quantized):

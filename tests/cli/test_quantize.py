@@ -151,7 +151,7 @@ class TestBadInput:
             mkdir(path, *args, **kwargs)
 
         monkeypatch.setattr(Path, "mkdir", refused)
-        result = quantize(llama, "--preset", "w4a16", "--out", tmp_path / "closed" / "q")
+        result = quantize(llama, "--preset", "w8a8-dynamic", "--out", tmp_path / "closed" / "q")
         assert result.exit_code == 1
         assert "Permission denied" in result.stderr
         assert len(lines(result.stderr)) == 1
