@@ -45,7 +45,7 @@ f"{full.get_memory_footprint() / 1e6:.0f} MB in full precision"
 # %% [markdown]
 # ## Without data
 #
-# The preset `w4a16` needs none: each weight is rounded to 4 bits, in groups of 64, while it is read.
+# The preset `w4a16` needs none: each weight is rounded to 4 bits, in groups of 32, while it is read.
 
 # %%
 rounded = AutoModelForCausalLM.from_pretrained(
