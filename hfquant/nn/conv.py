@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hfquant.algorithms import Transform
+from hfquant.nn.checked import See
+from hfquant.nn.float_modules import overridden
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.unfold import draw, ranges, tiles, windows
 
@@ -105,14 +107,13 @@ class QuantConv(QuantLayer):
             see(input)
             return cast(Tensor, convolve(input, *args))
 
-        vars(module)["_conv_forward"] = watched
-        return cast(RemovableHandle, _Undo(lambda: vars(module).pop("_conv_forward", None)))
+        return overridden(module, "_conv_forward", watched)
 
     @staticmethod
     def rows(module: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Return unfolded rows [rows, in], drawn by chance where there are many, and the ranges of the others."""
         conv = cast(QuantConv, module)
-        padded = _padded(conv, x if x.dim() == 2 + len(conv.kernel_size) else x.unsqueeze(0))
+        padded = _padded(conv, _batched(conv, x))
         seen = windows(padded, conv.kernel_size, conv.stride, conv.dilation)
         positions, spatial = math.prod(conv.kernel_size), len(conv.kernel_size)
         count = min(ROWS, max(VALUES // (positions * conv.in_channels), 1))
@@ -130,6 +131,32 @@ class QuantConv(QuantLayer):
             vars(layer).setdefault(key, value)
         return layer
 
+    def listen(self, see: See) -> RemovableHandle:
+        """Have ``see`` called with what is convolved, which a subclass may have made of the module's input."""
+        convolve = self._conv_forward
+
+        def watched(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            y = convolve(input, weight, bias)
+            other = see("", input, y)
+            return y if other is None else other
+
+        return overridden(self, "_conv_forward", watched)
+
+    def float_output(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what the float convolution gives for an input that :meth:`listen` saw, in float32."""
+        weight = self.float_weight(matrix.float(), self.float_shape)
+        return self._convolve(x.float(), weight, None if bias is None else bias.float())
+
+    def output_rows(self, y: Tensor) -> Tensor:
+        """Return an output [batch, out, *spatial], or one without a batch, as rows [positions, out]."""
+        return y.movedim(-1 - len(self.kernel_size), -1).reshape(-1, self.plan.out_features)
+
+    def input_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        """Return the windows of an input from which rows ``index`` of the output were made, [n, in]."""
+        padded = _padded(self, _batched(self, x))
+        seen = windows(padded, self.kernel_size, self.stride, self.dilation)
+        return seen[torch.unravel_index(index, seen.shape[: 1 + len(self.kernel_size)])].flatten(1)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Its class is found by the float one's, since no module holds it."""
         return _new, (type(self._float),), vars(self)
@@ -140,10 +167,9 @@ class QuantConv(QuantLayer):
                 f"{self._get_name()} got an input of {input.dtype}: code that casts to `conv.weight.dtype` sees the "
                 "dtype of the codes here; cast to the model's dtype instead"
             )
-        batched = input.dim() == 2 + len(self.kernel_size)
-        x = input if batched else input.unsqueeze(0)
+        x = _batched(self, input)
         y = self._weight_only(x) if self.product.input is None and self._is_plain() else self._unfolded(x)
-        return y if batched else y.squeeze(0)
+        return y if x is input else y.squeeze(0)
 
     def _is_plain(self) -> bool:
         """Return whether the transform's action on the input can be said of the weight."""
@@ -199,13 +225,6 @@ class QuantConv(QuantLayer):
         )
 
 
-class _Undo:
-    """A handle like those of torch's hooks."""
-
-    def __init__(self, remove: Callable[[], Any]) -> None:
-        self.remove = remove
-
-
 @cache
 def quantized_class(float_class: Any) -> type[QuantConv]:
     """Return the class of the quantized convolutions that were of ``float_class``."""
@@ -239,6 +258,11 @@ def _leaves_its_weight_alone(kind: Any) -> bool:
 def _names(code: CodeType) -> set[str]:
     """Return the attributes and globals that a function names, and those within it."""
     return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _batched(conv: Any, x: Tensor) -> Tensor:
+    """Return an input of ``conv`` [channels, *spatial] with a dimension before it, where it has none."""
+    return x if x.dim() == 2 + len(conv.kernel_size) else x.unsqueeze(0)
 
 
 def _padded(conv: Any, x: Tensor) -> Tensor:

@@ -89,7 +89,10 @@ def test_segments_of_odd_sizes(device) -> None:
     for tokens, out in product((1, 17, 64), (8, 24, 96) if device == "cuda" else (1, 5, 16, 65)):
         codes = torch.randint(-128, 128, (out, sum(sizes)), dtype=torch.int8)
         x = torch.randint(-127, 128, (tokens, sum(sizes))).float()
-        scale, inputs = torch.exp2(torch.randint(-9, 3, (out, len(sizes))).float()), torch.exp2(torch.arange(len(sizes)))
+        scale, inputs = (
+            torch.exp2(torch.randint(-9, 3, (out, len(sizes))).float()),
+            torch.exp2(torch.arange(len(sizes))),
+        )
         rule = InputRule(FORMATS["int8"], False, False, sizes, (False,) * len(sizes))
         operands = Operands(codes.to(device), scale.to(device), input_scale=inputs.float().to(device))
         values = (x * expand_columns(inputs.float(), sizes)).clone()
