@@ -3,7 +3,8 @@
 It is relative, in L2: over all rows, or of the median row where that is larger, so that neither a few huge rows nor the
 many small ones beside them hide the others. A row is what one product gives: of a convolution an output position, of an
 expert one of the tokens that are sent to it. Input and output are those of the quantized model, so each layer answers
-for itself alone. One whose output is lost answers in float for the rest of the forward.
+for itself alone: one whose output is lost answers in float for the rest of the forward, so that what comes after it is
+not blamed for inputs that calibration never saw.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from hfquant.nn.checked import See
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.layer import QuantLayer
 
-#: Share of a layer's output below which an error is never off: a static scale on text of another kind comes near it.
+#: Share of a layer's output from which on it is lost, and below which an error is never off: a static scale on text of
+#: another kind comes near it.
 LEAST = 0.5
 #: Rows of a suspicious layer's input that are kept to choose a remedy by: the worst, and others drawn evenly.
 ROWS = 128
@@ -77,11 +79,11 @@ def watch(
             output_rows, right_rows = layer.output_rows(y.float()), layer.output_rows(right)
             errors = row_errors(output_rows, right_rows)
             error = relative_error(output_rows, right_rows, errors)
-            if not error or (name in seen and error <= seen[name].error):
-                return None
-            index = _kept(errors) if error > LEAST else errors.new_zeros(0, dtype=torch.long)
-            seen[name] = Seen(error, layer.input_rows(x, index), right_rows[index])
-            return right.to(y.dtype) if error >= 1 else None
+            lost = error > LEAST
+            if error and (name not in seen or error > seen[name].error):
+                index = _kept(errors) if lost else errors.new_zeros(0, dtype=torch.long)
+                seen[name] = Seen(error, layer.input_rows(x, index), right_rows[index])
+            return right.to(y.dtype) if lost else None
 
         return compare
 
