@@ -1,7 +1,8 @@
 """Convolutions: linears on unfolded rows, columns ordered [kernel positions, input channels].
 
-Weight-only ones dequantize block by block into torch's convolution; those with quantized inputs unfold tile by tile
-into the product that linears run on. Groups, and transposed convolutions, stay in float.
+Those with quantized inputs unfold tile by tile into the product that linears run on. Weight-only ones do so where that
+is faster (:meth:`QuantConv._unfolds`), else they dequantize block by block into torch's convolution. Groups, and
+transposed convolutions, stay in float.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hfquant.algorithms import Transform
+from hfquant.kernels import dequantize
+from hfquant.kernels.table import pick
 from hfquant.nn.checked import See
 from hfquant.nn.float_modules import overridden
 from hfquant.nn.layer import QuantLayer
-from hfquant.nn.unfold import draw, ranges, tiles, windows
+from hfquant.nn.unfold import channels_first, channels_last, draw, ranges, tiles, windows
 
 if TYPE_CHECKING:
     from hfquant.config import LayerConfig
@@ -32,6 +35,8 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TILE = 1 << 23
 #: Values of dequantized weights that are there at once, likewise.
 BLOCK = 1 << 23
+#: Output channels from which on unfolding an input into a weight-only product pays.
+FEWEST = 192
 #: Rows of one input that calibration looks at, at most, and values in them (128 MB of float32).
 ROWS, VALUES = 4096, 1 << 25
 
@@ -168,13 +173,28 @@ class QuantConv(QuantLayer):
                 "dtype of the codes here; cast to the model's dtype instead"
             )
         x = _batched(self, input)
-        y = self._weight_only(x) if self.product.input is None and self._is_plain() else self._unfolded(x)
+        y = self._unfolded(x) if self._unfolds(x) else self._weight_only(x)
         return y if x is input else y.squeeze(0)
 
     def _is_plain(self) -> bool:
         """Return whether the transform's action on the input can be said of the weight."""
         kind = type(self._transform)
         return kind.input is Transform.input and kind.output is Transform.output
+
+    def _unfolds(self, x: Tensor) -> bool:
+        """Return whether ``x`` is unfolded and multiplied: where it has to be, and where that is faster.
+
+        It is in half precision on a CPU, by kernels that widen the codes as they read them: torch's own convolutions
+        take longer for it than for float32 (docs/measured.md). Not where a gradient is wanted, since all rows would be
+        kept for it.
+        """
+        if self.product.input is not None or not self._is_plain():
+            return True
+        elsewhere = x.device.type != "cpu" or not self.real_quant or torch.compiler.is_compiling()
+        if elsewhere or x.dtype.itemsize > 2 or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+        points, out = x.numel() // (self.in_channels * math.prod(self.stride)), self.plan.out_features
+        return out >= FEWEST and pick(self.product, "cpu", x.dtype, points, out) is not dequantize.KERNEL
 
     def _weight_only(self, x: Tensor) -> Tensor:
         parts = [self._convolve(x, weight, bias) for weight, bias in self._blocks(x.dtype)]
@@ -204,18 +224,13 @@ class QuantConv(QuantLayer):
 
     def _unfolded(self, x: Tensor) -> Tensor:
         """Multiply unfolded rows, a tile of the output at a time."""
-        seen = windows(_padded(self, x), self.kernel_size, self.stride, self.dilation)
+        padded = channels_last(_padded(self, x)).movedim(-1, 1)
+        seen = windows(padded, self.kernel_size, self.stride, self.dilation)
         sizes = seen.shape[: 1 + len(self.kernel_size)]
-        y = x.new_empty(sizes[0], self.plan.out_features, *sizes[1:])
-        if x.dim() > 3 and x.shape[1] > 1 and not x.is_contiguous():
-            wanted = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-            if x.is_contiguous(memory_format=wanted):
-                y = y.contiguous(memory_format=wanted)
-        filled = y.movedim(1, -1)
+        y = x.new_empty(*sizes, self.plan.out_features)
         for tile in tiles(sizes, max(TILE // self.plan.in_features, 1)):
-            rows = seen[tile].flatten(len(sizes))
-            filled[tile] = self.multiply(rows)
-        return y
+            y[tile] = self.multiply(seen[tile].flatten(len(sizes)))
+        return y.movedim(-1, 1) if _is_channels_last(x) else channels_first(y)
 
     def _sizes(self) -> str:
         plan = self.plan
@@ -263,6 +278,13 @@ def _names(code: CodeType) -> set[str]:
 def _batched(conv: Any, x: Tensor) -> Tensor:
     """Return an input of ``conv`` [channels, *spatial] with a dimension before it, where it has none."""
     return x if x.dim() == 2 + len(conv.kernel_size) else x.unsqueeze(0)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Return whether torch's convolution would give channels last for ``x`` [batch, channels, *spatial]."""
+    if x.dim() == 3 or x.shape[1] == 1 or x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 
 
 def _padded(conv: Any, x: Tensor) -> Tensor:
