@@ -77,6 +77,7 @@ WIDE = {
     "calibration/test_end_to_end.py",
     "integrations/test_compile.py",
     "integrations/test_expectations.py",
+    "integrations/test_guarded_kinds.py",
     "integrations/test_kinds.py",
     "integrations/test_kinds_of_pipelines.py",
     "integrations/test_lora_pipelines.py",

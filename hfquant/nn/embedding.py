@@ -95,6 +95,23 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
             rows = rows * (rows.new_tensor(self.scale) if self.scale_in_dtype else self.scale)
         return rows.view(*input.shape, self.embedding_dim)
 
+    def multiply(self, x: Tensor) -> Tensor:
+        """Look up: the product with rows that are 1 at the indices ``x`` and 0 elsewhere."""
+        return self.forward(x)
+
+    def float_output(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the float rows of indices ``x``, in float32."""
+        rows = matrix[x].float()
+        return rows if self.scale is None else rows * self.scale
+
+    def output_rows(self, y: Tensor) -> Tensor:
+        """Return rows [..., embedding_dim] as [rows, embedding_dim]."""
+        return y.reshape(-1, self.embedding_dim)
+
+    def input_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        """Return the indices at positions ``index``."""
+        return x.reshape(-1)[index]
+
     def to_float(self, dtype: torch.dtype) -> nn.Module:
         """Return the float embedding that this layer replaced, with the effective weight in ``dtype``."""
         module = super().to_float(dtype)

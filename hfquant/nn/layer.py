@@ -13,6 +13,7 @@ from hfquant.algorithms import TensorSpec, block_slices
 from hfquant.formats import Grid, NumberFormat
 from hfquant.kernels.base import Operands, Product
 from hfquant.kernels.op import linear
+from hfquant.nn.checked import Checked
 from hfquant.nn.float_modules import first, hollow
 
 if TYPE_CHECKING:  # it asks the kinds of layers what they take
@@ -34,7 +35,7 @@ def keeping_dtypes(
     return applied
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(Checked):
     """A layer with quantized weights and, where its plan says so, quantized activations.
 
     Whatever it was in float, it multiplies rows [..., in] with a matrix [out, in]; a subclass is a kind of layer
