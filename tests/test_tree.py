@@ -75,6 +75,8 @@ WIDE = {
     "calibration/test_diffusers_pipelines.py",
     "calibration/test_digits.py",
     "calibration/test_end_to_end.py",
+    "integrations/test_adapters_merging.py",
+    "integrations/test_adapters_training.py",
     "integrations/test_compile.py",
     "integrations/test_expectations.py",
     "integrations/test_kinds.py",
