@@ -75,6 +75,7 @@ WIDE = {
     "calibration/test_diffusers_pipelines.py",
     "calibration/test_digits.py",
     "calibration/test_end_to_end.py",
+    "integrations/test_adapters_kinds.py",
     "integrations/test_adapters_merging.py",
     "integrations/test_adapters_training.py",
     "integrations/test_compile.py",
