@@ -79,6 +79,7 @@ WIDE = {
     "integrations/test_adapters_merging.py",
     "integrations/test_adapters_training.py",
     "integrations/test_compile.py",
+    "integrations/test_disk.py",
     "integrations/test_expectations.py",
     "integrations/test_kinds.py",
     "integrations/test_kinds_of_pipelines.py",
