@@ -140,11 +140,11 @@ def test_preparing_for_kbit_training_keeps_codes_and_scales(recwarn) -> None:
 @pytest.mark.slow
 def test_an_adapter_on_smollm2_gains_what_one_on_the_float_model_does() -> None:
     presets = (None, "w8a8-dynamic", "w4a16-gptq")
-    plain, w8a8, w4a16 = (train(preset, steps=24, seqlen=128) for preset in presets)
+    (plain,), *quantized_ones = (train(preset, steps=24, seqlen=128, seeds=1) for preset in presets)
     assert plain["gain"] > 0.2
-    assert max(w8a8["after"], w4a16["after"]) < 1.05 * plain["after"]
-    # Of 4 bits it is 91 % (benchmarks/results/adapters.md).
-    assert w8a8["gain"] > 0.95 * plain["gain"]
-    assert w4a16["gain"] > 0.9 * plain["gain"]
-    for row in (w8a8, w4a16):
-        assert row["merged"] < row["before"]
+    for (row,) in quantized_ones:
+        assert row["after"] < 1.05 * plain["after"]
+        # 0.978 ± 0.016 and 0.987 ± 0.014 of the float gain over three seeds; of this one 0.975 and 0.974.
+        assert row["gain"] > 0.95 * plain["gain"]
+        # 1.006 ± 0.022 and 0.969 ± 0.003; a draw of another seed 0.975 and 0.942.
+        assert row["gain kept"] > 0.9
