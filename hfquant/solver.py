@@ -22,6 +22,9 @@ from hfquant.statistics import LayerStats
 COARSE = 4.0
 #: Rows from which on that is judged: of fewer, what lies beyond the scale of the others is chance.
 JUDGED_FROM = 128
+#: Root mean square, in steps, below which a change of weights on a grid is rounded by chance. To nearest, a normal
+#: change keeps ``1 - 2 exp(-2 (pi * SMALL)^2)`` of itself: more than four fifths here, with half the noise of chance.
+SMALL = 0.35
 
 
 @dataclass
@@ -86,10 +89,10 @@ def solve(
 def requantize(name: str, weight: Tensor, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put another weight in the place of a solved layer's: its transform stays, there is no data any more.
 
-    A row that changes by less than half a step (root mean square) keeps its grid and is rounded up or down by chance,
-    the nearer the likelier, so that the change is kept on average: to nearest most of it would vanish, as the weights
-    lie on the grid already. The draw is the same each time. A row that changes more gets a new grid and is rounded to
-    nearest. Formats without a scale are rounded to nearest.
+    A row that changes by less than :data:`SMALL` steps keeps its grid and is rounded up or down by chance, the nearer
+    the likelier, so that the change is kept on average: to nearest most of it would vanish, as the weights lie on the
+    grid already. The draw is the same each time. A row that changes more gets a new grid and is rounded to nearest.
+    Formats without a scale are rounded to nearest.
 
     Args:
         name: for messages.
@@ -130,7 +133,7 @@ def _rerounded(weight: Tensor, codes: Tensor, grid: Grid, rule: GridRule) -> tup
         sharing = list(rule.rows)
         change = torch.cat([part.mean().expand_as(part) for part in change.split(sharing)])
         empty = torch.cat([part.all().expand_as(part) for part in empty.split(sharing)])
-    small = (change < 0.25) & ~empty
+    small = (change < SMALL**2) & ~empty
     draw = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight.device)
     # Away from 0 and 1, so that what is on the grid stays there whatever rounding on its way here has left.
     by_chance = grid.quantize_by_chance(weight, draw.clamp_(0.0005, 0.9995))

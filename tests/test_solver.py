@@ -377,7 +377,7 @@ def spacing_by_hand(values: np.ndarray, dtype: str) -> np.ndarray:
     return 2.0 ** (np.floor(np.log2(np.maximum(np.abs(values), 2.0**-6))) - 3)
 
 
-@pytest.mark.parametrize("share", [0.02, 0.3])
+@pytest.mark.parametrize("share", [0.02, 0.2])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_requantizing_keeps_a_change_of_less_than_a_step_on_average(recipe: str, share: float) -> None:
     """To nearest it would vanish, and on another grid all codes would move."""
@@ -404,7 +404,7 @@ def test_requantizing_keeps_a_change_of_less_than_a_step_on_average(recipe: str,
     assert torch.equal(again["weight"], made["weight"])
 
 
-def test_requantizing_refits_the_rows_that_change_by_more_than_half_a_step() -> None:
+def test_requantizing_refits_the_rows_that_change_by_more() -> None:
     for quant, rows in ((RECIPES["int4 groups"], [3]), (RECIPES["int8 tensor"], range(12))):
         plan = make_plan(12, 64, weight_quant=quant, input_quant=None)
         tensors = solve("layer", torch.randn(12, 64), plan, None).tensors
