@@ -54,6 +54,13 @@ def config(
 
 #: Features that any model shows.
 ABLATION: dict[str, dict[str, Any]] = {
+    "w8a16/hfquant": config(INT8, None),
+    "w8a8/hfquant-dynamic": config(INT8, TOKEN),
+    "w8a8/hfquant-dynamic-4-parts": config(INT8, {**TOKEN, "segments": 4}),
+    "w8a8/hfquant-dynamic-8-parts": config(INT8, {**TOKEN, "segments": 8}),
+    "w8a8/hfquant-static-8-parts": config(INT8, {**STATIC, "segments": 8}),
+    "w8a8/hfquant-static-8-parts-smooth-fine": config(INT8, {**STATIC, "segments": 8}, {**SMOOTH, **FINE}),
+    "fp8a16/hfquant": config({**FP8, "axis": -1}, None),
     "w8a8/hfquant-static": config(INT8, STATIC),
     "w8a8/hfquant-static-smooth": config(INT8, STATIC, SMOOTH),
     "w8a8/hfquant-static-smooth-search": config(INT8, STATIC, {**SMOOTH, **SEARCH}),
@@ -92,6 +99,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w4a16/hfquant-g32-smooth-rms-gptq": config(FINE_GROUP, None, RMS, GPTQ),
     "w4a16/hfquant-svd": config(GROUP, None, SVD),
     "w4a16/hfquant-svd-gptq-mse-asym": config(GROUP, None, SVD, GPTQ, clip="mse", symmetric=False),
+    "w4a8/hfquant-dynamic": config(FINE_GROUP, TOKEN),
     "w4a8/hfquant-smooth": config(GROUP, TOKEN, SMOOTH),
     "w4a8/hfquant-smooth-search": config(GROUP, TOKEN, {**SMOOTH, **SEARCH}),
     "w4a8/hfquant-svd": config(GROUP, TOKEN, SVD),

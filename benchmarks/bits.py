@@ -1,8 +1,8 @@
 """Automatic bits against the same format in all layers, at equal size: SmolLM2 (KL on two texts), the digits (PSNR).
 
-One measurement serves every budget. Choices are INT3, INT4, INT5, INT6 and INT8 in groups of 64, zero points and mse
-clipping, without smoothing; the same layers, put together, are the uniform models. Uniform sizes lie 0.3 bits below
-each budget and with groups of 16 above it; a searched model is compared with the smallest uniform one that is at least
+One measurement serves every budget. Choices are INT3, INT4, INT5, INT6 and INT8 in groups of 64, and some of them in
+groups of 16 (`--wide`), zero points and mse clipping, without smoothing; the same layers, put together, are the uniform
+models. A searched model is compared with the smallest uniform one that is at least
 as large. Calibration, selection (the last quarter of the calibration windows) and evaluation are apart.
 
     python -m benchmarks.bits smollm2 --rounding gptq
@@ -32,10 +32,10 @@ from hfquant.search.choices import rules_of
 from hfquant.search.measure import measure
 from hfquant.search.repair import TRIES, Judge
 
-BUDGETS = (3.5, 4.5, 5.5, 6.5)
+BUDGETS = (3.5, 4.45, 4.67, 5.1, 5.5, 6.25, 6.5)
 WIDTHS = (3, 4, 5, 6, 8)
 #: Tokens a window, and windows of each text to evaluate on.
-SEQLEN, WINDOWS = 256, 8
+SEQLEN, WINDOWS = 512, 14
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -134,12 +134,11 @@ def run(subject: str, rounding: str, count: int, tries: int, wide: Sequence[int]
     for label in labels:
         rows[f"all {label}"] = scored(dict.fromkeys(measured.table, label))
         print(label, _summary(rows[f"all {label}"]), flush=True)
-    narrow = measured.only(choices)
     for budget in BUDGETS:
         began = time.process_time()
-        chosen, judged = choose(narrow, judge, limit_of(narrow, budget), tries)
+        chosen, judged = choose(measured, judge, limit_of(measured, budget), tries)
         times[f"search at {budget}"] = time.process_time() - began
-        counts = {label: list(chosen.values()).count(label) for label in choices}
+        counts = {label: list(chosen.values()).count(label) for label in labels}
         rows[f"search {budget}"] = {**scored(chosen), "judged": judged, "counts": counts, "chosen": chosen}
         print(budget, _summary(rows[f"search {budget}"]), counts, judged, flush=True)
     return {"subject": subject, "rounding": rounding, "samples": len(data), "seconds": times, "rows": rows}

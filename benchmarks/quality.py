@@ -29,21 +29,16 @@ from torch import Tensor, nn
 from benchmarks import metrics, models
 from benchmarks.ablation import ABLATION, DIGITS_ABLATION
 from benchmarks.peers import PEERS, linearized
+from hfquant.config import parse
+from hfquant.presets import PRESETS
 
 Row = str | dict[str, Any] | Callable[[nn.Module, Any], nn.Module] | None
 Scores = dict[str, float]
 
 ROWS: dict[str, Row] = {
     "fp32": None,
-    "w8a16/hfquant": "w8a16",
-    "w8a8/hfquant-dynamic": "w8a8-dynamic",
-    "fp8a16/hfquant": {
-        "default": {"opt": {"type": "default"}, "weight_quant": {"type": "fp8e4m3", "axis": -1}, "input_quant": None}
-    },
-    "fp8a8/hfquant-dynamic": "fp8-dynamic",
-    "w6a16/hfquant": "w6a16",
-    "w4a16/hfquant": "w4a16",
-    "w4a8/hfquant-dynamic": "w4a8-dynamic",
+    # Those that need no data quantize while loading, by name.
+    **{f"preset/{name}": entry if parse(entry).needs_data else name for name, entry in PRESETS.items()},
     **ABLATION,
     **PEERS,
 }
@@ -145,7 +140,7 @@ def digits(args: argparse.Namespace) -> Subject:
 
 
 def _by_kind(rows: Mapping[str, Row]) -> dict[str, Row]:
-    kinds = ["fp32", "w8a16", "w8a8", "fp8a16", "fp8a8", "w6a16", "w6a8", "w4a16", "w4a8", "w4a4"]
+    kinds = ["fp32", "preset", "w8a16", "w8a8", "fp8a16", "fp8a8", "w6a16", "w6a8", "w4a16", "w4a8", "w4a4"]
     return dict(sorted(rows.items(), key=lambda row: kinds.index(row[0].partition("/")[0])))
 
 

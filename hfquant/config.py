@@ -73,6 +73,13 @@ class InputQuant(_Quant):
         False,
         description="True: scales are computed from the input at run time. False: they are calibrated beforehand.",
     )
+    segments: int = Field(
+        1,
+        ge=1,
+        description="Cut the input channels into so many parts of about one size, each with scales of its own, so that "
+        "an outlier costs the channels of its own part alone. No part is narrower than 64 channels; a convolution's "
+        "are not cut.",
+    )
     token_fallback: bool = Field(
         False,
         description="Layers whose inputs no calibrated scale serves get one for each token at run time: those whose "
@@ -85,6 +92,8 @@ class InputQuant(_Quant):
             raise ValueError("axis=-1 (one scale a token) needs dynamic=True: a static scale cannot know the tokens")
         if not is_patch(info) and self.token_fallback and not self.static:
             raise ValueError("token_fallback is for calibrated scales: set dynamic=False and a type that has a scale")
+        if not is_patch(info) and self.segments > 1 and not self.format.has_scale:
+            raise ValueError(f"segments={self.segments} has no meaning for {self.type}, which has no scale")
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,9 @@ from hfquant.algorithms import TensorSpec, Transform
 from hfquant.config import ConfigError, LayerConfig, QuantRules
 from hfquant.formats import GridRule, InputRule, split_columns
 from hfquant.nn.kinds import kind_of, size_of
+
+#: Columns of a part that an input is cut into, at least: what one vector instruction multiplies.
+NARROWEST = 64
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class LayerPlan:
         found: dict[str, Any] = {}
         if self.config != rule:
             found["config"] = self.config.model_dump(mode="json")
-        if len(self.input_segments) > 1:
+        if self.input_segments != input_parts((self.in_features,), self.config):
             found["input_segments"] = list(self.input_segments)
         if len(self.output_segments) > 1:
             found["output_segments"] = list(self.output_segments)
@@ -174,7 +178,7 @@ def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mappin
         raise ConfigError(f"layer {name!r}: tied={tied!r} in the stored plan is no name")
     if odd := {k: v for k, v in stored.items() if not isinstance(v, (list, tuple))}:
         raise ConfigError(f"layer {name!r}: expected lists in the stored plan, got {odd}")
-    inputs = tuple(stored.pop("input_segments", (in_features,)))
+    inputs = tuple(stored.pop("input_segments", input_parts((in_features,), config)))
     outputs = tuple(stored.pop("output_segments", (out_features,)))
     dual = tuple(stored.pop("dual", (False,) * len(inputs)))
     rounded = tuple(stored.pop("rounded", ()))
@@ -194,6 +198,19 @@ def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mappin
         raise ConfigError(f"layer {name!r}: rounded={list(rounded)} in the stored plan are not numbers of experts")
     rank = module.get_parameter("weight").dim()
     return LayerPlan(config, in_features, out_features, inputs, outputs, dual, folded, rank, tied, rounded)
+
+
+def input_parts(segments: tuple[int, ...], config: LayerConfig) -> tuple[int, ...]:
+    """Cut a layer's input segments, column sizes, into the parts that ``config.input_quant.segments`` asks for.
+
+    A part is a whole number of groups wide, and at most its share of the columns or :data:`NARROWEST`.
+    """
+    quant = config.input_quant
+    if quant is None or quant.segments == 1:
+        return segments
+    unit = math.lcm(NARROWEST, config.group_size or 1)
+    share = -(-sum(segments) // quant.segments)
+    return split_columns(segments, -(-share // unit) * unit)
 
 
 def can_be_dual(config: LayerConfig) -> bool:

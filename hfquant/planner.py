@@ -7,9 +7,11 @@ checkpoint's config.json is expanded to.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from hfquant.dataflow import LinearTrace, PatternError, obstacles_in_source, tra
 from hfquant.enums import SegPattern
 from hfquant.experts import ExpertsLayout, Unfused, check_one_config, first_alone, share_traces, unfused
 from hfquant.folding import Fold, plan_folds
-from hfquant.layer_plan import LayerPlan, can_be_dual, layer_plan
+from hfquant.layer_plan import LayerPlan, can_be_dual, input_parts, layer_plan
 from hfquant.nn.kinds import layers_in, refusal
 from hfquant.ties import configs_together, tied_groups
 
@@ -299,7 +301,7 @@ def _with_trace(
         # A segment narrower than a group would only cost scales.
         wide = min(found.input_segments) >= (config.group_size or 1)
         if apart and wide and wanted & _INPUT_PATTERNS:
-            inputs = found.input_segments
+            inputs = input_parts(found.input_segments, config)
         apart = weight.format.has_scale and weight.axis is None and not grouped
         apart = apart or base.opt.per_output_segment
         split = replace(base, output_segments=found.output_segments)
@@ -309,7 +311,10 @@ def _with_trace(
     if SegPattern.ACTIVATION2LINEAR in wanted and quant is not None:
         if can_be_dual(config):
             active = tuple(a is not None for a in found.activations)
-            dual = active if len(inputs) == len(active) else (all(active),) * len(inputs)
+            before, after = list(accumulate(found.input_segments)), list(accumulate(inputs))
+            # A part has the activation of the segment that it was cut from.
+            cut = set(before) <= set(after)
+            dual = tuple(active[bisect_left(before, end)] if cut else all(active) for end in after)
         elif quant.format.has_scale:
             evidence = (*evidence, f"no dual scale: {quant.format.no_dual_scale}")
     return replace(base, input_segments=inputs, output_segments=outputs, dual=dual, evidence=evidence)

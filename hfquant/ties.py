@@ -48,5 +48,11 @@ def configs_together(
     """
     if not all(name in open_to for name in group) or not any(kinds[name] is QuantEmbedding for name in group):
         return {}
-    shared = {"weight_quant": open_to[group[0]].plain().weight_quant, "seglinear": False}
-    return {name: open_to[name].plain().model_copy(update=shared) for name in group}
+    configs = {name: open_to[name].plain() for name in group}
+    weight = configs[group[0]].weight_quant
+    for name, config in configs.items():
+        # Parts of an input would give the weight scales that the others have not.
+        inputs = config.input_quant and config.input_quant.model_copy(update={"segments": 1})
+        update = {"weight_quant": weight, "input_quant": inputs, "seglinear": False}
+        configs[name] = config.model_copy(update=update)
+    return configs

@@ -299,6 +299,7 @@ IMPOSSIBLE = [
     ({"weight_quant": {"type": "fp8e4m3", "symmetric": False}}, "symmetric=False needs an integer type, not fp8e4m3"),
     ({"weight_quant": {"type": "bf16", "group_size": 16}}, "group_size=16 has no meaning for bf16"),
     ({"weight_quant": {"type": "fp16", "clip": "mse"}}, "clip='mse' has no meaning for fp16"),
+    ({"input_quant": {"type": "bf16", "segments": 4}}, "segments=4 has no meaning for bf16, which has no scale"),
 ]
 
 

@@ -13,7 +13,7 @@ from hfquant.algorithms import Identity, TensorSpec
 from hfquant.algorithms.low_rank import LowRank
 from hfquant.config import InputQuant, LayerConfig, QuantRules, WeightQuant
 from hfquant.formats import FORMATS
-from hfquant.layer_plan import LayerPlan, layer_plan
+from hfquant.layer_plan import LayerPlan, input_parts, layer_plan
 
 A8 = {"opt": {"type": "default"}, "input_quant": {"type": "int8", "dynamic": True}, "weight_quant": {"axis": -1}}
 
@@ -84,6 +84,44 @@ def test_malformed_stored_plans(stored, says) -> None:
     with pytest.raises(ConfigError, match=f"layer 'fc'.*{says}"):
         layer_plan("fc", nn.Linear(32, 6), config_of(), stored)
     assert stored == before
+
+
+# Parts of the input.
+
+
+@pytest.mark.parametrize(
+    ("segments", "parts", "group", "expected"),
+    [
+        ((512,), 1, None, (512,)),
+        ((512,), 4, None, (128,) * 4),
+        ((512,), 8, None, (64,) * 8),
+        ((512,), 100, None, (64,) * 8),
+        ((576,), 4, None, (192,) * 3),
+        ((63,), 4, None, (63,)),
+        ((65,), 2, None, (64, 1)),
+        ((640,), 4, None, (192, 192, 192, 64)),
+        ((640,), 4, 48, (192, 192, 192, 64)),
+        ((640,), 4, 160, (320, 320)),
+        ((640,), 4, 32, (192, 192, 192, 64)),
+        ((100, 412), 4, None, (100, 128, 128, 128, 28)),
+    ],
+)
+def test_parts_of_an_input(segments, parts, group, expected) -> None:
+    weight = {"axis": -1} if group is None else {"type": "int4", "group_size": group}
+    config = config_of(input_quant={**A8["input_quant"], "segments": parts}, weight_quant=weight)
+    assert input_parts(segments, config) == expected
+    assert input_parts(segments, config_of(input_quant=None)) == segments
+    if len(segments) == 1:
+        plan = layer_plan("fc", nn.Linear(segments[0], 4), config)
+        assert plan.input_segments == expected
+        assert plan.differences(config) == {}, "it is what the rule gives"
+        whole = replace(plan, input_segments=segments, dual=(False,))
+        assert layer_plan("fc", nn.Linear(segments[0], 4), config, whole.differences(config)) == whole
+
+
+def test_a_window_s_positions_are_no_parts() -> None:
+    config = config_of(input_quant={**A8["input_quant"], "segments": 4})
+    assert layer_plan("conv", nn.Conv2d(128, 8, 3), config).input_segments == (1152,)
 
 
 # Tensors.

@@ -266,6 +266,22 @@ def test_input_segments(monkeypatch, pattern) -> None:
         assert seen(monkeypatch, linear, config, **JOINED, patterns=patterns).input_segments == expected
 
 
+def test_parts_of_input_segments(monkeypatch) -> None:
+    """Segments of the dataflow are cut further; a part has the activation of its segment."""
+    joined = {"input_segments": (256, 128), "activations": ("silu", None)}
+    both = {**joined, "patterns": (SegPattern.CONCAT2LINEAR, SegPattern.ACTIVATION2LINEAR)}
+    config = {**A8, "input_quant": {**A8["input_quant"], "segments": 3}}
+    found = seen(monkeypatch, nn.Linear(384, 6), config, **both)
+    assert (found.input_segments, found.dual) == ((128,) * 3, (True, True, False))
+    # Without the dataflow's, a part that holds some of two segments has no activation.
+    uneven = {**both, "input_segments": (192, 192)}
+    found = seen(monkeypatch, nn.Linear(384, 6), {**config, "seglinear": False}, **uneven)
+    assert (found.input_segments, found.dual) == ((128,) * 3, (False,) * 3)
+    assert seen(monkeypatch, nn.Linear(384, 6), config, **uneven).input_segments == (128, 64, 128, 64)
+    gelu = {"activations": ("gelu",), "patterns": (SegPattern.ACTIVATION2LINEAR,)}
+    assert seen(monkeypatch, nn.Linear(384, 6), config, **gelu).dual == (True,) * 3
+
+
 @pytest.mark.parametrize("pattern", ["linear2chunk", "linear2split"])
 def test_output_segments(monkeypatch, pattern) -> None:
     linear, split = nn.Linear(6, 32), {"output_segments": (8, 24), "patterns": (SegPattern(pattern),)}

@@ -19,9 +19,10 @@ INCLUDED = {**INT8, "include": ["embeddings"]}
 class Tied(nn.Module):
     """An embedding, a head that shares its weight, and a linear between."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.embed, self.body, self.head = nn.Embedding(20, 16), nn.Linear(16, 16), nn.Linear(16, 20)
+        self.embed, self.body = nn.Embedding(20, width), nn.Linear(width, width)
+        self.head = nn.Linear(width, 20)
         self.head.weight = self.embed.weight
 
     def forward(self, ids):
@@ -60,6 +61,18 @@ def test_tied_layers_share_codes() -> None:
     assert model.head.weight is model.embed.weight
     assert type(model.embed) is nn.Embedding
     assert torch.equal(again(ids), output)
+
+
+@torch.no_grad()
+def test_parts_of_the_input_are_not_for_tied_layers() -> None:
+    """The embedding has no input, so it could not have the head's scales."""
+    model, ids = Tied(256), torch.randint(0, 20, (2, 5))
+    exact = model(ids)
+    quant = {"type": "int8", "dynamic": True, "segments": 4}
+    hfquant.quantize(model, None, {"default": {**INCLUDED, "input_quant": quant}})
+    assert model.head.weight_scale is model.embed.weight_scale
+    assert (len(model.body.plan.input_segments), len(model.head.plan.input_segments)) == (4, 1)
+    assert (model(ids) - exact).norm() < 0.05 * exact.norm()
 
 
 @pytest.mark.parametrize("extra", [{"opt": {"type": "smooth"}}, {"calib": {"type": "gptq"}}, {"opt": {"type": "svd"}}])

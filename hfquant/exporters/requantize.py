@@ -33,11 +33,12 @@ def plain(plan: LayerPlan) -> LayerPlan:
         dual=(False,),
         folded=False,
     )
-    weight = plan.config.weight_quant
+    weight, inputs = plan.config.weight_quant, plan.config.input_quant
     group = weight.group_size and _equal_groups(plan.in_features, weight.group_size)
     changes = {"group_size": group, "axis": weight.axis if group or not weight.group_size else -1}
     weight = weight.model_copy(update=changes)
-    return replace(plan, config=plan.config.model_copy(update={"weight_quant": weight}))
+    inputs = inputs and inputs.model_copy(update={"segments": 1})
+    return replace(plan, config=plan.config.model_copy(update={"weight_quant": weight, "input_quant": inputs}))
 
 
 def _equal_groups(columns: int, group: int) -> int | None:

@@ -18,7 +18,7 @@ BLOCK = 1 << 18
 
 
 def refuses(product: Product) -> str:
-    """Return why the product is not one of int8 by int8 with one scale a row; "" where it is."""
+    """Return why the product is not one of int8 by int8 with one scale a row and segment; "" where it is."""
     rule, form = product.input, product.weight
     if rule is None:
         return "the input is not quantized"
@@ -28,9 +28,9 @@ def refuses(product: Product) -> str:
         return f"the input is {rule.format.name}, not integers of up to 8 bits"
     if any(rule.dual):
         return "the input has dual scale, codes of 16 bits"
-    if len(product.columns) > 1:
-        return "the weight has several scales a row"
-    if product.in_features == 1:
+    if product.columns != product.segments:
+        return "the weight has several scales a row and segment"
+    if min(product.segments) == 1:
         # Seen with torch 2.13 on a CPU with VNNI: the transpose of a contiguous [N, 1] is read with a wrong stride.
         return "torch._int_mm is wrong for one column"
     # Less a zero point, a code takes 9 bits.
@@ -41,8 +41,8 @@ def refuses(product: Product) -> str:
 
 def refuses_on_cuda(product: Product) -> str:
     """Return :func:`refuses`, or that the columns are not a multiple of 8, as cuBLAS wants them."""
-    uneven = product.in_features % 8
-    return refuses(product) or (f"{product.in_features} columns are no multiple of 8" if uneven else "")
+    uneven = next((size for size in product.segments if size % 8), 0)
+    return refuses(product) or (f"{uneven} columns are no multiple of 8" if uneven else "")
 
 
 def missing_on_cpu() -> str:
@@ -69,32 +69,37 @@ def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
     scale = scale + values.sum(-1, keepdim=True) * 0
     codes, out = values.to(torch.int8), len(operands.weight)
     if x.is_cuda:
-        sums = _sums_on_cuda(codes, operands.weight)
-        return _finish(sums, codes, scale, raw, operands, product).to(x.dtype)
+        return _scaled(codes, scale, raw, operands, product).to(x.dtype)
     y = x.new_empty(len(x), out)
     count = max(BLOCK // out, 16)
     for start in range(0, len(x), count):
         rows = slice(start, start + count)
-        sums = torch._int_mm(codes[rows], operands.weight.T)
-        y[rows] = _finish(sums, codes[rows], scale[rows], raw[rows], operands, product)
+        y[rows] = _scaled(codes[rows], scale[rows], raw[rows], operands, product)
     return y
 
 
-def _finish(sums: Tensor, codes: Tensor, scale: Tensor, raw: Tensor, operands: Operands, product: Product) -> Tensor:
-    """Return the output, float32, of int32 sums [tokens, out]: less the zero point's share, scaled, all else added."""
+def _scaled(codes: Tensor, scale: Tensor, raw: Tensor, operands: Operands, product: Product) -> Tensor:
+    """Return the output, float32: int32 sums of each segment, less the zero point's share, scaled, all else added."""
     grid = operands.grid(product)
     assert grid.scale is not None
-    if grid.zero_point is not None:
-        sums = sums - codes.sum(-1, keepdim=True, dtype=torch.int32) * grid.zero_point.view(1, -1)
-    return operands.added(raw, sums.float().mul_(grid.scale.view(1, -1)).mul_(scale))
+    multiply = _sums_on_cuda if codes.is_cuda else torch._int_mm
+    sizes, y = list(product.segments), raw.new_zeros(())
+    for i, (x, weight) in enumerate(zip(codes.split(sizes, 1), operands.weight.split(sizes, 1), strict=True)):
+        sums = multiply(x, weight.T)
+        if grid.zero_point is not None:
+            sums = sums - x.sum(-1, keepdim=True, dtype=torch.int32) * grid.zero_point[:, i]
+        part = sums.float().mul_(grid.scale[:, i]).mul_(scale[..., i : i + 1])
+        y = part.add_(y)
+    return operands.added(raw, y)
 
 
 def _sums_on_cuda(codes: Tensor, weight: Tensor) -> Tensor:
-    if len(weight) % 8:
-        raise ValueError(f"int_mm on CUDA: {len(weight)} output features are no multiple of 8")
+    """Return ``codes`` [tokens, in] times ``weight`` [in, out], int32."""
+    if weight.shape[1] % 8:
+        raise ValueError(f"int_mm on CUDA: {weight.shape[1]} output features are no multiple of 8")
     # It takes more than 16 rows.
     few = max(17 - len(codes), 0)
-    return torch._int_mm(pad(codes, (0, 0, 0, few)) if few else codes, weight.T)[: len(codes)]
+    return torch._int_mm(pad(codes, (0, 0, 0, few)) if few else codes, weight)[: len(codes)]
 
 
 def _pays_on_cuda(product: Product, dtype: torch.dtype, tokens: int, out: int) -> bool:

@@ -74,11 +74,15 @@ class QuantConv(QuantLayer):
 
     @staticmethod
     def fitted(config: LayerConfig) -> LayerConfig:
-        """Return the config with one scale a row in place of a dynamic one a tensor: no tile knows all the rows."""
+        """Return the config with one scale a row in place of a dynamic one a tensor: no tile knows all the rows.
+
+        Nor is the input cut: parts of a row are positions of the kernel, each with all channels.
+        """
         quant = config.input_quant
-        if quant is None or not quant.dynamic or quant.axis is not None:
+        if quant is None:
             return config
-        return config.model_copy(update={"input_quant": quant.model_copy(update={"axis": -1})})
+        update = {"segments": 1, "axis": -1 if quant.dynamic else quant.axis}
+        return config.model_copy(update={"input_quant": quant.model_copy(update=update)})
 
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from benchmarks.ablation import ABLATION, DIGITS_ABLATION
 from benchmarks.peers import PEERS, linearized
 from hfquant.config import parse
 from hfquant.observe import observe
+from hfquant.presets import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -252,10 +253,17 @@ def test_peers_quantize_every_linear_and_nothing_else(llama: LlamaForCausalLM, n
 @pytest.mark.parametrize("rows", [quality.ROWS, DIGITS_ABLATION, ABLATION])
 def test_every_config_is_valid(rows: dict[str, object]) -> None:
     for name, row in rows.items():
-        if isinstance(row, str | dict):
+        if isinstance(row, str | dict) and not name.startswith("preset/"):
             resolved = parse(row).default
             assert resolved.weight_quant.format.bits == (8 if name[0] == "f" else int(name[1])), name
             assert (resolved.input_quant is None) == name.partition("/")[0].endswith("a16"), name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_row(name) -> None:
+    """Those that need no data are quantized as users do it, while the weights load."""
+    row = quality.ROWS[f"preset/{name}"]
+    assert row == (PRESETS[name] if parse(name).needs_data else name)
 
 
 def test_quality_runs_rows_and_adds_to_a_file(
@@ -275,7 +283,7 @@ def test_quality_runs_rows_and_adds_to_a_file(
 
     rows = {
         "fp32": None,
-        "w8a16/int8": ABLATION["w4a16/hfquant-mse"] | {"default": quality.ROWS["fp8a16/hfquant"]["default"]},
+        "w8a16/int8": ABLATION["w4a16/hfquant-mse"] | {"default": ABLATION["fp8a16/hfquant"]["default"]},
         "w4a16/mse": ABLATION["w4a16/hfquant-mse"],
         "w4a16/broken": lambda model, batches: model,
     }
@@ -369,26 +377,6 @@ def test_memory_of_a_load_in_a_fresh_process(llama: LlamaForCausalLM, tmp_path) 
     assert 0 < measured["model"] < 0.5 * measured["float size"]
     assert measured["samples"] > 0
     assert measured["resident peak"] < 100e6
-
-
-MEASURED_AS = {
-    "w8a8": "w8a8/hfquant-static-smooth-fine-by-token",
-    "w8a8-smooth": "w8a8/hfquant-dynamic-smooth",
-    "fp8": "fp8a8/hfquant-static",
-    "w8a8-gptq": "w8a8/hfquant-dynamic-smooth-gptq",
-    "w6a16-gptq": "w6a16/hfquant-smooth-rms-gptq",
-    "w6a8-gptq": "w6a8/hfquant-smooth-rms-gptq",
-    "w4a16-gptq": "w4a16/hfquant-g32-smooth-rms-gptq",
-    "w4a8-gptq": "w4a8/hfquant-g32-smooth-rms-gptq",
-    "w4a4-svd": "w4a4/hfquant-svd",
-}
-
-
-@pytest.mark.parametrize("preset", MEASURED_AS)
-def test_the_rows_that_stand_for_presets_are_their_configs(preset) -> None:
-    row, config = parse(ABLATION[MEASURED_AS[preset]]).default, parse(preset).default
-    # How a layer is run does not change its quality.
-    assert row == config.model_copy(update={"real_quant": False})
 
 
 def test_texts_of_a_length_repeat_paragraphs_in_another_order(tmp_path) -> None:

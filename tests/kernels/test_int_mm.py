@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from hfquant.formats import FORMATS, InputRule
+from hfquant.formats.columns import expand_columns
 from hfquant.kernels import int_mm, reference
 from hfquant.kernels.base import Operands, Product
 from tests.kernels.triton.layers import INPUTS, run_layer
 from tests.nn.linear_cases import Case, assert_close, cases, forward_by_hand, layer_of, some_input
 
-NAMES = [name for name, case in cases("int8").items() if len(case.plan(INPUTS["token"]).columns) == 1]
+NAMES = [name for name, case in cases("int8").items() if not (case.weight.group_size or any(case.dual))]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
@@ -26,11 +27,11 @@ def device(request, monkeypatch) -> str:
 def test_layers(tokens, name, quant, device) -> None:
     case = cases("int8")[name]
     if device == "cuda":
-        case = Case(case.weight, case.opt, outputs=(8, 16))
+        case = Case(case.weight, case.opt, (8, 16) if len(case.inputs) > 1 else case.inputs, (8, 16))
     plan = case.plan(INPUTS[quant], True)
     layer, tensors = layer_of(plan)
     x = some_input(tokens)
-    assert int_mm.refuses_on_cuda(layer.product) == ""
+    assert (int_mm.refuses_on_cuda if device == "cuda" else int_mm.refuses)(layer.product) == ""
     assert_close(run_layer(int_mm.run, layer, x), *forward_by_hand(plan, tensors, x))
 
 
@@ -82,6 +83,24 @@ def test_odd_shapes(device) -> None:
         assert torch.equal(y.cpu(), (x.double() @ codes.double().T).float()), (tokens, columns, out)
 
 
+def test_segments_of_odd_sizes(device) -> None:
+    """Each is a slice of wider matrices, which torch's own product has to step over."""
+    sizes = (64, 8, 24, 128) if device == "cuda" else (64, 7, 2, 31, 130)
+    for tokens, out in product((1, 17, 64), (8, 24, 96) if device == "cuda" else (1, 5, 16, 65)):
+        codes = torch.randint(-128, 128, (out, sum(sizes)), dtype=torch.int8)
+        x = torch.randint(-127, 128, (tokens, sum(sizes))).float()
+        scale, inputs = (
+            torch.exp2(torch.randint(-9, 3, (out, len(sizes))).float()),
+            torch.exp2(torch.arange(len(sizes))),
+        )
+        rule = InputRule(FORMATS["int8"], False, False, sizes, (False,) * len(sizes))
+        operands = Operands(codes.to(device), scale.to(device), input_scale=inputs.float().to(device))
+        values = (x * expand_columns(inputs.float(), sizes)).clone()
+        y = int_mm.run(values.to(device), operands, Product(FORMATS["int8"], sizes, sizes, rule))
+        expected = values.double() @ (codes.double() * expand_columns(scale, sizes).double()).T
+        torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+
+
 def test_blocks_of_tokens(monkeypatch, device) -> None:
     monkeypatch.setattr(int_mm, "BLOCK", 1)
     layer, tensors = layer_of(plan := Case(cases("int8")["smooth"].weight, outputs=(8,)).plan(INPUTS["token"], True))
@@ -112,7 +131,11 @@ def test_refusals() -> None:
     assert why("int4", "int8") == "the weight is int4, not int8"
     assert why("fp8e4m3", "int8") == "the weight is fp8e4m3, not int8"
     assert why("int8", "int16") == "the input is int16, not integers of up to 8 bits"
-    assert why("int8", "int8", (32, 32)) == "the weight has several scales a row"
+    assert why("int8", "int8", (32, 32)) == ""
+    rule = InputRule(FORMATS["int8"], True, True, (64,), (False,))
+    grouped = Product(FORMATS["int8"], (32, 32), (64,), rule)
+    assert int_mm.refuses(grouped) == "the weight has several scales a row and segment"
+    assert why("int8", "int8", (63, 1)) == "torch._int_mm is wrong for one column"
     assert why("int8", "int8", dual=True) == "the input has dual scale, codes of 16 bits"
     assert why("int8", "int8", (1,)) == "torch._int_mm is wrong for one column"
     assert why("int8", "int8", (70000,)) == "sums over 70000 columns may not fit 32 bits"
