@@ -40,6 +40,8 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
         self.dtype = dtype or torch.get_default_dtype()
         self.num_embeddings, self.embedding_dim = plan.out_features, plan.in_features
         self.padding_idx = self.max_norm = None
+        # What adapters look up their own rows by.
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
 
     @staticmethod
     def takes(module: nn.Module) -> bool:
@@ -75,6 +77,11 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
         if type(module) is not nn.Embedding:
             layer.scale, layer.scale_in_dtype = _scale_of(module), "embed_scale" in module._buffers
         return layer
+
+    @property
+    def embed_scale(self) -> Tensor | None:
+        """:attr:`scale` as a tensor, under the name by which adapters find it in the float classes."""
+        return None if self.scale is None else torch.tensor(self.scale, device=self.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:
         """Indices [...] to rows [..., embedding_dim] of ``dtype``.

@@ -55,6 +55,8 @@ class QuantLayer(Checked):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    #: Whether another layer borrows its codes.
+    lends = False
     #: The float module that it replaced, without its weights; see :meth:`to_float`.
     _float: nn.Module
 
@@ -175,6 +177,8 @@ class QuantLayer(Checked):
 
     def borrow(self, owner: QuantLayer | None) -> None:
         """Take codes and weight scales of ``owner``, which has the same matrix, or let them go (None)."""
+        if owner is not None:
+            owner.lends = True
         for name in self.plan.tensors():
             if name.startswith("weight"):
                 table: dict[str, Any] = self._parameters if name in self._parameters else self._buffers
