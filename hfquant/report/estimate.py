@@ -20,6 +20,8 @@ from hfquant.statistics import Collector, stats_bytes
 
 #: Features that a measured layer has at most; what is larger is scaled up from it.
 _LARGEST = 1024
+#: Features, and rows, of a first run that is not timed.
+_SMALLEST = 64
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def calibration_cost(model: nn.Module, plan: Plan, tokens: int = 128 * 512, meas
     for name, layer in plan.layers.items():
         kinds[replace(layer, evidence=()), counts[name]] += counts[name]
     forward = observed = solved = 0.0
+    for layer, _ in kinds:  # what is compiled or set up at first use is no part of the estimate
+        _layer_seconds(_cut(layer, _SMALLEST), _SMALLEST)
     for (layer, experts), count in kinds.items():
         rows = tokens * _routed(model, experts)
         once = _layer_seconds(_cut(layer), measured)
@@ -91,9 +95,9 @@ def _routed(model: nn.Module, experts: int) -> float:
     return min(chosen / experts, 1.0) if isinstance(chosen, int) else 1.0
 
 
-def _cut(layer: LayerPlan) -> LayerPlan:
+def _cut(layer: LayerPlan, largest: int = _LARGEST) -> LayerPlan:
     """Return the plan of a layer of a size that is quickly solved, without segments."""
-    sizes = min(layer.in_features, _LARGEST), min(layer.out_features, _LARGEST)
+    sizes = min(layer.in_features, largest), min(layer.out_features, largest)
     return replace(
         layer,
         in_features=sizes[0],

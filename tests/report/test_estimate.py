@@ -63,6 +63,15 @@ def test_each_expert_of_a_parameter_is_solved_and_sees_what_is_routed_to_it(a_se
     )
 
 
+def test_what_the_first_use_takes_is_not_counted(monkeypatch):
+    """The kernels may be compiled then."""
+    took = iter([1000.0, 1000.0, 1000.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(estimate, "_seconds", lambda call: (call(), next(took))[1])
+    model = nn.Sequential(nn.Linear(96, 32))
+    cost = calibration_cost(model, hfquant.plan(model, "w4a16-gptq"), tokens=64, measured=64)
+    assert cost.forward_seconds == cost.observe_seconds == cost.solve_seconds == 1
+
+
 def test_a_convolution_counts_with_every_position_of_its_kernel(a_second_each):
     """One beyond the size that is measured: scaled up by the columns of its window, not by its channels."""
     model = nn.Sequential(nn.Conv2d(512, 64, 3))
