@@ -42,6 +42,7 @@ def quantized(case: str) -> nn.Module:
     config = copy.deepcopy(PRESETS[preset])
     # Digests are of what there was when they were recorded.
     config["default"].get("opt", {}).pop("fold", None)
+    (config["default"]["input_quant"] or {}).pop("segments", None)
     if "group_size" in config["default"]["weight_quant"]:
         config["default"]["weight_quant"]["scale"] = "float32"
     if preset.endswith("svd"):
