@@ -35,6 +35,7 @@ ELSEWHERE = {
     "exporters/checkpoint.py": "exporters/test_exporters.py",
     "exporters/requantize.py": "exporters/test_compressed_tensors.py",
     "formats/__init__.py": "formats/test_base.py",
+    "hub_errors.py": "integrations/sharing/test_hub_errors.py",
     "importers/checkpoint.py": "importers/test_importers.py",
     "importers/layers.py": "importers/test_importers.py",
     "integrations/__init__.py": "integrations/test_config.py",

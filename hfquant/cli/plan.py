@@ -48,7 +48,7 @@ def plan(
         if estimate:
             from hfquant.report.estimate import calibration_cost
 
-            costs = {n: calibration_cost(plans[n]) for n in plans}
+            costs = {n: calibration_cost(found.models[n], plans[n]) for n in plans}
     if as_json:
         print_json({n: _json(plans[n], sizes[n], costs.get(n), layers) for n in plans})
         return
