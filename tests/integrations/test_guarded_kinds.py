@@ -26,6 +26,11 @@ FOUR = {"weight_quant": {"type": "int4", "group_size": 8}, "input_quant": None, 
 BLOCK, CONV = "down_blocks.*", "down_blocks.0.resnets.0.conv1"
 MIXTURES = ["MixtralForCausalLM", "Qwen3MoeForCausalLM"]
 EXPERTS = "model.layers.1.mlp.experts"
+CALIBRATED = [
+    pytest.param(p, marks=[pytest.mark.slow] if p == "w4-auto" else [])
+    for p in hfquant.PRESETS
+    if HfQuantConfig(p).needs_data
+]
 
 
 def only(config: dict[str, Any], names: str) -> dict[str, Any]:
@@ -147,9 +152,9 @@ def test_a_convolution_left_in_float_is_the_float_one(monkeypatch, tmp_path) -> 
     small_models.assert_same(type(model).from_pretrained(tmp_path), model, data[0])
 
 
-@pytest.mark.parametrize("preset", [p for p in hfquant.PRESETS if HfQuantConfig(p).needs_data and p != "w4-auto"])
+@pytest.mark.parametrize("preset", CALIBRATED)
 def test_sound_convolutions_are_left_alone(preset: str) -> None:
-    """Each calibrated preset, of which the search of bits does not take convolutions."""
+    """Each calibrated preset, the search of bits among them."""
     torch.manual_seed(2)
     model = tiny_sdxl().eval()
     hfquant.quantize(model, unet_data(24), only(hfquant.PRESETS[preset], BLOCK + "conv*"))
@@ -238,14 +243,7 @@ def test_two_experts_go_as_far_as_the_worse_has_to(monkeypatch) -> None:
     assert found[f"{EXPERTS}.gate_up_proj.3"].startswith("NaN or Inf")
 
 
-@pytest.mark.parametrize(
-    "preset",
-    [
-        pytest.param(p, marks=[pytest.mark.slow] if p == "w4-auto" else [])
-        for p in hfquant.PRESETS
-        if HfQuantConfig(p).needs_data
-    ],
-)
+@pytest.mark.parametrize("preset", CALIBRATED)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_sound_experts_are_left_alone(name: str, preset: str) -> None:
     model = mixture(name)
