@@ -179,9 +179,8 @@ def _rows() -> dict[str, Row]:
     fp32, bf16 = torch.float32, torch.bfloat16
     rows = {"fp32 F.linear": _plain(fp32), "bf16 F.linear": _plain(bf16), "torch._int_mm alone": Row(_int_mm, 1e-5)}
     rows |= {f"hfquant {name}": _hfquant(layer, fp32) for name, layer in LAYERS.items()}
-    for name in ("W8A8", "W4A8 g32", "W4A8 g64", "W4A16 g32 asymmetric", "W4A16 g64 asymmetric", "W8A16"):
-        rows[f"hfquant {name}, bf16"] = _hfquant(LAYERS[name], bf16)
-    for name in ("INT16 weights", "FP16 weights", "FP8A16", "FP8A8"):
+    integers = ("W8A8", "W4A8 g32", "W4A8 g64", "W4A16 g32 asymmetric", "W4A16 g64 asymmetric", "W8A16")
+    for name in (*integers, "INT16 weights", "FP16 weights", "FP8A16", "FP8A8"):
         rows[f"hfquant {name}, bf16"] = _hfquant(LAYERS[name], bf16)
     rows |= {row: _peer(name, dtype) for row, (name, dtype) in peer_rows().items()}
     return rows
