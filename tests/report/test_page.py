@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import hfquant
 from hfquant.affiner import BlockwiseAffiner
 from hfquant.report.gather import Inputs, gather
 from hfquant.report.images import PipelineComparison
-from hfquant.report.page import Report, block_of, kind_of, override, page, worst
+from hfquant.report.page import Report, block_of, columns, kind_of, override, page, quoted, worst
 from hfquant.report.quality import Figure, ModelComparison, TokenChange
 from hfquant.report.stored import StoredLayer, read_folder
 
@@ -80,6 +81,20 @@ class TestWhatItSays:
         text = page(Report("llama", read_folder(llama)[1]))
         assert "No errors were measured" in text
         assert 'class="chart"' not in text
+        headings = set(re.findall(r"<button type=\"button\">([^<]*)<", text))
+        assert "Weight" in headings
+        assert not {"SQNR, dB", "Alpha", "Rank", "Segments", "Dual"} & headings
+
+    def test_columns_are_those_that_some_layer_has(self, report):
+        layers = report.models["transformer"].layers
+        bare = [replace(layer, sqnr=None, alphas=(), rank=0, segments=((), ()), dual=()) for layer in layers]
+        assert columns(bare) == set()
+        assert columns([*bare, replace(bare[0], rank=8)]) == {"ranks"}
+        assert columns([*bare, replace(bare[0], sqnr=3.0, dual=(False, True))]) == {"errors", "dual"}
+
+    @pytest.mark.parametrize(("token", "shown"), [("\n", '"\\n"'), (" a", '" a"'), ("<b>", '"<b>"'), ("né", '"né"')])
+    def test_tokens_are_quoted_so_that_spaces_are_seen(self, token, shown):
+        assert quoted(token) == shown
 
     def test_an_affiner_is_drawn(self, digits):
         pipe, other = hfquant.demo.load_digits_pipeline(), hfquant.demo.load_digits_pipeline()

@@ -62,7 +62,7 @@ def page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": size, "number": number, "kind": kind_of, "block": block_of}
+    environment.filters |= {"size": size, "number": number, "kind": kind_of, "block": block_of, "quoted": quoted}
     comparison = report.comparison
     images = getattr(comparison, "images", ())[: report.images]
     errors = {} if report.affiner is None else report.affiner.errors
@@ -73,6 +73,7 @@ def page(report: Report) -> str:
         script=Markup(_text("page.js")),
         charts={name: Markup(error_chart(model.layers)) for name, model in report.models.items()},
         worst={name: worst(model.layers) for name, model in report.models.items()},
+        columns={name: columns(model.layers) for name, model in report.models.items()},
         override=override,
         segments=lambda layer: Markup(segments_bar(layer.segments)),
         figures=() if comparison is None else comparison.figures,
@@ -91,6 +92,18 @@ def write(report: Report, path: Path) -> None:
 
 def _text(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def columns(layers: Sequence[StoredLayer]) -> set[str]:
+    """Return the columns of the table of layers that have something to show, of those that a model may lack."""
+    shown = {
+        "errors": any(layer.sqnr is not None for layer in layers),
+        "alphas": any(layer.alphas for layer in layers),
+        "ranks": any(layer.rank for layer in layers),
+        "segments": any(segments_bar(layer.segments) for layer in layers),
+        "dual": any(any(layer.dual) for layer in layers),
+    }
+    return {name for name, found in shown.items() if found}
 
 
 def worst(layers: Sequence[StoredLayer], count: int = WORST) -> list[StoredLayer]:
@@ -129,6 +142,11 @@ def block_of(name: str) -> str:
 def number(value: float | None, digits: int = 1) -> str:
     """Return a number with so many decimals; a dash for None."""
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def quoted(token: str) -> str:
+    """Return a token in quotes, so that spaces and line ends are seen."""
+    return json.dumps(token, ensure_ascii=False)
 
 
 def png(image: Any) -> str:
