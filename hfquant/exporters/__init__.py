@@ -11,8 +11,7 @@ from torch import nn
 
 from hfquant.exporters import compressed_tensors, nunchaku
 from hfquant.exporters.checkpoint import Converted, ExportError, write
-from hfquant.nn.experts import QuantExperts
-from hfquant.nn.modules import quant_linears, quant_modules
+from hfquant.nn.modules import quant_modules
 
 __all__ = ["FORMATS", "Converted", "ExportError", "export"]
 
@@ -65,8 +64,6 @@ def export(
             f"model: expected a torch.nn.Module, got {type(model).__name__}; of a pipeline pass a component: "
             "hfquant.export(pipe.transformer, ...)"
         )
-    if not quant_linears(model):
+    if not quant_modules(model):
         raise ExportError(f"{type(model).__name__} has no quantized linear: quantize it with hfquant first")
-    if experts := [name for name, layer in quant_modules(model).items() if isinstance(layer, QuantExperts)]:
-        raise ExportError(f"fused experts cannot be exported yet: {experts[0]!r} and {len(experts) - 1} more")
     write(model, FORMATS[format](model, requantize), folder, max_shard_size)

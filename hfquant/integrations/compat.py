@@ -43,6 +43,7 @@ __all__ = [
     "load_offloaded_parameter",
     "mark_initialized",
     "names_in_model",
+    "published_names",
     "register_lora_base",
     "register_lora_layer",
     "save_as_named",
@@ -219,3 +220,14 @@ def register_lora_base(kind: type[nn.Linear], floats: Callable[[Any], Tensor]) -
 def stored_names(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors under the names that transformers' ``save_pretrained`` gives them."""
     return dict(revert_weight_conversion(model, dict(state_dict)))
+
+
+def published_names(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the names, and in the parts, that published checkpoints of the model's class have them."""
+    # What a model has been loaded by, or is to be saved by (:func:`save_as_named`), stands before the class's own.
+    own = vars(model).pop("_weight_conversions", None)
+    try:
+        return stored_names(model, state_dict)
+    finally:
+        if own is not None:
+            model._weight_conversions = own
