@@ -22,11 +22,12 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from hfquant.exporters.checkpoint import Converted, ExportError, must_be_of, refuse
-from hfquant.exporters.experts import StoredLinear, alike, as_read, expert_layers, log_inputs, stored_linears
+from hfquant.exporters.experts import alike, as_read, expert_layers, log_inputs
 from hfquant.exporters.requantize import no_linear, plain, requantized
 from hfquant.formats import NumberFormat
 from hfquant.formats.words import to_words
 from hfquant.integrations.compat import stored_names
+from hfquant.integrations.experts import StoredLinear, stored_linears
 from hfquant.layer_plan import LayerPlan
 from hfquant.nn.experts import QuantExperts, plans_of
 from hfquant.nn.layer import QuantLayer
@@ -45,9 +46,11 @@ def convert(model: Any, requantize: bool) -> Converted:
     """
     must_be_of(model, "transformers", "compressed-tensors")
     experts = {name: m for name, m in model.named_modules() if isinstance(m, QuantExperts)}
-    linears = stored_linears(model, experts)
+    own_plans = plans_of(experts)
+    sizes = {p: (experts[p.rpartition(".")[0]].expert_count, plan.out_features) for p, plan in own_plans.items()}
+    linears = stored_linears(model, {name: module.layout for name, module in experts.items()}, sizes)
     plans, problems = _plans_of_linears(model, requantize)
-    expert_plans, more = _plans_of_experts(plans_of(experts), linears, requantize)
+    expert_plans, more = _plans_of_experts(own_plans, linears, requantize)
     refuse(problems | more, "compressed-tensors", requantize)
     scaled = {name: plan for name, plan in plans.items() if plan.config.weight_quant.format.has_scale}
     if not scaled and not expert_plans:
@@ -71,7 +74,7 @@ def convert(model: Any, requantize: bool) -> Converted:
             for linear in linears[name]:
                 found = layer_tensors(layers[linear.expert], storage(plan, alone), model.dtype, linear.rows)
                 of_experts |= _named(linear.name, found)
-    log_inputs(plans_of(experts))
+    log_inputs(own_plans)
     scheme = next((_scheme(plan, alone) for plan in expert_plans.values()), None)
     names = [linear.name for found in linears.values() for linear in found]
     return Converted(tensors, quantization_config(model, groups, scheme, names), of_experts)
@@ -198,7 +201,7 @@ def layer_tensors(
         layer: of the model.
         storage: see :func:`storage`.
         dtype: of the weight where it is a float without a scale.
-        rows: which of its outputs; those of a part of them have no bias.
+        rows: which of its outputs are stored, of a layer without a bias.
     """
     form, codes, grid = layer.format, layer.codes(rows), layer.grid(rows)
     bias = {} if layer.bias is None else {"bias": layer.bias.detach()}
@@ -276,12 +279,11 @@ def _routers(model: nn.Module) -> list[str]:
 def _patterns_of_experts(names: Sequence[str], prefix: str) -> list[str]:
     """Return what matches linears of experts by name, one pattern for all of a layer.
 
-    Programs that fuse experts too ask for their scheme by names of their own, as those of ``experts.0.gate_proj``.
+    What follows an expert's number is left open: vLLM asks for the scheme of ``gate_proj`` where the checkpoint has
+    ``w1``.
     """
-    return [
-        _pattern(layer, prefix, r"\.\d+\..*")
-        for layer in dict.fromkeys(re.split(r"\.\d+\.(?!.*\.\d+\.)", name)[0] for name in names)
-    ]
+    layers = dict.fromkeys(re.sub(r"(.*)\.\d+\..*", r"\1", name) for name in names)
+    return [_pattern(layer, prefix, r"\.\d+\..*") for layer in layers]
 
 
 def _pattern(name: str, prefix: str, end: str = "") -> str:

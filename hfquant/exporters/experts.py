@@ -1,11 +1,8 @@
 """Mixtures of experts in checkpoints that have one linear an expert, as most published ones do.
 
-transformers fuses these linears into 3-D parameters while it loads them, and takes them apart when it saves. Which rows
-of which expert have which name in a checkpoint is asked of transformers itself: numbers of rows go through its own
-conversion in place of weights.
-
-It dequantizes compressed experts before it fuses them, so that they run in floats. How it does so decides what can be
-exported (transformers 5.23): all of them by one scheme, from packed integers without zero points or from FP8.
+transformers dequantizes them while it loads them, before it fuses them into 3-D parameters, so that they run in floats.
+How it does so decides what can be exported (transformers 5.23): all of them by one scheme, from packed integers without
+zero points or from FP8.
 """
 
 from __future__ import annotations
@@ -14,62 +11,13 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
-
-import torch
-from torch import Tensor, nn
 
 from hfquant.exporters.requantize import plain, rounded_anew
-from hfquant.integrations.compat import published_names
 from hfquant.layer_plan import LayerPlan
-from hfquant.nn.experts import QuantExperts, plans_of
+from hfquant.nn.experts import QuantExperts
 from hfquant.nn.linear import QuantLinear
 
 logger = logging.getLogger(__name__)
-
-
-class StoredLinear(NamedTuple):
-    """A linear of a checkpoint that the model has within a 3-D parameter.
-
-    Attributes:
-        name: in the checkpoint.
-        expert: its number.
-        rows: of that expert's matrix [out, in], as they are stored.
-    """
-
-    name: str
-    expert: int
-    rows: Tensor
-
-
-def stored_linears(model: nn.Module, experts: Mapping[str, QuantExperts]) -> dict[str, list[StoredLinear]]:
-    """Return what each quantized parameter of experts is in a checkpoint; nothing where that keeps it fused.
-
-    Args:
-        model: of transformers.
-        experts: its modules of experts, by name.
-    """
-    plans = plans_of(experts)
-    numbers: dict[str, Tensor] = {}
-    first: list[int] = []
-    total = 0
-    for parameter, plan in plans.items():
-        module = experts[parameter.rpartition(".")[0]]
-        count = module.expert_count * plan.out_features
-        first.append(total)
-        index = torch.arange(total, total + count, dtype=torch.int32).view(module.expert_count, plan.out_features, 1)
-        numbers[parameter] = index.transpose(1, 2) if module.layout.transposed else index
-        total += count
-    starts, parameters = torch.tensor(first, dtype=torch.int32), list(plans)
-    found: dict[str, list[StoredLinear]] = {parameter: [] for parameter in parameters}
-    for name, index in published_names(model, numbers).items():
-        if not name.endswith(".weight") or index.dim() != 2 or index.shape[1] != 1:
-            continue
-        which = int(torch.searchsorted(starts, index[0, 0], right=True)) - 1
-        rows, own = plans[parameters[which]].out_features, index[:, 0].long() - first[which]
-        linear = StoredLinear(name.removesuffix(".weight"), int(own[0]) // rows, own % rows)
-        found[parameters[which]].append(linear)
-    return found
 
 
 def as_read(plan: LayerPlan) -> LayerPlan:
