@@ -32,14 +32,17 @@ def export(
 ) -> None:
     """Write a quantized model as a checkpoint that loads without hfquant. The model stays as it is.
 
-    Codes, zero points and scales are those of the model; scales in two levels are written as floats.
+    Codes, zero points and scales are those of the model; scales in two levels are written as floats. Fused experts are
+    written as one linear an expert, as in the published checkpoints of their class. transformers dequantizes them while
+    it loads them, so their inputs are floats there; a log line says so.
 
     Args:
         model: quantized by hfquant, of transformers ("compressed-tensors") or diffusers ("nunchaku-lite").
         dir: the folder to write; must not exist, or be empty.
         format: "compressed-tensors", as transformers reads it, or "nunchaku-lite", SVDQuant in INT4 as diffusers does.
         requantize: what to do with layers that the format cannot express (scales of their own for segments of the
-            input, dual scale, smoothing that is not folded, a low-rank branch, short groups): False refuses them,
+            input, dual scale, smoothing that is not folded, a low-rank branch, short groups; experts with zero points,
+            or not all of one scheme): False refuses them,
             True rounds their effective weights to nearest on a plain grid of the same bits, with activations scaled at
             run time. That loses what calibration gained there; how much is logged. To lose nothing, quantize with
             ``opt: {"fold": True}`` or without what the format lacks.
