@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,6 +17,8 @@ from hfquant.integrations.checkpoint import CheckpointError
 from hfquant.nn.experts import QuantExperts
 from tests.exporters.schemes import SCHEMES, config
 from tests.exporters.test_experts import IDS, NAMES, SIZES
+from tests.importers.test_importers import FORMATS
+from tests.importers.written import Layer
 from tests.integrations.mixtures import mixture
 
 
@@ -49,6 +53,41 @@ def test_experts_in_floats_stay_so(left: str, tmp_path: Path) -> None:
     found = hfquant.import_checkpoint(tmp_path)
     hfquant.set_real_quant(found, False)
     assert torch.equal(found(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("program", ["gptq", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def test_weights_of_other_programs_are_exact(name: str, program: str, tmp_path: Path) -> None:
+    """Some experts have zero points that are all in the middle, which makes them symmetric, others have not."""
+    section, store, _ = FORMATS[program]
+    mixture(name, **SIZES).save_pretrained(tmp_path)
+    tensors, rng = load_file(tmp_path / "model.safetensors"), np.random.default_rng(0)
+    layers = {}
+    for key in [k.removesuffix(".weight") for k in tensors if ".experts." in k]:
+        symmetric = ".experts.2." in key
+        layers[key] = Layer(*tensors.pop(f"{key}.weight").shape, 32, 4, symmetric, rng)
+        tensors |= {f"{key}.{own}": tensor for own, tensor in store(layers[key]).items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": section}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    model = hfquant.import_checkpoint(tmp_path)
+    own = ("w1", "w3", "w2") if name.startswith("Mixtral") else ("gate_proj", "up_proj", "down_proj")
+    assert layers
+    for i, block in enumerate(model.model.layers):
+        experts = block.mlp.experts
+        floats = experts.to_float(torch.float32)
+        for expert in range(experts.expert_count):
+            gate, up, down = (
+                next(
+                    y.weight()
+                    for key, y in layers.items()
+                    if f".layers.{i}." in key and key.endswith(f"s.{expert}.{x}")
+                )
+                for x in own
+            )
+            assert np.array_equal(floats.gate_up_proj[expert].double().detach().numpy(), np.concatenate([gate, up]))
+            assert np.array_equal(floats.down_proj[expert].double().detach().numpy(), down)
 
 
 FIRST = "model.layers.0.mlp.experts.0"
