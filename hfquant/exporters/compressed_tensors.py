@@ -26,7 +26,7 @@ from hfquant.exporters.experts import alike, as_read, expert_layers, log_inputs
 from hfquant.exporters.requantize import no_linear, plain, requantized
 from hfquant.formats import NumberFormat
 from hfquant.formats.words import to_words
-from hfquant.integrations.compat import stored_names
+from hfquant.integrations.compat import replaced_when_quantized, stored_names
 from hfquant.integrations.experts import StoredLinear, stored_linears
 from hfquant.layer_plan import LayerPlan
 from hfquant.nn.experts import QuantExperts, plans_of
@@ -51,6 +51,8 @@ def convert(model: Any, requantize: bool) -> Converted:
     linears = stored_linears(model, {name: module.layout for name, module in experts.items()}, sizes)
     plans, problems = _plans_of_linears(model, requantize)
     expert_plans, more = _plans_of_experts(own_plans, linears, requantize)
+    empty = "transformers would leave these experts empty, in whose place it has lists of linears"
+    more |= {n: empty for n, m in model.named_modules() if replaced_when_quantized(m, "compressed-tensors")}
     refuse(problems | more, "compressed-tensors", requantize)
     scaled = {name: plan for name, plan in plans.items() if plan.config.weight_quant.format.has_scale}
     if not scaled and not expert_plans:

@@ -28,6 +28,7 @@ with suppress(ImportError):  # either library may be absent
     )
     from transformers.integrations.accelerate import load_offloaded_parameter
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 __all__ = [
     "NEEDS_HFQUANT",
@@ -46,6 +47,7 @@ __all__ = [
     "published_names",
     "register_lora_base",
     "register_lora_layer",
+    "replaced_when_quantized",
     "save_as_named",
     "set_quantization_config",
     "set_quantized",
@@ -231,3 +233,9 @@ def published_names(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) ->
     finally:
         if own is not None:
             model._weight_conversions = own
+
+
+def replaced_when_quantized(module: nn.Module, method: str) -> bool:
+    """Return whether transformers has another module in this one's place in checkpoints quantized by ``method``."""
+    patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
+    return patch is not None and method in patch["quantization_methods"]

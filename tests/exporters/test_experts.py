@@ -139,12 +139,20 @@ def test_what_inputs_are_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 
 @pytest.mark.parametrize(
-    ("preset", "floor"),
-    [("w4a16", 18), pytest.param("w4a16-gptq", 18, marks=pytest.mark.slow), ("w8a8", 40), ("fp8", 30)],
+    ("preset", "width", "floor"),
+    [
+        ("w4a16", 48, 18),
+        ("w4a16", 32, 18),
+        pytest.param("w4a16-gptq", 48, 18, marks=pytest.mark.slow),
+        ("w8a8", 48, 40),
+        ("fp8", 48, 30),
+    ],
 )
-def test_presets_rounded_anew(preset: str, floor: float, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Zero points and smoothing have no place; the groups of 32 become 16, which divides both widths."""
-    model = quantized("Qwen3MoeForCausalLM", preset, hidden_size=64, moe_intermediate_size=48)
+def test_presets_rounded_anew(
+    preset: str, width: int, floor: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Zero points and smoothing have no place; where 32 does not divide the width, groups become 16 in all experts."""
+    model = quantized("Qwen3MoeForCausalLM", preset, hidden_size=64, moe_intermediate_size=width)
     if preset != "fp8":
         with pytest.raises(ExportError, match=r"transformers passes over the zero points|transformed at run time"):
             hfquant.export(model, tmp_path / "refused")
@@ -216,6 +224,13 @@ def test_experts_that_are_published_fused_are_refused(name: str, requantize: boo
     with pytest.raises(ExportError, match=f"of its class keep experts fused, .*: '{fused[0]}") as caught:
         hfquant.export(model, tmp_path, requantize=requantize)
     assert all(repr(each)[:-1] in str(caught.value) for each in fused)
+
+
+def test_experts_that_transformers_would_leave_empty_are_refused(tmp_path: Path) -> None:
+    """Llama 4's, also in floats: it has lists of linears in their place, which no checkpoint fills."""
+    model = quantized("Llama4ForCausalLM", config(SCHEMES["w8a16"], **{"*.experts.*": {"enable": False}}))
+    with pytest.raises(ExportError, match=r"would leave these experts empty, .*: 'model"):
+        hfquant.export(model, tmp_path)
 
 
 def test_formats_without_a_scale_are_refused(tmp_path: Path) -> None:
