@@ -2,16 +2,17 @@
 
     python -m benchmarks.adapters --json benchmarks/results/adapters.json
 
-The shuffled SmolLM2 (:mod:`benchmarks.models`) gets an adapter of the same random start on every linear, and is trained
-on the first three quarters of Python's language reference; the loss is that of windows of the last quarter, which
-nothing else sees. Presets that need data are calibrated on the training part. "merged" is the loss once the trained
-adapter has been rounded into the codes.
+The shuffled SmolLM2 (:mod:`benchmarks.models`) gets an adapter on every linear, and is trained on the first three
+quarters of Python's language reference; the loss is that of windows of the last quarter, which nothing else sees. A
+seed is a random start and an order of the windows, the same for all models. Presets that need data are calibrated on
+the training part. "merged" is the loss once the trained adapter has been rounded into the codes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,25 +22,29 @@ from torch import Tensor, nn
 
 from benchmarks.models import calibration_text, smollm2, token_batches
 
-COLUMNS = ("before", "after", "gain", "merged", "gain kept")
+COLUMNS = ("before", "after", "gain", "share of the float gain", "merged", "gain kept")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train one adapter a model and print the table."""
+    """Train adapters on each model and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters", description=__doc__.partition("\n")[0])
     parser.add_argument("--presets", nargs="*", default=["w8a8-dynamic", "w4a16-gptq"])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file to write; a .md of the same name goes beside it")
     args = parser.parse_args(argv)
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, list[dict[str, float]]] = {}
     for preset in [None, *args.presets]:
-        rows[preset or "float"] = train(preset, args.steps, args.seqlen)
+        rows[preset or "float"] = train(preset, args.steps, args.seqlen, args.seeds)
         print(markdown(rows), flush=True)
     if args.json:
         from benchmarks.quality import environment
 
-        described = f"{args.steps} steps of one window of {args.seqlen} tokens, rank 8; {environment()['cpu']}."
+        described = (
+            f"{args.steps} steps of one window of {args.seqlen} tokens, rank 8; means of {args.seeds} seeds and their "
+            f"standard errors; {environment()['cpu']}."
+        )
         args.json.parent.mkdir(parents=True, exist_ok=True)
         found = {"environment": environment(), "steps": args.steps, "seqlen": args.seqlen, "rows": rows}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -47,12 +52,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train(preset: str | None, steps: int, seqlen: int) -> dict[str, float]:
-    """Train an adapter on SmolLM2, quantized by ``preset`` (None: float), one window of ``seqlen`` tokens a step.
+def train(preset: str | None, steps: int, seqlen: int, seeds: int) -> list[dict[str, float]]:
+    """Train adapters on SmolLM2, quantized by ``preset`` (None: float), one window of ``seqlen`` tokens a step.
 
     Returns:
-        Held-out losses in nats a token: before, after, and merged; what training gained; the share of it that merging
-        keeps.
+        Of each seed, held-out losses in nats a token: before, after, and merged; what training gained; the share of it
+        that merging keeps.
     """
     import hfquant
 
@@ -60,29 +65,33 @@ def train(preset: str | None, steps: int, seqlen: int) -> dict[str, float]:
     training, held_out = parts(tokenizer, steps, seqlen)
     if preset is not None:
         hfquant.quantize(model, training, preset)
-    before = loss_of(model, held_out)
-    adapted = fitted(model, training)
-    after = loss_of(adapted, held_out)
-    adapted.merge_adapter()
-    merged = loss_of(adapted, held_out)
-    gain = before - after
-    return {"before": before, "after": after, "gain": gain, "merged": merged, "gain kept": (before - merged) / gain}
+    before, found = loss_of(model, held_out), []
+    for seed in range(seeds):
+        order = torch.randperm(steps, generator=torch.Generator().manual_seed(seed)).tolist()
+        adapted = fitted(model, [training[i] for i in order], seed)
+        after = loss_of(adapted, held_out)
+        adapted.merge_adapter()
+        merged, gain = loss_of(adapted, held_out), before - after
+        kept = (before - merged) / gain
+        found.append({"before": before, "after": after, "gain": gain, "merged": merged, "gain kept": kept})
+        adapted.unmerge_adapter()
+        model = adapted.unload()
+    return found
 
 
 def parts(tokenizer: Any, steps: int, seqlen: int) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """Windows to train on and windows to measure on, of two parts of the text."""
     text = calibration_text()
     cut = len(text) * 3 // 4
-    order = torch.randperm(steps, generator=torch.Generator().manual_seed(0)).tolist()
     windows = token_batches(tokenizer, text[:cut], seqlen, steps, 1)
-    return [windows[i] for i in order], token_batches(tokenizer, text[cut:], seqlen, 16, 2)
+    return windows, token_batches(tokenizer, text[cut:], seqlen, 16, 2)
 
 
-def fitted(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Any:
+def fitted(model: nn.Module, batches: Sequence[dict[str, Tensor]], seed: int) -> Any:
     """``model`` with an adapter trained on the batches, one AdamW step each."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, len(batches))
@@ -102,11 +111,22 @@ def loss_of(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:
     return float(torch.stack(losses).double().mean())
 
 
-def markdown(rows: dict[str, dict[str, float]]) -> str:
-    """The rows as a table."""
+def markdown(rows: dict[str, list[dict[str, float]]]) -> str:
+    """The rows as a table; the float model is among them."""
     lines = ["| model | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(f"{row[c]:.3f}" for c in COLUMNS) + " |" for name, row in rows.items()]
+    for name, runs in rows.items():
+        share = [run["gain"] / floats["gain"] for run, floats in zip(runs, rows["float"], strict=True)]
+        cells = [_mean([run[c] for run in runs] if c in runs[0] else share) for c in COLUMNS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _mean(values: Sequence[float]) -> str:
+    """The mean, and its standard error where values differ."""
+    mean = f"{statistics.mean(values):.3f}"
+    if len(set(values)) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
 
 
 if __name__ == "__main__":

@@ -69,7 +69,10 @@ LAYERS = {
     "W4A8 g32": Layer(WeightQuant(type="int4", group_size=32)),
     "W4A8 g64": Layer(WeightQuant(type="int4", group_size=64)),
     "W4A16 g64 asymmetric": Layer(WeightQuant(type="int4", group_size=64, symmetric=False), None),
+    "W4A16 g32 asymmetric": Layer(WeightQuant(type="int4", group_size=32, symmetric=False), None),
     "W8A16": Layer(CHANNEL, None),
+    "INT16 weights": Layer(WeightQuant(type="int16", axis=-1), None),
+    "FP16 weights": Layer(WeightQuant(type="fp16"), None),
     "FP8A16": Layer(WeightQuant(type="fp8e4m3", axis=-1), None),
     "FP8A8": Layer(WeightQuant(type="fp8e4m3", axis=-1), InputQuant(type="fp8e4m3", axis=-1, dynamic=True)),
 }
@@ -109,8 +112,9 @@ def random_layer(plan: LayerPlan, dtype: torch.dtype, device: torch.device) -> Q
     else:
         made["weight"] = form.quantize(torch.randn(shape), torch.full((1,), 0.01))
     row = "weight_scale_row" if "weight_scale_row" in made else "weight_scale"
-    made[row] /= 20 * form.qmax
-    if row != "weight_scale":
+    if form.has_scale:
+        made[row] /= 20 * form.qmax
+    if "weight_scale_row" in made:
         made["weight_scale"] = torch.randint(96, 256, made["weight_scale"].shape, dtype=torch.uint8)
     if "weight_zero_point" in made:
         made["weight_zero_point"] = form.pack(torch.randint(-2, 3, (shape[0], len(plan.columns))).to(form.code_dtype))
@@ -175,7 +179,8 @@ def _rows() -> dict[str, Row]:
     fp32, bf16 = torch.float32, torch.bfloat16
     rows = {"fp32 F.linear": _plain(fp32), "bf16 F.linear": _plain(bf16), "torch._int_mm alone": Row(_int_mm, 1e-5)}
     rows |= {f"hfquant {name}": _hfquant(layer, fp32) for name, layer in LAYERS.items()}
-    for name in ("W8A8", "W4A8 g64", "W4A16 g64 asymmetric", "W8A16"):
+    integers = ("W8A8", "W4A8 g32", "W4A8 g64", "W4A16 g32 asymmetric", "W4A16 g64 asymmetric", "W8A16")
+    for name in (*integers, "INT16 weights", "FP16 weights", "FP8A16", "FP8A8"):
         rows[f"hfquant {name}, bf16"] = _hfquant(LAYERS[name], bf16)
     rows |= {row: _peer(name, dtype) for row, (name, dtype) in peer_rows().items()}
     return rows

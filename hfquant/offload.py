@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,13 +92,16 @@ def _place(hook: AlignDevicesHook) -> OnDisk | None:
 
 
 def forget_weights(module: nn.Module) -> None:
-    """Delete what accelerate has written to disk for a module that is not used any more."""
+    """Delete what a library has written to an offload folder for a module that is not used any more."""
     place = on_disk(module)
     if place is None or place.folder is None:
         return
     for name in [name for name in place.files if name.startswith(place.prefix)]:
-        if "safetensors_file" not in place.files[name]:  # which may be the checkpoint's
+        # Either accelerate has written it, or transformers has, into a file of its own; others are the checkpoint's.
+        own = place.folder / f"{name}.safetensors"
+        if place.files[name].get("safetensors_file") in (None, str(own)):
             del place.files[name]
+            own.unlink(missing_ok=True)
             (place.folder / f"{name}.dat").unlink(missing_ok=True)
 
 
@@ -108,6 +112,42 @@ def copy_hook(old: nn.Module, new: nn.Module) -> None:
     """
     if _ACCELERATE in vars(old) and _ACCELERATE not in vars(new):
         add_hook_to_module(new, _renewed(vars(old)[_ACCELERATE], new))
+
+
+def lend(owner: nn.Module, borrower: nn.Module, names: Collection[str]) -> None:
+    """Have accelerate fetch tensors that two modules share for both of them, where it fetches weights of either.
+
+    Args:
+        owner: that the tensors are loaded and offloaded as.
+        borrower: which has them too, and was dispatched before it had them.
+        names: of the tensors.
+    """
+    if not fetches_weights(owner) and not fetches_weights(borrower):
+        return
+    hooks = [hook for m in (borrower, owner) for hook in _align_hooks(vars(m).get(_ACCELERATE))]
+    offloading = next(hook for hook in hooks if hook.offload)
+    own = {name: tensor for name, tensor in _tensors(borrower).items() if name not in names}
+    lent = {name: tensor for name, tensor in _tensors(owner).items() if name in names}
+    hook = AlignDevicesHook(
+        execution_device=hooks[0].execution_device,
+        offload=True,
+        io_same_device=hooks[0].io_same_device,
+        weights_map=ChainMap(_offloaded(borrower), own, _offloaded(owner), lent),
+        offload_buffers=offloading.offload_buffers,
+        place_submodules=offloading.place_submodules,
+        skip_keys=hooks[0].skip_keys,
+    )
+    add_hook_to_module(borrower, hook)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+
+
+def _offloaded(module: nn.Module) -> Any:
+    """Return what accelerate fetches the module's weights from, by name; nothing where it does not."""
+    hooks = _align_hooks(vars(module).get(_ACCELERATE))
+    return next((hook.weights_map for hook in hooks if hook.offload), {})
 
 
 def forget_hook(copied: nn.Module) -> None:

@@ -23,13 +23,12 @@ from hfquant.digests import digest_of
 from hfquant.distributed import Processes, check_models_agree, processes, shard_of
 from hfquant.experts import Unfused, unfused
 from hfquant.folding import Folding, find_folding
-from hfquant.guard import Mended, mend, outcome, samples_to_check
+from hfquant.guard import Comparison, Mends, mend, samples_to_check
 from hfquant.layer_plan import LayerPlan
 from hfquant.memory import free_memory, release_free_memory
 from hfquant.nn.experts import fuse, plans_of
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.layer import QuantLayer
-from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import log_share, quant_modules, tie
 from hfquant.observe import observe
 from hfquant.offload import refuse_group_offloaded
@@ -256,7 +255,7 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
     finished: Mapping[str, nn.Module] = layers
     handles: list[Any] = []
     reports: list[LayerReport] = []
-    mended: dict[str, tuple[Mended, nn.Module]] = {}
+    mended = Mends()
     try:
         with progress_bar(total=len(run.plan.layers), desc="quantizing", shown=run.group.main) as progress:
             for names in _groups(run):
@@ -283,12 +282,15 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
             logger.warning("calibration ran none of the layers that need its data")
         if needing and run.checks is not None:
             options = run.facts.options(layers.values())
-            # What is tied has codes in common with an embedding, and keeps them.
-            linears = {n: x for n, x in layers.items() if isinstance(x, QuantLinear) and not x.plan.tied}
-            mended |= mend(run.model, linears, originals, run.folding, run.checks, options, run.group)
-            replace_modules(run.model, {layers[name]: module for name, (_, module) in mended.items()})
+            # What is tied has its codes in common with another layer, and keeps them.
+            tied = {n for name, x in layers.items() if x.plan.tied for n in (name, x.plan.tied)}
+            modules = {name: module for name, module in (layers | fused).items() if name not in tied}
+            floats = originals | run.experts.originals
+            compared = Comparison(run.model, modules, floats, run.experts.parameters, run.folding)
+            mended = mend(compared, run.checks, options, run.group)
+            replace_modules(run.model, {modules[name]: module for name, module in mended.modules.items()})
         before = originals | run.experts.originals
-        applied = Applied(*outcome(plan, mended, reports), {name: before[name] for name in finished})
+        applied = Applied(*mended.outcome(plan, reports), {name: before[name] for name in finished})
         finish(applied)
         if verbose and run.group.main:
             logger.info("\n%s", applied.report)
@@ -296,7 +298,7 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
             log_share(run.model, run.facts.uncounted)
         return applied
     except BaseException:
-        back = [*finished.items(), *((name, module) for name, (_, module) in mended.items())]
+        back = [*finished.items(), *mended.modules.items()]
         replace_modules(run.model, {module: originals[name] for name, module in back if module is not originals[name]})
         raise
 

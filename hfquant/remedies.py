@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hfquant.config import WeightQuant
 from hfquant.layer_plan import LayerPlan
-from hfquant.nn.linear import QuantLinear
+from hfquant.nn.layer import QuantLayer
+from hfquant.solver import solve
 
 
 def _token_scales(plan: LayerPlan) -> LayerPlan | None:
@@ -47,18 +48,46 @@ LADDER: dict[str, Callable[[LayerPlan], LayerPlan | None]] = {
     "8-bit weights, float inputs": _float_inputs,
 }
 
+
+def lowered(
+    name: str, layer: QuantLayer, remedy: str, weight: Tensor, bias: Tensor | None, original: nn.Module
+) -> QuantLayer | None:
+    """Return a layer on a rung of the ladder; None where that changes nothing.
+
+    Args:
+        name: for messages.
+        layer: as solved.
+        remedy: a key of :data:`LADDER`.
+        weight, bias: of the float layer, [out, in] and [out].
+        original: the float module.
+    """
+    plan = LADDER[remedy](layer.plan)
+    if plan is None:
+        return None
+    # Where the weights' side is the same it stays as it was solved, by statistics that are gone.
+    if (plan.config.weight_quant, plan.opt) == (layer.plan.config.weight_quant, layer.plan.opt):
+        tensors = {key: tensor for key, tensor in layer.solved_tensors().items() if key in plan.tensors()}
+    else:
+        tensors = solve(name, weight, plan, None, original.get_parameter("weight").dtype).tensors
+    parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return type(layer).from_tensors(plan, tensors, parameter, original)
+
+
 #: How many times the median an outlier is, and how far a static scale is exceeded, to be called a cause.
 _OUTLIER, _SATURATED = 100.0, 1.5
 
 
-def likely_cause(layer: QuantLinear, weight: Tensor, x: Tensor) -> str:
-    """Return in words what is odd about a layer that is off, on rows [rows, in] of its input."""
+def likely_cause(layer: QuantLayer, weight: Tensor, x: Tensor) -> str:
+    """Return in words what is odd about a layer that is off, on rows [rows, in] of its input, or indices [rows]."""
     causes = []
-    if (beyond := _saturation(layer, x)) > _SATURATED:
-        causes.append(f"its static scale saturates: inputs reach {beyond:.3g} times its range")
-    channel, times = _outlier(x.float())
-    if times > _OUTLIER:
-        causes.append(f"outlier channel {channel} of its input, {times:.3g} times the median")
+    if x.is_floating_point():
+        if not x.isfinite().all():
+            return "NaN or Inf in its input"
+        if (beyond := _saturation(layer, x)) > _SATURATED:
+            causes.append(f"its static scale saturates: inputs reach {beyond:.3g} times its range")
+        channel, times = _outlier(x.float())
+        if times > _OUTLIER:
+            causes.append(f"outlier channel {channel} of its input, {times:.3g} times the median")
     channel, times = _outlier(weight.float())
     if times > _OUTLIER:
         causes.append(f"outlier channel {channel} of its weights, {times:.3g} times the median")
@@ -67,7 +96,7 @@ def likely_cause(layer: QuantLinear, weight: Tensor, x: Tensor) -> str:
     return "; ".join(causes) or "its formats are too coarse for it"
 
 
-def _saturation(layer: QuantLinear, x: Tensor) -> float:
+def _saturation(layer: QuantLayer, x: Tensor) -> float:
     """Return how many times the range of its static scale a layer's input reaches; 0 without one."""
     if not layer.plan.static_input:
         return 0.0
@@ -89,7 +118,7 @@ def _outlier(values: Tensor) -> tuple[int, float]:
     return channel, float(amax[channel] / amax.median().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _dead_groups(layer: QuantLinear, weight: Tensor) -> int:
+def _dead_groups(layer: QuantLayer, weight: Tensor) -> int:
     """Return how many groups of weights are all zero though the float ones are not."""
     columns = list(layer.plan.columns)
     blocks = zip(layer.dequantize().split(columns, 1), weight.split(columns, 1), strict=True)

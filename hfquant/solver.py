@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hfquant.algorithms import Problem, block_slices, segment_ranges
 from hfquant.calibration.batches import CalibrationError
-from hfquant.formats import expand_columns
+from hfquant.formats import Grid, GridRule, expand_columns, range_columns
 from hfquant.formats.promise import bell_error
 from hfquant.layer_plan import LayerPlan
 from hfquant.statistics import LayerStats
@@ -22,6 +22,9 @@ from hfquant.statistics import LayerStats
 COARSE = 4.0
 #: Rows from which on that is judged: of fewer, what lies beyond the scale of the others is chance.
 JUDGED_FROM = 128
+#: Root mean square, in steps, below which a change of weights on a grid is rounded by chance. To nearest, a normal
+#: change keeps ``1 - 2 exp(-2 (pi * SMALL)^2)`` of itself: more than four fifths here, with half the noise of chance.
+SMALL = 0.35
 
 
 @dataclass
@@ -84,9 +87,12 @@ def solve(
 
 
 def requantize(name: str, weight: Tensor, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put another weight in the place of a solved layer's: its transform stays, its grid is fitted anew.
+    """Put another weight in the place of a solved layer's: its transform stays, there is no data any more.
 
-    Rounds to nearest, whatever the layer was rounded by: there is no data any more.
+    A row that changes by less than :data:`SMALL` steps keeps its grid and is rounded up or down by chance, the nearer
+    the likelier, so that the change is kept on average: to nearest most of it would vanish, as the weights lie on the
+    grid already. The draw is the same each time. A row that changes more gets a new grid and is rounded to nearest.
+    Formats without a scale are rounded to nearest.
 
     Args:
         name: for messages.
@@ -102,11 +108,36 @@ def requantize(name: str, weight: Tensor, plan: LayerPlan, tensors: Mapping[str,
     """
     check_finite(name, "weights", weight)
     weight = plan.transform.reapplied(weight.float().clone(), tensors, plan.row_groups)
+    form = plan.config.weight_quant.format
+    stored = tensors["weight"].reshape(plan.out_features, -1)
+    packed = stored.shape[1] != plan.in_features
+    codes = form.unpack(stored, plan.in_features) if packed else stored
+    grid = Grid.from_tensors(form, plan.columns, tensors)
     parts = []
-    for rows in weight.split(list(plan.row_groups)):
-        grid = plan.grid_rule(len(rows)).fit(rows)
-        parts.append({"weight": grid.quantize(rows), **grid.tensors()})
+    for rows in block_slices(plan.row_groups):
+        made, its = _rerounded(weight[rows], codes[rows], grid.part(rows), plan.grid_rule(rows.stop - rows.start))
+        parts.append({"weight": made, **its.tensors()})
     return {**tensors, **{key: torch.cat([part[key] for part in parts]) for key in parts[0]}}
+
+
+def _rerounded(weight: Tensor, codes: Tensor, grid: Grid, rule: GridRule) -> tuple[Tensor, Grid]:
+    """Return codes and grid of ``weight`` [rows, in], float32, in the place of ``codes`` on ``grid``."""
+    fitted = rule.fit(weight)
+    if grid.scale is None:
+        return fitted.quantize(weight), fitted
+    before = grid.dequantize(codes)
+    change = ((weight - before) / grid.spacing(weight)).square().mean(1)
+    low, high = range_columns(before, grid.columns)
+    empty = ((low == 0) & (high == 0)).any(1)  # the scale of zeros says nothing
+    if rule.rows is not None:  # of rows that share a scale, all or none
+        sharing = list(rule.rows)
+        change = torch.cat([part.mean().expand_as(part) for part in change.split(sharing)])
+        empty = torch.cat([part.all().expand_as(part) for part in empty.split(sharing)])
+    small = (change < SMALL**2) & ~empty
+    draw = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    # Away from 0 and 1, so that what is on the grid stays there whatever rounding on its way here has left.
+    by_chance = grid.quantize_by_chance(weight, draw.clamp_(0.0005, 0.9995))
+    return torch.where(small[:, None], by_chance, fitted.quantize(weight)), fitted.where(small, grid)
 
 
 def check_finite(name: str, what: str, values: Tensor) -> None:

@@ -93,6 +93,14 @@ def quantized(config: Any, batches: Any, **options: Any) -> dict[str, Tensor]:
     return {**state, "errors": torch.tensor(errors)}
 
 
+def chosen() -> dict[str, Tensor]:
+    """Bits by a search: what the first process finds holds for all."""
+    choices = {"search": {"budget": 6.5, "choices": ["int4", "int8"]}}
+    state = quantized({**STATIC, **choices}, data(8))
+    assert {v.shape[1] for k, v in state.items() if k.endswith(("k_proj.weight", "up_proj.weight"))} == {32, 64}
+    return state
+
+
 def prepared() -> dict[str, Tensor]:
     """Each process has data of its own, as from a loader that accelerate has prepared; the last may have none."""
     with processes() as group:
@@ -242,6 +250,7 @@ def tasks(out: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
         "mixed": lambda: quantized(MIXED, data(5), memory_budget=1),
         "layer by layer": lambda: quantized(GPTQ, data(5), per_layer_mode=True),
         "experts": experts,
+        "chosen bits": chosen,
         "prepared": prepared,
         "self-made": lambda: self_made(out),
         "mended": mended,

@@ -26,6 +26,7 @@ EXACT = [
     "folded",
     "svd",
     "experts",
+    "chosen bits",
     "prepared",
     "self-made",
     "mended",

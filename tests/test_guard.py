@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import statistics
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import hfquant
 from hfquant import CalibrationError, HfQuantConfig, guard, ptq
 from hfquant.config import LayerConfig, WeightQuant
-from hfquant.guard import far_off, promise, relative_error, row_errors
+from hfquant.guard import _peers, far_off, promise
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
@@ -266,26 +267,6 @@ def test_healthy_models_are_left_alone(preset: str):
 # ------------------------------------------------------------------------------------------------------------ the rule
 
 
-def test_errors_are_relative_and_see_the_median_row():
-    right = torch.tensor([[1e4, 0.0], [1.0, 1.0], [3.0, 4.0]])
-    output = right.clone()
-    output[1:] = 0
-    errors = row_errors(output, right)
-    assert errors.tolist() == [0, 1, 1]
-    # Over all rows the huge one hides them.
-    assert float((output - right).norm() / right.norm()) < 1e-3
-    assert relative_error(output, right, errors) == 1
-
-
-def test_what_the_float_layer_cannot_do_is_no_fault():
-    right = torch.tensor([[torch.inf, 1.0], [1.0, 1.0]])
-    output = torch.tensor([[torch.nan, 1.0], [1.0, 1.0]])
-    assert relative_error(output, right, row_errors(output, right)) == 0
-    assert relative_error(right, output.nan_to_num(2.0), row_errors(right, output.nan_to_num(2.0))) == torch.inf
-    empty = torch.zeros(0, 2)
-    assert relative_error(empty, empty, row_errors(empty, empty)) == 0
-
-
 def plans(*types: str) -> dict[str, Any]:
     found = {}
     for i, kind in enumerate(types):
@@ -306,6 +287,18 @@ def test_off_is_beyond_promise_and_peers_and_a_half():
     assert far_off(dict.fromkeys("01234", 0.6), eight) == []
     assert far_off(dict.fromkeys("01234", 1.01), eight) == list("01234")
     assert far_off({"0": torch.inf}, four) == ["0"]
+
+
+def test_a_layer_is_no_peer_of_itself():
+    """The median of the others, against sorting them each time."""
+    errors = dict(zip("0123456", [0.9, 0.1, 0.3, 0.2, 0.7, 0.3, 0.05], strict=True))
+    for count in range(1, 8):
+        some = {name: errors[name] for name in "0123456"[:count]}
+        for name, peers in _peers(some, plans(*["int8"] * 7)).items():
+            others = [e for n, e in some.items() if n != name]
+            assert peers == (statistics.median(others) if others else 0)
+    mixed = plans("int8", "int4", "int8")
+    assert _peers({"0": 0.1, "1": 0.9, "2": 0.3}, mixed) == {"0": 0.3, "1": 0, "2": 0.1}
 
 
 def test_promise_is_that_of_a_bell_curve():

@@ -313,7 +313,7 @@ def test_a_rank_above_the_layer_s_size_is_cut() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int2", "int3", "int4", "int5", "int6", "int8", "fp8e4m3", "bf16"])
-def test_requantizing_keeps_the_transform_and_rounds_another_weight_to_nearest(dtype: str) -> None:
+def test_requantizing_keeps_the_transform_and_rounds_quite_another_weight_to_nearest(dtype: str) -> None:
     for name, case in cases(dtype).items():
         plan = case.plan(InputQuant())
         _, tensors = layer_of(plan, bias=False)
@@ -350,13 +350,86 @@ def test_requantizing_keeps_the_transform_and_rounds_another_weight_to_nearest(d
         QuantLinear.from_tensors(plan, made, None)
 
 
-def test_requantizing_what_the_codes_stand_for_gives_them_back() -> None:
-    plan = make_plan(12, 20, weight_quant={"type": "int8", "axis": -1}, input_quant=None)
-    tensors = solve("layer", torch.randn(12, 20), plan, None).tensors
-    layer = QuantLinear.from_tensors(plan, tensors, None)
-    made = requantize("layer", layer.effective_weight(), plan, tensors)
-    assert torch.equal(made["weight"], tensors["weight"])
-    torch.testing.assert_close(made["weight_scale"], tensors["weight_scale"], rtol=1e-6, atol=0)
+RECIPES = {
+    "int4 groups": {"type": "int4", "group_size": 32, "symmetric": False, "clip": "mse"},
+    "int8 channels": {"type": "int8", "axis": -1},
+    "int8 tensor": {"type": "int8", "axis": None},
+    "fp8 channels": {"type": "fp8e4m3", "axis": -1},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_requantizing_what_the_codes_stand_for_gives_them_back(recipe: str) -> None:
+    plan, x = (
+        make_plan(48, 200, opt={"type": "smooth"}, weight_quant=RECIPES[recipe], input_quant=None),
+        inputs(300, 200),
+    )
+    tensors = solve("layer", torch.randn(48, 200), plan, stats_of(x)).tensors
+    made = requantize("layer", QuantLinear.from_tensors(plan, tensors, None).effective_weight(), plan, tensors)
+    assert made.keys() == tensors.keys()
+    assert all(torch.equal(made[key], tensors[key]) for key in tensors)
+
+
+def spacing_by_hand(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Distance of neighbouring values of a format around ``values``, in units of the scale."""
+    if dtype.startswith("int"):
+        return np.ones_like(values)
+    return 2.0 ** (np.floor(np.log2(np.maximum(np.abs(values), 2.0**-6))) - 3)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_requantizing_keeps_a_change_of_less_than_a_step_on_average(recipe: str, share: float) -> None:
+    """To nearest it would vanish, and on another grid all codes would move."""
+    plan = make_plan(96, 400, weight_quant=RECIPES[recipe], input_quant=None)
+    tensors = solve("layer", torch.randn(96, 400), plan, None).tensors
+    before = weight_by_hand(plan, tensors)
+    one = {**tensors, "weight": torch.ones_like(tensors["weight"])} | {
+        key: torch.zeros_like(tensors[key]) for key in tensors if key == "weight_zero_point"
+    }
+    form = plan.config.weight_quant.format
+    scale = weight_by_hand(plan, one) / (1 if form.is_integer else 2.0**-9)  # the smallest subnormal has the bits 1
+    step = scale * spacing_by_hand(before / scale, form.name)
+    # Away from the ends of the codes, beyond which nothing can be rounded.
+    change = share * step * np.where(before > 0, -1, 1)
+    made = requantize("layer", torch.from_numpy(before + change).float(), plan, tensors)
+    assert all(torch.equal(made[key], tensors[key]) for key in tensors.keys() - {"weight"})
+    found = weight_by_hand(plan, made) - before
+    assert (np.abs(found) <= step * 1.001).all()
+    kept = (found * change).sum() / (change**2).sum()
+    # Each is a step with a chance of ``share``, else nothing.
+    deviation = (share * (1 - share)) ** 0.5 * np.linalg.norm(step * change) / (change**2).sum()
+    assert abs(kept - 1) < 4 * deviation + 5e-4 / share
+    again = requantize("layer", torch.from_numpy(before + change).float(), plan, tensors)
+    assert torch.equal(again["weight"], made["weight"])
+
+
+def test_requantizing_refits_the_rows_that_change_by_more() -> None:
+    for quant, rows in ((RECIPES["int4 groups"], [3]), (RECIPES["int8 tensor"], range(12))):
+        plan = make_plan(12, 64, weight_quant=quant, input_quant=None)
+        tensors = solve("layer", torch.randn(12, 64), plan, None).tensors
+        weight = torch.from_numpy(weight_by_hand(plan, tensors)).float()
+        weight[3] *= 3
+        made = requantize("layer", weight, plan, tensors)
+        moved = (made["weight_scale"] != tensors["weight_scale"]).any(1)
+        if "weight_scale_row" in made:
+            moved |= (made["weight_scale_row"] != tensors["weight_scale_row"]).any(1)
+        assert moved.nonzero().flatten().tolist() == list(rows)
+        fitted = plan.grid_rule(12).fit(weight)
+        assert torch.equal(made["weight"][3], fitted.quantize(weight)[3])
+
+
+@pytest.mark.parametrize("quant", [RECIPES["int4 groups"], RECIPES["int8 channels"]])
+def test_requantizing_gives_zeros_a_grid_once_they_are_none(quant: dict[str, Any]) -> None:
+    """Of zeros the scale is 1, beside which a change of any real size is small."""
+    plan = make_plan(12, 64, weight_quant=quant, input_quant=None)
+    weight = torch.randn(12, 64)
+    weight[3] = weight[5, :32] = 0
+    tensors = solve("layer", weight, plan, None).tensors
+    weight += 0.01 * torch.randn(12, 64)
+    made = requantize("layer", weight, plan, tensors)
+    off = np.linalg.norm(weight_by_hand(plan, made) - weight.double().numpy(), axis=1)
+    assert (off < 0.15 * weight.norm(dim=1).numpy()).all()
 
 
 def test_requantizing_nan_names_the_layer() -> None:

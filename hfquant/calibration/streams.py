@@ -34,6 +34,7 @@ from hfquant.calibration.model_inputs import (
     stacked,
 )
 from hfquant.console import counted
+from hfquant.hub_errors import hub_errors
 
 logger = logging.getLogger(__name__)
 
@@ -320,7 +321,8 @@ def _open(spec: StreamSpec) -> tuple[Any, bool]:
     is_path = isinstance(source, os.PathLike) or path.is_absolute() or str(source).startswith(".")
     if is_path or path.suffix.lower() in _BUILDERS:
         raise FileNotFoundError(f"calibration['dataset']: {source} is not there")
-    return datasets.load_dataset(str(source), spec.name, **options), False
+    with hub_errors(str(source), "dataset"):
+        return datasets.load_dataset(str(source), spec.name, **options), False
 
 
 def _split(data: Any, spec: StreamSpec) -> Any:

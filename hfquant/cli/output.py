@@ -50,10 +50,13 @@ def print_json(content: Any) -> None:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Print aligned columns."""
-    from rich.table import Table
+    """Print aligned columns: on a terminal folded to its width, elsewhere as wide as they are."""
+    from rich.table import Column, Table
 
-    table = Table(*head, title=title, title_justify="left", box=None)
+    table = Table(*(Column(title, overflow="fold") for title in head), title=title, title_justify="left", box=None)
     for row in rows:
         table.add_row(*row)
-    console().print(table)
+    out = console()
+    if not out.is_terminal:
+        out.width = max(out.width, out.measure(table, options=out.options.update(max_width=10_000)).maximum)
+    out.print(table)

@@ -12,6 +12,8 @@ from hfquant.cli.output import console, print_json, print_table
 from hfquant.console import size
 
 if TYPE_CHECKING:
+    import torch
+
     from hfquant.report.sizes import PlannedSize
 
 
@@ -22,7 +24,9 @@ def plan(
     config: options.ConfigFile = None,
     component: options.Components = None,
     skip: options.Skip = None,
-    dtype: Annotated[str, typer.Option(help="Dtype of the model in full precision.")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the model in full precision; default: its config's, else bfloat16.")
+    ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Print every layer's plan too.")] = False,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Measure a block, and estimate calibration's time and memory from it.")
@@ -38,17 +42,17 @@ def plan(
         from hfquant.recipes.run import check_fits
         from hfquant.report.sizes import planned_size
 
-        width = floating(dtype).itemsize
+        asked = None if dtype is None else floating(dtype)
         found = skeleton(model)
         wanted = options.chosen_recipe(found.kind, component or found.denoisers, recipe, preset, config, skip or ())
         check_fits(wanted, found)
         plans = {n: plan_model(found.models[n], part.quant_config()) for n, part in wanted.components.items()}
-        sizes = {n: planned_size(found.models[n], plans[n], width) for n in plans}
+        sizes = {n: planned_size(found.models[n], plans[n], (asked or _dtype(found.models[n])).itemsize) for n in plans}
         costs: dict[str, Any] = {}
         if estimate:
             from hfquant.report.estimate import calibration_cost
 
-            costs = {n: calibration_cost(plans[n]) for n in plans}
+            costs = {n: calibration_cost(found.models[n], plans[n]) for n in plans}
     if as_json:
         print_json({n: _json(plans[n], sizes[n], costs.get(n), layers) for n in plans})
         return
@@ -69,6 +73,14 @@ def plan(
             console().print(f"- {name}: {costs[name]}")
         if layers:
             console().print(f"\n{found_plan}")
+
+
+def _dtype(model: Any) -> torch.dtype:
+    """Return the dtype that a model's config says its weights have; bfloat16 where it says nothing."""
+    import torch
+
+    found = getattr(model.config, "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.bfloat16
 
 
 def _kinds(found: Any) -> dict[str, int]:

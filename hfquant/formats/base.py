@@ -99,6 +99,13 @@ class NumberFormat(ABC):
     def snap(self, x: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """Return the nearest values that codes stand for, of ``x`` float32 in units of the scale."""
 
+    def spacing(self, x: Tensor) -> Tensor:
+        """Return how far apart the two values are between which ``x`` lies, all float32 in units of the scale.
+
+        Both are multiples of it.
+        """
+        return torch.ones_like(x)
+
     @abstractmethod
     def round(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:
         """Return ``dequantize(quantize(x))`` in float32 without the detour over codes; arguments as there."""

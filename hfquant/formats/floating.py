@@ -51,6 +51,12 @@ class FloatFormat(NumberFormat):
         """Return the nearest floats of the format."""
         return x.clamp(-self.qmax, self.qmax).to(self.dtype).float()
 
+    def spacing(self, x: Tensor) -> Tensor:
+        """Return a power of two: a unit in the last place."""
+        limits = torch.finfo(self.dtype)
+        binade = torch.frexp(x.abs().clamp(limits.smallest_normal, limits.max)).exponent - 1
+        return torch.ldexp(torch.full_like(x, limits.eps), binade)
+
     def round(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:
         """Return the nearest values on the grid, float32."""
         values = self._cast(x, scale).float()

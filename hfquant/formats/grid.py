@@ -75,6 +75,25 @@ class Grid:
         """Return ``dequantize(quantize(weight))`` without the codes in between."""
         return self.format.round(self._grouped(weight), *self._per_column()).view(weight.shape)
 
+    def spacing(self, weight: Tensor) -> Tensor:
+        """Return how far apart the grid's values are around each weight, [out, in] float32; it must have scales."""
+        scale, _ = self._per_column()
+        assert scale is not None
+        return (self.format.spacing(self._grouped(weight) / scale) * scale).view(weight.shape)
+
+    def quantize_by_chance(self, weight: Tensor, draw: Tensor) -> Tensor:
+        """Return codes [out, in] of one of the two values of the grid that each weight lies between.
+
+        Over uniform draws it is the weight on average; one that is on the grid stays there. The grid must have scales.
+
+        Args:
+            weight: [out, in] float32.
+            draw: [out, in], in [0, 1): the upper value is taken where it is below the weight's distance from the lower
+                one in steps.
+        """
+        step = self.spacing(weight)
+        return self.quantize(torch.ceil(weight / step - draw) * step)
+
     def where(self, rows: Tensor, other: Grid) -> Grid:
         """Return this grid, with ``other``'s rows where ``rows`` [out] bool says so."""
         return self._with(other, lambda ours, theirs: torch.where(rows[:, None], theirs, ours))

@@ -1,24 +1,29 @@
-"""LoRA on quantized linears as peft runs it: merging on the layer's own recipe, DoRA, and what is refused.
+"""LoRA on quantized layers as peft runs it: merging on the layer's own recipe, DoRA, and what is refused.
 
 Running and training an adapter need nothing of this, since the op has a gradient. But peft takes a
-:class:`~hfquant.QuantLinear` for a plain linear and would add floats to its codes. Imported once peft is.
+:class:`~hfquant.QuantLinear` for a plain linear (a quantized convolution or embedding for a plain one) and would add
+floats to its codes. Imported once peft is.
 """
 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Conv2d, Conv3d, Embedding, Linear
+from peft.tuners.lora.layer import Conv1d
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from hfquant.integrations.compat import register_lora_layer
+from hfquant.integrations.compat import check_before_merging, register_lora_layers
+from hfquant.nn.conv import QuantConv
+from hfquant.nn.embedding import QuantEmbedding
+from hfquant.nn.experts import QuantExperts
+from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
 from hfquant.solver import requantize
 
@@ -28,44 +33,68 @@ logger = logging.getLogger(__name__)
 INITIAL = (True, False, "gaussian", "eva", "orthogonal")
 
 
-class LoraQuantLinear(Linear):
-    """LoRA on a :class:`QuantLinear`.
+class OnCodes:
+    """LoRA on a :class:`QuantLayer`; the subclasses are of peft's own layers.
 
-    To merge, the layer is dequantized, peft adds to it what it would add to a float linear, and the sum is rounded to
-    nearest on the layer's recipe. Unmerging puts the tensors of before back.
+    To merge, the layer is dequantized, peft adds to it what it would add to a float layer, and the sum is rounded on
+    the layer's recipe (:func:`~hfquant.solver.requantize`). Unmerging puts the tensors of before back.
     """
 
     base_layer: Any
     merged_adapters: list[str]
+    merged: bool
+    #: By adapter, its rank.
+    r: dict[str, int]
+    active_adapters: list[str]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, target_name: str = "", **kwargs: Any) -> None:
         #: The layer's name in its model.
         self.target_name = target_name
         #: The base layer's tensors from before anything was merged; empty while nothing is.
         self.unmerged: dict[str, Any] = {}
-        super().__init__(base_layer, adapter_name, target_name=target_name, **kwargs)
+        super().__init__(base_layer, adapter_name, target_name=target_name, **kwargs)  # type: ignore[call-arg]
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
         """The kinds of LoRA that work on codes, by the options that ask for them."""
         plain: tuple[str, ...] = ()
-        return {plain: None, ("use_dora",): QuantDora}
+        return {plain: None}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """Add an adapter.
 
         Raises:
-            ValueError: its initial values are a part of the base weight, which would have to change.
+            ValueError: its initial values are a part of the base weight, which would have to change, or it asks for
+                DoRA where only linears have it.
         """
-        initial, quantized = config.init_lora_weights, isinstance(self.base_layer, QuantLinear)
+        initial, quantized = config.init_lora_weights, isinstance(self.base_layer, QuantLayer)
         if quantized and initial not in INITIAL:
             raise ValueError(
                 f"{self.target_name}: init_lora_weights={initial!r} moves a part of the base weight into the adapter, "
                 f"which a quantized weight cannot give; choose one of {', '.join(map(repr, INITIAL))}"
             )
+        if quantized and config.use_dora and ("use_dora",) not in self.lora_variants:
+            raise ValueError(
+                f"{self.target_name}: DoRA works on quantized linears alone, and this is a "
+                f"{type(self.base_layer).__name__}; take it out of target_modules, or set use_dora=False"
+            )
         reads_weight = config.use_dora or initial == "orthogonal"
         with self._on_floats(_tensors(self.base_layer)) if quantized and reads_weight else nullcontext():
-            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[misc]
+
+    def check_mergeable(self) -> None:
+        """Raise where merging would change the codes of another layer, or be lost when the model is saved.
+
+        Raises:
+            ValueError: the layer has its codes together with another one.
+        """
+        layer = self.base_layer
+        if isinstance(layer, QuantLayer) and (layer.plan.tied or layer.lends):
+            other = f"{layer.plan.tied!r}" if layer.plan.tied else "a layer that is tied to it"
+            raise ValueError(
+                f"{self.target_name}: it has one set of codes together with {other}, so nothing can be merged into it "
+                "alone; leave the adapter unmerged, or untie the two before the model is quantized"
+            )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters (default: the active ones) into the codes, and log what rounding costs.
@@ -73,16 +102,19 @@ class LoraQuantLinear(Linear):
         Adapters that are merged already are merged again together with them, so that nothing is rounded twice.
 
         Raises:
-            ValueError: the sum has NaN or Inf, or the base weight is offloaded. The layer is as it was then.
+            ValueError: the sum has NaN or Inf, the base weight is offloaded, or another layer shares the codes. The
+                layer is as it was then.
         """
         layer = self.base_layer
-        if not isinstance(layer, QuantLinear):
+        peft: Any = super()
+        if not isinstance(layer, QuantLayer):
             # peft takes merged adapters out of the floats and puts them back while it merges others (DoRA).
-            super().merge(safe_merge, adapter_names)
+            peft.merge(safe_merge, adapter_names)
             return
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if not names:
             return
+        self.check_mergeable()
         stored = self.unmerged or _tensors(layer)
         if stored["weight"].is_meta:
             raise ValueError(f"{self.target_name}: its weight is offloaded; load the model without offloading to merge")
@@ -91,50 +123,79 @@ class LoraQuantLinear(Linear):
         try:
             with torch.no_grad(), self._on_floats(stored) as floats:
                 base = floats.weight.clone()
-                super().merge(safe_merge, names)
-            made = requantize(f"{self.target_name} + {' + '.join(names)}", floats.weight, layer.plan, stored)
+                peft.merge(safe_merge, names)
+            wanted = layer.matrix(floats.weight)
+            made = requantize(f"{self.target_name} + {' + '.join(names)}", wanted, layer.plan, stored)
         except BaseException:
             self.merged_adapters = before
             raise
         self.unmerged = stored
         _put(layer, made if layer.bias is None else made | {"bias": floats.bias.to(layer.bias.dtype)})
-        error = layer.effective_weight() - floats.weight
-        kept = _decibels(floats.weight - base, error)
+        found = layer.effective_weight()
+        change = wanted - layer.matrix(base)
         logger.info(
-            "%s: merged %s; SQNR of the weight %.1f dB, of what the adapters change %.1f dB",
+            "%s: merged %s; SQNR of the weight %.1f dB, %.0f %% of what the adapters change kept",
             self.target_name,
             ", ".join(names),
-            _decibels(floats.weight, error),
-            kept,
+            _decibels(wanted, found - wanted),
+            100 * _share(found - layer.matrix(base), change),
         )
-        if kept < 0:
-            # One text, so that Python shows it once.
-            warnings.warn(
-                "rounding merged adapters to codes changes some layers more than the adapters do (hfquant's INFO log "
-                "has the figures): unmerge them, or quantize to more bits",
-                stacklevel=2,
-            )
 
     def unmerge(self) -> None:
         """Put the base layer's tensors back as they were before anything was merged, to the bit."""
-        if not isinstance(self.base_layer, QuantLinear) or not self.merged:
-            super().unmerge()
+        if not isinstance(self.base_layer, QuantLayer) or not self.merged:
+            super().unmerge()  # type: ignore[misc]
             return
         _put(self.base_layer, self.unmerged)
         self.unmerged, self.merged_adapters = {}, []
 
     @contextmanager
-    def _on_floats(self, tensors: Mapping[str, Any]) -> Iterator[nn.Linear]:
-        """Have a plain linear in the place of the base layer, with the float32 weight that ``tensors`` stand for."""
+    def _on_floats(self, tensors: Mapping[str, Any]) -> Iterator[Any]:
+        """Have a float layer in the place of the base layer, with the float32 weight that ``tensors`` stand for."""
         layer = self.base_layer
-        linear: Any = QuantLinear.from_tensors(layer.plan, tensors, tensors.get("bias")).to_float(torch.float32)
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(linear.bias.clone(), requires_grad=False)
-        self.base_layer = linear
+        floats: Any = type(layer).from_tensors(layer.plan, tensors, tensors.get("bias"), layer._float)
+        floats = floats.to_float(torch.float32)
+        if layer.bias is not None:
+            floats.bias = nn.Parameter(floats.bias.clone(), requires_grad=False)
+        self.base_layer = floats
         try:
-            yield linear
+            yield floats
         finally:
             self.base_layer = layer
+
+
+class LoraQuantLinear(OnCodes, Linear):
+    """LoRA, and DoRA, on a :class:`QuantLinear`, GPT-2's ``Conv1D`` among them."""
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        """The kinds of LoRA that work on codes, by the options that ask for them."""
+        return {**super().lora_variants, ("use_dora",): QuantDora}
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base layer's weight is [in, out]: a ``Conv1D`` in float."""
+        return not isinstance(self.base_layer, nn.Linear)
+
+    @fan_in_fan_out.setter
+    def fan_in_fan_out(self, value: bool) -> None:
+        """Leave it to the layer: a config says it of all layers at once."""
+
+
+class LoraQuantConv1d(OnCodes, Conv1d):
+    """LoRA on a quantized ``nn.Conv1d``."""
+
+
+class LoraQuantConv2d(OnCodes, Conv2d):
+    """LoRA on a quantized ``nn.Conv2d``."""
+
+
+class LoraQuantConv3d(OnCodes, Conv3d):
+    """LoRA on a quantized ``nn.Conv3d``."""
+
+
+class LoraQuantEmbedding(OnCodes, Embedding):
+    """LoRA on a :class:`QuantEmbedding`."""
 
 
 class Floats(NamedTuple):
@@ -171,18 +232,61 @@ class QuantDora(DoraLinearVariant):
         return result + added
 
 
-def _tensors(layer: QuantLinear) -> dict[str, Any]:
+def lora_convolution(target: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """Return LoRA on a quantized convolution, by its number of dimensions."""
+    kinds: dict[type, type[nn.Module]]
+    kinds = {nn.Conv1d: LoraQuantConv1d, nn.Conv2d: LoraQuantConv2d, nn.Conv3d: LoraQuantConv3d}
+    return next(lora for kind, lora in kinds.items() if isinstance(target, kind))(target, *args, **kwargs)
+
+
+def refuse_experts(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:
+    """Raise: peft would add a float delta to the codes of all experts at each forward.
+
+    Raises:
+        ValueError: always, naming the parameter.
+    """
+    raise ValueError(
+        f"{kwargs.get('target_name')}: adapter {adapter_name!r} targets the parameter of quantized experts, whose "
+        "codes take none; leave it out of target_parameters, or keep these experts in float (modules_to_not_convert)"
+    )
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Raise before anything is merged where one of the layers with an active adapter cannot be.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    for module in model.modules():
+        if isinstance(module, OnCodes) and any(name in module.r for name in module.active_adapters):
+            module.check_mergeable()
+
+
+def _tensors(layer: QuantLayer) -> dict[str, Any]:
     return layer.solved_tensors() | ({} if layer.bias is None else {"bias": layer.bias})
 
 
-def _put(layer: QuantLinear, tensors: Mapping[str, Tensor]) -> None:
+def _put(layer: QuantLayer, tensors: Mapping[str, Tensor]) -> None:
     device = layer.weight.device
     for name, tensor in tensors.items():
         layer.set_tensor(name, tensor.to(device))
+
+
+def _share(found: Tensor, change: Tensor) -> float:
+    """Return how much of ``change`` there is in ``found``: 1 where they differ by noise that has nothing of it."""
+    return float((found.double() * change.double()).sum() / change.double().square().sum())
 
 
 def _decibels(signal: Tensor, noise: Tensor) -> float:
     return float(10 * torch.log10(signal.double().square().sum() / noise.double().square().sum()))
 
 
-register_lora_layer(QuantLinear, LoraQuantLinear)
+register_lora_layers(
+    {
+        QuantLinear: LoraQuantLinear,
+        QuantConv: lora_convolution,
+        QuantEmbedding: LoraQuantEmbedding,
+        QuantExperts: refuse_experts,
+    }
+)
+check_before_merging(check_mergeable)

@@ -37,6 +37,7 @@ __all__ = [
     "accept_no_dtype",
     "allow_needs_hfquant",
     "apply_gate",
+    "check_before_merging",
     "declares_experts",
     "drop_needs_hfquant",
     "is_marked_initialized",
@@ -46,7 +47,7 @@ __all__ = [
     "names_in_model",
     "published_names",
     "register_lora_base",
-    "register_lora_layer",
+    "register_lora_layers",
     "replaced_when_quantized",
     "save_as_named",
     "set_quantization_config",
@@ -143,21 +144,37 @@ def names_in_model(model: PreTrainedModel, keys: Sequence[str]) -> dict[str, str
     return {key: rename_source_key(key, renamings, [], model.base_model_prefix, own)[0] for key in keys}
 
 
-def register_lora_layer(kind: type[nn.Module], layer: type[nn.Module]) -> None:
-    """Have peft wrap modules of class ``kind`` in ``layer`` for LoRA, as it wraps ``nn.Linear`` in its own ``Linear``.
+def register_lora_layers(layers: Mapping[type[nn.Module], Callable[..., nn.Module]]) -> None:
+    """Have peft wrap modules of these classes for LoRA in what the functions return, as it wraps its own kinds.
 
     ``LoraConfig._register_custom_module`` does this for one config. It is called here for every config that is used:
     diffusers makes its own, where nobody else could call it.
+
+    Args:
+        layers: class of the base layer -> a class of peft's layers, or a function that is called like one.
     """
     from peft.tuners.lora.model import LoraModel
 
     create = LoraModel._create_new_module
 
     def create_new_module(lora_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        lora_config._register_custom_module({kind: layer})
+        lora_config._register_custom_module(dict(layers))
         return create(lora_config, *args, **kwargs)
 
     LoraModel._create_new_module = staticmethod(create_new_module)
+
+
+def check_before_merging(check: Callable[[nn.Module], None]) -> None:
+    """Have peft call ``check`` with a model before it merges any LoRA into it."""
+    from peft.tuners.lora.model import LoraModel
+
+    allowed = LoraModel._check_merge_allowed
+
+    def check_merge_allowed(self: Any) -> None:
+        check(self.model)
+        allowed(self)
+
+    LoraModel._check_merge_allowed = check_merge_allowed
 
 
 def accept_no_dtype() -> None:

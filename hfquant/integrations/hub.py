@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import hfquant  # noqa: F401 (registers)
+from hfquant.hub_errors import hub_errors
 from hfquant.integrations.checkpoint import CheckpointError
 
 PIPELINE_FILE, MODEL_FILE = "model_index.json", "config.json"
@@ -28,11 +29,12 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Any:
     Raises:
         FileNotFoundError: no such folder, or it holds neither a pipeline nor a model.
         ValueError: an unknown dtype, or a pipeline class that diffusers lacks.
-        OSError: the hub has no such repository, or cannot be reached.
+        OSError: the hub does not give it; the message says why (:mod:`hfquant.hub_errors`).
         CheckpointError: a safetensors file is damaged.
     """
     try:
-        return _load(name, dtype, device)
+        with hub_errors(name):
+            return _load(name, dtype, device)
     except SafetensorError as error:
         file = next(filter(_is_damaged, sorted(Path(name).rglob("*.safetensors"))), name)
         raise CheckpointError(f"{file} is damaged: {error}; fetch it again") from error
@@ -69,33 +71,43 @@ def is_pipeline_name(name: str) -> bool:
 
     Raises:
         FileNotFoundError: no such folder, or it holds neither a pipeline nor a model.
+        OSError: as huggingface_hub's client has it.
     """
     folder = Path(name)
     if folder.is_dir():
         if not any((folder / file).is_file() for file in (PIPELINE_FILE, MODEL_FILE)):
-            raise FileNotFoundError(f"{name} holds no model: it has neither {PIPELINE_FILE} nor {MODEL_FILE}.")
+            raise FileNotFoundError(_no_model(name))
         return (folder / PIPELINE_FILE).is_file()
     # A hub id is at most "owner/name".
     if folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) > 2 or folder.exists():
         raise FileNotFoundError(f"{name} is not a folder.")
 
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         hf_hub_download(name, PIPELINE_FILE)
-    except EntryNotFoundError:  # or, offline, one that was never downloaded
+    except LocalEntryNotFoundError:  # the hub cannot be asked
+        if not isinstance(try_to_load_from_cache(name, MODEL_FILE), str):
+            raise
+        return False
+    except EntryNotFoundError:
+        try:
+            hf_hub_download(name, MODEL_FILE)
+        except EntryNotFoundError:
+            raise FileNotFoundError(_no_model(name)) from None
         return False
     return True
+
+
+def _no_model(name: str) -> str:
+    return f"{name} holds no model: it has neither {PIPELINE_FILE} nor {MODEL_FILE}."
 
 
 def _model_class(name: str) -> Any:
     import transformers
 
-    try:
-        names = transformers.AutoConfig.from_pretrained(name).architectures or ()
-    except OSError as error:
-        raise OSError(f"{name} is no folder here, and the hub does not give it: {error}") from error
+    names = transformers.AutoConfig.from_pretrained(name).architectures or ()
     return next((found for n in names if (found := getattr(transformers, n, None))), transformers.AutoModel)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,11 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 from hfquant.console import counted
+from hfquant.integrations.checkpoint import quantized_experts
 from hfquant.integrations.compat import mark_initialized
+from hfquant.integrations.experts import layout_of
+from hfquant.layer_plan import LayerPlan
+from hfquant.nn.experts import QuantExperts
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import quant_modules
@@ -74,35 +78,46 @@ def exact_floats(model: nn.Module) -> dict[str, torch.dtype]:
     }
 
 
-def check_offload_folder(model: nn.Module) -> None:
+def check_offload_folder(model: nn.Module, experts: Collection[nn.Module] = ()) -> None:
     """Raise where linears are read from a checkpoint's own files, so that there is no folder to write codes to.
+
+    Args:
+        model: whose linears are to be quantized.
+        experts: modules of fused experts that are to be quantized as well.
 
     Raises:
         ValueError: there is no offload folder.
     """
-    places = [on_disk(module) for module in model.modules() if isinstance(module, QuantLayer) or kind_of(module)]
-    lacking = sum(place is not None and place.folder is None for place in places)
-    if lacking:
+    layers = [module for module in model.modules() if isinstance(module, QuantLayer) or kind_of(module)]
+    lacking, several = (
+        sum((place := on_disk(module)) is not None and place.folder is None for module in modules)
+        for modules in (layers, experts)
+    )
+    if lacking or several:
+        parts = [counted(n, what) for n, what in ((lacking, "linear"), (several, "module of experts")) if n]
         raise ValueError(
-            f'device_map: it sends {counted(lacking, "linear")} to "disk", whose codes have to be written somewhere: '
+            f'device_map: it sends {" and ".join(parts)} to "disk", whose codes have to be written somewhere: '
             "pass offload_folder=..."
         )
 
 
 def quantize_left(model: nn.Module, plan: Plan) -> None:
-    """Quantize the linears whose weights loading has left in float, one at a time; of those on disk the codes go there.
+    """Quantize what loading has left in float, one module at a time; of those on disk the codes go there.
 
-    Left are those that are offloaded to disk, tied ones, and some that come fused with others.
+    Left are linears and fused experts that are offloaded to disk, tied linears, and some that come fused with others.
 
     Raises:
-        ValueError: a weight has NaN or Inf, there is no folder for the codes, or fused experts are on disk.
+        ValueError: a weight has NaN or Inf, or there is no folder for the codes.
     """
-    check_offload_folder(model)
     parameters = dict(model.named_parameters())
+    experts: dict[nn.Module, dict[str, LayerPlan]] = {}
+    for name in plan.layers.keys() & parameters.keys():
+        parent, _, projection = name.rpartition(".")
+        if parameters[name].is_floating_point():
+            experts.setdefault(model.get_submodule(parent), {})[projection] = plan.layers[name]
+    check_offload_folder(model, experts)
     for name, layer_plan in plan.layers.items():
-        if name in parameters:  # of experts, which are quantized as they are read
-            if parameters[name].is_floating_point():
-                raise ValueError(f'device_map: it sends {name!r} to "disk", and fused experts are not quantized there')
+        if name in parameters:
             continue
         module = model.get_submodule(name)
         if not module.get_parameter("weight").is_floating_point():
@@ -114,7 +129,23 @@ def quantize_left(model: nn.Module, plan: Plan) -> None:
             bias, weight = module._parameters.get("bias"), module.get_parameter("weight").detach()
             solved = solve(name, kind.matrix(weight), layer_plan, None)
             layer = kind.from_tensors(solved.plan, solved.tensors, bias, original)
-        for tensor in [*layer.parameters(), *layer.buffers()]:
-            mark_initialized(tensor)
-        replace_modules(model, {module: layer})
-        forget_weights(module)
+        _put_in(model, module, layer)
+    names = {module: name for name, module in model.named_modules()}
+    for module, plans in experts.items():
+        layout = layout_of(module)
+        assert layout is not None
+        with align_module_device(module):
+            held = QuantExperts(module, layout)
+            for projection, layer_plan in plans.items():
+                name = f"{names[module]}.{projection}".lstrip(".")
+                weights = module.get_parameter(projection).detach()
+                held.hold(projection, layer_plan, quantized_experts(name, held, layer_plan, weights))
+        _put_in(model, module, held)
+
+
+def _put_in(model: nn.Module, module: nn.Module, quantized: nn.Module) -> None:
+    """Put a quantized module in the place of a float one, on disk too."""
+    for tensor in [*quantized.parameters(), *quantized.buffers()]:
+        mark_initialized(tensor)
+    replace_modules(model, {module: quantized})
+    forget_weights(module)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hfquant.denoisers import DENOISERS
+from hfquant.hub_errors import hub_errors
 from hfquant.integrations.hub import MODEL_FILE, PIPELINE_FILE, is_pipeline_name
 
 #: The name of the only component of what is no pipeline.
@@ -49,8 +50,13 @@ def skeleton(name: str) -> Skeleton:
     Raises:
         FileNotFoundError: no such folder, or it holds neither a pipeline nor a model.
         ValueError: a class that the libraries lack.
-        OSError: the hub has no such repository, or cannot be reached.
+        OSError: the hub does not give it; the message says why (:mod:`hfquant.hub_errors`).
     """
+    with hub_errors(name):
+        return _skeleton(name)
+
+
+def _skeleton(name: str) -> Skeleton:
     if not is_pipeline_name(name):
         model = _transformers_model(name, "")
         return Skeleton(type(model).__name__, {MODEL: model})

@@ -45,6 +45,7 @@ from hfquant.integrations.sharing.facts import tags_of
 from hfquant.nn.experts import QuantExperts, tensor_name
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import dequantized, log_share, quant_modules
+from hfquant.offload import lend
 from hfquant.planner import Plan, plan_layers
 from hfquant.solver import solve
 
@@ -137,7 +138,9 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         for key, other in self.ties.items():
             layer, _, tensor = key.rpartition(".")
             if tensor == "bias":
-                model.get_submodule(layer)._parameters["bias"] = model.get_parameter(other)
+                module, owner = model.get_submodule(layer), model.get_submodule(other.rpartition(".")[0])
+                module._parameters["bias"] = owner.get_parameter("bias")
+                lend(owner, module, ["bias"])
         kept = {k: v for k, v in self.ties.items() if _still_tied(model, k, v)}
         model.all_tied_weights_keys = model.all_tied_weights_keys | kept
 

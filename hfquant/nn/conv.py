@@ -1,7 +1,8 @@
 """Convolutions: linears on unfolded rows, columns ordered [kernel positions, input channels].
 
-Weight-only ones dequantize block by block into torch's convolution; those with quantized inputs unfold tile by tile
-into the product that linears run on. Groups, and transposed convolutions, stay in float.
+Those with quantized inputs unfold tile by tile into the product that linears run on. Weight-only ones do so where that
+is faster (:meth:`QuantConv._unfolds`), else they dequantize block by block into torch's convolution. Groups, and
+transposed convolutions, stay in float.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hfquant.algorithms import Transform
+from hfquant.kernels import dequantize
+from hfquant.kernels.table import pick
+from hfquant.nn.checked import See
+from hfquant.nn.float_modules import overridden
 from hfquant.nn.layer import QuantLayer
-from hfquant.nn.unfold import draw, ranges, tiles, windows
+from hfquant.nn.unfold import channels_first, channels_last, draw, ranges, tiles, windows
 
 if TYPE_CHECKING:
     from hfquant.config import LayerConfig
@@ -30,6 +35,8 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TILE = 1 << 23
 #: Values of dequantized weights that are there at once, likewise.
 BLOCK = 1 << 23
+#: Output channels from which on unfolding an input into a weight-only product pays.
+FEWEST = 192
 #: Rows of one input that calibration looks at, at most, and values in them (128 MB of float32).
 ROWS, VALUES = 4096, 1 << 25
 
@@ -105,14 +112,13 @@ class QuantConv(QuantLayer):
             see(input)
             return cast(Tensor, convolve(input, *args))
 
-        vars(module)["_conv_forward"] = watched
-        return cast(RemovableHandle, _Undo(lambda: vars(module).pop("_conv_forward", None)))
+        return overridden(module, "_conv_forward", watched)
 
     @staticmethod
     def rows(module: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Return unfolded rows [rows, in], drawn by chance where there are many, and the ranges of the others."""
         conv = cast(QuantConv, module)
-        padded = _padded(conv, x if x.dim() == 2 + len(conv.kernel_size) else x.unsqueeze(0))
+        padded = _padded(conv, _batched(conv, x))
         seen = windows(padded, conv.kernel_size, conv.stride, conv.dilation)
         positions, spatial = math.prod(conv.kernel_size), len(conv.kernel_size)
         count = min(ROWS, max(VALUES // (positions * conv.in_channels), 1))
@@ -130,6 +136,32 @@ class QuantConv(QuantLayer):
             vars(layer).setdefault(key, value)
         return layer
 
+    def listen(self, see: See) -> RemovableHandle:
+        """Have ``see`` called with what is convolved, which a subclass may have made of the module's input."""
+        convolve = self._conv_forward
+
+        def watched(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            y = convolve(input, weight, bias)
+            other = see("", input, y)
+            return y if other is None else other
+
+        return overridden(self, "_conv_forward", watched)
+
+    def float_output(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what the float convolution gives for an input that :meth:`listen` saw, in float32."""
+        weight = self.float_weight(matrix.float(), self.float_shape)
+        return self._convolve(x.float(), weight, None if bias is None else bias.float())
+
+    def output_rows(self, y: Tensor) -> Tensor:
+        """Return an output [batch, out, *spatial], or one without a batch, as rows [positions, out]."""
+        return y.movedim(-1 - len(self.kernel_size), -1).reshape(-1, self.plan.out_features)
+
+    def input_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        """Return the windows of an input from which rows ``index`` of the output were made, [n, in]."""
+        padded = _padded(self, _batched(self, x))
+        seen = windows(padded, self.kernel_size, self.stride, self.dilation)
+        return seen[torch.unravel_index(index, seen.shape[: 1 + len(self.kernel_size)])].flatten(1)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Its class is found by the float one's, since no module holds it."""
         return _new, (type(self._float),), vars(self)
@@ -140,15 +172,29 @@ class QuantConv(QuantLayer):
                 f"{self._get_name()} got an input of {input.dtype}: code that casts to `conv.weight.dtype` sees the "
                 "dtype of the codes here; cast to the model's dtype instead"
             )
-        batched = input.dim() == 2 + len(self.kernel_size)
-        x = input if batched else input.unsqueeze(0)
-        y = self._weight_only(x) if self.product.input is None and self._is_plain() else self._unfolded(x)
-        return y if batched else y.squeeze(0)
+        x = _batched(self, input)
+        y = self._unfolded(x) if self._unfolds(x) else self._weight_only(x)
+        return y if x is input else y.squeeze(0)
 
     def _is_plain(self) -> bool:
         """Return whether the transform's action on the input can be said of the weight."""
         kind = type(self._transform)
         return kind.input is Transform.input and kind.output is Transform.output
+
+    def _unfolds(self, x: Tensor) -> bool:
+        """Return whether ``x`` is unfolded and multiplied: where it has to be, and where that is faster.
+
+        It is in half precision on a CPU, by kernels that widen the codes as they read them: torch's own convolutions
+        take longer for it than for float32 (docs/measured.md). Not where a gradient is wanted, since all rows would be
+        kept for it.
+        """
+        if self.product.input is not None or not self._is_plain():
+            return True
+        elsewhere = x.device.type != "cpu" or not self.real_quant or torch.compiler.is_compiling()
+        if elsewhere or x.dtype.itemsize > 2 or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+        points, out = x.numel() // (self.in_channels * math.prod(self.stride)), self.plan.out_features
+        return out >= FEWEST and pick(self.product, "cpu", x.dtype, points, out) is not dequantize.KERNEL
 
     def _weight_only(self, x: Tensor) -> Tensor:
         parts = [self._convolve(x, weight, bias) for weight, bias in self._blocks(x.dtype)]
@@ -178,18 +224,13 @@ class QuantConv(QuantLayer):
 
     def _unfolded(self, x: Tensor) -> Tensor:
         """Multiply unfolded rows, a tile of the output at a time."""
-        seen = windows(_padded(self, x), self.kernel_size, self.stride, self.dilation)
+        padded = channels_last(_padded(self, x)).movedim(-1, 1)
+        seen = windows(padded, self.kernel_size, self.stride, self.dilation)
         sizes = seen.shape[: 1 + len(self.kernel_size)]
-        y = x.new_empty(sizes[0], self.plan.out_features, *sizes[1:])
-        if x.dim() > 3 and x.shape[1] > 1 and not x.is_contiguous():
-            wanted = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-            if x.is_contiguous(memory_format=wanted):
-                y = y.contiguous(memory_format=wanted)
-        filled = y.movedim(1, -1)
+        y = x.new_empty(*sizes, self.plan.out_features)
         for tile in tiles(sizes, max(TILE // self.plan.in_features, 1)):
-            rows = seen[tile].flatten(len(sizes))
-            filled[tile] = self.multiply(rows)
-        return y
+            y[tile] = self.multiply(seen[tile].flatten(len(sizes)))
+        return y.movedim(-1, 1) if _is_channels_last(x) else channels_first(y)
 
     def _sizes(self) -> str:
         plan = self.plan
@@ -197,13 +238,6 @@ class QuantConv(QuantLayer):
             f"{self.in_channels}, {plan.out_features}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, bias={self.bias is not None}"
         )
-
-
-class _Undo:
-    """A handle like those of torch's hooks."""
-
-    def __init__(self, remove: Callable[[], Any]) -> None:
-        self.remove = remove
 
 
 @cache
@@ -239,6 +273,18 @@ def _leaves_its_weight_alone(kind: Any) -> bool:
 def _names(code: CodeType) -> set[str]:
     """Return the attributes and globals that a function names, and those within it."""
     return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _batched(conv: Any, x: Tensor) -> Tensor:
+    """Return an input of ``conv`` [channels, *spatial] with a dimension before it, where it has none."""
+    return x if x.dim() == 2 + len(conv.kernel_size) else x.unsqueeze(0)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Return whether torch's convolution would give channels last for ``x`` [batch, channels, *spatial]."""
+    if x.dim() == 3 or x.shape[1] == 1 or x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 
 
 def _padded(conv: Any, x: Tensor) -> Tensor:

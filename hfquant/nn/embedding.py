@@ -40,6 +40,8 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
         self.dtype = dtype or torch.get_default_dtype()
         self.num_embeddings, self.embedding_dim = plan.out_features, plan.in_features
         self.padding_idx = self.max_norm = None
+        # What adapters look up their own rows by.
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
 
     @staticmethod
     def takes(module: nn.Module) -> bool:
@@ -76,6 +78,11 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
             layer.scale, layer.scale_in_dtype = _scale_of(module), "embed_scale" in module._buffers
         return layer
 
+    @property
+    def embed_scale(self) -> Tensor | None:
+        """:attr:`scale` as a tensor, under the name by which adapters find it in the float classes."""
+        return None if self.scale is None else torch.tensor(self.scale, device=self.weight.device)
+
     def forward(self, input: Tensor) -> Tensor:
         """Indices [...] to rows [..., embedding_dim] of ``dtype``.
 
@@ -94,6 +101,23 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
         if self.scale is not None:
             rows = rows * (rows.new_tensor(self.scale) if self.scale_in_dtype else self.scale)
         return rows.view(*input.shape, self.embedding_dim)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Look up: the product with rows that are 1 at the indices ``x`` and 0 elsewhere."""
+        return self.forward(x)
+
+    def float_output(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the float rows of indices ``x``, in float32."""
+        rows = matrix[x].float()
+        return rows if self.scale is None else rows * self.scale
+
+    def output_rows(self, y: Tensor) -> Tensor:
+        """Return rows [..., embedding_dim] as [rows, embedding_dim]."""
+        return y.reshape(-1, self.embedding_dim)
+
+    def input_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        """Return the indices at positions ``index``."""
+        return x.reshape(-1)[index]
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:
         """Return the float embedding that this layer replaced, with the effective weight in ``dtype``."""

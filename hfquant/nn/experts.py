@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hfquant.algorithms import TensorSpec, block_slices
 from hfquant.experts import Experts, ExpertsLayout, Unfused, fused_like
+from hfquant.nn.checked import See
+from hfquant.nn.float_modules import overridden
 from hfquant.nn.layer import QuantLayer, keeping_dtypes
 from hfquant.nn.linear import QuantLinear
 
@@ -172,6 +175,43 @@ class QuantExperts(Experts):
         weight = self.get_parameter(name)[expert]
         return F.linear(rows, weight.T if self.layout.transposed else weight, bias)
 
+    def parts(self) -> dict[str, QuantLayer]:
+        """Return each expert of each quantized projection as a linear, by name: "gate_up_proj.3"."""
+        return {f"{name}.{i}": self._linear(name, i) for name in self.plans for i in range(self.expert_count)}
+
+    def _linear(self, projection: str, expert: int) -> QuantLinear:
+        biases = self._parameters.get(f"{projection}_bias")
+        bias = None if biases is None else nn.Parameter(biases.detach()[expert], requires_grad=False)
+        return QuantLinear.from_tensors(self.plans[projection], self.tensors_of(projection, expert), bias)
+
+    def listen(self, see: See) -> RemovableHandle:
+        """Have ``see`` called with the rows that each expert multiplies and its output, until the handle is removed."""
+        project = self.project
+
+        def watched(name: str, expert: int, rows: Tensor) -> Tensor:
+            y = project(name, expert, rows)
+            other = see(f"{name}.{expert}", rows, y) if name in self.plans else None
+            return y if other is None else other
+
+        return overridden(self, "project", watched)
+
+    def with_parts(self, parts: Mapping[str, QuantLayer | None], original: nn.Module) -> nn.Module:
+        """Return what this becomes with other experts.
+
+        Args:
+            parts: by name, of a projection all experts or none; None for all of them leaves it in float.
+            original: the float module.
+        """
+        new = QuantExperts(original, self.layout)
+        for projection, plan in self.plans.items():
+            experts = [parts.get(f"{projection}.{i}") for i in range(self.expert_count)]
+            if quantized := [layer for layer in experts if layer is not None]:
+                new.hold(projection, *stacked(quantized, plan.rounded))
+            elif f"{projection}.0" not in parts:
+                tensors = {key: getattr(self, name).detach() for key, name in self._names[projection].items()}
+                new.hold(projection, plan, tensors)
+        return new if new.plans else original
+
     def to_float(self, dtype: torch.dtype) -> nn.Module:
         """Return a module of the original's class with float parameters of ``dtype``, as the original has them."""
         float_experts = fused_like(self, leave=("plans", "_names", "_linears", "_model_floats"))
@@ -182,7 +222,7 @@ class QuantExperts(Experts):
             shape = (self.expert_count, plan.out_features, plan.in_features)
             weight = torch.empty(shape, dtype=dtype, device=self.get_parameter(name).device)
             for i in range(self.expert_count):
-                weight[i] = QuantLinear.from_tensors(plan, self.tensors_of(name, i), None).effective_weight()
+                weight[i] = self._linear(name, i).effective_weight()
             weight = weight.transpose(1, 2).contiguous() if self.layout.transposed else weight
             float_experts.register_parameter(name, nn.Parameter(weight))
             bias = self._parameters.get(f"{name}_bias")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from inspect import signature
 from typing import Any, cast
@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hfquant.offload import forget_hook
 
@@ -18,6 +19,19 @@ def first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the input of a layer from the arguments that its forward got."""
     value: Tensor = args[0] if args else next(iter(kwargs.values()))
     return value
+
+
+class _Undo:
+    """A handle like those of torch's hooks."""
+
+    def __init__(self, remove: Callable[[], Any]) -> None:
+        self.remove = remove
+
+
+def overridden(module: nn.Module, name: str, method: Callable[..., Tensor]) -> RemovableHandle:
+    """Have ``method`` in the place of a method of this one module, until the handle is removed."""
+    vars(module)[name] = method
+    return cast(RemovableHandle, _Undo(lambda: vars(module).pop(name, None)))
 
 
 def hollow(module: nn.Module) -> nn.Module:

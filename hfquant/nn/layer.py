@@ -13,6 +13,7 @@ from hfquant.algorithms import TensorSpec, block_slices
 from hfquant.formats import Grid, NumberFormat
 from hfquant.kernels.base import Operands, Product
 from hfquant.kernels.op import linear
+from hfquant.nn.checked import Checked
 from hfquant.nn.float_modules import first, hollow
 
 if TYPE_CHECKING:  # it asks the kinds of layers what they take
@@ -34,7 +35,7 @@ def keeping_dtypes(
     return applied
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(Checked):
     """A layer with quantized weights and, where its plan says so, quantized activations.
 
     Whatever it was in float, it multiplies rows [..., in] with a matrix [out, in]; a subclass is a kind of layer
@@ -54,6 +55,8 @@ class QuantLayer(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    #: Whether another layer borrows its codes.
+    lends = False
     #: The float module that it replaced, without its weights; see :meth:`to_float`.
     _float: nn.Module
 
@@ -174,6 +177,8 @@ class QuantLayer(nn.Module):
 
     def borrow(self, owner: QuantLayer | None) -> None:
         """Take codes and weight scales of ``owner``, which has the same matrix, or let them go (None)."""
+        if owner is not None:
+            owner.lends = True
         for name in self.plan.tensors():
             if name.startswith("weight"):
                 table: dict[str, Any] = self._parameters if name in self._parameters else self._buffers

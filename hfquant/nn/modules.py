@@ -12,7 +12,7 @@ from torch import nn
 from hfquant.console import counted
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.layer import QuantLayer
-from hfquant.offload import refuse_group_offloaded
+from hfquant.offload import lend, refuse_group_offloaded
 from hfquant.replacing import replace_modules
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,9 @@ def tie(model: nn.Module) -> None:
     layers = quant_linears(model)
     for layer in layers.values():
         if layer.plan.tied:
-            layer.borrow(layers[layer.plan.tied])
+            owner = layers[layer.plan.tied]
+            layer.borrow(owner)
+            lend(owner, layer, [name for name in layer.plan.tensors() if name.startswith("weight")])
 
 
 def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:

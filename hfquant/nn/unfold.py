@@ -34,6 +34,28 @@ def windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: S
     return view.permute(0, *range(2, 2 + 2 * n), 1)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Return [batch, channels, *spatial] as [batch, *spatial, channels], contiguous: windows are runs of it."""
+    y = x.movedim(1, -1)
+    return y if y.is_contiguous() else _transposed(x.flatten(2)).view(y.shape)
+
+
+def channels_first(y: Tensor) -> Tensor:
+    """Return [batch, *spatial, channels] as [batch, channels, *spatial], contiguous."""
+    return _transposed(y.flatten(1, -2)).view(y.shape[0], y.shape[-1], *y.shape[1:-1])
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """Return [batch, a, b] as [batch, b, a], contiguous."""
+    if x.requires_grad or torch.compiler.is_compiling():
+        return x.transpose(1, 2).contiguous()
+    # torch transposes in blocks, two to four times as fast, only what is one matrix.
+    y = x.new_empty(x.shape[0], x.shape[2], x.shape[1])
+    for matrix, out in zip(x, y, strict=True):
+        out.copy_(matrix.t())
+    return y
+
+
 def tiles(sizes: Sequence[int], points: int) -> Iterator[tuple[slice, ...]]:
     """Yield the boxes that a grid of ``sizes`` is cut into, in order, each of at most ``points`` (or one)."""
     split, inner = len(sizes) - 1, 1

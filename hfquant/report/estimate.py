@@ -14,11 +14,14 @@ from torch import nn
 from hfquant.layer_plan import LayerPlan
 from hfquant.memory import free_memory
 from hfquant.planner import Plan
+from hfquant.report.sizes import matrices
 from hfquant.solver import solve
 from hfquant.statistics import Collector, stats_bytes
 
 #: Features that a measured layer has at most; what is larger is scaled up from it.
 _LARGEST = 1024
+#: Features, and rows, of a first run that is not timed.
+_SMALLEST = 64
 
 
 @dataclass(frozen=True)
@@ -55,31 +58,46 @@ class CalibrationCost:
         )
 
 
-def calibration_cost(plan: Plan, tokens: int = 128 * 512, measured: int = 512) -> CalibrationCost:
+def calibration_cost(model: nn.Module, plan: Plan, tokens: int = 128 * 512, measured: int = 512) -> CalibrationCost:
     """Estimate what calibrating takes by running each kind of layer once on random weights and inputs.
 
+    Each expert of a parameter is solved apart, and sees the share of the rows that is routed to it.
+
     Args:
-        plan: of the model.
+        model: in full precision; it may be on the meta device.
+        plan: for it.
         tokens: rows of calibration data in all.
         measured: rows to run.
     """
-    kinds = Counter(replace(layer, evidence=()) for layer in plan.layers.values())
+    counts = {name: matrices(model, name) for name in plan.layers}
+    kinds: Counter[tuple[LayerPlan, int]] = Counter()
+    for name, layer in plan.layers.items():
+        kinds[replace(layer, evidence=()), counts[name]] += counts[name]
     forward = observed = solved = 0.0
-    for layer, count in kinds.items():
+    for layer, _ in kinds:  # what is compiled or set up at first use is no part of the estimate
+        _layer_seconds(_cut(layer, _SMALLEST), _SMALLEST)
+    for (layer, experts), count in kinds.items():
+        rows = tokens * _routed(model, experts)
         once = _layer_seconds(_cut(layer), measured)
         inputs, outputs = layer.in_features / _cut(layer).in_features, layer.out_features / _cut(layer).out_features
-        forward += count * once[0] * inputs * outputs * tokens / measured
-        observed += count * once[1] * inputs**2 * tokens / measured
+        forward += count * once[0] * inputs * outputs * rows / measured
+        observed += count * once[1] * inputs**2 * rows / measured
         solved += count * once[2] * max(inputs, outputs) * inputs * outputs
-    needing = [layer for layer in plan.layers.values() if layer.config.needs_data]
-    statistics = sum(stats_bytes(layer.in_features, layer.config.needs) for layer in needing)
+    needing = {name: layer for name, layer in plan.layers.items() if layer.config.needs_data}
+    statistics = sum(counts[n] * stats_bytes(layer.in_features, layer.config.needs) for n, layer in needing.items())
     passes = -(-statistics // max(free_memory() // 4, 1)) if needing else 0
     return CalibrationCost(tokens if needing else 0, forward, observed, solved, statistics, passes)
 
 
-def _cut(layer: LayerPlan) -> LayerPlan:
+def _routed(model: nn.Module, experts: int) -> float:
+    """Return the share of the rows that one of ``experts`` matrices sees; all, where routing is not known."""
+    chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
+    return min(chosen / experts, 1.0) if isinstance(chosen, int) else 1.0
+
+
+def _cut(layer: LayerPlan, largest: int = _LARGEST) -> LayerPlan:
     """Return the plan of a layer of a size that is quickly solved, without segments."""
-    sizes = min(layer.in_features, _LARGEST), min(layer.out_features, _LARGEST)
+    sizes = min(layer.in_features, largest), min(layer.out_features, largest)
     return replace(
         layer,
         in_features=sizes[0],

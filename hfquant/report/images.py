@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hfquant.report.perceptual import perceptual_figures
 from hfquant.report.quality import Figure, standard_error
 
 
@@ -57,11 +58,13 @@ def compare_pipelines(
     if not calls:
         raise ValueError("there is nothing to compare on: no calls")
     pairs: list[tuple[Tensor, Tensor]] = []
+    prompts: list[str | None] = []
     for i, call in enumerate(calls):
         a, b = (_images(pipe, call, seed + i) for pipe in (reference, other))
         if a.shape != b.shape:
             raise ValueError(f"the images differ in shape: {list(a.shape)} and {list(b.shape)}")
         pairs += zip(a, b, strict=True)
+        prompts += _prompts(call, len(a))
     psnr: list[Tensor] = []
     ssim: list[Tensor] = []
     for a, b in pairs:
@@ -78,7 +81,7 @@ def compare_pipelines(
         Figure("PSNR", torch.stack(psnr).mean().item(), standard_error(torch.stack(psnr)), "dB"),
         Figure("SSIM", torch.stack(ssim).mean().item(), standard_error(torch.stack(ssim))),
     ]
-    more, left_out = _more_metrics(calls, pairs)
+    more, left_out = perceptual_figures(pairs, prompts)
     return PipelineComparison((*figures, *more), tuple(pairs), left_out)
 
 
@@ -98,44 +101,13 @@ def _images(pipe: Any, call: Mapping[str, Any], seed: int) -> Tensor:
     return images.expand(-1, 3, -1, -1).clamp(0, 1).contiguous()
 
 
-def _more_metrics(
-    calls: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[Tensor, Tensor]]
-) -> tuple[list[Figure], dict[str, str]]:
-    """Return the metrics that need the weights of other models, and why those are missing that are."""
-    real, other = (torch.stack(list(images)) for images in zip(*pairs, strict=True))
-
-    def lpips() -> Figure:
-        from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
-
-        distance = learned_perceptual_image_patch_similarity(other, real, net_type="alex", normalize=True)
-        return Figure("LPIPS", distance.item(), better="lower")
-
-    def clip_score() -> Figure:
-        from torchmetrics.functional.multimodal import clip_score
-
-        prompts: Any = [call.get("prompt") for call in calls]
-        if len(prompts) != len(pairs) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("it needs one prompt an image")
-        return Figure("CLIP score", clip_score((other * 255).byte(), prompts).item())
-
-    def fid() -> Figure:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        if len(pairs) < 100:
-            raise ValueError("it needs at least 100 images to mean anything")
-        metric = FrechetInceptionDistance(normalize=True)
-        metric.update(real, real=True)
-        metric.update(other, real=False)
-        return Figure("FID", metric.compute().item(), better="lower")
-
-    figures, left_out = [], {}
-    metrics: dict[str, Callable[[], Figure]] = {"LPIPS": lpips, "CLIP score": clip_score, "FID": fid}
-    for name, metric in metrics.items():
-        try:
-            figures.append(metric())
-        except (ImportError, OSError, ValueError) as error:
-            left_out[name] = " ".join(str(error).split())[:200]
-    return figures, left_out
+def _prompts(call: Mapping[str, Any], count: int) -> list[str | None]:
+    """Return the prompt of each of a call's images, which are those of the first prompt first; None without one."""
+    prompt = call.get("prompt")
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, list) or not texts or count % len(texts):
+        return [None] * count
+    return [text for text in texts for _ in range(count // len(texts))]
 
 
 def save_pairs(found: PipelineComparison, folder: Path) -> None:

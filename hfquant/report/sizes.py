@@ -38,7 +38,7 @@ def planned_size(model: nn.Module, plan: Plan, width: int) -> PlannedSize:
         width: bytes of a float of the model's dtype.
     """
     before = width * sum(tensor.numel() for tensor in {id(p): p for p in model.parameters()}.values())
-    counts = {name: _matrices(model, name) for name, layer in plan.layers.items() if not layer.tied}
+    counts = {name: matrices(model, name) for name, layer in plan.layers.items() if not layer.tied}
     layers = {name: plan.layers[name] for name in counts}
     sizes = {name: counts[name] * layer.in_features * layer.out_features for name, layer in layers.items()}
     stored = sum(counts[name] * layer_bytes(layer, width) for name, layer in layers.items())
@@ -46,7 +46,7 @@ def planned_size(model: nn.Module, plan: Plan, width: int) -> PlannedSize:
     return PlannedSize(before, before - width * sum(sizes.values()) + stored, share)
 
 
-def _matrices(model: nn.Module, name: str) -> int:
+def matrices(model: nn.Module, name: str) -> int:
     """Return how many matrices an entry of a plan stands for: the experts of a parameter, or the one of a layer."""
     return len(model.get_parameter(name)) if holds_experts(model, name) else 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,10 @@ def apart(samples: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     if len(samples) > 1:
         held = max(1, len(samples) // 4)
         return list(samples[:-held]), list(samples[-held:])
-    count = max((len(t) for t in _tensors(samples[0])), default=0) if samples else 0
-    if count < 2:
+    # Most tensors have an element a sample; positions and other ids may be shared by all.
+    sizes = Counter(len(t) for t in _tensors(samples[0]) if len(t) > 1) if samples else Counter[int]()
+    count = max(sizes, key=lambda size: (sizes[size], size), default=0)
+    if not count:
         raise CalibrationError("searching for bits needs at least two samples: some to measure on, some to judge by")
     cut = count - max(1, count // 4)
     return [_part(samples[0], count, slice(cut))], [_part(samples[0], count, slice(cut, None))]

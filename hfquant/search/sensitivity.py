@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hfquant.calibration.batches import evaluating, forward
+from hfquant.nn.conv import CONVS
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,8 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
                 return output
             output = output if output.requires_grad else output.detach().requires_grad_()
             found = seen.setdefault(name, Seen())
-            by_rows = x.shape[:-1] == output.shape[:-1]
+            # A convolution's rows are windows, whatever the shapes: of equal ones whole samples are kept.
+            by_rows = x.shape[:-1] == output.shape[:-1] and not isinstance(module, CONVS)
             rows = x[..., 0].numel() if by_rows else len(x)
             held = sum(i.nbytes for i in found.inputs)
             count = min(rows, each if by_rows else int(held < _MOST))

@@ -58,7 +58,7 @@ def test_kernels_has_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str
     rows = [name for name in kernels.ROWS if name not in peer_rows()]
     found = table(text, "more is faster")
     assert_full(found, rows, len(kernels.QUICK))
-    assert len(rows) == 3 + len(kernels.LAYERS) + 4
+    assert len(rows) == 3 + len(kernels.LAYERS) + 10
     picked = table(text, "the table picked")
     assert list(picked) == [name for name in rows if name.startswith("hfquant")]
     assert {cell for cells in picked.values() for cell in cells} <= set(KERNELS)
@@ -107,10 +107,10 @@ def test_layers_are_what_they_are_called(name: str) -> None:
     module = kernels.random_layer(plan, torch.float32, torch.device("cpu"))
     assert isinstance(module, QuantLinear)
     assert module.real_quant
-    bits = re.match(r"(?:W(\d)|FP8)A(\d+)", name)
+    bits = re.match(r"(?:W|FP)(\d)A(\d+)|(?:INT|FP)(16) weights", name)
     assert bits is not None
-    assert module.format.bits == int(bits[1] or 8)
-    assert (plan.config.input_quant is None) == (bits[2] == "16")
+    assert module.format.bits == int(bits[1] or bits[3])
+    assert (plan.config.input_quant is None) == (bits[2] in ("16", None))
     assert plan.static_input == ("static" in name)
     assert any(plan.dual) == ("dual" in name)
     assert len(plan.input_segments) == (4 if "segments" in name else 1)

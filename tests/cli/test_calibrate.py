@@ -143,7 +143,7 @@ def test_an_interrupted_set_is_continued(digits, labels, tmp_path, monkeypatch) 
     [
         ({"model": "/no/such/model"}, "/no/such/model is not a folder"),
         ({"model": "{tmp}"}, "neither model_index.json nor config.json"),
-        ({"model": "no/such"}, "no/such is no folder here, and the hub does not give it"),
+        ({"model": "no/such"}, "no/such is no folder here and not in the cache, and offline mode is on"),
         ({"--source": "gone.json"}, "gone.json is not there"),
         ({"--source": "{tmp}/odd.bin"}, "unknown kind of file"),
         ({"--column": "nope"}, r"has no column 'nope'; it has ['label']"),

@@ -27,6 +27,7 @@ def test_every_layer_is_listed(quantized):
     assert result.exit_code == 0, result.output
     assert result.output.count("int4 g32") == 14
     assert "lm_head in full precision: " in result.output
+    assert "model.layers.1.self_attn.q_proj  " in result.output, "nothing is cut off outside a terminal"
     assert "int4 g32" not in run("inspect", quantized, "--summary").output
 
 

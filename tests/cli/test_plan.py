@@ -34,6 +34,14 @@ def test_as_json_with_every_layer_and_an_estimate(llama):
     assert found["calibration"]["passes"] == 1
 
 
+def test_full_precision_is_that_of_the_config(llama):
+    def before(*options: str) -> int:
+        return json.loads(plan(llama, "--preset", "w4a16", "--json", *options).stdout)["model"]["bytes_before"]
+
+    assert json.loads((llama / "config.json").read_text())["dtype"] == "float32"
+    assert before() == before("--dtype", "float32") == 2 * before("--dtype", "bfloat16")
+
+
 def test_a_search_is_said_to_decide_later(llama):
     result = plan(llama, "--preset", "w4-auto")
     assert result.exit_code == 0, result.output

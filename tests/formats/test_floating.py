@@ -48,3 +48,14 @@ def test_floats_have_neither_zero_points_nor_a_second_scale(form) -> None:
         form.scale_from_range(torch.zeros(1), torch.ones(1))
     with pytest.raises(TypeError, match=f"{form.name} has no zero point"):
         form.zero_point(torch.zeros(1), torch.ones(1))
+
+
+@pytest.mark.parametrize("form", FLOATS, ids=name)
+def test_spacing_is_a_unit_in_the_last_place(form) -> None:
+    """Up to the largest value, and down to zero; measured on all values of the format."""
+    codes = torch.arange(2 ** (form.bits - 1)).to(form.code_dtype)
+    values = form.values(codes).double()
+    values = values[values.isfinite() & (values <= form.qmax)].unique()
+    expected = torch.cat([values.diff(), (values[-1] - values[-2])[None]])
+    for sign in (1, -1):
+        torch.testing.assert_close(form.spacing(sign * values.float()).double(), expected, rtol=0, atol=0)

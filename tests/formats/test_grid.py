@@ -199,3 +199,16 @@ def test_a_partition_is_its_parts(form, columns, symmetric, clip, seed) -> None:
 
     parts = zip(w.split(columns, -1), columns, importance.split(columns), strict=True)
     assert torch.equal(back(w, columns, importance), torch.cat([back(p, [n], i) for p, n, i in parts], -1))
+
+
+@pytest.mark.parametrize("form", SCALED, ids=name)
+def test_by_chance_a_weight_is_kept_on_average(form: NumberFormat) -> None:
+    w = weights()
+    grid = GridRule(form, (5, 5, 2)).fit(w)
+    step = grid.spacing(w)
+    draws = [torch.full_like(w, (i + 0.5) / 64) for i in range(64)]
+    rounded = torch.stack([grid.dequantize(grid.quantize_by_chance(w, draw)) for draw in draws])
+    assert ((rounded - w).abs() <= step * 1.001).all()
+    assert ((rounded.double().mean(0) - w).abs() <= step * (1 / 64 + 1e-3)).all()
+    kept = grid.round(w)
+    assert torch.equal(grid.dequantize(grid.quantize_by_chance(kept, draws[7])), kept)

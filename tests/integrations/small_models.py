@@ -66,28 +66,28 @@ def t5_encoder() -> nn.Module:
     return T5EncoderModel(config).eval()
 
 
-def bart() -> nn.Module:
+def bart(**overrides: Any) -> nn.Module:
     """Encoder-decoder with one embedding shared by both halves and the head."""
     from transformers import BartConfig, BartForConditionalGeneration
 
     torch.manual_seed(3)
-    config = BartConfig(
-        vocab_size=71,
-        d_model=24,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=3,
-        decoder_attention_heads=3,
-        encoder_ffn_dim=45,
-        decoder_ffn_dim=39,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-        forced_eos_token_id=None,
-    )
-    return BartForConditionalGeneration(config).eval()
+    sizes: dict[str, Any] = {
+        "vocab_size": 71,
+        "d_model": 24,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 3,
+        "decoder_attention_heads": 3,
+        "encoder_ffn_dim": 45,
+        "decoder_ffn_dim": 39,
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 1,
+        "forced_eos_token_id": None,
+    }
+    return BartForConditionalGeneration(BartConfig(**sizes | overrides)).eval()
 
 
 def clip_text() -> nn.Module:

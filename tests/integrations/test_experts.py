@@ -264,15 +264,6 @@ def test_offloaded_experts_run(tmp_path: Path) -> None:
     assert_same_tensors(type(model).from_pretrained(tmp_path / "copy"), type(model).from_pretrained(tmp_path))
 
 
-def test_experts_are_not_quantized_on_their_way_to_disk(tmp_path: Path) -> None:
-    model = mixture("OlmoeForCausalLM")
-    model.save_pretrained(tmp_path)
-    disk = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "model.layers.0", "lm_head"), "cpu")
-    settings = {"device_map": disk | {"model.layers.1": "disk"}, "offload_folder": tmp_path / "folder"}
-    with pytest.raises(ValueError, match=r"sends 'model.layers.1.mlp.experts.\w+' to .* fused experts are not"):
-        type(model).from_pretrained(tmp_path, quantization_config=HfQuantConfig("w8a16"), **settings)
-
-
 @pytest.mark.slow
 def test_compiled() -> None:
     """As far as transformers compiles its own loop over experts: with breaks in the graph."""

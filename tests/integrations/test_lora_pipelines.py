@@ -101,7 +101,9 @@ def test_flux_of_other_formats(preset: str, tmp_path: Path) -> None:
     pipe.load_lora_weights(tmp_path)
     adapted = outputs(model, inputs)
     pipe.fuse_lora(safe_fusing=True)
-    assert sqnr(adapted, outputs(model, inputs)) > sqnr(adapted, plain)
+    # The adapter changes less than rounding does, and yet what it changes is there.
+    change, found = (adapted - plain).double(), (outputs(model, inputs) - plain).double()
+    assert 0.6 < float((found * change).sum() / change.square().sum()) < 1.4
     pipe.unfuse_lora()
     assert torch.equal(outputs(model, inputs), adapted)
     pipe.unload_lora_weights()

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 
 import hfquant
+from hfquant.kernels import dequantize
+from hfquant.kernels.table import pick
 from hfquant.nn import conv as conv_file
 from hfquant.nn.conv import QuantConv, quantized_class
 from hfquant.nn.kinds import kind_of, refusal
@@ -373,3 +375,48 @@ def test_an_adapter_on_a_convolution_trains(config) -> None:
 def test_compiled_whole(config) -> None:
     layer, x = quantized(nn.Conv2d(8, 10, 3, padding=1), config), torch.randn(2, 8, 6, 6)
     torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+
+
+@pytest.mark.parametrize("case", CONVS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_weights_alone_on_kernels_and_in_torchs_convolution_agree(case, dtype, monkeypatch) -> None:
+    """Unfolded where a kernel of ours is faster; the same to rounding of the output either way."""
+    make, shape = CONVS[case]
+    conv, x = make(), torch.randn(shape)
+    layer = quantized(conv, WEIGHTS | {"real_quant": True})
+    layer, x = layer.to(dtype), x.to(dtype)
+    results = []
+    for unfolds in (True, False):
+        monkeypatch.setattr(QuantConv, "_unfolds", lambda self, x, unfolds=unfolds: unfolds)
+        results.append([layer(x), layer(x[0]), layer(x[:0])])
+    exact = oracle(conv, x, False)
+    # The input is rounded once, the weight on one of the ways, the output once.
+    tolerance = 3 * torch.finfo(dtype).eps
+    for found in results:
+        assert all(y.dtype == dtype and y.is_contiguous() for y in found)
+        assert (found[0].double() - exact).norm() <= tolerance * exact.norm()
+        assert found[2].shape == (0, *found[0].shape[1:])
+        torch.testing.assert_close(found[1], found[0][0], rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def test_weights_alone_are_unfolded_where_that_is_faster(monkeypatch) -> None:
+    """In half precision, for enough output channels; not on fakes, for gradients, or where no kernel is."""
+    config = WEIGHTS | {"real_quant": True}
+    layer, small = (quantized(nn.Conv2d(32, out, 3, padding=1), config) for out in (192, 191))
+    x = torch.randn(1, 32, 8, 8, dtype=torch.bfloat16)
+    # A machine without kernels of ours for it has torch's convolution.
+    there = pick(layer.product, "cpu", torch.bfloat16, 64, 192) is not dequantize.KERNEL
+    assert layer._unfolds(x) == layer._unfolds(x.half()) == there
+    assert not layer._unfolds(x.float())
+    assert not small._unfolds(x)
+    with torch.enable_grad():
+        assert not layer._unfolds(x.clone().requires_grad_())
+    monkeypatch.setenv("HFQUANT_KERNEL", "dequantize")
+    assert not layer._unfolds(x)
+    monkeypatch.setenv("HFQUANT_KERNEL", "reference")
+    assert layer._unfolds(x)
+    layer.real_quant = False
+    assert not layer._unfolds(x)
+    assert quantized(nn.Conv2d(32, 32, 3), DYNAMIC)._unfolds(x.float())

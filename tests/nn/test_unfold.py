@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfquant.nn.unfold import draw, ranges, tiles, windows
+from hfquant.nn.unfold import channels_first, channels_last, draw, ranges, tiles, windows
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,23 @@ def test_ranges_bound_every_row(pixels) -> None:
     assert torch.equal(high.amax(0), x.amax((0, 2)).repeat(2))
     if pixels > 1:
         assert torch.equal(high[1], x[..., 1::2].amax((0, 2)).repeat(2))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7), (1, 70, 8, 9), (3, 5, 2, 3, 4), (0, 5, 4, 4), (2, 0, 3), (1, 1, 1, 1)])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_channels_go_last_and_back(shape, gradient) -> None:
+    x = torch.randn(shape, requires_grad=gradient)
+    y = channels_last(x)
+    assert y.is_contiguous()
+    assert torch.equal(y, x.movedim(1, -1))
+    back = channels_first(y)
+    assert back.is_contiguous()
+    assert torch.equal(back, x)
+    if gradient:
+        back.sum().backward()
+        assert torch.equal(x.grad, torch.ones(shape))
+
+
+def test_what_has_its_channels_last_is_not_copied() -> None:
+    x = torch.randn(2, 5, 4, 3).contiguous(memory_format=torch.channels_last)
+    assert channels_last(x).data_ptr() == x.data_ptr()

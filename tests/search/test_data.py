@@ -26,6 +26,15 @@ def test_a_single_batch_is_cut():
     assert (seen[0].shape, held[0].shape, seen[1]) == ((1, 3), (1, 3), None)
 
 
+def test_what_all_samples_share_is_not_cut():
+    """FLUX has one table of positions for the whole batch, and more of them than samples."""
+    sample = {"positions": torch.ones(16, 3), "x": torch.arange(4), "t": torch.arange(4), "text": torch.ones(4, 2)}
+    (seen,), (held,) = apart([sample])
+    assert seen["positions"] is held["positions"] is sample["positions"]
+    assert [seen[key].shape[0] for key in ("x", "t", "text")] == [3, 3, 3]
+    assert held["x"].tolist() == [3]
+
+
 @pytest.mark.parametrize("samples", [[], [torch.ones(1, 4)], ["text"], [torch.ones(())]])
 def test_too_little(samples):
     with pytest.raises(CalibrationError, match="at least two samples"):

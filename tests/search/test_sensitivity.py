@@ -82,11 +82,13 @@ def test_calls_keep_their_own_gradients():
     assert torch.equal(found.inputs[1], (x + 1)[order])
 
 
-def test_layers_that_do_not_map_rows_to_rows_are_kept_whole():
-    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Flatten(), nn.Linear(6 * 25, 2))
+@pytest.mark.parametrize("channels", [6, 3])
+def test_layers_that_do_not_map_rows_to_rows_are_kept_whole(channels):
+    """Also those whose outputs have the shape of their inputs."""
+    net = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.Flatten(), nn.Linear(channels * 25, 2))
     found = watch(net, {"0": net[0], "2": net[2]}, [torch.randn(3, 3, 5, 5), torch.randn(2, 3, 5, 5)])
     assert [tuple(x.shape) for x in found["0"].inputs] == [(1, 3, 5, 5)] * 2
-    assert [tuple(s.shape) for s in found["0"].squares] == [(1, 6, 5, 5)] * 2
+    assert [tuple(s.shape) for s in found["0"].squares] == [(1, channels, 5, 5)] * 2
     assert (found["0"].kept, found["0"].rows) == (2, 5)
     assert sum(len(x) for x in found["2"].inputs) == 5
 

@@ -108,6 +108,45 @@ def test_what_replaces_a_module_on_disk_goes_there_too(buffers: bool, tmp_path: 
     assert torch.equal(twin(x.bfloat16()), y_new)
 
 
+def test_a_file_that_holds_one_offloaded_weight_is_deleted(tmp_path: Path) -> None:
+    """What transformers writes to the offload folder where the checkpoint has a weight in another form."""
+    save_file({"0.weight": torch.ones(5, 6)}, tmp_path / "0.weight.safetensors")
+    save_file({"0.bias": torch.ones(5)}, tmp_path / "model.safetensors")
+    files = {"0.weight": "0.weight.safetensors", "0.bias": "model.safetensors"}
+    where = {key: {"safetensors_file": str(tmp_path / f), "weight_name": key} for key, f in files.items()}
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU())
+    dispatch_model(model, {"0": "disk", "1": "cpu"}, main_device="cpu", offload_dir=tmp_path, offload_index=dict(where))
+    assert torch.equal(model(torch.ones(2, 6)), torch.full((2, 5), 7.0))
+    offload.forget_weights(model[0])
+    assert [file.name for file in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("offloaded", ["owner", "borrower", "both", "neither"])
+def test_a_lent_tensor_is_fetched_where_its_owner_has_it(offloaded: str, buffers: bool, tmp_path: Path) -> None:
+    """The borrower gets the tensor after it was dispatched, as a tied layer does."""
+    model = nn.ModuleList([nn.BatchNorm1d(6), nn.BatchNorm1d(6)])
+    owner, borrower = model
+    for module in model:
+        nn.init.normal_(module.weight)
+        module.running_mean.normal_()
+    own_bias, weight = nn.init.normal_(borrower.bias).detach().clone(), owner.weight.detach().clone()
+    mean = owner.running_mean.clone()
+    borrower._parameters["weight"] = borrower._buffers["running_mean"] = None
+    where = {str(i): "disk" if offloaded in (n, "both") else "cpu" for i, n in enumerate(("owner", "borrower"))}
+    dispatch_model(model, where, main_device="cpu", offload_dir=tmp_path, offload_buffers=buffers, force_hooks=True)
+    borrower._parameters["weight"], borrower._buffers["running_mean"] = owner.weight, owner.running_mean
+    offload.lend(owner, borrower, ["weight", "running_mean"])
+    x, borrower = torch.randn(3, 6), borrower.eval()
+    expected = nn.functional.batch_norm(x, mean, torch.ones(6), weight, own_bias)
+    for _ in range(2):
+        torch.testing.assert_close(borrower(x), expected)
+    assert borrower.weight.is_meta == (offloaded != "neither")
+    torch.testing.assert_close(
+        owner.eval()(x), nn.functional.batch_norm(x, mean, torch.ones(6), weight, torch.zeros(6))
+    )
+
+
 def test_weights_in_memory_are_not_on_disk(tmp_path: Path) -> None:
     model = cpu_offload(net(), execution_device=CPU)
     assert [offload.on_disk(module) for module in (*net(), *model)] == [None] * 6

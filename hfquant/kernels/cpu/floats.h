@@ -1,5 +1,6 @@
 // Products of floats: by weights that are not integers, and by the low-rank branch. A row's codes become floats a piece
-// at a time, in the nearest cache: for few tokens as they come, for many as panels of rows side by side.
+// at a time, in the nearest cache: for few tokens as they come, for more as panels of rows side by side. For many tokens
+// torch's product is so much faster than panels that whole rows may become floats before it.
 #pragma once
 
 #include "rows.h"
@@ -20,7 +21,7 @@ void row_of_floats(const Job& job, const std::vector<Block>& blocks, const float
     const Reals scale = repeat(scale_at(job, n, b.group));
     for (int64_t start = 0; start < b.size; start += PIECE) {
       const int64_t k = b.start + start, count = std::min<int64_t>(PIECE, b.size - start);
-      decode(job.weight + n * job.row_bytes + k * width, count, job.format, piece);
+      decode(job.weight + n * job.row_bytes + k * width, count, job.format, 1, piece);
       Reals part[T][2];
       UNROLL for (int t = 0; t < T; ++t) part[t][0] = part[t][1] = repeat(0.0f);
       int64_t i = 0;
@@ -65,10 +66,21 @@ inline void by_float_rows(const Job& job, ParallelFor parallel_for) {
 
 // Columns of a panel: with the tokens' it fits a core's nearest cache.
 constexpr int64_t PIECE = 128;
-// Tokens that use a piece of a panel before the next takes its place; fewer where there are too few panels for threads.
-constexpr int64_t MANY_TOKENS = 1024, SOME_TOKENS = 128, FEW_PANELS = 8;
+// Where there are too few panels for threads, so many tokens use a piece of a panel before the next takes its place.
+constexpr int64_t SOME_TOKENS = 128, FEW_PANELS = 8;
 // Converted tokens that are kept at once.
 constexpr int64_t CONVERTED_BYTES = 8 << 20;
+
+// Columns [start, start + count) of a row of the weight, as floats; `at` is the first column's block.
+inline void decode_scaled(const Job& job, std::vector<Block>::const_iterator at, int64_t row, int64_t start,
+                          int64_t count, float* out) {
+  const uint8_t* codes = job.weight + row * job.row_bytes;
+  for (int64_t k = start; k < start + count; ++at) {
+    const int64_t size = std::min<int64_t>(at->start + at->size, start + count) - k;
+    decode(codes + k * (job.bits / 8), size, job.format, scale_at(job, row, at->group), out + k - start);
+    k += size;
+  }
+}
 
 // A term of a sum of products: x [.., columns], lines one after another, by rows of codes. Only the weight has scales.
 struct Term {
@@ -83,7 +95,7 @@ struct Term {
 template <int V>
 void fill_floats(const Job& job, const std::vector<Block>& blocks, const Term& term, int64_t n, int64_t start,
                  int64_t count, float* panel) {
-  const int64_t width = code_bits(term.format) / 8, end = start + count;
+  const int64_t width = code_bits(term.format) / 8;
   alignas(64) float square[LANES][PIECE] = {};
   const auto here = std::partition_point(blocks.begin(), blocks.end(),
                                          [&](const Block& b) { return b.start + b.size <= start; });
@@ -91,12 +103,10 @@ void fill_floats(const Job& job, const std::vector<Block>& blocks, const Term& t
     for (int lane = 0; lane < LANES; ++lane) {
       // Lanes beyond the last row repeat it; what they give is not stored.
       const int64_t row = std::min(n + v * LANES + lane, job.N - 1);
-      decode(term.codes + (row * term.columns + start) * width, count, term.format, square[lane]);
-      for (auto b = here; term.scaled && b != blocks.end() && b->start < end; ++b) {
-        const int64_t first = std::max<int64_t>(start, b->start), last = std::min<int64_t>(end, b->start + b->size);
-        const float scale = scale_at(job, row, b->group);
-        for (int64_t k = first; k < last; ++k) square[lane][k - start] *= scale;
-      }
+      if (term.scaled)
+        decode_scaled(job, here, row, start, count, square[lane]);
+      else
+        decode(term.codes + (row * term.columns + start) * width, count, term.format, 1, square[lane]);
     }
     for (int64_t k = 0; k < count; k += LANES) {
       Ints tile[LANES];
@@ -116,8 +126,9 @@ void float_tile(const float* const x[TOKENS], const float* panel, int64_t count,
     UNROLL for (int j = 0; j < V; ++j) s[i][j] = load_reals(sums + (i * V + j) * LANES);
   constexpr int64_t LINE = 16;  // floats that a line of the cache holds
   for (int64_t k = 0; k < count;) {
-    // The next tile's, which the hardware's own prefetching does not find in time: lines are short.
+    // The next tile's, which the hardware's own prefetching does not find in time: lines and sums are short.
     UNROLL for (int i = 0; i < TOKENS; ++i) __builtin_prefetch(x[i] + k + next);
+    UNROLL for (int j = 0; j < V; ++j) __builtin_prefetch(sums + ((TOKENS + k / LINE) * V + j) * LANES, 1);
     for (const int64_t end = std::min(k + LINE, count); k < end; ++k, panel += V * LANES) {
       UNROLL for (int i = 0; i < TOKENS; ++i) {
         const Reals factor = repeat(x[i][k]);
@@ -159,7 +170,7 @@ inline void by_float_tiles(const Job& job, ParallelFor parallel_for) {
   const bool as_is = job.x.type == FLOAT32 && !job.divisor && job.input_format == INTEGERS;
   const int64_t chunk = as_is ? job.M : std::min(job.M, std::max(CONVERTED_BYTES / 4 / job.K, SOME_TOKENS));
   float* converted = as_is ? nullptr : of_x.get<float>(chunk * job.K);
-  const int64_t panels = (job.N + WIDTH - 1) / WIDTH, step = panels < FEW_PANELS ? SOME_TOKENS : MANY_TOKENS;
+  const int64_t panels = (job.N + WIDTH - 1) / WIDTH, step = panels < FEW_PANELS ? SOME_TOKENS : chunk;
   for (int64_t first = 0; first < job.M; first += chunk) {
     const int64_t count = std::min(chunk, job.M - first), slices = (count + step - 1) / step;
     auto convert = [&](int64_t begin, int64_t end) {
@@ -189,6 +200,59 @@ inline void by_float_tiles(const Job& job, ParallelFor parallel_for) {
       }
     };
     run_parallel(parallel_for, panels * slices, 1, multiply);
+  }
+}
+
+// Rows of the weight that are floats at once: fewer would cost torch's product more than they save in caches.
+constexpr int64_t DECODED_BYTES = 4 << 20, FEWEST_ROWS = 256;
+
+// The low-rank branch adds its columns: [x, narrow] by [W, up].
+inline void by_float_blocks(const Job& job, ParallelFor parallel_for, Gemm gemm) {
+  static thread_local Scratch of_x, of_weight, of_y;
+  const std::vector<Block> blocks = blocks_of(job);
+  const std::vector<Range> shared = shared_ranges(job);
+  const int64_t columns = job.K + job.rank;
+  const bool as_is = job.x.type == FLOAT32 && !job.divisor && !job.rank && job.input_format == INTEGERS;
+  const int64_t most = std::max<int64_t>(DECODED_BYTES / 4 / columns, FEWEST_ROWS);
+  const int64_t parts = (job.N + most - 1) / most, step = (job.N + parts - 1) / parts;
+  const int64_t chunk = std::min(job.M, std::max(CONVERTED_BYTES / 4 / std::max(columns, step), SOME_TOKENS));
+  float* converted = as_is ? nullptr : of_x.get<float>(chunk * columns);
+  float* weight = of_weight.get<float>(step * columns);
+  // Floats are stored where they belong.
+  const bool direct = job.y_type == FLOAT32;
+  float* product = direct ? nullptr : of_y.get<float>(chunk * step);
+  for (int64_t first = 0; first < job.M; first += chunk) {
+    const int64_t count = std::min(chunk, job.M - first);
+    auto convert = [&](int64_t begin, int64_t end) {
+      static thread_local Scratch of_floats;
+      float* buffer = of_floats.get<float>(job.K);
+      for (int64_t m = begin; m < end; ++m) {
+        to_factors(job, first + m, shared, buffer, converted + m * columns);
+        const float* narrow = job.narrow + (first + m) * job.rank;
+        if (job.rank) std::memcpy(converted + m * columns + job.K, narrow, job.rank * sizeof(float));
+      }
+    };
+    if (!as_is) run_parallel(parallel_for, count, std::max<int64_t>(1, 16384 / job.K), convert);
+    const float* x = as_is ? static_cast<const float*>(job.x.data) + first * job.K : converted;
+    for (int64_t n = 0; n < job.N; n += step) {
+      const int64_t rows = std::min(step, job.N - n);
+      auto fill = [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          decode_scaled(job, blocks.begin(), n + row, 0, job.K, weight + row * columns);
+          if (job.rank) to_floats(job.up, (n + row) * job.rank, job.rank, weight + row * columns + job.K);
+        }
+      };
+      run_parallel(parallel_for, rows, std::max<int64_t>(1, 32768 / columns), fill);
+      float* y = direct ? static_cast<float*>(job.y) + first * job.N + n : product;
+      const int64_t pitch = direct ? job.N : rows;
+      gemm(x, weight, y, pitch, count, rows, columns);
+      auto store = [&](int64_t begin, int64_t end) {
+        static thread_local Scratch of_bias;
+        float* bias = of_bias.get<float>(rows);
+        for (int64_t m = begin; m < end; ++m) add_bias(job, first + m, n, rows, y + m * pitch, bias);
+      };
+      if (!direct || job.bias.data) run_parallel(parallel_for, count, std::max<int64_t>(1, 32768 / rows), store);
+    }
   }
 }
 

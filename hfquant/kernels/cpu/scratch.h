@@ -111,7 +111,8 @@ inline void to_floats(Floats from, int64_t start, int64_t count, float* to) {
 
 inline void from_floats(const float* from, int64_t count, void* to, Type type, int64_t start) {
   if (type == FLOAT32) {
-    std::memcpy(static_cast<float*>(to) + start, from, count * sizeof(float));
+    float* p = static_cast<float*>(to) + start;
+    if (p != from) std::memcpy(p, from, count * sizeof(float));
   } else if (type == BFLOAT16) {
     uint16_t* p = static_cast<uint16_t*>(to) + start;
     for (int64_t i = 0; i < count; ++i) p[i] = to_bfloat16(from[i]);

@@ -82,16 +82,19 @@ inline Ints codes_in_order(const uint8_t* row, int64_t row_bytes, int64_t k, int
   }
 }
 
-// Codes [count] that are the bits of a float, as float32. FP8 is the upper byte of a float16, E4M3 but for its sign one
-// bit lower, in units of 2^8; its largest magnitude is NaN.
-inline void decode(const void* codes, int64_t count, Format format, float* __restrict out) {
+// Codes [count] that are the bits of a float, or 16-bit integers, times a scale, as float32. FP8 is the upper byte of a
+// float16, E4M3 but for its sign one bit lower, in units of 2^8; its largest magnitude is NaN.
+inline void decode(const void* codes, int64_t count, Format format, float scale, float* __restrict out) {
   if (format == INT16) {
     const int16_t* shorts = static_cast<const int16_t*>(codes);
-    for (int64_t i = 0; i < count; ++i) out[i] = shorts[i];
+    for (int64_t i = 0; i < count; ++i) out[i] = shorts[i] * scale;
     return;
   }
-  if (format >= FP16)
-    return to_floats({codes, format == FP32 ? FLOAT32 : format == BF16 ? BFLOAT16 : FLOAT16}, 0, count, out);
+  if (format >= FP16) {
+    to_floats({codes, format == FP32 ? FLOAT32 : format == BF16 ? BFLOAT16 : FLOAT16}, 0, count, out);
+    for (int64_t i = 0; scale != 1 && i < count; ++i) out[i] *= scale;
+    return;
+  }
   constexpr int64_t CHUNK = 128;
   const uint8_t* bytes = static_cast<const uint8_t*>(codes);
   for (int64_t start = 0; start < count; start += CHUNK) {
@@ -99,15 +102,15 @@ inline void decode(const void* codes, int64_t count, Format format, float* __res
     uint16_t halves[CHUNK];
     if (format == FP8_E5M2) {
       for (int64_t i = 0; i < size; ++i) halves[i] = static_cast<uint16_t>(bytes[start + i] << 8);
-      from_float16s(halves, size, 1, out + start);
+      from_float16s(halves, size, scale, out + start);
       continue;
     }
     for (int64_t i = 0; i < size; ++i) {
-      const uint16_t byte = bytes[start + i], magnitude = byte & 0x7f, sign = (byte & 0x80) << 8;
-      const uint16_t nan = ((magnitude + 1) & 0x80) * 0xf8;  // all bits of the exponent
-      halves[i] = sign | magnitude << 7 | nan;
+      const uint16_t shifted = static_cast<uint16_t>(static_cast<int8_t>(bytes[start + i])) << 7;  // the sign twice
+      const uint16_t nan = (shifted & 0x3f80) == 0x3f80 ? 0x7c00 : 0;
+      halves[i] = (shifted & 0xbf80) | nan;
     }
-    from_float16s(halves, size, 256, out + start);
+    from_float16s(halves, size, 256 * scale, out + start);  // finite, since 448 * scale is
   }
 }
 

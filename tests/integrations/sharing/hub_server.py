@@ -30,6 +30,10 @@ class Hub:
     objects: dict[str, bytes] = field(default_factory=dict)
     #: Users whose repositories the token may not write to.
     closed: set[str] = field(default_factory=set)
+    #: Repositories that are seen by those alone who asked for access.
+    gated: set[str] = field(default_factory=set)
+    #: What it answers to everything, where it is out of order.
+    broken: int | None = None
 
     def sha(self, key: tuple[str, str]) -> str:
         """Commit of a repository's head: changes with its files."""
@@ -46,6 +50,9 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
+        if self.hub.broken is not None:
+            self.answer({"error": "out of order"}, self.hub.broken)
+            return
         for method, pattern, action in ROUTES:
             found = re.fullmatch(pattern, path)
             if found and self.command in method:
@@ -56,6 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
                     self.answer({"error": "You don't have the rights"}, 403)
                 elif action is not _Handler.create and repo is not None and repo not in self.hub.repos:
                     self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+                elif repo is not None and repo[1] in self.hub.gated:
+                    self.answer({"error": "Access to this is restricted"}, 403, {"X-Error-Code": "GatedRepo"})
                 else:
                     action(self, *([repo] if repo else []), **groups)
                 return

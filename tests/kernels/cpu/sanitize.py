@@ -38,8 +38,9 @@ INPUTS = (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Columns and rows: below, at and beyond a vector, a group, a panel; never a multiple of all.
 SIZES = ((1, 1), (7, 5), (64, 48), (65, 33), (129, 17), (260, 101))
-#: Eight tokens are as many as the kernels for many begin at.
+#: The tiles begin at eight tokens, torch's product of floats at 512.
 TOKENS = (1, 7, 8, 33)
+MANY = 512
 SVD = LowRank(low_rank=3)
 
 
@@ -125,7 +126,8 @@ def main() -> None:
         for case in cases(form):
             layer, _ = layer_of(case.plan(quant, real=True))
             # Four numbers of tokens and three dtypes: each meets each within a few layers.
-            calls += sum(check(layer, names, tokens, next(dtypes)) for tokens in TOKENS)
+            sizes = (*TOKENS, MANY) if form in cpu.DECODED else TOKENS
+            calls += sum(check(layer, names, tokens, next(dtypes)) for tokens in sizes)
         for case, tokens in large_cases(form) if quant in INPUTS[:2] else ():
             layer, _ = layer_of(case.plan(quant, real=True))
             calls += check(layer, names, tokens, next(dtypes))

@@ -1,19 +1,26 @@
 """The C++ kernels where codes are not all: weight-only products, other formats, inputs that are hardly numbers."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 
-from hfquant.config import InputQuant
+from hfquant.algorithms import Identity
+from hfquant.algorithms.low_rank import LowRank
+from hfquant.config import InputQuant, WeightQuant
 from hfquant.formats import FORMATS, FloatFormat, InputRule
 from hfquant.kernels.base import Operands, Product
 from hfquant.kernels.op import linear
 from hfquant.kernels.table import KERNELS, obstacle
 from tests import oracle
 from tests.kernels.products import FLOAT_BLOCK, FLOAT_LIMIT, Spec, bits_equal, identity, kernel, sample
-from tests.nn.linear_cases import assert_close, cases, forward_by_hand, layer_of, some_input
+from tests.nn.linear_cases import Case, assert_close, cases, forward_by_hand, layer_of, some_input
 
 __all__ = ["kernel"]
+
+#: Tokens from which on floats are multiplied by torch.
+MANY = 512
 
 # Weight-only products: floats as integers of 16 bits.
 
@@ -163,19 +170,53 @@ def test_layers_against_float64(kernel, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp8e4m3", "fp8e5m2", "fp16", "bf16", "int16"])
 def test_every_code_of_other_formats(kernel, dtype) -> None:
-    """Each finite code by one: what comes out is what the code stands for."""
+    """Each code by one, NaN and infinities too: what comes out is what the code stands for."""
     form = FORMATS[dtype]
     if form.is_integer:
         codes = torch.arange(-(2**15), 2**15).to(torch.int16)
         values = codes.double()
     else:
-        every = oracle.decode(dtype)
-        codes = torch.from_numpy(np.flatnonzero(np.isfinite(every)).astype(f"u{form.code_dtype.itemsize}"))
-        values, codes = torch.from_numpy(every[np.isfinite(every)]), codes.view(form.code_dtype)
-    scale = torch.ones(len(codes), 1) if form.has_scale else None
-    for tokens in (1, 9):
-        y = linear(torch.ones(tokens, 1), Operands(codes[:, None], scale), Product(form, (1,), (1,), None), True)
-        assert torch.equal(y, values.float().expand(tokens, -1))
+        values = torch.from_numpy(oracle.decode(dtype))
+        codes = torch.from_numpy(np.arange(len(values)).astype(f"u{form.code_dtype.itemsize}")).view(form.code_dtype)
+    for tokens, step in ((1, 1), (9, 1), (MANY, 1 if len(codes) == 256 else 31)):
+        part = codes[::step, None].contiguous()
+        scale = torch.ones(len(part), 1) if form.has_scale else None
+        y = linear(torch.ones(tokens, 1), Operands(part, scale), Product(form, (1,), (1,), None), True)
+        np.testing.assert_array_equal(y, values[::step].float().expand(tokens, -1))
+
+
+@pytest.mark.parametrize("weight", ["fp8e4m3", "fp16"])
+def test_many_tokens_in_blocks(kernel, weight) -> None:
+    """Rows, tokens and columns that no block divides, by torch's product: against float64."""
+    if weight == "fp8e4m3":
+        quant, branch, dtype = InputQuant(type="fp8e4m3", dynamic=True, axis=-1), LowRank(low_rank=5), torch.float32
+    else:
+        quant, branch, dtype = None, Identity(), torch.bfloat16
+    group = 48 if FORMATS[weight].has_scale else None
+    case = Case(WeightQuant(type=weight, group_size=group), branch, inputs=(4100, 101), outputs=(301,))
+    plan = case.plan(quant, real=True)
+    layer, tensors = layer_of(plan)
+    x = some_input(MANY + 9, features=4201).to(dtype)
+    expected, size = forward_by_hand(plan, tensors, x.float())
+    with torch.inference_mode():
+        nested = layer(x.view(1, MANY + 9, -1))[0]
+    for y in (layer(x), nested):
+        if dtype == torch.float32:
+            assert_close(y, expected, size)
+        else:
+            assert np.abs(y.double().numpy() - expected).max() <= 2**-8 * np.abs(expected).max()
+
+
+def test_many_tokens_from_several_threads(kernel) -> None:
+    layers = []
+    for dtype in ("fp8e4m3", "fp16", "int16"):
+        layer, _ = layer_of(Case(WeightQuant(type=dtype), inputs=(300,), outputs=(70,)).plan(None, real=True))
+        layers.append((layer, some_input(MANY, features=300)))
+    expected = [layer(x) for layer, x in layers]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(5):
+            for y, found in zip(expected, pool.map(lambda pair: pair[0](pair[1]), layers), strict=True):
+                torch.testing.assert_close(found, y)
 
 
 # FP8 inputs, rounded natively; the branch of low rank.
@@ -225,7 +266,7 @@ def test_fp8_inputs_with_scales(kernel, dtype, kind) -> None:
     operands, product = fp8_identity(dtype, rule)
     if kind == "static":
         operands = operands._replace(input_scale=torch.tensor([0.0123]))
-    for tokens in (1, 5, 300):
+    for tokens in (1, 5, MANY):
         for scale in (1e-40, 1e-30, 0.3, 1e30):
             x = torch.randn(tokens, 200) * scale
             x[0] = form.snap(x[0] / 0.0123) * 0.0123 if kind == "static" else x[0].bfloat16()
@@ -239,7 +280,7 @@ def test_fp8_inputs_that_are_no_numbers(kernel, bad) -> None:
     for dynamic, per_token in ((True, True), (True, False), (False, False)):
         operands, product = fp8_identity("fp8e4m3", InputRule(form, dynamic, per_token, (40,), (False,)))
         operands = operands if dynamic else operands._replace(input_scale=torch.ones(1))
-        for tokens in (3, 12):
+        for tokens in (3, 12, MANY):
             x = torch.randn(tokens, 40)
             clean = linear(x, operands, product, True)
             x[1, 7] = bad
@@ -275,7 +316,7 @@ def test_branch_of_low_rank(kernel, weight, dtype) -> None:
         codes = form.pack(torch.zeros(out, width, dtype=torch.int8))
         down, up = torch.randn(rank, width).to(dtype), torch.randn(out, rank).to(dtype)
         operands = Operands(codes, torch.ones(out, 1), divisor=torch.rand(width) + 0.5, down=down, up=up)
-        for tokens in (1, 2, 7, 8, 9, 150):
+        for tokens in (1, 2, 7, 8, 9, 150, MANY):
             x = torch.randn(tokens, width).to(dtype)
             y = linear(x, operands, product, True).double()
             a, b, c = x.double(), down.double(), up.double()
