@@ -11,8 +11,7 @@ from torch import nn
 
 from hfquant.exporters import compressed_tensors, nunchaku
 from hfquant.exporters.checkpoint import Converted, ExportError, write
-from hfquant.nn.experts import QuantExperts
-from hfquant.nn.modules import quant_linears, quant_modules
+from hfquant.nn.modules import quant_modules
 
 __all__ = ["FORMATS", "Converted", "ExportError", "export"]
 
@@ -33,14 +32,17 @@ def export(
 ) -> None:
     """Write a quantized model as a checkpoint that loads without hfquant. The model stays as it is.
 
-    Codes, zero points and scales are those of the model; scales in two levels are written as floats.
+    Codes, zero points and scales are those of the model; scales in two levels are written as floats. Fused experts are
+    written as one linear an expert, as in the published checkpoints of their class. transformers dequantizes them while
+    it loads them, so their inputs are floats there; a log line says so.
 
     Args:
         model: quantized by hfquant, of transformers ("compressed-tensors") or diffusers ("nunchaku-lite").
         dir: the folder to write; must not exist, or be empty.
         format: "compressed-tensors", as transformers reads it, or "nunchaku-lite", SVDQuant in INT4 as diffusers does.
         requantize: what to do with layers that the format cannot express (scales of their own for segments of the
-            input, dual scale, smoothing that is not folded, a low-rank branch, short groups): False refuses them,
+            input, dual scale, smoothing that is not folded, a low-rank branch, short groups; experts with zero points,
+            or not all of one scheme): False refuses them,
             True rounds their effective weights to nearest on a plain grid of the same bits, with activations scaled at
             run time. That loses what calibration gained there; how much is logged. To lose nothing, quantize with
             ``opt: {"fold": True}`` or without what the format lacks.
@@ -65,8 +67,6 @@ def export(
             f"model: expected a torch.nn.Module, got {type(model).__name__}; of a pipeline pass a component: "
             "hfquant.export(pipe.transformer, ...)"
         )
-    if not quant_linears(model):
+    if not quant_modules(model):
         raise ExportError(f"{type(model).__name__} has no quantized linear: quantize it with hfquant first")
-    if experts := [name for name, layer in quant_modules(model).items() if isinstance(layer, QuantExperts)]:
-        raise ExportError(f"fused experts cannot be exported yet: {experts[0]!r} and {len(experts) - 1} more")
     write(model, FORMATS[format](model, requantize), folder, max_shard_size)

@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hfquant.console import counted
 from hfquant.integrations import library
 from hfquant.integrations.compat import drop_needs_hfquant, stored_names
+from hfquant.nn.experts import QuantExperts
 from hfquant.nn.linear import QuantLinear
 
 
@@ -32,10 +33,12 @@ class Converted:
     Attributes:
         tensors: of the quantized linears, by full name.
         quantization_config: what that format puts into config.json.
+        of_experts: of quantized experts, by their names in the checkpoint, which no module of the model has.
     """
 
     tensors: Mapping[str, Tensor]
     quantization_config: Mapping[str, Any]
+    of_experts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def refuse(problems: Mapping[str, str], format: str, requantized: bool) -> None:
@@ -87,7 +90,8 @@ def write(model: nn.Module, converted: Converted, folder: Path, max_shard_size: 
         state = {**float_tensors(model), **converted.tensors}
         if library(model) == "transformers":
             _write_transformers_config(model, converted.quantization_config, made)
-            state, pattern = stored_names(model, state), "model{suffix}.safetensors"
+            state = {**stored_names(model, state), **converted.of_experts}
+            pattern = "model{suffix}.safetensors"
         else:
             _write_diffusers_config(model, converted.quantization_config, made)
             pattern = "diffusion_pytorch_model{suffix}.safetensors"
@@ -101,13 +105,15 @@ def write(model: nn.Module, converted: Converted, folder: Path, max_shard_size: 
 
 
 def float_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of all but the quantized linears, each tied one once."""
+    """Return the tensors of all but the quantized linears and experts, each tied one once."""
     tied: Collection[str] = getattr(model, "all_tied_weights_keys", None) or ()
     found: dict[str, Tensor] = {}
     for key in model.state_dict():
         owner, _, name = key.rpartition(".")
         module = model.get_submodule(owner)
         if isinstance(module, QuantLinear) or key in tied:
+            continue
+        if isinstance(module, QuantExperts) and name in module.specs() and not name.endswith("_bias"):
             continue
         # Offloaded weights are fetched for the moment.
         with align_module_device(module):

@@ -6,13 +6,15 @@ channels, for inputs one scale a token or a tensor. Codes and zero points are si
 Weights of integers with float inputs are "pack-quantized": each row a stream of unsigned codes, low bits first, padded
 to whole int32. Where the inputs are quantized too they are "int-quantized", a byte a code; FP8 is "float-quantized", or
 "naive-quantized" with float inputs. That is what compressed-tensors itself chooses for each (but see :func:`storage`).
+
+Fused experts become one linear each, under the names of their published checkpoints (:mod:`hfquant.exporters.experts`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +22,15 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from hfquant.exporters.checkpoint import Converted, ExportError, must_be_of, refuse
+from hfquant.exporters.experts import alike, as_read, expert_layers, log_inputs
 from hfquant.exporters.requantize import no_linear, plain, requantized
 from hfquant.formats import NumberFormat
 from hfquant.formats.words import to_words
+from hfquant.integrations.compat import replaced_when_quantized, stored_names
+from hfquant.integrations.experts import StoredLinear, stored_linears
 from hfquant.layer_plan import LayerPlan
+from hfquant.nn.experts import QuantExperts, plans_of
+from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_linears
 
@@ -32,36 +39,98 @@ _TYPES = {**{f"int{bits}": "int" for bits in range(2, 9)}, "fp8e4m3": "float"}
 
 
 def convert(model: Any, requantize: bool) -> Converted:
-    """Return the quantized linears of ``model`` (transformers) as compressed-tensors stores them.
+    """Return the quantized linears and experts of ``model`` (transformers) as compressed-tensors stores them.
 
     Raises:
         ExportError: the model is of another library, or layers cannot be expressed.
     """
     must_be_of(model, "transformers", "compressed-tensors")
-    layers, plans, problems = quant_linears(model), {}, {}
-    for name, layer in layers.items():
-        why = obstacle(layer.plan)
-        plans[name] = plain(layer.plan) if why and requantize else layer.plan
-        if why := no_linear(layer) or obstacle(plans[name]):
-            problems[name] = why
-    refuse(problems, "compressed-tensors", requantize)
+    experts = {name: m for name, m in model.named_modules() if isinstance(m, QuantExperts)}
+    own_plans = plans_of(experts)
+    sizes = {p: (experts[p.rpartition(".")[0]].expert_count, plan.out_features) for p, plan in own_plans.items()}
+    linears = stored_linears(model, {name: module.layout for name, module in experts.items()}, sizes)
+    plans, problems = _plans_of_linears(model, requantize)
+    expert_plans, more = _plans_of_experts(own_plans, linears, requantize)
+    empty = "transformers would leave these experts empty, in whose place it has lists of linears"
+    more |= {n: empty for n, m in model.named_modules() if replaced_when_quantized(m, "compressed-tensors")}
+    refuse(problems | more, "compressed-tensors", requantize)
     scaled = {name: plan for name, plan in plans.items() if plan.config.weight_quant.format.has_scale}
-    if not scaled:
+    if not scaled and not expert_plans:
         raise ExportError("no layer has a scale: hfquant.dequantize(model), then save it as it is")
     alone = len({json.dumps(arguments(plan)) for plan in scaled.values()}) == 1
     tensors: dict[str, Tensor] = {}
     groups: dict[str, list[str]] = {}
-    for name, layer in layers.items():
-        plan = plans[name]
-        assert isinstance(layer, QuantLinear)
+    for name, plan in plans.items():
+        layer = model.get_submodule(name)
         with align_module_device(layer):
             if plan is not layer.plan:
                 layer = requantized(name, layer, plan)
-            found = layer_tensors(layer, storage(plan, alone), model.dtype)
-            tensors |= {f"{name}.{key}": tensor.cpu() for key, tensor in found.items()}
+            tensors |= _named(name, layer_tensors(layer, storage(plan, alone), model.dtype))
         if name in scaled:
-            groups.setdefault(json.dumps({**arguments(plan), "format": storage(plan, alone)}), []).append(name)
-    return Converted(tensors, quantization_config(model, groups))
+            groups.setdefault(_scheme(plan, alone), []).append(name)
+    of_experts: dict[str, Tensor] = {}
+    for name, plan in expert_plans.items():
+        owner, _, projection = name.rpartition(".")
+        with align_module_device(experts[owner]):
+            layers = list(expert_layers(name, experts[owner], projection, plan))
+            for linear in linears[name]:
+                found = layer_tensors(layers[linear.expert], storage(plan, alone), model.dtype, linear.rows)
+                of_experts |= _named(linear.name, found)
+    log_inputs(own_plans)
+    scheme = next((_scheme(plan, alone) for plan in expert_plans.values()), None)
+    names = [linear.name for found in linears.values() for linear in found]
+    return Converted(tensors, quantization_config(model, groups, scheme, names), of_experts)
+
+
+def _named(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{name}.{key}": tensor.cpu() for key, tensor in tensors.items()}
+
+
+def _plans_of_linears(model: nn.Module, requantize: bool) -> tuple[dict[str, LayerPlan], dict[str, str]]:
+    """Return what each quantized layer is exported as, and what keeps layers from it."""
+    plans, problems = {}, {}
+    for name, layer in quant_linears(model).items():
+        why = obstacle(layer.plan)
+        plans[name] = plain(layer.plan) if why and requantize else layer.plan
+        if why := no_linear(layer) or obstacle(plans[name]):
+            problems[name] = why
+    return plans, problems
+
+
+def _plans_of_experts(
+    plans: Mapping[str, LayerPlan], linears: Mapping[str, list[StoredLinear]], requantize: bool
+) -> tuple[dict[str, LayerPlan], dict[str, str]]:
+    """Return the same for the quantized parameters of experts, all of which have one scheme.
+
+    Args:
+        plans: of the model.
+        linears: what each is in a checkpoint.
+        requantize: whether they may be rounded anew.
+    """
+    read = {name: as_read(plan) for name, plan in plans.items()}
+    problems = _obstacles_of_experts(read, linears)
+    if problems and requantize:
+        read = alike(read)
+        problems = _obstacles_of_experts(read, linears)
+    return read, problems
+
+
+def _obstacles_of_experts(plans: Mapping[str, LayerPlan], linears: Mapping[str, list[StoredLinear]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    first = next(iter(plans), "")
+    for name, plan in plans.items():
+        weight = plan.config.weight_quant
+        if not linears[name]:
+            found[name] = "checkpoints of its class keep experts fused, and there are codes for linears alone"
+        elif why := obstacle(plan):
+            found[name] = why
+        elif not weight.format.has_scale:
+            found[name] = f"transformers passes over experts of {weight.type}, which have no scale"
+        elif not weight.symmetric:
+            found[name] = "transformers passes over the zero points of experts"
+        elif first not in found and arguments(plan) != arguments(plans[first]):
+            found[name] = f"transformers reads all experts by one scheme, and it has not that of {first!r}"
+    return found
 
 
 def obstacle(plan: LayerPlan) -> str | None:
@@ -85,7 +154,7 @@ def obstacle(plan: LayerPlan) -> str | None:
 def arguments(plan: LayerPlan) -> dict[str, Any]:
     """Return what a config group says of such layers, storage aside."""
     weight, inputs = plan.config.weight_quant, plan.config.input_quant
-    grouped = len(plan.columns) > 1
+    grouped = len(plan.columns) > 1 or plan.columns[0] == plan.config.group_size
     weights = {
         **_number(weight.format),
         "symmetric": weight.symmetric,
@@ -100,6 +169,11 @@ def arguments(plan: LayerPlan) -> dict[str, Any]:
     return {"weights": weights, "input_activations": activations, "output_activations": None}
 
 
+def _scheme(plan: LayerPlan, alone: bool) -> str:
+    """Return what a config group says of such layers, as JSON."""
+    return json.dumps({**arguments(plan), "format": storage(plan, alone)})
+
+
 def _number(form: NumberFormat) -> dict[str, Any]:
     return {"num_bits": form.bits, "type": _TYPES[form.name]}
 
@@ -112,7 +186,7 @@ def storage(plan: LayerPlan, alone: bool) -> str:
 
     Args:
         plan: of the layer.
-        alone: whether all layers have one scheme.
+        alone: whether all layers but experts have one scheme.
     """
     quant = plan.config.weight_quant
     if plan.config.input_quant is not None:
@@ -120,21 +194,24 @@ def storage(plan: LayerPlan, alone: bool) -> str:
     return "pack-quantized" if quant.format.is_integer and (alone or quant.symmetric) else "naive-quantized"
 
 
-def layer_tensors(layer: QuantLinear, storage: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def layer_tensors(
+    layer: QuantLinear, storage: str, dtype: torch.dtype, rows: slice | Tensor = slice(None)
+) -> dict[str, Tensor]:
     """Return the tensors of a layer that :func:`obstacle` has nothing against, by the names they are stored under.
 
     Args:
         layer: of the model.
         storage: see :func:`storage`.
         dtype: of the weight where it is a float without a scale.
+        rows: which of its outputs are stored, of a layer without a bias.
     """
-    form, codes, grid = layer.format, layer.codes(), layer.grid()
+    form, codes, grid = layer.format, layer.codes(rows), layer.grid(rows)
     bias = {} if layer.bias is None else {"bias": layer.bias.detach()}
     if grid.scale is None:  # a mere cast: a float weight like any other
         return {"weight": form.values(codes).to(dtype), **bias}
     zero_point = grid.zero_point
     if storage == "pack-quantized":
-        shape = torch.tensor([layer.out_features, layer.in_features])
+        shape = torch.tensor(codes.shape)
         stored = {"weight_packed": to_words(codes, form), "weight_shape": shape}
         if zero_point is not None:
             # Along the rows, several of a column in an int32.
@@ -150,41 +227,76 @@ def layer_tensors(layer: QuantLinear, storage: str, dtype: torch.dtype) -> dict[
     return {name: tensor.contiguous() for name, tensor in {**stored, **bias}.items()}
 
 
-def quantization_config(model: nn.Module, groups: Mapping[str, list[str]]) -> dict[str, Any]:
+def quantization_config(
+    model: nn.Module, groups: Mapping[str, list[str]], experts: str | None = None, linears: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return config.json's section.
 
     Args:
         model: with its quantized linears.
         groups: scheme as JSON -> names of its layers.
+        experts: the scheme of experts; None where there are none.
+        linears: of experts, by their names in the checkpoint.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    schemes = [json.loads(found) for found in groups]
-    formats = {found["format"] for found in schemes}
     quantized = {name for names in groups.values() for name in names}
     left = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in quantized]
-    config_groups = {
-        f"group_{i}": {
-            "targets": ["Linear"] if len(groups) == 1 else [_pattern(name, prefix) for name in names],
-            **found,
-        }
-        for i, (found, names) in enumerate(zip(schemes, groups.values(), strict=True))
-    }
+    # First, since transformers takes the first group whose patterns say "experts" for that of all experts.
+    targets = {} if experts is None else {experts: _patterns_of_experts(linears, prefix)}
+    for scheme, names in groups.items():
+        targets.setdefault(scheme, []).extend(_pattern(name, prefix) for name in names)
+    several = len(groups) > 1
+    config_groups = {}
+    for i, (scheme, names) in enumerate(targets.items()):
+        all_linears = len(targets) == 1 or (scheme != experts and not several)
+        config_groups[f"group_{i}"] = {"targets": ["Linear"] if all_linears else names, **json.loads(scheme)}
+    formats = {found["format"] for found in config_groups.values()}
+    of_linears = {json.loads(scheme)["format"] for scheme in groups}
     # transformers would keep packed layers as they are until the first forward; but it cannot hold packed zero points,
-    # and many models initialize a `weight` that packed layers have not. It takes the first scheme for that of all.
-    loading = {"dequantize": True} if formats == {"pack-quantized"} and len(schemes) == 1 else {}
+    # and many models initialize a `weight` that packed layers have not. It takes one scheme for that of all linears.
+    loading = {"dequantize": True} if of_linears <= {"pack-quantized"} and not several else {}
     return {
         **loading,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": next(iter(formats)) if len(formats) == 1 else "mixed-precision",
         "config_groups": config_groups,
-        "ignore": [_pattern(name, prefix) for name in left],
+        "ignore": [_pattern(name, prefix) for name in [*left, *_routers(model)]],
     }
 
 
-def _pattern(name: str, prefix: str) -> str:
-    """Return what matches a layer by name; where the model has a base model, in that alone too (AutoModel)."""
+def _routers(model: nn.Module) -> list[str]:
+    """Return what a checkpoint calls modules that multiply with a matrix of their own, but are no linears.
+
+    Routers are such; other programs have linears in their place.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 2 and not isinstance(module, (nn.Linear, nn.Embedding, QuantLayer)):
+            found[f"{name}.weight"] = weight.to("meta")
+    return [name.removesuffix(".weight") for name in stored_names(model, found)]
+
+
+def _patterns_of_experts(names: Sequence[str], prefix: str) -> list[str]:
+    """Return what matches linears of experts by name, one pattern for all of a layer.
+
+    What follows an expert's number is left open: vLLM asks for the scheme of ``gate_proj`` where the checkpoint has
+    ``w1``.
+    """
+    layers = dict.fromkeys(re.sub(r"(.*)\.\d+\..*", r"\1", name) for name in names)
+    return [_pattern(layer, prefix, r"\.\d+\..*") for layer in layers]
+
+
+def _pattern(name: str, prefix: str, end: str = "") -> str:
+    """Return what matches a layer by name; where the model has a base model, in that alone too (AutoModel).
+
+    Args:
+        name: of the layer.
+        prefix: of the base model.
+        end: a regular expression for what follows the name.
+    """
     start = f"{prefix}."
-    if not prefix or not name.startswith(start):
-        return name
-    return f"re:({re.escape(start)})?{re.escape(name.removeprefix(start))}$"
+    if prefix and name.startswith(start):
+        return f"re:({re.escape(start)})?{re.escape(name.removeprefix(start))}{end}$"
+    return f"re:{re.escape(name)}{end}$" if end else name

@@ -20,6 +20,7 @@ from hfquant.exporters.checkpoint import Converted, must_be_of, refuse
 from hfquant.exporters.requantize import no_linear, plain, requantized
 from hfquant.formats import NumberFormat
 from hfquant.layer_plan import LayerPlan
+from hfquant.nn.experts import QuantExperts
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_linears
 
@@ -47,6 +48,8 @@ def convert(model: Any, requantize: bool) -> Converted:
             why = obstacle(_grouped(layer.plan))
         if why := no_linear(layer) or why:
             problems[name] = why
+    fused = "it is no linear but fused experts"
+    problems |= {name: fused for name, module in model.named_modules() if isinstance(module, QuantExperts)}
     refuse(problems, "nunchaku-lite", requantize)
     dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     rank = max(_RANK, *(-(-_rank(layer.plan) // _RANK) * _RANK for layer in layers.values()))

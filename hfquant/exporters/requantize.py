@@ -24,8 +24,13 @@ def no_linear(layer: QuantLayer) -> str | None:
     return None if type(layer) is QuantLinear else f"it is no linear but a {layer._get_name()}"
 
 
-def plain(plan: LayerPlan) -> LayerPlan:
-    """Return the plan with the same bits and nothing else: one segment, no transform, equal groups, dynamic scales."""
+def plain(plan: LayerPlan, divided: int | None = None) -> LayerPlan:
+    """Return the plan with the same bits and nothing else: one segment, no transform, equal groups, dynamic scales.
+
+    Args:
+        plan: of a layer.
+        divided: what its groups have to divide; None: its inputs.
+    """
     plan = replace(
         plan.without_data(),
         input_segments=(plan.in_features,),
@@ -34,7 +39,7 @@ def plain(plan: LayerPlan) -> LayerPlan:
         folded=False,
     )
     weight, inputs = plan.config.weight_quant, plan.config.input_quant
-    group = weight.group_size and _equal_groups(plan.in_features, weight.group_size)
+    group = weight.group_size and _equal_groups(divided or plan.in_features, weight.group_size)
     changes = {"group_size": group, "axis": weight.axis if group or not weight.group_size else -1}
     weight = weight.model_copy(update=changes)
     inputs = inputs and inputs.model_copy(update={"segments": 1})
@@ -48,23 +53,31 @@ def _equal_groups(columns: int, group: int) -> int | None:
 
 
 def requantized(name: str, layer: QuantLinear, plan: LayerPlan) -> QuantLinear:
-    """Return a layer with the effective weight of ``layer`` by ``plan``; log what that costs.
+    """Return a layer as :func:`rounded_anew` makes it; log what that costs."""
+    new, sqnr = rounded_anew(name, layer, plan)
+    if sqnr is None:
+        logger.warning("layer %r: in the export its inputs have one scale a token, computed at run time", name)
+    else:
+        logger.warning("layer %r: rounded anew for the export, %.1f dB to the weight that it had", name, sqnr)
+    return new
 
-    Codes stay where only the inputs are quantized otherwise; else the weight is rounded to nearest.
+
+def rounded_anew(name: str, layer: QuantLinear, plan: LayerPlan) -> tuple[QuantLinear, float | None]:
+    """Return a layer with the effective weight of ``layer`` by ``plan``, and its SQNR in dB.
+
+    Codes stay where only the inputs are quantized otherwise, which is None; else the weight is rounded to nearest.
 
     Args:
-        name: for the log.
+        name: for messages.
         layer: stays as it is.
         plan: needs no data (see :func:`plain`).
     """
     bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
     old = layer.plan
-    if old.columns == plan.columns and not old.transform.tensors(old.in_features, old.row_groups):
-        logger.warning("layer %r: in the export its inputs have one scale a token, computed at run time", name)
-        return QuantLinear.from_tensors(plan, {key: getattr(layer, key) for key in plan.tensors()}, bias)
+    same_grid = old.columns == plan.columns and old.config.weight_quant.symmetric == plan.config.weight_quant.symmetric
+    if same_grid and not old.transform.tensors(old.in_features, old.row_groups):
+        return QuantLinear.from_tensors(plan, {key: getattr(layer, key) for key in plan.tensors()}, bias), None
     weight = layer.effective_weight()
     new = QuantLinear.from_tensors(plan, solve(name, weight, plan, None).tensors, bias)
     error = (new.dequantize() - weight).square().sum().item()
-    sqnr = 10 * math.log10(weight.square().sum().item() / error) if error else math.inf
-    logger.warning("layer %r: rounded anew for the export, %.1f dB to the weight that it had", name, sqnr)
-    return new
+    return new, 10 * math.log10(weight.square().sum().item() / error) if error else math.inf

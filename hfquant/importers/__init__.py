@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hfquant.importers import awq, compressed_tensors, gptq
 from hfquant.importers.checkpoint import checkpoint_tensors, quantization_section
+from hfquant.importers.experts import expert_sizes, fuse
 from hfquant.importers.layers import ImportedLayer, LayerKind
 from hfquant.integrations.checkpoint import CheckpointError
 from hfquant.integrations.compat import names_in_model
@@ -36,7 +37,8 @@ def import_checkpoint(dir: str | os.PathLike[str], dtype: torch.dtype | str = "a
     """Load a checkpoint that GPTQ, AWQ or compressed-tensors quantized, as a model quantized by hfquant.
 
     Codes and zero points are exactly those of the checkpoint, scales too (as float32). The model runs on hfquant's
-    kernels, and ``save_pretrained`` writes an hfquant checkpoint.
+    kernels, and ``save_pretrained`` writes an hfquant checkpoint. Experts that the checkpoint has one by one are fused
+    as the model's class has them.
 
     Args:
         dir: folder with config.json and safetensors: GPTQ (any order of columns whose groups stay together, zero points
@@ -73,12 +75,14 @@ def import_checkpoint(dir: str | os.PathLike[str], dtype: torch.dtype | str = "a
         dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
     with torch.device("meta"):
         empty = architecture(config)
+    of_experts = fuse(empty, kinds, converted)
     found = names_in_model(empty, [f"{name}.weight" for name in kinds])
     names = {key.removesuffix(".weight"): inside.removesuffix(".weight") for key, inside in found.items()}
     for name, kind in kinds.items():
         linear = _linear(empty, names[name], kind)
         _drop_zero_bias(name, linear, tensors)
-    config.quantization_config = _config(empty, {names[key]: kind for key, kind in kinds.items()}).to_dict()
+    in_model = {names[key]: kind for key, kind in kinds.items()} | of_experts
+    config.quantization_config = _config(empty, in_model).to_dict()
     tensors |= converted
     model, info = architecture.from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
@@ -122,5 +126,5 @@ def _config(model: nn.Module, kinds: Mapping[str, LayerKind]) -> HfQuantConfig:
     for name, kind in kinds.items():
         if kind.weight_quant != usual:
             rules[name] = {"weight_quant": dict(kind.weight_quant)}
-    left = dict.fromkeys(layers_in(model), "not quantized in the imported checkpoint")
+    left = dict.fromkeys([*layers_in(model), *expert_sizes(model)], "not quantized in the imported checkpoint")
     return HfQuantConfig(rules).for_model({}, {n: why for n, why in left.items() if n not in kinds})

@@ -28,6 +28,7 @@ with suppress(ImportError):  # either library may be absent
     )
     from transformers.integrations.accelerate import load_offloaded_parameter
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 __all__ = [
     "NEEDS_HFQUANT",
@@ -44,8 +45,10 @@ __all__ = [
     "load_offloaded_parameter",
     "mark_initialized",
     "names_in_model",
+    "published_names",
     "register_lora_base",
     "register_lora_layers",
+    "replaced_when_quantized",
     "save_as_named",
     "set_quantization_config",
     "set_quantized",
@@ -236,3 +239,20 @@ def register_lora_base(kind: type[nn.Linear], floats: Callable[[Any], Tensor]) -
 def stored_names(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors under the names that transformers' ``save_pretrained`` gives them."""
     return dict(revert_weight_conversion(model, dict(state_dict)))
+
+
+def published_names(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the names, and in the parts, that published checkpoints of the model's class have them."""
+    # What a model has been loaded by, or is to be saved by (:func:`save_as_named`), stands before the class's own.
+    own = vars(model).pop("_weight_conversions", None)
+    try:
+        return stored_names(model, state_dict)
+    finally:
+        if own is not None:
+            model._weight_conversions = own
+
+
+def replaced_when_quantized(module: nn.Module, method: str) -> bool:
+    """Return whether transformers has another module in this one's place in checkpoints quantized by ``method``."""
+    patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
+    return patch is not None and method in patch["quantization_methods"]

@@ -3,17 +3,23 @@
 Most classes of transformers declare it (``use_experts_implementation``): whether there is a gate, which dimension comes
 first. Those that declare nothing are a line of :data:`LAYOUTS`. Classes whose experts are plain linears (diffusers'
 HiDream) need nothing.
+
+Most checkpoints have one linear an expert all the same: transformers fuses them while it loads, and takes them apart
+when it saves (:func:`stored_linears`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hfquant.experts import Experts, ExpertsLayout, route_all, route_sorted, route_tokens
-from hfquant.integrations.compat import apply_gate, declares_experts
+from hfquant.integrations.compat import apply_gate, declares_experts, published_names
 
 
 def _declared(experts: Any, number: int, rows: Tensor) -> Tensor:
@@ -79,3 +85,49 @@ def holds_experts(model: nn.Module, name: str) -> bool:
     """Return whether an entry of a plan is a parameter that holds experts, not a layer."""
     parent, _, own = name.rpartition(".")
     return own in model.get_submodule(parent)._parameters
+
+
+class StoredLinear(NamedTuple):
+    """A linear of a published checkpoint that the model has within a 3-D parameter.
+
+    Attributes:
+        name: in the checkpoint.
+        expert: its number.
+        rows: which of that expert's matrix [out, in] it has, in its order.
+    """
+
+    name: str
+    expert: int
+    rows: Tensor
+
+
+def stored_linears(
+    model: Any, layouts: Mapping[str, ExpertsLayout], sizes: Mapping[str, tuple[int, int]]
+) -> dict[str, list[StoredLinear]]:
+    """Return what parameters of experts are in published checkpoints of the class; nothing where those keep them fused.
+
+    transformers itself is asked: numbers of rows go through its conversion in place of weights.
+
+    Args:
+        model: of transformers.
+        layouts: of its modules of experts, by name.
+        sizes: name of a parameter -> how many experts it has, and how many rows (outputs) each.
+    """
+    numbers: dict[str, Tensor] = {}
+    starts: list[int] = []
+    total = 0
+    for parameter, (experts, rows) in sizes.items():
+        index = torch.arange(total, total + experts * rows, dtype=torch.int32).view(experts, rows, 1)
+        transposed = layouts[parameter.rpartition(".")[0]].transposed
+        numbers[parameter] = index.transpose(1, 2) if transposed else index
+        starts.append(total)
+        total += experts * rows
+    parameters = list(sizes)
+    found: dict[str, list[StoredLinear]] = {parameter: [] for parameter in parameters}
+    for name, index in published_names(model, numbers).items():
+        if name.endswith(".weight") and index.dim() == 2 and index.shape[1] == 1:
+            which = bisect_right(starts, int(index[0, 0])) - 1
+            rows, own = sizes[parameters[which]][1], index[:, 0].long() - starts[which]
+            linear = StoredLinear(name.removesuffix(".weight"), int(own[0]) // rows, own % rows)
+            found[parameters[which]].append(linear)
+    return found

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import hfquant
 from hfquant.exporters import ExportError
 from hfquant.nn.modules import quant_linears
+from tests.integrations.mixtures import nucleus
 
 INT4 = {"type": "int4", "axis": -1, "dynamic": True}
 SETTINGS = {
@@ -299,3 +300,9 @@ def test_flux_and_shards(tmp_path: Path) -> None:
     hfquant.dequantize(model)
     expected = model(**batch).sample.float()
     assert (loaded(**batch).sample.float() - expected).norm() < 0.3 * expected.norm()
+
+
+def test_fused_experts_are_refused(tmp_path: Path) -> None:
+    model = hfquant.quantize(nucleus(), None, "w8a16")
+    with pytest.raises(ExportError, match="it is no linear but fused experts: 'transformer_blocks"):
+        hfquant.export(model, tmp_path, format="nunchaku-lite", requantize=True)

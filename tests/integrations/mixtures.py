@@ -85,9 +85,10 @@ class Sizes:
         return 4 if "experts" in name else 16
 
 
-def mixture(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of a class of transformers with weights large enough that experts matter."""
+def mixture(name: str, dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
+    """A model of a class of transformers with weights large enough that experts matter; ``sizes`` go to its config."""
     config, fields = MIXTURES[name]
+    fields = fields | sizes
     torch.manual_seed(0)
     # Not by a cast afterwards, which would take the rotary embedding's frequencies along.
     default = torch.get_default_dtype()

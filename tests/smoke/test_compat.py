@@ -130,6 +130,27 @@ def test_offloaded_parameters_are_read(llama: transformers.LlamaForCausalLM, tmp
     assert torch.equal(compat.load_offloaded_parameter(again, name), weight)
 
 
+def test_published_names_are_those_of_the_class_whatever_a_model_is_saved_by() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=32, num_key_value_heads=1, num_local_experts=2, **sizes)
+    model = transformers.MixtralForCausalLM(config)
+    fused = {"model.layers.0.mlp.experts.gate_up_proj": model.model.layers[0].mlp.experts.gate_up_proj}
+    compat.save_as_named(model)
+    names = {f"model.layers.0.block_sparse_moe.experts.{i}.{own}.weight" for i in (0, 1) for own in ("w1", "w3")}
+    for _ in range(2):
+        found = compat.published_names(model, fused)
+        assert found.keys() == names
+    assert torch.equal(found["model.layers.0.block_sparse_moe.experts.1.w3.weight"], next(iter(fused.values()))[1, 24:])
+    assert len(compat.stored_names(model, fused)) == 1
+
+
+def test_some_experts_are_replaced_in_quantized_checkpoints() -> None:
+    experts = type("Llama4TextExperts", (nn.Module,), {})()
+    assert compat.replaced_when_quantized(experts, "compressed-tensors")
+    assert not compat.replaced_when_quantized(experts, "hfquant")
+    assert not compat.replaced_when_quantized(nn.Linear(2, 2), "compressed-tensors")
+
+
 def test_classes_declare_how_they_keep_experts() -> None:
     """By their modules' attributes, and by a method for the gate that reads them."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
