@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-)
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import Linear
+from peft.tuners.lora.model import LoraModel
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import hfquant
+from hfquant.integrations import compat
 from hfquant.integrations.adapters import LoraQuantLinear
 from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
@@ -224,3 +224,28 @@ def test_without_hfquants_layers_nothing_of_peft_changes() -> None:
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
     assert type(layer).__module__ == "peft.tuners.lora.layer"
+
+
+def test_peft_asks_before_it_merges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoraModel, "_check_merge_allowed", LoraModel._check_merge_allowed)
+    model, asked = nn.Sequential(nn.Linear(4, 4)), []
+    compat.check_before_merging(asked.append)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+    adapted.merge_adapter()
+    adapted.unmerge_adapter()
+    adapted.merge_and_unload()
+    assert asked == [model, model]
+
+
+def test_peft_wraps_registered_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(nn.Linear):
+        pass
+
+    class OwnLora(Linear):
+        pass
+
+    monkeypatch.setattr(LoraModel, "_create_new_module", vars(LoraModel)["_create_new_module"])
+    compat.register_lora_layers({Own: OwnLora})
+    model = nn.Sequential(Own(4, 4), nn.Linear(4, 4))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "1"]), model)
+    assert [type(m) for m in model] == [OwnLora, Linear]

@@ -173,38 +173,6 @@ class Packed(nn.Linear):
         self.weight = nn.Parameter(torch.zeros(rows, columns // 2, dtype=torch.int8), requires_grad=False)
 
 
-def test_peft_asks_before_it_merges(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora.model import LoraModel
-
-    monkeypatch.setattr(LoraModel, "_check_merge_allowed", LoraModel._check_merge_allowed)
-    model, asked = nn.Sequential(nn.Linear(4, 4)), []
-    compat.check_before_merging(asked.append)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
-    adapted.merge_adapter()
-    adapted.unmerge_adapter()
-    adapted.merge_and_unload()
-    assert asked == [model, model]
-
-
-def test_peft_wraps_registered_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import Linear
-    from peft.tuners.lora.model import LoraModel
-
-    class Own(nn.Linear):
-        pass
-
-    class OwnLora(Linear):
-        pass
-
-    monkeypatch.setattr(LoraModel, "_create_new_module", vars(LoraModel)["_create_new_module"])
-    compat.register_lora_layers({Own: OwnLora})
-    model = nn.Sequential(Own(4, 4), nn.Linear(4, 4))
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "1"]), model)
-    assert [type(m) for m in model] == [OwnLora, Linear]
-
-
 @pytest.fixture
 def flux_loader(monkeypatch: pytest.MonkeyPatch) -> type:
     from diffusers.loaders import lora_pipeline
