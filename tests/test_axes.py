@@ -371,6 +371,19 @@ class QuantChannels(QuantLayer):
         gain: Any = self._float.gain
         return gain * self.multiply(x.movedim(1, -1)).movedim(-1, 1)
 
+    # What the guard asks of a kind whose rows do not lie along the last dimension.
+
+    def float_output(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        gain: Any = self._float.gain
+        return gain * super().float_output(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
+
+    def output_rows(self, y: Tensor) -> Tensor:
+        gain: Any = self._float.gain
+        return super().output_rows(y.movedim(1, -1) / gain)
+
+    def input_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        return super().input_rows(x.movedim(1, -1), index)
+
 
 class ChannelsConfig(PretrainedConfig):
     model_type = "channels"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hfquant import HfQuantConfig, ptq, quantize_pipeline
 from hfquant.demo.pipeline import DigitsPipeline
+from hfquant.guard import Mends
 from hfquant.integrations.image_check import compare, picture
 from tests.calibration.tiny_models import tiny_dit, tiny_pipeline
 
@@ -90,7 +91,7 @@ def test_a_quantized_pipeline_whose_image_is_spoiled(on, monkeypatch, caplog):
         return solution
 
     monkeypatch.setattr(ptq, "solve", spoiling)
-    monkeypatch.setattr(ptq, "mend", lambda *_: {})
+    monkeypatch.setattr(ptq, "mend", lambda *_: Mends())
     pipe = DigitsPipeline(tiny_dit(), DDIMScheduler())
     with caplog.at_level(logging.WARNING, "hfquant"):
         quantize_pipeline(pipe, DATA, HfQuantConfig("w8a8", guard=on), num_inference_steps=2)
