@@ -49,7 +49,7 @@ inline void by_float_rows(const Job& job, ParallelFor parallel_for) {
   float* buffer = of_floats.get<float>(job.K);
   for (int64_t m = 0; m < job.M; ++m) to_factors(job, m, shared, buffer, x + m * job.K);
   auto multiply_rows = [&](int64_t begin, int64_t end) {
-    static thread_local Scratch of_y, of_up;
+    static thread_local Scratch of_y;
     const int64_t pitch = end - begin;
     float* y = of_y.get<float>(job.M * pitch);
     std::memset(y, 0, job.M * pitch * sizeof(float));
@@ -58,93 +58,21 @@ inline void by_float_rows(const Job& job, ParallelFor parallel_for) {
       for (; m + 4 <= job.M; m += 4) row_of_floats<4>(job, blocks, x + m * job.K, n, y + m * pitch + n - begin, pitch);
       for (; m < job.M; ++m) row_of_floats<1>(job, blocks, x + m * job.K, n, y + m * pitch + n - begin, pitch);
     }
-    float* added = of_up.get<float>(std::max(job.rank, pitch));
-    for (int64_t m = 0; m < job.M; ++m) finish(job, m, begin, pitch, y + m * pitch, added);
+    finish(job, begin, pitch, y);
   };
   run_parallel(parallel_for, job.N, std::max<int64_t>(16, 32768 / job.row_bytes), multiply_rows);
 }
 
-// Columns of a panel: with the tokens' it fits a core's nearest cache.
-constexpr int64_t PIECE = 128;
 // Where there are too few panels for threads, so many tokens use a piece of a panel before the next takes its place.
 constexpr int64_t SOME_TOKENS = 128, FEW_PANELS = 8;
 // Converted tokens that are kept at once.
 constexpr int64_t CONVERTED_BYTES = 8 << 20;
 
-// Columns [start, start + count) of a row of the weight, as floats; `at` is the first column's block.
-inline void decode_scaled(const Job& job, std::vector<Block>::const_iterator at, int64_t row, int64_t start,
-                          int64_t count, float* out) {
-  const uint8_t* codes = job.weight + row * job.row_bytes;
-  for (int64_t k = start; k < start + count; ++at) {
-    const int64_t size = std::min<int64_t>(at->start + at->size, start + count) - k;
-    decode(codes + k * (job.bits / 8), size, job.format, scale_at(job, row, at->group), out + k - start);
-    k += size;
-  }
-}
-
-// A term of a sum of products: x [.., columns], lines one after another, by rows of codes. Only the weight has scales.
-struct Term {
-  const float* x;
-  int64_t columns;
-  const uint8_t* codes;
-  Format format;
-  bool scaled;
-};
-
-// V vectors of rows from n, columns [start, start + count), a column's rows side by side: panel [count][V * LANES].
-template <int V>
-void fill_floats(const Job& job, const std::vector<Block>& blocks, const Term& term, int64_t n, int64_t start,
-                 int64_t count, float* panel) {
-  const int64_t width = code_bits(term.format) / 8;
-  alignas(64) float square[LANES][PIECE] = {};
-  const auto here = std::partition_point(blocks.begin(), blocks.end(),
-                                         [&](const Block& b) { return b.start + b.size <= start; });
-  for (int v = 0; v < V; ++v) {
-    for (int lane = 0; lane < LANES; ++lane) {
-      // Lanes beyond the last row repeat it; what they give is not stored.
-      const int64_t row = std::min(n + v * LANES + lane, job.N - 1);
-      if (term.scaled)
-        decode_scaled(job, here, row, start, count, square[lane]);
-      else
-        decode(term.codes + (row * term.columns + start) * width, count, term.format, 1, square[lane]);
-    }
-    for (int64_t k = 0; k < count; k += LANES) {
-      Ints tile[LANES];
-      for (int lane = 0; lane < LANES; ++lane) tile[lane] = load(&square[lane][k]);
-      transpose(tile);
-      for (int i = 0; i < LANES; ++i) store(panel + ((k + i) * V + v) * LANES, tile[i]);
-    }
-  }
-}
-
-// Adds TOKENS lines of x by a panel [count][V * LANES] to sums [TOKENS][V * LANES]. The lines after them are `next`
-// floats further.
-template <int V>
-void float_tile(const float* const x[TOKENS], const float* panel, int64_t count, int64_t next, float* sums) {
-  Reals s[TOKENS][V];
-  UNROLL for (int i = 0; i < TOKENS; ++i)
-    UNROLL for (int j = 0; j < V; ++j) s[i][j] = load_reals(sums + (i * V + j) * LANES);
-  constexpr int64_t LINE = 16;  // floats that a line of the cache holds
-  for (int64_t k = 0; k < count;) {
-    // The next tile's, which the hardware's own prefetching does not find in time: lines and sums are short.
-    UNROLL for (int i = 0; i < TOKENS; ++i) __builtin_prefetch(x[i] + k + next);
-    UNROLL for (int j = 0; j < V; ++j) __builtin_prefetch(sums + ((TOKENS + k / LINE) * V + j) * LANES, 1);
-    for (const int64_t end = std::min(k + LINE, count); k < end; ++k, panel += V * LANES) {
-      UNROLL for (int i = 0; i < TOKENS; ++i) {
-        const Reals factor = repeat(x[i][k]);
-        UNROLL for (int j = 0; j < V; ++j) s[i][j] = fma(load_reals(panel + j * LANES), factor, s[i][j]);
-      }
-    }
-  }
-  UNROLL for (int i = 0; i < TOKENS; ++i)
-    UNROLL for (int j = 0; j < V; ++j) store_reals(sums + (i * V + j) * LANES, s[i][j]);
-}
-
 // Rows [n, n + rows) of the output of tokens [0, count), of which the first is the job's token `first`.
 template <int V>
 void float_panel(const Job& job, const std::vector<Block>& blocks, const std::vector<Term>& terms, int64_t first,
                  int64_t count, int64_t n, int64_t rows) {
-  static thread_local Scratch of_panel, of_sums, of_bias;
+  static thread_local Scratch of_panel, of_sums;
   float* panel = of_panel.get<float>(PIECE * WIDTH);
   const int64_t padded = (count + TOKENS - 1) / TOKENS * TOKENS;
   float* sums = of_sums.get<float>(padded * V * LANES);
@@ -159,8 +87,7 @@ void float_panel(const Job& job, const std::vector<Block>& blocks, const std::ve
         float_tile<V>(x, panel, size, TOKENS * term.columns, sums + m * V * LANES);
       }
     }
-  float* bias = of_bias.get<float>(WIDTH);
-  for (int64_t m = 0; m < count; ++m) add_bias(job, first + m, n, rows, sums + m * V * LANES, bias);
+  store_sums(job, first, count, n, rows, sums, V * LANES);
 }
 
 inline void by_float_tiles(const Job& job, ParallelFor parallel_for) {
@@ -191,12 +118,7 @@ inline void by_float_tiles(const Job& job, ParallelFor parallel_for) {
           terms.push_back({job.narrow + (first + m) * job.rank, job.rank, up, format, false});
         }
         auto run = [&](auto panel) { panel(job, blocks, terms, first + m, tokens, n, rows); };
-        if (VECTORS > 2 && rows > 2 * LANES)
-          run(float_panel<VECTORS>);
-        else if (rows > LANES)
-          run(float_panel<2>);
-        else
-          run(float_panel<1>);
+        rows > LANES ? run(float_panel<VECTORS>) : run(float_panel<1>);
       }
     };
     run_parallel(parallel_for, panels * slices, 1, multiply);
@@ -247,9 +169,7 @@ inline void by_float_blocks(const Job& job, ParallelFor parallel_for, Gemm gemm)
       const int64_t pitch = direct ? job.N : rows;
       gemm(x, weight, y, pitch, count, rows, columns);
       auto store = [&](int64_t begin, int64_t end) {
-        static thread_local Scratch of_bias;
-        float* bias = of_bias.get<float>(rows);
-        for (int64_t m = begin; m < end; ++m) add_bias(job, first + m, n, rows, y + m * pitch, bias);
+        store_sums(job, first + begin, end - begin, n, rows, y + begin * pitch, pitch);
       };
       if (!direct || job.bias.data) run_parallel(parallel_for, count, std::max<int64_t>(1, 32768 / rows), store);
     }

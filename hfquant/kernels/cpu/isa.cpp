@@ -28,8 +28,8 @@ void multiply(const Job& job, ParallelFor parallel_for, Gemm gemm) {
     return job.M < FEW ? by_float_rows(job, parallel_for) : by_float_tiles(job, parallel_for);
   }
   if (job.M < FEW && few_tokens(job, parallel_for)) return;
-  // Words of 16 bits are as fast as two planes of bytes that take three instructions each.
-  if (!EXACT_BYTES && (job.bits == 8 || long_codes(job)))
+  // Codes of 16 bits as words of two are as fast as twice bytes, high and low, and need less around them.
+  if (long_codes(job) || (!EXACT_BYTES && job.bits == 8))
     by_tiles<ShortsDot>(job, parallel_for);
   else
     by_tiles<BytesDot>(job, parallel_for);

@@ -11,7 +11,11 @@ namespace HFQUANT_ISA {
 // Nibbles: the low codes of its bytes, then the high ones, so the input's even codes come before the odd ones.
 struct Nibbles {
   static constexpr int CODES = 2 * BYTES, STORED = BYTES, VECTORS = 2;
-  static void read(const uint8_t* p, Ints w[]) { unpack4(load(p), w[0], w[1]); }
+  static void read(const uint8_t* p, Ints w[]) {
+    const Ints bytes = load(p);
+    w[0] = field(bytes, 0, 0x08080808, 0x0f0f0f0f);
+    w[1] = field(bytes, 4, 0x08080808, 0x0f0f0f0f);
+  }
 };
 // Codes that straddle bytes, in order.
 template <int BITS>
@@ -219,63 +223,38 @@ void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, 
 // A row's scales [groups] and shifts [groups].
 template <class Format>
 void fill_factors(const Job& job, int64_t row, int64_t groups, float* __restrict scale, float* __restrict shift) {
-  const int64_t at = row * job.G;
-  // Whole vectors but at the weight's end: scales of the next row are multiplied by zeros.
-  const int64_t count = at + groups <= job.N * job.G ? groups : job.G;
-  if (job.scale) {
-    std::memcpy(scale, job.scale + at, count * sizeof(float));
-  } else {
-    const uint8_t* code = job.scale_code + at;
-    const float unit = job.scale_row[row];
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) store_reals(scale + i, mul(scale_values(code + i), repeat(unit)));
-    for (; i < count; ++i) scale[i] = scale_value(code[i]) * unit;
-  }
+  scales_of_row(job, row, groups, scale);
   if (!job.zero) {
     const Reals zero = repeat(static_cast<float>(-zero_of<Format>(job, row, 0)));
     for (int64_t i = 0; i < groups; i += LANES) store_reals(shift + i, mul(zero, load_reals(scale + i)));
     return;
   }
-  if (job.bits == 4) {
-    const uint8_t* packed = job.zero + row * job.zero_bytes;
-    for (int64_t i = 0; i < job.G / 2; ++i) {
-      shift[2 * i] = (packed[i] & 15) ^ 8;
-      shift[2 * i + 1] = (packed[i] >> 4) ^ 8;
-    }
-    if (job.G % 2) shift[job.G - 1] = zero_of<Format>(job, row, job.G - 1);
-  } else {
-    for (int64_t i = 0; i < job.G; ++i) shift[i] = zero_of<Format>(job, row, i);
+  constexpr int less = std::is_same_v<Format, Wide> ? 128 : 0;  // those codes are signed
+  uint8_t codes[BYTES];
+  for (int64_t g = 0; g < job.G; g += BYTES) {
+    store(codes, codes_in_order(job.zero + row * job.zero_bytes, job.zero_bytes, g, job.bits));
+    const int64_t count = std::min<int64_t>(BYTES, job.G - g);
+    for (int64_t i = 0; i < count; ++i) shift[g + i] = (less - codes[i]) * scale[g + i];
   }
-  for (int64_t i = 0; i < job.G; ++i) shift[i] *= -scale[i];
 }
 
-// Adds the bias to y [count] of a token's outputs from n on, and stores it. A copy in each kernel would take a fifth of
-// the time to compile.
-[[gnu::noinline]] inline void add_bias(const Job& job, int64_t m, int64_t n, int64_t count, float* y, float* buffer) {
-  if (job.bias.data) {
-    to_floats(job.bias, n, count, buffer);
-    for (int64_t i = 0; i < count; ++i) y[i] += buffer[i];
-  }
-  from_floats(y, count, job.y, job.y_type, m * job.N + n);
-}
-
-// The same, the low-rank branch before.
-[[gnu::noinline]] inline void finish(const Job& job, int64_t m, int64_t n, int64_t count, float* y, float* buffer) {
-  const float* narrow = job.narrow + m * job.rank;
+// Adds the low-rank branch and the bias to outputs [M][count] of rows from n on, and stores them.
+[[gnu::noinline]] inline void finish(const Job& job, int64_t n, int64_t count, float* y) {
+  static thread_local Scratch of_up;
+  float* up = of_up.get<float>(job.rank);
   for (int64_t i = 0; job.rank && i < count; ++i) {
-    const float* up = buffer;
-    if (job.up.type == FLOAT32)
-      up = static_cast<const float*>(job.up.data) + (n + i) * job.rank;
-    else
-      to_floats(job.up, (n + i) * job.rank, job.rank, buffer);
-    Reals sums = repeat(0.0f);
-    int64_t r = 0;
-    for (; r + LANES <= job.rank; r += LANES) sums = fma(load_reals(narrow + r), load_reals(up + r), sums);
-    float sum = total(sums);
-    for (; r < job.rank; ++r) sum += narrow[r] * up[r];
-    y[i] += sum;
+    to_floats(job.up, (n + i) * job.rank, job.rank, up);
+    for (int64_t m = 0; m < job.M; ++m) {
+      const float* narrow = job.narrow + m * job.rank;
+      Reals sums = repeat(0.0f);
+      int64_t r = 0;
+      for (; r + LANES <= job.rank; r += LANES) sums = fma(load_reals(narrow + r), load_reals(up + r), sums);
+      float sum = total(sums);
+      for (; r < job.rank; ++r) sum += narrow[r] * up[r];
+      y[m * count + i] += sum;
+    }
   }
-  add_bias(job, m, n, count, y, buffer);
+  store_sums(job, 0, job.M, n, count, y, count);
 }
 
 // Returns whether it could.
@@ -303,7 +282,7 @@ bool by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, Para
   for (int64_t i = 0; i < job.M * lines.scales; ++i)
     if (lines.scale[i] > LARGEST_UNIT) return false;
   auto multiply_rows = [&](int64_t begin, int64_t end) {
-    static thread_local Scratch of_factors, of_shifts, of_y, of_up;
+    static thread_local Scratch of_factors, of_shifts, of_y;
     constexpr int MOST = 4;
     Factors factors{lines.groups, of_factors.get<float>((MOST + 1) * lines.groups),
                     of_shifts.get<float>((MOST + 1) * lines.groups)};
@@ -326,8 +305,7 @@ bool by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, Para
       for (; m < job.M; ++m) product(rows_by_tokens<Format, LONG, GROUPED, 1, 1>, n, m);
       n += count;
     }
-    float* added = of_up.get<float>(std::max(job.rank, pitch));
-    for (int64_t m = 0; m < job.M; ++m) finish(job, m, begin, pitch, y + m * pitch, added);
+    finish(job, begin, pitch, y);
   };
   run_parallel(parallel_for, job.N, std::max<int64_t>(16, 32768 / job.row_bytes / 4 * 4), multiply_rows);
   return true;

@@ -1,35 +1,40 @@
-// Products of many tokens. A panel of the weight's rows is unpacked once, words of its rows side by side in lanes;
-// tiles of tokens then run over it, each word of a token's codes multiplying a vector of rows. Sums are integers within
-// a block and floats beyond.
+// Products of many tokens by integers. A panel of the weight's rows is unpacked once, a piece of its columns at a time,
+// words of its rows side by side in lanes; tiles of tokens then run over it, each word of a token's codes multiplying a
+// vector of rows. Sums are integers within a block and floats beyond.
 #pragma once
 
-#include "weight.h"
+#include "panel.h"
 
 namespace hfquant {
 namespace HFQUANT_ISA {
 
-constexpr int WIDTH = VECTORS * LANES;  // rows of a panel
-
-// Sums stay in registers where every loop over them is unrolled.
-#define UNROLL _Pragma("GCC unroll 16")
-
-template <class Function>
-void run_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, Function& function) {
-  parallel_for(
-      count, grain, [](int64_t begin, int64_t end, void* f) { (*static_cast<Function*>(f))(begin, end); }, &function);
-}
-
-// The words of one multiplication: four unsigned codes by four signed bytes, or two signed codes by two of 16 bits.
+// The words of one multiplication: four signed codes by four unsigned ones of 8 bits, or two of 16 bits, both signed.
 struct BytesDot {
   static constexpr int CODES = 4;
-  static constexpr bool UNSIGNED = true;
   static Ints dot(Ints sum, Ints weights, int32_t x) { return dot_bytes(sum, weights, repeat(x)); }
+  static Ints shift(Ints words, Ints by) { return add_bytes(words, by); }
+  static int32_t word_of(int32_t code) { return static_cast<int32_t>((code & 0xff) * 0x01010101u); }
+  // The words of eight codes of 4 bits, and their order.
+  static Ints nibbles(Ints packed, int i) { return field(packed, 4 * i, 0x08080808, 0x0f0f0f0f); }
+  static constexpr int ORDER[8] = {0, 2, 4, 6, 1, 3, 5, 7};
 };
 struct ShortsDot {
   static constexpr int CODES = 2;
-  static constexpr bool UNSIGNED = false;
   static Ints dot(Ints sum, Ints weights, int32_t x) { return dot_shorts(sum, weights, repeat(x)); }
+  static Ints shift(Ints words, Ints by) { return add_shorts(words, by); }
+  static int32_t word_of(int32_t code) { return static_cast<int32_t>((code & 0xffff) * 0x00010001u); }
+  static Ints nibbles(Ints packed, int i) { return field(packed, 4 * i, 0x00080008, 0x000f000f); }
+  static constexpr int ORDER[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 };
+
+// The zero point that codes have as they are multiplied: codes of 16 bits are signed, those of 8 bits unsigned, moved by
+// zero points to a common one where they still fit a byte. Minus this, where they do not.
+template <class Dot>
+int common_zero(const Job& job) {
+  constexpr int MOST = EXACT_BYTES ? 8 : 7;
+  if (Dot::CODES == 2) return 0;
+  return !job.zero ? 1 << (job.bits - 1) : job.bits < MOST ? 1 << job.bits : -1;
+}
 
 // Where a block's words begin; blocks are padded to whole words.
 struct Layout {
@@ -37,12 +42,14 @@ struct Layout {
   std::vector<int64_t> start;  // one more than blocks
   int64_t words;               // of a row, padded to whole vectors
   bool in_order;               // no padding between blocks
+  bool nibbles;                // codes of 4 bits, eight of which never straddle blocks
 
-  Layout(const Job& job, int codes) : blocks(blocks_of(job)), in_order(true) {
+  Layout(const Job& job, int codes) : blocks(blocks_of(job)), in_order(true), nibbles(job.bits == 4) {
     int64_t at = 0;
     for (const Block& b : blocks) {
       start.push_back(at);
       in_order = in_order && at * codes == b.start;
+      nibbles = nibbles && b.size % 8 == 0;
       at += (b.size + codes - 1) / codes;
     }
     start.push_back(at);
@@ -52,206 +59,185 @@ struct Layout {
 
 // Codes of tokens as words, with what goes with them; a token a row.
 struct Tokens {
-  int64_t count, planes, words;
-  uint32_t* codes;      // [count][planes][words]: high bytes first, where there are two planes
-  uint32_t* negated;    // [count][blocks]: minus the sum of a block's codes, as a pair (low 7 bits, the others)
-  float* scale;         // [count][scales]
-  int64_t blocks, scales;
+  int64_t count, words, blocks, scales;
+  uint32_t* codes;   // [count][words]
+  int32_t* initial;  // [count][blocks]: minus the sum of a block's codes, times the common zero point
+  float* scale;      // [count][scales]
 };
 
 template <class Dot>
-void layout_token(const Layout& layout, const int16_t* codes, int64_t m, Tokens& tokens) {
-  uint32_t* words = tokens.codes + m * tokens.planes * tokens.words;
-  const int64_t planes = tokens.planes, plane = tokens.words;
+void layout_token(const Job& job, const Layout& layout, const int16_t* codes, int64_t m, Tokens& tokens) {
+  uint32_t* words = tokens.codes + m * tokens.words;
+  using Code = std::conditional_t<Dot::CODES == 4, int8_t, int16_t>;
+  const int zero = common_zero<Dot>(job);
   for (size_t b = 0; b < layout.blocks.size(); ++b) {
     const int size = layout.blocks[b].size;
     const int16_t* __restrict from = codes + layout.blocks[b].start;
+    words[layout.start[b + 1] - 1] = 0;
+    Code* __restrict to = reinterpret_cast<Code*>(words + layout.start[b]);
+    if (layout.nibbles) {
+      for (int i = 0; i < size; i += 8)
+        for (int j = 0; j < 8; ++j) to[i + j] = static_cast<Code>(from[i + Dot::ORDER[j]]);
+    } else {
+      for (int i = 0; i < size; ++i) to[i] = static_cast<Code>(from[i]);
+    }
+    if (Dot::CODES == 2) continue;
     int32_t sum = 0;
     for (int i = 0; i < size; ++i) sum -= from[i];
-    tokens.negated[m * tokens.blocks + b] =
-        (static_cast<uint32_t>(sum >> 7) << 16) | (static_cast<uint32_t>(sum) & 127);
-    uint32_t* to = words + layout.start[b];
-    const int64_t last = layout.start[b + 1] - layout.start[b] - 1;
-    for (int64_t p = 0; p < planes; ++p) to[p * plane + last] = 0;
-    if (!Dot::UNSIGNED) {
-      std::memcpy(to, from, size * sizeof(int16_t));
-      continue;
-    }
-    int8_t* __restrict low = reinterpret_cast<int8_t*>(to + (planes - 1) * plane);
-    for (int i = 0; i < size; ++i) low[i] = static_cast<int8_t>(from[i]);
-    if (planes == 1) continue;
-    int8_t* __restrict high = reinterpret_cast<int8_t*>(to);
-    for (int i = 0; i < size; ++i) high[i] = static_cast<int8_t>((from[i] - static_cast<int8_t>(from[i])) >> 8);
+    tokens.initial[m * tokens.blocks + b] = zero < 0 ? sum : sum * zero;
   }
 }
 
-// WIDTH rows of the weight.
+// WIDTH rows of the weight. Groups are padded to whole vectors.
 struct Panel {
-  Ints* words;      // [words][VECTORS]
-  float* scale;     // [blocks][WIDTH]
-  uint32_t* zero;   // [blocks][WIDTH]: the zero point and 128 times it, as a pair
+  int64_t groups;
+  uint32_t* words;  // [words][WIDTH]
+  float* scale;     // [groups][WIDTH]
+  int32_t* zero;    // [groups][WIDTH]: words that bring codes to the common zero point, or else the zero points; or null
   float* up;        // [rank][WIDTH]
-  float bias[WIDTH];
 };
 
-// A row's codes, each block padded to whole words.
+// What a group of rows from n on has.
 template <class Dot>
-void unpack_row(const Job& job, const Layout& layout, int64_t row, uint8_t* bytes, void* out) {
-  const uint8_t* packed = job.weight + row * job.row_bytes;
-  for (int64_t k = 0; k < job.K; k += BYTES) store(bytes + k, codes_in_order(packed, job.row_bytes, k, job.bits));
-  for (size_t b = 0; b < layout.blocks.size(); ++b) {
-    const Block& block = layout.blocks[b];
-    if constexpr (Dot::UNSIGNED) {
-      std::memcpy(static_cast<uint8_t*>(out) + layout.start[b] * 4, bytes + block.start, block.size);
-    } else {
-      int16_t* to = static_cast<int16_t*>(out) + layout.start[b] * 2;
-      const int zero = zero_at(job, row, block.group);
-      for (int i = 0; i < block.size; ++i) to[i] = static_cast<int16_t>(bytes[block.start + i] - zero);
-    }
-  }
-}
-
-// The words of a panel, a word of each row in the lanes of a vector.
-template <class Dot>
-void fill_words(const Job& job, const Layout& layout, int64_t first, Panel& panel, Scratch& scratch) {
-  const int64_t words = layout.words;
-  uint8_t* bytes = scratch.get<uint8_t>(job.K + BYTES + LANES * words * 4);
-  uint8_t* unpacked = bytes + (job.K + BYTES - 1) / BYTES * BYTES;
-  const bool direct = Dot::UNSIGNED && layout.in_order;
+void fill_groups(const Job& job, int64_t n, Panel& panel) {
+  static thread_local Scratch of_scale, of_zero, of_codes;
+  float* scale = of_scale.get<float>(LANES * panel.groups);
+  int32_t* zero = of_zero.get<int32_t>(LANES * panel.groups);
+  uint8_t* codes = of_codes.get<uint8_t>(job.G + BYTES);
+  const int common = common_zero<Dot>(job);
+  if (!job.zero) std::memset(codes, 1 << (job.bits - 1), job.G);
   for (int v = 0; v < VECTORS; ++v) {
-    // Lanes beyond the last row repeat it; what they give is not stored.
-    int64_t row[LANES];
     for (int lane = 0; lane < LANES; ++lane) {
-      row[lane] = std::min(first + v * LANES + lane, job.N - 1);
-      if (!direct) unpack_row<Dot>(job, layout, row[lane], bytes, unpacked + lane * words * 4);
+      // Lanes beyond the last row repeat it; what they give is not stored.
+      const int64_t row = std::min(n + v * LANES + lane, job.N - 1);
+      scales_of_row(job, row, panel.groups, scale + lane * panel.groups);
+      if (!panel.zero) continue;
+      for (int64_t g = 0; job.zero && g < job.G; g += BYTES)
+        store(codes + g, codes_in_order(job.zero + row * job.zero_bytes, job.zero_bytes, g, job.bits));
+      int32_t* out = zero + lane * panel.groups;
+      for (int64_t g = 0; g < job.G; ++g) out[g] = common < 0 ? codes[g] : Dot::word_of(common - codes[g]);
     }
-    for (int64_t w = 0; w < words; w += LANES) {
-      Ints tile[LANES];
-      for (int lane = 0; lane < LANES; ++lane)
-        tile[lane] = direct ? codes_in_order(job.weight + row[lane] * job.row_bytes, job.row_bytes, w * 4, job.bits)
-                            : load(unpacked + (lane * words + w) * 4);
-      transpose(tile);
-      for (int i = 0; i < LANES; ++i) panel.words[(w + i) * VECTORS + v] = tile[i];
-    }
+    interleave(scale, panel.groups, panel.groups, panel.scale + v * LANES, WIDTH);
+    if (panel.zero) interleave(zero, panel.groups, panel.groups, panel.zero + v * LANES, WIDTH);
   }
 }
 
+// A row's codes, each block padded to whole words; `bytes` holds them without.
 template <class Dot>
-void fill_panel(const Job& job, const Layout& layout, int64_t first, Panel& panel, Scratch& scratch) {
-  const int64_t rows = std::min<int64_t>(WIDTH, job.N - first);
-  fill_words<Dot>(job, layout, first, panel, scratch);
-  for (int i = 0; i < WIDTH; ++i) {
-    const int64_t row = std::min(first + i, job.N - 1);
-    for (size_t b = 0; b < layout.blocks.size(); ++b) {
-      const int group = layout.blocks[b].group;
-      const uint32_t zero = Dot::UNSIGNED ? zero_at(job, row, group) : 0;
-      panel.scale[b * WIDTH + i] = scale_at(job, row, group);
-      panel.zero[b * WIDTH + i] = zero << 23 | zero;
-    }
-  }
-  float up[WIDTH];
-  if (job.bias.data) to_floats(job.bias, first, rows, panel.bias);
-  for (int64_t i = 0; job.rank && i < rows; ++i)
-    for (int64_t r = 0; r < job.rank; ++r) {
-      to_floats(job.up, (first + i) * job.rank + r, 1, up);
-      panel.up[r * WIDTH + i] = up[0];
-    }
-}
-
-// T tokens from m on by the panel's rows, which begin at n. GROUPED: more than one block.
-template <class Dot, int T, bool GROUPED, int PLANES, bool MANY_SCALES>
-void tile(const Job& job, const Layout& layout, const Tokens& tokens, const Panel& panel, int64_t m, int64_t first,
-          int64_t n) {
-  const int64_t stride = tokens.planes * tokens.words;
-  const uint32_t* x = tokens.codes + m * stride;
-  Reals sums[T][VECTORS];
-  UNROLL for (int i = 0; i < T; ++i)
-    UNROLL for (int j = 0; j < VECTORS; ++j) sums[i][j] = repeat(0.0f);
-  const int64_t blocks = GROUPED ? tokens.blocks : 1;
-  for (int64_t b = 0; b < blocks; ++b) {
-    Ints exact[T][VECTORS];
-    UNROLL for (int p = 0; p < PLANES; ++p) {
-      UNROLL for (int i = 0; i < T; ++i)
-        UNROLL for (int j = 0; j < VECTORS; ++j) {
-          if constexpr (!Dot::UNSIGNED) {
-            exact[i][j] = zeros();
-          } else {
-            exact[i][j] = p ? times256(exact[i][j]) : zeros();
-            if (p == PLANES - 1)
-              exact[i][j] = dot_shorts(exact[i][j], load(panel.zero + b * WIDTH + j * LANES),
-                                       repeat(static_cast<int32_t>(tokens.negated[(m + i) * tokens.blocks + b])));
-          }
-        }
-      const uint32_t* xp = x + p * tokens.words + layout.start[b];
-      const Ints* weights = panel.words + layout.start[b] * VECTORS;
-      const Ints* const end = panel.words + layout.start[b + 1] * VECTORS;
-      for (; weights < end; weights += VECTORS, ++xp) {
-        UNROLL for (int i = 0; i < T; ++i) {
-          const int32_t word = static_cast<int32_t>(xp[i * stride]);
-          UNROLL for (int j = 0; j < VECTORS; ++j) exact[i][j] = Dot::dot(exact[i][j], weights[j], word);
-        }
-      }
-    }
-    UNROLL for (int j = 0; j < VECTORS; ++j) {
-      const Reals scale = load_reals(panel.scale + b * WIDTH + j * LANES);
-      UNROLL for (int i = 0; i < T; ++i) {
-        const Reals sum = to_reals(exact[i][j]);
-        if constexpr (!GROUPED) {
-          sums[i][j] = mul(sum, scale);
-        } else if constexpr (MANY_SCALES) {
-          const float unit = tokens.scale[(m + i) * tokens.scales + layout.blocks[b].segment];
-          sums[i][j] = fma(sum, mul(scale, repeat(unit)), sums[i][j]);
-        } else {
-          sums[i][j] = fma(sum, scale, sums[i][j]);
-        }
-      }
-    }
-  }
-  UNROLL for (int i = 0; !MANY_SCALES && i < T; ++i) {
-    const Reals unit = repeat(tokens.scale[(m + i) * tokens.scales]);
-    UNROLL for (int j = 0; j < VECTORS; ++j) sums[i][j] = mul(sums[i][j], unit);
-  }
-  for (int64_t r = 0; r < job.rank; ++r)
-    UNROLL for (int j = 0; j < VECTORS; ++j) {
-      const Reals up = load_reals(panel.up + r * WIDTH + j * LANES);
-      UNROLL for (int i = 0; i < T; ++i) {
-        const int64_t token = std::min(first + m + i, job.M - 1);
-        sums[i][j] = fma(repeat(job.narrow[token * job.rank + r]), up, sums[i][j]);
-      }
-    }
-  if (job.bias.data)
-    UNROLL for (int j = 0; j < VECTORS; ++j) {
-      const Reals bias = load_reals(panel.bias + j * LANES);
-      UNROLL for (int i = 0; i < T; ++i) sums[i][j] = fma(repeat(1.0f), bias, sums[i][j]);
-    }
-  const int64_t rows = std::min<int64_t>(WIDTH, job.N - n);
-  for (int i = 0; i < T && first + m + i < job.M; ++i) {
-    const int64_t at = (first + m + i) * job.N + n;
-    if (rows == WIDTH && job.y_type == FLOAT32) {
-      UNROLL for (int j = 0; j < VECTORS; ++j) store_reals(static_cast<float*>(job.y) + at + j * LANES, sums[i][j]);
-    } else {
-      float line[WIDTH];
-      UNROLL for (int j = 0; j < VECTORS; ++j) store_reals(line + j * LANES, sums[i][j]);
-      from_floats(line, rows, job.y, job.y_type, at);
-    }
+void unpack_row(const Job& job, const Layout& layout, int64_t row, uint8_t* bytes, uint8_t* out) {
+  const bool as_is = Dot::CODES == 4 && layout.in_order;
+  uint8_t* to = as_is ? out : bytes;
+  for (int64_t k = 0; k < job.K; k += BYTES)
+    store(to + k, codes_in_order(job.weight + row * job.row_bytes, job.row_bytes, k, job.bits));
+  for (size_t b = 0; !as_is && b < layout.blocks.size(); ++b) {
+    const Block& block = layout.blocks[b];
+    uint8_t* words = out + layout.start[b] * 4;
+    if (Dot::CODES == 4)
+      std::memcpy(words, bytes + block.start, block.size);
+    else
+      for (int i = 0; i < block.size; ++i) reinterpret_cast<int16_t*>(words)[i] = bytes[block.start + i];
   }
 }
 
+// The words of LANES rows from n on, whose codes have 4 bits: of eight at once, since these are a word as well.
 template <class Dot>
-void all_tiles(const Job& job, const Layout& layout, const Tokens& tokens, const Panel& panel, int64_t first,
-               int64_t n) {
-  const bool grouped = layout.blocks.size() > 1, many = tokens.scales > 1;
-  auto run = [&](auto tile, int step) {
-    for (int64_t m = 0; m < tokens.count; m += step) tile(job, layout, tokens, panel, m, first, n);
-  };
-  constexpr int G = TOKENS_GROUPED;
-  if (!grouped && tokens.planes == 1 && !many) {
-    run(tile<Dot, TOKENS, false, 1, false>, TOKENS);
-  } else if (tokens.planes == 1) {
-    many ? run(tile<Dot, G, true, 1, true>, G) : run(tile<Dot, G, true, 1, false>, G);
-  } else if constexpr (Dot::UNSIGNED) {
-    many ? run(tile<Dot, G, true, 2, true>, G) : run(tile<Dot, G, true, 2, false>, G);
+void fill_nibbles(const Job& job, int64_t n, uint32_t* words) {
+  constexpr int EACH = 8 / Dot::CODES;
+  for (int64_t at = 0; at < job.row_bytes; at += BYTES) {
+    const int64_t size = std::min<int64_t>(BYTES, job.row_bytes - at);
+    Ints tile[LANES];
+    for (int lane = 0; lane < LANES; ++lane) {
+      const uint8_t* from = job.weight + std::min(n + lane, job.N - 1) * job.row_bytes + at;
+      tile[lane] = size == BYTES ? load(from) : load_first(from, size);
+    }
+    transpose(tile);
+    for (int w = 0; w < LANES && 4 * w < size; ++w)
+      UNROLL for (int i = 0; i < EACH; ++i) store(words + ((at / 4 + w) * EACH + i) * WIDTH, Dot::nibbles(tile[w], i));
   }
+}
+
+// The words of rows from n on, and the rest of the panel.
+template <class Dot>
+void fill_panel(const Job& job, const Layout& layout, int64_t n, Panel& panel) {
+  static thread_local Scratch of_lines, of_bytes;
+  fill_groups<Dot>(job, n, panel);
+  uint8_t* lines = of_lines.get<uint8_t>(LANES * layout.words * 4);
+  uint8_t* bytes = of_bytes.get<uint8_t>(job.K + BYTES);
+  for (int v = 0; v < VECTORS; ++v) {
+    if (layout.nibbles) {
+      fill_nibbles<Dot>(job, n + v * LANES, panel.words + v * LANES);
+      continue;
+    }
+    for (int lane = 0; lane < LANES; ++lane)
+      unpack_row<Dot>(job, layout, std::min(n + v * LANES + lane, job.N - 1), bytes, lines + lane * layout.words * 4);
+    interleave(lines, layout.words, layout.words, panel.words + v * LANES, WIDTH);
+  }
+  for (size_t b = 0; panel.zero && common_zero<Dot>(job) >= 0 && b < layout.blocks.size(); ++b)
+    for (int v = 0; v < VECTORS; ++v) {
+      const Ints by = load(panel.zero + layout.blocks[b].group * WIDTH + v * LANES);
+      for (int64_t w = layout.start[b]; w < layout.start[b + 1]; ++w) {
+        uint32_t* word = panel.words + w * WIDTH + v * LANES;
+        store(word, Dot::shift(load(word), by));
+      }
+    }
+}
+
+// TOKENS tokens from m on by the panel's rows, to sums [TOKENS][WIDTH].
+template <class Dot>
+void tile(const Layout& layout, const Tokens& tokens, const Panel& panel, bool zeros_apart, int64_t m, float* sums) {
+  const int64_t words = tokens.words, blocks = tokens.blocks;
+  const uint32_t* codes = tokens.codes + m * words;
+  const int32_t* initial = tokens.initial + m * blocks;
+  const Block* block = layout.blocks.data();
+  const int64_t* start = layout.start.data();
+  UNROLL for (int i = 0; i < TOKENS * VECTORS; ++i) store_reals(sums + i * LANES, repeat(0.0f));
+  for (int64_t b = 0; b < blocks;) {
+    // Blocks that share the input's scale.
+    const int32_t unit = block[b].segment;
+    Reals part[TOKENS][VECTORS];
+    UNROLL for (int i = 0; i < TOKENS; ++i)
+      UNROLL for (int j = 0; j < VECTORS; ++j) part[i][j] = repeat(0.0f);
+    for (; b < blocks && block[b].segment == unit; ++b) {
+      const int64_t group = block[b].group * WIDTH;
+      Ints exact[TOKENS][VECTORS];
+      UNROLL for (int i = 0; i < TOKENS; ++i) {
+        const Ints first = Dot::CODES == 2 ? zeros() : repeat(initial[i * blocks + b]);
+        UNROLL for (int j = 0; j < VECTORS; ++j) exact[i][j] = first;
+      }
+      if (zeros_apart)
+        UNROLL for (int i = 0; i < TOKENS; ++i)
+          UNROLL for (int j = 0; j < VECTORS; ++j)
+            exact[i][j] = times(exact[i][j], load(panel.zero + group + j * LANES));
+      const uint32_t* x = codes + start[b];
+      const uint32_t* weights = panel.words + start[b] * WIDTH;
+      const uint32_t* const end = panel.words + start[b + 1] * WIDTH;
+      for (; weights < end; ++x, weights += WIDTH) {
+        UNROLL for (int i = 0; i < TOKENS; ++i) {
+          const int32_t word = static_cast<int32_t>(x[i * words]);
+          UNROLL for (int j = 0; j < VECTORS; ++j)
+            exact[i][j] = Dot::dot(exact[i][j], load(weights + j * LANES), word);
+        }
+      }
+      UNROLL for (int j = 0; j < VECTORS; ++j) {
+        const Reals scale = load_reals(panel.scale + group + j * LANES);
+        UNROLL for (int i = 0; i < TOKENS; ++i) part[i][j] = fma(to_reals(exact[i][j]), scale, part[i][j]);
+      }
+    }
+    UNROLL for (int i = 0; i < TOKENS; ++i) {
+      const Reals scale = repeat(tokens.scale[(m + i) * tokens.scales + unit]);
+      UNROLL for (int j = 0; j < VECTORS; ++j) {
+        float* sum = sums + i * WIDTH + j * LANES;
+        store_reals(sum, fma(part[i][j], scale, load_reals(sum)));
+      }
+    }
+  }
+}
+
+// Adds the low-rank branch of TOKENS tokens from m on to sums [TOKENS][WIDTH].
+inline void add_branch(const Job& job, const Panel& panel, int64_t m, float* sums) {
+  const float* narrow[TOKENS];
+  for (int i = 0; i < TOKENS; ++i) narrow[i] = job.narrow + std::min(m + i, job.M - 1) * job.rank;
+  float_tile<VECTORS>(narrow, panel.up, job.rank, TOKENS * job.rank, sums);
 }
 
 // Codes of tokens that are worked on at once: what a core's second-level cache holds beside a panel.
@@ -259,44 +245,52 @@ constexpr int64_t CHUNK_BYTES = 1 << 20;
 
 template <class Dot>
 void by_tiles(const Job& job, ParallelFor parallel_for) {
-  static thread_local Scratch of_codes, of_sums, of_scales;
+  static thread_local Scratch of_codes, of_initial, of_scales;
   const Layout layout(job, Dot::CODES);
   const std::vector<Range> shared = shared_ranges(job);
   Tokens tokens;
-  tokens.planes = Dot::UNSIGNED && long_codes(job) ? 2 : 1;
   tokens.words = layout.words;
   tokens.blocks = layout.blocks.size();
   tokens.scales = input_scales(job);
-  constexpr int64_t STEP = TOKENS * TOKENS_GROUPED;
-  const int64_t row = tokens.planes * tokens.words * 4;
-  const int64_t most = std::max<int64_t>(CHUNK_BYTES / row, 64) / STEP * STEP;
-  const int64_t chunk = std::min(most, (job.M + STEP - 1) / STEP * STEP);
-  tokens.codes = of_codes.get<uint32_t>(chunk * tokens.planes * tokens.words);
-  tokens.negated = of_sums.get<uint32_t>(chunk * tokens.blocks);
+  const int64_t most = std::max<int64_t>(CHUNK_BYTES / 4 / tokens.words, 64) / TOKENS * TOKENS;
+  const int64_t chunk = std::min(most, (job.M + TOKENS - 1) / TOKENS * TOKENS);
+  tokens.codes = of_codes.get<uint32_t>(chunk * tokens.words);
+  tokens.initial = of_initial.get<int32_t>(chunk * tokens.blocks);
   tokens.scale = of_scales.get<float>(chunk * tokens.scales);
+  const Term branch = {job.narrow, job.rank, static_cast<const uint8_t*>(job.up.data), format_of(job.up.type), false};
+  const bool apart = common_zero<Dot>(job) < 0, zeros = job.zero || Dot::CODES == 2;
   for (int64_t first = 0; first < job.M; first += chunk) {
-    const int64_t real = std::min(chunk, job.M - first);
-    tokens.count = real;
+    tokens.count = std::min(chunk, job.M - first);
     auto code = [&](int64_t begin, int64_t end) {
       static thread_local Scratch of_floats, of_row;
       float* buffer = of_floats.get<float>(job.K);
       int16_t* codes = of_row.get<int16_t>(job.K);
       for (int64_t m = begin; m < end; ++m) {
         quantize(job, first + m, shared, buffer, codes, tokens.scale + m * tokens.scales);
-        layout_token<Dot>(layout, codes, m, tokens);
+        layout_token<Dot>(job, layout, codes, m, tokens);
       }
     };
-    run_parallel(parallel_for, real, std::max<int64_t>(1, 16384 / job.K), code);
+    run_parallel(parallel_for, tokens.count, std::max<int64_t>(1, 16384 / job.K), code);
     auto multiply = [&](int64_t begin, int64_t end) {
-      static thread_local Scratch of_words, of_scale, of_zero, of_up, of_bytes;
+      static thread_local Scratch of_words, of_scale, of_zero, of_up;
       Panel panel;
-      panel.words = of_words.get<Ints>(layout.words * VECTORS);
-      panel.scale = of_scale.get<float>(tokens.blocks * WIDTH);
-      panel.zero = of_zero.get<uint32_t>(tokens.blocks * WIDTH);
-      panel.up = of_up.get<float>(job.rank * WIDTH);
-      for (int64_t p = begin; p < end; ++p) {
-        fill_panel<Dot>(job, layout, p * WIDTH, panel, of_bytes);
-        all_tiles<Dot>(job, layout, tokens, panel, first, p * WIDTH);
+      panel.groups = (job.G + LANES - 1) / LANES * LANES;
+      panel.words = of_words.get<uint32_t>(layout.words * WIDTH);
+      panel.scale = of_scale.get<float>(panel.groups * WIDTH);
+      panel.zero = zeros ? of_zero.get<int32_t>(panel.groups * WIDTH) : nullptr;
+      panel.up = of_up.get<float>((job.rank + LANES) * WIDTH);
+      alignas(64) float sums[TOKENS * WIDTH];
+      for (int64_t n = begin * WIDTH; n < std::min(end * WIDTH, job.N); n += WIDTH) {
+        fill_panel<Dot>(job, layout, n, panel);
+        for (int64_t r = 0; r < job.rank; r += PIECE)
+          fill_floats<VECTORS>(job, layout.blocks, branch, n, r, std::min(PIECE, job.rank - r), panel.up + r * WIDTH);
+        for (int64_t m = 0; m < tokens.count; m += TOKENS) {
+          prefetch_outputs(job, first + m, n);
+          tile<Dot>(layout, tokens, panel, apart, m, sums);
+          if (job.rank) add_branch(job, panel, first + m, sums);
+          store_sums(job, first + m, std::min<int64_t>(TOKENS, tokens.count - m), n,
+                     std::min<int64_t>(WIDTH, job.N - n), sums, WIDTH);
+        }
       }
     };
     run_parallel(parallel_for, (job.N + WIDTH - 1) / WIDTH, 1, multiply);

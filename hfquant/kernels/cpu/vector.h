@@ -33,8 +33,7 @@ struct Halves {
 using Ints = __m512i;
 using Reals = __m512;
 constexpr int LANES = 16;
-// 32 registers: 8 x 3 sums, or 4 x 3 sums in integers and as many in floats.
-constexpr int TOKENS = 8, TOKENS_GROUPED = 8, VECTORS = 3;
+constexpr int TOKENS = 8, VECTORS = 2;
 constexpr bool EXACT_BYTES = true;
 
 inline Ints load(const void* p) { return _mm512_loadu_si512(p); }
@@ -45,6 +44,9 @@ inline Ints zeros() { return _mm512_setzero_si512(); }
 inline Ints repeat(int32_t word) { return _mm512_set1_epi32(word); }
 inline Reals repeat(float value) { return _mm512_set1_ps(value); }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints add_bytes(Ints a, Ints b) { return _mm512_add_epi8(a, b); }
+inline Ints add_shorts(Ints a, Ints b) { return _mm512_add_epi16(a, b); }
+inline Ints times(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
 inline Ints times256(Ints a) { return _mm512_slli_epi32(a, 8); }
 inline Reals to_reals(Ints a) { return _mm512_cvtepi32_ps(a); }
 inline Reals mul(Reals a, Reals b) { return _mm512_mul_ps(a, b); }
@@ -67,13 +69,11 @@ inline int32_t total(Ints a) { return _mm512_reduce_add_epi32(a); }
 inline float total(Reals a) { return _mm512_reduce_add_ps(a); }
 inline Reals pick(const float* table, Ints lanes) { return _mm512_permutexvar_ps(lanes, load_reals(table)); }
 inline Ints flip(Ints bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
-// Two codes of 4 bits a byte, as unsigned bytes: the low ones, the high ones.
-inline void unpack4(Ints bytes, Ints& low, Ints& high) {
-  const Ints mask = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(8);
-  low = _mm512_ternarylogic_epi32(bytes, sign, mask, 0x28);  // (a ^ b) & c
-  high = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), sign, mask, 0x28);
+// Each 16 bits moved down, and of them (v ^ sign) & mask.
+inline Ints field(Ints v, int shift, int32_t sign, int32_t mask) {
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi16(v, shift), repeat(sign), repeat(mask), 0x28);
 }
-// The same in order, from half a vector.
+// Two codes of 4 bits a byte, from half a vector, as unsigned bytes.
 inline Ints unpack4_in_order(const uint8_t* p) {
   const Ints words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   const Ints both = _mm512_or_si512(words, _mm512_slli_epi16(words, 4));
@@ -141,7 +141,7 @@ inline void transpose(Ints r[16]) {
 using Ints = __m256i;
 using Reals = __m256;
 constexpr int LANES = 8;
-constexpr int TOKENS = 4, TOKENS_GROUPED = 3, VECTORS = 2;
+constexpr int TOKENS = 4, VECTORS = 2;
 
 inline Ints load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store(void* p, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
@@ -151,6 +151,9 @@ inline Ints zeros() { return _mm256_setzero_si256(); }
 inline Ints repeat(int32_t word) { return _mm256_set1_epi32(word); }
 inline Reals repeat(float value) { return _mm256_set1_ps(value); }
 inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints add_bytes(Ints a, Ints b) { return _mm256_add_epi8(a, b); }
+inline Ints add_shorts(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
+inline Ints times(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
 inline Ints times256(Ints a) { return _mm256_slli_epi32(a, 8); }
 inline Reals to_reals(Ints a) { return _mm256_cvtepi32_ps(a); }
 inline Reals mul(Reals a, Reals b) { return _mm256_mul_ps(a, b); }
@@ -183,10 +186,8 @@ inline float total(Reals a) {
 }
 inline Reals pick(const float* table, Ints lanes) { return _mm256_permutevar8x32_ps(load_reals(table), lanes); }
 inline Ints flip(Ints bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
-inline void unpack4(Ints bytes, Ints& low, Ints& high) {
-  const Ints mask = _mm256_set1_epi8(15), sign = _mm256_set1_epi8(8);
-  low = _mm256_and_si256(_mm256_xor_si256(bytes, sign), mask);
-  high = _mm256_and_si256(_mm256_xor_si256(_mm256_srli_epi16(bytes, 4), sign), mask);
+inline Ints field(Ints v, int shift, int32_t sign, int32_t mask) {
+  return _mm256_and_si256(_mm256_xor_si256(_mm256_srli_epi16(v, shift), repeat(sign)), repeat(mask));
 }
 inline Ints unpack4_in_order(const uint8_t* p) {
   const Ints words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -248,7 +249,7 @@ typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef int16_t Shorts __attribute__((vector_size(16)));
 typedef uint16_t Words __attribute__((vector_size(16)));
 constexpr int LANES = 4;
-constexpr int TOKENS = 4, TOKENS_GROUPED = 2, VECTORS = 2;
+constexpr int TOKENS = 4, VECTORS = 2;
 constexpr bool EXACT_BYTES = true;
 
 inline Ints load(const void* p) {
@@ -267,6 +268,9 @@ inline Ints zeros() { return Ints{}; }
 inline Ints repeat(int32_t word) { return Ints{word, word, word, word}; }
 inline Reals repeat(float value) { return Reals{value, value, value, value}; }
 inline Ints add(Ints a, Ints b) { return a + b; }
+inline Ints add_bytes(Ints a, Ints b) { return (Ints)((Bytes)a + (Bytes)b); }
+inline Ints add_shorts(Ints a, Ints b) { return (Ints)((Words)a + (Words)b); }
+inline Ints times(Ints a, Ints b) { return a * b; }
 inline Ints times256(Ints a) { return a * 256; }
 inline Reals to_reals(Ints a) { return __builtin_convertvector(a, Reals); }
 inline Reals mul(Reals a, Reals b) { return a * b; }
@@ -293,9 +297,8 @@ inline Reals pick(const float* table, Ints lanes) {
   return Reals{table[lanes[0]], table[lanes[1]], table[lanes[2]], table[lanes[3]]};
 }
 inline Ints flip(Ints bytes) { return (Ints)((Bytes)bytes ^ 128); }
-inline void unpack4(Ints bytes, Ints& low, Ints& high) {
-  low = (Ints)(((Bytes)bytes ^ 8) & 15);
-  high = (Ints)((((Bytes)bytes >> 4) ^ 8) & 15);
+inline Ints field(Ints v, int shift, int32_t sign, int32_t mask) {
+  return ((Ints)((Words)v >> shift) ^ sign) & mask;
 }
 inline Ints unpack4_in_order(const uint8_t* p) {
   Bytes out;

@@ -47,6 +47,20 @@ inline float scale_at(const Job& job, int64_t row, int64_t group) {
   return job.scale ? job.scale[i] : !job.scale_code ? 1 : scale_value(job.scale_code[i]) * job.scale_row[row];
 }
 
+// A row's scales, padded to `groups`, which reads those of the next row but at the weight's end.
+inline void scales_of_row(const Job& job, int64_t row, int64_t groups, float* __restrict out) {
+  const int64_t at = row * job.G, count = at + groups <= job.N * job.G ? groups : job.G;
+  if (!job.scale_code) {
+    for (int64_t i = 0; i < count; ++i) out[i] = job.scale ? job.scale[at + i] : 1;
+    return;
+  }
+  const float unit = job.scale_row[row];
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES)
+    store_reals(out + i, mul(scale_values(job.scale_code + at + i), repeat(unit)));
+  for (; i < count; ++i) out[i] = scale_value(job.scale_code[at + i]) * unit;
+}
+
 // Code number k of a packed row, plus 2^(bits - 1): an unsigned byte.
 inline uint8_t code_at(const uint8_t* row, int64_t k, int bits) {
   const int64_t bit = k * bits;
@@ -59,6 +73,13 @@ inline uint8_t code_at(const uint8_t* row, int64_t k, int bits) {
 // The unsigned zero point, which goes with unsigned codes.
 inline int zero_at(const Job& job, int64_t row, int64_t group) {
   return job.zero ? code_at(job.zero + row * job.zero_bytes, group, job.bits) : 1 << (job.bits - 1);
+}
+
+// A vector whose first bytes are those from p on, the others zero.
+inline Ints load_first(const uint8_t* p, int64_t count) {
+  uint8_t bytes[BYTES] = {};
+  std::memcpy(bytes, p, count);
+  return load(bytes);
 }
 
 // BYTES codes of a row from a multiple of BYTES on, in order, as unsigned bytes.

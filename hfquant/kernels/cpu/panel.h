@@ -1,0 +1,124 @@
+// Panels of WIDTH rows of the weight, a vector's worth of rows side by side in lanes, and sums of products by them.
+#pragma once
+
+#include "weight.h"
+
+namespace hfquant {
+namespace HFQUANT_ISA {
+
+constexpr int WIDTH = VECTORS * LANES;  // rows of a panel
+
+// Sums stay in registers where every loop over them is unrolled.
+#define UNROLL _Pragma("GCC unroll 16")
+
+template <class Function>
+void run_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, Function& function) {
+  parallel_for(
+      count, grain, [](int64_t begin, int64_t end, void* f) { (*static_cast<Function*>(f))(begin, end); }, &function);
+}
+
+// LANES lines of words, `pitch` words apart, side by side: word i of each in the vector at out + i * step. Whole
+// vectors are read and written.
+inline void interleave(const void* lines, int64_t pitch, int64_t count, void* out, int64_t step) {
+  const int32_t* from = static_cast<const int32_t*>(lines);
+  int32_t* to = static_cast<int32_t*>(out);
+  for (int64_t k = 0; k < count; k += LANES) {
+    Ints tile[LANES];
+    for (int lane = 0; lane < LANES; ++lane) tile[lane] = load(from + lane * pitch + k);
+    transpose(tile);
+    for (int i = 0; i < LANES; ++i) store(to + (k + i) * step, tile[i]);
+  }
+}
+
+// Fetches where the outputs of TOKENS tokens from m on and the panel's rows from n on will be stored: each token's are on
+// a page of its own, and a store that waits for it holds up those behind. (GCC takes a call of a function that only
+// prefetches for one without effect.)
+[[gnu::always_inline]] inline void prefetch_outputs(const Job& job, int64_t m, int64_t n) {
+  const int64_t bytes = job.y_type == FLOAT32 ? 4 : 2, end = std::min<int64_t>(m + TOKENS, job.M);
+  for (; m < end; ++m)
+    for (int64_t i = 0; i < WIDTH * bytes; i += 64)
+      __builtin_prefetch(static_cast<const char*>(job.y) + (m * job.N + n) * bytes + i, 1);
+}
+
+// Adds the bias to sums [count][pitch] of tokens from m on and rows [n, n + rows), and stores them; they may lie where
+// they are stored.
+[[gnu::noinline]] inline void store_sums(const Job& job, int64_t m, int64_t count, int64_t n, int64_t rows, float* sums,
+                                         int64_t pitch) {
+  static thread_local Scratch of_bias;
+  float* bias = nullptr;
+  if (job.bias.data) to_floats(job.bias, n, rows, bias = of_bias.get<float>(rows));
+  for (int64_t i = 0; i < count; ++i, sums += pitch) {
+    for (int64_t j = 0; bias && j < rows; ++j) sums[j] += bias[j];
+    from_floats(sums, rows, job.y, job.y_type, (m + i) * job.N + n);
+  }
+}
+
+// Columns of floats that a panel has at once: with the tokens' it fits a core's nearest cache.
+constexpr int64_t PIECE = 128;
+
+// Columns [start, start + count) of a row of the weight, as floats; `at` is the first column's block.
+inline void decode_scaled(const Job& job, std::vector<Block>::const_iterator at, int64_t row, int64_t start,
+                          int64_t count, float* out) {
+  const uint8_t* codes = job.weight + row * job.row_bytes;
+  for (int64_t k = start; k < start + count; ++at) {
+    const int64_t size = std::min<int64_t>(at->start + at->size, start + count) - k;
+    decode(codes + k * (job.bits / 8), size, job.format, scale_at(job, row, at->group), out + k - start);
+    k += size;
+  }
+}
+
+// A term of a sum of products: x [.., columns], lines one after another, by rows of codes. Only the weight has scales.
+struct Term {
+  const float* x;
+  int64_t columns;
+  const uint8_t* codes;
+  Format format;
+  bool scaled;
+};
+
+// V vectors of rows from n, columns [start, start + count), a column's rows side by side: panel [count][V * LANES].
+template <int V>
+void fill_floats(const Job& job, const std::vector<Block>& blocks, const Term& term, int64_t n, int64_t start,
+                 int64_t count, float* panel) {
+  const int64_t width = code_bits(term.format) / 8;
+  alignas(64) float square[LANES][PIECE] = {};
+  const auto here = std::partition_point(blocks.begin(), blocks.end(),
+                                         [&](const Block& b) { return b.start + b.size <= start; });
+  for (int v = 0; v < V; ++v) {
+    for (int lane = 0; lane < LANES; ++lane) {
+      // Lanes beyond the last row repeat it; what they give is not stored.
+      const int64_t row = std::min(n + v * LANES + lane, job.N - 1);
+      if (term.scaled)
+        decode_scaled(job, here, row, start, count, square[lane]);
+      else
+        decode(term.codes + (row * term.columns + start) * width, count, term.format, 1, square[lane]);
+    }
+    interleave(square, PIECE, count, panel + v * LANES, V * LANES);
+  }
+}
+
+// Adds TOKENS lines of x by a panel [count][V * LANES] to sums [TOKENS][V * LANES]. The lines after them are `next`
+// floats further.
+template <int V>
+void float_tile(const float* const x[TOKENS], const float* panel, int64_t count, int64_t next, float* sums) {
+  Reals s[TOKENS][V];
+  UNROLL for (int i = 0; i < TOKENS; ++i)
+    UNROLL for (int j = 0; j < V; ++j) s[i][j] = load_reals(sums + (i * V + j) * LANES);
+  constexpr int64_t LINE = 16;  // floats that a line of the cache holds
+  for (int64_t k = 0; k < count;) {
+    // The next tile's, which the hardware's own prefetching does not find in time: lines and sums are short.
+    UNROLL for (int i = 0; i < TOKENS; ++i) __builtin_prefetch(x[i] + k + next);
+    UNROLL for (int j = 0; j < V; ++j) __builtin_prefetch(sums + ((TOKENS + k / LINE) * V + j) * LANES, 1);
+    for (const int64_t end = std::min(k + LINE, count); k < end; ++k, panel += V * LANES) {
+      UNROLL for (int i = 0; i < TOKENS; ++i) {
+        const Reals factor = repeat(x[i][k]);
+        UNROLL for (int j = 0; j < V; ++j) s[i][j] = fma(load_reals(panel + j * LANES), factor, s[i][j]);
+      }
+    }
+  }
+  UNROLL for (int i = 0; i < TOKENS; ++i)
+    UNROLL for (int j = 0; j < V; ++j) store_reals(sums + (i * V + j) * LANES, s[i][j]);
+}
+
+}  // namespace HFQUANT_ISA
+}  // namespace hfquant
