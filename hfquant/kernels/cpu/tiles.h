@@ -10,49 +10,56 @@ namespace HFQUANT_ISA {
 
 // The words of one multiplication: four signed codes by four unsigned ones of 8 bits, or two of 16 bits, both signed.
 struct BytesDot {
-  static constexpr int CODES = 4;
+  using Code = int8_t;
   static Ints dot(Ints sum, Ints weights, int32_t x) { return dot_bytes(sum, weights, repeat(x)); }
   static Ints shift(Ints words, Ints by) { return add_bytes(words, by); }
-  static int32_t word_of(int32_t code) { return static_cast<int32_t>((code & 0xff) * 0x01010101u); }
-  // The words of eight codes of 4 bits, and their order.
-  static Ints nibbles(Ints packed, int i) { return field(packed, 4 * i, 0x08080808, 0x0f0f0f0f); }
-  static constexpr int ORDER[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+  static constexpr int32_t word_of(int32_t code) { return static_cast<int32_t>((code & 0xff) * 0x01010101u); }
 };
 struct ShortsDot {
-  static constexpr int CODES = 2;
+  using Code = int16_t;
   static Ints dot(Ints sum, Ints weights, int32_t x) { return dot_shorts(sum, weights, repeat(x)); }
   static Ints shift(Ints words, Ints by) { return add_shorts(words, by); }
-  static int32_t word_of(int32_t code) { return static_cast<int32_t>((code & 0xffff) * 0x00010001u); }
-  static Ints nibbles(Ints packed, int i) { return field(packed, 4 * i, 0x00080008, 0x000f000f); }
-  static constexpr int ORDER[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+  static constexpr int32_t word_of(int32_t code) { return static_cast<int32_t>((code & 0xffff) * 0x00010001u); }
 };
+// Codes of a word, and of a word of the weight as it is stored, where they fill it.
+template <class Dot>
+constexpr int CODES = 4 / sizeof(typename Dot::Code);
+template <int BITS>
+constexpr int STORED = 32 / BITS;
+// A stored word becomes so many: word i has each one's code number i of those that lie in as many bits as its own.
+template <class Dot, int BITS>
+constexpr int EACH = STORED<BITS> / CODES<Dot>;
 
 // The zero point that codes have as they are multiplied: codes of 16 bits are signed, those of 8 bits unsigned, moved by
 // zero points to a common one where they still fit a byte. Minus this, where they do not.
 template <class Dot>
 int common_zero(const Job& job) {
   constexpr int MOST = EXACT_BYTES ? 8 : 7;
-  if (Dot::CODES == 2) return 0;
+  if (CODES<Dot> == 2) return 0;
   return !job.zero ? 1 << (job.bits - 1) : job.bits < MOST ? 1 << job.bits : -1;
 }
 
-// Where a block's words begin; blocks are padded to whole words.
+// Where a block's words begin; blocks are padded to whole words, or stored ones.
 struct Layout {
   std::vector<Block> blocks;
   std::vector<int64_t> start;  // one more than blocks
+  std::vector<int64_t> runs;   // where blocks that share the input's scale begin; one more than those
   int64_t words;               // of a row, padded to whole vectors
-  bool in_order;               // no padding between blocks
-  bool nibbles;                // codes of 4 bits, eight of which never straddle blocks
+  bool as_stored;              // the weight's words, as it is stored, each lie within a block
 
-  Layout(const Job& job, int codes) : blocks(blocks_of(job)), in_order(true), nibbles(job.bits == 4) {
+  Layout(const Job& job, int codes) : blocks(blocks_of(job)), as_stored(job.bits == 4 || job.bits == 8) {
+    const int stored = 32 / job.bits;
+    for (const Block& b : blocks) as_stored = as_stored && b.start % stored == 0;
+    const int whole = as_stored ? stored : codes;
     int64_t at = 0;
     for (const Block& b : blocks) {
       start.push_back(at);
-      in_order = in_order && at * codes == b.start;
-      nibbles = nibbles && b.size % 8 == 0;
-      at += (b.size + codes - 1) / codes;
+      at += (b.size + whole - 1) / whole * whole / codes;
     }
     start.push_back(at);
+    for (size_t b = 0; b < blocks.size(); ++b)
+      if (!b || blocks[b].segment != blocks[b - 1].segment) runs.push_back(b);
+    runs.push_back(blocks.size());
     words = (at + LANES - 1) / LANES * LANES;
   }
 };
@@ -65,23 +72,37 @@ struct Tokens {
   float* scale;      // [count][scales]
 };
 
+// Codes in the order of stored words, the last of them filled with zeros.
+template <class Dot, int BITS>
+void in_stored_order(const int16_t* __restrict from, int size, typename Dot::Code* __restrict to) {
+  constexpr int STEP = STORED<BITS>, APART = EACH<Dot, BITS>;
+  auto order = [to](const int16_t* codes, int at) {
+    for (int i = 0; i < STEP; ++i)
+      to[at + i] = static_cast<typename Dot::Code>(codes[i % CODES<Dot> * APART + i / CODES<Dot>]);
+  };
+  int i = 0;
+  for (; i + STEP <= size; i += STEP) order(from + i, i);
+  if (i == size) return;
+  int16_t last[STEP] = {};
+  std::memcpy(last, from + i, (size - i) * sizeof(int16_t));
+  order(last, i);
+}
+
 template <class Dot>
 void layout_token(const Job& job, const Layout& layout, const int16_t* codes, int64_t m, Tokens& tokens) {
   uint32_t* words = tokens.codes + m * tokens.words;
-  using Code = std::conditional_t<Dot::CODES == 4, int8_t, int16_t>;
   const int zero = common_zero<Dot>(job);
   for (size_t b = 0; b < layout.blocks.size(); ++b) {
     const int size = layout.blocks[b].size;
     const int16_t* __restrict from = codes + layout.blocks[b].start;
-    words[layout.start[b + 1] - 1] = 0;
-    Code* __restrict to = reinterpret_cast<Code*>(words + layout.start[b]);
-    if (layout.nibbles) {
-      for (int i = 0; i < size; i += 8)
-        for (int j = 0; j < 8; ++j) to[i + j] = static_cast<Code>(from[i + Dot::ORDER[j]]);
+    typename Dot::Code* __restrict to = reinterpret_cast<typename Dot::Code*>(words + layout.start[b]);
+    if (layout.as_stored) {
+      job.bits == 4 ? in_stored_order<Dot, 4>(from, size, to) : in_stored_order<Dot, 8>(from, size, to);
     } else {
-      for (int i = 0; i < size; ++i) to[i] = static_cast<Code>(from[i]);
+      words[layout.start[b + 1] - 1] = 0;
+      for (int i = 0; i < size; ++i) to[i] = static_cast<typename Dot::Code>(from[i]);
     }
-    if (Dot::CODES == 2) continue;
+    if (CODES<Dot> == 2) continue;
     int32_t sum = 0;
     for (int i = 0; i < size; ++i) sum -= from[i];
     tokens.initial[m * tokens.blocks + b] = zero < 0 ? sum : sum * zero;
@@ -122,27 +143,11 @@ void fill_groups(const Job& job, int64_t n, Panel& panel) {
   }
 }
 
-// A row's codes, each block padded to whole words; `bytes` holds them without.
-template <class Dot>
-void unpack_row(const Job& job, const Layout& layout, int64_t row, uint8_t* bytes, uint8_t* out) {
-  const bool as_is = Dot::CODES == 4 && layout.in_order;
-  uint8_t* to = as_is ? out : bytes;
-  for (int64_t k = 0; k < job.K; k += BYTES)
-    store(to + k, codes_in_order(job.weight + row * job.row_bytes, job.row_bytes, k, job.bits));
-  for (size_t b = 0; !as_is && b < layout.blocks.size(); ++b) {
-    const Block& block = layout.blocks[b];
-    uint8_t* words = out + layout.start[b] * 4;
-    if (Dot::CODES == 4)
-      std::memcpy(words, bytes + block.start, block.size);
-    else
-      for (int i = 0; i < block.size; ++i) reinterpret_cast<int16_t*>(words)[i] = bytes[block.start + i];
-  }
-}
-
-// The words of LANES rows from n on, whose codes have 4 bits: of eight at once, since these are a word as well.
-template <class Dot>
-void fill_nibbles(const Job& job, int64_t n, uint32_t* words) {
-  constexpr int EACH = 8 / Dot::CODES;
+// LANES rows' words from those that are stored, which are fewer to lay side by side.
+template <class Dot, int BITS>
+void fill_stored(const Job& job, const Layout& layout, int64_t n, const int32_t* zero, uint32_t* words) {
+  constexpr int32_t SIGN = Dot::word_of(1 << (BITS - 1)), MASK = Dot::word_of((1 << BITS) - 1);
+  size_t block = 0;
   for (int64_t at = 0; at < job.row_bytes; at += BYTES) {
     const int64_t size = std::min<int64_t>(BYTES, job.row_bytes - at);
     Ints tile[LANES];
@@ -151,84 +156,94 @@ void fill_nibbles(const Job& job, int64_t n, uint32_t* words) {
       tile[lane] = size == BYTES ? load(from) : load_first(from, size);
     }
     transpose(tile);
-    for (int w = 0; w < LANES && 4 * w < size; ++w)
-      UNROLL for (int i = 0; i < EACH; ++i) store(words + ((at / 4 + w) * EACH + i) * WIDTH, Dot::nibbles(tile[w], i));
+    for (int w = 0; w < LANES && 4 * w < size; ++w) {
+      const int64_t first = (at / 4 + w) * EACH<Dot, BITS>;
+      while (layout.start[block + 1] <= first) ++block;
+      const Ints by = zero ? load(zero + layout.blocks[block].group * WIDTH) : zeros();
+      UNROLL for (int i = 0; i < EACH<Dot, BITS>; ++i)
+        store(words + (first + i) * WIDTH, Dot::shift(field(tile[w], i * BITS, SIGN, MASK), by));
+    }
   }
 }
 
-// The words of rows from n on, and the rest of the panel.
+// LANES rows' words, whatever the codes' bits and blocks.
+template <class Dot>
+void fill_any(const Job& job, const Layout& layout, int64_t n, const int32_t* zero, uint32_t* words) {
+  static thread_local Scratch of_lines, of_bytes;
+  uint8_t* bytes = of_bytes.get<uint8_t>(job.K + BYTES);
+  uint32_t* lines = of_lines.get<uint32_t>(LANES * layout.words);
+  for (int lane = 0; lane < LANES; ++lane) {
+    const uint8_t* packed = job.weight + std::min(n + lane, job.N - 1) * job.row_bytes;
+    for (int64_t k = 0; k < job.K; k += BYTES) store(bytes + k, codes_in_order(packed, job.row_bytes, k, job.bits));
+    for (size_t b = 0; b < layout.blocks.size(); ++b) {
+      const Block& block = layout.blocks[b];
+      auto* to = reinterpret_cast<std::make_unsigned_t<typename Dot::Code>*>(lines + lane * layout.words + layout.start[b]);
+      for (int i = 0; i < block.size; ++i) to[i] = bytes[block.start + i];
+    }
+  }
+  interleave(lines, layout.words, layout.words, words, WIDTH);
+  for (size_t b = 0; zero && b < layout.blocks.size(); ++b) {
+    const Ints by = load(zero + layout.blocks[b].group * WIDTH);
+    for (int64_t w = layout.start[b]; w < layout.start[b + 1]; ++w)
+      store(words + w * WIDTH, Dot::shift(load(words + w * WIDTH), by));
+  }
+}
+
+// All of rows from n on.
 template <class Dot>
 void fill_panel(const Job& job, const Layout& layout, int64_t n, Panel& panel) {
-  static thread_local Scratch of_lines, of_bytes;
   fill_groups<Dot>(job, n, panel);
-  uint8_t* lines = of_lines.get<uint8_t>(LANES * layout.words * 4);
-  uint8_t* bytes = of_bytes.get<uint8_t>(job.K + BYTES);
-  for (int v = 0; v < VECTORS; ++v) {
-    if (layout.nibbles) {
-      fill_nibbles<Dot>(job, n + v * LANES, panel.words + v * LANES);
-      continue;
-    }
-    for (int lane = 0; lane < LANES; ++lane)
-      unpack_row<Dot>(job, layout, std::min(n + v * LANES + lane, job.N - 1), bytes, lines + lane * layout.words * 4);
-    interleave(lines, layout.words, layout.words, panel.words + v * LANES, WIDTH);
-  }
-  for (size_t b = 0; panel.zero && common_zero<Dot>(job) >= 0 && b < layout.blocks.size(); ++b)
-    for (int v = 0; v < VECTORS; ++v) {
-      const Ints by = load(panel.zero + layout.blocks[b].group * WIDTH + v * LANES);
-      for (int64_t w = layout.start[b]; w < layout.start[b + 1]; ++w) {
-        uint32_t* word = panel.words + w * WIDTH + v * LANES;
-        store(word, Dot::shift(load(word), by));
-      }
-    }
+  const bool moved = panel.zero && common_zero<Dot>(job) >= 0;
+  auto fill = !layout.as_stored ? fill_any<Dot> : job.bits == 4 ? fill_stored<Dot, 4> : fill_stored<Dot, 8>;
+  for (int v = 0; v < VECTORS; ++v)
+    fill(job, layout, n + v * LANES, moved ? panel.zero + v * LANES : nullptr, panel.words + v * LANES);
 }
 
-// TOKENS tokens from m on by the panel's rows, to sums [TOKENS][WIDTH].
+// Adds TOKENS tokens from m on by the panel's rows, over blocks [first, last) that share the input's scale, to sums
+// [TOKENS][WIDTH].
 template <class Dot>
-void tile(const Layout& layout, const Tokens& tokens, const Panel& panel, bool zeros_apart, int64_t m, float* sums) {
-  const int64_t words = tokens.words, blocks = tokens.blocks;
+[[gnu::noinline]] void tile(const Layout& layout, const Tokens& tokens, const Panel& panel, bool zeros_apart, int64_t m,
+                            int64_t first, int64_t last, float* sums) {
+  const int64_t words = tokens.words, blocks = tokens.blocks, scales = tokens.scales;
   const uint32_t* codes = tokens.codes + m * words;
   const int32_t* initial = tokens.initial + m * blocks;
+  const float* units = tokens.scale + m * scales + layout.blocks[first].segment;
   const Block* block = layout.blocks.data();
   const int64_t* start = layout.start.data();
-  UNROLL for (int i = 0; i < TOKENS * VECTORS; ++i) store_reals(sums + i * LANES, repeat(0.0f));
-  for (int64_t b = 0; b < blocks;) {
-    // Blocks that share the input's scale.
-    const int32_t unit = block[b].segment;
-    Reals part[TOKENS][VECTORS];
-    UNROLL for (int i = 0; i < TOKENS; ++i)
-      UNROLL for (int j = 0; j < VECTORS; ++j) part[i][j] = repeat(0.0f);
-    for (; b < blocks && block[b].segment == unit; ++b) {
-      const int64_t group = block[b].group * WIDTH;
-      Ints exact[TOKENS][VECTORS];
+  Reals total[TOKENS][VECTORS];
+  UNROLL for (int i = 0; i < TOKENS; ++i)
+    UNROLL for (int j = 0; j < VECTORS; ++j) total[i][j] = repeat(0.0f);
+  for (int64_t b = first; b < last; ++b) {
+    const int64_t group = block[b].group * WIDTH;
+    Ints exact[TOKENS][VECTORS];
+    UNROLL for (int i = 0; i < TOKENS; ++i) {
+      const Ints from = CODES<Dot> == 2 ? zeros() : repeat(initial[i * blocks + b]);
+      UNROLL for (int j = 0; j < VECTORS; ++j) exact[i][j] = from;
+    }
+    if (zeros_apart)
+      UNROLL for (int i = 0; i < TOKENS; ++i)
+        UNROLL for (int j = 0; j < VECTORS; ++j)
+          exact[i][j] = times(exact[i][j], load(panel.zero + group + j * LANES));
+    const uint32_t* x = codes + start[b];
+    const uint32_t* weights = panel.words + start[b] * WIDTH;
+    const uint32_t* const end = panel.words + start[b + 1] * WIDTH;
+    for (; weights < end; ++x, weights += WIDTH) {
       UNROLL for (int i = 0; i < TOKENS; ++i) {
-        const Ints first = Dot::CODES == 2 ? zeros() : repeat(initial[i * blocks + b]);
-        UNROLL for (int j = 0; j < VECTORS; ++j) exact[i][j] = first;
-      }
-      if (zeros_apart)
-        UNROLL for (int i = 0; i < TOKENS; ++i)
-          UNROLL for (int j = 0; j < VECTORS; ++j)
-            exact[i][j] = times(exact[i][j], load(panel.zero + group + j * LANES));
-      const uint32_t* x = codes + start[b];
-      const uint32_t* weights = panel.words + start[b] * WIDTH;
-      const uint32_t* const end = panel.words + start[b + 1] * WIDTH;
-      for (; weights < end; ++x, weights += WIDTH) {
-        UNROLL for (int i = 0; i < TOKENS; ++i) {
-          const int32_t word = static_cast<int32_t>(x[i * words]);
-          UNROLL for (int j = 0; j < VECTORS; ++j)
-            exact[i][j] = Dot::dot(exact[i][j], load(weights + j * LANES), word);
-        }
-      }
-      UNROLL for (int j = 0; j < VECTORS; ++j) {
-        const Reals scale = load_reals(panel.scale + group + j * LANES);
-        UNROLL for (int i = 0; i < TOKENS; ++i) part[i][j] = fma(to_reals(exact[i][j]), scale, part[i][j]);
+        const int32_t word = static_cast<int32_t>(x[i * words]);
+        UNROLL for (int j = 0; j < VECTORS; ++j)
+          exact[i][j] = Dot::dot(exact[i][j], load(weights + j * LANES), word);
       }
     }
-    UNROLL for (int i = 0; i < TOKENS; ++i) {
-      const Reals scale = repeat(tokens.scale[(m + i) * tokens.scales + unit]);
-      UNROLL for (int j = 0; j < VECTORS; ++j) {
-        float* sum = sums + i * WIDTH + j * LANES;
-        store_reals(sum, fma(part[i][j], scale, load_reals(sum)));
-      }
+    UNROLL for (int j = 0; j < VECTORS; ++j) {
+      const Reals scale = load_reals(panel.scale + group + j * LANES);
+      UNROLL for (int i = 0; i < TOKENS; ++i) total[i][j] = fma(to_reals(exact[i][j]), scale, total[i][j]);
+    }
+  }
+  UNROLL for (int i = 0; i < TOKENS; ++i) {
+    const Reals unit = repeat(units[i * scales]);
+    UNROLL for (int j = 0; j < VECTORS; ++j) {
+      float* sum = sums + i * WIDTH + j * LANES;
+      store_reals(sum, fma(total[i][j], unit, load_reals(sum)));
     }
   }
 }
@@ -246,7 +261,7 @@ constexpr int64_t CHUNK_BYTES = 1 << 20;
 template <class Dot>
 void by_tiles(const Job& job, ParallelFor parallel_for) {
   static thread_local Scratch of_codes, of_initial, of_scales;
-  const Layout layout(job, Dot::CODES);
+  const Layout layout(job, CODES<Dot>);
   const std::vector<Range> shared = shared_ranges(job);
   Tokens tokens;
   tokens.words = layout.words;
@@ -258,7 +273,7 @@ void by_tiles(const Job& job, ParallelFor parallel_for) {
   tokens.initial = of_initial.get<int32_t>(chunk * tokens.blocks);
   tokens.scale = of_scales.get<float>(chunk * tokens.scales);
   const Term branch = {job.narrow, job.rank, static_cast<const uint8_t*>(job.up.data), format_of(job.up.type), false};
-  const bool apart = common_zero<Dot>(job) < 0, zeros = job.zero || Dot::CODES == 2;
+  const bool apart = common_zero<Dot>(job) < 0, zeros = job.zero || CODES<Dot> == 2;
   for (int64_t first = 0; first < job.M; first += chunk) {
     tokens.count = std::min(chunk, job.M - first);
     auto code = [&](int64_t begin, int64_t end) {
@@ -286,7 +301,9 @@ void by_tiles(const Job& job, ParallelFor parallel_for) {
           fill_floats<VECTORS>(job, layout.blocks, branch, n, r, std::min(PIECE, job.rank - r), panel.up + r * WIDTH);
         for (int64_t m = 0; m < tokens.count; m += TOKENS) {
           prefetch_outputs(job, first + m, n);
-          tile<Dot>(layout, tokens, panel, apart, m, sums);
+          std::memset(sums, 0, sizeof(sums));
+          for (size_t run = 0; run + 1 < layout.runs.size(); ++run)
+            tile<Dot>(layout, tokens, panel, apart, m, layout.runs[run], layout.runs[run + 1], sums);
           if (job.rank) add_branch(job, panel, first + m, sums);
           store_sums(job, first + m, std::min<int64_t>(TOKENS, tokens.count - m), n,
                      std::min<int64_t>(WIDTH, job.N - n), sums, WIDTH);

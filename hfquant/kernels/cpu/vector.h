@@ -33,6 +33,7 @@ struct Halves {
 using Ints = __m512i;
 using Reals = __m512;
 constexpr int LANES = 16;
+// A tile's tokens and vectors of rows: as many sums as keep both ports busy, in registers with what a tile needs beside.
 constexpr int TOKENS = 8, VECTORS = 2;
 constexpr bool EXACT_BYTES = true;
 
@@ -141,7 +142,7 @@ inline void transpose(Ints r[16]) {
 using Ints = __m256i;
 using Reals = __m256;
 constexpr int LANES = 8;
-constexpr int TOKENS = 4, VECTORS = 2;
+constexpr int VECTORS = 2;
 
 inline Ints load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store(void* p, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
@@ -159,16 +160,30 @@ inline Reals to_reals(Ints a) { return _mm256_cvtepi32_ps(a); }
 inline Reals mul(Reals a, Reals b) { return _mm256_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm256_fmadd_ps(a, b, c); }
 #if defined(__AVXVNNI__)
+constexpr int TOKENS = 6;
 constexpr bool EXACT_BYTES = true;
-inline Ints dot_bytes(Ints sum, Ints weights, Ints x) { return _mm256_dpbusd_avx_epi32(sum, weights, x); }
-inline Ints dot_shorts(Ints sum, Ints weights, Ints x) { return _mm256_dpwssd_avx_epi32(sum, weights, x); }
+// In assembly, as above.
+inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(weights), "x"(x));
+  return sum;
+}
+inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
+  asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(weights), "x"(x));
+  return sum;
+}
 #else
+constexpr int TOKENS = 4;
 // vpmaddubsw saturates sums of two products at 16 bits, so it is exact for weights of up to 7 bits alone.
 constexpr bool EXACT_BYTES = false;
-inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
-  return add(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1)));
+// The addition in assembly, since GCC would multiply all first, and not have registers for it.
+inline Ints add_in_place(Ints sum, Ints more) {
+  asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(more));
+  return sum;
 }
-inline Ints dot_shorts(Ints sum, Ints weights, Ints x) { return add(sum, _mm256_madd_epi16(weights, x)); }
+inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
+  return add_in_place(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1)));
+}
+inline Ints dot_shorts(Ints sum, Ints weights, Ints x) { return add_in_place(sum, _mm256_madd_epi16(weights, x)); }
 #endif
 inline Reals scale_values(const uint8_t* p) {
   const Ints codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
