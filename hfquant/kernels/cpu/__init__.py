@@ -1,8 +1,8 @@
 """Kernels in C++ for CPUs, one for each instruction set that a machine has.
 
 Weights of 2 to 8 bits are multiplied as integers with inputs of at most 8 bits, or with floats that are taken as 16-bit
-integers (input.h). Other weights (FP8, FP16, BF16, INT16) become floats a panel at a time, or in blocks of rows that
-torch multiplies with many tokens; FP8 inputs are rounded on the way (floats.h).
+integers (input.h). Other weights (FP8, FP16, BF16, INT16) become floats a panel at a time; FP8 inputs are rounded on
+the way (floats.h).
 """
 
 from __future__ import annotations

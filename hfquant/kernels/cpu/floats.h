@@ -1,6 +1,5 @@
 // Products of floats: by weights that are not integers, and by the low-rank branch. A row's codes become floats a piece
-// at a time, in the nearest cache: for few tokens as they come, for more as panels of rows side by side. For many tokens
-// torch's product is so much faster than panels that whole rows may become floats before it.
+// at a time, in the nearest cache: for few tokens as they come, for more as panels of rows side by side.
 #pragma once
 
 #include "rows.h"
@@ -63,31 +62,45 @@ inline void by_float_rows(const Job& job, ParallelFor parallel_for) {
   run_parallel(parallel_for, job.N, std::max<int64_t>(16, 32768 / job.row_bytes), multiply_rows);
 }
 
-// Where there are too few panels for threads, so many tokens use a piece of a panel before the next takes its place.
-constexpr int64_t SOME_TOKENS = 128, FEW_PANELS = 8;
+// So many tokens use a piece of a panel before the next takes its place: fewer where there are too few panels for
+// threads.
+constexpr int64_t MANY_TOKENS = 1024, SOME_TOKENS = 128, FEW_PANELS = 8;
 // Converted tokens that are kept at once.
 constexpr int64_t CONVERTED_BYTES = 8 << 20;
 
-// Rows [n, n + rows) of the output of tokens [0, count), of which the first is the job's token `first`.
+// Panels that share a tile's tokens while these are in the nearest cache, where all tokens do not fit the second one.
+constexpr int64_t PANELS = 16, MORE_TOKENS = 256;
+
+// Rows [n, n + rows) of the output, of PANELS panels at most, of tokens [0, count), of which the first is the job's token
+// `first`. V vectors of each panel have rows.
 template <int V>
-void float_panel(const Job& job, const std::vector<Block>& blocks, const std::vector<Term>& terms, int64_t first,
-                 int64_t count, int64_t n, int64_t rows) {
-  static thread_local Scratch of_panel, of_sums;
-  float* panel = of_panel.get<float>(PIECE * WIDTH);
-  const int64_t padded = (count + TOKENS - 1) / TOKENS * TOKENS;
-  float* sums = of_sums.get<float>(padded * V * LANES);
-  std::memset(sums, 0, padded * V * LANES * sizeof(float));
+void float_panels(const Job& job, const std::vector<Block>& blocks, const std::vector<Term>& terms, int64_t first,
+                  int64_t count, int64_t n, int64_t rows) {
+  static thread_local Scratch of_panels, of_sums;
+  constexpr int64_t ROWS = V * LANES, TILE = TOKENS * ROWS;
+  const int64_t panels = (rows + ROWS - 1) / ROWS, tiles = (count + TOKENS - 1) / TOKENS;
+  float* panel = of_panels.get<float>(panels * PIECE * ROWS);
+  float* sums = of_sums.get<float>(tiles * panels * TILE);
+  std::memset(sums, 0, tiles * panels * TILE * sizeof(float));
   for (const Term& term : terms)
     for (int64_t k = 0; k < term.columns; k += PIECE) {
       const int64_t size = std::min(PIECE, term.columns - k);
-      fill_floats<V>(job, blocks, term, n, k, size, panel);
+      const bool last = &term == &terms.back() && k + size == term.columns;
+      for (int64_t p = 0; p < panels; ++p)
+        fill_floats<V>(job, blocks, term, n + p * ROWS, k, size, panel + p * PIECE * ROWS);
+      float* sum = sums;
       for (int64_t m = 0; m < count; m += TOKENS) {
         const float* x[TOKENS];
         for (int i = 0; i < TOKENS; ++i) x[i] = term.x + std::min(m + i, count - 1) * term.columns + k;
-        float_tile<V>(x, panel, size, TOKENS * term.columns, sums + m * V * LANES);
+        for (int64_t p = 0; p < panels; ++p, sum += TILE) {
+          if (last) prefetch_outputs(job, first + m, n + p * ROWS);
+          float_tile<V>(x, panel + p * PIECE * ROWS, size, TOKENS * term.columns, sum);
+          if (last)
+            store_sums(job, first + m, std::min<int64_t>(TOKENS, count - m), n + p * ROWS,
+                       std::min(ROWS, rows - p * ROWS), sum, ROWS);
+        }
       }
     }
-  store_sums(job, first, count, n, rows, sums, V * LANES);
 }
 
 inline void by_float_tiles(const Job& job, ParallelFor parallel_for) {
@@ -97,7 +110,7 @@ inline void by_float_tiles(const Job& job, ParallelFor parallel_for) {
   const bool as_is = job.x.type == FLOAT32 && !job.divisor && job.input_format == INTEGERS;
   const int64_t chunk = as_is ? job.M : std::min(job.M, std::max(CONVERTED_BYTES / 4 / job.K, SOME_TOKENS));
   float* converted = as_is ? nullptr : of_x.get<float>(chunk * job.K);
-  const int64_t panels = (job.N + WIDTH - 1) / WIDTH, step = panels < FEW_PANELS ? SOME_TOKENS : chunk;
+  const int64_t panels = (job.N + WIDTH - 1) / WIDTH, step = panels < FEW_PANELS ? SOME_TOKENS : MANY_TOKENS;
   for (int64_t first = 0; first < job.M; first += chunk) {
     const int64_t count = std::min(chunk, job.M - first), slices = (count + step - 1) / step;
     auto convert = [&](int64_t begin, int64_t end) {
@@ -107,9 +120,10 @@ inline void by_float_tiles(const Job& job, ParallelFor parallel_for) {
     };
     if (!as_is) run_parallel(parallel_for, count, std::max<int64_t>(1, 16384 / job.K), convert);
     auto multiply = [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t n = item / slices * WIDTH, m = item % slices * step;
-        const int64_t rows = std::min<int64_t>(WIDTH, job.N - n), tokens = std::min(step, count - m);
+      for (int64_t item = begin, taken; item < end; item += taken) {
+        const int64_t n = item % panels * WIDTH, m = item / panels * step, tokens = std::min(step, count - m);
+        taken = tokens > MORE_TOKENS ? std::min({PANELS, end - item, panels - item % panels}) : 1;
+        const int64_t rows = std::min<int64_t>(taken * WIDTH, job.N - n);
         const float* x = as_is ? static_cast<const float*>(job.x.data) : converted;
         std::vector<Term> terms = {{x + m * job.K, job.K, job.weight, job.format, true}};
         if (job.rank) {
@@ -117,62 +131,11 @@ inline void by_float_tiles(const Job& job, ParallelFor parallel_for) {
           const uint8_t* up = static_cast<const uint8_t*>(job.up.data);
           terms.push_back({job.narrow + (first + m) * job.rank, job.rank, up, format, false});
         }
-        auto run = [&](auto panel) { panel(job, blocks, terms, first + m, tokens, n, rows); };
-        rows > LANES ? run(float_panel<VECTORS>) : run(float_panel<1>);
+        auto run = [&](auto panels_of) { panels_of(job, blocks, terms, first + m, tokens, n, rows); };
+        rows > LANES ? run(float_panels<VECTORS>) : run(float_panels<1>);
       }
     };
     run_parallel(parallel_for, panels * slices, 1, multiply);
-  }
-}
-
-// Rows of the weight that are floats at once: fewer would cost torch's product more than they save in caches.
-constexpr int64_t DECODED_BYTES = 4 << 20, FEWEST_ROWS = 256;
-
-// The low-rank branch adds its columns: [x, narrow] by [W, up].
-inline void by_float_blocks(const Job& job, ParallelFor parallel_for, Gemm gemm) {
-  static thread_local Scratch of_x, of_weight, of_y;
-  const std::vector<Block> blocks = blocks_of(job);
-  const std::vector<Range> shared = shared_ranges(job);
-  const int64_t columns = job.K + job.rank;
-  const bool as_is = job.x.type == FLOAT32 && !job.divisor && !job.rank && job.input_format == INTEGERS;
-  const int64_t most = std::max<int64_t>(DECODED_BYTES / 4 / columns, FEWEST_ROWS);
-  const int64_t parts = (job.N + most - 1) / most, step = (job.N + parts - 1) / parts;
-  const int64_t chunk = std::min(job.M, std::max(CONVERTED_BYTES / 4 / std::max(columns, step), SOME_TOKENS));
-  float* converted = as_is ? nullptr : of_x.get<float>(chunk * columns);
-  float* weight = of_weight.get<float>(step * columns);
-  // Floats are stored where they belong.
-  const bool direct = job.y_type == FLOAT32;
-  float* product = direct ? nullptr : of_y.get<float>(chunk * step);
-  for (int64_t first = 0; first < job.M; first += chunk) {
-    const int64_t count = std::min(chunk, job.M - first);
-    auto convert = [&](int64_t begin, int64_t end) {
-      static thread_local Scratch of_floats;
-      float* buffer = of_floats.get<float>(job.K);
-      for (int64_t m = begin; m < end; ++m) {
-        to_factors(job, first + m, shared, buffer, converted + m * columns);
-        const float* narrow = job.narrow + (first + m) * job.rank;
-        if (job.rank) std::memcpy(converted + m * columns + job.K, narrow, job.rank * sizeof(float));
-      }
-    };
-    if (!as_is) run_parallel(parallel_for, count, std::max<int64_t>(1, 16384 / job.K), convert);
-    const float* x = as_is ? static_cast<const float*>(job.x.data) + first * job.K : converted;
-    for (int64_t n = 0; n < job.N; n += step) {
-      const int64_t rows = std::min(step, job.N - n);
-      auto fill = [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-          decode_scaled(job, blocks.begin(), n + row, 0, job.K, weight + row * columns);
-          if (job.rank) to_floats(job.up, (n + row) * job.rank, job.rank, weight + row * columns + job.K);
-        }
-      };
-      run_parallel(parallel_for, rows, std::max<int64_t>(1, 32768 / columns), fill);
-      float* y = direct ? static_cast<float*>(job.y) + first * job.N + n : product;
-      const int64_t pitch = direct ? job.N : rows;
-      gemm(x, weight, y, pitch, count, rows, columns);
-      auto store = [&](int64_t begin, int64_t end) {
-        store_sums(job, first + begin, end - begin, n, rows, y + begin * pitch, pitch);
-      };
-      if (!direct || job.bias.data) run_parallel(parallel_for, count, std::max<int64_t>(1, 32768 / rows), store);
-    }
   }
 }
 

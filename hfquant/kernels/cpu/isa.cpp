@@ -6,8 +6,6 @@ namespace HFQUANT_ISA {
 
 // Beyond so many tokens a panel costs less than reading each row as it is.
 constexpr int64_t FEW = 8;
-// From so many tokens on floats are multiplied by torch, after whole rows were decoded.
-constexpr int64_t MANY = 512;
 
 bool few_tokens(const Job& job, ParallelFor parallel_for) {
   if (!EXACT_BYTES && job.bits == 8) return try_rows<Wide>(job, parallel_for);
@@ -22,9 +20,8 @@ bool few_tokens(const Job& job, ParallelFor parallel_for) {
   }
 }
 
-void multiply(const Job& job, ParallelFor parallel_for, Gemm gemm) {
+void multiply(const Job& job, ParallelFor parallel_for) {
   if (job.format != INTEGERS) {
-    if (job.M >= MANY) return by_float_blocks(job, parallel_for, gemm);
     return job.M < FEW ? by_float_rows(job, parallel_for) : by_float_tiles(job, parallel_for);
   }
   if (job.M < FEW && few_tokens(job, parallel_for)) return;
@@ -46,14 +43,14 @@ Job branch_of(const Job& job, float* y) {
   return branch;
 }
 
-void run(const Job& job, ParallelFor parallel_for, Gemm gemm) {
-  if (!job.rank) return multiply(job, parallel_for, gemm);
+void run(const Job& job, ParallelFor parallel_for) {
+  if (!job.rank) return multiply(job, parallel_for);
   static thread_local Scratch of_narrow;
   Job whole = job;
   float* narrow = of_narrow.get<float>(job.M * job.rank);
   whole.narrow = narrow;
-  multiply(branch_of(job, narrow), parallel_for, gemm);
-  multiply(whole, parallel_for, gemm);
+  multiply(branch_of(job, narrow), parallel_for);
+  multiply(whole, parallel_for);
 }
 
 }  // namespace HFQUANT_ISA

@@ -70,13 +70,10 @@ struct Job {
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* context);
 
-// y [M, N] = x [M, K] w [N, K]^T by torch, on its threads; rows of y are `pitch` floats apart.
-using Gemm = void (*)(const float* x, const float* w, float* y, int64_t pitch, int64_t M, int64_t N, int64_t K);
-
 struct Isa {
   const char* name;
   // Computes a job; null where the compiler could not build it.
-  void (*run)(const Job&, ParallelFor, Gemm);
+  void (*run)(const Job&, ParallelFor);
 };
 
 }  // namespace hfquant

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <array>
 #include <optional>
 #include <vector>
 
@@ -60,18 +59,6 @@ int64_t instruction_sets() {
 
 void on_torch_threads(int64_t count, int64_t grain, Body body, void* context) {
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
-}
-
-void by_torch(const float* x, const float* w, float* y, int64_t pitch, int64_t M, int64_t N, int64_t K) {
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  auto matrix = [&](const float* data, Shape shape, Shape strides) {
-    const Tensor made = torch::stable::from_blob(const_cast<float*>(data), shape, strides, cpu, ScalarType::Float);
-    return torch::stable::detail::from(made);
-  };
-  std::array<StableIValue, 3> stack = {matrix(x, {M, K}, {K, 1}), matrix(w, {K, N}, {1, K}),
-                                       matrix(y, {M, N}, {pitch, 1})};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes what was returned, and lets it go
 }
 
 bool is_float(ScalarType type) {
@@ -190,7 +177,7 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row,
   Tensor y = torch::stable::new_empty(x, shape);
   job.y = y.mutable_data_ptr();
   job.y_type = job.x.type;
-  if (job.M && job.N) choices()[isa].isa->run(job, on_torch_threads, by_torch);
+  if (job.M && job.N) choices()[isa].isa->run(job, on_torch_threads);
   return y;
 }
 

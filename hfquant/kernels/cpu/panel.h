@@ -45,11 +45,16 @@ inline void interleave(const void* lines, int64_t pitch, int64_t count, void* ou
 [[gnu::noinline]] inline void store_sums(const Job& job, int64_t m, int64_t count, int64_t n, int64_t rows, float* sums,
                                          int64_t pitch) {
   static thread_local Scratch of_bias;
-  float* bias = nullptr;
-  if (job.bias.data) to_floats(job.bias, n, rows, bias = of_bias.get<float>(rows));
+  float* bias = of_bias.get<float>(rows);
+  if (job.bias.data)
+    to_floats(job.bias, n, rows, bias);
+  else
+    std::memset(bias, 0, rows * sizeof(float));
   for (int64_t i = 0; i < count; ++i, sums += pitch) {
-    for (int64_t j = 0; bias && j < rows; ++j) sums[j] += bias[j];
-    from_floats(sums, rows, job.y, job.y_type, (m + i) * job.N + n);
+    const int64_t at = (m + i) * job.N + n;
+    float* y = job.y_type == FLOAT32 ? static_cast<float*>(job.y) + at : sums;
+    for (int64_t j = 0; j < rows; ++j) y[j] = sums[j] + bias[j];
+    if (job.y_type != FLOAT32) from_floats(sums, rows, job.y, job.y_type, at);
   }
 }
 

@@ -142,7 +142,7 @@ inline void transpose(Ints r[16]) {
 using Ints = __m256i;
 using Reals = __m256;
 constexpr int LANES = 8;
-constexpr int VECTORS = 2;
+constexpr int TOKENS = 6, VECTORS = 2;
 
 inline Ints load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store(void* p, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
@@ -160,7 +160,6 @@ inline Reals to_reals(Ints a) { return _mm256_cvtepi32_ps(a); }
 inline Reals mul(Reals a, Reals b) { return _mm256_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm256_fmadd_ps(a, b, c); }
 #if defined(__AVXVNNI__)
-constexpr int TOKENS = 6;
 constexpr bool EXACT_BYTES = true;
 // In assembly, as above.
 inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
@@ -172,7 +171,6 @@ inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
   return sum;
 }
 #else
-constexpr int TOKENS = 4;
 // vpmaddubsw saturates sums of two products at 16 bits, so it is exact for weights of up to 7 bits alone.
 constexpr bool EXACT_BYTES = false;
 // The addition in assembly, since GCC would multiply all first, and not have registers for it.

@@ -38,9 +38,9 @@ INPUTS = (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Columns and rows: below, at and beyond a vector, a group, a panel; never a multiple of all.
 SIZES = ((1, 1), (7, 5), (64, 48), (65, 33), (129, 17), (260, 101))
-#: The tiles begin at eight tokens, torch's product of floats at 512.
+#: Tiles begin at eight tokens, panels of floats share a tile's from 257 on and are filled again after 1024.
 TOKENS = (1, 7, 8, 33)
-MANY = 512
+MANY = 257
 SVD = LowRank(low_rank=3)
 
 
@@ -73,6 +73,7 @@ def cases(form: str) -> Iterator[Case]:
 
 def large_cases(form: str) -> Iterator[tuple[Case, int]]:
     """Yield layers whose sums leave 32 bits, or whose tokens do not fit into one chunk, and the number of tokens."""
+    yield Case(WeightQuant(type=form), inputs=(37,), outputs=(300,)), 1030
     group = 64 if FORMATS[form].has_scale else None
     for columns, size, tokens in ((40_001, None, 2), (40_001, None, 8), (20_000, group, 2), (20_000, group, 130)):
         yield Case(WeightQuant(type=form, group_size=size), inputs=(columns,), outputs=(9,), dual=(True,)), tokens

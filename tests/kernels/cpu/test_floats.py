@@ -19,7 +19,7 @@ from tests.nn.linear_cases import Case, assert_close, cases, forward_by_hand, la
 
 __all__ = ["kernel"]
 
-#: Tokens from which on floats are multiplied by torch.
+#: So many tokens take several panels of floats at once; twice as many are more than are worked on together.
 MANY = 512
 
 # Weight-only products: floats as integers of 16 bits.
@@ -186,20 +186,20 @@ def test_every_code_of_other_formats(kernel, dtype) -> None:
 
 
 @pytest.mark.parametrize("weight", ["fp8e4m3", "fp16"])
-def test_many_tokens_in_blocks(kernel, weight) -> None:
-    """Rows, tokens and columns that no block divides, by torch's product: against float64."""
+def test_many_tokens_in_panels(kernel, weight) -> None:
+    """Rows, tokens and columns that no panel, tile or piece divides: against float64."""
     if weight == "fp8e4m3":
         quant, branch, dtype = InputQuant(type="fp8e4m3", dynamic=True, axis=-1), LowRank(low_rank=5), torch.float32
     else:
         quant, branch, dtype = None, Identity(), torch.bfloat16
     group = 48 if FORMATS[weight].has_scale else None
-    case = Case(WeightQuant(type=weight, group_size=group), branch, inputs=(4100, 101), outputs=(301,))
+    case = Case(WeightQuant(type=weight, group_size=group), branch, inputs=(600, 101), outputs=(601,))
     plan = case.plan(quant, real=True)
     layer, tensors = layer_of(plan)
-    x = some_input(MANY + 9, features=4201).to(dtype)
+    x = some_input(2 * MANY + 9, features=701).to(dtype)
     expected, size = forward_by_hand(plan, tensors, x.float())
     with torch.inference_mode():
-        nested = layer(x.view(1, MANY + 9, -1))[0]
+        nested = layer(x.view(1, 2 * MANY + 9, -1))[0]
     for y in (layer(x), nested):
         if dtype == torch.float32:
             assert_close(y, expected, size)
