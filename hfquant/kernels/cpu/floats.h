@@ -71,8 +71,8 @@ constexpr int64_t CONVERTED_BYTES = 8 << 20;
 // Panels that share a tile's tokens while these are in the nearest cache, where all tokens do not fit the second one.
 constexpr int64_t PANELS = 16, MORE_TOKENS = 256;
 
-// Rows [n, n + rows) of the output, of PANELS panels at most, of tokens [0, count), of which the first is the job's token
-// `first`. V vectors of each panel have rows.
+// Rows [n, n + rows) of the output, of PANELS panels at most, of tokens [0, count), of which the first is the job's
+// token `first`. V vectors of each panel have rows.
 template <int V>
 void float_panels(const Job& job, const std::vector<Block>& blocks, const std::vector<Term>& terms, int64_t first,
                   int64_t count, int64_t n, int64_t rows) {

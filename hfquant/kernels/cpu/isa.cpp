@@ -14,7 +14,7 @@ bool few_tokens(const Job& job, ParallelFor parallel_for) {
     case 3: return try_rows<Straddling<3>>(job, parallel_for);
     case 4: return try_rows<Nibbles>(job, parallel_for);
     case 5: return try_rows<Straddling<5>>(job, parallel_for);
-    case 6: return try_rows<Sixes>(job, parallel_for);
+    case 6: return try_rows<Straddling<6>>(job, parallel_for);
     case 7: return try_rows<Straddling<7>>(job, parallel_for);
     default: return try_rows<Eights>(job, parallel_for);
   }

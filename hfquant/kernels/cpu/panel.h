@@ -30,8 +30,8 @@ inline void interleave(const void* lines, int64_t pitch, int64_t count, void* ou
   }
 }
 
-// Fetches where the outputs of TOKENS tokens from m on and the panel's rows from n on will be stored: each token's are on
-// a page of its own, and a store that waits for it holds up those behind. (GCC takes a call of a function that only
+// Fetches where the outputs of TOKENS tokens from m on and the panel's rows from n on will be stored: each token's are
+// on a page of its own, and a store that waits for it holds up those behind. (GCC takes a call of a function that only
 // prefetches for one without effect.)
 [[gnu::always_inline]] inline void prefetch_outputs(const Job& job, int64_t m, int64_t n) {
   const int64_t bytes = job.y_type == FLOAT32 ? 4 : 2, end = std::min<int64_t>(m + TOKENS, job.M);

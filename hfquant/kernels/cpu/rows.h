@@ -23,10 +23,6 @@ struct Straddling {
   static constexpr int CODES = BYTES, STORED = BYTES / 8 * BITS, VECTORS = 1;
   static void read(const uint8_t* p, Ints w[]) { w[0] = unpack<BITS>(p); }
 };
-struct Sixes {
-  static constexpr int CODES = BYTES, STORED = BYTES / 4 * 3, VECTORS = 1;
-  static void read(const uint8_t* p, Ints w[]) { w[0] = unpack6(p); }
-};
 struct Eights {
   static constexpr int CODES = BYTES, STORED = BYTES, VECTORS = 1;
   static void read(const uint8_t* p, Ints w[]) { w[0] = flip(load(p)); }

@@ -30,8 +30,8 @@ constexpr int STORED = 32 / BITS;
 template <class Dot, int BITS>
 constexpr int EACH = STORED<BITS> / CODES<Dot>;
 
-// The zero point that codes have as they are multiplied: codes of 16 bits are signed, those of 8 bits unsigned, moved by
-// zero points to a common one where they still fit a byte. Minus this, where they do not.
+// The zero point that codes have as they are multiplied: those of 16 bits are signed, those of 8 bits unsigned, moved to
+// a common one where they fit a byte then. Negative where they do not: zero points are multiplied apart.
 template <class Dot>
 int common_zero(const Job& job) {
   constexpr int MOST = EXACT_BYTES ? 8 : 7;
@@ -114,7 +114,7 @@ struct Panel {
   int64_t groups;
   uint32_t* words;  // [words][WIDTH]
   float* scale;     // [groups][WIDTH]
-  int32_t* zero;    // [groups][WIDTH]: words that bring codes to the common zero point, or else the zero points; or null
+  int32_t* zero;    // [groups][WIDTH]: words that move codes to the common zero point, or else zero points; or null
   float* up;        // [rank][WIDTH]
 };
 
@@ -177,8 +177,8 @@ void fill_any(const Job& job, const Layout& layout, int64_t n, const int32_t* ze
     for (int64_t k = 0; k < job.K; k += BYTES) store(bytes + k, codes_in_order(packed, job.row_bytes, k, job.bits));
     for (size_t b = 0; b < layout.blocks.size(); ++b) {
       const Block& block = layout.blocks[b];
-      auto* to = reinterpret_cast<std::make_unsigned_t<typename Dot::Code>*>(lines + lane * layout.words + layout.start[b]);
-      for (int i = 0; i < block.size; ++i) to[i] = bytes[block.start + i];
+      auto* to = reinterpret_cast<typename Dot::Code*>(lines + lane * layout.words + layout.start[b]);
+      for (int i = 0; i < block.size; ++i) to[i] = static_cast<typename Dot::Code>(bytes[block.start + i]);
     }
   }
   interleave(lines, layout.words, layout.words, words, WIDTH);

@@ -33,7 +33,7 @@ struct Halves {
 using Ints = __m512i;
 using Reals = __m512;
 constexpr int LANES = 16;
-// A tile's tokens and vectors of rows: as many sums as keep both ports busy, in registers with what a tile needs beside.
+// A tile's tokens and vectors of rows: sums enough to keep both ports busy, in registers with what else a tile needs.
 constexpr int TOKENS = 8, VECTORS = 2;
 constexpr bool EXACT_BYTES = true;
 
@@ -74,29 +74,11 @@ inline Ints flip(Ints bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-
 inline Ints field(Ints v, int shift, int32_t sign, int32_t mask) {
   return _mm512_ternarylogic_epi32(_mm512_srli_epi16(v, shift), repeat(sign), repeat(mask), 0x28);
 }
-// Two codes of 4 bits a byte, from half a vector, as unsigned bytes.
-inline Ints unpack4_in_order(const uint8_t* p) {
-  const Ints words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  const Ints both = _mm512_or_si512(words, _mm512_slli_epi16(words, 4));
-  return _mm512_ternarylogic_epi32(both, _mm512_set1_epi8(8), _mm512_set1_epi8(15), 0x28);
-}
 inline Ints widen(const uint8_t* p) {
   return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-// 64 codes of 6 bits from 48 bytes, as unsigned bytes. Reads 64.
-inline Ints unpack6(const uint8_t* p) {
-  const Ints quads = _mm512_permutexvar_epi32(
-      _mm512_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12), load(p));
-  const Ints order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
-  const Ints v = _mm512_shuffle_epi8(quads, order);
-  Ints out = _mm512_and_si512(v, repeat(0x3f));
-  out = _mm512_or_si512(out, _mm512_and_si512(_mm512_slli_epi32(v, 2), repeat(0x3f00)));
-  out = _mm512_or_si512(out, _mm512_and_si512(_mm512_slli_epi32(v, 4), repeat(0x3f0000)));
-  out = _mm512_or_si512(out, _mm512_and_si512(_mm512_slli_epi32(v, 6), repeat(0x3f000000)));
-  return _mm512_xor_si512(out, _mm512_set1_epi8(32));
-}
-// BYTES codes of other widths from BYTES / 8 * BITS bytes, as unsigned bytes: of each the two bytes that hold it are
-// multiplied to the top of 16 bits and brought down. Reads BYTES.
+// BYTES codes of less than 8 bits from BYTES / 8 * BITS bytes, as unsigned bytes: of each the two bytes that hold it
+// are multiplied to the top of 16 bits and brought down. Reads BYTES.
 template <int BITS>
 inline Ints unpack(const uint8_t* p) {
   static constexpr Halves<BITS> EVEN(0), ODD(1);
@@ -202,26 +184,9 @@ inline Ints flip(Ints bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-
 inline Ints field(Ints v, int shift, int32_t sign, int32_t mask) {
   return _mm256_and_si256(_mm256_xor_si256(_mm256_srli_epi16(v, shift), repeat(sign)), repeat(mask));
 }
-inline Ints unpack4_in_order(const uint8_t* p) {
-  const Ints words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const Ints both = _mm256_or_si256(words, _mm256_slli_epi16(words, 4));
-  return _mm256_and_si256(_mm256_xor_si256(both, _mm256_set1_epi8(8)), _mm256_set1_epi8(15));
-}
 // Half a vector of signed bytes as 16 bits.
 inline Ints widen(const uint8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-// 32 codes of 6 bits from 24 bytes. Reads 32.
-inline Ints unpack6(const uint8_t* p) {
-  const Ints quads = _mm256_permutevar8x32_epi32(load(p), _mm256_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6));
-  const Ints order =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
-  const Ints v = _mm256_shuffle_epi8(quads, order);
-  Ints out = _mm256_and_si256(v, repeat(0x3f));
-  out = _mm256_or_si256(out, _mm256_and_si256(_mm256_slli_epi32(v, 2), repeat(0x3f00)));
-  out = _mm256_or_si256(out, _mm256_and_si256(_mm256_slli_epi32(v, 4), repeat(0x3f0000)));
-  out = _mm256_or_si256(out, _mm256_and_si256(_mm256_slli_epi32(v, 6), repeat(0x3f000000)));
-  return _mm256_xor_si256(out, _mm256_set1_epi8(32));
 }
 template <int BITS>
 inline Ints unpack(const uint8_t* p) {
@@ -313,23 +278,10 @@ inline Ints flip(Ints bytes) { return (Ints)((Bytes)bytes ^ 128); }
 inline Ints field(Ints v, int shift, int32_t sign, int32_t mask) {
   return ((Ints)((Words)v >> shift) ^ sign) & mask;
 }
-inline Ints unpack4_in_order(const uint8_t* p) {
-  Bytes out;
-  for (int i = 0; i < 16; ++i) out[i] = ((p[i / 2] >> (i % 2 * 4)) & 15) ^ 8;
-  return (Ints)out;
-}
 inline Ints widen(const uint8_t* p) {
   int16_t out[8];
   for (int i = 0; i < 8; ++i) out[i] = static_cast<int8_t>(p[i]);
   return load(out);
-}
-inline Ints unpack6(const uint8_t* p) {
-  Bytes out;
-  for (int i = 0; i < 4; ++i, p += 3) {
-    const uint32_t v = p[0] | p[1] << 8 | p[2] << 16;
-    for (int j = 0; j < 4; ++j) out[4 * i + j] = (v >> (6 * j) & 63) ^ 32;
-  }
-  return (Ints)out;
 }
 template <int BITS>
 inline Ints unpack(const uint8_t* p) {

@@ -95,9 +95,9 @@ inline Ints codes_in_order(const uint8_t* row, int64_t row_bytes, int64_t k, int
   switch (bits) {
     case 2: return unpack<2>(from);
     case 3: return unpack<3>(from);
-    case 4: return unpack4_in_order(from);
+    case 4: return unpack<4>(from);
     case 5: return unpack<5>(from);
-    case 6: return unpack6(from);
+    case 6: return unpack<6>(from);
     case 7: return unpack<7>(from);
     default: return flip(load(from));
   }
