@@ -46,14 +46,15 @@ inline Range range_of(const float* x, int64_t count) {
   return {-of_bits(low), of_bits(high), (high > low ? high : low) < 0x7f800000};
 }
 
-// Halves to even, for |x| below 2^22.
+// Halves to even; from 2^22 on no more than about the same.
 inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
 // NaN becomes the lower limit: its token's scale is NaN.
 inline int16_t code_of(float quotient, float limit) {
-  quotient = quotient > -limit ? quotient : -limit;
-  quotient = quotient < limit ? quotient : limit;
-  return static_cast<int16_t>(static_cast<int32_t>(round_even(quotient)));
+  float rounded = round_even(quotient);
+  rounded = rounded > -limit ? rounded : -limit;
+  rounded = rounded < limit ? rounded : limit;
+  return static_cast<int16_t>(static_cast<int32_t>(rounded));
 }
 
 // Rounding to integers in [-limit, limit].

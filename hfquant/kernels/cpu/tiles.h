@@ -30,8 +30,8 @@ constexpr int STORED = 32 / BITS;
 template <class Dot, int BITS>
 constexpr int EACH = STORED<BITS> / CODES<Dot>;
 
-// The zero point that codes have as they are multiplied: those of 16 bits are signed, those of 8 bits unsigned, moved to
-// a common one where they fit a byte then. Negative where they do not: zero points are multiplied apart.
+// The zero point that codes have as they are multiplied: those of 16 bits are signed, those of 8 bits unsigned, moved
+// to a common one where they fit a byte then. Negative where they do not: zero points are multiplied apart.
 template <class Dot>
 int common_zero(const Job& job) {
   constexpr int MOST = EXACT_BYTES ? 8 : 7;
@@ -74,13 +74,13 @@ struct Tokens {
 
 // Codes in the order of stored words, the last of them filled with zeros.
 template <class Dot, int BITS>
-void in_stored_order(const int16_t* __restrict from, int size, typename Dot::Code* __restrict to) {
+void in_stored_order(const int16_t* __restrict from, int64_t size, typename Dot::Code* __restrict to) {
   constexpr int STEP = STORED<BITS>, APART = EACH<Dot, BITS>;
-  auto order = [to](const int16_t* codes, int at) {
+  auto order = [to](const int16_t* codes, int64_t at) {
     for (int i = 0; i < STEP; ++i)
       to[at + i] = static_cast<typename Dot::Code>(codes[i % CODES<Dot> * APART + i / CODES<Dot>]);
   };
-  int i = 0;
+  int64_t i = 0;
   for (; i + STEP <= size; i += STEP) order(from + i, i);
   if (i == size) return;
   int16_t last[STEP] = {};
@@ -90,22 +90,30 @@ void in_stored_order(const int16_t* __restrict from, int size, typename Dot::Cod
 
 template <class Dot>
 void layout_token(const Job& job, const Layout& layout, const int16_t* codes, int64_t m, Tokens& tokens) {
+  static thread_local Scratch of_sums;
   uint32_t* words = tokens.codes + m * tokens.words;
-  const int zero = common_zero<Dot>(job);
-  for (size_t b = 0; b < layout.blocks.size(); ++b) {
-    const int size = layout.blocks[b].size;
-    const int16_t* __restrict from = codes + layout.blocks[b].start;
-    typename Dot::Code* __restrict to = reinterpret_cast<typename Dot::Code*>(words + layout.start[b]);
-    if (layout.as_stored) {
-      job.bits == 4 ? in_stored_order<Dot, 4>(from, size, to) : in_stored_order<Dot, 8>(from, size, to);
-    } else {
+  typename Dot::Code* to = reinterpret_cast<typename Dot::Code*>(words);
+  if (layout.as_stored) {
+    job.bits == 4 ? in_stored_order<Dot, 4>(codes, job.K, to) : in_stored_order<Dot, 8>(codes, job.K, to);
+  } else {
+    for (size_t b = 0; b < layout.blocks.size(); ++b) {
+      const int16_t* __restrict from = codes + layout.blocks[b].start;
+      const int size = layout.blocks[b].size;
       words[layout.start[b + 1] - 1] = 0;
-      for (int i = 0; i < size; ++i) to[i] = static_cast<typename Dot::Code>(from[i]);
+      typename Dot::Code* __restrict block = to + layout.start[b] * CODES<Dot>;
+      for (int i = 0; i < size; ++i) block[i] = static_cast<typename Dot::Code>(from[i]);
     }
-    if (CODES<Dot> == 2) continue;
+  }
+  if (CODES<Dot> == 2) return;
+  // Sums of words first, a vector of them at a time.
+  int32_t* sums = of_sums.get<int32_t>(layout.words);
+  for (int64_t w = 0; w < layout.words; w += LANES)
+    store(sums + w, dot_bytes(zeros(), repeat(0x01010101), load(words + w)));
+  const int zero = common_zero<Dot>(job), factor = zero < 0 ? -1 : -zero;
+  for (size_t b = 0; b < layout.blocks.size(); ++b) {
     int32_t sum = 0;
-    for (int i = 0; i < size; ++i) sum -= from[i];
-    tokens.initial[m * tokens.blocks + b] = zero < 0 ? sum : sum * zero;
+    for (int64_t w = layout.start[b]; w < layout.start[b + 1]; ++w) sum += sums[w];
+    tokens.initial[m * tokens.blocks + b] = sum * factor;
   }
 }
 
