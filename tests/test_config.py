@@ -8,9 +8,10 @@ from types import MappingProxyType
 import pytest
 
 from hfquant.algorithms.smooth import SearchAlpha
-from hfquant.config import PRESETS, ConfigError, InputQuant, LayerConfig, QuantRules, parse
+from hfquant.config import PRESETS, ConfigError, QuantRules, parse
 from hfquant.enums import Calibrate, DType, Optimum, SegPattern
 from hfquant.formats import number_format
+from hfquant.layer_config import InputQuant, LayerConfig
 
 REFERENCE = {
     "default": {

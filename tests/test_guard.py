@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import hfquant
 from hfquant import CalibrationError, HfQuantConfig, guard, ptq
-from hfquant.config import LayerConfig, WeightQuant
 from hfquant.guard import _peers, far_off, promise
+from hfquant.layer_config import LayerConfig, WeightQuant
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models

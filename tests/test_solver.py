@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hfquant.config import ConfigError, InputQuant, QuantRules
+from hfquant.config import ConfigError, QuantRules
+from hfquant.layer_config import InputQuant
 from hfquant.layer_plan import LayerPlan, layer_plan
 from hfquant.nn.linear import QuantLinear
 from hfquant.solver import Solution, requantize, solve

@@ -50,6 +50,7 @@ ELSEWHERE = {
     "integrations/facts.py": "test_planner.py",
     "integrations/hub.py": "cli/test_calibrate.py",
     "integrations/sharing/kinds.py": "integrations/sharing/test_sharing.py",
+    "layer_config.py": "test_config.py",
     "nn/layer.py": "nn/test_linear.py",
     "recipes/run.py": "recipes/test_recipes.py",
     "recipes/schema.py": "recipes/test_recipes.py",

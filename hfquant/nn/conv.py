@@ -27,7 +27,7 @@ from hfquant.nn.layer import QuantLayer
 from hfquant.nn.unfold import channels_first, channels_last, draw, ranges, tiles, windows
 
 if TYPE_CHECKING:
-    from hfquant.config import LayerConfig
+    from hfquant.layer_config import LayerConfig
     from hfquant.layer_plan import LayerPlan
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -17,7 +17,7 @@ from hfquant.nn.checked import Checked
 from hfquant.nn.float_modules import first, hollow
 
 if TYPE_CHECKING:  # it asks the kinds of layers what they take
-    from hfquant.config import LayerConfig
+    from hfquant.layer_config import LayerConfig
     from hfquant.layer_plan import LayerPlan
 
 

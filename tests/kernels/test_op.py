@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from hfquant.config import InputQuant
 from hfquant.kernels import cpu
 from hfquant.kernels.base import Operands
 from hfquant.kernels.op import linear
+from hfquant.layer_config import InputQuant
 from hfquant.layer_plan import LayerPlan
 from tests import oracle
 from tests.kernels.products import NAMES, Spec, kernel, sample
