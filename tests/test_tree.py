@@ -67,6 +67,7 @@ ELSEWHERE = {
     "replacing.py": "nn/test_modules.py",
     "report/affiner.py": "affiner/test_fit.py",
     "report/layers.py": "test_ptq.py",
+    "run.py": "test_ptq.py",
     "schema.py": "test_config.py",
 }
 #: Test files that are about more than one module, or about the project itself.
