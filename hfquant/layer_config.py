@@ -68,7 +68,7 @@ class InputQuant(Quant):
     token_fallback: bool = Field(
         False,
         description="Layers whose inputs no calibrated scale serves get one for each token at run time: those whose "
-        "output errs more than four times as much by it as the format promises, on rows that did not make the scale.",
+        "output errs more than twice as much by it as the format promises, on rows that did not make the scale.",
     )
 
     @model_validator(mode="after")
@@ -178,6 +178,11 @@ class LayerConfig(Section):
         if self.calib.needs_scale and not self.weight_quant.format.has_scale:
             raise ValueError(
                 f'calib.type "{self.calib.type}" needs a weight_quant.type with a scale, not {self.weight_quant.type}'
+            )
+        if self.opt.mixes_channels and self.input_quant is not None and self.input_quant.static:
+            raise ValueError(
+                f'opt.type "{self.opt.type}" mixes input channels, and scales are calibrated from the ranges of single '
+                "channels: set dynamic=True in input_quant"
             )
         group, own = self.weight_quant.group_size, getattr(self.calib, "group_size", None)
         if group and own and own != group:

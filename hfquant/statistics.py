@@ -177,12 +177,14 @@ class LayerStats:
         sums: the tensors of :data:`STATISTICS` that were asked for, by name, of the raw input.
         sample: rows drawn.
         divisor: [in]; the statistics are read as those of the input divided by it (what a smoothed layer sees).
+        rotate: what rows are multiplied with after that; see :meth:`rotated`.
     """
 
     count: int
     sums: Mapping[str, Tensor]
     sample: RowSample
     divisor: Tensor | None = None
+    rotate: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def empty(cls, features: int, needs: Collection[str] = ()) -> LayerStats:
@@ -221,18 +223,25 @@ class LayerStats:
             return self
         return replace(self, divisor=divisor if self.divisor is None else self.divisor * divisor)
 
+    def rotated(self, rotate: Callable[[Tensor], Tensor]) -> LayerStats:
+        """Return the statistics of the input times an orthogonal matrix, which ``rotate`` multiplies rows with.
+
+        Needs "hessian". Its ranges are those of the sampled rows.
+        """
+        return replace(self, rotate=rotate)
+
     def _divided(self, values: Tensor) -> Tensor:
         return values if self.divisor is None else values / self.divisor
 
     @property
     def low(self) -> Tensor:
         """Smallest value of each channel, [in] float32."""
-        return self._divided(self.sums["low"].amin(0))
+        return self._divided(self.sums["low"].amin(0)) if self.rotate is None else self.rows.amin(0)
 
     @property
     def high(self) -> Tensor:
         """Largest value of each channel, [in] float32."""
-        return self._divided(self.sums["high"].amax(0))
+        return self._divided(self.sums["high"].amax(0)) if self.rotate is None else self.rows.amax(0)
 
     @property
     def amax(self) -> Tensor:
@@ -242,6 +251,8 @@ class LayerStats:
     @property
     def mean_square(self) -> Tensor:
         """Mean square of each channel, [in] float32."""
+        if self.rotate is not None:
+            return self.hessian.diagonal()
         mean = self.sums["power"] / self.count
         return mean if self.divisor is None else mean / self.divisor.square()
 
@@ -249,12 +260,14 @@ class LayerStats:
     def hessian(self) -> Tensor:
         """Mean of x x^T over the rows, [in, in] float32; needs "hessian"."""
         mean = self.sums["hessian"] / self.count
-        return mean if self.divisor is None else mean / self.divisor / self.divisor[:, None]
+        mean = mean if self.divisor is None else mean / self.divisor / self.divisor[:, None]
+        return mean if self.rotate is None else self.rotate(self.rotate(mean).T)
 
     @property
     def rows(self) -> Tensor:
         """The sampled rows, [n, in] float32."""
-        return self._divided(self.sample.rows)
+        rows = self._divided(self.sample.rows)
+        return rows if self.rotate is None else self.rotate(rows)
 
     @property
     def row_weights(self) -> Tensor:

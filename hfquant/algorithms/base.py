@@ -79,11 +79,13 @@ class Transform(Section):
         needs: names of the statistics it is solved from, beside those that are always collected.
         needs_data: whether it is solved from statistics at all.
         per_output_segment: whether each output segment has a transform of its own.
+        mixes_channels: whether what is quantized are mixtures of input channels: ranges a channel say nothing of them.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     needs_data: ClassVar[bool] = False
     per_output_segment: ClassVar[bool] = False
+    mixes_channels: ClassVar[bool] = False
     type: str
 
     def fitted(self, in_features: int, rows: Sequence[int]) -> Self:
@@ -114,6 +116,19 @@ class Transform(Section):
     def common_divisor(self, weight: Tensor, problem: Problem) -> Tensor:
         """Return one divisor [in] for ``weight``, [rows, in] float32, of all the layers that read one input."""
         raise NotImplementedError
+
+    def seen(self, stats: LayerStats, divisor: Tensor | None) -> LayerStats:
+        """Return the statistics of what the transformed weight sees, from those of the raw input.
+
+        Args:
+            stats: of the raw input.
+            divisor: what :meth:`solve` returned as such.
+        """
+        return stats.divided(divisor)
+
+    def unmixed(self) -> Transform:
+        """Return what is left of it for layers that take each input several times: they keep channels apart."""
+        return self
 
     def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
         """Return the tensor ``name`` of several groups of rows as one."""
