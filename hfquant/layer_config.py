@@ -179,7 +179,7 @@ class LayerConfig(Section):
             raise ValueError(
                 f'calib.type "{self.calib.type}" needs a weight_quant.type with a scale, not {self.weight_quant.type}'
             )
-        if self.opt.mixes_channels and self.input_quant is not None and self.input_quant.static:
+        if self.opt.rotation and self.input_quant is not None and self.input_quant.static:
             raise ValueError(
                 f'opt.type "{self.opt.type}" mixes input channels, and scales are calibrated from the ranges of single '
                 "channels: set dynamic=True in input_quant"

@@ -72,6 +72,7 @@ ELSEWHERE = {
 }
 #: Test files that are about more than one module, or about the project itself.
 WIDE = {
+    "kernels/cpu/test_rotation.py",
     "test_behaviour.py",
     "test_docs.py",
     "affiner/test_refusals.py",

@@ -79,13 +79,11 @@ class Transform(Section):
         needs: names of the statistics it is solved from, beside those that are always collected.
         needs_data: whether it is solved from statistics at all.
         per_output_segment: whether each output segment has a transform of its own.
-        mixes_channels: whether what is quantized are mixtures of input channels: ranges a channel say nothing of them.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     needs_data: ClassVar[bool] = False
     per_output_segment: ClassVar[bool] = False
-    mixes_channels: ClassVar[bool] = False
     type: str
 
     def fitted(self, in_features: int, rows: Sequence[int]) -> Self:
@@ -124,7 +122,8 @@ class Transform(Section):
             stats: of the raw input.
             divisor: what :meth:`solve` returned as such.
         """
-        return stats.divided(divisor)
+        stats = stats.divided(divisor)
+        return stats.rotated(self.rotation) if self.rotation else stats
 
     def unmixed(self) -> Transform:
         """Return what is left of it for layers that take each input several times: they keep channels apart."""
@@ -140,6 +139,15 @@ class Transform(Section):
         Kernels divide on the way, before they quantize.
         """
         return None
+
+    @property
+    def rotation(self) -> int:
+        """Size of the blocks of input channels that are rotated after the division, a power of two; 0 for none.
+
+        Kernels rotate on the way, before they quantize (:mod:`hfquant.formats.rotation`). Ranges of single channels say
+        nothing of what is rotated.
+        """
+        return 0
 
     def branch(self, tensors: Mapping[str, Tensor | None], group: int, rows: slice) -> tuple[Tensor, Tensor] | None:
         """Return ``down`` [r, in] and ``up`` [rows, r]: ``(x down^T) up^T`` of the raw input is added to the product.

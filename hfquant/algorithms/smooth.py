@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hfquant.algorithms.base import Identity, Problem, TensorSpec, Transform, Transformed
 from hfquant.formats import expand_columns, range_columns
+from hfquant.formats.rotation import rotated
 from hfquant.schema import Section, is_patch
 from hfquant.statistics import LayerStats
 
@@ -90,17 +91,13 @@ class Smooth(Transform):
 
     def divisor(self, tensors: Mapping[str, Tensor | None], group: int) -> Tensor | None:
         """Return s."""
-        return self.smoothing(tensors, group)
-
-    def smoothing(self, tensors: Mapping[str, Tensor | None], group: int) -> Tensor | None:
-        """Return s, [in], of row group number ``group``; None where it has gone into what comes before the layer."""
-        smooth = tensors.get("smooth")
+        smooth = tensors.get("smooth")  # it may have gone into what comes before the layer
         return smooth if smooth is None or smooth.dim() == 1 else smooth[group]
 
     def restored(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
         """Return ``W / s``."""
         for group, part in enumerate(weight.split(list(rows))):
-            if (divisor := self.smoothing(tensors, group)) is not None:
+            if (divisor := self.divisor(tensors, group)) is not None:
                 part.div_(divisor)
         return weight
 
@@ -111,7 +108,7 @@ class Smooth(Transform):
     def reapplied(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
         """Return ``W s``."""
         for group, part in enumerate(weight.split(list(rows))):
-            if (divisor := self.smoothing(tensors, group)) is not None:
+            if (divisor := self.divisor(tensors, group)) is not None:
                 part.mul_(divisor)
         return weight
 
@@ -180,7 +177,7 @@ class Smooth(Transform):
         everything = [(stats, torch.ones_like(stats.sample.fold))]
         sets = stats.halves() if problem.input is not None and problem.input.static else everything
         # Where channels are mixed, what is quantized in a segment is of others as well: one alpha for all.
-        blocks = [slice(None)] if self.mixes_channels else problem.blocks()
+        blocks = [slice(None)] if self.rotation else problem.blocks()
         losses = torch.zeros(len(grid), len(blocks), device=weight.device)
         for half, held_out in sets:
             rows = held_out.to(weight.device)
@@ -201,7 +198,7 @@ class Smooth(Transform):
         assert candidate.divisor is not None
         seen = self.seen(half, candidate.divisor)
         weight = problem.grid.fit(candidate.weight, seen.mean_square).round(candidate.weight)
-        quantized, rule = self.turned(x / candidate.divisor), problem.input
+        quantized, rule = rotated(x / candidate.divisor, self.rotation), problem.input
         if rule is not None:
             static = rule.scales(*segment_ranges(seen, problem.segments)) if rule.static else (None, None)
             quantized, scale = rule.quantize(quantized, *static)
@@ -211,10 +208,6 @@ class Smooth(Transform):
             output = quantized[:, columns] @ weight[:, columns].T
             extra = self.added(x, candidate.tensors, columns)
             yield output if extra is None else output.add_(extra)
-
-    def turned(self, x: Tensor) -> Tensor:
-        """Return what becomes of the divided input ``x`` [rows, in] before it is quantized."""
-        return x
 
     def added(self, x: Tensor, tensors: Mapping[str, Tensor], columns: slice) -> Tensor | None:
         """Return what a branch beside the quantized product adds for some input columns; None without one."""

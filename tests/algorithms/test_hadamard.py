@@ -1,4 +1,4 @@
-"""Rotation against signs by parity in float64, alone, in layers, and in models that are saved, compiled and trained."""
+"""Rotated layers against float64, alone and in models that are saved, compiled and trained."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import hfquant
 from hfquant import PRESETS
 from hfquant.algorithms import TRANSFORMS
-from hfquant.algorithms.hadamard import hadamard, rotated
 from hfquant.config import ConfigError, parse
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_modules
 from hfquant.solver import requantize, solve
 from hfquant.statistics import LayerStats
+from tests.formats.test_rotation import by_hand
 from tests.integrations.small_models import inputs_of, llama
 from tests.test_solver import error, inputs, make_plan, stats_of
 
@@ -32,56 +30,15 @@ SMOOTH = {"type": "smooth_hadamard", "alpha": 0.4, "block_size": 8}
 ROTATIONS = [HADAMARD, SMOOTH]
 
 
-def by_hand(columns: int, size: int) -> np.ndarray:
-    """The whole rotation [columns, columns] in float64: signs by the parity of the bits that two indices share."""
-    whole, start = np.zeros((columns, columns)), 0
-    while start < columns:
-        while size > columns - start:
-            size //= 2
-        index = np.arange(size)
-        parity = np.vectorize(lambda i, j: bin(i & j).count("1") % 2)(index[:, None], index)
-        whole[start : start + size, start : start + size] = (1 - 2.0 * parity) / np.sqrt(size)
-        start += size
-    return whole
-
-
-@given(columns=st.integers(1, 90), log=st.integers(1, 6), rows=st.integers(0, 3))
-def test_rotation_is_orthogonal_block_by_block(columns: int, log: int, rows: int) -> None:
-    matrix = by_hand(columns, 2**log)
-    np.testing.assert_allclose(matrix @ matrix.T, np.eye(columns), atol=1e-12)
-    x = torch.randn(rows, 2, columns, generator=torch.Generator().manual_seed(columns))
-    found = rotated(x, 2**log)
-    assert found.shape == x.shape
-    np.testing.assert_allclose(found.numpy(), x.double().numpy() @ matrix, atol=1e-5)
-    torch.testing.assert_close(rotated(found, 2**log), x, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_the_matrix_is_right_in_each_dtype_whatever_came_before(dtype: torch.dtype) -> None:
-    with torch.inference_mode():
-        rotated(torch.randn(2, 32, dtype=dtype), 32)
-    x = torch.eye(32, dtype=dtype, requires_grad=True)
-    found = rotated(x, 32)
-    assert found.dtype == dtype
-    found.sum().backward()  # needs the matrix for the backward
-    torch.testing.assert_close(found.detach(), hadamard(32).to(dtype))
-
-
-def test_fake_tensors_leave_nothing_behind() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        assert rotated(torch.empty(3, 16), 16).shape == (3, 16)
-    assert type(rotated(torch.randn(3, 16), 16)) is Tensor
-
-
 def test_statistics_of_rotated_rows_are_those_of_the_rows_rotated() -> None:
     x, divisor = inputs(300, 20), torch.rand(20) + 0.5
     matrix = by_hand(20, 8)
-    seen = stats_of(x).divided(divisor).rotated(lambda rows: rotated(rows, 8))
+    seen = stats_of(x).divided(divisor).rotated(8)
     rows = (x.double() / divisor.double()).numpy() @ matrix
     np.testing.assert_allclose(seen.hessian.numpy(), rows.T @ rows / 300, rtol=1e-4, atol=1e-4 * (rows**2).mean())
     np.testing.assert_allclose(seen.mean_square.numpy(), (rows**2).mean(0), rtol=1e-4)
+    few = LayerStats.of(x[:150], torch.rand(150).double()).divided(divisor).rotated(8)
+    np.testing.assert_allclose(few.mean_square.numpy(), (rows[:150] ** 2).mean(0), rtol=1e-4)  # all are in the sample
     sampled = (stats_of(x).rows.double() / divisor.double()).numpy() @ matrix
     np.testing.assert_allclose(seen.rows.numpy(), sampled, atol=1e-4)
     assert torch.equal(seen.row_weights, stats_of(x).row_weights)
@@ -237,7 +194,7 @@ def test_exports_refuse_it(name: str, tmp_path: Path) -> None:
 
 
 def test_a_layer_without_statistics_is_rotated_where_that_needs_none() -> None:
-    assert LayerStats.empty(4).rotate is None
+    assert LayerStats.empty(4).rotation == 0
     plan = make_plan(12, 20, opt=HADAMARD, weight_quant={"type": "int8", "axis": -1}, input_quant=TOKEN)
     weight, x = torch.randn(12, 20), inputs(50, 20)
     solution = solve("layer", weight, plan, None)

@@ -167,7 +167,7 @@ inline void by_float_tiles(const Job& job, ParallelFor parallel_for) {
   static thread_local Scratch of_x;
   const std::vector<Block> blocks = blocks_of(job);
   const std::vector<Range> shared = shared_ranges(job);
-  const bool as_is = job.x.type == FLOAT32 && !job.divisor && job.input_format == INTEGERS;
+  const bool as_is = job.x.type == FLOAT32 && !job.divisor && !job.rotation && job.input_format == INTEGERS;
   const int64_t chunk = as_is ? job.M : std::min(job.M, std::max(CONVERTED_BYTES / 4 / job.K, SOME_TOKENS));
   float* converted = as_is ? nullptr : of_x.get<float>(chunk * job.K);
   const int64_t panels = (job.N + WIDTH - 1) / WIDTH, step = panels < FEW_PANELS ? SOME_TOKENS : chunk;
@@ -212,7 +212,7 @@ inline void by_float_blocks(const Job& job, ParallelFor parallel_for, Gemm gemm)
   const std::vector<Block> blocks = blocks_of(job);
   const std::vector<Range> shared = shared_ranges(job);
   const int64_t columns = job.K + job.rank;
-  const bool as_is = job.x.type == FLOAT32 && !job.divisor && !job.rank && job.input_format == INTEGERS;
+  const bool as_is = job.x.type == FLOAT32 && !job.divisor && !job.rotation && !job.rank && job.input_format == INTEGERS;
   const int64_t most = std::max<int64_t>(DECODED_BYTES / 4 / columns, FEWEST_ROWS);
   const int64_t parts = (job.N + most - 1) / most, step = (job.N + parts - 1) / parts;
   const int64_t chunk = std::min(job.M, std::max(CONVERTED_BYTES / 4 / std::max(columns, step), SOME_TOKENS));
