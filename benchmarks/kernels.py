@@ -33,8 +33,8 @@ from benchmarks.peer_kernels import ALL_PEERS, compiling, missing, peer_rows
 from hfquant import QuantLinear
 from hfquant.algorithms import Identity, Transform
 from hfquant.algorithms.low_rank import LowRank
-from hfquant.config import InputQuant, LayerConfig, WeightQuant
 from hfquant.kernels.table import pick
+from hfquant.layer_config import InputQuant, LayerConfig, WeightQuant
 from hfquant.layer_plan import LayerPlan
 
 SHAPES = ("1x1024x4096", "1x4096x4096", "64x1152x4608", "256x1152x1152", "1024x1536x6144", "4096x640x2560")

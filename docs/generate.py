@@ -18,9 +18,10 @@ import typer.main
 from hfquant.algorithms import ROUNDINGS, TRANSFORMS
 from hfquant.algorithms.smooth import SearchAlpha
 from hfquant.cli import app
-from hfquant.config import OPTIONAL, InputQuant, LayerConfig, WeightQuant, parse
+from hfquant.config import parse
 from hfquant.enums import SegPattern
 from hfquant.formats import FORMATS
+from hfquant.layer_config import OPTIONAL, InputQuant, LayerConfig, WeightQuant
 from hfquant.presets import PRESETS
 from hfquant.schema import Section
 

@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from hfquant import ptq
 from hfquant.integrations import batches_for, model_facts, quantize_model
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.nn.modules import dequantized, quant_modules
 from hfquant.planner import Plan, plan_layers
+from hfquant.run import Settings
 from hfquant.search import Choice, search
 
 __all__ = ["dequantize", "plan", "quantize", "search_bits"]
@@ -68,7 +68,7 @@ def quantize(
     _check_module(model)
     if getattr(model, "is_quantized", False):
         raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
-    settings = ptq.Settings(
+    settings = Settings(
         config.modules_to_not_convert or (),
         per_layer_mode or config.per_layer_mode,
         verbose,

@@ -8,219 +8,18 @@ such a dict through ``from_pretrained`` is :class:`hfquant.integrations.config.H
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import Field, ValidationError
 
-from hfquant.algorithms import ROUNDINGS, TRANSFORMS, Identity, Nearest, Rounding, Smooth, Transform
+from hfquant.algorithms import ROUNDINGS, TRANSFORMS
 from hfquant.enums import SegPattern
-from hfquant.formats import NumberFormat, number_format
+from hfquant.layer_config import InputQuant, LayerConfig, Quant, WeightQuant
 from hfquant.presets import PRESETS, SUCCEEDED
-from hfquant.schema import ConfigError, Section, is_patch
-
-
-def _int_or_none(value: Any) -> Any:
-    """``Literal`` alone takes True and 1.0 for 1."""
-    if type(value) not in (int, type(None)):
-        raise ValueError(f"expected None, -1 or (weights) 1, got {value!r}")
-    return value
-
-
-def _known_format(name: str) -> str:
-    number_format(name)
-    return name
-
-
-def _patterns(value: Any) -> Any:
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"expected a list of patterns, got {value!r}")
-    if unknown := [v for v in value if not isinstance(v, str) or v not in SegPattern._value2member_map_]:
-        raise ValueError(f"unknown pattern {unknown[0]!r}; there are {', '.join(SegPattern)}")
-    return tuple(SegPattern(v) for v in dict.fromkeys(value))
-
-
-_FormatName = Annotated[str, AfterValidator(_known_format)]
-
-
-class _Quant(Section):
-    type: _FormatName = Field("int8", description="Number format.")
-
-    @property
-    def format(self) -> NumberFormat:
-        """The number format."""
-        return number_format(self.type)
-
-
-class InputQuant(_Quant):
-    """How activations are quantized."""
-
-    axis: Annotated[Literal[None, -1], BeforeValidator(_int_or_none)] = Field(
-        None,
-        description="None: one scale for the tensor, or for each segment. -1: one for each token; needs `dynamic`.",
-    )
-    dynamic: bool = Field(
-        False,
-        description="True: scales are computed from the input at run time. False: they are calibrated beforehand.",
-    )
-    segments: int = Field(
-        1,
-        ge=1,
-        description="Cut the input channels into so many parts of about one size, each with scales of its own, so that "
-        "an outlier costs the channels of its own part alone. No part is narrower than 64 channels; a convolution's "
-        "are not cut.",
-    )
-    token_fallback: bool = Field(
-        False,
-        description="Layers whose inputs no calibrated scale serves get one for each token at run time: those whose "
-        "output errs more than four times as much by it as the format promises, on rows that did not make the scale.",
-    )
-
-    @model_validator(mode="after")
-    def _static_per_token(self, info: ValidationInfo) -> InputQuant:
-        if not is_patch(info) and self.format.has_scale and self.axis == -1 and not self.dynamic:
-            raise ValueError("axis=-1 (one scale a token) needs dynamic=True: a static scale cannot know the tokens")
-        if not is_patch(info) and self.token_fallback and not self.static:
-            raise ValueError("token_fallback is for calibrated scales: set dynamic=False and a type that has a scale")
-        if not is_patch(info) and self.segments > 1 and not self.format.has_scale:
-            raise ValueError(f"segments={self.segments} has no meaning for {self.type}, which has no scale")
-        return self
-
-    @property
-    def static(self) -> bool:
-        """Whether the scale is calibrated."""
-        return self.format.has_scale and not self.dynamic
-
-
-class WeightQuant(_Quant):
-    """How weights are quantized."""
-
-    axis: Annotated[Literal[None, 1, -1], BeforeValidator(_int_or_none)] = Field(
-        None, description="None: one scale for the tensor. 1 or -1: one for each output channel."
-    )
-    group_size: int | None = Field(
-        None,
-        ge=1,
-        description="Input channels that share a scale, in each output channel; overrides `axis`. Groups never "
-        "straddle segments; where the size does not divide a segment, its last group is short.",
-    )
-    symmetric: bool = Field(True, description="False: groups have zero points as well; integer formats only.")
-    clip: Literal["amax", "mse"] = Field(
-        "amax",
-        description="How the range is chosen: up to the largest weight, or clipped to the least squared error, "
-        "weighted by the inputs' second moments where they are known.",
-    )
-    scale: Literal["two_level", "float32"] = Field(
-        "two_level",
-        description="How the scales of groups are stored: a byte for each group times a float32 for each row, or a "
-        "float32 for each group.",
-    )
-
-    @model_validator(mode="after")
-    def _fields_fit_type(self, info: ValidationInfo) -> WeightQuant:
-        if not is_patch(info):
-            if not self.format.is_integer:
-                self._reject(["symmetric"], f"needs an integer type, not {self.type}")
-            if not self.format.has_scale:
-                self._reject(["axis", "group_size", "clip"], f"has no meaning for {self.type}, which has no scale")
-        return self
-
-    def _reject(self, names: Sequence[str], why: str) -> None:
-        for name in names:
-            if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}={getattr(self, name)!r} {why}")
-
-
-#: Layers that stay in full precision unless ``include`` names them, or an entry of the config of its own
-#: (``{"<glob>": {"enable": True}}``), and what they are.
-OPTIONAL = {
-    "autoencoder_convs": "a convolution of an autoencoder",
-    "edge_convs": "a convolution that reads or writes few channels, at an end of the model",
-    "embeddings": "an embedding",
-    "output_heads": "the model's output head",
-}
-
-
-def _optional(value: Any) -> Any:
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"expected a list of names, got {value!r}")
-    if unknown := [v for v in value if not isinstance(v, str) or v not in OPTIONAL]:
-        raise ValueError(f"unknown name {unknown[0]!r}; there are {', '.join(OPTIONAL)}")
-    return tuple(dict.fromkeys(value))
-
-
-class LayerConfig(Section):
-    """Everything decided for one layer before its data is seen. Defaults are the reference's."""
-
-    enable: bool = Field(True, description="Quantize the layer.")
-    seglinear: bool = Field(True, description="Give segments of the input and output scales of their own.")
-    search_patterns: Annotated[tuple[SegPattern, ...], BeforeValidator(_patterns)] = Field(
-        tuple(SegPattern.all()), description="Patterns of the dataflow from which segments and dual scales are planned."
-    )
-    real_quant: bool = Field(
-        False,
-        description="True: multiply codes on low-bit kernels. False: simulate it, with floats rounded to the codes' "
-        "values.",
-    )
-    opt: SerializeAsAny[Transform] = Field(
-        Smooth(), description="Transform of weight and input before they are rounded; see the options of each `type`."
-    )
-    calib: SerializeAsAny[Rounding] = Field(
-        Nearest(), description="How the transformed weight is rounded; see the options of each `type`."
-    )
-    input_quant: InputQuant | None = Field(
-        InputQuant(), description="How activations are quantized; None leaves them in floating point."
-    )
-    weight_quant: WeightQuant = Field(WeightQuant(), description="How weights are quantized.")
-    include: Annotated[tuple[str, ...], BeforeValidator(_optional)] = Field(
-        (), description="Kinds of layer to quantize as well that stay in floating point otherwise."
-    )
-
-    @model_validator(mode="after")
-    def _combinations(self, info: ValidationInfo) -> LayerConfig:
-        if is_patch(info):
-            return self
-        if self.calib.needs_scale and not self.weight_quant.format.has_scale:
-            raise ValueError(
-                f'calib.type "{self.calib.type}" needs a weight_quant.type with a scale, not {self.weight_quant.type}'
-            )
-        group, own = self.weight_quant.group_size, getattr(self.calib, "group_size", None)
-        if group and own and own != group:
-            raise ValueError(f"calib.group_size={own} contradicts weight_quant.group_size={group}")
-        return self
-
-    @property
-    def group_size(self) -> int | None:
-        """Input channels that share a weight scale: ``weight_quant.group_size``, or the rounding's own."""
-        return self.weight_quant.group_size or getattr(self.calib, "group_size", None)
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether calibration data is needed: by a static activation scale, the transform or the rounding."""
-        static = self.input_quant is not None and self.input_quant.static
-        return self.enable and (static or self.opt.needs_data or self.calib.needs_data)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Names of the statistics that the transform and the rounding need."""
-        return self.opt.needs | self.calib.needs
-
-    def plain(self) -> LayerConfig:
-        """Return the same formats, untransformed and rounded to nearest."""
-        weight = self.weight_quant.model_copy(update={"group_size": self.group_size})
-        inputs = self.input_quant and self.input_quant.model_copy(update={"token_fallback": False})
-        update = {"opt": Identity(), "calib": Nearest(), "weight_quant": weight, "input_quant": inputs}
-        return self.model_copy(update=update)
+from hfquant.schema import ConfigError, Section
 
 
 class SearchRule(Section):
@@ -239,7 +38,7 @@ _TABLES: dict[str, tuple[Mapping[str, type[Section]], str]] = {
     "opt": (TRANSFORMS, "smooth"),
     "calib": (ROUNDINGS, "amax"),
 }
-_QUANTS: dict[str, type[_Quant]] = {"input_quant": InputQuant, "weight_quant": WeightQuant}
+_QUANTS: dict[str, type[Quant]] = {"input_quant": InputQuant, "weight_quant": WeightQuant}
 
 #: The reference implementation's spellings.
 _KEYS = {"blocksize": "block_size", "percdamp": "damp", "groupsize": "group_size", "actorder": "act_order"}

@@ -14,7 +14,7 @@ from hfquant.integrations import quantize_model
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.image_check import compare, picture
 from hfquant.integrations.self_made_runs import own_calls, self_made_runs
-from hfquant.ptq import Settings
+from hfquant.run import Settings
 
 
 def quantize_pipeline(

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hfquant.algorithms import Problem
-from hfquant.config import LayerConfig
 from hfquant.dataflow import LinearTrace, Source
+from hfquant.layer_config import LayerConfig
 from hfquant.offload import forget_hook
 from hfquant.statistics import LayerStats, stats_bytes
 

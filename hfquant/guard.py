@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from hfquant.calibration.batches import CalibrationData, samples
 from hfquant.calibration.self_made import SelfMade
 from hfquant.calibration.streams import Batches
-from hfquant.config import InputQuant, LayerConfig, WeightQuant
 from hfquant.distributed import Processes
 from hfquant.folding import Folding
 from hfquant.formats.promise import bell_error
+from hfquant.layer_config import InputQuant, LayerConfig, WeightQuant
 from hfquant.layer_errors import LEAST, Seen, part_name, relative_error, row_errors, watch
 from hfquant.layer_plan import LayerPlan
 from hfquant.nn.experts import QuantExperts

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from hfquant.algorithms import TensorSpec, Transform
-from hfquant.config import ConfigError, LayerConfig, QuantRules
+from hfquant.config import ConfigError, QuantRules
 from hfquant.formats import GridRule, InputRule, split_columns
+from hfquant.layer_config import LayerConfig
 from hfquant.nn.kinds import kind_of, size_of
 
 #: Columns of a part that an input is cut into, at least: what one vector instruction multiplies.

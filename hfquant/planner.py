@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from hfquant.autoencoders import autoencoder_convs
-from hfquant.config import OPTIONAL, LayerConfig, QuantRules
+from hfquant.config import QuantRules
 from hfquant.console import counted
 from hfquant.dataflow import LinearTrace, PatternError, obstacles_in_source, trace
 from hfquant.enums import SegPattern
 from hfquant.experts import ExpertsLayout, Unfused, check_one_config, first_alone, share_traces, unfused
 from hfquant.folding import Fold, plan_folds
+from hfquant.layer_config import OPTIONAL, LayerConfig
 from hfquant.layer_plan import LayerPlan, can_be_dual, input_parts, layer_plan
 from hfquant.nn.kinds import layers_in, refusal
 from hfquant.ties import configs_together, tied_groups

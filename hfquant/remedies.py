@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfquant.config import WeightQuant
+from hfquant.layer_config import WeightQuant
 from hfquant.layer_plan import LayerPlan
 from hfquant.nn.layer import QuantLayer
 from hfquant.solver import solve

@@ -19,7 +19,7 @@ from hfquant.layer_plan import LayerPlan
 from hfquant.statistics import LayerStats
 
 #: How many times what a format promises the error of a static scale may be before a layer takes a scale a token.
-COARSE = 4.0
+COARSE = 2.0
 #: Rows from which on that is judged: of fewer, what lies beyond the scale of the others is chance.
 JUDGED_FROM = 128
 #: Root mean square, in steps, below which a change of weights on a grid is rounded by chance. To nearest, a normal
@@ -169,7 +169,7 @@ def _solve_rows(name: str, w: Tensor, plan: LayerPlan, stats: LayerStats | None,
     rule = plan.grid_rule(len(w))
     problem = Problem(name, rule, plan.input_rule, plan.input_segments, stats, dtype)
     transformed = plan.transform.solve(w, problem)
-    seen = None if stats is None else stats.divided(transformed.divisor)
+    seen = None if stats is None else plan.transform.seen(stats, transformed.divisor)
     codes, grid = plan.config.calib.solve(transformed.weight, rule, seen, name)
     tensors = dict(transformed.tensors)
     tensors["weight"] = codes

@@ -15,6 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hfquant.formats.rotation import rotated
+
 #: Rows kept of each layer's input, for the alpha search and the error report.
 SAMPLE_ROWS = 192
 FOLDS = 2
@@ -177,12 +179,14 @@ class LayerStats:
         sums: the tensors of :data:`STATISTICS` that were asked for, by name, of the raw input.
         sample: rows drawn.
         divisor: [in]; the statistics are read as those of the input divided by it (what a smoothed layer sees).
+        rotation: size of the blocks of channels that are rotated after that; 0 for none.
     """
 
     count: int
     sums: Mapping[str, Tensor]
     sample: RowSample
     divisor: Tensor | None = None
+    rotation: int = 0
 
     @classmethod
     def empty(cls, features: int, needs: Collection[str] = ()) -> LayerStats:
@@ -221,18 +225,25 @@ class LayerStats:
             return self
         return replace(self, divisor=divisor if self.divisor is None else self.divisor * divisor)
 
+    def rotated(self, size: int) -> LayerStats:
+        """Return the statistics of the input with blocks of ``size`` channels rotated, without a copy.
+
+        Its ranges are those of the sampled rows.
+        """
+        return replace(self, rotation=size)
+
     def _divided(self, values: Tensor) -> Tensor:
         return values if self.divisor is None else values / self.divisor
 
     @property
     def low(self) -> Tensor:
         """Smallest value of each channel, [in] float32."""
-        return self._divided(self.sums["low"].amin(0))
+        return self._divided(self.sums["low"].amin(0)) if not self.rotation else self.rows.amin(0)
 
     @property
     def high(self) -> Tensor:
         """Largest value of each channel, [in] float32."""
-        return self._divided(self.sums["high"].amax(0))
+        return self._divided(self.sums["high"].amax(0)) if not self.rotation else self.rows.amax(0)
 
     @property
     def amax(self) -> Tensor:
@@ -241,7 +252,11 @@ class LayerStats:
 
     @property
     def mean_square(self) -> Tensor:
-        """Mean square of each channel, [in] float32."""
+        """Mean square of each channel, [in] float32; of rotated ones without "hessian" an estimate from the sample."""
+        if self.rotation:
+            if "hessian" in self.sums:
+                return self.hessian.diagonal()
+            return self.row_weights @ self.rows.square() / self.count
         mean = self.sums["power"] / self.count
         return mean if self.divisor is None else mean / self.divisor.square()
 
@@ -249,12 +264,13 @@ class LayerStats:
     def hessian(self) -> Tensor:
         """Mean of x x^T over the rows, [in, in] float32; needs "hessian"."""
         mean = self.sums["hessian"] / self.count
-        return mean if self.divisor is None else mean / self.divisor / self.divisor[:, None]
+        mean = mean if self.divisor is None else mean / self.divisor / self.divisor[:, None]
+        return rotated(rotated(mean, self.rotation).T, self.rotation) if self.rotation else mean
 
     @property
     def rows(self) -> Tensor:
         """The sampled rows, [n, in] float32."""
-        return self._divided(self.sample.rows)
+        return rotated(self._divided(self.sample.rows), self.rotation)
 
     @property
     def row_weights(self) -> Tensor:

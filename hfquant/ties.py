@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hfquant.config import LayerConfig
+from hfquant.layer_config import LayerConfig
 from hfquant.nn.embedding import QuantEmbedding
 from hfquant.nn.layer import QuantLayer
 

@@ -41,7 +41,9 @@ def quantized(case: str) -> nn.Module:
     kind, _, preset = case.partition("/")
     config = copy.deepcopy(PRESETS[preset])
     # Digests are of what there was when they were recorded.
-    config["default"].get("opt", {}).pop("fold", None)
+    opt = config["default"].get("opt", {})
+    opt.pop("fold", None)
+    opt["type"] = {"hadamard": "default", "smooth_hadamard": "smooth"}.get(opt.get("type"), opt.get("type"))
     (config["default"]["input_quant"] or {}).pop("segments", None)
     if "group_size" in config["default"]["weight_quant"]:
         config["default"]["weight_quant"]["scale"] = "float32"

@@ -459,6 +459,6 @@ def test_the_tables_are_as_they_were() -> None:
     """What a test puts there is gone again, or a name would be known by accident."""
     assert "five" not in FORMATS
     assert "powers" not in FORMATS
-    assert TRANSFORMS.keys() == {"default", "smooth", "svd"}
+    assert TRANSFORMS.keys() == {"default", "smooth", "svd", "hadamard", "smooth_hadamard"}
     assert ROUNDINGS.keys() == {"amax", "gptq"}
     assert QuantChannels not in KINDS

@@ -8,9 +8,10 @@ from types import MappingProxyType
 import pytest
 
 from hfquant.algorithms.smooth import SearchAlpha
-from hfquant.config import PRESETS, ConfigError, InputQuant, LayerConfig, QuantRules, parse
+from hfquant.config import PRESETS, ConfigError, QuantRules, parse
 from hfquant.enums import Calibrate, DType, Optimum, SegPattern
 from hfquant.formats import number_format
+from hfquant.layer_config import InputQuant, LayerConfig
 
 REFERENCE = {
     "default": {
@@ -47,12 +48,13 @@ def test_reference_dict_is_the_default() -> None:
     ],
 )
 def test_enums_by_member_and_by_string(section, field, enum) -> None:
+    rest = {} if section == "input_quant" else {"input_quant": None}  # which not all go together with
     for member in enum:
         assert member.value == member.name.lower() == str(member)
-        given = [QuantRules({"default": {section: {field: v}}}) for v in (member, member.value, member.name)]
+        given = [QuantRules({"default": {section: {field: v}, **rest}}) for v in (member, member.value, member.name)]
         assert [getattr(getattr(g.default, section), field) for g in given] == [member] * 3
         # JSON carries the lower-case name, however it was given.
-        assert [g.raw for g in given] == [{"default": {section: {field: member.name.lower()}}}] * 3
+        assert [g.raw for g in given] == [{"default": {section: {field: member.name.lower()}, **rest}}] * 3
 
 
 def test_search_patterns() -> None:
@@ -207,7 +209,7 @@ WRONG = [
     ({"search_patterns": ["linear"]}, "search_patterns", "linear2chunk"),
     ({"opt": "smooth"}, "opt", "'smooth'"),
     ({"opt": None}, "opt", "None"),
-    ({"opt": {"type": "smoth"}}, "opt.type", "default, smooth, svd, got 'smoth'"),
+    ({"opt": {"type": "smoth"}}, "opt.type", "default, smooth, svd, hadamard, smooth_hadamard, got 'smoth'"),
     ({"opt": {"type": DType.INT8}}, "opt.type", "'int8'"),
     ({"opt": {"alpha": True}}, "opt.alpha", "True"),
     ({"opt": {"alpha": "0.5"}}, "opt.alpha", "'0.5'"),
@@ -339,8 +341,8 @@ def test_static_unscaled_inputs_may_name_an_axis() -> None:
 NEEDS_DATA = {
     "w8a8": True, "w8a8-dynamic": False, "w8a8-smooth": True, "w8a16": False, "w6a16": False, "w4a16": False,
     "w8a8-gptq": True, "w6a16-gptq": True, "w6a8-gptq": True, "w4a16-gptq": True, "w4a8-gptq": True,
-    "w4a8-dynamic": False, "w4a4-svd": True, "fp8": True, "fp8-dynamic": False,
-    "w4-auto": True,
+    "w4a8-dynamic": False, "w4a4-svd": True, "w4a4-gptq": True, "w4a4-dynamic": False,
+    "fp8": True, "fp8-dynamic": False, "w4-auto": True,
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from hfquant.config import QuantRules, parse
 from hfquant.experts import UnfusedExperts, route_all, route_sorted, unfused
 from hfquant.nn.experts import QuantExperts
 from hfquant.planner import plan_layers
+from hfquant.run import Settings
 from tests.nn.fused_experts import (
     CONFIGS,
     EXPERTS,
@@ -117,7 +118,7 @@ def test_padding_reaches_no_statistic(per_layer_mode: bool) -> None:
     mask[1, 25:] = 0
     for module, filler in ((model, 0.0), (other, 50.0)):
         batches = [{"x": x.masked_fill(mask[..., None] == 0, filler), "attention_mask": mask} for x in data()]
-        ptq.quantize(module, batches, QuantRules({}), ptq.Settings(per_layer_mode=per_layer_mode), module.facts)
+        ptq.quantize(module, batches, QuantRules({}), Settings(per_layer_mode=per_layer_mode), module.facts)
     assert model.experts.state_dict().keys() == other.experts.state_dict().keys()
     for key, tensor in model.experts.state_dict().items():
         assert torch.equal(tensor, other.experts.state_dict()[key]), key
@@ -169,7 +170,7 @@ def test_left_as_it_was(
 
     if when == "solving":
         monkeypatch.setattr(ptq, "solve", failing)
-    settings = ptq.Settings(per_layer_mode=per_layer_mode)
+    settings = Settings(per_layer_mode=per_layer_mode)
     with pytest.raises(error):
         ptq.quantize(model, data(), QuantRules({}), settings, model.facts, finish)
     assert dict(model.named_modules()) == modules

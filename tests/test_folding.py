@@ -22,6 +22,7 @@ from hfquant.nn.modules import quant_linears
 from hfquant.observe import observe
 from hfquant.planner import plan_layers
 from hfquant.replacing import replace_modules
+from hfquant.run import Settings
 from tests.integrations.tiny_transformers import GQA, T5, TEXT
 
 SEARCH = {"search_alpha_config": {"enable": True, "min": 0.2, "max": 0.6, "step": 0.2}}
@@ -316,7 +317,7 @@ def test_what_was_begun_is_undone(kind: Any, per_layer_mode: bool, at: Any, monk
 
     monkeypatch.setattr(ptq, "solve", failing)
     with pytest.raises(kind):
-        ptq.quantize(model, data, parse(config()), ptq.Settings(per_layer_mode=per_layer_mode), finish=finish)
+        ptq.quantize(model, data, parse(config()), Settings(per_layer_mode=per_layer_mode), finish=finish)
     assert_untouched(model, before)
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import hfquant
 from hfquant import CalibrationError, HfQuantConfig, guard, ptq
-from hfquant.config import LayerConfig, WeightQuant
 from hfquant.guard import _peers, far_off, promise
+from hfquant.layer_config import LayerConfig, WeightQuant
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_linears
+from hfquant.run import Settings
 from tests.integrations import small_models
 
 #: The preset would see for itself that a scale a tensor does not do.
@@ -189,7 +190,7 @@ def test_held_out_data_is_checked_as_calibration_data_is():
 def test_undone_whole_where_finishing_fails():
     net = Net()
     modules = dict(net.named_modules())
-    rules, settings = HfQuantConfig(STATIC).rules, ptq.Settings(held_out=[100 * batches(1)[0]])
+    rules, settings = HfQuantConfig(STATIC).rules, Settings(held_out=[100 * batches(1)[0]])
 
     def failing(applied: ptq.Applied) -> None:
         assert applied.report.layers[0].guard

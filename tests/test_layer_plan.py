@@ -11,8 +11,9 @@ from torch import nn
 from hfquant import ConfigError
 from hfquant.algorithms import Identity, TensorSpec
 from hfquant.algorithms.low_rank import LowRank
-from hfquant.config import InputQuant, LayerConfig, QuantRules, WeightQuant
+from hfquant.config import QuantRules
 from hfquant.formats import FORMATS
+from hfquant.layer_config import InputQuant, LayerConfig, WeightQuant
 from hfquant.layer_plan import LayerPlan, input_parts, layer_plan
 
 A8 = {"opt": {"type": "default"}, "input_quant": {"type": "int8", "dynamic": True}, "weight_quant": {"axis": -1}}

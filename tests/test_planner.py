@@ -9,10 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5
 
 import hfquant.planner
 from hfquant import HfQuantConfig, SegPattern, plan
-from hfquant.config import LayerConfig, QuantRules
+from hfquant.config import QuantRules
 from hfquant.dataflow.trace import LinearTrace, PatternError
 from hfquant.integrations import model_facts
 from hfquant.integrations.facts import facts_of
+from hfquant.layer_config import LayerConfig
 from hfquant.layer_plan import LayerPlan
 from hfquant.planner import ModelFacts, Plan, matches, plan_layers
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hfquant.config import ConfigError, InputQuant, QuantRules
+from hfquant.config import ConfigError, QuantRules
+from hfquant.layer_config import InputQuant
 from hfquant.layer_plan import LayerPlan, layer_plan
 from hfquant.nn.linear import QuantLinear
 from hfquant.solver import Solution, requantize, solve
@@ -473,6 +474,15 @@ def test_a_layer_that_a_static_scale_serves_keeps_it() -> None:
     solution = solve("layer", weight, plan, stats_of(x))
     assert solution.plan == plan
     assert "input_scale" in solution.tensors
+
+
+@pytest.mark.parametrize(("largest", "static"), [(1.5, True), (3.0, False)])
+def test_a_static_scale_may_err_twice_as_much_as_its_format_promises(largest: float, static: bool) -> None:
+    """A format's promise is of values within 3.5 standard deviations; rounding errs in proportion to the largest."""
+    weight, x = torch.randn(12, 32), torch.randn(2048, 32).clamp(-3.5, 3.5)
+    x[::64, 16] = largest * 3.5
+    plan = make_plan(12, 32, weight_quant=CHANNEL, input_quant=FALLBACK)
+    assert solve("layer", weight, plan, stats_of(x)).plan.static_input == static
 
 
 def test_few_rows_say_nothing_of_a_scale() -> None:

@@ -50,6 +50,7 @@ ELSEWHERE = {
     "integrations/facts.py": "test_planner.py",
     "integrations/hub.py": "cli/test_calibrate.py",
     "integrations/sharing/kinds.py": "integrations/sharing/test_sharing.py",
+    "layer_config.py": "test_config.py",
     "nn/layer.py": "nn/test_linear.py",
     "recipes/run.py": "recipes/test_recipes.py",
     "recipes/schema.py": "recipes/test_recipes.py",
@@ -66,10 +67,12 @@ ELSEWHERE = {
     "replacing.py": "nn/test_modules.py",
     "report/affiner.py": "affiner/test_fit.py",
     "report/layers.py": "test_ptq.py",
+    "run.py": "test_ptq.py",
     "schema.py": "test_config.py",
 }
 #: Test files that are about more than one module, or about the project itself.
 WIDE = {
+    "kernels/cpu/test_rotation.py",
     "test_behaviour.py",
     "test_docs.py",
     "affiner/test_refusals.py",

@@ -115,6 +115,20 @@ class Transform(Section):
         """Return one divisor [in] for ``weight``, [rows, in] float32, of all the layers that read one input."""
         raise NotImplementedError
 
+    def seen(self, stats: LayerStats, divisor: Tensor | None) -> LayerStats:
+        """Return the statistics of what the transformed weight sees, from those of the raw input.
+
+        Args:
+            stats: of the raw input.
+            divisor: what :meth:`solve` returned as such.
+        """
+        stats = stats.divided(divisor)
+        return stats.rotated(self.rotation) if self.rotation else stats
+
+    def unmixed(self) -> Transform:
+        """Return what is left of it for layers that take each input several times: they keep channels apart."""
+        return self
+
     def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
         """Return the tensor ``name`` of several groups of rows as one."""
         return torch.cat(list(parts))
@@ -125,6 +139,15 @@ class Transform(Section):
         Kernels divide on the way, before they quantize.
         """
         return None
+
+    @property
+    def rotation(self) -> int:
+        """Size of the blocks of input channels that are rotated after the division, a power of two; 0 for none.
+
+        Kernels rotate on the way, before they quantize (:mod:`hfquant.formats.rotation`). Ranges of single channels say
+        nothing of what is rotated.
+        """
+        return 0
 
     def branch(self, tensors: Mapping[str, Tensor | None], group: int, rows: slice) -> tuple[Tensor, Tensor] | None:
         """Return ``down`` [r, in] and ``up`` [rows, r]: ``(x down^T) up^T`` of the raw input is added to the product.

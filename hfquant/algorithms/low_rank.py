@@ -103,10 +103,6 @@ class Branch(LowRank):
         specs = super().tensors(in_features, rows)
         return {name: spec for name, spec in specs.items() if name != "smooth"}
 
-    def divisor(self, tensors: Mapping[str, Tensor | None], group: int) -> Tensor | None:
-        """Return None."""
-        return None
-
     def solve(self, weight: Tensor, problem: Problem) -> Transformed:
         """Return the residual of ``W``, and the factors as cast."""
         made = self.applied(weight, torch.ones_like(weight[0]), problem)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hfquant.algorithms.base import Identity, Problem, TensorSpec, Transform, Transformed
 from hfquant.formats import expand_columns, range_columns
+from hfquant.formats.rotation import rotated
 from hfquant.schema import Section, is_patch
 from hfquant.statistics import LayerStats
 
@@ -90,9 +91,8 @@ class Smooth(Transform):
 
     def divisor(self, tensors: Mapping[str, Tensor | None], group: int) -> Tensor | None:
         """Return s."""
-        smooth = tensors["smooth"]
-        assert smooth is not None
-        return smooth if smooth.dim() == 1 else smooth[group]
+        smooth = tensors.get("smooth")  # it may have gone into what comes before the layer
+        return smooth if smooth is None or smooth.dim() == 1 else smooth[group]
 
     def restored(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
         """Return ``W / s``."""
@@ -176,33 +176,35 @@ class Smooth(Transform):
         row_weights = stats.row_weights
         everything = [(stats, torch.ones_like(stats.sample.fold))]
         sets = stats.halves() if problem.input is not None and problem.input.static else everything
-        losses = torch.zeros(len(grid), len(problem.segments), device=weight.device)
+        # Where channels are mixed, what is quantized in a segment is of others as well: one alpha for all.
+        blocks = [slice(None)] if self.rotation else problem.blocks()
+        losses = torch.zeros(len(grid), len(blocks), device=weight.device)
         for half, held_out in sets:
             rows = held_out.to(weight.device)
             x, weights = stats.rows[rows], row_weights[rows, None]
-            exact = [x[:, columns] @ weight[:, columns].T for columns in problem.blocks()]
+            exact = [x[:, columns] @ weight[:, columns].T for columns in blocks]
             magnitudes = self.magnitudes(weight, half, problem.layers)
             for i, alpha in enumerate(grid):
                 candidate = self.applied(weight, smoothing_vector(*magnitudes, alpha), problem)
-                outputs = self._segment_outputs(x, candidate, problem, half)
+                outputs = self._outputs(x, candidate, problem, half, blocks)
                 for j, (output, target) in enumerate(zip(outputs, exact, strict=True)):
                     losses[i, j] += (output.sub_(target).square_() * weights).sum()
-        return losses
+        return losses.expand(-1, len(problem.segments))
 
-    def _segment_outputs(
-        self, x: Tensor, candidate: Transformed, problem: Problem, half: LayerStats
+    def _outputs(
+        self, x: Tensor, candidate: Transformed, problem: Problem, half: LayerStats, blocks: Sequence[slice]
     ) -> Iterator[Tensor]:
-        """Yield what each input segment of the quantized layer contributes to the output, [rows, out] each."""
+        """Yield what each block of the quantized layer's input contributes to the output, [rows, out] each."""
         assert candidate.divisor is not None
-        seen = half.divided(candidate.divisor)
+        seen = self.seen(half, candidate.divisor)
         weight = problem.grid.fit(candidate.weight, seen.mean_square).round(candidate.weight)
-        quantized, rule = x / candidate.divisor, problem.input
+        quantized, rule = rotated(x / candidate.divisor, self.rotation), problem.input
         if rule is not None:
             static = rule.scales(*segment_ranges(seen, problem.segments)) if rule.static else (None, None)
             quantized, scale = rule.quantize(quantized, *static)
             if scale is not None:
                 quantized = quantized * expand_columns(scale, problem.segments)
-        for columns in problem.blocks():
+        for columns in blocks:
             output = quantized[:, columns] @ weight[:, columns].T
             extra = self.added(x, candidate.tensors, columns)
             yield output if extra is None else output.add_(extra)

@@ -78,7 +78,7 @@ def _shape(text: str) -> tuple[int, int, int]:
 
 def _layer(name: str, inputs: int, outputs: int) -> QuantLinear:
     """Return an empty layer that computes the product on codes."""
-    from hfquant.config import LayerConfig
+    from hfquant.layer_config import LayerConfig
     from hfquant.layer_plan import LayerPlan
     from hfquant.nn.linear import QuantLinear
 

@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from hfquant import PRESETS
 from hfquant.demo import DigitsPipeline
 from hfquant.demo.measure import Result, drawing, measure, speeds
-from hfquant.demo.rows import AFFINER, CONFIGS, DEFAULT_ROWS, FULL_PRECISION, folder_of, is_known, read_row, write_row
+from hfquant.demo.rows import AFFINER, DEFAULT_ROWS, FULL_PRECISION, folder_of, is_known, read_row, write_row
 from hfquant.demo.show import best_of, draw_grid, table, write_page
 
 
@@ -31,11 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--presets",
         type=partial(str.split, sep=","),
         default=list(DEFAULT_ROWS),
-        help=f"comma-separated, each alone or followed by {AFFINER}, from {', '.join(CONFIGS)}",
+        help=f"comma-separated, each alone or followed by {AFFINER}, from {', '.join(PRESETS)}",
     )
     args = parser.parse_args(argv)
     if unknown := [name for name in args.presets if not is_known(name)]:
-        parser.error(f"unknown presets {', '.join(unknown)}; there are {', '.join(CONFIGS)}")
+        parser.error(f"unknown presets {', '.join(unknown)}; there are {', '.join(PRESETS)}")
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
     diffusers.utils.logging.disable_progress_bar()  # one bar for each load would bury ours

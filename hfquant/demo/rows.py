@@ -17,30 +17,23 @@ FULL_PRECISION = "full precision"
 AFFINER = "+affiner"
 CALIBRATION_SEED = 1
 
-CONFIGS: dict[str, dict[str, Any]] = {
-    **PRESETS,
-    # No preset rounds both sides to 4 bits without data; it shows what the low-rank branch is for.
-    "w4a4-dynamic": {"default": {**PRESETS["w4a4-svd"]["default"], "opt": {"type": "default"}}},
-}
-"""Configs that a row can have, by name."""
-
 DEFAULT_ROWS = (
     *("w8a8-dynamic", "w8a8-smooth"),
     *("w4a8-dynamic", f"w4a8-dynamic{AFFINER}", "w4a8-gptq"),
-    *("w4a4-dynamic", "w4a4-svd", f"w4a4-svd{AFFINER}"),
+    *("w4a4-dynamic", f"w4a4-dynamic{AFFINER}", "w4a4-gptq"),
 )
 
 
 def is_known(row: str) -> bool:
     """Return whether a row has a config: its name, or its name before `+affiner`."""
-    return row.removesuffix(AFFINER) in CONFIGS
+    return row.removesuffix(AFFINER) in PRESETS
 
 
 def data_of(row: str) -> str:
     """Return in a word what a row learns from pictures: "none", "calibrated" or "affiner"."""
     if row.endswith(AFFINER):
         return "affiner"
-    return "calibrated" if row in CONFIGS and HfQuantConfig(CONFIGS[row]).needs_data else "none"
+    return "calibrated" if row in PRESETS and HfQuantConfig(PRESETS[row]).needs_data else "none"
 
 
 def folder_of(row: str, out: Path) -> Path:
@@ -52,7 +45,7 @@ def write_row(row: str, out: Path, steps: int) -> None:
     """Quantize the embedded pipeline as a row says, and save it.
 
     Args:
-        row: `FULL_PRECISION`, a name of `CONFIGS`, or one followed by `+affiner`.
+        row: `FULL_PRECISION`, a preset's name, or one followed by `+affiner`.
         out: folder of all rows.
         steps: denoising steps that an affiner corrects.
     """
@@ -83,7 +76,7 @@ def read_row(row: str, out: Path) -> DigitsPipeline:
 
 def load_quantized(name: str) -> DigitsPipeline:
     """The embedded pipeline with its denoiser quantized: while loading, or after it where the config needs data."""
-    config = HfQuantConfig(CONFIGS[name])
+    config = HfQuantConfig(PRESETS[name])
     if not config.needs_data:
         return load_digits_pipeline(
             quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": config})

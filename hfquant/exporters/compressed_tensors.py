@@ -21,6 +21,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from hfquant.algorithms import Identity
 from hfquant.exporters.checkpoint import Converted, ExportError, must_be_of, refuse
 from hfquant.exporters.experts import alike, as_read, expert_layers, log_inputs
 from hfquant.exporters.requantize import no_linear, plain, requantized
@@ -136,8 +137,9 @@ def _obstacles_of_experts(plans: Mapping[str, LayerPlan], linears: Mapping[str, 
 def obstacle(plan: LayerPlan) -> str | None:
     """Return what of a layer's plan compressed-tensors has no means for; None where it can express it all."""
     weight, inputs = plan.config.weight_quant, plan.config.input_quant
-    if stored := plan.transform.tensors(plan.in_features, plan.row_groups):
-        return f"its input is transformed at run time ({', '.join(stored)})"
+    if not isinstance(plan.transform, Identity):
+        stored = plan.transform.tensors(plan.in_features, plan.row_groups)
+        return f"its input is transformed at run time ({', '.join(stored) or plan.transform.type})"
     if any(plan.dual):
         return "its inputs have a second scale for negative values"
     if len(plan.input_segments) > 1 and inputs is not None and inputs.format.has_scale:

@@ -74,6 +74,8 @@ def obstacle(plan: LayerPlan) -> str | None:
         return f"its weights are not symmetric {_FORMAT} in groups of {_GROUP}"
     if plan.in_features % _TILE or plan.out_features % _TILE:
         return f"its sizes are not multiples of {_TILE} ({plan.in_features} x {plan.out_features})"
+    if plan.transform.rotation:
+        return "its inputs are rotated at run time"
     if len(plan.row_groups) > 1:
         return "segments of its output have transforms of their own (with seglinear: False they have one)"
     return None

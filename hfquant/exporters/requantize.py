@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from hfquant.algorithms import Identity
 from hfquant.layer_plan import LayerPlan
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
@@ -75,7 +76,7 @@ def rounded_anew(name: str, layer: QuantLinear, plan: LayerPlan) -> tuple[QuantL
     bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
     old = layer.plan
     same_grid = old.columns == plan.columns and old.config.weight_quant.symmetric == plan.config.weight_quant.symmetric
-    if same_grid and not old.transform.tensors(old.in_features, old.row_groups):
+    if same_grid and isinstance(old.transform, Identity):
         return QuantLinear.from_tensors(plan, {key: getattr(layer, key) for key in plan.tensors()}, bias), None
     weight = layer.effective_weight()
     new = QuantLinear.from_tensors(plan, solve(name, weight, plan, None).tensors, bias)

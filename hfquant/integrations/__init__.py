@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from hfquant import ptq
 from hfquant.calibration.batches import CalibrationError
 from hfquant.integrations.apply import quantize_attached
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.facts import facts_of
 from hfquant.planner import ModelFacts
+from hfquant.run import Settings
 
 
 def library(model: Any) -> str | None:
@@ -65,7 +65,7 @@ def batches_for(model: nn.Module, data: Any, config: HfQuantConfig) -> Any:
 
 
 def quantize_model(
-    model: nn.Module, loader: Any, config: HfQuantConfig, settings: ptq.Settings | None = None
+    model: nn.Module, loader: Any, config: HfQuantConfig, settings: Settings | None = None
 ) -> Callable[[], None]:
     """Quantize ``model`` in place, and set on a library's model what saving and reloading it needs.
 

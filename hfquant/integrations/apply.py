@@ -15,6 +15,7 @@ from hfquant.distributed import processes
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.nn.modules import quant_modules
 from hfquant.planner import ModelFacts, Plan
+from hfquant.run import Settings
 from hfquant.search import search
 
 
@@ -24,7 +25,7 @@ def quantize_attached(
     config: HfQuantConfig,
     facts: ModelFacts,
     attach: Callable[[Any, HfQuantConfig], None],
-    settings: ptq.Settings | None = None,
+    settings: Settings | None = None,
 ) -> Callable[[], None]:
     """Quantize ``model`` in place and attach its own config to it.
 
@@ -41,7 +42,7 @@ def quantize_attached(
     Returns:
         A function that undoes it.
     """
-    settings = settings or ptq.Settings(config.modules_to_not_convert or (), config.per_layer_mode, guard=config.guard)
+    settings = settings or Settings(config.modules_to_not_convert or (), config.per_layer_mode, guard=config.guard)
     rules = _searched(model, loader, config, facts)
     restore = _snapshot(model)
 

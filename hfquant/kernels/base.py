@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from itertools import accumulate, chain, groupby
 from typing import NamedTuple
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hfquant.formats import Grid, InputRule, NumberFormat, number_format
+from hfquant.formats.rotation import MOST_ROTATED, rotated
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Product:
         segments: sizes of the input segments; no block of columns straddles two.
         input: how the input is quantized; None where it is not.
         symmetric: whether the weight has no zero points.
+        rotation: size of the blocks of the divided input's channels that are rotated; 0 for none.
         in_features: columns of the weight.
+        unrotated: the product of an input that is rotated already.
         key: the product as text (JSON), what the op takes: a traced graph then says what it computes.
     """
 
@@ -34,13 +37,16 @@ class Product:
     segments: tuple[int, ...]
     input: InputRule | None
     symmetric: bool = True
+    rotation: int = 0
     in_features: int = field(init=False, compare=False)
+    unrotated: Product = field(init=False, compare=False, repr=False)
     key: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Plain attributes: read at each call, and torch.compile cannot follow a property that caches.
         object.__setattr__(self, "in_features", sum(self.segments))
         object.__setattr__(self, "key", self._key())
+        object.__setattr__(self, "unrotated", replace(self, rotation=0) if self.rotation else self)
 
     def _key(self) -> str:
         rule = self.input
@@ -51,6 +57,8 @@ class Product:
         }
         if not self.symmetric:
             spec["symmetric"] = False
+        if self.rotation:
+            spec["rotation"] = self.rotation
         if rule is not None:
             spec |= {"input": rule.format.name, "dynamic": rule.dynamic, "per_token": rule.per_token}
             spec |= {"dual": list(rule.dual)} if any(rule.dual) else {}
@@ -81,7 +89,11 @@ def product_of(key: str) -> Product:
                 raise ValueError("dual and segments do not fit")
             form = number_format(spec["input"])
             rule = InputRule(form, bool(spec["dynamic"]), bool(spec["per_token"]), segments, dual)
-        return Product(number_format(spec["weight"]), columns, segments, rule, bool(spec.get("symmetric", True)))
+        rotation = int(spec.get("rotation", 0))
+        if rotation & (rotation - 1) or not 0 <= rotation <= MOST_ROTATED:
+            raise ValueError(f"blocks of {rotation} channels cannot be rotated")
+        symmetric = bool(spec.get("symmetric", True))
+        return Product(number_format(spec["weight"]), columns, segments, rule, symmetric, rotation)
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a quantized product: {key[:1000]!r} ({error!r})") from None
 
@@ -132,6 +144,7 @@ class Operands(NamedTuple):
         """Return the values of the codes of ``x`` [..., in] float32, and their scale; see ``InputRule.quantize``."""
         if self.divisor is not None:
             x = x / self.divisor
+        x = rotated(x, product.rotation)
         if product.input is None:
             return x, None
         return product.input.quantize(x, self.input_scale, self.input_scale_neg)
@@ -171,6 +184,7 @@ class Kernel:
         refuses: returns why it cannot compute a product exactly, "" where it can.
         pays: whether it is to be preferred to the kernels after it, for a number of tokens and of output rows.
         run: computes [..., in] of any float dtype, with at least one token, to [..., out] of the same dtype.
+        rotates: whether ``run`` rotates inputs where the product says so; else it gets them divided and rotated.
     """
 
     name: str
@@ -179,3 +193,4 @@ class Kernel:
     refuses: Callable[[Product], str]
     pays: Callable[[Product, torch.dtype, int, int], bool]
     run: Run
+    rotates: bool = True

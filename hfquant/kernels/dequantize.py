@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hfquant.formats import expand_columns
+from hfquant.formats.rotation import rotated
 from hfquant.kernels.base import Kernel, Operands, Product, over_tokens
 
 #: Weights in a block: 2 MB of float32, within a core's second-level cache.
@@ -52,6 +53,7 @@ def gradient(grad: Tensor, operands: Operands, product: Product) -> Tensor:
     total = g.new_zeros(len(g), product.in_features)
     for rows, weight in blocks(operands, product):
         total.addmm_(g[:, rows], weight)
+    total = rotated(total, product.rotation)
     if operands.divisor is not None:
         total /= operands.divisor
     if operands.down is not None and operands.up is not None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from hfquant.formats.rotation import rotated
 from hfquant.kernels import dequantize
-from hfquant.kernels.base import Operands, Product, product_of
+from hfquant.kernels.base import Operands, Product, Run, product_of
 from hfquant.kernels.table import pick
 
 _library = torch.library.Library("hfquant", "DEF")
@@ -49,10 +50,22 @@ def _run(x: Tensor, operands: Operands, product: Product, real: bool) -> Tensor:
         return x.new_zeros(*x.shape[:-1], out)
     device = x.device.type
     kernel = pick(product, device, x.dtype, size // product.in_features, out) if real else dequantize.KERNEL
+    run = _rotated(kernel.run) if product.rotation and not kernel.rotates else kernel.run
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return kernel.run(x, operands, product)
-    return kernel.run(x, operands, product)
+            return run(x, operands, product)
+    return run(x, operands, product)
+
+
+def _rotated(run: Run) -> Run:
+    """Return ``run`` of the input as it is after division and rotation."""
+
+    def of_raw(x: Tensor, operands: Operands, product: Product) -> Tensor:
+        divided = x.float() if operands.divisor is None else x.float() / operands.divisor
+        turned = rotated(divided, product.rotation)
+        return run(turned, operands._replace(divisor=None), product.unrotated).to(x.dtype)
+
+    return of_raw
 
 
 def _op(x: Tensor, *arguments: Any) -> Tensor:

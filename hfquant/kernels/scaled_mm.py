@@ -98,4 +98,4 @@ def _pays(product: Product, dtype: torch.dtype, tokens: int, out: int) -> bool:
     return out % MULTIPLE == 0
 
 
-KERNEL = Kernel("scaled-mm", "cuda", missing, refuses, _pays, run)
+KERNEL = Kernel("scaled-mm", "cuda", missing, refuses, _pays, run, rotates=False)

@@ -27,7 +27,7 @@ from hfquant.nn.layer import QuantLayer
 from hfquant.nn.unfold import channels_first, channels_last, draw, ranges, tiles, windows
 
 if TYPE_CHECKING:
-    from hfquant.config import LayerConfig
+    from hfquant.layer_config import LayerConfig
     from hfquant.layer_plan import LayerPlan
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -83,13 +83,13 @@ class QuantConv(QuantLayer):
     def fitted(config: LayerConfig) -> LayerConfig:
         """Return the config with one scale a row in place of a dynamic one a tensor: no tile knows all the rows.
 
-        Nor is the input cut: parts of a row are positions of the kernel, each with all channels.
+        Nor is the input cut: parts of a row are positions of the kernel, each with all channels. And channels are not
+        mixed, which would be done again at each position.
         """
-        quant = config.input_quant
-        if quant is None:
-            return config
-        update = {"segments": 1, "axis": -1 if quant.dynamic else quant.axis}
-        return config.model_copy(update={"input_quant": quant.model_copy(update=update)})
+        quant, transform = config.input_quant, config.opt.unmixed()
+        if quant is not None:
+            quant = quant.model_copy(update={"segments": 1, "axis": -1 if quant.dynamic else quant.axis})
+        return config.model_copy(update={"input_quant": quant, "opt": transform})
 
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:

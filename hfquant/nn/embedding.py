@@ -12,7 +12,7 @@ from hfquant.formats import Grid
 from hfquant.nn.layer import QuantLayer
 
 if TYPE_CHECKING:
-    from hfquant.config import LayerConfig
+    from hfquant.layer_config import LayerConfig
     from hfquant.layer_plan import LayerPlan
 
 

@@ -17,7 +17,7 @@ from hfquant.nn.checked import Checked
 from hfquant.nn.float_modules import first, hollow
 
 if TYPE_CHECKING:  # it asks the kinds of layers what they take
-    from hfquant.config import LayerConfig
+    from hfquant.layer_config import LayerConfig
     from hfquant.layer_plan import LayerPlan
 
 
@@ -71,9 +71,9 @@ class QuantLayer(Checked):
         nn.Module.__init__(self)
         self.plan = plan
         self.real_quant = plan.config.real_quant
-        symmetric = plan.config.weight_quant.symmetric
-        self.product = Product(self.format, plan.columns, plan.input_segments, plan.input_rule, symmetric)
         self._transform, self._code_dtype = plan.transform, self.format.code_dtype
+        how = (plan.config.weight_quant.symmetric, self._transform.rotation)
+        self.product = Product(self.format, plan.columns, plan.input_segments, plan.input_rule, *how)
         self._row_groups = block_slices(plan.row_groups)
         dtype = dtype or torch.get_default_dtype()
         #: Names of the tensors of the model's float dtype; the others keep theirs whatever the model is cast to.

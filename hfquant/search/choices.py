@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hfquant.config import ConfigError, LayerConfig, QuantRules, WeightQuant, parse
+from hfquant.config import ConfigError, QuantRules, parse
 from hfquant.formats import FORMATS
+from hfquant.layer_config import LayerConfig, WeightQuant
 from hfquant.presets import PRESETS
 
 #: A number format's or a preset's name, fields of ``weight_quant``, or fields of a layer's config.

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from hfquant.config import InputQuant
 from hfquant.formats import FORMATS, InputRule
 from hfquant.kernels.base import Operands, Product, product_of
+from hfquant.layer_config import InputQuant
 from tests.kernels.products import Spec, sample
 from tests.nn.linear_cases import cases, layer_of
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hfquant.config import InputQuant
 from hfquant.formats import FORMATS
 from hfquant.kernels import dequantize
+from hfquant.layer_config import InputQuant
 from tests.nn.linear_cases import Case, assert_close, cases, forward_by_hand, layer_of, some_input, weight_by_hand
 
 

@@ -3,18 +3,21 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from hfquant.config import InputQuant
-from hfquant.kernels import cpu
-from hfquant.kernels.base import Operands
+from hfquant.formats import FORMATS, InputRule
+from hfquant.kernels import cpu, dequantize
+from hfquant.kernels.base import Operands, Product
 from hfquant.kernels.op import linear
+from hfquant.layer_config import InputQuant
 from hfquant.layer_plan import LayerPlan
 from tests import oracle
+from tests.formats.test_rotation import by_hand
 from tests.kernels.products import NAMES, Spec, kernel, sample
 from tests.nn.linear_cases import IN, OUT, cases, layer_of, rank, some_input, weight_by_hand
 
@@ -94,6 +97,40 @@ def test_gradients_of_other_float_types(dtype) -> None:
     assert ours.grad.dtype == dtype
     # Each part of the rows rounds its share to the dtype.
     assert distance(ours.grad, exact.grad) < 2 * torch.finfo(dtype).eps + 1e-6
+
+
+@both_modes
+def test_kernels_that_do_not_rotate_get_what_is_rotated(real, monkeypatch) -> None:
+    """As CUDA's; here the last resort is made one of them, and forced."""
+    given = []
+
+    def run(x: torch.Tensor, operands: Operands, product: Product) -> torch.Tensor:
+        given.append((x.dtype, operands.divisor, product.rotation))
+        return dequantize.run(x, operands, product)
+
+    lacking = replace(dequantize.KERNEL, run=run, rotates=False)
+    rule = InputRule(FORMATS["int8"], True, True, (40,), (False,))
+    product = Product(FORMATS["int8"], (40,), (40,), rule, rotation=16)
+    codes, divisor = torch.randint(-128, 128, (7, 40), dtype=torch.int8), torch.rand(40) + 0.5
+    operands, x = Operands(codes, torch.rand(7, 1), divisor=divisor), torch.randn(5, 40)
+    expected = dequantize.run(x, operands, product)
+    monkeypatch.setattr(dequantize, "KERNEL", lacking)
+    monkeypatch.setattr("hfquant.kernels.op.pick", lambda *of: lacking)
+    torch.testing.assert_close(linear(x, operands, product, real), expected)
+    half = linear(x.bfloat16(), operands, product, real)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+    assert given == [(torch.float32, None, 0)] * 2
+
+
+def test_the_gradient_is_rotated_back() -> None:
+    product = Product(FORMATS["int8"], (40,), (40,), None, rotation=16)
+    codes, divisor = torch.randint(-128, 128, (7, 40), dtype=torch.int8), torch.rand(40) + 0.5
+    x, grad = torch.randn(5, 40, requires_grad=True), torch.randn(5, 7)
+    linear(x, Operands(codes, torch.ones(7, 1), divisor=divisor), product, True).backward(grad)
+    exact = (grad.double() @ codes.double()) @ torch.from_numpy(by_hand(40, 16)) / divisor.double()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_with_a_gradient_it_computes_what_it_does_without(kernel) -> None:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hfquant.config import InputQuant, WeightQuant
 from hfquant.formats import FORMATS, InputRule
 from hfquant.kernels import scaled_mm
 from hfquant.kernels.base import Product
+from hfquant.layer_config import InputQuant, WeightQuant
 from tests.kernels.triton.layers import run_layer
 from tests.nn.linear_cases import PLAIN, SMOOTH, SVD, Case, assert_close, forward_by_hand, layer_of, some_input
 

@@ -12,6 +12,7 @@ from hfquant import ptq
 from hfquant.config import QuantRules
 from hfquant.experts import ExpertsLayout, route_tokens
 from hfquant.planner import ModelFacts
+from hfquant.run import Settings
 
 EXPERTS, WIDTH, INNER, CHOICES = 5, 12, 7, 2
 
@@ -120,4 +121,4 @@ def data() -> list[Tensor]:
 def quantized(model: Model, config: dict[str, Any], **settings: Any) -> ptq.Applied:
     """Quantize, with the routing of the float model: the experts are compared, not who chose them."""
     rules = QuantRules({"default": config, "first": {"enable": False}})
-    return ptq.quantize(model, data(), rules, ptq.Settings(**settings), model.facts)
+    return ptq.quantize(model, data(), rules, Settings(**settings), model.facts)

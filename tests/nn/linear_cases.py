@@ -9,8 +9,8 @@ from torch import nn
 from hfquant import QuantLinear
 from hfquant.algorithms import Identity, Smooth, Transform
 from hfquant.algorithms.low_rank import LowRank
-from hfquant.config import InputQuant, LayerConfig, WeightQuant
 from hfquant.formats import FORMATS
+from hfquant.layer_config import InputQuant, LayerConfig, WeightQuant
 from hfquant.layer_plan import LayerPlan
 from tests import oracle
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from hfquant import QuantLinear
-from hfquant.config import InputQuant, WeightQuant
 from hfquant.formats import FORMATS, Grid, NumberFormat
+from hfquant.layer_config import InputQuant, WeightQuant
 from tests.nn.linear_cases import (
     IN,
     OUT,

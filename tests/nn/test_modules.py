@@ -9,7 +9,7 @@ from accelerate import cpu_offload, dispatch_model
 from torch import nn
 
 from hfquant import QuantLinear, set_real_quant
-from hfquant.config import InputQuant, WeightQuant
+from hfquant.layer_config import InputQuant, WeightQuant
 from hfquant.nn.modules import dequantized, log_share, quant_linears
 from hfquant.replacing import replace_modules
 from tests.nn.linear_cases import IN, OUT, Case, layer_of, some_input

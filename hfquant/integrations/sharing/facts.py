@@ -14,10 +14,10 @@ from torch import nn
 
 from hfquant.calibration import BaseCalibSet
 from hfquant.calibration.provenance import without_secrets
-from hfquant.config import InputQuant, WeightQuant
 from hfquant.denoisers import module_names
 from hfquant.integrations import library
 from hfquant.integrations.config import HfQuantConfig
+from hfquant.layer_config import InputQuant, WeightQuant
 from hfquant.nn.modules import quant_modules
 from hfquant.presets import PRESETS
 from hfquant.report.layers import LayerReport, QuantReport, worst

@@ -74,10 +74,11 @@ def _group_size(product: Product) -> int | None:
 def spec_of(key: str) -> Tensor:
     """Return the product as native.cpp reads it."""
     product = product_of(key)
-    rule = None if _quantized_before(product) else product.input
+    done = _quantized_before(product)
+    rule, rotation = (None, 0) if done else (product.input, product.rotation)
     bits, per_token = (0, True) if rule is None else (_code(rule.format), rule.per_token)
     dual = rule.dual if rule is not None else (False,) * len(product.segments)
-    head = [_code(product.weight), _group_size(product) or 0, bits, per_token, len(product.columns)]
+    head = [_code(product.weight), _group_size(product) or 0, bits, per_token, len(product.columns), rotation]
     return torch.tensor([*head, len(product.segments), *product.segments, *dual], dtype=torch.int64)
 
 

@@ -107,7 +107,7 @@ inline void by_float_tiles(const Job& job, ParallelFor parallel_for) {
   static thread_local Scratch of_x;
   const std::vector<Block> blocks = blocks_of(job);
   const std::vector<Range> shared = shared_ranges(job);
-  const bool as_is = job.x.type == FLOAT32 && !job.divisor && job.input_format == INTEGERS;
+  const bool as_is = job.x.type == FLOAT32 && !job.divisor && !job.rotation && job.input_format == INTEGERS;
   const int64_t chunk = as_is ? job.M : std::min(job.M, std::max(CONVERTED_BYTES / 4 / job.K, SOME_TOKENS));
   float* converted = as_is ? nullptr : of_x.get<float>(chunk * job.K);
   const int64_t panels = (job.N + WIDTH - 1) / WIDTH, step = panels < FEW_PANELS ? SOME_TOKENS : MANY_TOKENS;

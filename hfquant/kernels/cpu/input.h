@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "job.h"
+#include "rotation.h"
 #include "scratch.h"
 
 namespace hfquant {
@@ -156,13 +157,14 @@ inline void to_dual_codes(const float* x, int64_t count, Scales scales, float li
   }
 }
 
-// The token's input as floats, divided by the divisor; `buffer` [K] is used where x cannot be read as it is.
+// The token's input as floats, divided by the divisor and rotated; `buffer` [K] is used where x cannot be read as it is.
 inline const float* floats_of(const Job& job, int64_t token, float* buffer) {
   const int64_t start = token * job.K;
-  if (job.x.type == FLOAT32 && !job.divisor) return static_cast<const float*>(job.x.data) + start;
+  if (job.x.type == FLOAT32 && !job.divisor && !job.rotation) return static_cast<const float*>(job.x.data) + start;
   to_floats(job.x, start, job.K, buffer);
   if (job.divisor)
     for (int64_t k = 0; k < job.K; ++k) buffer[k] /= job.divisor[k];
+  if (job.rotation) rotate(buffer, job.K, job.rotation);
   return buffer;
 }
 

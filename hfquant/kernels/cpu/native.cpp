@@ -96,18 +96,18 @@ Floats floats_of(const MaybeTensor& tensor, const char* name, Shape shape) {
   return {data_of(*tensor, name, shape), ours};
 }
 
-// `x` [.., K]. `spec` [6 + 2 segments] int64: bits of the weight's codes, or minus the number of another format; group
+// `x` [.., K]. `spec` [7 + 2 segments] int64: bits of the weight's codes, or minus the number of another format; group
 // size (0: none); the same of the input's codes (0: floats); whether each token has a scale of its own; number of
-// scales a row; number of segments; the segments' sizes; whether each has a second scale for its negative side. `isa`
-// is a number of instruction_sets.
+// scales a row; size of the blocks that are rotated (0: none); number of segments; the segments' sizes; whether each
+// has a second scale for its negative side. `isa` is a number of instruction_sets.
 Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row, MaybeTensor zero_point,
               MaybeTensor input_scale, MaybeTensor input_scale_neg, MaybeTensor divisor, MaybeTensor down,
               MaybeTensor up, MaybeTensor bias, Tensor spec, int64_t isa) {
   STD_TORCH_CHECK(isa >= 0 && isa < static_cast<int64_t>(choices().size()) && choices()[isa].here,
                   "this CPU cannot run instruction set ", isa);
   STD_TORCH_CHECK(spec.is_cpu() && spec.is_contiguous() && spec.scalar_type() == ScalarType::Long && spec.dim() == 1 &&
-                      spec.numel() >= 8,
-                  "spec: expected int64 [6 + 2 segments]");
+                      spec.numel() >= 9,
+                  "spec: expected int64 [7 + 2 segments]");
   const int64_t* numbers = static_cast<const int64_t*>(data_of(spec, "spec", {spec.numel()}));
   Job job = {};
   job.bits = numbers[0];
@@ -118,10 +118,13 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row,
   job.input_format = numbers[2] < 0 ? static_cast<Format>(-numbers[2]) : INTEGERS;
   job.per_token = numbers[3];
   job.G = numbers[4];
-  job.segments = numbers[5];
-  STD_TORCH_CHECK(job.segments > 0 && spec.numel() == 6 + 2 * job.segments, "spec: expected ", job.segments,
+  job.rotation = numbers[5];
+  STD_TORCH_CHECK(job.rotation >= 0 && job.rotation <= INT32_MAX && !(job.rotation & (job.rotation - 1)),
+                  "spec: blocks of ", job.rotation, " cannot be rotated");
+  job.segments = numbers[6];
+  STD_TORCH_CHECK(job.segments > 0 && spec.numel() == 7 + 2 * job.segments, "spec: expected ", job.segments,
                   " segments");
-  job.segment = numbers + 6;
+  job.segment = numbers + 7;
   job.dual = job.segment + job.segments;
   STD_TORCH_CHECK(numbers[0] >= -INT16 && numbers[0] <= 8 && (numbers[0] < 0 || numbers[0] >= 2),
                   "expected a weight of 2 to 8 bits or of a known format");

@@ -80,4 +80,4 @@ def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
     return y
 
 
-KERNEL = Kernel("triton-integer", "cuda", missing, refuses, lambda *size: True, run)
+KERNEL = Kernel("triton-integer", "cuda", missing, refuses, lambda *size: True, run, rotates=False)

@@ -63,4 +63,4 @@ def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
     return y
 
 
-KERNEL = Kernel("triton-weight-only", "cuda", missing, refuses, lambda *size: True, run)
+KERNEL = Kernel("triton-weight-only", "cuda", missing, refuses, lambda *size: True, run, rotates=False)

@@ -19,10 +19,10 @@ import torch
 from hfquant import QuantLinear
 from hfquant.algorithms import Identity, Smooth
 from hfquant.algorithms.low_rank import LowRank
-from hfquant.config import InputQuant, WeightQuant
 from hfquant.formats import FORMATS
 from hfquant.kernels import cpu
 from hfquant.kernels.cpu import build
+from hfquant.layer_config import InputQuant, WeightQuant
 from tests.nn.linear_cases import Case, layer_of, some_input
 
 FLAGS = (

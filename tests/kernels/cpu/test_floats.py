@@ -8,11 +8,11 @@ import torch
 
 from hfquant.algorithms import Identity
 from hfquant.algorithms.low_rank import LowRank
-from hfquant.config import InputQuant, WeightQuant
 from hfquant.formats import FORMATS, FloatFormat, InputRule
 from hfquant.kernels.base import Operands, Product
 from hfquant.kernels.op import linear
 from hfquant.kernels.table import KERNELS, obstacle
+from hfquant.layer_config import InputQuant, WeightQuant
 from tests import oracle
 from tests.kernels.products import FLOAT_BLOCK, FLOAT_LIMIT, Spec, bits_equal, identity, kernel, sample
 from tests.nn.linear_cases import Case, assert_close, cases, forward_by_hand, layer_of, some_input

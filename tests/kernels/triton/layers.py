@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hfquant import QuantLinear
 from hfquant.algorithms import block_slices
-from hfquant.config import InputQuant
+from hfquant.layer_config import InputQuant
 
 #: A real device where there is one; else Triton's interpreter (tests/conftest.py) on the CPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

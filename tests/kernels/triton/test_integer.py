@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from hfquant.config import InputQuant, WeightQuant
 from hfquant.formats import FORMATS, InputRule
 from hfquant.kernels import reference
 from hfquant.kernels.base import Operands, Product
 from hfquant.kernels.triton import integer
+from hfquant.layer_config import InputQuant, WeightQuant
 from tests.kernels.triton.layers import DEVICE, INPUTS, TOKENS, run_layer
 from tests.nn.linear_cases import Case, assert_close, cases, forward_by_hand, layer_of, some_input
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hfquant.config import WeightQuant
 from hfquant.formats import FORMATS
 from hfquant.kernels.base import Product
 from hfquant.kernels.triton import weight_only
+from hfquant.layer_config import WeightQuant
 from tests.kernels.triton.layers import INPUTS, TOKENS, run_layer
 from tests.nn.linear_cases import Case, assert_close, cases, forward_by_hand, layer_of, some_input
 

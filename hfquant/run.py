@@ -1,0 +1,145 @@
+"""One quantization under way: what it is given, and what its processes agree on before it starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from hfquant.calibration.batches import CalibrationData, CalibrationError, samples
+from hfquant.config import QuantRules
+from hfquant.digests import digest_of
+from hfquant.distributed import Processes, check_models_agree, shard_of
+from hfquant.experts import Unfused
+from hfquant.folding import Folding
+from hfquant.guard import samples_to_check
+from hfquant.layer_plan import LayerPlan
+from hfquant.memory import free_memory
+from hfquant.nn.kinds import kind_of
+from hfquant.nn.layer import QuantLayer
+from hfquant.planner import EXCLUDED, SWITCHED_OFF, ModelFacts, Plan, plan_apart
+from hfquant.resume import Cache
+from hfquant.solver import check_finite
+from hfquant.statistics import LayerStats
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a caller asks for beside the config; see :func:`hfquant.quantize`."""
+
+    not_convert: Collection[str] = ()
+    per_layer_mode: bool = False
+    verbose: bool = False
+    example: Any = None
+    memory_budget: int | None = None
+    resume_dir: str | os.PathLike[str] | None = None
+    guard: bool = True
+    held_out: Any = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One quantization under way.
+
+    Attributes:
+        model: being quantized.
+        plan: for it, the same in all processes.
+        data: batches; None without data, or where this process has none.
+        shard: (rank, size), which batches this process takes.
+        group: the processes that share the work.
+        cache: solved layers on disk; None without.
+        budget: bytes that statistics may take at once in a process.
+        facts: what a library knows of the model.
+        per_layer_mode: whether layers see the quantized ones before them.
+        experts: that are taken apart meanwhile.
+        folding: the divisors that go into what comes before a layer.
+        seen: statistics of all layers, where folding has taken them already.
+        checks: samples for the guard, empty where this process has no data; None where there is to be none.
+    """
+
+    model: nn.Module
+    plan: Plan
+    data: CalibrationData | None
+    shard: tuple[int, int]
+    group: Processes
+    cache: Cache | None
+    budget: int
+    facts: ModelFacts
+    per_layer_mode: bool
+    experts: Unfused
+    folding: Folding = field(default_factory=Folding)
+    seen: dict[str, LayerStats] = field(default_factory=dict)
+    checks: Sequence[Any] | None = None
+
+    def module(self, name: str) -> nn.Module:
+        """Return a layer that is not replaced yet."""
+        return self.model.get_submodule(name)
+
+    def matrix(self, name: str) -> Tensor:
+        """Return its float matrix [out, in], divisors folded in; it must be aligned."""
+        module = self.module(name)
+        kind = kind_of(module)
+        assert kind is not None
+        return self.folding.weight(name, kind.matrix(module.get_parameter("weight").detach()))
+
+    def quantized(self, name: str, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantLayer:
+        """Return the quantized layer of solved tensors; the float one must be aligned."""
+        module = self.module(name)
+        kind = kind_of(module)
+        assert kind is not None
+        bias = self.folding.bias(name, module._parameters.get("bias"))
+        return kind.from_tensors(plan, tensors, bias, module)
+
+
+def prepared(
+    model: nn.Module,
+    loader: Any,
+    rules: QuantRules,
+    settings: Settings,
+    facts: ModelFacts,
+    group: Processes,
+    experts: Unfused,
+) -> Run:
+    """Check what was given, plan, and agree on it with the other processes."""
+    with group.together():
+        data = None if loader is None else CalibrationData(loader)
+        has_data = data is not None and data.first is not None
+        if data is not None and not has_data and group.size == 1:
+            raise CalibrationError("calibration data: the loader is empty")
+        example = settings.example
+        if example is None and data is not None and has_data:
+            example = samples(data.first)[0]
+        plan = plan_apart(model, rules, settings.not_convert, example, facts, experts)
+        if not plan.layers and not {EXCLUDED, SWITCHED_OFF} & set(plan.skipped.values()):
+            raise ValueError(
+                f"{type(model).__name__} has nothing to quantize: {plan.skipped or 'no layer of a kind that can be'}"
+            )
+        needing = [name for name, layer in plan.layers.items() if layer.config.needs_data]
+        if needing and data is None:
+            more = f" (and {len(needing) - 1} more)" if len(needing) > 1 else ""
+            raise CalibrationError(f"layer {needing[0]!r}{more} needs calibration data; none was given")
+        if needing:
+            for name, param in model.named_parameters():
+                # A NaN here would show as one in the input of some layer after it.
+                if param.is_floating_point() and not param.is_meta:
+                    layer, _, tensor = name.rpartition(".")
+                    check_finite(layer, f"values of its {tensor}", param.detach())
+    check_models_agree(model, group)
+    found = group.gather((plan, has_data))
+    if data is not None and not any(has for _, has in found):
+        raise CalibrationError("calibration data: the loaders of all processes are empty")
+    # What an example shows, a process without data cannot see.
+    plan = next((p for p, has in found if has), found[0][0])
+    data = data if has_data else None
+    with group.together():
+        cache = None
+        if settings.resume_dir is not None:
+            mode = (settings.per_layer_mode, facts.prefix, digest_of(*(() if data is None else data)))
+            cache = Cache.open(settings.resume_dir, digest_of(group.gather(digest_of(mode))))
+    budget = min(group.gather(settings.memory_budget or free_memory() // (4 * group.on_this_machine)))
+    shard = shard_of(None if data is None else data.first, group)
+    checks = samples_to_check(loader, data, settings.held_out) if settings.guard else None
+    return Run(model, plan, data, shard, group, cache, budget, facts, settings.per_layer_mode, experts, checks=checks)
