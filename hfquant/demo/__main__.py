@@ -73,7 +73,6 @@ def run(out: Path, rows: Sequence[str], steps: int) -> None:
         f"\n{len(labels)} images of 8x8 pixels, {steps} steps, equal noise; calibrated on other noise.\n"
         "bits: all tensors of the quantized linears in bits a weight. MB: the denoiser on disk, with its affiner.\n"
         "PSNR: against the images of full precision. read right: by a classifier of real digits.\n"
-        "A low-rank branch (svd) costs more bits here than on large models: this one is 192 wide.\n"
         f"speed: CPU time of full precision over the row's, one thread, median of interleaved repeats.{noisy}\n\n"
         f"Picture  {picture}\nReport   {page} ({best.name})\n\n"
         f"Go on with the pipeline in full precision, {folder_of(FULL_PRECISION, out)}:\n"
