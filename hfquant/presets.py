@@ -74,6 +74,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "w6a16-gptq": {**_GPTQ, "weight_quant": _INT6_GROUP, "input_quant": None},
         "w6a8-gptq": {**_GPTQ, "weight_quant": _INT6_GROUP, "input_quant": _INT8_TOKEN},
         "w4a16-gptq": {**_GPTQ, "weight_quant": _INT4_GROUP, "input_quant": None},
+        "w3a16-gptq": {**_GPTQ, "weight_quant": {**_INT4_GROUP, "type": "int3"}, "input_quant": None},
         "w4a8-gptq": {**_GPTQ, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
         "w4a8-dynamic": {**_ROUND, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
         "w4a4-gptq": {**_GPTQ, "weight_quant": _INT4_GROUP, "input_quant": _INT4_TOKEN},

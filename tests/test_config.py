@@ -341,6 +341,7 @@ def test_static_unscaled_inputs_may_name_an_axis() -> None:
 NEEDS_DATA = {
     "w8a8": True, "w8a8-dynamic": False, "w8a8-smooth": True, "w8a16": False, "w6a16": False, "w4a16": False,
     "w8a8-gptq": True, "w6a16-gptq": True, "w6a8-gptq": True, "w4a16-gptq": True, "w4a8-gptq": True,
+    "w3a16-gptq": True,
     "w4a8-dynamic": False, "w4a4-svd": True, "w4a4-gptq": True, "w4a4-dynamic": False,
     "fp8": True, "fp8-dynamic": False, "w4-auto": True,
 }  # fmt: skip
