@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import hfquant
 from hfquant import PRESETS
-from hfquant.algorithms import TRANSFORMS
+from hfquant.algorithms import TRANSFORMS, Problem
+from hfquant.algorithms.hadamard import SmoothHadamard
 from hfquant.config import ConfigError, parse
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_modules
@@ -83,20 +84,25 @@ def test_outliers_are_spread_where_inputs_have_four_bits(opt: dict[str, Any]) ->
 
 
 def test_alpha_is_searched_on_what_is_rotated() -> None:
-    weight, x = torch.randn(16, 24), inputs(300, 24)
-    search = {"enable": True, "min": 0.1, "max": 0.9, "step": 0.2}
+    """Blocks of 8 lie across the cut at 10, so one alpha serves both segments: that of the least error of the layer."""
+    weight, x = torch.randn(16, 24), inputs(150, 24)  # all rows are in the sample
+    grid = [0.1, 0.3, 0.5, 0.7, 0.9]
     config: dict[str, Any] = {"weight_quant": {"type": "int4", "axis": -1}, "input_quant": FOUR}
-    opt = {**SMOOTH, "search_alpha_config": search}
-    # Blocks of 8 lie across the cut at 10: the alphas of both segments are one.
     stored = {"input_segments": [10, 14]}
-    found = solve("layer", weight, make_plan(16, 24, stored, opt=opt, **config), stats_of(x))
-    (alphas,) = found.alphas
-    assert len(set(alphas)) == 1
-    tried = {}
-    for alpha in (0.1, 0.3, 0.5, 0.7, 0.9):
+    squares = []
+    for alpha in grid:
         fixed = make_plan(16, 24, stored, opt={**SMOOTH, "alpha": alpha}, **config)
-        tried[alpha] = error(solve("layer", weight, fixed, stats_of(x)), weight, x)
-    assert tried[alphas[0]] <= 1.05 * min(tried.values())
+        relative = error(solve("layer", weight, fixed, stats_of(x)), weight, x)
+        squares.append(relative**2 * float((x.double() @ weight.double().T).square().sum()))
+    plan = make_plan(16, 24, stored, opt=SMOOTH, **config)
+    problem = Problem("layer", plan.grid_rule(16), plan.input_rule, (10, 14), stats_of(x), torch.float32)
+    losses = SmoothHadamard(alpha=0.4, block_size=8).losses(weight, problem, grid)
+    assert losses.shape == (5, 2)
+    for found in losses.T.tolist():
+        assert found == pytest.approx(squares, rel=1e-3)
+    search = {**SMOOTH, "alpha": 0.5, "search_alpha_config": {"enable": True, "min": 0.1, "max": 0.9, "step": 0.2}}
+    (alphas,) = solve("layer", weight, make_plan(16, 24, stored, opt=search, **config), stats_of(x)).alphas
+    assert alphas == [grid[min(range(5), key=squares.__getitem__)]] * 2
 
 
 @pytest.mark.parametrize("opt", ROTATIONS, ids=lambda opt: opt["type"])
