@@ -139,9 +139,10 @@ class LayerPlan:
     def without_data(self) -> LayerPlan:
         """Return the stated fallback for a layer that calibration never ran.
 
-        No transform, weights rounded to nearest, activations scaled by the token at run time.
+        What of the transform needs no data, weights rounded to nearest, activations scaled by the token at run time.
         """
-        return replace(self, config=self.config.plain()).by_token()
+        config = self.config.plain().model_copy(update={"opt": self.config.opt.without_data()})
+        return replace(self, config=config).by_token()
 
     def by_token(self) -> LayerPlan:
         """Return the same with the inputs scaled by the token at run time, where they have scales."""

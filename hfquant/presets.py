@@ -37,7 +37,7 @@ _SEARCHED_BITS = [
 ]
 _ROUND = {"opt": {"type": "default"}, "calib": {"type": "amax"}}
 # Rotating blocks of 64 takes half to three quarters off SmolLM2's KL at eight bits; four bits of input need it.
-# Kernels lose 0 to 13 % of their speed by it, the most where few outputs share an input.
+# Kernels lose 0 to 18 % of their speed by it, the most where few outputs share an input.
 _ROTATED = {"opt": {"type": "hadamard"}, "calib": {"type": "amax"}}
 _SVD = {"opt": {"type": "svd", "low_rank": 32, "alpha": 0.5}, "calib": {"type": "amax"}}
 

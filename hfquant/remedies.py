@@ -22,7 +22,7 @@ def _token_scales(plan: LayerPlan) -> LayerPlan | None:
 
 def _eight_bits(plan: LayerPlan) -> LayerPlan | None:
     """8 bits for what has fewer, rounded to nearest, nothing calibrated."""
-    config = plan.without_data().config
+    config = plan.plain().by_token().config
     weight, quant = config.weight_quant, config.input_quant
     update: dict[str, Any] = {}
     if weight.format.bits < 8:

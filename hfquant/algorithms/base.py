@@ -125,6 +125,14 @@ class Transform(Section):
         stats = stats.divided(divisor)
         return stats.rotated(self.rotation) if self.rotation else stats
 
+    def without_data(self) -> Transform:
+        """Return what is done to a layer that calibration never ran: a transform that needs no data.
+
+        It mixes channels as this one does: one plan stands for all experts of a parameter, those among them that saw
+        too few rows.
+        """
+        return Identity()
+
     def unmixed(self) -> Transform:
         """Return what is left of it for layers that take each input several times: they keep channels apart."""
         return self

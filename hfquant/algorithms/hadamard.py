@@ -56,6 +56,10 @@ class Hadamard(Transform):
         """Return ``W R``."""
         return rotated(weight, self.block_size)
 
+    def without_data(self) -> Transform:
+        """Return the same."""
+        return self
+
     def unmixed(self) -> Transform:
         """Return a transform that does nothing."""
         return Identity()
@@ -91,6 +95,10 @@ class SmoothHadamard(Smooth):
     def folded(self) -> Transform:
         """Return the rotation alone."""
         return Hadamard(block_size=self.block_size)
+
+    def without_data(self) -> Transform:
+        """Return the rotation alone."""
+        return self.folded()
 
     def unmixed(self) -> Transform:
         """Return the smoothing alone."""

@@ -33,7 +33,7 @@ def plain(plan: LayerPlan, divided: int | None = None) -> LayerPlan:
         divided: what its groups have to divide; None: its inputs.
     """
     plan = replace(
-        plan.without_data(),
+        plan.plain().by_token(),
         input_segments=(plan.in_features,),
         output_segments=(plan.out_features,),
         dual=(False,),

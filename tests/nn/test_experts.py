@@ -128,6 +128,26 @@ def test_an_expert_without_rows_is_rounded_to_nearest(name: str, caplog: pytest.
     assert by_name["experts.down_proj.0"].sqnr > 10
 
 
+@pytest.mark.parametrize("calib", ["amax", "gptq"])
+def test_an_expert_without_rows_is_rotated_like_the_others(calib: str) -> None:
+    """All share one plan, by which the inputs of each are rotated."""
+    model = Model()
+    float_weights = matrices(model.experts, False)
+    opt = {"type": "smooth_hadamard", "block_size": 4}
+    quantized(model, {**CONFIGS["dynamic"], "opt": opt, "calib": {"type": calib}})
+    few = EXPERTS - 1
+    x = torch.randn(7, WIDTH)
+    expected = by_loops(float_weights, x.double(), torch.full((7, 1), few), torch.ones(7, 1).double())
+    found = model.experts(x, torch.full((7, 1), few), torch.ones(7, 1)).double()
+    assert (found - expected).norm() < 0.03 * expected.norm()
+    for projection, plan in model.experts.plans.items():
+        assert plan.rounded == (few,)
+        for number in range(EXPERTS):
+            weight = float_weights[projection][number].double()
+            kept = expert_of(model.experts, projection, number).effective_weight().double()
+            assert (kept - weight).norm() < 0.02 * weight.norm()
+
+
 def test_thirty_two_rows_are_enough() -> None:
     """Counted by the model's own choices; what fewer rows say is still reported."""
     torch.manual_seed(5)
