@@ -65,6 +65,14 @@ class InputQuant(Quant):
         "an outlier costs the channels of its own part alone. No part is narrower than 64 channels; a convolution's "
         "are not cut.",
     )
+    int8_share: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of the model's multiplications whose inputs are INT8 where the type has fewer bits: those "
+        "of the smallest layers. They take next to no time, and some count most: a denoiser's last projection, its "
+        "modulation by the timestep.",
+    )
     token_fallback: bool = Field(
         False,
         description="Layers whose inputs no calibrated scale serves get one for each token at run time: those whose "
@@ -100,6 +108,14 @@ class WeightQuant(Quant):
         "straddle segments; where the size does not divide a segment, its last group is short.",
     )
     symmetric: bool = Field(True, description="False: groups have zero points as well; integer formats only.")
+    int8_share: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of the model's weights that are INT8 where the type has fewer bits: those of the smallest "
+        "layers outside of its repeated blocks. A denoiser's last projection is one, and what it rounds stays in the "
+        "picture.",
+    )
     clip: Literal["amax", "mse"] = Field(
         "amax",
         description="How the range is chosen: up to the largest weight, or clipped to the least squared error, "

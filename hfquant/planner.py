@@ -28,6 +28,7 @@ from hfquant.layer_config import OPTIONAL, LayerConfig
 from hfquant.layer_plan import LayerPlan, can_be_dual, input_parts, layer_plan
 from hfquant.nn.kinds import layers_in, refusal
 from hfquant.ties import configs_together, tied_groups
+from hfquant.wider import with_wider_inputs, with_wider_weights
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +183,9 @@ def plan_apart(
     folded = {name: fold.source.module for fold in folds for name in fold.readers}
     layers = {n: _with_trace(n, model.get_submodule(n), chosen[n], traces.get(n), folded.get(n)) for n in order}
     layers = {n: replace(p, tied=ties[n]) if ties.get(n) in layers else p for n, p in layers.items()}
+    alone = {n: p for n, p in layers.items() if n not in experts.parameters}
+    layers |= with_wider_inputs(alone, {n: found.rows for n, found in traces.items()})
+    layers |= with_wider_weights({n: layers[n] for n in alone})
     _log_cuts(type(model).__name__, layers)
     return Plan(layers, skipped, tuple(folds))
 

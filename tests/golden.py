@@ -46,7 +46,7 @@ def quantized(case: str) -> nn.Module:
     opt["type"] = {"hadamard": "default", "smooth_hadamard": "smooth"}.get(opt.get("type"), opt.get("type"))
     (config["default"]["input_quant"] or {}).pop("segments", None)
     if "group_size" in config["default"]["weight_quant"]:
-        config["default"]["weight_quant"]["scale"] = "float32"
+        config["default"]["weight_quant"] |= {"scale": "float32", "int8_share": 0.0}
     if preset.endswith("svd"):
         config["proj_out_2"] = {"opt": {"low_rank": 4}}
     if kind == "digits":

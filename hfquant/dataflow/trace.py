@@ -53,6 +53,7 @@ class LinearTrace:
         obstacle: why no other module can take its place, or None where one can.
         source: the module before it that can be divided channel by channel while it and all others with the same source
             multiply, or None.
+        rows: how many its matrix multiplied, in all calls.
     """
 
     name: str
@@ -65,6 +66,7 @@ class LinearTrace:
     evidence: tuple[str, ...]
     obstacle: str | None = None
     source: Source | None = None
+    rows: int = 0
 
 
 def trace(
@@ -108,7 +110,9 @@ def trace(
     sources = run.scales.sources()
     return {
         name: replace(
-            _summarize(name, order, model.get_submodule(name), made, obstacles.get(name)), source=sources.get(name)
+            _summarize(name, order, model.get_submodule(name), made, obstacles.get(name)),
+            source=sources.get(name),
+            rows=sum(call.rows for call in made),
         )
         for order, (name, made) in enumerate(calls.items())
     }
@@ -190,7 +194,7 @@ def _on_linear(tracker: FeatureTracker, name: str, module: nn.Module, args: Any,
 
 def _on_other(tracker: FeatureTracker, name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
     """Record the call alone: what is cut or joined along other dimensions than the last is not followed."""
-    tracker.call_other(name, size_of(module), first(args, kwargs))
+    tracker.call_other(name, size_of(module), first(args, kwargs), out)
 
 
 def _on_activation(tracker: FeatureTracker, label: str, module: nn.Module, args: Any, out: Any) -> None:

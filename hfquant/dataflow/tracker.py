@@ -60,11 +60,12 @@ GATHER_SIZE = 2**22
 
 @dataclass(eq=False)
 class Call:
-    """One call of a linear: what its input was made of, and the uses of its output."""
+    """One call of a linear: what its input was made of, the uses of its output, and how many rows that has."""
 
     name: str
     input: Reading
     out_features: int
+    rows: int
     slices: list[Slice] = field(default_factory=list)
 
 
@@ -154,20 +155,22 @@ class FeatureTracker(TorchFunctionMode):
         """Record a call of a linear of ``size`` (in, out) that made ``out`` [..., out] from ``x`` [..., in]."""
         in_features, out_features = size
         with paused():
-            call = Call(name, self._table.read(self._labels.get(x), in_features), out_features)
+            reading = self._table.read(self._labels.get(x), in_features)
+            call = Call(name, reading, out_features, out.numel() // out_features)
             self.calls.append(call)
             if self.patterns & {SegPattern.LINEAR2CHUNK, SegPattern.LINEAR2SPLIT}:
                 index = torch.arange(out_features, dtype=torch.int32)
                 self._slices[out] = Slice(call, index.expand(out.shape))
 
-    def call_other(self, name: str, size: tuple[int, int], x: Tensor) -> None:
-        """Record a call of another layer of ``size`` (in, out): the activation that made ``x``, and nothing else."""
+    def call_other(self, name: str, size: tuple[int, int], x: Tensor, out: Tensor) -> None:
+        """Record a call of another layer of ``size`` (in, out): the activation that made ``x``, and its rows."""
         in_features, out_features = size
         with paused():
             labels = self._labels.get(x)
             made_by = {None} if labels is None else self._table.activations(labels)
             activation = made_by.pop() if len(made_by) == 1 else None
-            self.calls.append(Call(name, Reading(frozenset(), (), {(0, in_features): activation}), out_features))
+            reading = Reading(frozenset(), (), {(0, in_features): activation})
+            self.calls.append(Call(name, reading, out_features, out.numel() // out_features))
 
     def call_activation(self, name: str, out: Tensor) -> None:
         """Record that an activation module called ``name`` made ``out``, unless the functions in it already said so."""

@@ -1,0 +1,133 @@
+"""Layers that cost next to nothing get INT8 in place of fewer bits."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hfquant
+from hfquant import HfQuantConfig
+from hfquant.nn.modules import quant_modules
+from tests.integrations import small_models
+
+FOUR = {
+    "default": {
+        "opt": {"type": "default"},
+        "weight_quant": {"type": "int4", "group_size": 32, "int8_share": 0.01},
+        "input_quant": {"type": "int4", "axis": -1, "dynamic": True, "segments": 256, "int8_share": 0.05},
+    }
+}
+
+
+class Denoiser(nn.Module):
+    """Blocks whose inputs are modulated by a vector of each picture, and a narrow last projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(128, 128) for _ in range(4))
+        self.modulations = nn.ModuleList(nn.Linear(128, 256) for _ in range(4))
+        self.last = nn.Linear(128, 4)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        for block, modulation in zip(self.blocks, self.modulations, strict=True):
+            scale, shift = modulation(condition)[:, None].chunk(2, -1)
+            x = x + block(x * (1 + scale) + shift).tanh()
+        return self.last(x)
+
+
+def example(tokens: int = 64) -> dict[str, Tensor]:
+    source = torch.Generator().manual_seed(0)
+    return {"x": torch.randn(2, tokens, 128, generator=source), "condition": torch.randn(2, 128, generator=source)}
+
+
+def types(model: nn.Module, config: Any, inputs: Any = None) -> dict[str, tuple[str, str | None]]:
+    """Weight and input type of each layer in the plan."""
+    configs = {name: p.config for name, p in hfquant.plan(model, config, inputs).layers.items()}
+    return {n: (c.weight_quant.type, c.input_quant and c.input_quant.type) for n, c in configs.items()}
+
+
+def test_the_last_projection_and_what_runs_once_a_picture():
+    found = types(Denoiser(), FOUR, example())
+    assert found["last"] == ("int8", "int8")
+    # 4 * 256 / (4 * 256 + 64 * (4 * 128 + 4)) = 3 % of all multiplications, by the rows that each sees.
+    assert {found[f"modulations.{i}"] for i in range(4)} == {("int4", "int8")}
+    assert {found[f"blocks.{i}"] for i in range(4)} == {("int4", "int4")}
+
+
+def test_the_share_is_of_all_and_the_smallest_come_first():
+    # With few tokens a picture modulations are most of the work, and the last projection alone is within the share.
+    found = types(Denoiser(), FOUR, example(tokens=1))
+    assert [name for name, (_, inputs) in found.items() if inputs == "int8"] == ["last"]
+    config = copy.deepcopy(FOUR)
+    config["default"]["input_quant"]["int8_share"] = config["default"]["weight_quant"]["int8_share"] = 1.0
+    assert set(types(Denoiser(), config, example()).values()) == {("int4", "int8"), ("int8", "int8")}
+    config["default"]["input_quant"]["int8_share"] = config["default"]["weight_quant"]["int8_share"] = 0.0
+    assert set(types(Denoiser(), config, example()).values()) == {("int4", "int4")}
+
+
+def test_without_a_forward_layers_count_by_their_weights():
+    found = types(Denoiser(), FOUR)
+    assert [name for name, (_, inputs) in found.items() if inputs == "int8"] == ["last"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8e4m3"])
+def test_what_has_eight_bits_stays(kind):
+    config = {
+        "default": {
+            "weight_quant": {"type": kind, "axis": -1, "int8_share": 1.0},
+            "input_quant": {"type": kind, "axis": -1, "dynamic": True, "int8_share": 1.0},
+            "opt": {"type": "default"},
+        }
+    }
+    assert set(types(Denoiser(), config, example()).values()) == {(kind, kind)}
+
+
+def test_globs_say_what_a_layer_is():
+    config = {**FOUR, "last": {"weight_quant": {"int8_share": 0.0}, "input_quant": {"int8_share": 0.0}}}
+    assert types(Denoiser(), config, example())["last"] == ("int4", "int4")
+
+
+def test_language_models_keep_one_format():
+    # Layers that engines fuse, such as q, k and v, must not differ in their weights.
+    for make in (small_models.llama, small_models.mixtral, small_models.bert):
+        found = types(make(), "w4a16")
+        assert {weight for name, (weight, _) in found.items() if ".layer" in name} == {"int4"}
+
+
+def test_experts_of_a_parameter_stay_alike():
+    config = copy.deepcopy(FOUR)
+    config["default"]["input_quant"]["int8_share"] = 0.9
+    found = types(small_models.mixtral(), config)
+    assert {inputs for name, (_, inputs) in found.items() if "experts" in name} == {"int4"}
+    assert "int8" in {inputs for name, (_, inputs) in found.items() if "experts" not in name}
+
+
+def test_quantized_saved_and_reloaded(tmp_path):
+    model = small_models.dit()
+    inputs = small_models.inputs_of(model)
+    float_model = copy.deepcopy(model)
+    config = copy.deepcopy(FOUR)
+    config["default"]["weight_quant"]["int8_share"] = config["default"]["input_quant"]["int8_share"] = 0.3
+    hfquant.quantize(model, [inputs], config)
+    layer = quant_modules(model)["proj_out_2"]
+    assert layer.plan.config.weight_quant.type == "int8"
+    assert layer.plan.config.input_quant.type == "int8"
+    plain = copy.deepcopy(config)
+    plain["default"]["weight_quant"]["int8_share"] = plain["default"]["input_quant"]["int8_share"] = 0.0
+    without = hfquant.quantize(copy.deepcopy(float_model), [inputs], plain)
+    right = small_models.outputs(float_model, inputs)
+    errors = [(small_models.outputs(m, inputs) - right).norm() for m in (model, without)]
+    assert errors[0] < 0.7 * errors[1]
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert quant_modules(again)["proj_out_2"].plan == layer.plan
+    assert torch.equal(small_models.outputs(again, inputs), small_models.outputs(model, inputs))
+
+
+def test_shares_are_shares():
+    with pytest.raises(hfquant.ConfigError, match="int8_share"):
+        HfQuantConfig({"default": {"weight_quant": {"type": "int4", "int8_share": 2.0}}})
