@@ -197,8 +197,9 @@ using Sum = decltype(no_sum<LONG, GROUPED>());
 template <class Format, bool LONG>
 constexpr int PLANES_OF = LONG && !std::is_same_v<Format, Wide> ? 2 : 1;
 
-// Memory is fetched so many bytes before it is multiplied: the hardware's own prefetching starts anew in each row.
-constexpr int64_t AHEAD = 4096;
+// Memory is fetched so many bytes before it is multiplied, to the second cache and to the nearest one: the hardware's
+// own prefetching starts anew in each row.
+constexpr int64_t FAR = 8192, NEAR = 2048;
 
 // R rows from n, of which the first is row `first` of the factors, by T tokens from m, to sums [T][LANES] of lanes.
 template <class Format, bool LONG, bool GROUPED, int R, int T>
@@ -237,7 +238,10 @@ void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, 
   // Bytes from the last of the rows to the end of the weight: what lies beyond a row's own meets codes that are zero.
   int64_t step = 0, left = (job.N - n - R + 1) * job.row_bytes;
   for (; step < steps && left >= BYTES; ++step, left -= Format::STORED) {
-    UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(from[r] + AHEAD, 0, 3);
+    UNROLL for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(from[r] + FAR, 0, 2);
+      __builtin_prefetch(from[r] + NEAR, 0, 3);
+    }
     multiply_step(from, step);
     UNROLL for (int r = 0; r < R; ++r) from[r] += Format::STORED;
   }
