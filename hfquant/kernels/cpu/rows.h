@@ -201,70 +201,67 @@ constexpr int PLANES_OF = LONG && !std::is_same_v<Format, Wide> ? 2 : 1;
 // own prefetching starts anew in each row.
 constexpr int64_t FAR = 8192, NEAR = 2048;
 
-// R rows from n, of which the first is row `first` of the factors, by T tokens from m, to sums [T][LANES] of lanes.
+// Rows n + [first, count) of the weight, R at a time as long as there are as many, by T tokens from m; to sums
+// [T][LANES]. Row n is the first of the factors. Returns the first row that is left.
 template <class Format, bool LONG, bool GROUPED, int R, int T>
-void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, int64_t n, int64_t first, int64_t m,
-                    Sum<LONG, GROUPED>* out) {
+int64_t rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, int64_t n, int64_t first,
+                       int64_t count, int64_t m, Sum<LONG, GROUPED>* out) {
   constexpr int PLANES = PLANES_OF<Format, LONG>;
   constexpr bool PLAIN = !LONG && !GROUPED;
-  const int64_t stride = PLANES * lines.bytes, lanes = lines.lanes();
-  const int8_t* x = lines.codes + m * stride;
-  const float* unit = lines.unit + m * lanes;
-  const float* scale = factors.scale + first * job.G;
-  Sum<LONG, GROUPED> sums[R][T];
-  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) sums[r][t] = no_sum<LONG, GROUPED>();
-  // A vector of each row by the input's codes.
-  auto multiply_step = [&](const uint8_t* const from[R], int64_t step) {
-    UNROLL for (int r = 0; r < R; ++r) {
-      Ints w[Format::VECTORS];
-      Format::read(from[r], w);
-      if constexpr (PLAIN) {
-        UNROLL for (int t = 0; t < T; ++t) sums[r][t] = dot<Format, PLANES>(w, x + t * stride, lines.bytes, sums[r][t]);
-      } else {
-        Reals of_row;
-        if (GROUPED) of_row = pick(scale + r * job.G + lines.steps.group[step], load(&lines.steps.lanes[step * LANES]));
-        UNROLL for (int t = 0; t < T; ++t) {
-          const Reals of_token = load_reals(unit + t * lanes + step * LANES);
-          const Ints exact = dot<Format, PLANES>(w, x + t * stride, lines.bytes, zeros());
-          sums[r][t] = fma(to_reals(exact), GROUPED ? mul(of_row, of_token) : of_token, sums[r][t]);
+  const int64_t stride = PLANES * lines.bytes, plane = lines.bytes, lanes = lines.lanes();
+  const int64_t steps = lines.steps.group.size(), row_bytes = job.row_bytes, groups = job.G;
+  const int8_t* const codes = lines.codes + m * stride;
+  const float *const units = lines.unit + m * lanes, *const shifts = job.zero ? factors.shift : factors.scale;
+  const int32_t *const group = lines.steps.group.data(), *const lane_group = lines.steps.lanes.data();
+  for (; first + R <= count; first += R) {
+    const float* scale = factors.scale + first * groups;
+    Sum<LONG, GROUPED> sums[R][T];
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) sums[r][t] = no_sum<LONG, GROUPED>();
+    // A vector of each row by the input's codes.
+    auto multiply_step = [&](const uint8_t* from, int64_t pitch, int64_t step) {
+      const int8_t* x = codes + step * Format::VECTORS * BYTES;
+      UNROLL for (int r = 0; r < R; ++r) {
+        Ints w[Format::VECTORS];
+        Format::read(from + r * pitch, w);
+        if constexpr (PLAIN) {
+          UNROLL for (int t = 0; t < T; ++t) sums[r][t] = dot<Format, PLANES>(w, x + t * stride, plane, sums[r][t]);
+        } else {
+          Reals of_row;
+          if (GROUPED) of_row = pick(scale + r * groups + group[step], load(lane_group + step * LANES));
+          UNROLL for (int t = 0; t < T; ++t) {
+            const Reals unit = load_reals(units + t * lanes + step * LANES);
+            const Ints exact = dot<Format, PLANES>(w, x + t * stride, plane, zeros());
+            sums[r][t] = fma(to_reals(exact), GROUPED ? mul(of_row, unit) : unit, sums[r][t]);
+          }
         }
       }
+    };
+    const uint8_t* from = job.weight + (n + first) * row_bytes;
+    // Bytes from the last of the rows to the end of the weight: what lies beyond a row's own meets codes that are zero.
+    int64_t step = 0, left = (job.N - n - first - R + 1) * row_bytes;
+    for (; step < steps && left >= BYTES; ++step, left -= Format::STORED, from += Format::STORED) {
+      UNROLL for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(from + r * row_bytes + FAR, 0, 2);
+        __builtin_prefetch(from + r * row_bytes + NEAR, 0, 3);
+      }
+      multiply_step(from, row_bytes, step);
     }
-    x += Format::VECTORS * BYTES;
-  };
-  const uint8_t* from[R];
-  UNROLL for (int r = 0; r < R; ++r) from[r] = job.weight + (n + r) * job.row_bytes;
-  const int64_t steps = lines.steps.group.size();
-  // Bytes from the last of the rows to the end of the weight: what lies beyond a row's own meets codes that are zero.
-  int64_t step = 0, left = (job.N - n - R + 1) * job.row_bytes;
-  for (; step < steps && left >= BYTES; ++step, left -= Format::STORED) {
-    UNROLL for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(from[r] + FAR, 0, 2);
-      __builtin_prefetch(from[r] + NEAR, 0, 3);
+    for (; step < steps; ++step, left -= Format::STORED, from += Format::STORED) {
+      // Vectors that reach beyond the weight.
+      uint8_t ends[R][BYTES] = {};
+      UNROLL for (int r = 0; r < R; ++r) std::memcpy(ends[r], from + r * row_bytes, left);
+      multiply_step(ends[0], BYTES, step);
     }
-    multiply_step(from, step);
-    UNROLL for (int r = 0; r < R; ++r) from[r] += Format::STORED;
+    if constexpr (GROUPED)
+      for (int64_t i = 0; i < groups; i += LANES)
+        UNROLL for (int t = 0; t < T; ++t) {
+          const Reals sum = load_reals(lines.sum + (m + t) * lines.groups + i);
+          UNROLL for (int r = 0; r < R; ++r)
+            sums[r][t] = fma(load_reals(shifts + (first + r) * groups + i), sum, sums[r][t]);
+        }
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[t * LANES + first + r] = sums[r][t];
   }
-  for (; step < steps; ++step, left -= Format::STORED) {
-    // Vectors that reach beyond the weight.
-    uint8_t ends[R][BYTES];
-    const uint8_t* copies[R];
-    UNROLL for (int r = 0; r < R; ++r) {
-      std::memset(ends[r], 0, BYTES);
-      std::memcpy(ends[r], from[r], left);
-      copies[r] = ends[r];
-      from[r] += Format::STORED;
-    }
-    multiply_step(copies, step);
-  }
-  const float* shift = (job.zero ? factors.shift : factors.scale) + first * job.G;
-  for (int64_t i = 0; GROUPED && i < job.G; i += LANES)
-    UNROLL for (int t = 0; t < T; ++t) {
-      const Reals sum = load_reals(lines.sum + (m + t) * lines.groups + i);
-      UNROLL for (int r = 0; r < R; ++r)
-        if constexpr (GROUPED) sums[r][t] = fma(load_reals(shift + r * job.G + i), sum, sums[r][t]);
-    }
-  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[t * LANES + first + r] = sums[r][t];
+  return first;
 }
 
 // A token's outputs of LANES rows.
@@ -337,9 +334,7 @@ bool by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, Para
       const int64_t count = std::min<int64_t>(LANES, end - n);
       fill_factors<Format, GROUPED>(job, n, count, factors);
       auto tokens = [&](auto many, auto one, int64_t m, int64_t T) {
-        int64_t r = 0;
-        for (; r + ROWS <= count; r += ROWS) many(job, lines, factors, n + r, r, m, sums);
-        for (; r < count; ++r) one(job, lines, factors, n + r, r, m, sums);
+        one(job, lines, factors, n, many(job, lines, factors, n, 0, count, m, sums), count, m, sums);
         for (int64_t t = 0; t < T; ++t)
           store_reals(y + (m + t) * pitch + n - begin, outputs<LONG, GROUPED>(lines, factors, m + t, sums + t * LANES));
       };
