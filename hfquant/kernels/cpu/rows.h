@@ -90,10 +90,10 @@ inline Ints dot(const Ints w[Format::VECTORS], const int8_t* x, int64_t plane, I
   return sum;
 }
 
-// The zero point that goes with a row's codes as they are multiplied.
+// A row's first zero point, as it goes with codes as they are multiplied.
 template <class Format>
-int zero_of(const Job& job, int64_t row, int64_t group) {
-  return zero_at(job, row, group) - (std::is_same_v<Format, Wide> ? 1 << (job.bits - 1) : 0);
+int zero_of(const Job& job, int64_t row) {
+  return zero_at(job, row, 0) - (std::is_same_v<Format, Wide> ? 1 << (job.bits - 1) : 0);
 }
 
 // Lays out a token's codes, with zeros after them up to whole vectors. Where rows have no zero points of their own,
@@ -120,7 +120,7 @@ void layout_line(const Job& job, const std::vector<Block>& blocks, const int16_t
     }
     store(of_lanes + step * LANES, dot<Format, PLANES>(ones, line, lines.bytes, zeros()));
   }
-  const int zero = job.zero ? 1 : zero_of<Format>(job, 0, 0);
+  const int zero = job.zero ? 1 : zero_of<Format>(job, 0);
   float *sums = lines.sum + m * lines.groups, *units = lines.unit + m * lines.lanes();
   std::memset(sums, 0, lines.groups * sizeof(float));
   std::memset(units, 0, lines.lanes() * sizeof(float));
@@ -150,7 +150,7 @@ void fill_factors(const Job& job, int64_t n, int64_t count, Factors& factors) {
   if constexpr (!GROUPED) {
     for (int64_t r = 0; r < count; ++r) {
       factors.row[r] = scale_at(job, n + r, 0);
-      factors.zero[r] = job.zero ? zero_of<Format>(job, n + r, 0) : 1;
+      factors.zero[r] = job.zero ? zero_of<Format>(job, n + r) : 1;
     }
     return;
   }

@@ -50,7 +50,6 @@ inline Ints add_shorts(Ints a, Ints b) { return _mm512_add_epi16(a, b); }
 inline Ints times(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
 inline Reals to_reals(Ints a) { return _mm512_cvtepi32_ps(a); }
 inline Reals as_reals(Ints a) { return _mm512_castsi512_ps(a); }
-inline Ints as_ints(Reals a) { return _mm512_castps_si512(a); }
 inline Reals add(Reals a, Reals b) { return _mm512_add_ps(a, b); }
 inline Reals mul(Reals a, Reals b) { return _mm512_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm512_fmadd_ps(a, b, c); }
@@ -68,7 +67,6 @@ inline Ints widen_bytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 inline Ints shift_left(Ints a, int bits) { return _mm512_slli_epi32(a, bits); }
-inline int32_t total(Ints a) { return _mm512_reduce_add_epi32(a); }
 inline float total(Reals a) { return _mm512_reduce_add_ps(a); }
 inline Reals pick(const float* table, Ints lanes) { return _mm512_permutexvar_ps(lanes, load_reals(table)); }
 inline Ints flip(Ints bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
@@ -141,7 +139,6 @@ inline Ints add_shorts(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
 inline Ints times(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
 inline Reals to_reals(Ints a) { return _mm256_cvtepi32_ps(a); }
 inline Reals as_reals(Ints a) { return _mm256_castsi256_ps(a); }
-inline Ints as_ints(Reals a) { return _mm256_castps_si256(a); }
 inline Reals add(Reals a, Reals b) { return _mm256_add_ps(a, b); }
 inline Reals mul(Reals a, Reals b) { return _mm256_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm256_fmadd_ps(a, b, c); }
@@ -173,11 +170,6 @@ inline Ints widen_bytes(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
 inline Ints shift_left(Ints a, int bits) { return _mm256_slli_epi32(a, bits); }
-inline int32_t total(Ints a) {
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-}
 inline float total(Reals a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -256,7 +248,6 @@ inline Ints add_shorts(Ints a, Ints b) { return (Ints)((Words)a + (Words)b); }
 inline Ints times(Ints a, Ints b) { return a * b; }
 inline Reals to_reals(Ints a) { return __builtin_convertvector(a, Reals); }
 inline Reals as_reals(Ints a) { return (Reals)a; }
-inline Ints as_ints(Reals a) { return (Ints)a; }
 inline Reals add(Reals a, Reals b) { return a + b; }
 inline Reals mul(Reals a, Reals b) { return a * b; }
 inline Reals fma(Reals a, Reals b, Reals c) { return a * b + c; }
@@ -275,7 +266,6 @@ inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
 }
 inline Ints widen_bytes(const uint8_t* p) { return Ints{p[0], p[1], p[2], p[3]}; }
 inline Ints shift_left(Ints a, int bits) { return (Ints)((UInts)a << bits); }
-inline int32_t total(Ints a) { return a[0] + a[1] + a[2] + a[3]; }
 inline float total(Reals a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 inline Reals pick(const float* table, Ints lanes) {
   return Reals{table[lanes[0]], table[lanes[1]], table[lanes[2]], table[lanes[3]]};
@@ -316,20 +306,16 @@ inline Reals scale_values(const uint8_t* p) {
   return as_reals(add(shift_left(widen_bytes(p), 18), repeat((127 - 7) << 23)));
 }
 
-// The sums of each of LANES vectors' lanes.
-inline Ints totals(Ints v[LANES]) {
-  transpose(v);
+// The sum of each of LANES vectors' lanes; v is used up.
+template <class Vector>
+inline Vector totals(Vector v[LANES]) {
+  Ints bits[LANES];
+  for (int i = 0; i < LANES; ++i) bits[i] = load(v + i);
+  transpose(bits);
+  for (int i = 0; i < LANES; ++i) store(v + i, bits[i]);
   for (int half = LANES / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) v[i] = add(v[i], v[i + half]);
   return v[0];
-}
-inline Reals totals(Reals v[LANES]) {
-  Ints bits[LANES];
-  for (int i = 0; i < LANES; ++i) bits[i] = as_ints(v[i]);
-  transpose(bits);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) bits[i] = as_ints(add(as_reals(bits[i]), as_reals(bits[i + half])));
-  return as_reals(bits[0]);
 }
 
 }  // namespace HFQUANT_ISA
