@@ -71,7 +71,7 @@ struct Lines {
   int64_t scales, groups;
   float* unit;     // [count][steps][LANES]: the scales of lanes
   float* sum;      // [count][groups]: minus the sums of a group's codes times their scales, padded to whole vectors
-  int32_t* total;  // [count]: minus the sums of all codes
+  int32_t* total;  // [count]: minus the sum of the last block's codes, which is the only one where sums stay integers
   Steps steps;
 
   int64_t lanes() const { return steps.lanes.size(); }
@@ -124,7 +124,6 @@ void layout_line(const Job& job, const std::vector<Block>& blocks, const int16_t
   float *sums = lines.sum + m * lines.groups, *units = lines.unit + m * lines.lanes();
   std::memset(sums, 0, lines.groups * sizeof(float));
   std::memset(units, 0, lines.lanes() * sizeof(float));
-  lines.total[m] = 0;
   for (const Block& b : blocks) {
     const float unit = lines.scale[m * lines.scales + b.segment];
     int32_t sum = 0;
@@ -132,7 +131,7 @@ void layout_line(const Job& job, const std::vector<Block>& blocks, const int16_t
       sum -= of_lanes[lane];
       units[lane] = unit;
     }
-    lines.total[m] += sum * zero;
+    lines.total[m] = sum * zero;
     sums[b.group] += sum * unit * zero;
   }
 }
@@ -145,6 +144,26 @@ struct Factors {
   float* shift;                     // [LANES][G]: scales times zero points, where rows have those, else scales
 };
 
+template <class Format>
+void fill_shifts(const Job& job, int64_t n, int64_t count, Factors& factors) {
+  const Ints less = repeat(std::is_same_v<Format, Wide> ? -128 : 0);  // those codes are signed
+  // Where rows are not padded, the next one's follow.
+  const int64_t rows = job.G * job.bits % 8 ? 1 : count;
+  for (int64_t r = 0; r < count; r += rows) {
+    const uint8_t* zero = job.zero + (n + r) * job.zero_bytes;
+    const int64_t left = (job.N - n - r) * job.zero_bytes, first = r * job.G;
+    for (int64_t g = 0; g < rows * job.G; g += BYTES) {
+      uint8_t codes[BYTES];
+      store(codes, codes_in_order(zero, left, g, job.bits));
+      for (int64_t j = 0; j < BYTES && g + j < rows * job.G; j += LANES) {
+        const Reals scale = load_reals(factors.scale + first + g + j);
+        store_reals(factors.shift + first + g + j, mul(scale, to_reals(add(widen_bytes(codes + j), less))));
+      }
+    }
+  }
+}
+
+// What `count` rows from n on have.
 template <class Format, bool GROUPED>
 void fill_factors(const Job& job, int64_t n, int64_t count, Factors& factors) {
   if constexpr (!GROUPED) {
@@ -164,24 +183,10 @@ void fill_factors(const Job& job, int64_t n, int64_t count, Factors& factors) {
   } else {
     std::memcpy(factors.scale, job.scale + at, size * sizeof(float));
   }
-  // What rows are padded with is multiplied by sums that are zero.
+  if (job.zero) fill_shifts<Format>(job, n, count, factors);
+  // What the last row is padded with is multiplied by sums that are zero, and must be a number.
   store_reals(factors.scale + size, repeat(0.0f));
-  if (!job.zero) return;
-  const Ints less = repeat(std::is_same_v<Format, Wide> ? -128 : 0);  // those codes are signed
-  // Where rows are not padded, the next one's follow.
-  const int64_t rows = job.G * job.bits % 8 ? 1 : count;
-  for (int64_t r = 0; r < count; r += rows) {
-    const uint8_t* zero = job.zero + (n + r) * job.zero_bytes;
-    const int64_t left = (job.N - n - r) * job.zero_bytes, first = r * job.G;
-    for (int64_t g = 0; g < rows * job.G; g += BYTES) {
-      uint8_t codes[BYTES];
-      store(codes, codes_in_order(zero, left, g, job.bits));
-      for (int64_t j = 0; j < BYTES && g + j < rows * job.G; j += LANES) {
-        const Reals scale = load_reals(factors.scale + first + g + j);
-        store_reals(factors.shift + first + g + j, mul(scale, to_reals(add(widen_bytes(codes + j), less))));
-      }
-    }
-  }
+  store_reals(factors.shift + size, repeat(0.0f));
 }
 
 // What sums of a row are made of: integers to the end, or floats where it has several scales (GROUPED) or the input's
@@ -208,6 +213,7 @@ int64_t rows_by_tokens(const Job& job, const Lines& lines, const Factors& factor
                        int64_t count, int64_t m, Sum<LONG, GROUPED>* out) {
   constexpr int PLANES = PLANES_OF<Format, LONG>;
   constexpr bool PLAIN = !LONG && !GROUPED;
+  constexpr int STEPS_OF_LINE = std::max(1, 64 / Format::STORED);  // of the cache
   const int64_t stride = PLANES * lines.bytes, plane = lines.bytes, lanes = lines.lanes();
   const int64_t steps = lines.steps.group.size(), row_bytes = job.row_bytes, groups = job.G;
   const int8_t* const codes = lines.codes + m * stride;
@@ -240,7 +246,7 @@ int64_t rows_by_tokens(const Job& job, const Lines& lines, const Factors& factor
     // Bytes from the last of the rows to the end of the weight: what lies beyond a row's own meets codes that are zero.
     int64_t step = 0, left = (job.N - n - first - R + 1) * row_bytes;
     for (; step < steps && left >= BYTES; ++step, left -= Format::STORED, from += Format::STORED) {
-      UNROLL for (int r = 0; r < R; ++r) {
+      UNROLL for (int r = 0; r < R && step % STEPS_OF_LINE == 0; ++r) {
         __builtin_prefetch(from + r * row_bytes + FAR, 0, 2);
         __builtin_prefetch(from + r * row_bytes + NEAR, 0, 3);
       }

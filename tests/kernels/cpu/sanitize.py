@@ -18,6 +18,7 @@ import torch
 
 from hfquant import QuantLinear
 from hfquant.algorithms import Identity, Smooth
+from hfquant.algorithms.hadamard import Hadamard
 from hfquant.algorithms.low_rank import LowRank
 from hfquant.formats import FORMATS
 from hfquant.kernels import cpu
@@ -69,6 +70,7 @@ def cases(form: str) -> Iterator[Case]:
         yield Case(weight, SVD, inputs=(columns,), outputs=(rows,), dual=(True,))
         yield Case(weight, Smooth(), (first, columns - first), (3, rows - 3), (True, False))
         yield Case(weight, Identity(), (first, 5, columns - first - 5), (rows,))
+        yield Case(weight, Hadamard(block_size=columns // 64 * 16), inputs=(columns,), outputs=(rows,))
 
 
 def large_cases(form: str) -> Iterator[tuple[Case, int]]:
