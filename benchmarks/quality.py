@@ -157,22 +157,24 @@ def run_row(name: str, row: Row, subject: Subject) -> Scores:
     if row is None:
         return {"bits": 32.0, **subject.score(subject.model)}
     start = time.perf_counter()
-    if callable(row):
-        model = row(copy.deepcopy(subject.model), subject.calibration)
-    else:
-        import hfquant
-
-        linears = (n for n, m in subject.model.named_modules() if isinstance(m, nn.Linear))
-        config = hfquant.HfQuantConfig(row, modules_to_not_convert=[n for n in linears if n not in weights])
-        if isinstance(row, str):
-            model = subject.from_pretrained(config).eval()
-        else:
-            model = hfquant.quantize(copy.deepcopy(subject.model), subject.calibration, config)
+    model = row(copy.deepcopy(subject.model), subject.calibration) if callable(row) else quantized(row, subject)
     seconds = time.perf_counter() - start
     bits = metrics.bits_per_weight(model, weights)
     if callable(row) and name.partition("/")[0].endswith("a16"):
         model = linearized(model, weights)
     return {"bits": bits, **subject.score(model), "seconds": seconds}
+
+
+def quantized(row: str | dict[str, Any], subject: Subject) -> nn.Module:
+    """Quantize the layers that all rows quantize: while loading by a preset's name, else a copy, with data."""
+    import hfquant
+
+    chosen = models.quantizable_linears(subject.model)
+    linears = (n for n, m in subject.model.named_modules() if isinstance(m, nn.Linear))
+    config = hfquant.HfQuantConfig(row, modules_to_not_convert=[n for n in linears if n not in chosen])
+    if isinstance(row, str):
+        return subject.from_pretrained(config).eval()
+    return hfquant.quantize(copy.deepcopy(subject.model), subject.calibration, config)
 
 
 def environment() -> dict[str, Any]:

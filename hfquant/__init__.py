@@ -11,7 +11,7 @@ from hfquant.registration import after_import
 
 if TYPE_CHECKING:
     from hfquant.affiner import BlockwiseAffiner, load_affiner
-    from hfquant.api import dequantize, plan, quantize, search_bits
+    from hfquant.api import dequantize, distill, plan, quantize, search_bits
     from hfquant.calibration import (
         BaseCalibSet,
         BaseSampler,
@@ -52,6 +52,7 @@ __all__ = [
     "SegPattern",
     "UniformSampler",
     "dequantize",
+    "distill",
     "export",
     "generate_calibrate_set",
     "import_checkpoint",
@@ -84,7 +85,7 @@ _LAZY = {
     **dict.fromkeys(("Calibrate", "DType", "Optimum", "SegPattern"), "hfquant.enums"),
     "ConfigError": "hfquant.config",
     **dict.fromkeys(("set_real_quant",), "hfquant.nn.modules"),
-    **dict.fromkeys(("dequantize", "plan", "quantize", "search_bits"), "hfquant.api"),
+    **dict.fromkeys(("dequantize", "distill", "plan", "quantize", "search_bits"), "hfquant.api"),
     "CalibrationError": "hfquant.calibration.batches",
     "HfQuantConfig": "hfquant.integrations.config",
     **dict.fromkeys(("push_to_hub", "save_pretrained"), "hfquant.integrations.sharing"),

@@ -36,18 +36,24 @@ def model_facts(model: nn.Module) -> ModelFacts:
 
 
 def batches_for(model: nn.Module, data: Any, config: HfQuantConfig) -> Any:
-    """Return calibration data as batches of ``model``'s inputs: a dataset, file or texts are turned into them.
+    """Return the calibration data of a config as batches of ``model``'s inputs; None where it needs none."""
+    from hfquant.calibration.self_made import SelfSpec
 
-    Where there is none and the config needs it, a model of transformers makes its own.
+    data = config.calibration if data is None else data
+    made_itself = data is None or SelfSpec.of(data) is not None
+    return None if made_itself and not config.needs_data else batches_of(model, data)
+
+
+def batches_of(model: nn.Module, data: Any) -> Any:
+    """Return data as batches of ``model``'s inputs: a dataset, file or texts are turned into them.
+
+    Where there is none, or "self", a model of transformers makes its own.
     """
     from hfquant.calibration.self_made import SelfSpec
     from hfquant.calibration.streams import calibration_batches
     from hfquant.integrations.data import diffusers_batches, is_raw, transformers_batches
 
-    data = config.calibration if data is None else data
     made_itself = data is None or SelfSpec.of(data) is not None
-    if made_itself and not config.needs_data:
-        return None
     if not made_itself and not is_raw(data):
         return data
     match library(model):
@@ -57,7 +63,7 @@ def batches_for(model: nn.Module, data: Any, config: HfQuantConfig) -> Any:
             return diffusers_batches(data)
         case _ if made_itself:
             raise CalibrationError(
-                f"{type(model).__name__} needs calibration data for this config, and only models of transformers and "
+                f"{type(model).__name__} needs data for this, and only models of transformers and "
                 "pipelines of diffusers make their own: pass batches of its inputs"
             )
         case _:

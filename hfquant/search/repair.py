@@ -8,7 +8,6 @@ budget shared out anew, and the result kept where the output on held-out rows is
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 
 from hfquant.calibration.batches import evaluating, forward
 from hfquant.console import progress_bar
+from hfquant.outputs import better, divergence, is_distribution, main_tensor, padding_mask
 from hfquant.replacing import replace_modules
 from hfquant.search.knapsack import Table, cheapest
-from hfquant.search.sensitivity import is_distribution, main_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -65,23 +64,16 @@ class Judge:
         try:
             replace_modules(self.model, {originals[name]: layer for name, layer in layers.items()})
             with evaluating(self.model):
-                found = [
-                    self._apart(_compared(main_tensor(forward(self.model, sample))), before, _mask(sample, before))
-                    for sample, before in zip(self.data, self.expected, strict=True)
-                ]
+                found = [self._apart(sample, before) for sample, before in zip(self.data, self.expected, strict=True)]
         finally:
             replace_modules(self.model, {layer: originals[name] for name, layer in layers.items()})
         return torch.cat(found).double().cpu()
 
-    def _apart(self, after: Tensor, before: Tensor, mask: Tensor | None) -> Tensor:
-        if not self.is_distribution:
-            error, size = (x.square().reshape(len(x), -1).sum(1) for x in (after - before, before))
-            return error / size.clamp(min=torch.finfo(torch.float32).tiny)
-        log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
-        each = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-        if mask is None:
-            return each.reshape(len(each), -1).mean(1)
-        return (each * mask).sum(1) / mask.sum(1).clamp(min=1)
+    def _apart(self, sample: Any, before: Tensor) -> Tensor:
+        output = main_tensor(forward(self.model, sample))
+        mask = padding_mask(sample, output)
+        mask = None if mask is None else mask[:, _positions(mask.shape[1])]
+        return divergence(_compared(output), before, self.is_distribution, mask)
 
 
 def _compared(output: Tensor) -> Tensor:
@@ -92,23 +84,6 @@ def _compared(output: Tensor) -> Tensor:
 
 def _positions(length: int) -> slice:
     return slice(None, None, -(-length // _POSITIONS))
-
-
-def _mask(sample: Any, compared: Tensor) -> Tensor | None:
-    mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or compared.dim() != 3:
-        return None
-    mask = mask[:, _positions(mask.shape[1])].to(compared.device)
-    return mask if mask.shape == compared.shape[:2] else None
-
-
-def better(one: Tensor, other: Tensor) -> bool:
-    """Return whether ``one``'s divergences are less than ``other``'s by more than two standard errors of the mean.
-
-    One divergence alone does not say.
-    """
-    difference = one - other
-    return len(difference) > 1 and difference.mean().item() < -2 * difference.std().item() / math.sqrt(len(difference))
 
 
 def repaired(

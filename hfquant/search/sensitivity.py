@@ -20,11 +20,9 @@ from torch import Tensor, nn
 
 from hfquant.calibration.batches import evaluating, forward
 from hfquant.nn.conv import CONVS
+from hfquant.outputs import is_distribution, main_tensor
 
 logger = logging.getLogger(__name__)
-
-#: What configs call the number of tokens or labels.
-_COUNTS = ("vocab_size", "num_labels")
 
 #: Rows kept of a layer that maps rows to rows, in all.
 ROWS = 512
@@ -143,29 +141,3 @@ def loss_of(model: nn.Module, output: Any, generator: torch.Generator) -> Tensor
         return nn.functional.cross_entropy(flat, drawn.squeeze(1), reduction="sum")
     direction = torch.randn(values.shape, generator=generator).to(values)
     return (values * direction).sum()
-
-
-def is_distribution(model: nn.Module, output: Tensor) -> bool:
-    """Return whether a model's output is logits over tokens or labels, along its last dimension."""
-    config = getattr(model, "config", None)
-    counts = [getattr(c, n, None) for c in (config, getattr(config, "text_config", None)) for n in _COUNTS]
-    return output.dim() > 1 and output.shape[-1] > 1 and output.shape[-1] in counts
-
-
-def main_tensor(output: Any) -> Tensor:
-    """Return the logits of a model's output, or else the first tensor of floats.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if isinstance(logits := getattr(output, "logits", None), Tensor):
-        return logits
-    if isinstance(output, Tensor):
-        return output
-    values = list(output.values()) if isinstance(output, Mapping) else list(output) if output is not None else []
-    for value in values:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-        if isinstance(value, (list, tuple, Mapping)) and value:
-            return main_tensor(value)
-    raise ValueError(f"a {type(output).__name__} holds no tensor to search bits by")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hfquant.search.sensitivity import ROWS, is_distribution, main_tensor, watch
+from hfquant.search.sensitivity import ROWS, watch
 from tests.report.conftest import small_llama
 from tests.search.nets import Net, inputs
 
@@ -120,18 +120,3 @@ def test_without_a_gradient_there_are_inputs(caplog):
     assert not found.squares
     harm, relative = found.errors(net.loud, nn.Linear(64, 64))
     assert harm == relative > 0
-
-
-def test_which_outputs_are_distributions():
-    model = small_llama()
-    assert is_distribution(model, torch.ones(2, 3, 50))
-    assert not is_distribution(model, torch.ones(2, 3, 49))
-    model.config.num_labels = 1
-    assert not is_distribution(model, torch.ones(4, 1))
-    assert not is_distribution(nn.Linear(2, 2), torch.ones(4, 50))
-
-
-def test_outputs_without_tensors():
-    assert torch.equal(main_tensor({"a": None, "b": [torch.ones(2)]}), torch.ones(2))
-    with pytest.raises(ValueError, match="a dict holds no tensor to search bits by"):
-        main_tensor({"a": None})

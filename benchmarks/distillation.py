@@ -1,0 +1,102 @@
+"""What distilling gains: quantized SmolLM2 and digits before and after, on data that nothing was trained on.
+
+    python -m benchmarks.distillation --json benchmarks/results/distillation.json
+    python -m benchmarks.distillation --models digits --presets w3a16-gptq w4a16-gptq
+
+SmolLM2 is quantized with the calibration data of :mod:`benchmarks.quality` and distilled on 96 windows that the model
+wrote itself (kept in `.models`), a quarter of which only judges; scores are of the dataset descriptions. The digits'
+data are the inputs that the calibration of :mod:`benchmarks.quality` records, eight to a batch in random order. Rows
+that the JSON file has are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hfquant
+from benchmarks import models
+from benchmarks.quality import Subject, digits, environment, quantized, smollm2
+
+WINDOWS = 96
+#: Steps by model; those of the digits take a twentieth of a second.
+STEPS = {"smollm2": 120, "digits": 300}
+#: Scores that a table shows, and their errors.
+SHOWN = {"smollm2": [("KL", "KL error"), ("perplexity", "")], "digits": [("PSNR dB", "PSNR error")]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print the page and store it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.distillation", description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=list(STEPS), choices=STEPS)
+    parser.add_argument("--presets", nargs="+", default=["w3a16-gptq", "w4a16-gptq"], choices=hfquant.PRESETS)
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows, or images")
+    parser.add_argument("--json", type=Path, help="file that rows are added to; a .md of the same name goes beside it")
+    args = parser.parse_args(argv)
+    args.full = False
+
+    stored = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    rows: dict[str, dict[str, Any]] = stored.get("rows", {})
+    for name in args.models:
+        subject = {"smollm2": smollm2, "digits": digits}[name](args)
+        data: list[Any] | None = None
+        for preset in args.presets:
+            if f"{name}, {preset}" in rows:
+                continue
+            data = _data(name, subject) if data is None else data
+            model = quantized(copy.deepcopy(hfquant.PRESETS[preset]), subject)
+            before, start = subject.score(model), time.process_time()
+            found = hfquant.distill(model, subject.model, data, STEPS[name])
+            seconds = time.process_time() - start
+            held = {"held out, before": found.before, "held out, after": found.after, "kept": found.kept}
+            after = subject.score(model)
+            rows[f"{name}, {preset}"] = {"before": before, "after": after, "seconds": seconds, **held}
+            print(name, preset, rows[f"{name}, {preset}"], file=sys.stderr, flush=True)
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+                args.json.with_suffix(".md").write_text(markdown(rows))
+    print(markdown(rows))
+    return 0
+
+
+def _data(name: str, subject: Subject) -> list[Any]:
+    if name == "smollm2":
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(models.smollm2_folder())
+        file = models.MODELS / f"smollm2-wrote-{WINDOWS}.safetensors"
+        return models.written_batches(subject.model, tokenizer, file, count=WINDOWS, batch_size=1)
+    parts = [_rows(batch, i) for batch in subject.calibration for i in range(0, len(batch["hidden_states"]), 8)]
+    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(0))
+    return [parts[i] for i in order]
+
+
+def _rows(batch: dict[str, Any], start: int) -> dict[str, Any]:
+    size = len(batch["hidden_states"])
+    return {
+        name: value[start : start + 8] if isinstance(value, torch.Tensor) and value.shape[:1] == (size,) else value
+        for name, value in batch.items()
+    }
+
+
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
+    """A table of scores before and after, with standard errors, the held-out divergence, and CPU seconds."""
+    lines = ["| model, preset | score | before | after | divergence held out | seconds |", "| --- |" + " --- |" * 5]
+    for name, row in rows.items():
+        for score, error in SHOWN[name.partition(",")[0]]:
+            cells = [f"{row[w][score]:.4g}" + (f" ± {row[w][error]:.2g}" if error else "") for w in ("before", "after")]
+            held = f"{row['held out, before']:.3g} -> {row['held out, after']:.3g}{'' if row['kept'] else ', not kept'}"
+            lines.append(f"| {name} | {score} | {' | '.join(cells)} | {held} | {row['seconds']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Outputs of models: the tensor that counts, and how far one output is from another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: What configs call the number of tokens or labels.
+_COUNTS = ("vocab_size", "num_labels")
+
+
+def main_tensor(output: Any) -> Tensor:
+    """Return the logits of a model's output, or else the first tensor of floats.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(logits := getattr(output, "logits", None), Tensor):
+        return logits
+    if isinstance(output, Tensor):
+        return output
+    values = list(output.values()) if isinstance(output, Mapping) else list(output) if output is not None else []
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+        if isinstance(value, (list, tuple, Mapping)) and value:
+            return main_tensor(value)
+    raise ValueError(f"a {type(output).__name__} holds no tensor of floats to compare")
+
+
+def is_distribution(model: nn.Module, output: Tensor) -> bool:
+    """Return whether a model's output is logits over tokens or labels, along its last dimension."""
+    config = getattr(model, "config", None)
+    counts = [getattr(c, n, None) for c in (config, getattr(config, "text_config", None)) for n in _COUNTS]
+    return output.dim() > 1 and output.shape[-1] > 1 and output.shape[-1] in counts
+
+
+def divergence(output: Tensor, expected: Tensor, are_logits: bool, mask: Tensor | None = None) -> Tensor:
+    """Return how far ``output`` is from ``expected`` for each element of the batch, [batch].
+
+    Args:
+        output, expected: [batch, ...] float32.
+        are_logits: the mean KL divergence ``KL(expected || output)`` a token or label, in nats; else the relative
+            squared error.
+        mask: [batch, tokens], 0 for tokens that do not count; None where all do.
+    """
+    if not are_logits:
+        error, size = (x.square().reshape(len(x), -1).sum(1) for x in (output - expected, expected))
+        return error / size.clamp(min=torch.finfo(torch.float32).tiny)
+    log_p, log_q = expected.log_softmax(-1), output.log_softmax(-1)
+    each = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    if mask is None:
+        return each.reshape(len(each), -1).mean(1)
+    return (each * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def better(one: Tensor, other: Tensor) -> bool:
+    """Return whether ``one``'s divergences are less than ``other``'s by more than two standard errors of the mean.
+
+    One divergence alone does not say.
+    """
+    difference = one - other
+    return len(difference) > 1 and difference.mean().item() < -2 * difference.std().item() / math.sqrt(len(difference))
+
+
+def padding_mask(sample: Any, output: Tensor) -> Tensor | None:
+    """Return the attention mask of a sample, [batch, tokens], for an output that is [batch, tokens, ...]; else None."""
+    mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or output.dim() != 3 or mask.shape != output.shape[:2]:
+        return None
+    return mask.to(output.device)
