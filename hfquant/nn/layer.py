@@ -74,7 +74,9 @@ class QuantLayer(Checked):
         self._transform, self._code_dtype = plan.transform, self.format.code_dtype
         how = (plan.config.weight_quant.symmetric, self._transform.rotation)
         self.product = Product(self.format, plan.columns, plan.input_segments, plan.input_rule, *how)
-        self._row_groups = block_slices(plan.row_groups)
+        # A plan's properties are computed each time that they are read.
+        self._row_sizes = plan.row_groups
+        self._row_groups = block_slices(self._row_sizes)
         dtype = dtype or torch.get_default_dtype()
         #: Names of the tensors of the model's float dtype; the others keep theirs whatever the model is cast to.
         self._model_floats = {"bias"}
@@ -289,7 +291,7 @@ class QuantLayer(Checked):
             operands = self._operands(i, rows, tensors, codes, bias)
             parts.append(linear(transform.input(x, tensors, i), operands, self.product, self.real_quant))
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        extra = transform.output(x, tensors, self.plan.row_groups)
+        extra = transform.output(x, tensors, self._row_sizes)
         return y if extra is None else (y + extra).to(x.dtype)
 
     def operands(self, group: int, rows: slice) -> Operands:
@@ -304,11 +306,11 @@ class QuantLayer(Checked):
         divisor = transform.divisor(tensors, group)
         down, up = transform.branch(tensors, group, rows) or (None, None)
         scale, scale_row, zero = get("weight_scale"), get("weight_scale_row"), get("weight_zero_point")
-        inputs = (get("input_scale"), get("input_scale_neg"))
+        pos, neg = get("input_scale"), get("input_scale_neg")
         if len(self._row_groups) == 1:
-            return Operands(codes, scale, scale_row, zero, *inputs, divisor, down, up, bias)
+            return Operands(codes, scale, scale_row, zero, pos, neg, divisor, down, up, bias)
         part = Operands(codes, scale, scale_row, zero, bias=bias).rows(rows)
-        pos, neg = (None if s is None else s.view(len(self._row_groups), -1)[group] for s in inputs)
+        pos, neg = (None if s is None else s.view(len(self._row_groups), -1)[group] for s in (pos, neg))
         return part._replace(input_scale=pos, input_scale_neg=neg, divisor=divisor, down=down, up=up)
 
     def _stored_codes(self) -> Tensor:

@@ -57,7 +57,7 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
                 f"QuantLinear({self.in_features}, {self.out_features}) got an input of {input.dtype}: code that casts "
                 f"to `linear.weight.dtype` sees the dtype of the codes here; cast to the model's dtype instead"
             )
-        if input.shape[-1:] != (self.in_features,):
+        if not input.dim() or input.shape[-1] != self.in_features:
             raise ValueError(
                 f"QuantLinear({self.in_features}, {self.out_features}) got an input of shape {tuple(input.shape)}"
             )

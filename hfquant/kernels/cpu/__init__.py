@@ -74,7 +74,7 @@ def _group_size(product: Product) -> int | None:
 def spec_of(key: str) -> Tensor:
     """Return the product as native.cpp reads it."""
     product = product_of(key)
-    done = _quantized_before(product)
+    done = product.weight.name in DECODED and _quantized_before(product)
     rule, rotation = (None, 0) if done else (product.input, product.rotation)
     bits, per_token = (0, True) if rule is None else (_code(rule.format), rule.per_token)
     dual = rule.dual if rule is not None else (False,) * len(product.segments)
@@ -88,9 +88,8 @@ def _code(form: NumberFormat) -> int:
 
 
 def _quantized_before(product: Product) -> bool:
-    """Return whether the input has a format that only :class:`InputRule` knows."""
-    rule = product.input
-    return rule is not None and product.weight.name in DECODED and rule.format.name not in ROUNDED
+    """Return whether the input of a weight in :data:`DECODED` has a format that only :class:`InputRule` knows."""
+    return product.input is not None and product.input.format.name not in ROUNDED
 
 
 @cache
@@ -102,7 +101,7 @@ def _native() -> Callable[..., Tensor]:
 
 def _run(number: int, x: Tensor, operands: Operands, product: Product) -> Tensor:
     dtype, spec = x.dtype, spec_of(product.key)
-    if _quantized_before(product):
+    if product.weight.name in DECODED and _quantized_before(product):
         raw = x.float()
         values, scale = operands.quantized_input(raw, product)
         values = values if scale is None else values * expand_columns(scale, product.segments)

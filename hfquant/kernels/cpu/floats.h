@@ -57,7 +57,7 @@ inline void by_float_rows(const Job& job, ParallelFor parallel_for) {
       for (; m + 4 <= job.M; m += 4) row_of_floats<4>(job, blocks, x + m * job.K, n, y + m * pitch + n - begin, pitch);
       for (; m < job.M; ++m) row_of_floats<1>(job, blocks, x + m * job.K, n, y + m * pitch + n - begin, pitch);
     }
-    finish(job, begin, pitch, y);
+    finish(job, begin, pitch, y, pitch);
   };
   run_parallel(parallel_for, job.N, std::max<int64_t>(16, 32768 / job.row_bytes), multiply_rows);
 }

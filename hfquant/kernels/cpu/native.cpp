@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -96,6 +97,18 @@ Floats floats_of(const MaybeTensor& tensor, const char* name, Shape shape) {
   return {data_of(*tensor, name, shape), ours};
 }
 
+// An empty tensor on the CPU, past the dispatcher: finding the op by its name takes as long as a small layer.
+Tensor empty(const std::vector<int64_t>& shape, const Tensor& like) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), type,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 // `x` [.., K]. `spec` [7 + 2 segments] int64: bits of the weight's codes, or minus the number of another format; group
 // size (0: none); the same of the input's codes (0: floats); whether each token has a scale of its own; number of
 // scales a row; size of the blocks that are rotated (0: none); number of segments; the segments' sizes; whether each
@@ -177,7 +190,7 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row,
   }
   job.bias = floats_of(bias, "bias", {job.N});
   shape.back() = job.N;
-  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor y = empty(shape, x);
   job.y = y.mutable_data_ptr();
   job.y_type = job.x.type;
   if (job.M && job.N) choices()[isa].isa->run(job, on_torch_threads);

@@ -33,28 +33,28 @@ struct Wide {
   static void read(const uint8_t* p, Ints w[]) { w[0] = widen(p); }
 };
 
-// What the columns of each vector of a row share: the number of their first group, and of the input's scale.
+// What the columns of each vector of a row share.
 struct Steps {
-  std::vector<int32_t> group, unit;
-  int32_t lane_group[LANES];  // the groups of a vector's lanes, from the vector's first
-  bool fit;                   // every lane lies within one group, every vector within one of the input's scales
+  bool fit = true;             // each lane's columns have one scale, and one of the input's
+  std::vector<int32_t> group;  // number of the first group
+  std::vector<int32_t> lanes;  // [LANES]: the groups of lanes, from the first
 
   template <class Format>
   static Steps of(const Job& job, const std::vector<Block>& blocks) {
-    constexpr int CODES = Format::CODES, LANE = CODES / LANES;
-    const int64_t g = job.group_size, count = (job.K + CODES - 1) / CODES;
-    const bool small = g && g < CODES;
-    const bool fit = !small || (CODES % g == 0 && g % LANE == 0);
-    Steps steps{std::vector<int32_t>(count), std::vector<int32_t>(count), {}, fit};
-    for (int i = 0; small && i < LANES; ++i) steps.lane_group[i] = i * LANE / g;
+    constexpr int LANE = Format::CODES / LANES;
+    const int64_t count = (job.K + Format::CODES - 1) / Format::CODES;
+    Steps steps;
+    steps.group.resize(count);
+    steps.lanes.resize(count * LANES);
     for (const Block& b : blocks) {
-      // A block begins where a vector does, or somewhere within one all of whose groups are of the same size.
-      const int64_t first = (b.start + CODES - 1) / CODES, end = (b.start + b.size + CODES - 1) / CODES;
-      const bool same_unit = b.start % CODES == 0 || steps.unit[b.start / CODES] == b.segment;
-      const bool same_group = b.start % CODES == 0 || small || steps.group[b.start / CODES] == b.group;
-      steps.fit = steps.fit && same_unit && same_group && (!small || b.start % g == 0);
-      std::fill(steps.group.begin() + first, steps.group.begin() + end, b.group);
-      std::fill(steps.unit.begin() + first, steps.unit.begin() + end, b.segment);
+      steps.fit = steps.fit && b.start % LANE == 0;
+      const int64_t end = (b.start + b.size + LANE - 1) / LANE;
+      std::fill(steps.lanes.begin() + b.start / LANE, steps.lanes.begin() + end, b.group);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      int32_t* lanes = steps.lanes.data() + i * LANES;
+      steps.group[i] = lanes[0];
+      for (int lane = 0; lane < LANES; ++lane) lanes[lane] = std::max(lanes[lane] - steps.group[i], 0);
     }
     return steps;
   }
@@ -63,179 +63,226 @@ struct Steps {
 // Times any sum that a row can have, this is far from float32's largest number.
 constexpr float LARGEST_UNIT = 1e20f;
 
-// Codes of a token in a row's order, and what goes with them. Sums of a group are padded to whole vectors.
+// Codes of tokens in a row's order, and what goes with them.
 struct Lines {
   int64_t planes, bytes;  // bytes of a plane of a token
   int8_t* codes;          // [count][planes][bytes]: high bytes first, where there are two planes
   float* scale;           // [count][scales]
   int64_t scales, groups;
-  float* sum;             // [count][groups]: sums of a group's codes times their scales
-  int32_t* total;         // [count]: sums of all codes
+  float* unit;     // [count][steps][LANES]: the scales of lanes
+  float* sum;      // [count][groups]: minus the sums of a group's codes times their scales, padded to whole vectors
+  int32_t* total;  // [count]: minus the sum of the last block's codes, which is the only one where sums stay integers
   Steps steps;
+
+  int64_t lanes() const { return steps.lanes.size(); }
 };
 
+// One vector of the weight, read as w, by a token's codes.
+template <class Format, int PLANES>
+inline Ints dot(const Ints w[Format::VECTORS], const int8_t* x, int64_t plane, Ints sum) {
+  UNROLL for (int p = 0; p < PLANES; ++p) {
+    if (p) sum = shift_left(sum, 8);
+    UNROLL for (int v = 0; v < Format::VECTORS; ++v) {
+      const Ints codes = load(x + p * plane + v * BYTES);
+      sum = std::is_same_v<Format, Wide> ? dot_shorts(sum, w[v], codes) : dot_bytes(sum, w[v], codes);
+    }
+  }
+  return sum;
+}
+
+// A row's first zero point, as it goes with codes as they are multiplied.
 template <class Format>
+int zero_of(const Job& job, int64_t row) {
+  return zero_at(job, row, 0) - (std::is_same_v<Format, Wide> ? 1 << (job.bits - 1) : 0);
+}
+
+// Lays out a token's codes, with zeros after them up to whole vectors. Where rows have no zero points of their own,
+// sums are those times the common one.
+template <class Format, int PLANES>
 void layout_line(const Job& job, const std::vector<Block>& blocks, const int16_t* codes, int64_t m, Lines& lines) {
-  int8_t* planes = lines.codes + m * lines.planes * lines.bytes;
-  std::memset(planes, 0, lines.planes * lines.bytes);
-  int16_t ordered[Format::CODES];
-  for (int64_t k = 0, at = 0; k < job.K; k += Format::CODES, at += Format::VECTORS * BYTES) {
-    const int size = std::min<int64_t>(Format::CODES, job.K - k);
+  static thread_local Scratch of_sums;
+  constexpr int LANE = Format::CODES / LANES;
+  int8_t* __restrict line = lines.codes + m * PLANES * lines.bytes;
+  int32_t* of_lanes = of_sums.get<int32_t>(lines.lanes());
+  Ints ones[Format::VECTORS];
+  for (Ints& v : ones) v = repeat(std::is_same_v<Format, Wide> ? 0x00010001 : 0x01010101);
+  for (size_t step = 0; step < lines.steps.group.size(); ++step, line += Format::VECTORS * BYTES) {
+    const int16_t* from = codes + step * Format::CODES;
     if constexpr (std::is_same_v<Format, Wide>) {
-      std::memcpy(planes + at, codes + k, size * sizeof(int16_t));
-      continue;
-    }
-    std::memset(ordered, 0, sizeof(ordered));
-    if constexpr (std::is_same_v<Format, Nibbles>) {
-      for (int i = 0; i < size / 2; ++i) {
-        ordered[i] = codes[k + 2 * i];
-        ordered[BYTES + i] = codes[k + 2 * i + 1];
-      }
-      if (size % 2) ordered[size / 2] = codes[k + size - 1];
+      std::memcpy(line, from, BYTES);
     } else {
-      std::memcpy(ordered, codes + k, size * sizeof(int16_t));
+      int8_t* __restrict low = line + (PLANES - 1) * lines.bytes;
+      for (int v = 0; v < Format::VECTORS; ++v)
+        for (int i = 0; i < BYTES; ++i) low[v * BYTES + i] = static_cast<int8_t>(from[i * Format::VECTORS + v]);
+      for (int v = 0; PLANES == 2 && v < Format::VECTORS; ++v)
+        for (int i = 0; i < BYTES; ++i)
+          line[v * BYTES + i] = static_cast<int8_t>((from[i * Format::VECTORS + v] + 128) >> 8);
     }
-    int8_t* low = planes + (lines.planes - 1) * lines.bytes + at;
-    for (int i = 0; i < Format::CODES; ++i) low[i] = static_cast<int8_t>(ordered[i]);
-    if (lines.planes == 1) continue;
-    int8_t* high = planes + at;
-    for (int i = 0; i < Format::CODES; ++i)
-      high[i] = static_cast<int8_t>((ordered[i] - static_cast<int8_t>(ordered[i])) >> 8);
+    store(of_lanes + step * LANES, dot<Format, PLANES>(ones, line, lines.bytes, zeros()));
   }
-  float* sums = lines.sum + m * lines.groups;
+  const int zero = job.zero ? 1 : zero_of<Format>(job, 0);
+  float *sums = lines.sum + m * lines.groups, *units = lines.unit + m * lines.lanes();
   std::memset(sums, 0, lines.groups * sizeof(float));
-  lines.total[m] = 0;
+  std::memset(units, 0, lines.lanes() * sizeof(float));
   for (const Block& b : blocks) {
+    const float unit = lines.scale[m * lines.scales + b.segment];
     int32_t sum = 0;
-    for (int i = 0; i < b.size; ++i) sum += codes[b.start + i];
-    lines.total[m] += sum;
-    sums[b.group] += sum * lines.scale[m * lines.scales + b.segment];
-  }
-}
-
-// One vector of the weight by T tokens.
-template <class Format, int PLANES, int T>
-inline void multiply(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t plane, Ints sums[T]) {
-  Ints w[Format::VECTORS];
-  Format::read(weight, w);
-  UNROLL for (int t = 0; t < T; ++t) {
-    UNROLL for (int p = 0; p < PLANES; ++p) {
-      if (p) sums[t] = times256(sums[t]);
-      UNROLL for (int v = 0; v < Format::VECTORS; ++v) {
-        const Ints codes = load(x + t * stride + p * plane + v * BYTES);
-        sums[t] = std::is_same_v<Format, Wide> ? dot_shorts(sums[t], w[v], codes) : dot_bytes(sums[t], w[v], codes);
-      }
+    for (int64_t lane = b.start / LANE; lane < (b.start + b.size + LANE - 1) / LANE; ++lane) {
+      sum -= of_lanes[lane];
+      units[lane] = unit;
     }
+    lines.total[m] = sum * zero;
+    sums[b.group] += sum * unit * zero;
   }
 }
 
-// What R rows of the weight have of their own, padded to whole vectors: scales, and minus the scaled zero points.
+// What LANES rows of the weight have of their own.
 struct Factors {
-  int64_t groups;
-  float* scale;  // [R][groups]
-  float* shift;  // [R][groups]
+  alignas(64) float row[LANES];     // what is left of scales, by which a row's sum is multiplied
+  alignas(64) int32_t zero[LANES];  // zero points of rows that have one, or 1
+  float* scale;                     // [LANES][G]
+  float* shift;                     // [LANES][G]: scales times zero points, where rows have those, else scales
 };
 
-// The zero point that goes with a row's codes as they are multiplied.
 template <class Format>
-int zero_of(const Job& job, int64_t row, int64_t group) {
-  return zero_at(job, row, group) - (std::is_same_v<Format, Wide> ? 1 << (job.bits - 1) : 0);
-}
-
-// R rows from n by T tokens from m, to y [T][pitch]. LONG: the input's codes have 16 bits. GROUPED: a row has several
-// scales. With neither, sums stay integers to the end.
-template <class Format, bool LONG, bool GROUPED, int R, int T>
-void rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, int64_t n, int64_t m, float* y,
-                    int64_t pitch) {
-  constexpr int PLANES = LONG && !std::is_same_v<Format, Wide> ? 2 : 1;
-  constexpr bool PLAIN = !LONG && !GROUPED;
-  const int64_t stride = PLANES * lines.bytes;
-  const int8_t* x = lines.codes + m * stride;
-  const float* units = lines.scale + m * lines.scales;
-  const Ints lane_group = load(lines.steps.lane_group);
-  Ints exact[R][T];
-  Reals sums[R][T];
-  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) {
-    exact[r][t] = zeros();
-    sums[r][t] = repeat(0.0f);
-  }
-  // A vector of each row by the input's codes.
-  auto multiply_step = [&](const uint8_t* const from[R], int64_t step) {
-    UNROLL for (int r = 0; r < R; ++r) {
-      if constexpr (PLAIN) {
-        multiply<Format, PLANES, T>(from[r], x, stride, lines.bytes, exact[r]);
-      } else {
-        UNROLL for (int t = 0; t < T; ++t) exact[r][t] = zeros();
-        multiply<Format, PLANES, T>(from[r], x, stride, lines.bytes, exact[r]);
-        UNROLL for (int t = 0; t < T; ++t) {
-          const float unit = units[t * lines.scales + lines.steps.unit[step]];
-          const float* scale = factors.scale + r * factors.groups;
-          const Reals both =
-              GROUPED ? mul(repeat(unit), pick(scale + lines.steps.group[step], lane_group)) : repeat(unit * *scale);
-          sums[r][t] = fma(to_reals(exact[r][t]), both, sums[r][t]);
-        }
-      }
-    }
-    x += Format::VECTORS * BYTES;
-  };
-  const uint8_t* from[R];
-  UNROLL for (int r = 0; r < R; ++r) from[r] = job.weight + (n + r) * job.row_bytes;
-  const int64_t steps = lines.steps.group.size();
-  // Bytes from the last of the rows to the end of the weight: what lies beyond a row's own meets codes that are zero.
-  int64_t step = 0, left = (job.N - n - R + 1) * job.row_bytes;
-  for (; step < steps && left >= BYTES; ++step, left -= Format::STORED) {
-    // The same place in the rows that come next: the hardware's own prefetching starts anew in each row.
-    UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(from[r] + R * job.row_bytes, 0, 3);
-    multiply_step(from, step);
-    UNROLL for (int r = 0; r < R; ++r) from[r] += Format::STORED;
-  }
-  for (; step < steps; ++step, left -= Format::STORED) {
-    // Vectors that reach beyond the weight.
-    uint8_t ends[R][BYTES];
-    const uint8_t* copies[R];
-    UNROLL for (int r = 0; r < R; ++r) {
-      std::memset(ends[r], 0, BYTES);
-      std::memcpy(ends[r], from[r], left);
-      copies[r] = ends[r];
-      from[r] += Format::STORED;
-    }
-    multiply_step(copies, step);
-  }
-  UNROLL for (int r = 0; r < R; ++r) {
-    UNROLL for (int t = 0; t < T; ++t) {
-      if constexpr (PLAIN) {
-        const int32_t sum = total(exact[r][t]) - zero_of<Format>(job, n + r, 0) * lines.total[m + t];
-        y[t * pitch + r] = static_cast<float>(sum) * scale_at(job, n + r, 0) * lines.scale[m + t];
-      } else {
-        const float *shift = factors.shift + r * factors.groups, *sum = lines.sum + (m + t) * lines.groups;
-        for (int64_t i = 0; i < factors.groups; i += LANES)
-          sums[r][t] = fma(load_reals(shift + i), load_reals(sum + i), sums[r][t]);
-        y[t * pitch + r] = total(sums[r][t]);
+void fill_shifts(const Job& job, int64_t n, int64_t count, Factors& factors) {
+  const Ints less = repeat(std::is_same_v<Format, Wide> ? -128 : 0);  // those codes are signed
+  // Where rows are not padded, the next one's follow.
+  const int64_t rows = job.G * job.bits % 8 ? 1 : count;
+  for (int64_t r = 0; r < count; r += rows) {
+    const uint8_t* zero = job.zero + (n + r) * job.zero_bytes;
+    const int64_t left = (job.N - n - r) * job.zero_bytes, first = r * job.G;
+    for (int64_t g = 0; g < rows * job.G; g += BYTES) {
+      uint8_t codes[BYTES];
+      store(codes, codes_in_order(zero, left, g, job.bits));
+      for (int64_t j = 0; j < BYTES && g + j < rows * job.G; j += LANES) {
+        const Reals scale = load_reals(factors.scale + first + g + j);
+        store_reals(factors.shift + first + g + j, mul(scale, to_reals(add(widen_bytes(codes + j), less))));
       }
     }
   }
 }
 
-// A row's scales [groups] and shifts [groups].
-template <class Format>
-void fill_factors(const Job& job, int64_t row, int64_t groups, float* __restrict scale, float* __restrict shift) {
-  scales_of_row(job, row, groups, scale);
-  if (!job.zero) {
-    const Reals zero = repeat(static_cast<float>(-zero_of<Format>(job, row, 0)));
-    for (int64_t i = 0; i < groups; i += LANES) store_reals(shift + i, mul(zero, load_reals(scale + i)));
+// What `count` rows from n on have.
+template <class Format, bool GROUPED>
+void fill_factors(const Job& job, int64_t n, int64_t count, Factors& factors) {
+  if constexpr (!GROUPED) {
+    for (int64_t r = 0; r < count; ++r) {
+      factors.row[r] = scale_at(job, n + r, 0);
+      factors.zero[r] = job.zero ? zero_of<Format>(job, n + r) : 1;
+    }
     return;
   }
-  constexpr int less = std::is_same_v<Format, Wide> ? 128 : 0;  // those codes are signed
-  uint8_t codes[BYTES];
-  for (int64_t g = 0; g < job.G; g += BYTES) {
-    store(codes, codes_in_order(job.zero + row * job.zero_bytes, job.zero_bytes, g, job.bits));
-    const int64_t count = std::min<int64_t>(BYTES, job.G - g);
-    for (int64_t i = 0; i < count; ++i) shift[g + i] = (less - codes[i]) * scale[g + i];
+  for (int64_t r = 0; r < count; ++r) factors.row[r] = job.scale_code ? job.scale_row[n + r] : 1;
+  const int64_t size = count * job.G, at = n * job.G;
+  int64_t i = 0;
+  if (job.scale_code) {
+    for (; i < size && at + i + LANES <= job.N * job.G; i += LANES)
+      store_reals(factors.scale + i, scale_values(job.scale_code + at + i));
+    for (; i < size; ++i) factors.scale[i] = scale_value(job.scale_code[at + i]);
+  } else {
+    std::memcpy(factors.scale, job.scale + at, size * sizeof(float));
   }
+  if (job.zero) fill_shifts<Format>(job, n, count, factors);
+  // What the last row is padded with is multiplied by sums that are zero, and must be a number.
+  store_reals(factors.scale + size, repeat(0.0f));
+  store_reals(factors.shift + size, repeat(0.0f));
 }
 
-// Adds the low-rank branch and the bias to outputs [M][count] of rows from n on, and stores them.
-[[gnu::noinline]] inline void finish(const Job& job, int64_t n, int64_t count, float* y) {
+// What sums of a row are made of: integers to the end, or floats where it has several scales (GROUPED) or the input's
+// codes have 16 bits (LONG).
+template <bool LONG, bool GROUPED>
+auto no_sum() {
+  if constexpr (LONG || GROUPED) return repeat(0.0f);
+  else return zeros();
+}
+template <bool LONG, bool GROUPED>
+using Sum = decltype(no_sum<LONG, GROUPED>());
+
+template <class Format, bool LONG>
+constexpr int PLANES_OF = LONG && !std::is_same_v<Format, Wide> ? 2 : 1;
+
+// Memory is fetched so many bytes before it is multiplied, to the second cache and to the nearest one: the hardware's
+// own prefetching starts anew in each row.
+constexpr int64_t FAR = 8192, NEAR = 2048;
+
+// Rows n + [first, count) of the weight, R at a time as long as there are as many, by T tokens from m; to sums
+// [T][LANES]. Row n is the first of the factors. Returns the first row that is left.
+template <class Format, bool LONG, bool GROUPED, int R, int T>
+int64_t rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, int64_t n, int64_t first,
+                       int64_t count, int64_t m, Sum<LONG, GROUPED>* out) {
+  constexpr int PLANES = PLANES_OF<Format, LONG>;
+  constexpr bool PLAIN = !LONG && !GROUPED;
+  constexpr int STEPS_OF_LINE = std::max(1, 64 / Format::STORED);  // of the cache
+  const int64_t stride = PLANES * lines.bytes, plane = lines.bytes, lanes = lines.lanes();
+  const int64_t steps = lines.steps.group.size(), row_bytes = job.row_bytes, groups = job.G;
+  const int8_t* const codes = lines.codes + m * stride;
+  const float *const units = lines.unit + m * lanes, *const shifts = job.zero ? factors.shift : factors.scale;
+  const int32_t *const group = lines.steps.group.data(), *const lane_group = lines.steps.lanes.data();
+  for (; first + R <= count; first += R) {
+    const float* scale = factors.scale + first * groups;
+    Sum<LONG, GROUPED> sums[R][T];
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) sums[r][t] = no_sum<LONG, GROUPED>();
+    // A vector of each row by the input's codes.
+    auto multiply_step = [&](const uint8_t* from, int64_t pitch, int64_t step) {
+      const int8_t* x = codes + step * Format::VECTORS * BYTES;
+      UNROLL for (int r = 0; r < R; ++r) {
+        Ints w[Format::VECTORS];
+        Format::read(from + r * pitch, w);
+        if constexpr (PLAIN) {
+          UNROLL for (int t = 0; t < T; ++t) sums[r][t] = dot<Format, PLANES>(w, x + t * stride, plane, sums[r][t]);
+        } else {
+          Reals of_row;
+          if (GROUPED) of_row = pick(scale + r * groups + group[step], load(lane_group + step * LANES));
+          UNROLL for (int t = 0; t < T; ++t) {
+            const Reals unit = load_reals(units + t * lanes + step * LANES);
+            const Ints exact = dot<Format, PLANES>(w, x + t * stride, plane, zeros());
+            sums[r][t] = fma(to_reals(exact), GROUPED ? mul(of_row, unit) : unit, sums[r][t]);
+          }
+        }
+      }
+    };
+    const uint8_t* from = job.weight + (n + first) * row_bytes;
+    // Bytes from the last of the rows to the end of the weight: what lies beyond a row's own meets codes that are zero.
+    int64_t step = 0, left = (job.N - n - first - R + 1) * row_bytes;
+    for (; step < steps && left >= BYTES; ++step, left -= Format::STORED, from += Format::STORED) {
+      UNROLL for (int r = 0; r < R && step % STEPS_OF_LINE == 0; ++r) {
+        __builtin_prefetch(from + r * row_bytes + FAR, 0, 2);
+        __builtin_prefetch(from + r * row_bytes + NEAR, 0, 3);
+      }
+      multiply_step(from, row_bytes, step);
+    }
+    for (; step < steps; ++step, left -= Format::STORED, from += Format::STORED) {
+      // Vectors that reach beyond the weight.
+      uint8_t ends[R][BYTES] = {};
+      UNROLL for (int r = 0; r < R; ++r) std::memcpy(ends[r], from + r * row_bytes, left);
+      multiply_step(ends[0], BYTES, step);
+    }
+    if constexpr (GROUPED)
+      for (int64_t i = 0; i < groups; i += LANES)
+        UNROLL for (int t = 0; t < T; ++t) {
+          const Reals sum = load_reals(lines.sum + (m + t) * lines.groups + i);
+          UNROLL for (int r = 0; r < R; ++r)
+            sums[r][t] = fma(load_reals(shifts + (first + r) * groups + i), sum, sums[r][t]);
+        }
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[t * LANES + first + r] = sums[r][t];
+  }
+  return first;
+}
+
+// A token's outputs of LANES rows.
+template <bool LONG, bool GROUPED>
+Reals outputs(const Lines& lines, const Factors& factors, int64_t m, Sum<LONG, GROUPED> sums[LANES]) {
+  const Reals row = load_reals(factors.row);
+  const Ints zero = load(factors.zero);
+  const auto sum = totals(sums);
+  if constexpr (GROUPED) return mul(sum, row);
+  else if constexpr (LONG) return mul(fma(to_reals(zero), repeat(lines.sum[m * lines.groups]), sum), row);
+  else return mul(mul(to_reals(add(sum, times(zero, repeat(lines.total[m])))), row), repeat(lines.scale[m]));
+}
+
+// Adds the low-rank branch and the bias to outputs [M][pitch] of `count` rows from n on, and stores them.
+[[gnu::noinline]] inline void finish(const Job& job, int64_t n, int64_t count, float* y, int64_t pitch) {
   static thread_local Scratch of_up;
   float* up = of_up.get<float>(job.rank);
   for (int64_t i = 0; job.rank && i < count; ++i) {
@@ -247,63 +294,65 @@ void fill_factors(const Job& job, int64_t row, int64_t groups, float* __restrict
       for (; r + LANES <= job.rank; r += LANES) sums = fma(load_reals(narrow + r), load_reals(up + r), sums);
       float sum = total(sums);
       for (; r < job.rank; ++r) sum += narrow[r] * up[r];
-      y[m * count + i] += sum;
+      y[m * pitch + i] += sum;
     }
   }
-  store_sums(job, 0, job.M, n, count, y, count);
+  store_sums(job, 0, job.M, n, count, y, pitch);
 }
 
 // Returns whether it could.
 template <class Format, bool LONG, bool GROUPED>
 bool by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, ParallelFor parallel_for) {
-  static thread_local Scratch of_codes, of_scale, of_sum, of_total, of_floats, of_row;
+  static thread_local Scratch of_codes, of_scale, of_unit, of_sum, of_total, of_floats, of_row;
   Lines lines;
   lines.steps = std::move(steps);
-  lines.planes = LONG && !std::is_same_v<Format, Wide> ? 2 : 1;
-  lines.bytes = (job.K + Format::CODES - 1) / Format::CODES * Format::VECTORS * BYTES;
+  lines.planes = PLANES_OF<Format, LONG>;
+  const int64_t columns = lines.steps.group.size() * Format::CODES;
+  lines.bytes = columns / Format::CODES * Format::VECTORS * BYTES;
   lines.scales = input_scales(job);
   lines.groups = (job.G + LANES - 1) / LANES * LANES;
   lines.codes = of_codes.get<int8_t>(job.M * lines.planes * lines.bytes);
   lines.scale = of_scale.get<float>(job.M * lines.scales);
+  lines.unit = of_unit.get<float>(job.M * lines.lanes());
   lines.sum = of_sum.get<float>(job.M * lines.groups);
   lines.total = of_total.get<int32_t>(job.M);
   const std::vector<Range> shared = shared_ranges(job);
   float* buffer = of_floats.get<float>(job.K);
-  int16_t* codes = of_row.get<int16_t>(job.K);
+  int16_t* codes = of_row.get<int16_t>(columns);
+  std::memset(codes + job.K, 0, (columns - job.K) * sizeof(int16_t));
   for (int64_t m = 0; m < job.M; ++m) {
     quantize(job, m, shared, buffer, codes, lines.scale + m * lines.scales);
-    layout_line<Format>(job, blocks, codes, m, lines);
+    layout_line<Format, PLANES_OF<Format, LONG>>(job, blocks, codes, m, lines);
   }
   // Here sums are multiplied by the input's scale before the weight's, which must not be what makes them overflow.
   for (int64_t i = 0; i < job.M * lines.scales; ++i)
     if (lines.scale[i] > LARGEST_UNIT) return false;
   auto multiply_rows = [&](int64_t begin, int64_t end) {
-    static thread_local Scratch of_factors, of_shifts, of_y;
-    constexpr int MOST = 4;
-    Factors factors{lines.groups, of_factors.get<float>((MOST + 1) * lines.groups),
-                    of_shifts.get<float>((MOST + 1) * lines.groups)};
-    std::memset(factors.scale, 0, MOST * lines.groups * sizeof(float));
-    std::memset(factors.shift, 0, MOST * lines.groups * sizeof(float));
-    const int64_t pitch = end - begin;
+    static thread_local Scratch of_scales, of_shifts, of_y;
+    constexpr int ROWS = 4;  // enough to keep both ports busy
+    Factors factors = {};
+    factors.scale = of_scales.get<float>(GROUPED ? LANES * (job.G + 1) : 0);
+    factors.shift = of_shifts.get<float>(GROUPED ? LANES * (job.G + 1) : 0);
+    const int64_t pitch = (end - begin + LANES - 1) / LANES * LANES;
     float* y = of_y.get<float>(job.M * pitch);
-    auto product = [&](auto product_, int64_t n, int64_t m) {
-      product_(job, lines, factors, n, m, y + m * pitch + n - begin, pitch);
-    };
-    for (int64_t n = begin; n < end;) {
-      const int count = end - n >= MOST ? MOST : 1;
-      for (int r = 0; (LONG || GROUPED) && r < count; ++r) {
-        const int64_t at = r * lines.groups;
-        fill_factors<Format>(job, n + r, lines.groups, factors.scale + at, factors.shift + at);
-      }
+    Sum<LONG, GROUPED> sums[2 * LANES] = {};
+    for (int64_t n = begin; n < end; n += LANES) {
+      const int64_t count = std::min<int64_t>(LANES, end - n);
+      fill_factors<Format, GROUPED>(job, n, count, factors);
+      auto tokens = [&](auto many, auto one, int64_t m, int64_t T) {
+        one(job, lines, factors, n, many(job, lines, factors, n, 0, count, m, sums), count, m, sums);
+        for (int64_t t = 0; t < T; ++t)
+          store_reals(y + (m + t) * pitch + n - begin, outputs<LONG, GROUPED>(lines, factors, m + t, sums + t * LANES));
+      };
       int64_t m = 0;
-      for (; count == MOST && m + 2 <= job.M; m += 2) product(rows_by_tokens<Format, LONG, GROUPED, MOST, 2>, n, m);
-      for (; count == MOST && m < job.M; ++m) product(rows_by_tokens<Format, LONG, GROUPED, MOST, 1>, n, m);
-      for (; m < job.M; ++m) product(rows_by_tokens<Format, LONG, GROUPED, 1, 1>, n, m);
-      n += count;
+      for (; m + 2 <= job.M; m += 2)
+        tokens(rows_by_tokens<Format, LONG, GROUPED, ROWS, 2>, rows_by_tokens<Format, LONG, GROUPED, 1, 2>, m, 2);
+      if (m < job.M)
+        tokens(rows_by_tokens<Format, LONG, GROUPED, ROWS, 1>, rows_by_tokens<Format, LONG, GROUPED, 1, 1>, m, 1);
     }
-    finish(job, begin, pitch, y);
+    finish(job, begin, end - begin, y, pitch);
   };
-  run_parallel(parallel_for, job.N, std::max<int64_t>(16, 32768 / job.row_bytes / 4 * 4), multiply_rows);
+  run_parallel(parallel_for, job.N, std::max<int64_t>(16, 32768 / job.row_bytes / 16 * 16), multiply_rows);
   return true;
 }
 

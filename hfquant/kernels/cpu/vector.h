@@ -48,8 +48,9 @@ inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints add_bytes(Ints a, Ints b) { return _mm512_add_epi8(a, b); }
 inline Ints add_shorts(Ints a, Ints b) { return _mm512_add_epi16(a, b); }
 inline Ints times(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
-inline Ints times256(Ints a) { return _mm512_slli_epi32(a, 8); }
 inline Reals to_reals(Ints a) { return _mm512_cvtepi32_ps(a); }
+inline Reals as_reals(Ints a) { return _mm512_castsi512_ps(a); }
+inline Reals add(Reals a, Reals b) { return _mm512_add_ps(a, b); }
 inline Reals mul(Reals a, Reals b) { return _mm512_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm512_fmadd_ps(a, b, c); }
 // In assembly, since GCC copies the sum of the intrinsics to another register and back.
@@ -61,12 +62,11 @@ inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
   return sum;
 }
-// What the bytes of scales stand for: see scale_value.
-inline Reals scale_values(const uint8_t* p) {
-  const Ints codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return _mm512_castsi512_ps(add(_mm512_slli_epi32(codes, 18), repeat((127 - 7) << 23)));
+// LANES unsigned bytes, one in each lane.
+inline Ints widen_bytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline int32_t total(Ints a) { return _mm512_reduce_add_epi32(a); }
+inline Ints shift_left(Ints a, int bits) { return _mm512_slli_epi32(a, bits); }
 inline float total(Reals a) { return _mm512_reduce_add_ps(a); }
 inline Reals pick(const float* table, Ints lanes) { return _mm512_permutexvar_ps(lanes, load_reals(table)); }
 inline Ints flip(Ints bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
@@ -137,8 +137,9 @@ inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints add_bytes(Ints a, Ints b) { return _mm256_add_epi8(a, b); }
 inline Ints add_shorts(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
 inline Ints times(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
-inline Ints times256(Ints a) { return _mm256_slli_epi32(a, 8); }
 inline Reals to_reals(Ints a) { return _mm256_cvtepi32_ps(a); }
+inline Reals as_reals(Ints a) { return _mm256_castsi256_ps(a); }
+inline Reals add(Reals a, Reals b) { return _mm256_add_ps(a, b); }
 inline Reals mul(Reals a, Reals b) { return _mm256_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm256_fmadd_ps(a, b, c); }
 #if defined(__AVXVNNI__)
@@ -165,15 +166,10 @@ inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
 }
 inline Ints dot_shorts(Ints sum, Ints weights, Ints x) { return add_in_place(sum, _mm256_madd_epi16(weights, x)); }
 #endif
-inline Reals scale_values(const uint8_t* p) {
-  const Ints codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  return _mm256_castsi256_ps(add(_mm256_slli_epi32(codes, 18), repeat((127 - 7) << 23)));
+inline Ints widen_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
-inline int32_t total(Ints a) {
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-}
+inline Ints shift_left(Ints a, int bits) { return _mm256_slli_epi32(a, bits); }
 inline float total(Reals a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -226,6 +222,7 @@ typedef float Reals __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef int16_t Shorts __attribute__((vector_size(16)));
 typedef uint16_t Words __attribute__((vector_size(16)));
+typedef uint32_t UInts __attribute__((vector_size(16)));
 constexpr int LANES = 4;
 constexpr int TOKENS = 4, VECTORS = 2;
 constexpr bool EXACT_BYTES = true;
@@ -249,8 +246,9 @@ inline Ints add(Ints a, Ints b) { return a + b; }
 inline Ints add_bytes(Ints a, Ints b) { return (Ints)((Bytes)a + (Bytes)b); }
 inline Ints add_shorts(Ints a, Ints b) { return (Ints)((Words)a + (Words)b); }
 inline Ints times(Ints a, Ints b) { return a * b; }
-inline Ints times256(Ints a) { return a * 256; }
 inline Reals to_reals(Ints a) { return __builtin_convertvector(a, Reals); }
+inline Reals as_reals(Ints a) { return (Reals)a; }
+inline Reals add(Reals a, Reals b) { return a + b; }
 inline Reals mul(Reals a, Reals b) { return a * b; }
 inline Reals fma(Reals a, Reals b, Reals c) { return a * b + c; }
 // Products of two bytes fit 16 bits, so the even bytes of all lanes are multiplied at once, then the odd ones.
@@ -266,10 +264,8 @@ inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
   for (int i = 0; i < 8; ++i) sum[i / 2] += w[i] * c[i];
   return sum;
 }
-inline Reals scale_values(const uint8_t* p) {
-  return (Reals)((Ints{p[0], p[1], p[2], p[3]} << 18) + ((127 - 7) << 23));
-}
-inline int32_t total(Ints a) { return a[0] + a[1] + a[2] + a[3]; }
+inline Ints widen_bytes(const uint8_t* p) { return Ints{p[0], p[1], p[2], p[3]}; }
+inline Ints shift_left(Ints a, int bits) { return (Ints)((UInts)a << bits); }
 inline float total(Reals a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 inline Reals pick(const float* table, Ints lanes) {
   return Reals{table[lanes[0]], table[lanes[1]], table[lanes[2]], table[lanes[3]]};
@@ -304,6 +300,23 @@ inline void transpose(Ints r[4]) {
 #endif
 
 constexpr int BYTES = 4 * LANES;
+
+// What the bytes of scales stand for: see scale_value.
+inline Reals scale_values(const uint8_t* p) {
+  return as_reals(add(shift_left(widen_bytes(p), 18), repeat((127 - 7) << 23)));
+}
+
+// The sum of each of LANES vectors' lanes; v is used up.
+template <class Vector>
+inline Vector totals(Vector v[LANES]) {
+  Ints bits[LANES];
+  for (int i = 0; i < LANES; ++i) bits[i] = load(v + i);
+  transpose(bits);
+  for (int i = 0; i < LANES; ++i) store(v + i, bits[i]);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = add(v[i], v[i + half]);
+  return v[0];
+}
 
 }  // namespace HFQUANT_ISA
 }  // namespace hfquant

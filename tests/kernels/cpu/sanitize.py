@@ -18,6 +18,7 @@ import torch
 
 from hfquant import QuantLinear
 from hfquant.algorithms import Identity, Smooth
+from hfquant.algorithms.hadamard import Hadamard
 from hfquant.algorithms.low_rank import LowRank
 from hfquant.formats import FORMATS
 from hfquant.kernels import cpu
@@ -69,6 +70,7 @@ def cases(form: str) -> Iterator[Case]:
         yield Case(weight, SVD, inputs=(columns,), outputs=(rows,), dual=(True,))
         yield Case(weight, Smooth(), (first, columns - first), (3, rows - 3), (True, False))
         yield Case(weight, Identity(), (first, 5, columns - first - 5), (rows,))
+        yield Case(weight, Hadamard(block_size=columns // 64 * 16), inputs=(columns,), outputs=(rows,))
 
 
 def large_cases(form: str) -> Iterator[tuple[Case, int]]:
@@ -125,6 +127,8 @@ def main() -> None:
     dtypes = itertools.cycle(DTYPES)
     for form, quant in itertools.product((*(f"int{bits}" for bits in range(2, 9)), *cpu.DECODED), INPUTS):
         for case in cases(form):
+            if case.opt.rotation and quant is not None and not quant.dynamic:
+                continue  # a static scale is made from the ranges of channels that are not rotated
             layer, _ = layer_of(case.plan(quant, real=True))
             # Four numbers of tokens and three dtypes: each meets each within a few layers.
             sizes = (*TOKENS, MANY) if form in cpu.DECODED else TOKENS

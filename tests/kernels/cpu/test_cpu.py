@@ -1,5 +1,7 @@
 """The C++ kernels on every instruction set that this machine has, against float64."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -45,6 +47,9 @@ COLUMNS = {
     "32s in uneven segments": ((50, 7, 96), 32),
     "64s in segments": ((128, 192), 64),
     "128s in segments": ((256, 384), 128),
+    "segments of lanes": ((24, 40, 8), 0),
+    "32s in segments of lanes": ((96, 96, 192), 32),
+    "64s in uneven segments of lanes": ((200, 64, 120), 64),
 }
 TOKENS = (1, 2, 3, 7, 8, 9, 64)
 
@@ -197,6 +202,16 @@ def test_strided_and_nested_inputs(kernel) -> None:
             assert bits_equal(run(x[5]), expected[5])
         for lead in ((0,), (0, 3), (2, 0, 3)):
             assert run(x.new_zeros(*lead, 96)).shape == (*lead, spec.out)
+
+
+def test_what_is_no_number_stays_in_its_call(kernel) -> None:
+    """Memory is used again: nothing of a NaN may be left in the padding of a narrower product."""
+    for bits, inputs in itertools.product((4, 6, 8), ("token", "float")):
+        for group in (0, 32):
+            before, after = sample(Spec(bits, (640,), group, inputs), 3), sample(Spec(bits, (330,), group, inputs), 3)
+            bad = linear(torch.full_like(before.x, torch.nan), before.operands, before.product, True)
+            assert bad.isnan().all()
+            assert bits_equal(linear(after.x, after.operands, after.product, True), after.expected)
 
 
 def near_ties(scale: torch.Tensor, limit: int) -> torch.Tensor:
