@@ -108,6 +108,12 @@ class BlockwiseAffiner:
         """Return what to multiply the scheduler's own noise by: 1, unless the method says otherwise."""
         return self.prediction.noise_scale(step)
 
+    def forget(self) -> None:
+        """Make all maps the identity."""
+        for maps in filter(None, (self.prediction, self.latents)):
+            maps.forget()
+        self.blocks.clear()
+
     def attach(self, model: Any) -> BlockwiseAffiner:
         """Correct every run of a pipeline (or every call of a bare denoiser) from now on.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from hfquant.affiner.blocks import Call, fit_blocks, hook_blocks
 from hfquant.affiner.config import AffinerConfig, StepperConfig, parse
 from hfquant.affiner.hooks import NEEDS_CFG, Affiner, corrected, half, run_step
 from hfquant.affiner.inputs import Samples, as_pipeline, call_batches, check_alike
+from hfquant.affiner.judge import fresh_samples, gain, pays
 from hfquant.affiner.runs import Event, Run
 from hfquant.calibration.samplers import fresh_call, seeded
 from hfquant.config import ConfigError
 from hfquant.console import progress_bar
 from hfquant.denoisers import compute_dtype, eval_mode, find_denoiser, has_frames_first
+
+logger = logging.getLogger(__name__)
 
 
 def load_affiner(
@@ -89,7 +93,8 @@ def _check_thirdparty(affiner: Any, config: AffinerConfig) -> None:
 
 
 def _align(affiner: Any, config: AffinerConfig, real: Any, quant: Any, samples: Samples) -> None:
-    """Fit the blocks' maps, if any, then the steps'; leave both models as they were."""
+    """Fit the blocks' maps, if any, then the steps', and judge them; leave both models as they were."""
+    fit = _Fit(affiner, config.stepper, real, quant)
     with ExitStack() as stack:
         stack.enter_context(seeded(config.stepper.seed))
         for model in (real, quant):
@@ -98,7 +103,29 @@ def _align(affiner: Any, config: AffinerConfig, real: Any, quant: Any, samples: 
             calls = _denoiser_calls(real, samples, config.blocks.timesteps)
             affiner.blocks = fit_blocks(find_denoiser(real), find_denoiser(quant), calls, config.blocks)
             stack.callback(hook_blocks(find_denoiser(quant), affiner.blocks))
-        _Fit(affiner, config.stepper, real, quant).run(samples)
+        fit.run(samples)
+    if config.type == "blockwise" and isinstance(affiner, BlockwiseAffiner):
+        _judge(fit, affiner, fresh_samples(samples, config.stepper.seed + 1))
+
+
+def _judge(fit: _Fit, affiner: BlockwiseAffiner, samples: Samples) -> None:
+    """Take all maps back where runs from other noise do not end nearer to the real model's with them."""
+    gains = []
+    with seeded(fit.stepper.seed, 1), eval_mode(fit.real), eval_mode(fit.quant):
+        for sample in progress_bar(samples, "judging the affiner"):
+            real, plain = fit.last_latents(fit.real, sample), fit.last_latents(fit.quant, sample)
+            with ExitStack() as stack:
+                stack.callback(hook_blocks(find_denoiser(fit.quant), affiner.blocks))
+                corrected = fit.last_latents(fit.quant, sample, use_affiner=True)
+            gains.append(gain(real, plain, corrected))
+    found = torch.cat(gains)
+    if not pays(found):
+        logger.warning(
+            "the affiner does not pay: runs from other noise gain %.2f dB with it, error %.2f; it corrects nothing",
+            found.mean().item(),
+            found.std().item() / len(found) ** 0.5 if len(found) > 1 else 0.0,
+        )
+        affiner.forget()
 
 
 @dataclass
@@ -141,16 +168,37 @@ class _Fit:
             for timestep in seen:
                 self.affiner.solve(timestep)
 
+    def last_latents(self, pipeline: Any, sample: dict[str, Any], use_affiner: bool = False) -> Tensor:
+        """Return the latents at the end of a run, on the CPU."""
+        finish = {"finish": partial(run_step, self.affiner, self.target)} if use_affiner else {}
+        run = Run(pipeline, self._call(pipeline, sample), at_denoiser=self.target != "all", **finish)
+        point, latents = "predicted" if self.target == "all" else "denoised", getattr(self.affiner, "latents", None)
+        try:
+            event = run.resume()
+            while event is not None:
+                value = event.value
+                if use_affiner and event.kind == point:
+                    value = corrected(self.affiner, event.timestep, value, self.target, self.uncond_half)
+                if event.kind == "stepped":
+                    value = latents.correct(event.timestep, value) if use_affiner and latents is not None else value
+                    last = value
+                event = run.resume(value)
+        finally:
+            run.close()
+        return last.float().cpu()
+
+    def _call(self, pipeline: Any, sample: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call, tensors of the real denoiser's dtype in the pipeline's."""
+        own, other = (compute_dtype(find_denoiser(p)) for p in (self.real, pipeline))
+        call = fresh_call(sample)
+        return {k: v.to(other) if isinstance(v, Tensor) and v.dtype == own else v for k, v in call.items()}
+
     def _batch(self, sample: dict[str, Any]) -> _Batch:
         behind = self.target != "all"
         finish = {"finish": partial(run_step, self.affiner, self.target)} if self.stepper.recurrent else {}
-        own, other = (compute_dtype(find_denoiser(pipeline)) for pipeline in (self.real, self.quant))
-        converted = {
-            k: v.to(other) if isinstance(v, Tensor) and v.dtype == own else v for k, v in fresh_call(sample).items()
-        }
         batch = _Batch(
             Run(self.real, fresh_call(sample), at_denoiser=behind),
-            Run(self.quant, converted, at_denoiser=behind, **finish),
+            Run(self.quant, self._call(self.quant, sample), at_denoiser=behind, **finish),
             None if self.latents is None else Run(self.real, fresh_call(sample)),
         )
         torch.rand(())  # the next batch's runs are to draw other noise

@@ -105,6 +105,12 @@ class AffineMaps:
         # Second-order schedulers come back to a timestep at once; sums of earlier ones are done with.
         self._sums = {t: s for t, s in self._sums.items() if t == timestep or t not in self.table}
 
+    def forget(self) -> None:
+        """Make all maps the identity, in place."""
+        for timestep, (scale, shift) in self.table.items():
+            self.table[timestep] = torch.ones_like(scale), torch.zeros_like(shift)
+            self.errors[timestep] = self.errors[timestep][0], self.errors[timestep][0]
+
     def _spread(self, scale: Tensor, shift: Tensor) -> Maps:
         """Return K and b of what the sums are kept for, blocks or pixels."""
         if not self.interpolate:

@@ -188,7 +188,13 @@ def test_halves_are_told_apart_under_rescaled_guidance(first, rescale):
     assert affiner.uncond_half == (0 if first else 1)
 
 
-def test_most_pipelines_put_the_unconditional_half_first():
+@pytest.fixture
+def unjudged(monkeypatch):
+    """Tiny random models gain nothing worth keeping; of two steps and three rows nobody could tell."""
+    monkeypatch.setattr("hfquant.affiner.fit.pays", lambda gains: True)
+
+
+def test_most_pipelines_put_the_unconditional_half_first(unjudged):
     real, quant, rows, arguments = real_and_quant("sd3")
     config = {"stepper": {"max_timestep": 2, "noise_target": "uncond"}, "extra_args": arguments}
     affiner = load_affiner(config, rows, real, quant)
@@ -281,7 +287,7 @@ def test_learned_variance_is_left_alone():
 
 @pytest.mark.parametrize("name", ["unet", "sd3"])
 @pytest.mark.parametrize("given", [True, False])
-def test_models_of_two_dtypes(name, given):
+def test_models_of_two_dtypes(name, given, unjudged):
     """Arguments and recorded calls are of the real model's dtype; the quantized one gets them in its own."""
     real, _, rows, arguments = real_and_quant(name)
     part = "unet" if name == "unet" else "transformer"
@@ -364,3 +370,23 @@ def test_a_map_that_holds_on_no_other_sample_is_not_kept():
         assert after <= before
         assert (scale - 1).abs().mean() < 0.05
         assert shift.abs().mean() < 0.05
+
+
+def test_an_affiner_that_does_not_pay_corrects_nothing(caplog):
+    """Errors without a pattern: there is nothing to learn, and what is learned from three runs would do harm."""
+
+    class Noisy(Toy):
+        def forward(self, sample, timestep, class_labels=None, return_dict=True):
+            (out,) = super().forward(sample, timestep, class_labels)
+            return (out + 0.3 * torch.randn(out.shape, generator=torch.Generator().manual_seed(int(out.sum() * 1e4))),)
+
+    config = toy_config(solver={"blocksize": 1, "lambda1": 0.0, "lambda2": 0.0}, enable_latent_affine=True)
+    real, quant = Toy(), Noisy()
+    affiner = load_affiner(config, list(range(3)), real, quant, latents=noise(3))
+    assert "the affiner does not pay" in caplog.text
+    for maps in (affiner.prediction, affiner.latents):
+        assert all(bool((k == 1).all()) and not bool(b.any()) for k, b in maps.table.values())
+    assert all(before == after for before, after in affiner.errors.values())
+    expected = run(quant, config["scheduler"])
+    with affiner.attach(quant):
+        assert torch.equal(run(quant, config["scheduler"]), expected)
