@@ -54,9 +54,13 @@ def with_wider_weights(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
 def _smallest(
     quants: Mapping[str, InputQuant | WeightQuant | None], sizes: Mapping[str, int], total: int
 ) -> Iterator[tuple[str, float]]:
-    """Yield layers of integers below 8 bits, the smallest first, as long as all are within their share of ``total``."""
+    """Yield layers of integers below 8 bits, the smallest first, as long as all are within their share of ``total``.
+
+    Layers are in order of execution.
+    """
     taken = 0
-    for name in sorted(quants, key=lambda name: sizes[name]):
+    # Of equal ones that which runs last: nothing comes after it that could even its error out.
+    for name in sorted(list(quants)[::-1], key=lambda name: sizes[name]):
         quant = quants[name]
         if quant is None or not isinstance(quant.format, IntegerFormat) or quant.format.bits >= 8:
             continue

@@ -74,6 +74,12 @@ def test_without_a_forward_layers_count_by_their_weights():
     assert [name for name, (_, inputs) in found.items() if inputs == "int8"] == ["last"]
 
 
+def test_of_equal_layers_the_last_comes_first():
+    # Flux's first and last linear have as many weights, and one is within the share.
+    found = types(small_models.flux(), "w4a16", small_models.inputs_of(small_models.flux()))
+    assert (found["x_embedder"][0], found["proj_out"][0]) == ("int4", "int8")
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8e4m3"])
 def test_what_has_eight_bits_stays(kind):
     config = {

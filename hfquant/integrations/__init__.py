@@ -63,7 +63,7 @@ def batches_of(model: nn.Module, data: Any) -> Any:
             return diffusers_batches(data)
         case _ if made_itself:
             raise CalibrationError(
-                f"{type(model).__name__} needs data for this, and only models of transformers and "
+                f"{type(model).__name__} needs calibration data, and only models of transformers and "
                 "pipelines of diffusers make their own: pass batches of its inputs"
             )
         case _:

@@ -58,7 +58,9 @@ def test_parameters_are_counted_as_the_bytes_of_codes(case: tuple[str, str, Any,
     _, preset, original, model = case
     weights = {name: original.get_submodule(name).weight for name in quant_linears(model)}
     assert weights
-    packed = sum(w.shape[0] * math.ceil(w.shape[1] * BITS[preset] / 8) for w in weights.values())
+    bits = {name: layer.format.bits for name, layer in quant_linears(model).items()}
+    assert set(bits.values()) <= {BITS[preset], 8}
+    packed = sum(w.shape[0] * math.ceil(w.shape[1] * bits[name] / 8) for name, w in weights.items())
     others = original.num_parameters() - sum(w.numel() for w in weights.values())
     assert model.num_parameters() == others + packed
     if BITS[preset] == 8:

@@ -154,7 +154,7 @@ def test_a_second_push_keeps_what_a_person_wrote(hub: Hub, checkpoint: Checkpoin
     assert "Better than I thought." in pushed.text
     assert (pushed.data.library_name, pushed.data.license) == ("mine", "mit")
     assert pushed.data.tags == ["hfquant", "4-bit", "w4a16"]
-    assert "int8" not in pushed.text
+    assert '"int8"' not in pushed.text
     assert "int4, groups of 32" in pushed.text
 
 
