@@ -60,7 +60,8 @@ def _smallest(
     """
     taken = 0
     # Of equal ones that which runs last: nothing comes after it that could even its error out.
-    for name in sorted(list(quants)[::-1], key=lambda name: sizes[name]):
+    place = {name: number for number, name in enumerate(quants)}
+    for name in sorted(quants, key=lambda name: (sizes[name], -place[name])):
         quant = quants[name]
         if quant is None or not isinstance(quant.format, IntegerFormat) or quant.format.bits >= 8:
             continue
