@@ -23,7 +23,7 @@ import torch
 
 import hfquant
 from benchmarks import models
-from benchmarks.quality import Subject, digits, environment, quantized, smollm2
+from benchmarks.quality import Subject, digits, quantized, smollm2, store
 
 WINDOWS = 96
 #: Steps by model; those of the digits take a twentieth of a second.
@@ -60,9 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             rows[f"{name}, {preset}"] = {"before": before, "after": after, "seconds": seconds, **held}
             print(name, preset, rows[f"{name}, {preset}"], file=sys.stderr, flush=True)
             if args.json:
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
-                args.json.with_suffix(".md").write_text(markdown(rows))
+                store(args.json, rows, markdown(rows))
     print(markdown(rows))
     return 0
 

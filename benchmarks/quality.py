@@ -191,6 +191,13 @@ def environment() -> dict[str, Any]:
     return {"cpu": f"{name or platform.processor()} ({', '.join(flags)})", "versions": versions}
 
 
+def store(path: Path, rows: Mapping[str, Any], page: str) -> None:
+    """Write rows with the environment to a JSON file, and their page beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page)
+
+
 def markdown(result: Mapping[str, Any], order: Mapping[str, Any]) -> str:
     """The result as a Markdown table, rows in the order of ``order``; errors are joined to their figures by ±."""
     rows = [(name, result["rows"][name]) for name in order if name in result["rows"]]

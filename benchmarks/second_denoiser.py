@@ -26,7 +26,7 @@ from tqdm import trange
 
 import hfquant
 from benchmarks import metrics, models
-from benchmarks.quality import environment
+from benchmarks.quality import store
 from hfquant.affiner import load_affiner
 from hfquant.demo import DigitsPipeline
 
@@ -76,9 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             row["distilled"], row["distilled error"] = metrics.mean_and_error(judged(quantized) - plain)
         print(preset, row, file=sys.stderr, flush=True)
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
-            args.json.with_suffix(".md").write_text(markdown(rows))
+            store(args.json, rows, markdown(rows))
     print(markdown(rows))
     return 0
 
@@ -177,12 +175,13 @@ def shuffled(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(rows: dict[str, dict[str, float]]) -> str:
     """A table of PSNR and of what an affiner and distilling add, in dB with standard errors."""
-    lines = ["| preset | bits | PSNR dB | affiner | distilled |", "| --- | ---: | ---: | ---: | ---: |"]
+    measured = [k for k in ("affiner", "distilled") if any(k in row for row in rows.values())]
+    columns = ["preset", "bits", "PSNR dB", *measured]
+    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
     for name, row in rows.items():
-        gains = [f"{row[k]:+.2f} ± {row[f'{k} error']:.2f}" if k in row else "" for k in ("affiner", "distilled")]
-        lines.append(
-            f"| {name} | {row['bits']:.2f} | {row['PSNR dB']:.2f} ± {row['error']:.2f} | {' | '.join(gains)} |"
-        )
+        gains = [f"{row[k]:+.2f} ± {row[f'{k} error']:.2f}" if k in row else "" for k in measured]
+        cells = [name, f"{row['bits']:.2f}", f"{row['PSNR dB']:.2f} ± {row['error']:.2f}", *gains]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

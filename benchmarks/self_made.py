@@ -21,7 +21,7 @@ import torch
 
 import hfquant
 from benchmarks import metrics, models
-from benchmarks.quality import environment
+from benchmarks.quality import store
 from benchmarks.static import HELP, help_text
 
 PRESETS = ("w4a16-gptq", "w8a8-smooth", "w8a8")
@@ -60,9 +60,7 @@ def main(argv: list[str] | None = None) -> int:
                 rows[name] |= {f"{text}: KL": scores.kl, f"{text}: error": scores.kl_error}
             print(name, rows[name], file=sys.stderr, flush=True)
             if args.json:
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
-                args.json.with_suffix(".md").write_text(markdown(rows, texts))
+                store(args.json, rows, markdown(rows, texts))
     print(markdown(rows, texts))
     return 0
 
