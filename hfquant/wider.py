@@ -37,11 +37,12 @@ def with_wider_inputs(layers: Mapping[str, LayerPlan], rows: Mapping[str, int]) 
     return wider
 
 
-def with_wider_weights(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+def with_wider_weights(layers: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
     """Return the plans of layers outside of repeated blocks whose weights become INT8: ``weight_quant.int8_share``."""
     sizes = {name: plan.in_features * plan.out_features for name, plan in layers.items()}
     shared = {plan.tied for plan in layers.values()}
-    alone = {n: p for n, p in layers.items() if not _INDEX.search(n) and not p.tied and n not in shared}
+    # The last to run comes first among equals: nothing comes after it that could even its error out.
+    alone = {n: p for n, p in reversed(layers.items()) if not _INDEX.search(n) and not p.tied and n not in shared}
     wider = {}
     for name, share in _smallest({n: p.config.weight_quant for n, p in alone.items()}, sizes, sum(sizes.values())):
         plan = layers[name]
@@ -56,12 +57,10 @@ def _smallest(
 ) -> Iterator[tuple[str, float]]:
     """Yield layers of integers below 8 bits, the smallest first, as long as all are within their share of ``total``.
 
-    Layers are in order of execution.
+    Of equal ones that which is listed first.
     """
     taken = 0
-    # Of equal ones that which runs last: nothing comes after it that could even its error out.
-    place = {name: number for number, name in enumerate(quants)}
-    for name in sorted(quants, key=lambda name: (sizes[name], -place[name])):
+    for name in sorted(quants, key=lambda name: sizes[name]):
         quant = quants[name]
         if quant is None or not isinstance(quant.format, IntegerFormat) or quant.format.bits >= 8:
             continue
