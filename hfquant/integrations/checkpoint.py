@@ -107,6 +107,10 @@ def install_empty(
             layer.borrow(None)  # until :func:`finish_loading`
         for marked in (layer, *layer.parameters(), *layer.buffers()):
             mark_initialized(marked)
+        # Classes may initialize a layer where they do the module that holds it, by shapes that codes have not got.
+        holder = model.get_submodule(name.rpartition(".")[0])
+        if not (holder._parameters or holder._buffers):
+            mark_initialized(holder)
         replaced[name] = model.get_submodule(name)
         replacements[replaced[name]] = layer
     replace_modules(model, replacements)
