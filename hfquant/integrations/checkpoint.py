@@ -257,6 +257,13 @@ def finish_loading(model: nn.Module) -> None:
     tie(model)
 
 
+def experts_shape(layer: QuantExperts, parameter: str) -> tuple[int, int, int]:
+    """Return the shape of a float parameter of experts, as the class keeps it."""
+    plan = layer.plans[parameter]
+    sizes = (plan.in_features, plan.out_features) if layer.layout.transposed else (plan.out_features, plan.in_features)
+    return (layer.expert_count, *sizes)
+
+
 def quantized_experts(name: str, layer: QuantExperts, plan: LayerPlan, weights: Tensor) -> dict[str, Tensor]:
     """Quantize a float parameter of experts without data.
 
