@@ -173,8 +173,9 @@ def plan_apart(
     with first_alone(experts):
         traces = _traces(model, chosen, example, facts)
     share_traces(traces, experts)
-    # Where no forward was watched the source code says what it can.
-    obstacles = {n: t.obstacle for n, t in traces.items() if t.obstacle} if traces else obstacles_in_source(model)
+    obstacles = {n: t.obstacle for n, t in traces.items() if t.obstacle}
+    if not traces.keys() >= chosen.keys():  # of layers that no forward was watched of, the source code says what it can
+        obstacles = {n: why for n, why in obstacles_in_source(model).items() if n not in traces} | obstacles
     for name in [n for n in chosen if n in obstacles]:
         skipped[name] = obstacles[name]
         del chosen[name]

@@ -100,10 +100,11 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         config, facts = self.quantization_config, facts_of(model)
         if self.pre_quantized:
             names = _stored_names(model, checkpoint_files)
-            plans = stored_plans(model, config, facts, None if _is_own(model) else names)
+            known = None if names is None or _is_own(model) else {*names, *names.values()}
+            plans = stored_plans(model, config, facts, known)
             install_empty(model, plans, facts.experts, on_disk=True)
             self._forget_ties(model)
-            check_names(model, names or ())
+            check_names(model, (names or {}).values())
             self.exact = {
                 f"{name}.{tensor}"
                 for name, layer in quant_modules(model).items()
@@ -351,16 +352,15 @@ def _is_own(model: PreTrainedModel) -> bool:
     return type(model).__name__ in (model.config.architectures or ())
 
 
-def _stored_names(model: PreTrainedModel, checkpoint_files: list[str] | None) -> set[str] | None:
-    """Return the names of the checkpoint's tensors, as stored and as in ``model``; None where there are no files.
+def _stored_names(model: PreTrainedModel, checkpoint_files: list[str] | None) -> dict[str, str] | None:
+    """Return the names of the checkpoint's tensors: as stored, and as in ``model``. None where there are no files.
 
     Another class's checkpoint has nothing for a task's head (and one without a pooler nothing for the pooler): such
     linears stay float, for transformers to initialize and warn about.
     """
     if not checkpoint_files:
         return None
-    keys = tensor_names(checkpoint_files)
-    return keys.union(names_in_model(model, sorted(keys)).values())
+    return names_in_model(model, sorted(tensor_names(checkpoint_files)))
 
 
 if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:

@@ -8,6 +8,7 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from torch import nn
 
+import hfquant
 from hfquant import QuantLinear, set_real_quant
 from hfquant.layer_config import InputQuant, WeightQuant
 from hfquant.nn.modules import dequantized, log_share, quant_linears
@@ -42,6 +43,46 @@ def test_replace_modules_everywhere() -> None:
     assert not new.training
     assert new_last.training
     assert quant_linears(model) == {"a": new, "c.2": new_last}
+
+
+class Listed(nn.Module):
+    """Runs what a plain list and a tuple hold, as MaskFormer's convolutions do; names are registered beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(IN, IN), nn.Linear(IN, OUT)
+        self.layers, self.ends = [self.first, nn.GELU()], (self.last,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (*self.layers, *self.ends):
+            x = layer(x)
+        return x
+
+
+def test_modules_in_plain_lists_are_replaced_and_put_back() -> None:
+    model = Listed()
+    x = some_input(3)
+    plain = model(x)
+    hfquant.quantize(model, None, {"default": {"opt": {"type": "default"}, "input_quant": None}})
+    assert model.layers[0] is model.first
+    assert model.ends[0] is model.last
+    assert isinstance(model.first, QuantLinear)
+    assert isinstance(model.last, QuantLinear)
+    assert 0 < (model(x) - plain).norm() < 0.1 * plain.norm()
+    restored = dequantized(model, torch.float32)
+    assert type(restored.layers[0]) is nn.Linear
+    assert restored.layers[0] is restored.first
+
+
+def test_a_failure_leaves_plain_lists_as_they_were() -> None:
+    model = Listed()
+    first, weight = model.first, model.first.weight
+    with torch.no_grad():
+        model.last.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        hfquant.quantize(model, None, "w8a16")
+    assert model.layers[0] is model.first is first
+    assert model.first.weight is weight
 
 
 def test_set_real_quant() -> None:
