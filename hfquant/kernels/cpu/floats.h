@@ -93,11 +93,10 @@ void float_panels(const Job& job, const std::vector<Block>& blocks, const std::v
         const float* x[TOKENS];
         for (int i = 0; i < TOKENS; ++i) x[i] = term.x + std::min(m + i, count - 1) * term.columns + k;
         for (int64_t p = 0; p < panels; ++p, sum += TILE) {
-          if (last) prefetch_outputs(job, first + m, n + p * ROWS);
-          float_tile<V>(x, panel + p * PIECE * ROWS, size, TOKENS * term.columns, sum);
-          if (last)
-            store_sums(job, first + m, std::min<int64_t>(TOKENS, count - m), n + p * ROWS,
-                       std::min(ROWS, rows - p * ROWS), sum, ROWS);
+          const int64_t lines = std::min<int64_t>(TOKENS, count - m), width = std::min(ROWS, rows - p * ROWS);
+          if (last) prefetch_outputs(job, first + m, lines, n + p * ROWS, width);
+          float_tile<TOKENS, V>(x, panel + p * PIECE * ROWS, size, TOKENS * term.columns, sum);
+          if (last) store_sums(job, first + m, lines, n + p * ROWS, width, sum, ROWS);
         }
       }
     }
