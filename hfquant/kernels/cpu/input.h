@@ -59,8 +59,8 @@ inline int16_t code_of(float quotient, float limit) {
   return static_cast<int16_t>(static_cast<int32_t>(rounded));
 }
 
-// Quotients are x times the reciprocal, but for what is so close to the middle of two numbers that the last bit decides:
-// those are divided, and this many at once.
+// Quotients are x times the reciprocal, but for what is so close to the middle of two numbers that the last bit
+// decides: those are divided, and so many at once.
 constexpr int64_t QUOTIENTS = 128;
 constexpr float CLOSE = 0.4999f;
 
@@ -187,7 +187,7 @@ inline const float* inverse_of(const Job& job, float* out) {
   return high < 0x1p60f && low > 0x1p-60f ? out : nullptr;
 }
 
-// The token's input as floats, divided by the divisor and rotated; `buffer` [K] is used where x cannot be read as it is.
+// The token's input as floats, divided by the divisor and rotated; in `buffer` [K] where x cannot be read as it is.
 inline const float* floats_of(const Job& job, int64_t token, float* buffer) {
   const float* x = static_cast<const float*>(job.x.data) + token * job.K;
   if (job.x.type != FLOAT32) {

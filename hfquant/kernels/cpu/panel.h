@@ -27,30 +27,35 @@ inline void interleave(const void* lines, int64_t pitch, int64_t count, void* ou
   }
 }
 
-// Fetches where outputs of `count` tokens from m on and `rows` rows from n on will be stored: each token's are on a page
-// of its own, and a store that waits for it holds up those behind. (GCC takes a call of a function that only prefetches
-// for one without effect.)
-[[gnu::always_inline]] inline void prefetch_outputs(const Job& job, int64_t m, int64_t count, int64_t n, int64_t rows) {
+// Fetches where outputs of `count` tokens from m on and `rows` rows from n on will be stored: each token's are on a
+// page of its own, and a store that waits for it holds up those behind. (GCC takes a call of a function that only
+// prefetches for one without effect.)
+[[gnu::always_inline]] inline void prefetch_outputs(const Job& job, int64_t m, int64_t count, int64_t n,
+                                                    int64_t rows) {
   const int64_t bytes = job.y_type == FLOAT32 ? 4 : 2;
   for (int64_t t = m; t < m + count; ++t)
     for (int64_t i = 0; i < rows * bytes; i += 64)
       __builtin_prefetch(static_cast<const char*>(job.y) + (t * job.N + n) * bytes + i, 1);
 }
 
-// Adds the bias to sums [count][pitch] of tokens from m on and rows [n, n + rows), and stores them; they may lie where
-// they are stored.
-[[gnu::noinline]] inline void store_sums(const Job& job, int64_t m, int64_t count, int64_t n, int64_t rows, float* sums,
-                                         int64_t pitch) {
-  static thread_local Scratch of_bias;
-  float* bias = of_bias.get<float>(rows);
+// The bias of rows [n, n + rows); zero where there is none.
+inline void bias_of(const Job& job, int64_t n, int64_t rows, float* bias) {
   if (job.bias.data)
     to_floats(job.bias, n, rows, bias);
   else
     std::memset(bias, 0, rows * sizeof(float));
+}
+
+// Adds the bias [rows] to sums [count][pitch] of tokens from m on and rows [n, n + rows), and stores them; they may lie
+// where they are stored.
+inline void store_sums(const Job& job, int64_t m, int64_t count, int64_t n, int64_t rows, const float* bias,
+                       float* sums, int64_t pitch) {
   for (int64_t i = 0; i < count; ++i, sums += pitch) {
     const int64_t at = (m + i) * job.N + n;
     float* y = job.y_type == FLOAT32 ? static_cast<float*>(job.y) + at : sums;
-    for (int64_t j = 0; j < rows; ++j) y[j] = sums[j] + bias[j];
+    int64_t j = 0;
+    for (; j + LANES <= rows; j += LANES) store_reals(y + j, add(load_reals(sums + j), load_reals(bias + j)));
+    for (; j < rows; ++j) y[j] = sums[j] + bias[j];
     if (job.y_type != FLOAT32) from_floats(sums, rows, job.y, job.y_type, at);
   }
 }

@@ -220,10 +220,11 @@ template <class Dot, int T, int V>
     const Ints from = CODES<Dot> == 2 ? zeros() : repeat(initial[i * tokens.blocks]);
     UNROLL for (int j = 0; j < V; ++j) exact[i][j] = from;
   }
-  const int32_t* zero = panel.zero + layout.blocks[block].group * V * LANES;
-  if (panel.zeros_apart)
+  if (panel.zeros_apart) {
+    const int32_t* zero = panel.zero + layout.blocks[block].group * V * LANES;
     UNROLL for (int i = 0; i < T; ++i)
       UNROLL for (int j = 0; j < V; ++j) exact[i][j] = times(exact[i][j], load(zero + j * LANES));
+  }
   const uint32_t* x = tokens.codes + m * pitch + layout.start[block];
   const uint32_t* weights = panel.words + layout.start[block] * V * LANES;
   const uint32_t* const end = panel.words + layout.start[block + 1] * V * LANES;
@@ -236,8 +237,8 @@ template <class Dot, int T, int V>
 }
 
 // Adds the products of T tokens from m on by the panel's V vectors of rows, over blocks [first, last) that share the
-// input's scale, to sums [T][V * LANES]. With ONE block no floats have to be kept while its integers need the registers.
-// Each step is done for all sums before the next one: what waits for results would leave no room for what does not.
+// input's scale, to sums [T][V * LANES]. With ONE block no floats take registers while its integers need them. Each step
+// is done for all sums before the next one: what waits for results would leave no room for what does not.
 template <class Dot, int T, int V, bool ONE>
 [[gnu::noinline]] void tile(const Layout& layout, const Tokens& tokens, const Panel& panel, int64_t m, int64_t first,
                             int64_t last, float* __restrict sums) {
@@ -273,7 +274,8 @@ template <class Dot, int T, int V, bool ONE>
 template <class Dot, int T, int V>
 void by_panel(const Job& job, const Layout& layout, const Tokens& tokens, const Panel& panel, int64_t first, int64_t n,
               int64_t rows) {
-  alignas(64) float sums[T * V * LANES];
+  alignas(64) float sums[T * V * LANES], bias[V * LANES];
+  bias_of(job, n, rows, bias);
   for (int64_t m = 0; m < tokens.count; m += T) {
     const int64_t count = std::min<int64_t>(T, tokens.count - m);
     prefetch_outputs(job, first + m, count, n, rows);
@@ -285,10 +287,11 @@ void by_panel(const Job& job, const Layout& layout, const Tokens& tokens, const 
     }
     if (job.rank) {
       const float* narrow[T];
-      for (int i = 0; i < T; ++i) narrow[i] = job.narrow + (first + std::min<int64_t>(m + i, tokens.count - 1)) * job.rank;
+      for (int i = 0; i < T; ++i)
+        narrow[i] = job.narrow + (first + std::min<int64_t>(m + i, tokens.count - 1)) * job.rank;
       float_tile<T, V>(narrow, panel.up, job.rank, T * job.rank, sums);
     }
-    store_sums(job, first + m, count, n, rows, sums, V * LANES);
+    store_sums(job, first + m, count, n, rows, bias, sums, V * LANES);
   }
 }
 
