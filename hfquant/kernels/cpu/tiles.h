@@ -115,10 +115,6 @@ void layout_token(const Job& job, const Layout& layout, const int16_t* codes, in
   }
 }
 
-// How many times WIDTH rows a panel has, where there are as many. Words of 16 bits fill a core's nearest cache without.
-template <class Dot>
-constexpr int WIDE = CODES<Dot> == 4 ? WIDER : 1;
-
 // Rows of the weight, `width` of them. Groups are padded to whole vectors.
 struct Panel {
   int64_t width, groups;
@@ -220,7 +216,7 @@ template <class Dot, int T, int V>
     const Ints from = CODES<Dot> == 2 ? zeros() : repeat(initial[i * tokens.blocks]);
     UNROLL for (int j = 0; j < V; ++j) exact[i][j] = from;
   }
-  if (panel.zeros_apart) {
+  if (CODES<Dot> == 4 && panel.zeros_apart) {
     const int32_t* zero = panel.zero + layout.blocks[block].group * V * LANES;
     UNROLL for (int i = 0; i < T; ++i)
       UNROLL for (int j = 0; j < V; ++j) exact[i][j] = times(exact[i][j], load(zero + j * LANES));
@@ -237,8 +233,8 @@ template <class Dot, int T, int V>
 }
 
 // Adds the products of T tokens from m on by the panel's V vectors of rows, over blocks [first, last) that share the
-// input's scale, to sums [T][V * LANES]. With ONE block no floats take registers while its integers need them. Each step
-// is done for all sums before the next one: what waits for results would leave no room for what does not.
+// input's scale, to sums [T][V * LANES]. With ONE block no floats take registers while its integers need them. Each
+// step is done for all sums before the next one: what waits for results would leave no room for what does not.
 template <class Dot, int T, int V, bool ONE>
 [[gnu::noinline]] void tile(const Layout& layout, const Tokens& tokens, const Panel& panel, int64_t m, int64_t first,
                             int64_t last, float* __restrict sums) {
@@ -250,14 +246,17 @@ template <class Dot, int T, int V, bool ONE>
     Ints exact[T][V];
     dot_block<Dot>(layout, tokens, panel, m, b, exact);
     const float* of_group = panel.scale + layout.blocks[b].group * V * LANES;
-    Reals scale[V];
-    UNROLL for (int j = 0; j < V; ++j) scale[j] = load_reals(of_group + j * LANES);
-    if constexpr (ONE)
+    if constexpr (ONE) {
+      Reals scale[V];
+      UNROLL for (int j = 0; j < V; ++j) scale[j] = load_reals(of_group + j * LANES);
       UNROLL for (int i = 0; i < T; ++i)
         UNROLL for (int j = 0; j < V; ++j) total[i][j] = mul(to_reals(exact[i][j]), scale[j]);
-    else
-      UNROLL for (int j = 0; j < V; ++j)
-        UNROLL for (int i = 0; i < T; ++i) total[i][j] = fma(to_reals(exact[i][j]), scale[j], total[i][j]);
+    } else {
+      UNROLL for (int j = 0; j < V; ++j) {
+        const Reals scale = load_reals(of_group + j * LANES);
+        UNROLL for (int i = 0; i < T; ++i) total[i][j] = fma(to_reals(exact[i][j]), scale, total[i][j]);
+      }
+    }
   }
   const float* units = tokens.scale + m * tokens.scales + layout.blocks[first].segment;
   Reals unit[T];
@@ -301,7 +300,7 @@ constexpr int64_t CHUNK_BYTES = 1 << 20;
 template <class Dot>
 void by_tiles(const Job& job, ParallelFor parallel_for) {
   static thread_local Scratch of_codes, of_initial, of_scales;
-  constexpr int64_t ROWS = WIDE<Dot> * WIDTH;
+  constexpr int64_t ROWS = WIDER * WIDTH;
   const Layout layout(job, CODES<Dot>);
   const std::vector<Range> shared = shared_ranges(job);
   Tokens tokens;
@@ -342,10 +341,10 @@ void by_tiles(const Job& job, ParallelFor parallel_for) {
         panel.width = wide ? ROWS : WIDTH;
         fill_panel<Dot>(job, layout, n, panel);
         for (int64_t r = 0; r < job.rank; r += PIECE) {
-          auto fill = wide ? fill_floats<WIDE<Dot> * VECTORS> : fill_floats<VECTORS>;
+          auto fill = wide ? fill_floats<WIDER * VECTORS> : fill_floats<VECTORS>;
           fill(job, layout.blocks, branch, n, r, std::min(PIECE, job.rank - r), panel.up + r * panel.width);
         }
-        auto run = wide ? by_panel<Dot, TOKENS / WIDE<Dot>, WIDE<Dot> * VECTORS> : by_panel<Dot, TOKENS, VECTORS>;
+        auto run = wide ? by_panel<Dot, TOKENS / WIDER, WIDER * VECTORS> : by_panel<Dot, TOKENS, VECTORS>;
         run(job, layout, tokens, panel, first, n, rows);
       }
     };
