@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hfquant.presets import PRESETS
+
 GROUP = {"type": "int4", "group_size": 64}
 #: As presets have them.
 FINE_GROUP = {"type": "int4", "group_size": 32, "symmetric": False, "clip": "mse"}
@@ -112,6 +114,27 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w4a4/hfquant-smooth": config(GROUP, TOKEN4, SMOOTH),
     "w4a4/hfquant-svd": config(GROUP, TOKEN4, SVD),
     "w4a4/hfquant-svd-gptq-mse-asym": config(GROUP, TOKEN4, SVD, GPTQ, clip="mse", symmetric=False),
+}
+
+#: Bits by layer at sizes that are no preset's, from its choices and, below 4 bits, cheaper ones.
+_CHOICES = PRESETS["w4-auto"]["search"]["choices"]
+_FEW_BITS = [{"type": "int2", "group_size": 32}, {"type": "int3", "group_size": 64}, *_CHOICES]
+SEARCHED: dict[str, dict[str, Any]] = {
+    f"searched/{bits}-bits": {
+        **PRESETS["w4-auto"],
+        "search": {"budget": bits, "choices": _FEW_BITS if bits < 4 else _CHOICES},
+    }
+    for bits in (3.5, 4.45, 4.67, 5.1, 6.25)
+}
+
+#: Too few bits for closed forms alone: what distilling starts from.
+TWO_BITS: dict[str, dict[str, Any]] = {
+    "w2a16/hfquant-gptq": {
+        "default": {
+            **PRESETS["w4a16-gptq"]["default"],
+            "weight_quant": {**FINE_GROUP, "type": "int2", "group_size": 64},
+        }
+    }
 }
 
 _FEATURES: dict[str, dict[str, Any]] = {

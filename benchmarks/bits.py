@@ -3,7 +3,7 @@
 One measurement serves every budget. Choices are INT3, INT4, INT5, INT6 and INT8 in groups of 64, and some of them in
 groups of 16 (`--wide`), zero points and mse clipping, without smoothing; the same layers, put together, are the uniform
 models. A searched model is compared with the smallest uniform one that is at least
-as large. Calibration, selection (the last quarter of the calibration windows) and evaluation are apart.
+as large. Calibration, selection (every fourth calibration window) and evaluation are apart.
 
     python -m benchmarks.bits smollm2 --rounding gptq
 """
@@ -100,8 +100,6 @@ def digits(count: int) -> tuple[nn.Module, list[Any], Score]:
     recorder = model.register_forward_pre_hook(lambda _m, _a, kwargs: data.append(kwargs), with_kwargs=True)
     images(count, seed=1)
     recorder.remove()
-    # Shuffled, so that the last quarter has all timesteps.
-    data = [data[i] for i in torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
     expected = images(64, seed=2)
 
     def score() -> dict[str, Tensor]:

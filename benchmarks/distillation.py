@@ -23,11 +23,14 @@ import torch
 
 import hfquant
 from benchmarks import models
+from benchmarks.ablation import SEARCHED, TWO_BITS
 from benchmarks.quality import Subject, digits, quantized, smollm2, store
 
 WINDOWS = 96
 #: Steps by model; those of the digits take a twentieth of a second.
 STEPS = {"smollm2": 120, "digits": 300}
+#: What can be distilled, by name.
+CONFIGS = {**hfquant.PRESETS, **SEARCHED, **TWO_BITS}
 #: Scores that a table shows, and their errors.
 SHOWN = {"smollm2": [("KL", "KL error"), ("perplexity", "")], "digits": [("PSNR dB", "PSNR error")]}
 
@@ -36,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print the page and store it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distillation", description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=list(STEPS), choices=STEPS)
-    parser.add_argument("--presets", nargs="+", default=["w3a16-gptq", "w4a16-gptq"], choices=hfquant.PRESETS)
+    parser.add_argument("--presets", nargs="+", default=["w3a16-gptq", "w4a16-gptq"], choices=CONFIGS)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--samples", type=int, default=32, help="calibration windows, or images")
     parser.add_argument("--json", type=Path, help="file that rows are added to; a .md of the same name goes beside it")
     args = parser.parse_args(argv)
@@ -51,13 +55,13 @@ def main(argv: list[str] | None = None) -> int:
             if f"{name}, {preset}" in rows:
                 continue
             data = _data(name, subject) if data is None else data
-            model = quantized(copy.deepcopy(hfquant.PRESETS[preset]), subject)
+            model = quantized(copy.deepcopy(CONFIGS[preset]), subject)
             before, start = subject.score(model), time.process_time()
-            found = hfquant.distill(model, subject.model, data, STEPS[name])
+            found = hfquant.distill(model, subject.model, data, STEPS[name], args.learning_rate)
             seconds = time.process_time() - start
             held = {"held out, before": found.before, "held out, after": found.after, "kept": found.kept}
-            after = subject.score(model)
-            rows[f"{name}, {preset}"] = {"before": before, "after": after, "seconds": seconds, **held}
+            settings = {"seconds": seconds, "learning rate": args.learning_rate}
+            rows[f"{name}, {preset}"] = {"before": before, "after": subject.score(model), **settings, **held}
             print(name, preset, rows[f"{name}, {preset}"], file=sys.stderr, flush=True)
             if args.json:
                 store(args.json, rows, markdown(rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -105,7 +105,7 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
 
 
-def bits_per_weight(model: nn.Module, weights: dict[str, int]) -> float:
+def bits_per_weight(model: nn.Module, weights: dict[str, int], left: Collection[str] = ()) -> float:
     """Stored bits a weight of the named linears: every tensor of their state dicts, counted in bytes.
 
     Codes, scales, zero points, smoothing vectors, low-rank branches and biases all count; tensor subclasses are taken
@@ -114,12 +114,15 @@ def bits_per_weight(model: nn.Module, weights: dict[str, int]) -> float:
     Args:
         model: The quantized model.
         weights: For each linear's name, how many weights it had in full precision.
+        left: Names of those that a recipe leaves in full precision; they count as they are stored.
 
     Raises:
-        ValueError: A linear still holds its weights in 16 bits or more: it was skipped, and the row would flatter.
+        ValueError: Another linear still holds its weights in 16 bits or more: skipped, and the row would flatter.
     """
     tensors = {name: _plain_tensors(model.get_submodule(name).state_dict().values()) for name in weights}
-    if skipped := [n for n, held in tensors.items() if any(_is_float_weight(t, weights[n]) for t in held)]:
+    if skipped := [
+        n for n, held in tensors.items() if n not in left and any(_is_float_weight(t, weights[n]) for t in held)
+    ]:
         raise ValueError(f"{len(skipped)} of {len(weights)} linears were not quantized, the first is {skipped[0]}")
     return 8 * sum(_bytes(t) for held in tensors.values() for t in held) / sum(weights.values())
 

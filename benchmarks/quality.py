@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import metrics, models
-from benchmarks.ablation import ABLATION, DIGITS_ABLATION
+from benchmarks.ablation import ABLATION, DIGITS_ABLATION, SEARCHED, TWO_BITS
 from benchmarks.peers import PEERS, linearized
 from hfquant.config import parse
 from hfquant.presets import PRESETS
@@ -141,11 +141,12 @@ def digits(args: argparse.Namespace) -> Subject:
 
 def _by_kind(rows: Mapping[str, Row]) -> dict[str, Row]:
     kinds = ["fp32", "preset", "w8a16", "w8a8", "fp8a16", "fp8a8", "w6a16", "w6a8", "w4a16", "w4a8", "w4a4"]
+    kinds += ["w2a16", "searched"]
     return dict(sorted(rows.items(), key=lambda row: kinds.index(row[0].partition("/")[0])))
 
 
 SUBJECTS: dict[str, tuple[Callable[[argparse.Namespace], Subject], Mapping[str, Row]]] = {
-    "smollm2": (smollm2, _by_kind(ROWS)),
+    "smollm2": (smollm2, _by_kind({**ROWS, **SEARCHED, **TWO_BITS})),
     "minilm": (minilm, _by_kind(ROWS)),
     "digits": (digits, _by_kind({**ROWS, **DIGITS_ABLATION})),
 }

@@ -140,8 +140,8 @@ def distill(
     Args:
         model: quantized, in memory.
         teacher: the float model; it shares no parameter with ``model``.
-        calibration: what :func:`quantize` takes; None and "self": what a model of transformers makes itself. The last
-            quarter of the samples judges. Samples that differ in kind (timesteps) belong into batches in random order.
+        calibration: what :func:`quantize` takes; None and "self": what a model of transformers makes itself. Every
+            fourth sample judges. A denoiser's should be of all timesteps.
         steps: of the optimizer (Adam), each on one sample.
         learning_rate: relative to the root mean square of a vector.
         seed: of the samples' order.
@@ -170,7 +170,7 @@ def search_bits(
 
     Args:
         model: in full precision.
-        calibration: what :func:`quantize` takes; the last quarter of its samples judges.
+        calibration: what :func:`quantize` takes; every fourth sample judges.
         budget: at most 32: stored bits a weight, scales included; more: bytes of all layers that are chosen for; the
             name of a preset: as many bytes as it takes.
         choices: what to choose from: names of number formats, which take the place of the base's weight format; fields

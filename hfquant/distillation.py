@@ -63,7 +63,7 @@ def distill(
     Args:
         model: quantized, in memory.
         teacher: the float model; it shares no parameter with ``model``.
-        data: calibration batches; the last quarter of the samples judges, and is not trained on.
+        data: calibration batches; every fourth sample judges, and is not trained on.
         steps: of the optimizer (Adam), each on one sample.
         learning_rate: relative to the root mean square of a vector.
         seed: of the samples' order.

@@ -164,6 +164,13 @@ class LayerConfig(Section):
     """Everything decided for one layer before its data is seen. Defaults are the reference's."""
 
     enable: bool = Field(True, description="Quantize the layer.")
+    float_share: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of the model's weights that stay in full precision: those of the smallest layers outside of "
+        "its repeated blocks. A denoiser's last projection is one, and most of the error of 8 bits is what it rounds.",
+    )
     seglinear: bool = Field(True, description="Give segments of the input and output scales of their own.")
     search_patterns: Annotated[tuple[SegPattern, ...], BeforeValidator(_patterns)] = Field(
         tuple(SegPattern.all()), description="Patterns of the dataflow from which segments and dual scales are planned."

@@ -28,7 +28,7 @@ from hfquant.layer_config import OPTIONAL, LayerConfig
 from hfquant.layer_plan import LayerPlan, can_be_dual, input_parts, layer_plan
 from hfquant.nn.kinds import layers_in, refusal
 from hfquant.ties import configs_together, tied_groups
-from hfquant.wider import with_wider_inputs, with_wider_weights
+from hfquant.wider import left_in_float, with_wider_inputs, with_wider_weights
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +179,10 @@ def plan_apart(
         skipped[name] = obstacles[name]
         del chosen[name]
     order = sorted(chosen, key=lambda n: traces[n].order if n in traces else len(traces))
+    free = {n: chosen[n] for n in order if n not in {*ties, *ties.values()} and not _asked(rules, facts.aliases(n))}
+    left = left_in_float(free, {n: model.get_parameter(f"{n}.weight").numel() for n in order})
+    order = [n for n in order if n not in left]
+    chosen, skipped = {n: chosen[n] for n in order}, skipped | left
     folds = plan_folds(model, chosen, traces)
     folded = {name: fold.source.module for fold in folds for name in fold.readers}
     layers = {n: _with_trace(n, model.get_submodule(n), chosen[n], traces.get(n), folded.get(n)) for n in order}
@@ -216,7 +220,7 @@ def _chosen(
         globs = rules.matching(*names)
         for glob in globs:
             idle.pop(glob, None)
-        asked = any(rules.raw[glob].get("enable") is True for glob in globs)
+        asked = _asked(rules, names)
         layer = rules.resolve(*names)
         if fused and layer.input_quant is not None:
             # The experts of one parameter have one config, whatever each would need.
@@ -256,6 +260,11 @@ def _chosen(
         logger.warning("%s: modules_to_not_convert: %r matches no module", who, key)
     check_one_config(chosen, experts)
     return chosen, skipped, ties
+
+
+def _asked(rules: QuantRules, names: Iterable[str]) -> bool:
+    """Return whether an entry of the config that is not for all layers says that this one is quantized."""
+    return any(rules.raw[glob].get("enable") is True for glob in rules.matching(*names))
 
 
 def _log_cuts(who: str, layers: Mapping[str, LayerPlan]) -> None:

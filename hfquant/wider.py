@@ -1,4 +1,4 @@
-"""Layers that get more bits than the config's type has, since they cost next to nothing and may count most.
+"""Layers that get more bits than the config's types have, since they cost next to nothing and may count most.
 
 The last projection of a denoiser is a thousandth of its weights, yet no norm and no other layer comes after it to even
 out what its rounding does to the picture.
@@ -11,11 +11,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from hfquant.formats.integer import IntegerFormat
-from hfquant.layer_config import InputQuant, WeightQuant
+from hfquant.layer_config import InputQuant, LayerConfig, WeightQuant
 from hfquant.layer_plan import LayerPlan
 
 #: The index of a repeated block in a module's name.
 _INDEX = re.compile(r"(?:^|\.)\d+(?:\.|$)")
+
+
+def left_in_float(layers: dict[str, LayerConfig], sizes: Mapping[str, int]) -> dict[str, str]:
+    """Return the layers outside of repeated blocks that stay in full precision by ``float_share``, and why.
+
+    Args:
+        layers: the configs of those that may, in order of execution.
+        sizes: how many weights each layer of the model has that is to be quantized.
+    """
+    shares = {n: config.float_share for n, config in reversed(layers.items()) if not _INDEX.search(n)}
+    smallest = _smallest(shares, sizes, sum(sizes.values()))
+    return {name: f"{share:.2%} of all weights, within float_share" for name, share in smallest}
 
 
 def with_wider_inputs(layers: Mapping[str, LayerPlan], rows: Mapping[str, int]) -> dict[str, LayerPlan]:
@@ -27,7 +39,9 @@ def with_wider_inputs(layers: Mapping[str, LayerPlan], rows: Mapping[str, int]) 
     """
     sizes = {n: (rows.get(n, 0) if rows else 1) * p.in_features * p.out_features for n, p in layers.items()}
     wider = {}
-    for name, share in _smallest({n: p.config.input_quant for n, p in layers.items()}, sizes, sum(sizes.values())):
+    for name, share in _smallest(
+        {n: _int8_share(p.config.input_quant) for n, p in layers.items()}, sizes, sum(sizes.values())
+    ):
         plan = layers[name]
         quant = plan.config.input_quant
         assert quant is not None
@@ -44,7 +58,9 @@ def with_wider_weights(layers: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
     # The last to run comes first among equals: nothing comes after it that could even its error out.
     alone = {n: p for n, p in reversed(layers.items()) if not _INDEX.search(n) and not p.tied and n not in shared}
     wider = {}
-    for name, share in _smallest({n: p.config.weight_quant for n, p in alone.items()}, sizes, sum(sizes.values())):
+    for name, share in _smallest(
+        {n: _int8_share(p.config.weight_quant) for n, p in alone.items()}, sizes, sum(sizes.values())
+    ):
         plan = layers[name]
         weight = plan.config.weight_quant.model_copy(update={"type": "int8", "int8_share": 0.0})
         evidence = (*plan.evidence, f"INT8 weights: {share:.2%} of all weights")
@@ -52,18 +68,19 @@ def with_wider_weights(layers: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
     return wider
 
 
-def _smallest(
-    quants: Mapping[str, InputQuant | WeightQuant | None], sizes: Mapping[str, int], total: int
-) -> Iterator[tuple[str, float]]:
-    """Yield layers of integers below 8 bits, the smallest first, as long as all are within their share of ``total``.
+def _int8_share(quant: InputQuant | WeightQuant | None) -> float:
+    """Return the share that INT8 may have; none where the type has no fewer bits."""
+    narrow = quant is not None and isinstance(quant.format, IntegerFormat) and quant.format.bits < 8
+    return quant.int8_share if quant is not None and narrow else 0.0
+
+
+def _smallest(shares: Mapping[str, float], sizes: Mapping[str, int], total: int) -> Iterator[tuple[str, float]]:
+    """Yield the smallest layers and what part of ``total`` each is, as long as all are within their share of it.
 
     Of equal ones that which is listed first.
     """
     taken = 0
-    for name in sorted(quants, key=lambda name: sizes[name]):
-        quant = quants[name]
-        if quant is None or not isinstance(quant.format, IntegerFormat) or quant.format.bits >= 8:
-            continue
-        if quant.int8_share and taken + sizes[name] <= quant.int8_share * total:
+    for name in sorted(shares, key=lambda name: sizes[name]):
+        if shares[name] and taken + sizes[name] <= shares[name] * total:
             taken += sizes[name]
             yield name, sizes[name] / max(total, 1)

@@ -41,6 +41,7 @@ def quantized(case: str) -> nn.Module:
     kind, _, preset = case.partition("/")
     config = copy.deepcopy(PRESETS[preset])
     # Digests are of what there was when they were recorded.
+    config["default"].pop("float_share", None)
     opt = config["default"].get("opt", {})
     opt.pop("fold", None)
     opt["type"] = {"hadamard": "default", "smooth_hadamard": "smooth"}.get(opt.get("type"), opt.get("type"))

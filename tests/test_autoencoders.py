@@ -32,7 +32,7 @@ def test_by_name(name) -> None:
     assert convs(Derived()) == {"conv"}
     part = nn.ModuleDict({"vae": Derived(), "vaes": Block(), "conv": nn.Conv2d(32, 32, 3)})
     assert convs(part) == {"vae.conv"}
-    found = hfquant.plan(part, "w8a16")
+    found = hfquant.plan(part, {"default": {"opt": {"type": "default"}, "input_quant": None}})
     assert list(found.layers) == ["vae.linear", "vaes.conv", "vaes.linear", "conv"]
     assert found.skipped["vae.conv"] == "a convolution of an autoencoder"
 

@@ -239,7 +239,7 @@ WRONG = [
     ({"opt": {"magnitude": "mean"}}, "opt.magnitude", "'amax' or 'rms', got 'mean'"),
     ({"weight_quant": {"clip": "max"}}, "weight_quant.clip", "'amax' or 'mse', got 'max'"),
     # Unknown keys, at each level.
-    ({"enabled": True}, "enabled", "allowed are enable, seglinear"),
+    ({"enabled": True}, "enabled", "allowed are enable, float_share, seglinear"),
     ({"opt": {"rank": 4}}, "opt.rank", "allowed are type, alpha, magnitude, search_alpha_config, fold, low_rank"),
     ({"opt": {"search_alpha_config": {"stop": 1}}}, "stop", "allowed are enable, min, max, step"),
     ({"input_quant": {"clip": "mse"}}, "input_quant.clip", "allowed are type, axis, dynamic"),

@@ -95,6 +95,7 @@ def test_quantizes_every_linear_in_place(net: Net, data: Any, config: Any, per_l
     if isinstance(config, str):  # width 16 has no groups of 32
         config = copy.deepcopy(hfquant.PRESETS[config])
         config["default"]["weight_quant"].update(group_size=8)
+        config["default"]["float_share"] = 0.0
         if "low_rank" in config["default"].get("opt", {}):
             config["default"]["opt"]["low_rank"] = 4
     result = quantize(net, data, config, per_layer_mode=per_layer_mode)
@@ -364,7 +365,7 @@ def test_overlapping_globs_that_need_data_only_together_are_refused_on_load(net:
 def test_share_of_a_model_whose_head_is_none(net: Net, caplog: pytest.LogCaptureFixture) -> None:
     net.get_output_embeddings = lambda: None
     with caplog.at_level(logging.INFO, "hfquant"):
-        quantize(net, None, "w8a16")
+        quantize(net, None, {"default": {"opt": {"type": "default"}, "input_quant": None}})
     assert "100 % of the parameters in matrices" in caplog.text
 
 

@@ -97,6 +97,60 @@ def test_globs_say_what_a_layer_is():
     assert types(Denoiser(), config, example())["last"] == ("int4", "int4")
 
 
+EIGHT = {"default": {"float_share": 0.01, "opt": {"type": "default"}, "input_quant": None}}
+
+
+def test_small_ends_stay_in_float():
+    found = hfquant.plan(Denoiser(), EIGHT, example())
+    assert {n: why for n, why in found.skipped.items() if "float_share" in why} == {
+        "last": "0.26% of all weights, within float_share"
+    }
+    assert len(found.layers) == 8
+    assert "last" not in found.layers
+
+
+@pytest.mark.parametrize("entry", [{"float_share": 0.0}, {"float_share": 0.002}, {"enable": True}])
+def test_an_entry_of_its_own_quantizes_an_end(entry):
+    assert "last" in hfquant.plan(Denoiser(), {**EIGHT, "last": entry}, example()).layers
+
+
+def test_a_tied_weight_does_not_stay_in_float_for_one_of_its_layers():
+    model = Denoiser()
+    model.add_module("again", nn.Linear(128, 4))
+    model.again.weight = model.last.weight
+    config = {**EIGHT, "last": {"enable": True}, "again": {"enable": True}}
+    assert not any("float_share" in why for why in hfquant.plan(model, config).skipped.values())
+
+
+@pytest.mark.parametrize("preset", hfquant.PRESETS)
+def test_presets_give_ends_more_bits(preset):
+    """Full precision where the other layers err little, or inputs are rounded too; else INT8."""
+    layers = hfquant.plan(Denoiser(), preset, example()).layers
+    if preset in ("w4a16", "w4a16-gptq", "w4-auto", "w3a16-gptq", "w4a4-gptq", "w4a4-dynamic"):
+        assert layers["last"].config.weight_quant.type == "int8"
+    elif preset == "w4a4-svd":  # a format of other engines
+        assert layers["last"].config.weight_quant.type == "int4"
+    else:
+        assert "last" not in layers
+
+
+@pytest.mark.parametrize("preset", ["w8a8-dynamic", "w8a16", "fp8-dynamic"])
+def test_eight_bits_leave_the_last_projection_in_float(preset, tmp_path):
+    model = small_models.flux()
+    inputs = small_models.inputs_of(model)
+    right = small_models.outputs(model, inputs)
+    without = copy.deepcopy(hfquant.PRESETS[preset])
+    without["default"]["float_share"] = 0.0
+    ended = hfquant.quantize(copy.deepcopy(model), None, preset)
+    errors = [(small_models.outputs(m, inputs) - right).norm() for m in (ended, hfquant.quantize(model, None, without))]
+    assert type(ended.proj_out) is nn.Linear
+    assert errors[0] < errors[1]
+    ended.save_pretrained(tmp_path)
+    again = type(ended).from_pretrained(tmp_path)
+    assert type(again.proj_out) is nn.Linear
+    assert torch.equal(small_models.outputs(again, inputs), small_models.outputs(ended, inputs))
+
+
 def test_language_models_keep_one_format():
     # Layers that engines fuse, such as q, k and v, must not differ in their weights.
     for make in (small_models.llama, small_models.mixtral, small_models.bert):
@@ -137,3 +191,5 @@ def test_quantized_saved_and_reloaded(tmp_path):
 def test_shares_are_shares():
     with pytest.raises(hfquant.ConfigError, match="int8_share"):
         HfQuantConfig({"default": {"weight_quant": {"type": "int4", "int8_share": 2.0}}})
+    with pytest.raises(hfquant.ConfigError, match="float_share"):
+        HfQuantConfig({"default": {"float_share": -0.1}})

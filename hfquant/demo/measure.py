@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from hfquant import QuantLinear
 from hfquant.demo import DigitsPipeline
 from hfquant.demo.classifier import agreement
 
@@ -83,12 +82,8 @@ def measure(
 
 
 def bits_per_weight(model: nn.Module) -> float:
-    """Bytes of all tensors of the quantized linears (scales and biases too) in bits a weight.
-
-    A model without quantized linears is counted by its plain ones.
-    """
-    linears: list[nn.Linear] = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    linears = linears or [m for m in model.modules() if isinstance(m, nn.Linear)]
+    """Bytes of all tensors of the linears (scales and biases too) in bits a weight."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     stored = sum(t.nbytes for m in linears for t in m.state_dict().values())
     return 8 * stored / sum(m.in_features * m.out_features for m in linears)
 

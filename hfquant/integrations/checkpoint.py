@@ -107,6 +107,10 @@ def install_empty(
             layer.borrow(None)  # until :func:`finish_loading`
         for marked in (layer, *layer.parameters(), *layer.buffers()):
             mark_initialized(marked)
+        # Classes may initialize a layer where they do the module that holds it, by shapes that codes have not got.
+        holder = model.get_submodule(name.rpartition(".")[0])
+        if not (holder._parameters or holder._buffers):
+            mark_initialized(holder)
         replaced[name] = model.get_submodule(name)
         replacements[replaced[name]] = layer
     replace_modules(model, replacements)
@@ -251,6 +255,13 @@ def finish_loading(model: nn.Module) -> None:
         for param in layer.parameters(recurse=False):
             param.requires_grad_(False)
     tie(model)
+
+
+def experts_shape(layer: QuantExperts, parameter: str) -> tuple[int, int, int]:
+    """Return the shape of a float parameter of experts, as the class keeps it."""
+    plan = layer.plans[parameter]
+    sizes = (plan.in_features, plan.out_features) if layer.layout.transposed else (plan.out_features, plan.in_features)
+    return (layer.expert_count, *sizes)
 
 
 def quantized_experts(name: str, layer: QuantExperts, plan: LayerPlan, weights: Tensor) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ with suppress(ImportError):  # either library may be absent
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         ConversionOps,
+        Transpose,
         WeightConverter,
         WeightRenaming,
         rename_source_key,
@@ -33,6 +34,7 @@ with suppress(ImportError):  # either library may be absent
 __all__ = [
     "NEEDS_HFQUANT",
     "ConversionOps",
+    "Transpose",
     "WeightConverter",
     "accept_no_dtype",
     "allow_needs_hfquant",

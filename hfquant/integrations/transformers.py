@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,6 +20,7 @@ from hfquant.integrations.checkpoint import (
     check_names,
     codes_on_disk,
     disk_forms,
+    experts_shape,
     finish_loading,
     install_empty,
     needs_no_data,
@@ -29,6 +31,7 @@ from hfquant.integrations.checkpoint import (
 )
 from hfquant.integrations.compat import (
     ConversionOps,
+    Transpose,
     WeightConverter,
     allow_needs_hfquant,
     drop_needs_hfquant,
@@ -167,7 +170,9 @@ class HfQuantTransformersQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Merge, split and transpose nothing of a quantized checkpoint: it has the model's own tensors."""
         updated = super().update_weight_conversions(weight_conversions, model)
-        return [c for c in updated if not isinstance(c, WeightConverter)] if self.pre_quantized else updated
+        if self.pre_quantized:
+            return [c for c in updated if not isinstance(c, WeightConverter)]
+        return [_transposing_floats(c) if isinstance(c, WeightConverter) else c for c in updated]
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation run on each weight that :meth:`param_needs_quantization` claims."""
@@ -226,6 +231,42 @@ class HfQuantTransformersQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Return True: adapters train, on a gradient that passes the rounding by; codes themselves do not."""
         return True
+
+
+class _TransposeFloats(Transpose):
+    """Transposes what a checkpoint has the other way round than the float model; codes have other shapes than both."""
+
+    def convert(self, *args: Any, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = super().convert(*args, model=_FloatShapes(model), **kwargs)
+        return found
+
+
+class _FloatShapes:
+    """Stands for a model where the shape of a parameter is asked for: of codes, that of the float weight."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def get_parameter(self, key: str) -> Tensor:
+        name, _, tensor = key.rpartition(".")
+        module = self.model.get_submodule(name)
+        if isinstance(module, QuantExperts) and tensor in module.plans:
+            return torch.empty(experts_shape(module, tensor), device="meta")
+        if isinstance(module, QuantLayer) and tensor == "weight":
+            return torch.empty(module.float_shape, device="meta")
+        return self.model.get_parameter(key)
+
+
+def _transposing_floats(converter: WeightConverter) -> WeightConverter:
+    """Return a converter whose transpositions by shape go by those of the float model."""
+    if not any(isinstance(op, Transpose) and op.check_dims for op in converter.operations):
+        return converter
+    changed = copy.copy(converter)
+    changed.operations = [
+        _TransposeFloats(op.dim0, op.dim1, check_dims=True) if isinstance(op, Transpose) and op.check_dims else op
+        for op in converter.operations
+    ]
+    return changed
 
 
 class QuantizeWeight(ConversionOps):

@@ -69,7 +69,7 @@ def search(
 
     Args:
         model: in full precision.
-        data: calibration batches; the last quarter of them judges.
+        data: calibration batches; every fourth sample judges.
         budget: at most 32: stored bits a weight, scales included; more: bytes of all layers chosen for. Or the name of
             a preset: as many bytes as it takes.
         choices: to choose from.

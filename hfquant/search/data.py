@@ -12,14 +12,16 @@ from hfquant.calibration.batches import CalibrationError
 
 
 def apart(samples: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Return samples to measure on and the last quarter, to judge by; a single batch is cut within.
+    """Return samples to measure on and every fourth, to judge by; a single batch is cut within.
+
+    The order of samples may mean something: those of a denoiser come timestep by timestep.
 
     Raises:
         CalibrationError: there is a single sample, and it is no batch of several.
     """
     if len(samples) > 1:
-        held = max(1, len(samples) // 4)
-        return list(samples[:-held]), list(samples[-held:])
+        step = min(4, len(samples))
+        return [s for i, s in enumerate(samples, 1) if i % step], list(samples[step - 1 :: step])
     # Most tensors have an element a sample; positions and other ids may be shared by all.
     sizes = Counter(len(t) for t in _tensors(samples[0]) if len(t) > 1) if samples else Counter[int]()
     count = max(sizes, key=lambda size: (sizes[size], size), default=0)

@@ -210,6 +210,10 @@ def test_bits_count_every_tensor() -> None:
     model[1].weight = nn.Parameter(torch.zeros(3, 10, dtype=torch.int8), requires_grad=False)
     model[1].bias = nn.Parameter(torch.zeros(3, dtype=torch.float16))
     assert metrics.bits_per_weight(model, weights) == pytest.approx(8 * (320 + 40 + 30 + 6) / 670)
+    model[1].weight = nn.Parameter(torch.zeros(3, 10))
+    assert metrics.bits_per_weight(model, weights, left=["1"]) == pytest.approx(8 * (320 + 40 + 120 + 6) / 670)
+    with pytest.raises(ValueError, match="1 of 2 linears were not quantized, the first is 1"):
+        metrics.bits_per_weight(model, weights, left=["0"])
 
 
 # --- peers ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ INT4 = {
     "weight_quant": {"type": "int4", "axis": -1, "symmetric": False},
     "input_quant": {"type": "int8", "axis": -1, "dynamic": True},
 }
-COUNTS = {"unet": 51, "sd3": 32, "flux": 34, "pixart": 26, "dit": 20, "wan": 24}
+#: Linears that are quantized: but for the last projection, where that is a small part of the model.
+COUNTS = {"unet": 51, "sd3": 31, "flux": 33, "pixart": 26, "dit": 20, "wan": 24}
 
 
 @pytest.mark.parametrize("name", small_models.DIFFUSERS)

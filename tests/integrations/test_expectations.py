@@ -49,6 +49,8 @@ LEFT_ALONE = {
     "pixart": "proj_out",
     "wan": "ffn",
 }
+#: Small linears that presets of 8 bits leave in float.
+ENDS = {"vit": {"classifier"}, "sd3": {"proj_out"}, "flux": {"proj_out"}}
 #: What a transformer's attention calls its projections.
 PROJECTIONS = ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v")
 WRAPPED = ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj")
@@ -139,7 +141,7 @@ def test_inference(name, config, dtype, create):
 @every_pair
 def test_every_linear_is_quantized(name, config, create):
     plain, model = create(name, None), create(name, config)
-    expected = linears(plain).keys() - kept(plain)
+    expected = linears(plain).keys() - kept(plain) - (ENDS.get(name, set()) if config != "int4" else set())
     assert quant_linears(model).keys() == expected
     assert expected
     bits = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int8}[config]
@@ -152,7 +154,7 @@ def test_every_linear_is_quantized(name, config, create):
 @every_model
 def test_modules_to_not_convert(name, create):
     left = LEFT_ALONE[name]
-    model, whole = create(name, "int8", modules_to_not_convert=[left]), create(name, "int8")
+    model, whole = create(name, "int4", modules_to_not_convert=[left]), create(name, "int4")
     names = linears(model).keys()
     excluded = {n for n in names if f".{left}." in f".{n}."}
     assert excluded

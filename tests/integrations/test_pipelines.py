@@ -304,7 +304,7 @@ def test_digits_pipeline_and_a_fresh_process(checkpoint, folders, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(DIGITS_PATH, quantization_config=config)
     original = load_digits_pipeline()
     linears = sum(type(m) is nn.Linear for m in original.transformer.modules())
-    assert len(quant_linears(pipe.transformer)) == linears
+    assert len(quant_linears(pipe.transformer)) == linears - 1  # all but the last projection
     for name, layer in quant_linears(pipe.transformer).items():
         assert sqnr(original.transformer.get_submodule(name).weight, layer.effective_weight()) >= 35
     expected = [digits(pipe)]

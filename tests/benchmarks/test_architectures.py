@@ -1,0 +1,73 @@
+"""The check of all architectures says what it saw."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import architectures
+from benchmarks.architectures import FLOAT_FAILS, NOT_BUILT, checked, markdown, tiny
+
+
+def test_a_language_model_and_one_that_has_nothing_to_quantize() -> None:
+    assert checked("llama", "w4a16") == "equal, 14 layers"
+    assert checked("dac", "w4a16").startswith("equal, 0 layers")
+
+
+def test_models_are_small() -> None:
+    model = tiny("clip")
+    assert model is not None
+    assert model.num_parameters() < 1_000_000
+    assert (model.config.text_config.num_hidden_layers, model.config.vision_config.num_hidden_layers) == (2, 2)
+
+
+def test_what_a_failure_is_counted_as(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checked("no such type", "w4a16").startswith(NOT_BUILT)
+    calls: list[nn.Module] = []
+
+    def differs(model: nn.Module, other: nn.Module) -> None:
+        calls.append(model)
+        if len(calls) == failing:
+            raise ValueError("x differs")
+
+    monkeypatch.setattr(architectures, "_same", differs)
+    failing = 1  # the float model and its copy
+    assert checked("llama", "w4a16") == f"{FLOAT_FAILS}: ValueError: x differs"
+    failing = len(calls) + 2  # the quantized ones
+    assert checked("llama", "w4a16") == "fails: ValueError: x differs"
+
+
+def test_models_that_differ() -> None:
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="weight differs"):
+        architectures._same(one, other)
+    with pytest.raises(ValueError, match="other tensors"):
+        architectures._same(one, nn.Linear(2, 2, bias=False))
+    other.load_state_dict(one.state_dict())
+    architectures._same(one, other)
+    with torch.no_grad():  # as in a model whose random weights overflow
+        one.bias[0] = other.bias[0] = torch.nan
+    architectures._same(one, other)
+
+
+def test_time_is_limited() -> None:
+    with pytest.raises(TimeoutError, match="more than 1 s"), architectures.at_most(1):
+        time.sleep(3)
+
+
+def test_the_page() -> None:
+    rows = {
+        "a": {"w4a16": "equal, 3 layers"},
+        "b": {"w4a16": "equal, 3 layers, not run"},
+        "c": {"w4a16": "fails: ValueError: x"},
+        "d": {"w4a16": f"{NOT_BUILT}: y"},
+    }
+    page = markdown(rows)
+    assert "| equal | 2 |" in page
+    assert "| fails | 1 |" in page
+    assert "| of the equal ones, without known inputs | 1 |" in page
+    assert "- `c`, w4a16: fails: ValueError: x" in page
+    assert f"- `d`: {NOT_BUILT}: y" in page
