@@ -296,11 +296,13 @@ void by_panel(const Job& job, const Layout& layout, const Tokens& tokens, const 
 
 // Codes of tokens that are worked on at once: what a core's second-level cache holds beside a panel.
 constexpr int64_t CHUNK_BYTES = 1 << 20;
+// Tokens from which on wide panels of 16-bit words, which do not fit the nearest cache, pay.
+constexpr int64_t MANY = 128;
 
 template <class Dot>
 void by_tiles(const Job& job, ParallelFor parallel_for) {
   static thread_local Scratch of_codes, of_initial, of_scales;
-  constexpr int64_t ROWS = WIDER * WIDTH;
+  const int64_t most_rows = CODES<Dot> == 4 || job.M >= MANY ? WIDER * WIDTH : WIDTH;
   const Layout layout(job, CODES<Dot>);
   const std::vector<Range> shared = shared_ranges(job);
   Tokens tokens;
@@ -330,15 +332,15 @@ void by_tiles(const Job& job, ParallelFor parallel_for) {
       static thread_local Scratch of_words, of_scale, of_zero, of_up;
       Panel panel;
       panel.groups = (job.G + LANES - 1) / LANES * LANES;
-      panel.words = of_words.get<uint32_t>(layout.words * ROWS);
-      panel.scale = of_scale.get<float>(panel.groups * ROWS);
-      panel.zero = zeros ? of_zero.get<int32_t>(panel.groups * ROWS) : nullptr;
+      panel.words = of_words.get<uint32_t>(layout.words * most_rows);
+      panel.scale = of_scale.get<float>(panel.groups * most_rows);
+      panel.zero = zeros ? of_zero.get<int32_t>(panel.groups * most_rows) : nullptr;
       panel.zeros_apart = apart;
-      panel.up = of_up.get<float>((job.rank + LANES) * ROWS);
-      for (int64_t n = begin * ROWS; n < std::min(end * ROWS, job.N); n += ROWS) {
-        const int64_t rows = std::min(ROWS, job.N - n);
+      panel.up = of_up.get<float>((job.rank + LANES) * most_rows);
+      for (int64_t n = begin * most_rows; n < std::min(end * most_rows, job.N); n += most_rows) {
+        const int64_t rows = std::min(most_rows, job.N - n);
         const bool wide = rows > WIDTH;
-        panel.width = wide ? ROWS : WIDTH;
+        panel.width = wide ? most_rows : WIDTH;
         fill_panel<Dot>(job, layout, n, panel);
         for (int64_t r = 0; r < job.rank; r += PIECE) {
           auto fill = wide ? fill_floats<WIDER * VECTORS> : fill_floats<VECTORS>;
@@ -348,7 +350,7 @@ void by_tiles(const Job& job, ParallelFor parallel_for) {
         run(job, layout, tokens, panel, first, n, rows);
       }
     };
-    run_parallel(parallel_for, (job.N + ROWS - 1) / ROWS, 1, multiply);
+    run_parallel(parallel_for, (job.N + most_rows - 1) / most_rows, 1, multiply);
   }
 }
 
