@@ -324,7 +324,10 @@ def _with_trace(
             outputs = found.output_segments
     dual = (False,) * len(inputs)
     if SegPattern.ACTIVATION2LINEAR in wanted and quant is not None:
-        if can_be_dual(config):
+        if config.opt.rotation:
+            # Sums of both signs: no side is small, and codes of 16 bits would take twice the time.
+            evidence = (*evidence, "no dual scale: the input is rotated")
+        elif can_be_dual(config):
             active = tuple(a is not None for a in found.activations)
             before, after = list(accumulate(found.input_segments)), list(accumulate(inputs))
             # A part has the activation of the segment that it was cut from.

@@ -323,6 +323,15 @@ def test_dual(monkeypatch) -> None:
         assert seen(monkeypatch, linear, config, **gelu).dual == (dual,)
 
 
+@pytest.mark.parametrize("opt", ["hadamard", "smooth_hadamard"])
+def test_rotated_inputs_have_no_small_side(monkeypatch, opt: str) -> None:
+    gelu = {"activations": ("gelu",), "patterns": (SegPattern.ACTIVATION2LINEAR,)}
+    config = {**A8, "opt": {"type": opt}, "input_quant": {"type": "int8", "axis": -1, "dynamic": True}}
+    found = seen(monkeypatch, nn.Linear(64, 6), config, **gelu)
+    assert found.dual == (False,)
+    assert "no dual scale: the input is rotated" in found.evidence
+
+
 def test_a_real_trace() -> None:
     config = {
         "default": {**A8, "opt": {"type": "smooth"}},

@@ -79,6 +79,8 @@ void float_panels(const Job& job, const std::vector<Block>& blocks, const std::v
   static thread_local Scratch of_panels, of_sums;
   constexpr int64_t ROWS = V * LANES, TILE = TOKENS * ROWS;
   const int64_t panels = (rows + ROWS - 1) / ROWS, tiles = (count + TOKENS - 1) / TOKENS;
+  alignas(64) float bias[PANELS * ROWS];
+  bias_of(job, n, rows, bias);
   float* panel = of_panels.get<float>(panels * PIECE * ROWS);
   float* sums = of_sums.get<float>(tiles * panels * TILE);
   std::memset(sums, 0, tiles * panels * TILE * sizeof(float));
@@ -93,11 +95,10 @@ void float_panels(const Job& job, const std::vector<Block>& blocks, const std::v
         const float* x[TOKENS];
         for (int i = 0; i < TOKENS; ++i) x[i] = term.x + std::min(m + i, count - 1) * term.columns + k;
         for (int64_t p = 0; p < panels; ++p, sum += TILE) {
-          if (last) prefetch_outputs(job, first + m, n + p * ROWS);
-          float_tile<V>(x, panel + p * PIECE * ROWS, size, TOKENS * term.columns, sum);
-          if (last)
-            store_sums(job, first + m, std::min<int64_t>(TOKENS, count - m), n + p * ROWS,
-                       std::min(ROWS, rows - p * ROWS), sum, ROWS);
+          const int64_t lines = std::min<int64_t>(TOKENS, count - m), width = std::min(ROWS, rows - p * ROWS);
+          if (last) prefetch_outputs(job, first + m, lines, n + p * ROWS, width);
+          float_tile<TOKENS, V>(x, panel + p * PIECE * ROWS, size, TOKENS * term.columns, sum);
+          if (last) store_sums(job, first + m, lines, n + p * ROWS, width, bias + p * ROWS, sum, ROWS);
         }
       }
     }

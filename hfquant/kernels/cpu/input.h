@@ -33,18 +33,19 @@ struct Range {
 };
 
 // Compares bits: as integers, positive floats are in order, and negative ones are once their sign is flipped. NaN and
-// infinities are above all else. Unlike comparisons of floats these are vectorized.
+// infinities are above all else.
 inline Range range_of(const float* x, int64_t count) {
-  constexpr int32_t SIGN = INT32_MIN;
-  int32_t high = SIGN, low = SIGN;
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t bits = static_cast<int32_t>(bits_of(x[i])), flipped = bits ^ SIGN;
-    high = bits > high ? bits : high;
-    low = flipped > low ? flipped : low;
-  }
-  high = high > 0 ? high : 0;
-  low = low > 0 ? low : 0;
-  return {-of_bits(low), of_bits(high), (high > low ? high : low) < 0x7f800000};
+  const Ints sign = repeat(INT32_MIN);
+  Ints above = zeros(), below = zeros();
+  auto see = [&](Ints bits) {
+    above = most(above, bits);
+    below = most(below, add(bits, sign));
+  };
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) see(load(x + i));
+  if (i < count) see(load_lanes(x + i, count - i));
+  const int32_t high = largest(above), low = largest(below);
+  return {-of_bits(low), of_bits(high), std::max(high, low) < 0x7f800000};
 }
 
 // Halves to even; from 2^22 on no more than about the same.
@@ -58,12 +59,10 @@ inline int16_t code_of(float quotient, float limit) {
   return static_cast<int16_t>(static_cast<int32_t>(rounded));
 }
 
-// Rounding to integers in [-limit, limit].
-struct ToInteger {
-  float limit;
-  int16_t operator()(float quotient) const { return code_of(quotient, limit); }
-  bool close(float quotient) const { return std::fabs(quotient - round_even(quotient)) > 0.4999f; }
-};
+// Quotients are x times the reciprocal, but for what is so close to the middle of two numbers that the last bit
+// decides: those are divided, and so many at once.
+constexpr int64_t QUOTIENTS = 128;
+constexpr float CLOSE = 0.4999f;
 
 // Rounding to FP8, values not codes: halves to even, saturated. Adding 1.5 * 2^23 steps leaves no bits below one.
 struct ToFp8 {
@@ -83,31 +82,51 @@ struct ToFp8 {
     return std::copysign((std::fabs(quotient) + large) - large, quotient);
   }
   bool close(float quotient) const {
-    return std::fabs(quotient - (*this)(quotient)) > 0.4999f * step(quotient);
+    return std::fabs(quotient - (*this)(quotient)) > CLOSE * step(quotient);
   }
 };
 
-// x / scale, rounded; `codes` is not `x`. The quotient is x times the reciprocal, but for what is so close to the
-// middle of two numbers that the last bit decides: those are divided.
-template <class Rounding, class Code>
-void round_quotients(const float* x, int64_t count, float scale, Rounding round, Code* codes) {
-  const float inverse = 1.0f / scale;
-  constexpr int64_t CHUNK = 128;
-  for (int64_t start = 0; start < count; start += CHUNK) {
-    const int64_t size = count - start < CHUNK ? count - start : CHUNK;
-    const float* in = x + start;
-    Code* __restrict out = codes + start;
-    int close = 0;
-    auto code = [&](int64_t i) {
-      const float q = in[i] * inverse;
-      close |= round.close(q);
-      out[i] = round(q);
+// x / scale, rounded to integers in [-limit, limit], NaN to the lower limit: its token's scale is NaN. Whole vectors of
+// codes are written, those beyond the last are zero.
+inline void to_codes(const float* x, int64_t count, float scale, float limit, int16_t* codes) {
+  const Reals inverse = repeat(1.0f / scale), high = repeat(limit), low = repeat(-limit);
+  for (int64_t start = 0; start < count; start += QUOTIENTS) {
+    const int64_t end = std::min(start + QUOTIENTS, count);
+    Reals apart = repeat(0.0f);
+    auto code = [&](int64_t i, auto... quotients) {
+      constexpr int COUNT = sizeof...(quotients);
+      Reals q[COUNT] = {quotients...};
+      Ints rounded[COUNT];
+      UNROLL for (Reals& v : q) v = least(most(v, low), high);
+      UNROLL for (int v = 0; v < COUNT; ++v) rounded[v] = nearest(q[v]);
+      UNROLL for (int v = 0; v < COUNT; ++v) store_shorts(codes + i + v * LANES, rounded[v]);
+      UNROLL for (int v = 0; v < COUNT; ++v) q[v] = sub(q[v], to_reals(rounded[v]));
+      UNROLL for (const Reals& v : q) apart = most(apart, mul(v, v));
     };
-    if (size == CHUNK)
-      for (int64_t i = 0; i < CHUNK; ++i) code(i);  // a constant count makes better code
-    else
-      for (int64_t i = 0; i < size; ++i) code(i);
-    for (int64_t i = 0; close && i < size; ++i) out[i] = round(in[i] / scale);
+    auto each = [&](auto quotient) {
+      int64_t i = start;
+      auto at = [&](int v) { return quotient(load_reals(x + i + v * LANES)); };
+      for (; i + 4 * LANES <= end; i += 4 * LANES) code(i, at(0), at(1), at(2), at(3));
+      for (; i + LANES <= end; i += LANES) code(i, at(0));
+      if (i < end) code(i, quotient(as_reals(load_lanes(x + i, end - i))));
+    };
+    each([&](Reals v) { return mul(v, inverse); });
+    if (any_above(apart, CLOSE * CLOSE)) each([&](Reals v) { return div(v, repeat(scale)); });
+  }
+}
+
+// x / scale, rounded to FP8; `out` is not `x`.
+inline void to_fp8(const float* x, int64_t count, float scale, ToFp8 round, float* __restrict out) {
+  const float inverse = 1.0f / scale;
+  for (int64_t start = 0; start < count; start += QUOTIENTS) {
+    const int64_t end = std::min(start + QUOTIENTS, count);
+    int close = 0;
+    for (int64_t i = start; i < end; ++i) {
+      const float quotient = x[i] * inverse;
+      close |= round.close(quotient);
+      out[i] = round(quotient);
+    }
+    for (int64_t i = start; close && i < end; ++i) out[i] = round(x[i] / scale);
   }
 }
 
@@ -157,14 +176,35 @@ inline void to_dual_codes(const float* x, int64_t count, Scales scales, float li
   }
 }
 
-// The token's input as floats, divided by the divisor and rotated; `buffer` [K] is used where x cannot be read as it is.
+// The divisor's reciprocals, in `out` [K]; null where one of them or of the divisors is too large or too small.
+inline const float* inverse_of(const Job& job, float* out) {
+  float high = 1, low = 1;
+  for (int64_t k = 0; k < job.K; ++k) {
+    out[k] = 1 / job.divisor[k];
+    high = std::max(high, job.divisor[k]);
+    low = std::min(low, job.divisor[k]);
+  }
+  return high < 0x1p60f && low > 0x1p-60f ? out : nullptr;
+}
+
+// The token's input as floats, divided by the divisor and rotated; in `buffer` [K] where x cannot be read as it is.
 inline const float* floats_of(const Job& job, int64_t token, float* buffer) {
-  const int64_t start = token * job.K;
-  if (job.x.type == FLOAT32 && !job.divisor && !job.rotation) return static_cast<const float*>(job.x.data) + start;
-  to_floats(job.x, start, job.K, buffer);
-  if (job.divisor)
-    for (int64_t k = 0; k < job.K; ++k) buffer[k] /= job.divisor[k];
-  if (job.rotation) rotate(buffer, job.K, job.rotation);
+  const float* x = static_cast<const float*>(job.x.data) + token * job.K;
+  if (job.x.type != FLOAT32) {
+    to_floats(job.x, token * job.K, job.K, buffer);
+    x = buffer;
+  }
+  if (job.divisor) {
+    int64_t k = 0;
+    for (; job.inverse && k + LANES <= job.K; k += LANES) {
+      const Reals divisor = load_reals(job.divisor + k), inverse = load_reals(job.inverse + k);
+      store_reals(buffer + k, quotient(load_reals(x + k), divisor, inverse));
+    }
+    for (; k < job.K; ++k) buffer[k] = x[k] / job.divisor[k];
+    x = buffer;
+  }
+  if (!job.rotation) return x;
+  rotate(x, job.K, job.rotation, buffer);
   return buffer;
 }
 
@@ -197,28 +237,31 @@ inline void quantize(const Job& job, int64_t token, const std::vector<Range>& sh
       const int64_t size = job.K - start < FLOAT_BLOCK ? job.K - start : FLOAT_BLOCK;
       const Range r = range_of(x + start, size);
       const float scale = scale_of(-r.low > r.high ? -r.low : r.high, FLOAT_LIMIT);
-      round_quotients(x + start, size, r.finite ? scale : 1, ToInteger{FLOAT_LIMIT}, codes + start);
+      to_codes(x + start, size, r.finite ? scale : 1, FLOAT_LIMIT, codes + start);
       scales[i] = r.finite ? scale : NAN_;
     }
     return;
   }
-  const float limit = (1 << (job.input_bits - 1)) - 1;
+  // All scales before all codes: those of a segment would have to wait for its scale.
+  static thread_local Scratch of_found;
+  Scales* found = of_found.get<Scales>(job.segments);
   bool finite = true;
   for (int64_t s = 0, start = 0; s < job.segments; start += job.segment[s++]) {
-    const int64_t size = job.segment[s];
-    Range r = range_of(x + start, size);
+    Range r = range_of(x + start, job.segment[s]);
     finite = finite && r.finite;
     if (!shared.empty()) {
       r = shared[s];
       finite = finite && r.finite;
     }
-    const Scales found = r.finite || job.input_scale ? scales_of(job, s, r) : Scales{1, 1};
-    if (found.positive == found.negative)
-      round_quotients(x + start, size, found.positive, ToInteger{limit}, codes + start);
-    else
-      to_dual_codes(x + start, size, found, limit, codes + start);
-    scales[s] = found.negative;
+    found[s] = r.finite || job.input_scale ? scales_of(job, s, r) : Scales{1, 1};
+    scales[s] = found[s].negative;
   }
+  const float limit = (1 << (job.input_bits - 1)) - 1;
+  for (int64_t s = 0, start = 0; s < job.segments; start += job.segment[s++])
+    if (found[s].positive == found[s].negative)
+      to_codes(x + start, job.segment[s], found[s].positive, limit, codes + start);
+    else
+      to_dual_codes(x + start, job.segment[s], found[s], limit, codes + start);
   if (!finite)
     for (int64_t s = 0; s < job.segments; ++s) scales[s] = NAN_;
 }
@@ -239,7 +282,7 @@ inline void to_factors(const Job& job, int64_t token, const std::vector<Range>& 
     finite = finite && r.finite;
     const float found = scale_of(-r.low > r.high ? -r.low : r.high, round.limit);
     const float scale = job.input_scale ? job.input_scale[s] : r.finite ? found : 1;
-    round_quotients(x + start, size, scale, round, out + start);
+    to_fp8(x + start, size, scale, round, out + start);
     for (int64_t i = start; i < start + size; ++i) out[i] *= scale;
   }
   for (int64_t i = 0; !finite && i < job.K; ++i) out[i] = NAN_;

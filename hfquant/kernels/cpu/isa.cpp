@@ -20,13 +20,16 @@ bool few_tokens(const Job& job, ParallelFor parallel_for) {
   }
 }
 
-void multiply(const Job& job, ParallelFor parallel_for) {
-  if (job.format != INTEGERS) {
-    return job.M < FEW ? by_float_rows(job, parallel_for) : by_float_tiles(job, parallel_for);
-  }
-  if (job.M < FEW && few_tokens(job, parallel_for)) return;
+void multiply(const Job& given, ParallelFor parallel_for) {
+  if (given.M < FEW && given.format != INTEGERS) return by_float_rows(given, parallel_for);
+  if (given.M < FEW && few_tokens(given, parallel_for)) return;
+  static thread_local Scratch of_inverse;
+  Job job = given;
+  if (job.divisor) job.inverse = inverse_of(job, of_inverse.get<float>(job.K));
   // Codes of 16 bits as words of two are as fast as twice bytes, high and low, and need less around them.
-  if (long_codes(job) || (!EXACT_BYTES && job.bits == 8))
+  if (job.format != INTEGERS)
+    by_float_tiles(job, parallel_for);
+  else if (long_codes(job) || (!EXACT_BYTES && job.bits == 8))
     by_tiles<ShortsDot>(job, parallel_for);
   else
     by_tiles<BytesDot>(job, parallel_for);

@@ -59,6 +59,7 @@ struct Job {
   const float* input_scale;
   const float* input_scale_neg;
   const float* divisor;  // [K] or null
+  const float* inverse;  // [K], the divisor's; null where it is not worth its making or not a normal number
   int64_t rotation;      // size of the blocks that are rotated after the division, a power of two, or 0
 
   // What is added: (x down^T) up^T, [rank, K] and [N, rank], and bias [N]; narrow [M, rank] is the inner product.

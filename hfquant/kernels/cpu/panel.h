@@ -8,9 +8,6 @@ namespace HFQUANT_ISA {
 
 constexpr int WIDTH = VECTORS * LANES;  // rows of a panel
 
-// Sums stay in registers where every loop over them is unrolled.
-#define UNROLL _Pragma("GCC unroll 16")
-
 template <class Function>
 void run_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, Function& function) {
   parallel_for(
@@ -30,30 +27,35 @@ inline void interleave(const void* lines, int64_t pitch, int64_t count, void* ou
   }
 }
 
-// Fetches where the outputs of TOKENS tokens from m on and the panel's rows from n on will be stored: each token's are
-// on a page of its own, and a store that waits for it holds up those behind. (GCC takes a call of a function that only
+// Fetches where outputs of `count` tokens from m on and `rows` rows from n on will be stored: each token's are on a
+// page of its own, and a store that waits for it holds up those behind. (GCC takes a call of a function that only
 // prefetches for one without effect.)
-[[gnu::always_inline]] inline void prefetch_outputs(const Job& job, int64_t m, int64_t n) {
-  const int64_t bytes = job.y_type == FLOAT32 ? 4 : 2, end = std::min<int64_t>(m + TOKENS, job.M);
-  for (; m < end; ++m)
-    for (int64_t i = 0; i < WIDTH * bytes; i += 64)
-      __builtin_prefetch(static_cast<const char*>(job.y) + (m * job.N + n) * bytes + i, 1);
+[[gnu::always_inline]] inline void prefetch_outputs(const Job& job, int64_t m, int64_t count, int64_t n,
+                                                    int64_t rows) {
+  const int64_t bytes = job.y_type == FLOAT32 ? 4 : 2;
+  for (int64_t t = m; t < m + count; ++t)
+    for (int64_t i = 0; i < rows * bytes; i += 64)
+      __builtin_prefetch(static_cast<const char*>(job.y) + (t * job.N + n) * bytes + i, 1);
 }
 
-// Adds the bias to sums [count][pitch] of tokens from m on and rows [n, n + rows), and stores them; they may lie where
-// they are stored.
-[[gnu::noinline]] inline void store_sums(const Job& job, int64_t m, int64_t count, int64_t n, int64_t rows, float* sums,
-                                         int64_t pitch) {
-  static thread_local Scratch of_bias;
-  float* bias = of_bias.get<float>(rows);
+// The bias of rows [n, n + rows); zero where there is none.
+inline void bias_of(const Job& job, int64_t n, int64_t rows, float* bias) {
   if (job.bias.data)
     to_floats(job.bias, n, rows, bias);
   else
     std::memset(bias, 0, rows * sizeof(float));
+}
+
+// Adds the bias [rows] to sums [count][pitch] of tokens from m on and rows [n, n + rows), and stores them; they may lie
+// where they are stored.
+inline void store_sums(const Job& job, int64_t m, int64_t count, int64_t n, int64_t rows, const float* bias,
+                       float* sums, int64_t pitch) {
   for (int64_t i = 0; i < count; ++i, sums += pitch) {
     const int64_t at = (m + i) * job.N + n;
     float* y = job.y_type == FLOAT32 ? static_cast<float*>(job.y) + at : sums;
-    for (int64_t j = 0; j < rows; ++j) y[j] = sums[j] + bias[j];
+    int64_t j = 0;
+    for (; j + LANES <= rows; j += LANES) store_reals(y + j, add(load_reals(sums + j), load_reals(bias + j)));
+    for (; j < rows; ++j) y[j] = sums[j] + bias[j];
     if (job.y_type != FLOAT32) from_floats(sums, rows, job.y, job.y_type, at);
   }
 }
@@ -102,26 +104,26 @@ void fill_floats(const Job& job, const std::vector<Block>& blocks, const Term& t
   }
 }
 
-// Adds TOKENS lines of x by a panel [count][V * LANES] to sums [TOKENS][V * LANES]. The lines after them are `next`
-// floats further.
-template <int V>
-void float_tile(const float* const x[TOKENS], const float* panel, int64_t count, int64_t next, float* sums) {
-  Reals s[TOKENS][V];
-  UNROLL for (int i = 0; i < TOKENS; ++i)
+// Adds T lines of x by a panel [count][V * LANES] to sums [T][V * LANES]. The lines after them are `next` floats
+// further.
+template <int T, int V>
+void float_tile(const float* const x[T], const float* panel, int64_t count, int64_t next, float* sums) {
+  Reals s[T][V];
+  UNROLL for (int i = 0; i < T; ++i)
     UNROLL for (int j = 0; j < V; ++j) s[i][j] = load_reals(sums + (i * V + j) * LANES);
   constexpr int64_t LINE = 16;  // floats that a line of the cache holds
   for (int64_t k = 0; k < count;) {
     // The next tile's, which the hardware's own prefetching does not find in time: lines and sums are short.
-    UNROLL for (int i = 0; i < TOKENS; ++i) __builtin_prefetch(x[i] + k + next);
-    UNROLL for (int j = 0; j < V; ++j) __builtin_prefetch(sums + ((TOKENS + k / LINE) * V + j) * LANES, 1);
+    UNROLL for (int i = 0; i < T; ++i) __builtin_prefetch(x[i] + k + next);
+    UNROLL for (int j = 0; j < V; ++j) __builtin_prefetch(sums + ((T + k / LINE) * V + j) * LANES, 1);
     for (const int64_t end = std::min(k + LINE, count); k < end; ++k, panel += V * LANES) {
-      UNROLL for (int i = 0; i < TOKENS; ++i) {
+      UNROLL for (int i = 0; i < T; ++i) {
         const Reals factor = repeat(x[i][k]);
         UNROLL for (int j = 0; j < V; ++j) s[i][j] = fma(load_reals(panel + j * LANES), factor, s[i][j]);
       }
     }
   }
-  UNROLL for (int i = 0; i < TOKENS; ++i)
+  UNROLL for (int i = 0; i < T; ++i)
     UNROLL for (int j = 0; j < V; ++j) store_reals(sums + (i * V + j) * LANES, s[i][j]);
 }
 

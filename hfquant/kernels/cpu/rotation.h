@@ -9,67 +9,73 @@
 namespace hfquant {
 namespace HFQUANT_ISA {
 
-// The matrix of 16 channels: minus where the indices share an odd number of bits.
-constexpr int64_t SIXTEEN = 16;
-struct Signs {
-  float of[SIXTEEN][SIXTEEN];
-  constexpr Signs() : of() {
-    for (int i = 0; i < SIXTEEN; ++i)
-      for (int j = 0; j < SIXTEEN; ++j) {
-        const int shared = i & j;
-        of[i][j] = ((shared ^ shared >> 1 ^ shared >> 2 ^ shared >> 3) & 1) ? -1.0f : 1.0f;
-      }
+// Minus where the lane's number has the bit HALF.
+template <int HALF>
+struct Alternating {
+  float of[LANES];
+  constexpr Alternating() : of() {
+    for (int i = 0; i < LANES; ++i) of[i] = i & HALF ? -1.0f : 1.0f;
   }
 };
-inline constexpr Signs SIGNS;
 
-// COUNT times sixteen neighboring channels, each a product with the matrix: vectors need no shuffles so, and sums that
-// do not wait for each other hide what one takes.
-template <int COUNT>
-inline void rotate_sixteens(float* x, Reals unit) {
-  constexpr int PARTS = SIXTEEN / LANES;
-  Reals sums[COUNT][PARTS];
-  for (int c = 0; c < COUNT; ++c)
-    for (int part = 0; part < PARTS; ++part) sums[c][part] = to_reals(zeros());
-  for (int64_t i = 0; i < SIXTEEN; ++i)
-    for (int part = 0; part < PARTS; ++part) {
-      const Reals signs = load_reals(SIGNS.of[i] + part * LANES);
-      for (int c = 0; c < COUNT; ++c) sums[c][part] = fma(repeat(x[c * SIXTEEN + i]), signs, sums[c][part]);
-    }
-  for (int c = 0; c < COUNT; ++c)
-    for (int part = 0; part < PARTS; ++part) store_reals(x + c * SIXTEEN + part * LANES, mul(sums[c][part], unit));
+// Neighboring channels within a vector: sums and differences of those that are HALF apart, then of those twice as far.
+template <int HALF = 1>
+inline Reals rotate_lanes(Reals x) {
+  if constexpr (HALF == LANES) {
+    return x;
+  } else {
+    alignas(64) static constexpr Alternating<HALF> SIGNS;
+    return rotate_lanes<2 * HALF>(fma(x, load_reals(SIGNS.of), swap<HALF>(x)));
+  }
 }
 
-// What is wider than sixteen is made of sums and differences.
-inline void rotate_block(float* x, int64_t size) {
+// COUNT vectors of neighboring channels, while they are in registers.
+template <int COUNT>
+inline void rotate_vectors(const float* x, float* out, Reals unit) {
+  Reals v[COUNT];
+  UNROLL for (int i = 0; i < COUNT; ++i) v[i] = rotate_lanes(mul(load_reals(x + i * LANES), unit));
+  UNROLL for (int half = 1; half < COUNT; half *= 2)
+    UNROLL for (int i = 0; i < COUNT; ++i)
+      if (!(i & half)) {
+        const Reals a = v[i], b = v[i + half];
+        v[i] = add(a, b);
+        v[i + half] = sub(a, b);
+      }
+  UNROLL for (int i = 0; i < COUNT; ++i) store_reals(out + i * LANES, v[i]);
+}
+
+inline void rotate_block(const float* x, int64_t size, float* out) {
   const float unit = static_cast<float>(1 / std::sqrt(static_cast<double>(size)));
-  if (size < SIXTEEN) {
-    for (int64_t i = 0; i < size; ++i) x[i] *= unit;
-    for (int64_t half = 1; half < size; half *= 2)
+  int64_t half = 1;
+  if (size < LANES) {
+    for (int64_t i = 0; i < size; ++i) out[i] = x[i] * unit;
+    for (; half < size; half *= 2)
       for (int64_t i = 0; i < size; ++i)
         if (!(i & half)) {
-          const float a = x[i], b = x[i + half];
-          x[i] = a + b;
-          x[i + half] = a - b;
+          const float a = out[i], b = out[i + half];
+          out[i] = a + b;
+          out[i + half] = a - b;
         }
     return;
   }
-  int64_t done = 0;
-  for (; done + 4 * SIXTEEN <= size; done += 4 * SIXTEEN) rotate_sixteens<4>(x + done, repeat(unit));
-  for (; done < size; done += SIXTEEN) rotate_sixteens<1>(x + done, repeat(unit));
-  for (int64_t half = SIXTEEN; half < size; half *= 2)
+  half = std::min<int64_t>(size, 4 * LANES);
+  auto turn = half == LANES ? rotate_vectors<1> : half == 2 * LANES ? rotate_vectors<2> : rotate_vectors<4>;
+  for (int64_t i = 0; i < size; i += half) turn(x + i, out + i, repeat(unit));
+  for (; half < size; half *= 2)
     for (int64_t start = 0; start < size; start += 2 * half)
       for (int64_t i = start; i < start + half; i += LANES) {
-        const Reals a = load_reals(x + i), b = load_reals(x + i + half);
-        store_reals(x + i, fma(b, repeat(1.0f), a));
-        store_reals(x + i + half, fma(b, repeat(-1.0f), a));
+        const Reals a = load_reals(out + i), b = load_reals(out + i + half);
+        store_reals(out + i, add(a, b));
+        store_reals(out + i + half, sub(a, b));
       }
 }
 
-// Blocks of `size`, a power of two, then the rest in smaller ones.
-inline void rotate(float* x, int64_t count, int64_t size) {
+// Blocks of `size`, a power of two, then the rest in smaller ones; `out` may be `x`.
+inline void rotate(const float* x, int64_t count, int64_t size, float* out) {
+  int64_t k = 0;
   for (; size > 1; size /= 2)
-    for (; count >= size; count -= size, x += size) rotate_block(x, size);
+    for (; k + size <= count; k += size) rotate_block(x + k, size, out + k);
+  if (k < count) out[k] = x[k];
 }
 
 }  // namespace HFQUANT_ISA

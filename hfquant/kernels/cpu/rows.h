@@ -184,9 +184,6 @@ void fill_factors(const Job& job, int64_t n, int64_t count, Factors& factors) {
     std::memcpy(factors.scale, job.scale + at, size * sizeof(float));
   }
   if (job.zero) fill_shifts<Format>(job, n, count, factors);
-  // What the last row is padded with is multiplied by sums that are zero, and must be a number.
-  store_reals(factors.scale + size, repeat(0.0f));
-  store_reals(factors.shift + size, repeat(0.0f));
 }
 
 // What sums of a row are made of: integers to the end, or floats where it has several scales (GROUPED) or the input's
@@ -262,8 +259,11 @@ int64_t rows_by_tokens(const Job& job, const Lines& lines, const Factors& factor
       for (int64_t i = 0; i < groups; i += LANES)
         UNROLL for (int t = 0; t < T; ++t) {
           const Reals sum = load_reals(lines.sum + (m + t) * lines.groups + i);
-          UNROLL for (int r = 0; r < R; ++r)
-            sums[r][t] = fma(load_reals(shifts + (first + r) * groups + i), sum, sums[r][t]);
+          // Not those of the next row: one that is infinite would make NaN of the zeros that it meets.
+          UNROLL for (int r = 0; r < R; ++r) {
+            const Ints shift = load_lanes(shifts + (first + r) * groups + i, std::min<int64_t>(groups - i, LANES));
+            sums[r][t] = fma(as_reals(shift), sum, sums[r][t]);
+          }
         }
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[t * LANES + first + r] = sums[r][t];
   }
@@ -283,8 +283,8 @@ Reals outputs(const Lines& lines, const Factors& factors, int64_t m, Sum<LONG, G
 
 // Adds the low-rank branch and the bias to outputs [M][pitch] of `count` rows from n on, and stores them.
 [[gnu::noinline]] inline void finish(const Job& job, int64_t n, int64_t count, float* y, int64_t pitch) {
-  static thread_local Scratch of_up;
-  float* up = of_up.get<float>(job.rank);
+  static thread_local Scratch of_up, of_bias;
+  float *up = of_up.get<float>(job.rank), *bias = of_bias.get<float>(count);
   for (int64_t i = 0; job.rank && i < count; ++i) {
     to_floats(job.up, (n + i) * job.rank, job.rank, up);
     for (int64_t m = 0; m < job.M; ++m) {
@@ -297,7 +297,8 @@ Reals outputs(const Lines& lines, const Factors& factors, int64_t m, Sum<LONG, G
       y[m * pitch + i] += sum;
     }
   }
-  store_sums(job, 0, job.M, n, count, y, pitch);
+  bias_of(job, n, count, bias);
+  store_sums(job, 0, job.M, n, count, bias, y, pitch);
 }
 
 // Returns whether it could.

@@ -90,7 +90,6 @@ void in_stored_order(const int16_t* __restrict from, int64_t size, typename Dot:
 
 template <class Dot>
 void layout_token(const Job& job, const Layout& layout, const int16_t* codes, int64_t m, Tokens& tokens) {
-  static thread_local Scratch of_sums;
   uint32_t* words = tokens.codes + m * tokens.words;
   typename Dot::Code* to = reinterpret_cast<typename Dot::Code*>(words);
   if (layout.as_stored) {
@@ -105,25 +104,25 @@ void layout_token(const Job& job, const Layout& layout, const int16_t* codes, in
     }
   }
   if (CODES<Dot> == 2) return;
-  // Sums of words first, a vector of them at a time.
-  int32_t* sums = of_sums.get<int32_t>(layout.words);
-  for (int64_t w = 0; w < layout.words; w += LANES)
-    store(sums + w, dot_bytes(zeros(), repeat(0x01010101), load(words + w)));
   const int zero = common_zero<Dot>(job), factor = zero < 0 ? -1 : -zero;
   for (size_t b = 0; b < layout.blocks.size(); ++b) {
-    int32_t sum = 0;
-    for (int64_t w = layout.start[b]; w < layout.start[b + 1]; ++w) sum += sums[w];
-    tokens.initial[m * tokens.blocks + b] = sum * factor;
+    const int64_t end = layout.start[b + 1];
+    Ints sum = zeros();
+    int64_t w = layout.start[b];
+    for (; w + LANES <= end; w += LANES) sum = dot_bytes(sum, repeat(0x01010101), load(words + w));
+    sum = dot_bytes(sum, repeat(0x01010101), load_lanes(words + w, end - w));
+    tokens.initial[m * tokens.blocks + b] = total(sum) * factor;
   }
 }
 
-// WIDTH rows of the weight. Groups are padded to whole vectors.
+// Rows of the weight, `width` of them. Groups are padded to whole vectors.
 struct Panel {
-  int64_t groups;
-  uint32_t* words;  // [words][WIDTH]
-  float* scale;     // [groups][WIDTH]
-  int32_t* zero;    // [groups][WIDTH]: words that move codes to the common zero point, or else zero points; or null
-  float* up;        // [rank][WIDTH]
+  int64_t width, groups;
+  uint32_t* words;  // [words][width]
+  float* scale;     // [groups][width]
+  int32_t* zero;    // [groups][width]: words that move codes to the common zero point, or else zero points; or null
+  bool zeros_apart;  // the latter
+  float* up;        // [rank][width]
 };
 
 // What a group of rows from n on has.
@@ -135,7 +134,7 @@ void fill_groups(const Job& job, int64_t n, Panel& panel) {
   uint8_t* codes = of_codes.get<uint8_t>(job.G + BYTES);
   const int common = common_zero<Dot>(job);
   if (!job.zero) std::memset(codes, 1 << (job.bits - 1), job.G);
-  for (int v = 0; v < VECTORS; ++v) {
+  for (int64_t v = 0; v < panel.width / LANES; ++v) {
     for (int lane = 0; lane < LANES; ++lane) {
       // Lanes beyond the last row repeat it; what they give is not stored.
       const int64_t row = std::min(n + v * LANES + lane, job.N - 1);
@@ -146,14 +145,14 @@ void fill_groups(const Job& job, int64_t n, Panel& panel) {
       int32_t* out = zero + lane * panel.groups;
       for (int64_t g = 0; g < job.G; ++g) out[g] = common < 0 ? codes[g] : Dot::word_of(common - codes[g]);
     }
-    interleave(scale, panel.groups, panel.groups, panel.scale + v * LANES, WIDTH);
-    if (panel.zero) interleave(zero, panel.groups, panel.groups, panel.zero + v * LANES, WIDTH);
+    interleave(scale, panel.groups, panel.groups, panel.scale + v * LANES, panel.width);
+    if (panel.zero) interleave(zero, panel.groups, panel.groups, panel.zero + v * LANES, panel.width);
   }
 }
 
 // LANES rows' words from those that are stored, which are fewer to lay side by side.
 template <class Dot, int BITS>
-void fill_stored(const Job& job, const Layout& layout, int64_t n, const int32_t* zero, uint32_t* words) {
+void fill_stored(const Job& job, const Layout& layout, int64_t n, int64_t width, const int32_t* zero, uint32_t* words) {
   constexpr int32_t SIGN = Dot::word_of(1 << (BITS - 1)), MASK = Dot::word_of((1 << BITS) - 1);
   size_t block = 0;
   for (int64_t at = 0; at < job.row_bytes; at += BYTES) {
@@ -167,16 +166,16 @@ void fill_stored(const Job& job, const Layout& layout, int64_t n, const int32_t*
     for (int w = 0; w < LANES && 4 * w < size; ++w) {
       const int64_t first = (at / 4 + w) * EACH<Dot, BITS>;
       while (layout.start[block + 1] <= first) ++block;
-      const Ints by = zero ? load(zero + layout.blocks[block].group * WIDTH) : zeros();
+      const Ints by = zero ? load(zero + layout.blocks[block].group * width) : zeros();
       UNROLL for (int i = 0; i < EACH<Dot, BITS>; ++i)
-        store(words + (first + i) * WIDTH, Dot::shift(field(tile[w], i * BITS, SIGN, MASK), by));
+        store(words + (first + i) * width, Dot::shift(field(tile[w], i * BITS, SIGN, MASK), by));
     }
   }
 }
 
 // LANES rows' words, whatever the codes' bits and blocks.
 template <class Dot>
-void fill_any(const Job& job, const Layout& layout, int64_t n, const int32_t* zero, uint32_t* words) {
+void fill_any(const Job& job, const Layout& layout, int64_t n, int64_t width, const int32_t* zero, uint32_t* words) {
   static thread_local Scratch of_lines, of_bytes;
   uint8_t* bytes = of_bytes.get<uint8_t>(job.K + BYTES);
   uint32_t* lines = of_lines.get<uint32_t>(LANES * layout.words);
@@ -189,11 +188,11 @@ void fill_any(const Job& job, const Layout& layout, int64_t n, const int32_t* ze
       for (int i = 0; i < block.size; ++i) to[i] = static_cast<typename Dot::Code>(bytes[block.start + i]);
     }
   }
-  interleave(lines, layout.words, layout.words, words, WIDTH);
+  interleave(lines, layout.words, layout.words, words, width);
   for (size_t b = 0; zero && b < layout.blocks.size(); ++b) {
-    const Ints by = load(zero + layout.blocks[b].group * WIDTH);
+    const Ints by = load(zero + layout.blocks[b].group * width);
     for (int64_t w = layout.start[b]; w < layout.start[b + 1]; ++w)
-      store(words + w * WIDTH, Dot::shift(load(words + w * WIDTH), by));
+      store(words + w * width, Dot::shift(load(words + w * width), by));
   }
 }
 
@@ -203,79 +202,114 @@ void fill_panel(const Job& job, const Layout& layout, int64_t n, Panel& panel) {
   fill_groups<Dot>(job, n, panel);
   const bool moved = panel.zero && common_zero<Dot>(job) >= 0;
   auto fill = !layout.as_stored ? fill_any<Dot> : job.bits == 4 ? fill_stored<Dot, 4> : fill_stored<Dot, 8>;
-  for (int v = 0; v < VECTORS; ++v)
-    fill(job, layout, n + v * LANES, moved ? panel.zero + v * LANES : nullptr, panel.words + v * LANES);
+  for (int64_t v = 0; v < panel.width / LANES; ++v)
+    fill(job, layout, n + v * LANES, panel.width, moved ? panel.zero + v * LANES : nullptr, panel.words + v * LANES);
 }
 
-// Adds TOKENS tokens from m on by the panel's rows, over blocks [first, last) that share the input's scale, to sums
-// [TOKENS][WIDTH].
-template <class Dot>
-[[gnu::noinline]] void tile(const Layout& layout, const Tokens& tokens, const Panel& panel, bool zeros_apart, int64_t m,
-                            int64_t first, int64_t last, float* sums) {
-  const int64_t words = tokens.words, blocks = tokens.blocks, scales = tokens.scales;
-  const uint32_t* codes = tokens.codes + m * words;
-  const int32_t* initial = tokens.initial + m * blocks;
-  const float* units = tokens.scale + m * scales + layout.blocks[first].segment;
-  const Block* block = layout.blocks.data();
-  const int64_t* start = layout.start.data();
-  Reals total[TOKENS][VECTORS];
-  UNROLL for (int i = 0; i < TOKENS; ++i)
-    UNROLL for (int j = 0; j < VECTORS; ++j) total[i][j] = repeat(0.0f);
-  for (int64_t b = first; b < last; ++b) {
-    const int64_t group = block[b].group * WIDTH;
-    Ints exact[TOKENS][VECTORS];
-    UNROLL for (int i = 0; i < TOKENS; ++i) {
-      const Ints from = CODES<Dot> == 2 ? zeros() : repeat(initial[i * blocks + b]);
-      UNROLL for (int j = 0; j < VECTORS; ++j) exact[i][j] = from;
+// The products of T tokens from m on by V vectors of the panel's rows, over the columns of a block.
+template <class Dot, int T, int V>
+[[gnu::always_inline]] inline void dot_block(const Layout& layout, const Tokens& tokens, const Panel& panel, int64_t m,
+                                             int64_t block, Ints (&exact)[T][V]) {
+  const int64_t pitch = tokens.words;
+  const int32_t* initial = tokens.initial + m * tokens.blocks + block;
+  UNROLL for (int i = 0; i < T; ++i) {
+    const Ints from = CODES<Dot> == 2 ? zeros() : repeat(initial[i * tokens.blocks]);
+    UNROLL for (int j = 0; j < V; ++j) exact[i][j] = from;
+  }
+  if (CODES<Dot> == 4 && panel.zeros_apart) {
+    const int32_t* zero = panel.zero + layout.blocks[block].group * V * LANES;
+    UNROLL for (int i = 0; i < T; ++i)
+      UNROLL for (int j = 0; j < V; ++j) exact[i][j] = times(exact[i][j], load(zero + j * LANES));
+  }
+  const uint32_t* x = tokens.codes + m * pitch + layout.start[block];
+  const uint32_t* weights = panel.words + layout.start[block] * V * LANES;
+  const uint32_t* const end = panel.words + layout.start[block + 1] * V * LANES;
+  for (; weights < end; ++x, weights += V * LANES) {
+    UNROLL for (int i = 0; i < T; ++i) {
+      const int32_t word = static_cast<int32_t>(x[i * pitch]);
+      UNROLL for (int j = 0; j < V; ++j) exact[i][j] = Dot::dot(exact[i][j], load(weights + j * LANES), word);
     }
-    if (zeros_apart)
-      UNROLL for (int i = 0; i < TOKENS; ++i)
-        UNROLL for (int j = 0; j < VECTORS; ++j)
-          exact[i][j] = times(exact[i][j], load(panel.zero + group + j * LANES));
-    const uint32_t* x = codes + start[b];
-    const uint32_t* weights = panel.words + start[b] * WIDTH;
-    const uint32_t* const end = panel.words + start[b + 1] * WIDTH;
-    for (; weights < end; ++x, weights += WIDTH) {
-      UNROLL for (int i = 0; i < TOKENS; ++i) {
-        const int32_t word = static_cast<int32_t>(x[i * words]);
-        UNROLL for (int j = 0; j < VECTORS; ++j)
-          exact[i][j] = Dot::dot(exact[i][j], load(weights + j * LANES), word);
+  }
+}
+
+// Adds the products of T tokens from m on by the panel's V vectors of rows, over blocks [first, last) that share the
+// input's scale, to sums [T][V * LANES]. With ONE block no floats take registers while its integers need them. Each
+// step is done for all sums before the next one: what waits for results would leave no room for what does not.
+template <class Dot, int T, int V, bool ONE>
+[[gnu::noinline]] void tile(const Layout& layout, const Tokens& tokens, const Panel& panel, int64_t m, int64_t first,
+                            int64_t last, float* __restrict sums) {
+  Reals total[T][V];
+  if constexpr (!ONE)
+    UNROLL for (int i = 0; i < T; ++i)
+      UNROLL for (int j = 0; j < V; ++j) total[i][j] = repeat(0.0f);
+  for (int64_t b = first; b < (ONE ? first + 1 : last); ++b) {
+    Ints exact[T][V];
+    dot_block<Dot>(layout, tokens, panel, m, b, exact);
+    const float* of_group = panel.scale + layout.blocks[b].group * V * LANES;
+    if constexpr (ONE) {
+      Reals scale[V];
+      UNROLL for (int j = 0; j < V; ++j) scale[j] = load_reals(of_group + j * LANES);
+      UNROLL for (int i = 0; i < T; ++i)
+        UNROLL for (int j = 0; j < V; ++j) total[i][j] = mul(to_reals(exact[i][j]), scale[j]);
+    } else {
+      UNROLL for (int j = 0; j < V; ++j) {
+        const Reals scale = load_reals(of_group + j * LANES);
+        UNROLL for (int i = 0; i < T; ++i) total[i][j] = fma(to_reals(exact[i][j]), scale, total[i][j]);
       }
     }
-    UNROLL for (int j = 0; j < VECTORS; ++j) {
-      const Reals scale = load_reals(panel.scale + group + j * LANES);
-      UNROLL for (int i = 0; i < TOKENS; ++i) total[i][j] = fma(to_reals(exact[i][j]), scale, total[i][j]);
-    }
   }
-  UNROLL for (int i = 0; i < TOKENS; ++i) {
-    const Reals unit = repeat(units[i * scales]);
-    UNROLL for (int j = 0; j < VECTORS; ++j) {
-      float* sum = sums + i * WIDTH + j * LANES;
-      store_reals(sum, fma(total[i][j], unit, load_reals(sum)));
+  const float* units = tokens.scale + m * tokens.scales + layout.blocks[first].segment;
+  Reals unit[T];
+  UNROLL for (int i = 0; i < T; ++i) unit[i] = repeat(units[i * tokens.scales]);
+  UNROLL for (int i = 0; i < T; ++i)
+    UNROLL for (int j = 0; j < V; ++j) {
+      float* sum = sums + (i * V + j) * LANES;
+      store_reals(sum, fma(total[i][j], unit[i], load_reals(sum)));
     }
-  }
 }
 
-// Adds the low-rank branch of TOKENS tokens from m on to sums [TOKENS][WIDTH].
-inline void add_branch(const Job& job, const Panel& panel, int64_t m, float* sums) {
-  const float* narrow[TOKENS];
-  for (int i = 0; i < TOKENS; ++i) narrow[i] = job.narrow + std::min(m + i, job.M - 1) * job.rank;
-  float_tile<VECTORS>(narrow, panel.up, job.rank, TOKENS * job.rank, sums);
+// Tokens by a panel's rows, T by V vectors at a time: outputs of `rows` rows from n on, of all tokens, the first of
+// which is the job's token `first`.
+template <class Dot, int T, int V>
+void by_panel(const Job& job, const Layout& layout, const Tokens& tokens, const Panel& panel, int64_t first, int64_t n,
+              int64_t rows) {
+  alignas(64) float sums[T * V * LANES], bias[V * LANES];
+  bias_of(job, n, rows, bias);
+  for (int64_t m = 0; m < tokens.count; m += T) {
+    const int64_t count = std::min<int64_t>(T, tokens.count - m);
+    prefetch_outputs(job, first + m, count, n, rows);
+    std::memset(sums, 0, sizeof(sums));
+    for (size_t run = 0; run + 1 < layout.runs.size(); ++run) {
+      const int64_t begin = layout.runs[run], end = layout.runs[run + 1];
+      auto add = end - begin == 1 ? tile<Dot, T, V, true> : tile<Dot, T, V, false>;
+      add(layout, tokens, panel, m, begin, end, sums);
+    }
+    if (job.rank) {
+      const float* narrow[T];
+      for (int i = 0; i < T; ++i)
+        narrow[i] = job.narrow + (first + std::min<int64_t>(m + i, tokens.count - 1)) * job.rank;
+      float_tile<T, V>(narrow, panel.up, job.rank, T * job.rank, sums);
+    }
+    store_sums(job, first + m, count, n, rows, bias, sums, V * LANES);
+  }
 }
 
 // Codes of tokens that are worked on at once: what a core's second-level cache holds beside a panel.
 constexpr int64_t CHUNK_BYTES = 1 << 20;
+// Tokens from which on wide panels of 16-bit words, which do not fit the nearest cache, pay.
+constexpr int64_t MANY = 128;
 
 template <class Dot>
 void by_tiles(const Job& job, ParallelFor parallel_for) {
   static thread_local Scratch of_codes, of_initial, of_scales;
+  const int64_t most_rows = CODES<Dot> == 4 || job.M >= MANY ? WIDER * WIDTH : WIDTH;
   const Layout layout(job, CODES<Dot>);
   const std::vector<Range> shared = shared_ranges(job);
   Tokens tokens;
   tokens.words = layout.words;
   tokens.blocks = layout.blocks.size();
   tokens.scales = input_scales(job);
-  const int64_t most = std::max<int64_t>(CHUNK_BYTES / 4 / tokens.words, 64) / TOKENS * TOKENS;
+  const int64_t most = std::max<int64_t>(CHUNK_BYTES / 4 / tokens.words, 256) / TOKENS * TOKENS;
   const int64_t chunk = std::min(most, (job.M + TOKENS - 1) / TOKENS * TOKENS);
   tokens.codes = of_codes.get<uint32_t>(chunk * tokens.words);
   tokens.initial = of_initial.get<int32_t>(chunk * tokens.blocks);
@@ -298,27 +332,25 @@ void by_tiles(const Job& job, ParallelFor parallel_for) {
       static thread_local Scratch of_words, of_scale, of_zero, of_up;
       Panel panel;
       panel.groups = (job.G + LANES - 1) / LANES * LANES;
-      panel.words = of_words.get<uint32_t>(layout.words * WIDTH);
-      panel.scale = of_scale.get<float>(panel.groups * WIDTH);
-      panel.zero = zeros ? of_zero.get<int32_t>(panel.groups * WIDTH) : nullptr;
-      panel.up = of_up.get<float>((job.rank + LANES) * WIDTH);
-      alignas(64) float sums[TOKENS * WIDTH];
-      for (int64_t n = begin * WIDTH; n < std::min(end * WIDTH, job.N); n += WIDTH) {
+      panel.words = of_words.get<uint32_t>(layout.words * most_rows);
+      panel.scale = of_scale.get<float>(panel.groups * most_rows);
+      panel.zero = zeros ? of_zero.get<int32_t>(panel.groups * most_rows) : nullptr;
+      panel.zeros_apart = apart;
+      panel.up = of_up.get<float>((job.rank + LANES) * most_rows);
+      for (int64_t n = begin * most_rows; n < std::min(end * most_rows, job.N); n += most_rows) {
+        const int64_t rows = std::min(most_rows, job.N - n);
+        const bool wide = rows > WIDTH;
+        panel.width = wide ? most_rows : WIDTH;
         fill_panel<Dot>(job, layout, n, panel);
-        for (int64_t r = 0; r < job.rank; r += PIECE)
-          fill_floats<VECTORS>(job, layout.blocks, branch, n, r, std::min(PIECE, job.rank - r), panel.up + r * WIDTH);
-        for (int64_t m = 0; m < tokens.count; m += TOKENS) {
-          prefetch_outputs(job, first + m, n);
-          std::memset(sums, 0, sizeof(sums));
-          for (size_t run = 0; run + 1 < layout.runs.size(); ++run)
-            tile<Dot>(layout, tokens, panel, apart, m, layout.runs[run], layout.runs[run + 1], sums);
-          if (job.rank) add_branch(job, panel, first + m, sums);
-          store_sums(job, first + m, std::min<int64_t>(TOKENS, tokens.count - m), n,
-                     std::min<int64_t>(WIDTH, job.N - n), sums, WIDTH);
+        for (int64_t r = 0; r < job.rank; r += PIECE) {
+          auto fill = wide ? fill_floats<WIDER * VECTORS> : fill_floats<VECTORS>;
+          fill(job, layout.blocks, branch, n, r, std::min(PIECE, job.rank - r), panel.up + r * panel.width);
         }
+        auto run = wide ? by_panel<Dot, TOKENS / WIDER, WIDER * VECTORS> : by_panel<Dot, TOKENS, VECTORS>;
+        run(job, layout, tokens, panel, first, n, rows);
       }
     };
-    run_parallel(parallel_for, (job.N + WIDTH - 1) / WIDTH, 1, multiply);
+    run_parallel(parallel_for, (job.N + most_rows - 1) / most_rows, 1, multiply);
   }
 }
 

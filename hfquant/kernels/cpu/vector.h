@@ -2,12 +2,16 @@
 // Lanes are 32 bits wide. A word is what one lane multiplies: four codes of 8 bits or two of 16.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+
+// Vectors stay in registers where every loop over them is unrolled.
+#define UNROLL _Pragma("GCC unroll 16")
 
 namespace hfquant {
 namespace HFQUANT_ISA {
@@ -35,6 +39,9 @@ using Reals = __m512;
 constexpr int LANES = 16;
 // A tile's tokens and vectors of rows: sums enough to keep both ports busy, in registers with what else a tile needs.
 constexpr int TOKENS = 8, VECTORS = 2;
+// A tile of integers takes so many times the vectors, and so many times less tokens, where there are rows enough: it
+// reads less, if registers hold a column of all its rows.
+constexpr int WIDER = 2;
 constexpr bool EXACT_BYTES = true;
 
 inline Ints load(const void* p) { return _mm512_loadu_si512(p); }
@@ -53,6 +60,28 @@ inline Reals as_reals(Ints a) { return _mm512_castsi512_ps(a); }
 inline Reals add(Reals a, Reals b) { return _mm512_add_ps(a, b); }
 inline Reals mul(Reals a, Reals b) { return _mm512_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm512_fmadd_ps(a, b, c); }
+inline Reals sub(Reals a, Reals b) { return _mm512_sub_ps(a, b); }
+inline Reals div(Reals a, Reals b) { return _mm512_div_ps(a, b); }
+// c - a b.
+inline Reals fnma(Reals a, Reals b, Reals c) { return _mm512_fnmadd_ps(a, b, c); }
+// The second where one is NaN.
+inline Reals least(Reals a, Reals b) { return _mm512_min_ps(a, b); }
+inline Reals most(Reals a, Reals b) { return _mm512_max_ps(a, b); }
+inline Ints most(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+// The nearest integers, halves to even.
+inline Ints nearest(Reals a) { return _mm512_cvtps_epi32(a); }
+// The first `count` lanes, the others zero.
+inline Ints load_lanes(const void* p, int64_t count) { return _mm512_maskz_loadu_epi32((1u << count) - 1, p); }
+// Each lane as 16 bits.
+inline void store_shorts(int16_t* p, Ints v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+}
+// Lanes whose numbers are HALF, a power of two, apart change places.
+template <int HALF>
+inline Reals swap(Reals a) {
+  if constexpr (HALF >= 4) return _mm512_shuffle_f32x4(a, a, HALF == 4 ? 0xb1 : 0x4e);
+  return _mm512_permute_ps(a, HALF == 1 ? 0xb1 : 0x4e);
+}
 // In assembly, since GCC copies the sum of the intrinsics to another register and back.
 inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
@@ -68,6 +97,9 @@ inline Ints widen_bytes(const uint8_t* p) {
 }
 inline Ints shift_left(Ints a, int bits) { return _mm512_slli_epi32(a, bits); }
 inline float total(Reals a) { return _mm512_reduce_add_ps(a); }
+inline int32_t total(Ints a) { return _mm512_reduce_add_epi32(a); }
+inline int32_t largest(Ints a) { return _mm512_reduce_max_epi32(a); }
+inline bool any_above(Reals a, float limit) { return _mm512_cmp_ps_mask(a, repeat(limit), _CMP_GT_OQ); }
 inline Reals pick(const float* table, Ints lanes) { return _mm512_permutexvar_ps(lanes, load_reals(table)); }
 inline Ints flip(Ints bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
 // Each 16 bits moved down, and of them (v ^ sign) & mask.
@@ -124,7 +156,7 @@ inline void transpose(Ints r[16]) {
 using Ints = __m256i;
 using Reals = __m256;
 constexpr int LANES = 8;
-constexpr int TOKENS = 6, VECTORS = 2;
+constexpr int TOKENS = 6, VECTORS = 2, WIDER = 1;
 
 inline Ints load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store(void* p, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
@@ -142,6 +174,27 @@ inline Reals as_reals(Ints a) { return _mm256_castsi256_ps(a); }
 inline Reals add(Reals a, Reals b) { return _mm256_add_ps(a, b); }
 inline Reals mul(Reals a, Reals b) { return _mm256_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm256_fmadd_ps(a, b, c); }
+inline Reals sub(Reals a, Reals b) { return _mm256_sub_ps(a, b); }
+inline Reals div(Reals a, Reals b) { return _mm256_div_ps(a, b); }
+inline Reals fnma(Reals a, Reals b, Reals c) { return _mm256_fnmadd_ps(a, b, c); }
+inline Reals least(Reals a, Reals b) { return _mm256_min_ps(a, b); }
+inline Reals most(Reals a, Reals b) { return _mm256_max_ps(a, b); }
+inline Ints most(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
+inline Ints nearest(Reals a) { return _mm256_cvtps_epi32(a); }
+inline Ints load_lanes(const void* p, int64_t count) {
+  const Ints numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const Ints within = _mm256_cmpgt_epi32(repeat(static_cast<int32_t>(count)), numbers);
+  return _mm256_maskload_epi32(static_cast<const int*>(p), within);
+}
+inline void store_shorts(int16_t* p, Ints v) {
+  const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), shorts);
+}
+template <int HALF>
+inline Reals swap(Reals a) {
+  if constexpr (HALF == 4) return _mm256_permute2f128_ps(a, a, 1);
+  return _mm256_permute_ps(a, HALF == 1 ? 0xb1 : 0x4e);
+}
 #if defined(__AVXVNNI__)
 constexpr bool EXACT_BYTES = true;
 // In assembly, as above.
@@ -174,6 +227,19 @@ inline float total(Reals a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline int32_t total(Ints a) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+inline int32_t largest(Ints a) {
+  __m128i s = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+inline bool any_above(Reals a, float limit) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, repeat(limit), _CMP_GT_OQ));
 }
 inline Reals pick(const float* table, Ints lanes) { return _mm256_permutevar8x32_ps(load_reals(table), lanes); }
 inline Ints flip(Ints bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
@@ -224,7 +290,7 @@ typedef int16_t Shorts __attribute__((vector_size(16)));
 typedef uint16_t Words __attribute__((vector_size(16)));
 typedef uint32_t UInts __attribute__((vector_size(16)));
 constexpr int LANES = 4;
-constexpr int TOKENS = 4, VECTORS = 2;
+constexpr int TOKENS = 4, VECTORS = 2, WIDER = 1;
 constexpr bool EXACT_BYTES = true;
 
 inline Ints load(const void* p) {
@@ -251,6 +317,25 @@ inline Reals as_reals(Ints a) { return (Reals)a; }
 inline Reals add(Reals a, Reals b) { return a + b; }
 inline Reals mul(Reals a, Reals b) { return a * b; }
 inline Reals fma(Reals a, Reals b, Reals c) { return a * b + c; }
+inline Reals sub(Reals a, Reals b) { return a - b; }
+inline Reals div(Reals a, Reals b) { return a / b; }
+inline Reals least(Reals a, Reals b) { return a < b ? a : b; }
+inline Reals most(Reals a, Reals b) { return a > b ? a : b; }
+inline Ints most(Ints a, Ints b) { return a > b ? a : b; }
+// Adding 1.5 * 2^23 leaves no bits below one.
+inline Ints nearest(Reals a) { return __builtin_convertvector((a + 12582912.0f) - 12582912.0f, Ints); }
+inline Ints load_lanes(const void* p, int64_t count) {
+  Ints v = {};
+  std::memcpy(&v, p, 4 * count);
+  return v;
+}
+inline void store_shorts(int16_t* p, Ints v) {
+  for (int i = 0; i < LANES; ++i) p[i] = static_cast<int16_t>(v[i]);
+}
+template <int HALF>
+inline Reals swap(Reals a) {
+  return HALF == 1 ? Reals{a[1], a[0], a[3], a[2]} : Reals{a[2], a[3], a[0], a[1]};
+}
 // Products of two bytes fit 16 bits, so the even bytes of all lanes are multiplied at once, then the odd ones.
 inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
   const Shorts w = (Shorts)weights, c = (Shorts)x;
@@ -267,6 +352,9 @@ inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
 inline Ints widen_bytes(const uint8_t* p) { return Ints{p[0], p[1], p[2], p[3]}; }
 inline Ints shift_left(Ints a, int bits) { return (Ints)((UInts)a << bits); }
 inline float total(Reals a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+inline int32_t total(Ints a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+inline int32_t largest(Ints a) { return std::max(std::max(a[0], a[1]), std::max(a[2], a[3])); }
+inline bool any_above(Reals a, float limit) { return largest(a > limit ? repeat(1) : zeros()); }
 inline Reals pick(const float* table, Ints lanes) {
   return Reals{table[lanes[0]], table[lanes[1]], table[lanes[2]], table[lanes[3]]};
 }
@@ -300,6 +388,19 @@ inline void transpose(Ints r[4]) {
 #endif
 
 constexpr int BYTES = 4 * LANES;
+
+// a / b from b's reciprocal, in a quarter of a division's time. The first correction leaves less than an ulp, so the
+// second one's remainder is exact and its result the division's (P. Markstein, IBM J. Res. Dev. 34, 1990), but for
+// remainders that underflow, of a below 2^-78.
+inline Reals quotient(Reals a, Reals b, Reals inverse) {
+#if defined(__FMA__)
+  Reals q = mul(a, inverse);
+  for (int i = 0; i < 2; ++i) q = fma(fnma(q, b, a), inverse, q);
+  return q;
+#else
+  return div(a, b);
+#endif
+}
 
 // What the bytes of scales stand for: see scale_value.
 inline Reals scale_values(const uint8_t* p) {

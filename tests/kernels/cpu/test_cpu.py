@@ -214,6 +214,19 @@ def test_what_is_no_number_stays_in_its_call(kernel) -> None:
             assert bits_equal(linear(after.x, after.operands, after.product, True), after.expected)
 
 
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_an_infinite_scale_spoils_its_own_row_alone(kernel, bits) -> None:
+    for tokens, asymmetric in itertools.product((1, 4, 9), (False, True)):
+        made = sample(Spec(bits, (96,), 32, asymmetric=asymmetric), tokens)
+        assert made.operands.scale is not None
+        for row in (1, 16, 36):
+            scale = made.operands.scale.clone()
+            scale[row] = torch.inf
+            y = linear(made.x, made.operands._replace(scale=scale), made.product, True)
+            others = torch.arange(len(scale)) != row
+            assert bits_equal(y[:, others], made.expected[:, others]), (tokens, row)
+
+
 def near_ties(scale: torch.Tensor, limit: int) -> torch.Tensor:
     """Inputs [3, 2 limit + 6] halfway between two codes times ``scale``, and one ulp beside that."""
     middle = (torch.arange(-limit - 3, limit + 3) + 0.5) * scale
@@ -240,6 +253,23 @@ def test_codes_of_the_input_are_those_of_its_rule(kernel, bits) -> None:
             values, found = rule.quantize(x, given)
             assert bits_equal(linear(x, operands, product, True), values * found), (scale, rule)
             assert bits_equal(linear(x.repeat(2, 1), operands, product, True), (values * found).repeat(2, 1))
+
+
+@pytest.mark.parametrize("dynamic", ["token", "tensor", "static"])
+def test_codes_of_segments_of_every_width(kernel, dynamic) -> None:
+    """Segments end within vectors: nothing of the next one may reach a scale, a code or a sum, nor be overwritten."""
+    form, segments = FORMATS["int8"], (*range(1, 36), 72, 130, 129)
+    width = sum(segments)
+    rule = InputRule(form, dynamic != "static", dynamic == "token", segments, (False,) * len(segments))
+    for tokens in (1, 9, 20):
+        # Neighbors are of very different size.
+        sizes = 10.0 ** torch.randint(-6, 6, (len(segments),))
+        x = torch.randn(tokens, width) * torch.repeat_interleave(sizes, torch.tensor(segments))
+        given = sizes * 0.01 if dynamic == "static" else None
+        operands, product = identity(width, segments, rule)
+        values, found = rule.quantize(x, given)
+        expected = values * torch.repeat_interleave(found, torch.tensor(segments), -1)
+        assert bits_equal(linear(x, operands._replace(input_scale=given), product, True), expected)
 
 
 @pytest.mark.parametrize("dynamic", ["token", "tensor", "static"])

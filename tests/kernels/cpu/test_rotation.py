@@ -108,3 +108,32 @@ def test_the_product_as_text_says_so() -> None:
     for size in (3, -2, 8192):
         with pytest.raises(ValueError, match=f"blocks of {size} channels cannot be rotated"):
             product_of(product.key.replace('"rotation":32', f'"rotation":{size}'))
+
+
+@pytest.mark.parametrize("largest", [1e3, 1e18, 1e30])
+def test_quotients_are_those_of_a_division(kernel: str, largest: float) -> None:
+    """Many tokens are divided by way of reciprocals, bit for bit as by a division; odd widths end in a plain one."""
+    generator = torch.Generator().manual_seed(0)
+    width, tokens = 333, 500
+    product, operands = product_with("fp16", None, width, 0), identity("fp16", width)
+    for _ in range(3):
+        powers = torch.rand(width, generator=generator, dtype=torch.float64) * 2 - 1
+        divisor = (largest**powers).float()
+        x = torch.randn(tokens, width, generator=generator)
+        # Quotients that lie as near the middle of two floats as they can: numerators that are products.
+        near = (torch.rand(tokens, width, generator=generator) + 1) * divisor
+        for given in (x, near, near.nextafter(torch.tensor(torch.inf))):
+            found = linear(given, operands._replace(divisor=divisor), product, True)
+            assert torch.equal(found, given / divisor)
+
+
+def test_infinite_quotients_are_no_numbers(kernel: str) -> None:
+    operands = identity("int8", 64)._replace(divisor=torch.full((64,), 0.25))
+    x = whole_numbers(9, 64)
+    expected = linear(x, operands, product_with("int8", "int8", 64, 0), True)
+    x[2, 5], x[4, 0], x[7, 63] = torch.inf, torch.nan, 3e38
+    found = linear(x, operands, product_with("int8", "int8", 64, 0), True)
+    bad = torch.tensor([2, 4, 7])
+    assert found[bad].isnan().all()
+    kept = torch.tensor([0, 1, 3, 5, 6, 8])
+    assert torch.equal(found[kept], expected[kept])
