@@ -64,7 +64,7 @@ def test_four_bits_in_bfloat16_and_shards(name, checkpoint, tmp_path):
     assert_same(loaded, hfquant.quantize(copy.deepcopy(model).to(dtype), None, config), inputs)
     assert loaded.dtype == dtype
     layers = quant_linears(loaded)
-    assert len(layers) == COUNTS[name]
+    assert len(layers) == COUNTS[name] + (name == "flux")  # this config leaves no end in float
     for layer_name, layer in layers.items():
         assert layer.weight_scale.dtype == torch.float32
         assert layer.bias is None or layer.bias.dtype == dtype
