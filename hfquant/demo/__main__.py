@@ -71,7 +71,7 @@ def run(out: Path, rows: Sequence[str], steps: int) -> None:
     noisy = " ~: noisy, the machine is busy." if any(speed.noisy for speed in measured) else ""
     console.print(
         f"\n{len(labels)} images of 8x8 pixels, {steps} steps, equal noise; calibrated on other noise.\n"
-        "bits: all tensors of the quantized linears in bits a weight. MB: the denoiser on disk, with its affiner.\n"
+        "bits: all tensors of the linears in bits a weight. MB: the denoiser on disk, with its affiner.\n"
         "PSNR: against the images of full precision. read right: by a classifier of real digits.\n"
         f"speed: CPU time of full precision over the row's, one thread, median of interleaved repeats.{noisy}\n\n"
         f"Picture  {picture}\nReport   {page} ({best.name})\n\n"
