@@ -308,7 +308,7 @@ inline void store_reals(float* p, Reals v) { std::memcpy(p, &v, 16); }
 inline Ints zeros() { return Ints{}; }
 inline Ints repeat(int32_t word) { return Ints{word, word, word, word}; }
 inline Reals repeat(float value) { return Reals{value, value, value, value}; }
-inline Ints add(Ints a, Ints b) { return a + b; }
+inline Ints add(Ints a, Ints b) { return (Ints)((UInts)a + (UInts)b); }
 inline Ints add_bytes(Ints a, Ints b) { return (Ints)((Bytes)a + (Bytes)b); }
 inline Ints add_shorts(Ints a, Ints b) { return (Ints)((Words)a + (Words)b); }
 inline Ints times(Ints a, Ints b) { return a * b; }
