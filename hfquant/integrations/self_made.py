@@ -179,7 +179,7 @@ class _Words:
         self.frame: tuple[list[int], list[int]] = ([], [])
         self.mask: int | None = None
         self._chat: list[int] = []
-        limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
+        limits = [_positions(model, config), getattr(config, "n_positions", None)]
         if tokenizer is not None:
             size, special = min(size, len(tokenizer)), set(tokenizer.all_special_ids)
             self.mask = getattr(tokenizer, "mask_token_id", None)
@@ -205,6 +205,14 @@ class _Words:
         inner = ids[:, len(before) : ids.shape[1] - len(after)]
         sides = [torch.tensor(side, dtype=torch.long).expand(len(ids), -1) for side in self.frame]
         return torch.cat([sides[0], inner, sides[1]], 1)
+
+
+def _positions(model: Any, config: Any) -> int | None:
+    """Return how many tokens have a position; RoBERTa and its kin count from the padding token's on."""
+    most: int | None = getattr(config, "max_position_embeddings", None)
+    tables = (m for n, m in model.named_modules() if "position_embed" in n and isinstance(m, nn.Embedding))
+    unused = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
+    return most if most is None else most - unused
 
 
 def _frame(tokenizer: Any, special: set[int]) -> tuple[list[int], list[int]]:
