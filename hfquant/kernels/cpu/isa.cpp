@@ -4,8 +4,8 @@
 namespace hfquant {
 namespace HFQUANT_ISA {
 
-// Beyond so many tokens a panel costs less than reading each row as it is.
-constexpr int64_t FEW = 8;
+// From so many tokens on a panel costs less than reading each row as it is; sooner where codes need no unpacking.
+int64_t many(const Job& job) { return job.format == INTEGERS && job.bits == 8 ? 6 : 8; }
 
 bool few_tokens(const Job& job, ParallelFor parallel_for) {
   if (!EXACT_BYTES && job.bits == 8) return try_rows<Wide>(job, parallel_for);
@@ -21,8 +21,10 @@ bool few_tokens(const Job& job, ParallelFor parallel_for) {
 }
 
 void multiply(const Job& given, ParallelFor parallel_for) {
-  if (given.M < FEW && given.format != INTEGERS) return by_float_rows(given, parallel_for);
-  if (given.M < FEW && few_tokens(given, parallel_for)) return;
+  if (given.M < many(given)) {
+    if (given.format != INTEGERS) return by_float_rows(given, parallel_for);
+    if (few_tokens(given, parallel_for)) return;
+  }
   static thread_local Scratch of_inverse;
   Job job = given;
   if (job.divisor) job.inverse = inverse_of(job, of_inverse.get<float>(job.K));
