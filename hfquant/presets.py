@@ -20,8 +20,10 @@ _INT6_GROUP = {"type": "int6", "group_size": 64, **_GROUPED}
 # One scale a tensor needs most of the outliers in the weights, how many differs by layer.
 _SEARCHED = {"type": "smooth", "search_alpha_config": {"enable": True, "min": 0.5, "step": 0.05}}
 _EVEN = {"type": "smooth_hadamard", "search_alpha_config": {"enable": True, "min": 0.3, "max": 0.9, "step": 0.05}}
-# With float activations, or a scale a token, the weights' error is what counts.
-_GPTQ = {
+# With float activations, or INT8 ones with a scale a token, the weights' error is what counts: a smoothing vector gains
+# nothing beside rotation and GPTQ, on no model (benchmarks/results/options.md). INT4 inputs need one.
+_GPTQ = {"opt": {"type": "hadamard"}, "calib": {"type": "gptq"}}
+_SMOOTH_GPTQ = {
     "opt": {
         "type": "smooth_hadamard",
         "magnitude": "rms",
@@ -87,7 +89,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "w3a16-gptq": {**_GPTQ, "weight_quant": {**_INT4_GROUP, "type": "int3"}, "input_quant": None},
         "w4a8-gptq": {**_FEW_ENDS, **_GPTQ, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
         "w4a8-dynamic": {**_FEW_ENDS, **_ROUND, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
-        "w4a4-gptq": {**_GPTQ, "weight_quant": _INT4_GROUP, "input_quant": _INT4_MOST},
+        "w4a4-gptq": {**_SMOOTH_GPTQ, "weight_quant": _INT4_GROUP, "input_quant": _INT4_MOST},
         "w4a4-dynamic": {
             **_ROUND,
             "opt": {"type": "hadamard"},

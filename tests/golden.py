@@ -42,6 +42,8 @@ def quantized(case: str) -> nn.Module:
     config = copy.deepcopy(PRESETS[preset])
     # Digests are of what there was when they were recorded.
     config["default"].pop("float_share", None)
+    if preset in ("w6a8-gptq", "w4a16-gptq", "w4a8-gptq"):
+        config["default"]["opt"] = copy.deepcopy(PRESETS["w4a4-gptq"]["default"]["opt"])
     opt = config["default"].get("opt", {})
     opt.pop("fold", None)
     opt["type"] = {"hadamard": "default", "smooth_hadamard": "smooth"}.get(opt.get("type"), opt.get("type"))

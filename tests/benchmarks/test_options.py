@@ -1,0 +1,60 @@
+"""The ablation's configs: each differs from the preset, or from the bare config, by one option alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import options
+from hfquant.config import parse
+
+
+def changed(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
+    """Paths of the fields that differ."""
+    found = set()
+    for key in a.keys() | b.keys():
+        of_a, of_b = a.get(key), b.get(key)
+        if isinstance(of_a, dict) and isinstance(of_b, dict):
+            found |= {f"{key}.{inner}" for inner in changed(of_a, of_b)}
+        elif of_a != of_b:
+            found.add(key)
+    return found
+
+
+@pytest.mark.parametrize("config", options.CONFIGS)
+def test_rows_are_apart_by_one_option(config: str) -> None:
+    rows = {name: whole["default"] for name, whole in options.configs(config).items()}
+    names = options.options(config)
+    assert len(rows) == (2 * len(names) + 2 if names else 1)
+    for row in rows.values():
+        parse({"default": row})
+    assert rows[options.WHOLE] == options.CONFIGS[config]
+    for name in names:
+        off, alone = changed(rows[options.WHOLE], rows[f"without {name}"]), changed(rows["bare"], rows[f"only {name}"])
+        assert off
+        assert alone
+        assert off & alone or {p.partition(".")[0] for p in off} == {p.partition(".")[0] for p in alone}
+
+
+def test_the_bare_config_rounds_to_nearest_with_nothing_on() -> None:
+    bare = options.configs("w4a4-gptq")["bare"]["default"]
+    assert bare["opt"] == {"type": "default"}
+    assert bare["calib"] == {"type": "amax"}
+    assert bare["weight_quant"]["symmetric"]
+    assert bare["weight_quant"]["group_size"] == 64
+    assert bare["input_quant"]["segments"] == 1
+    assert options.options("w4a16") == ["groups of 32, not 64", "zero points", "clipping", "INT8 ends"]
+
+
+def test_the_page_has_scores_beside_each_other() -> None:
+    rows = {
+        "smollm2: w8a8-dynamic: whole": {"KL": 0.5, "KL error": 0.25},
+        "smollm2: w8a8-dynamic: bare": {"KL": 1.0, "KL error": 0.125},
+        "smollm2: w8a8-dynamic: only rotation": {"KL": 0.75, "KL error": 0.0625},
+        "minilm: w8a8-dynamic: without rotation": {"mean cosine": 0.875},
+    }
+    page = options.markdown(rows)
+    assert "| smollm2: only it | smollm2: all but it | minilm: only it | minilm: all but it |" in page
+    assert "| nothing; everything | 1.0000 ± 0.1250 | 0.5000 ± 0.2500 |  |  |" in page
+    assert "| rotation | 0.7500 ± 0.0625 |  |  | 0.8750 |" in page
