@@ -56,7 +56,7 @@ f"{rounded.get_memory_footprint() / 1e6:.0f} MB"
 # %% [markdown]
 # ## Calibrated
 #
-# `w4a16-gptq` reads some text, searches a smoothing strength a layer, and solves each layer by GPTQ.
+# `w4a16-gptq` reads some text, rotates blocks of each layer's inputs, and solves the layer by GPTQ.
 
 # %%
 calibration = {"dataset": dataset, "name": dataset_name, "column": column, "samples": samples, "seqlen": seqlen}
