@@ -4,8 +4,8 @@
     python -m benchmarks.options --models digits second --configs w8a8-gptq
 
 The bare config has the same number formats and nothing else on. Which options a config has is found by switching off
-each of :data:`OFF`. Scores are those of :mod:`benchmarks.quality` and :mod:`benchmarks.second_denoiser`; what two
-rows differ by is beyond chance where their errors do not reach each other. Rows that the JSON file has are kept.
+each of :data:`OFF`. Scores are those of :mod:`benchmarks.quality` and :mod:`benchmarks.second_denoiser`, each row with
+its own standard error. Rows that the JSON file has are kept.
 """
 
 from __future__ import annotations
@@ -147,10 +147,6 @@ def _entry(config: str, off: Collection[str] = ()) -> Entry:
 def second() -> Subject:
     """The second denoiser, with what it saw of its calibration pictures."""
     model = second_denoiser.denoiser()
-    calls: list[dict[str, Any]] = []
-    handle = model.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(kwargs), with_kwargs=True)
-    second_denoiser.pictures(model, second_denoiser.CALIBRATION, "calibration")
-    handle.remove()
     expected = second_denoiser.pictures(model, second_denoiser.PICTURES, "evaluation")
 
     def score(found: nn.Module) -> Scores:
@@ -158,7 +154,7 @@ def second() -> Subject:
         mean, error = metrics.mean_and_error(metrics.psnr(expected, pictures, 1.0))
         return {"PSNR dB": mean, "PSNR error": error}
 
-    return Subject(model, lambda config: model, calls, score, {})
+    return Subject(model, lambda config: model, second_denoiser.calibration(model), score, {})
 
 
 def markdown(rows: Mapping[str, Scores]) -> str:

@@ -49,10 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     model = denoiser()
-    calls: list[dict[str, Any]] = []
-    handle = model.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(kwargs), with_kwargs=True)
-    pictures(model, CALIBRATION, "calibration")
-    handle.remove()
+    calls = calibration(model)
     expected = pictures(model, PICTURES, "evaluation")
     stored = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     rows: dict[str, dict[str, float]] = stored.get("rows", {})
@@ -145,6 +142,15 @@ def pipeline(model: nn.Module) -> DigitsPipeline:
 def noise(count: int, purpose: str) -> Tensor:
     """What pictures begin with."""
     return torch.randn(count, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(SEEDS[purpose]))
+
+
+def calibration(model: nn.Module) -> list[dict[str, Any]]:
+    """What the denoiser is called with while it draws the calibration pictures, a call a step."""
+    calls: list[dict[str, Any]] = []
+    handle = model.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(kwargs), with_kwargs=True)
+    pictures(model, CALIBRATION, "calibration")
+    handle.remove()
+    return calls
 
 
 def pictures(model: nn.Module, count: int, purpose: str, affiner: Any = None) -> Tensor:

@@ -20,8 +20,8 @@ _INT6_GROUP = {"type": "int6", "group_size": 64, **_GROUPED}
 # One scale a tensor needs most of the outliers in the weights, how many differs by layer.
 _SEARCHED = {"type": "smooth", "search_alpha_config": {"enable": True, "min": 0.5, "step": 0.05}}
 _EVEN = {"type": "smooth_hadamard", "search_alpha_config": {"enable": True, "min": 0.3, "max": 0.9, "step": 0.05}}
-# With float activations, or INT8 ones with a scale a token, the weights' error is what counts: a smoothing vector gains
-# nothing beside rotation and GPTQ, on no model (benchmarks/results/options.md). INT4 inputs need one.
+# With float activations, or INT8 ones with a scale a token, the weights' error is what counts. Beside rotation and GPTQ
+# a smoothing vector is not worth its bits (benchmarks/README.md, "What each option is worth"). INT4 inputs need one.
 _GPTQ = {"opt": {"type": "hadamard"}, "calib": {"type": "gptq"}}
 _SMOOTH_GPTQ = {
     "opt": {
