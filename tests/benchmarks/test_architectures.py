@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import time
+from functools import partial
+from itertools import islice
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import architectures
-from benchmarks.architectures import FLOAT_FAILS, NOT_BUILT, checked, markdown, tiny
+from benchmarks import architectures, tiny_diffusers, tiny_transformers
+from benchmarks.architectures import FLOAT_FAILS, LIBRARIES, NOT_BUILT, markdown
+
+checked = partial(architectures.checked, LIBRARIES["transformers"])
 
 
 def test_a_language_model_and_one_that_has_nothing_to_quantize() -> None:
@@ -17,15 +22,28 @@ def test_a_language_model_and_one_that_has_nothing_to_quantize() -> None:
     assert checked("dac", "w4a16").startswith("equal, 0 layers")
 
 
+def test_a_denoiser_on_data_it_makes_itself() -> None:
+    said = architectures.checked(LIBRARIES["diffusers"], "GlmImageTransformer2DModel", "w8a8")
+    assert re.fullmatch(r"equal, \d\d layers", said)
+
+
 def test_models_are_small() -> None:
-    model = tiny("clip")
-    assert model is not None
-    assert model.num_parameters() < 1_000_000
+    model = next(tiny_transformers.small("clip", 10**6))
     assert (model.config.text_config.num_hidden_layers, model.config.vision_config.num_hidden_layers) == (2, 2)
+    with pytest.raises(ValueError, match="too large"):
+        next(tiny_transformers.small("clip", 10))
+    with pytest.raises(ValueError, match="too large"):
+        next(tiny_diffusers.small("FluxTransformer2DModel", 10**6))
+
+
+def test_a_class_that_wants_its_widths_is_cut_in_depth() -> None:
+    model = next(tiny_transformers.small("swinv2", 10**8))
+    assert model.config.embed_dim == 96
 
 
 def test_what_a_failure_is_counted_as(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checked("no such type", "w4a16").startswith(NOT_BUILT)
+    one = LIBRARIES["transformers"]._replace(small=lambda kind, most: islice(tiny_transformers.small(kind, most), 1))
     calls: list[nn.Module] = []
 
     def differs(model: nn.Module, other: nn.Module) -> None:
@@ -35,9 +53,11 @@ def test_what_a_failure_is_counted_as(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(architectures, "_same", differs)
     failing = 1  # the float model and its copy
-    assert checked("llama", "w4a16") == f"{FLOAT_FAILS}: ValueError: x differs"
+    assert architectures.checked(one, "llama", "w4a16") == f"{FLOAT_FAILS}: ValueError: x differs"
     failing = len(calls) + 2  # the quantized ones
-    assert checked("llama", "w4a16") == "fails: ValueError: x differs"
+    assert architectures.checked(one, "llama", "w4a16") == "fails: ValueError: x differs"
+    failing = len(calls) + 1  # a float model that does not load back, before one that does
+    assert checked("llama", "w4a16") == "equal, 14 layers"
 
 
 def test_models_that_differ() -> None:

@@ -24,7 +24,7 @@ from hfquant.integrations.experts import layout_of
 from hfquant.integrations.sharing.facts import of_models
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.modules import quant_modules
-from tests.integrations import tiny_diffusers
+from benchmarks import tiny_diffusers
 from tests.integrations.mixtures import MIXTURES, Sizes, mixture, nucleus, nucleus_inputs, tokens
 
 GOAL = ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM", "OlmoeForCausalLM"]

@@ -6,7 +6,7 @@ from torch import nn
 
 from hfquant.dataflow.trace import PatternError, trace
 from hfquant.integrations.examples import example_inputs
-from tests.integrations.tiny_diffusers import build, exported
+from benchmarks.tiny_diffusers import build, exported
 
 # Classes without inputs, and why.
 NONE = {

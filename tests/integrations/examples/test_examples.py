@@ -361,7 +361,7 @@ def test_example_inputs_take_the_models_dtype():
 
 def test_weights_read_outside_their_forward():
     """HunyuanDiT's pooler hands its linears' weights to a fused attention: replacing them would break the model."""
-    from tests.integrations.tiny_diffusers import build
+    from benchmarks.tiny_diffusers import build
 
     model = build("HunyuanDiT2DModel")
     found = {name for name, t in trace(model, example_inputs(model)).items() if t.obstacle}

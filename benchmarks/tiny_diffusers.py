@@ -1,13 +1,14 @@
 """Every model class that diffusers exports, in a config of few layers.
 
 Most are as their ``__init__`` has them, less depth: on the meta device width costs nothing. Those whose forward looks
-at values are narrow as well, and are built with weights.
+at values are narrow as well, and are built with weights. With weights, most of the others are below a hundred million
+parameters.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
@@ -251,14 +252,27 @@ def exported() -> dict[str, type[nn.Module]]:
     }
 
 
-def build(name: str) -> nn.Module:
-    """A model of the class with few layers, on the meta device unless it needs its weights."""
+def build(name: str, device: str = "meta") -> nn.Module:
+    """A model of the class with few layers, on ``device`` unless it needs its weights to run."""
     if name in WITH_WEIGHTS:
         return exported()[name](**WITH_WEIGHTS[name]).eval()
-    with torch.device("meta"):
+    with torch.device(device):
         if name in MADE:
             return MADE[name]()
         model = exported()[name]
         known = inspect.signature(model.__init__).parameters.items()
         few = {k: min(DEPTHS[k], p.default) for k, p in known if k in DEPTHS and isinstance(p.default, int)}
         return model(**few | CONFIGS.get(name, {}))
+
+
+def small(name: str, most: int) -> Iterator[nn.Module]:
+    """Yield the model of a class with random weights, where it has at most so many parameters.
+
+    Raises:
+        ValueError: it has more.
+    """
+    size = sum(p.numel() for p in build(name).parameters())
+    if size > most:
+        raise ValueError(f"too large: {size / 1e6:.0f} million parameters")
+    torch.manual_seed(0)
+    yield build(name, "cpu").eval().float()

@@ -1,0 +1,139 @@
+"""Every model type of transformers, small and with random weights.
+
+A config's sizes are cut by the names of its fields, to the smallest that its class takes: some want their sizes as they
+are, and are cut in depth and vocabulary alone, or not at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+#: What ints of a config become at most, by the first pattern that is found in their names.
+DEPTHS: dict[str, int] = {
+    r"feat_extract_layers$": 100,  # as many as there are convolutions
+    r"vocab_size$": 256,
+    r"(num_.*layers|n_layers?|depth|n_layer|encoder_layers|decoder_layers|num_blocks|^layers)$": 2,
+    r"(max_position_embeddings|n_positions|max_source_positions|max_target_positions)": 128,
+}
+SIZES: dict[str, int] = DEPTHS | {
+    r"(key_value_heads|kv_heads)$": 2,
+    r"(heads?|n_head)$": 4,
+    r"(head_dim|d_kv|d_head|attention_head_size|kv_channels)$": 16,
+    r"(intermediate|ffn|d_ff|inner_dim|n_inner|mlp_dim|feed_forward_size)": 128,
+    r"(hidden_size|d_model|n_embd|dim|embedding_size|width)$": 64,
+    r"(num_experts|n_routed_experts|num_local_experts)$": 4,
+    r"(experts_per_tok|top_k|topk|num_experts_per_token)$": 2,
+    r"image_size$": 32,
+    r"patch_size$": 8,
+    r"rank$": 16,
+}
+#: Tasks, of which a model's first is taken.
+TASKS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION", "CTC")
+#: Lists of a config that have an entry a layer.
+PER_LAYER = ("layer_types", "mlp_layer_types")
+#: What a config's class wants to be told.
+WANTED: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 4},
+    "esm": {"vocab_size": 33},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "informer": {"prediction_length": 4},
+    "reformer": {"is_decoder": True},
+    "time_series_transformer": {"prediction_length": 4},
+    "wav2vec2-conformer": {"vocab_size": 32},
+}
+
+
+def types() -> dict[str, list[str]]:
+    """Return model types that have a class, and the names of their classes, those of :data:`TASKS` first."""
+    tables = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in TASKS]
+    found: dict[str, list[str]] = {}
+    for table in (*tables, modeling_auto.MODEL_MAPPING_NAMES):
+        for kind, name in table.items():
+            found.setdefault(kind, []).append(name if isinstance(name, str) else name[0])
+    return {kind: found[kind] for kind in CONFIG_MAPPING if kind in found}
+
+
+def small(kind: str, most: int) -> Iterator[PreTrainedModel]:
+    """Yield models of a type with at most so many parameters: of its first class the smallest first, and so on.
+
+    Raises:
+        Exception: what the first said, where none can be built.
+    """
+    first: Exception | None = None
+    built = False
+    for name, make in product(types()[kind], _configs(kind)):
+        cls = getattr(transformers, name, None)
+        try:
+            if cls is None:
+                raise ValueError(f"transformers has no {name}")
+            config = make()
+            with torch.device("meta"):
+                size = cls(config).num_parameters()
+            if size > most:
+                raise ValueError(f"too large: {size / 1e6:.0f} million parameters")
+            torch.manual_seed(0)
+            model = cls(config).eval().float()
+        except Exception as error:  # noqa: BLE001 (many a class does not take sizes like these)
+            first = first or error
+            continue
+        built = True
+        yield model
+    if first is not None and not built:
+        raise first
+
+
+def _configs(kind: str) -> list[Callable[[], PreTrainedConfig]]:
+    """Return functions that make a config: sizes given to its class, or changed afterwards; all of them, or depths."""
+    cls, wanted = CONFIG_MAPPING[kind], WANTED.get(kind, {})
+    whole = partial(cls, **wanted)
+
+    def given(sizes: Mapping[str, int]) -> PreTrainedConfig:
+        return cls(**cuts(whole(), sizes) | wanted)
+
+    def changed(sizes: Mapping[str, int]) -> PreTrainedConfig:
+        return cut(whole(), sizes)
+
+    return [*(partial(how, sizes) for sizes in (SIZES, DEPTHS) for how in (given, changed)), whole]
+
+
+def cuts(config: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Return arguments for a smaller config."""
+    found: dict[str, Any] = {}
+    for key, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            found[key] = {"model_type": value.model_type, **cuts(value, sizes)}
+        elif (smaller := _smaller(key, value, sizes)) is not None:
+            found[key] = smaller
+    return found
+
+
+def cut(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedConfig:
+    """Make a config smaller in place; lists of layers' kinds become as short as there are layers."""
+    for key, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            cut(value, sizes)
+        elif (smaller := _smaller(key, value, sizes)) is not None:
+            setattr(config, key, smaller)
+    for key in PER_LAYER:
+        if isinstance(kinds := getattr(config, key, None), list):
+            setattr(config, key, kinds[: config.num_hidden_layers])
+    return config
+
+
+def _smaller(key: str, value: Any, sizes: Mapping[str, int]) -> int | None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    if key.endswith(("token_id", "token_index")):
+        return 3 + sum(key.encode()) % 200 if value >= 250 else None
+    size = next((size for pattern, size in sizes.items() if re.search(pattern, key)), value)
+    return size if size < value else None
