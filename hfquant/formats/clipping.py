@@ -53,7 +53,7 @@ def least_error(
     for start in range(0, len(weight), count):
         rows = slice(start, start + count)
         w = weight[rows].float()
-        weights = w.abs().sqrt_()
+        weights = _root(w.abs())
         if importance is not None:
             weights *= importance
         parts = [
@@ -122,6 +122,11 @@ def _search(
         if asymmetric or step:
             consider(best_steps + step, (best_zero + shift).clamp_(lowest, highest))
     return best_steps, best_zero
+
+
+def _root(values: Tensor) -> Tensor:
+    """Return square roots, in place, the same on every CPU: ``torch.sqrt`` rounds as the math library of each does."""
+    return values.rsqrt_().reciprocal_()
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -79,7 +79,19 @@ def _saved_with(model: Any) -> tuple[Any, Any]:
             found.append(loader.from_pretrained(model.name_or_path))
         except (OSError, ValueError, KeyError, TypeError, ImportError):  # the ways transformers says there is none
             found.append(None)
-    return found[0], found[1]
+    return found[0] if _has_words(found[0]) else None, found[1]
+
+
+def _has_words(tokenizer: Any) -> bool:
+    """Return whether a tokenizer knows more than special tokens.
+
+    For a folder without one, transformers makes an empty one of the model's kind: every text would be unknown tokens.
+    """
+    try:
+        tokenizer("a")
+        return len(tokenizer) > len(set(tokenizer.all_special_ids))
+    except Exception:  # noqa: BLE001 (tokenizers raises Exception itself)
+        return False
 
 
 def _extractor_of(model: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from hfquant.calibration.batches import CalibrationError, device_of, evaluating, forward
+from hfquant.calibration.batches import CalibrationError, device_of, evaluating, forward, options_for
 from hfquant.calibration.kept import kept
 from hfquant.calibration.self_made import (
     HELD_OUT,
@@ -68,10 +68,7 @@ def self_made(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMa
     """
     shapes = example_inputs(model)
     if shapes is None:
-        raise CalibrationError(
-            f"{type(model).__name__} needs calibration data and cannot make its own: it is not known what its forward "
-            "takes; pass batches of its inputs"
-        )
+        raise _cannot(model, "it is not known what its forward takes")
     with processes() as group:
         made = None
         with group.together():
@@ -87,12 +84,21 @@ def _made(model: Any, shapes: dict[str, Any], spec: SelfSpec, reader: Reader, as
     if "input_ids" in shapes and shapes.keys() <= _TEXT:
         return _text(model, spec, reader, asked)
     noise = _noise(model, shapes, spec, reader)
+    try:
+        forward(model, noise.batches[0], options_for(model, ()))
+    except Exception as error:
+        raise _cannot(model, f"with noise its forward raises {type(error).__name__}: {error}") from error
     if "input_ids" not in shapes or not _can_write(model) or _has_encoder(model):
         _say(model, f"{counted(noise.spec.samples or 0, 'sample')} of noise", "", asked)
         return noise
     # A language model that sees or hears: its own text as well as noise among it.
     text = _text(model, spec, reader, asked)
     return SelfMade([*text.batches, *noise.batches], [*text.held_out, *noise.held_out], text.spec)
+
+
+def _cannot(model: Any, why: str) -> CalibrationError:
+    name = type(model).__name__
+    return CalibrationError(f"{name} needs calibration data and cannot make its own: {why}; pass batches of its inputs")
 
 
 # ------------------------------------------------------------------------------------------------------------- text

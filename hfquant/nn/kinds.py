@@ -65,6 +65,8 @@ def _refused(kind: type[QuantLayer], module: nn.Module) -> str:
     weight = module._parameters.get("weight")
     if weight is None or is_lazy(weight):
         return "its weight is computed as it runs"
+    if not weight.numel():
+        return "its weight is empty"
     known = (weight, module._parameters.get("bias"), None)
     if module._modules or any(all(p is not k for k in known) for p in module._parameters.values()):
         return f"{type(module).__name__} has more than a weight and a bias"

@@ -78,6 +78,9 @@ class QuantLayer(Checked):
         self._row_sizes = plan.row_groups
         self._row_groups = block_slices(self._row_sizes)
         dtype = dtype or torch.get_default_dtype()
+        # First, since `next(module.parameters()).dtype` is what some models take for their own (Swin v2's tables).
+        bias_tensor = torch.empty(plan.out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if bias_tensor is None else nn.Parameter(bias_tensor, requires_grad=False)
         #: Names of the tensors of the model's float dtype; the others keep theirs whatever the model is cast to.
         self._model_floats = {"bias"}
         for name, spec in plan.tensors().items():
@@ -88,8 +91,6 @@ class QuantLayer(Checked):
                 self.weight = nn.Parameter(tensor, requires_grad=False)
             else:
                 self.register_buffer(name, tensor)
-        bias_tensor = torch.empty(plan.out_features, dtype=dtype, device=device) if bias else None
-        self.bias = None if bias_tensor is None else nn.Parameter(bias_tensor, requires_grad=False)
 
     @staticmethod
     def takes(module: nn.Module) -> bool:

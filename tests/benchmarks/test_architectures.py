@@ -11,20 +11,21 @@ import pytest
 import torch
 from torch import nn
 
+import hfquant
 from benchmarks import architectures, tiny_diffusers, tiny_transformers
-from benchmarks.architectures import FLOAT_FAILS, LIBRARIES, NOT_BUILT, markdown
+from benchmarks.architectures import FLOAT_FAILS, LIBRARIES, NOT_BUILT, NOTHING, markdown
 
 checked = partial(architectures.checked, LIBRARIES["transformers"])
 
 
 def test_a_language_model_and_one_that_has_nothing_to_quantize() -> None:
-    assert checked("llama", "w4a16") == "equal, 14 layers"
-    assert checked("dac", "w4a16").startswith("equal, 0 layers")
+    assert re.fullmatch(r"equal, 14 layers, \S+ % off", checked("llama", "w4a16"))
+    assert checked("dac", "w4a16") == NOTHING
 
 
 def test_a_denoiser_on_data_it_makes_itself() -> None:
     said = architectures.checked(LIBRARIES["diffusers"], "GlmImageTransformer2DModel", "w8a8")
-    assert re.fullmatch(r"equal, \d\d layers", said)
+    assert re.fullmatch(r"equal, \d\d layers, \S+ % off", said)
 
 
 def test_models_are_small() -> None:
@@ -57,7 +58,7 @@ def test_what_a_failure_is_counted_as(monkeypatch: pytest.MonkeyPatch) -> None:
     failing = len(calls) + 2  # the quantized ones
     assert architectures.checked(one, "llama", "w4a16") == "fails: ValueError: x differs"
     failing = len(calls) + 1  # a float model that does not load back, before one that does
-    assert checked("llama", "w4a16") == "equal, 14 layers"
+    assert checked("llama", "w4a16").startswith("equal, 14 layers")
 
 
 def test_models_that_differ() -> None:
@@ -71,6 +72,25 @@ def test_models_that_differ() -> None:
     with torch.no_grad():  # as in a model whose random weights overflow
         one.bias[0] = other.bias[0] = torch.nan
     architectures._same(one, other)
+
+
+def test_what_is_beside_quantized_layers_has_to_be_as_it_was() -> None:
+    def model(table: float) -> nn.Module:
+        torch.manual_seed(0)
+        made = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2))
+        made.register_buffer("table", torch.tensor([table]), persistent=False)
+        return made
+
+    quantized = hfquant.quantize(model(1.0), None, "w8a8-dynamic")
+    architectures._same_beside(model(1.0), quantized)
+    with pytest.raises(ValueError, match="table is not the float model's"):
+        architectures._same_beside(model(2.0), quantized)
+
+
+def test_errors_are_relative() -> None:
+    assert architectures._error([torch.ones(4), torch.zeros(2)], [torch.full((4,), 0.9), torch.ones(2)]) == (
+        pytest.approx(10)
+    )
 
 
 def test_time_is_limited() -> None:

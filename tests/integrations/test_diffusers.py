@@ -262,8 +262,8 @@ def test_save_twice_writes_the_same(checkpoint, tmp_path):
 
 def test_weights_read_outside_their_forward_stay_float_without_data(tmp_path):
     """HunyuanDiT's pooler hands the weights of its projections to a functional attention."""
-    from hfquant.integrations.examples import example_inputs
     from benchmarks.tiny_diffusers import build
+    from hfquant.integrations.examples import example_inputs
 
     model = build("HunyuanDiT2DModel").to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hfquant
+from benchmarks import tiny_diffusers
 from hfquant import HfQuantConfig
 from hfquant.experts import UnfusedExperts
 from hfquant.integrations import model_facts
@@ -24,7 +25,6 @@ from hfquant.integrations.experts import layout_of
 from hfquant.integrations.sharing.facts import of_models
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.modules import quant_modules
-from benchmarks import tiny_diffusers
 from tests.integrations.mixtures import MIXTURES, Sizes, mixture, nucleus, nucleus_inputs, tokens
 
 GOAL = ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM", "OlmoeForCausalLM"]

@@ -378,6 +378,15 @@ def test_a_plain_module_and_unknown_inputs_are_refused(monkeypatch: pytest.Monke
         hfquant.quantize(small_models.llama(), None, "w8a8")
 
 
+def test_noise_that_a_forward_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_models.TRANSFORMERS["vit"]()
+    shapes = {"pixel_values": torch.zeros(1, 3, 5, 7)}
+    monkeypatch.setattr(module, "example_inputs", lambda model: shapes)
+    with pytest.raises(CalibrationError, match=r"with noise its forward raises ValueError: .*; pass batches of its"):
+        hfquant.quantize(model, None, "w8a8")
+    assert not quant_linears(model)
+
+
 def test_wrong_wishes_are_refused_before_anything_is_loaded() -> None:
     with pytest.raises(CalibrationError, match=r"calibration\['samples'\]"):
         HfQuantConfig("w8a8", calibration={"source": "self", "samples": -1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 
@@ -116,6 +117,22 @@ def test_text_is_tokenized_by_the_tokenizer_saved_with_the_model(tmp_path):
     assert first.input_scale.item() <= scale.item() * (1 + 1e-6)
     model.save_pretrained(tmp_path / "quantized")
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "quantized"), model, ids())
+
+
+def test_the_empty_tokenizer_of_a_folder_without_one_is_none(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=50, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, max_position_embeddings=32,
+    )  # fmt: skip
+    transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    empty = transformers.AutoTokenizer.from_pretrained(tmp_path)  # it finds none and says nothing
+    assert len(empty) == len(set(empty.all_special_ids))
+    load = functools.partial(transformers.Qwen3ForCausalLM.from_pretrained, tmp_path)
+    with pytest.raises(hfquant.CalibrationError, match="neither tokenizer nor"):
+        load(quantization_config=HfQuantConfig("w8a8", calibration=["a b c"]))
+    made = load(quantization_config=HfQuantConfig("w8a8"))  # writes with the model's vocabulary
+    assert len(quant_linears(made)) == 7
 
 
 def test_a_bare_path_is_a_dataset(tmp_path):

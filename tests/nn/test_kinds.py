@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -26,6 +28,12 @@ def old_weight_norm() -> nn.Module:
     module.register_parameter("weight_v", weight)
     module.weight = weight.detach()
     return module
+
+
+def empty() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is nothing to initialize
+        return nn.Linear(4, 0)
 
 
 def with_child() -> nn.Module:
@@ -67,6 +75,7 @@ def test_what_is_taken(module, kind, size, device) -> None:
         (nn.LazyLinear(4), "its weight is computed as it runs"),
         (weight_normed(), "its weight is computed as it runs"),
         (old_weight_norm(), "its weight is computed as it runs"),
+        (empty(), "its weight is empty"),
         (with_child(), "Linear has more than a weight and a bias"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -4,9 +4,9 @@ import pytest
 from diffusers.utils import is_torchvision_available
 from torch import nn
 
+from benchmarks.tiny_diffusers import build, exported
 from hfquant.dataflow.trace import PatternError, trace
 from hfquant.integrations.examples import example_inputs
-from benchmarks.tiny_diffusers import build, exported
 
 # Classes without inputs, and why.
 NONE = {
