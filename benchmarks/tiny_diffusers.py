@@ -1,8 +1,8 @@
 """Every model class that diffusers exports, in a config of few layers.
 
 Most are as their ``__init__`` has them, less depth: on the meta device width costs nothing. Those whose forward looks
-at values are narrow as well, and are built with weights. With weights, most of the others are below a hundred million
-parameters.
+at values are narrow as well, and are built with weights. :func:`small` gives the others weights as well, with few heads
+where they have any.
 """
 
 from __future__ import annotations
@@ -252,7 +252,22 @@ def exported() -> dict[str, type[nn.Module]]:
     }
 
 
-def build(name: str, device: str = "meta") -> nn.Module:
+#: Arguments for the channels of a first block, of which the others have a multiple.
+CHANNELS = (
+    "base_dim",
+    "decoder_base_dim",
+    "base_channels",
+    "model_channels",
+    "decoder_channels",
+    "encoder_hidden_size",
+)
+#: Arguments that count heads, and such as are a multiple of that.
+HEADS_ARGUMENTS = ("num_attention_heads", "n_heads", "num_heads")
+WIDTHS = ("hidden_size", "dim", "inner_dim", "model_dim", "embed_dim", "d_model", "num_key_value_heads", "num_kv_heads")
+WIDTHS += ("intermediate_size", "ffn_dim", "mlp_dim", "n_kv_heads", "cross_attention_dim")
+
+
+def build(name: str, device: str = "meta", **sizes: Any) -> nn.Module:
     """A model of the class with few layers, on ``device`` unless it needs its weights to run."""
     if name in WITH_WEIGHTS:
         return exported()[name](**WITH_WEIGHTS[name]).eval()
@@ -262,17 +277,55 @@ def build(name: str, device: str = "meta") -> nn.Module:
         model = exported()[name]
         known = inspect.signature(model.__init__).parameters.items()
         few = {k: min(DEPTHS[k], p.default) for k, p in known if k in DEPTHS and isinstance(p.default, int)}
-        return model(**few | CONFIGS.get(name, {}))
+        return model(**few | CONFIGS.get(name, {}) | sizes)
 
 
 def small(name: str, most: int) -> Iterator[nn.Module]:
-    """Yield the model of a class with random weights, where it has at most so many parameters.
+    """Yield models of a class with random weights and at most so many parameters, those with few heads first.
 
     Raises:
-        ValueError: it has more.
+        Exception: what the first said, where none can be built.
     """
-    size = sum(p.numel() for p in build(name).parameters())
-    if size > most:
-        raise ValueError(f"too large: {size / 1e6:.0f} million parameters")
-    torch.manual_seed(0)
-    yield build(name, "cpu").eval().float()
+    first: Exception | None = None
+    built = False
+    for sizes in (*_narrow(name), {}):
+        try:
+            size = sum(p.numel() for p in build(name, **sizes).parameters())
+            if size > most:
+                raise ValueError(f"too large: {size / 1e6:.0f} million parameters")
+            torch.manual_seed(0)
+            model = build(name, "cpu", **sizes).eval().float()
+        except Exception as error:  # noqa: BLE001 (not every class takes sizes like these)
+            first = first or error
+            continue
+        built = True
+        yield model
+    if first is not None and not built:
+        raise first
+
+
+def _narrow(name: str) -> Iterator[dict[str, Any]]:
+    """Yield arguments of a class for fewer channels, and for two heads, alone and with all widths that grow with them.
+
+    Channels of blocks keep their ratios, from 32 on, which is what group norms divide by.
+    """
+    if name in WITH_WEIGHTS or name in MADE:
+        return
+    known = inspect.signature(exported()[name].__init__).parameters.items()
+    sizes = {k: p.default for k, p in known} | CONFIGS.get(name, {})
+    channels: dict[str, Any] = {}
+    for key, value in sizes.items():
+        if key.endswith("block_out_channels") and isinstance(value, tuple | list):
+            channels[key] = tuple(32 * c // min(value) for c in value)
+        elif key in CHANNELS and isinstance(value, int):
+            channels[key] = min(32, value)
+    if channels:
+        yield channels
+    heads = next((h for h in HEADS_ARGUMENTS if isinstance(sizes.get(h), int) and sizes[h] > 2), None)
+    if heads is None:
+        return
+    widths = {k: max(2 * sizes[k] // sizes[heads], 1) for k in WIDTHS if isinstance(sizes.get(k), int)}
+    yield {heads: 2}
+    for chosen in (widths, {k: v for k, v in widths.items() if k != "cross_attention_dim"}):
+        if chosen:
+            yield {heads: 2, **chosen}

@@ -1,10 +1,11 @@
 """Distillation: train what a quantized model keeps in float until its outputs are the float model's again.
 
 Codes stay as they are, and so does the size of the checkpoint. What is trained are vectors: gains and biases of norms
-and other float layers, a factor for each output of a quantized linear (it goes into the scales), its bias, and a factor
-for each input that is divided by a smoothing vector (it goes into that). The loss is the divergence of the two models'
-outputs on calibration data, which needs no labels (Hinton et al., arXiv 1503.02531; vectors of a quantized model alone:
-QuIP#, arXiv 2402.04396).
+and other float layers, a factor for each output of a quantized linear and one for each group of its weights (they go
+into the scales), its bias, and a factor for each input that is divided by a smoothing vector (it goes into that). The
+loss is the divergence of the two models' outputs on calibration data, which needs no labels (Hinton et al., arXiv
+1503.02531; vectors of a quantized model alone: QuIP#, arXiv 2402.04396; scales of groups: EfficientQAT, arXiv
+2407.11062).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from torch.nn.utils import parametrize
 from hfquant.algorithms import block_slices
 from hfquant.calibration.batches import CalibrationData, evaluating, forward, samples
 from hfquant.console import progress_bar
+from hfquant.formats import scales, sum_columns
+from hfquant.formats.rotation import rotated
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_modules
@@ -201,7 +204,7 @@ def _of_vector(module: nn.Module, name: str, vector: Tensor, stack: ExitStack) -
 
 
 def _of_linear(layer: QuantLinear, stack: ExitStack) -> Iterator[tuple[Tensor, _Fold]]:
-    """Yield what is trained of a quantized linear: logarithms of factors of its outputs and inputs, and its bias.
+    """Yield what is trained of a quantized linear: logarithms of factors of groups, outputs and inputs, and its bias.
 
     Hooks multiply and add; the layer's own gradient reaches its input.
     """
@@ -211,6 +214,8 @@ def _of_linear(layer: QuantLinear, stack: ExitStack) -> Iterator[tuple[Tensor, _
     def zeros(size: int) -> Tensor:
         return torch.zeros(size, device=layer.weight.device, requires_grad=True)
 
+    if scale is not None and len(plan.columns) > 1 and len(plan.row_groups) == 1:
+        yield _of_groups(layer, stack)  # first: their gradient is that of the product, which all else changes
     if scale is not None:
         rows = zeros(plan.out_features)
         stack.callback(layer.register_forward_hook(lambda _m, _x, y: (y * rows.exp()).to(y.dtype)).remove)
@@ -234,6 +239,58 @@ def _of_linear(layer: QuantLinear, stack: ExitStack) -> Iterator[tuple[Tensor, _
             layer.register_forward_pre_hook(lambda _m, x: ((x[0] * columns.exp()).to(x[0].dtype), *x[1:])).remove
         )
         yield columns, lambda: _assign(divisor, divisor / columns.exp())
+
+
+def _of_groups(layer: QuantLinear, stack: ExitStack) -> tuple[Tensor, _Fold]:
+    """Return logarithms of factors of each group's scale, [out, G], and what makes them part of it.
+
+    The layer runs with the scales as they can be stored. In the gradient that rounding counts as identity.
+    """
+    stored = layer._buffers["weight_scale"]
+    assert stored is not None
+    row, first = layer._buffers.get("weight_scale_row"), stored.clone()
+    factors = torch.zeros(stored.shape, device=stored.device, requires_grad=True)
+    written = factors._version
+
+    def write() -> None:
+        nonlocal written
+        if factors._version == written:  # a layer may run several times a step, and each saves its scales
+            return
+        written = factors._version
+        with torch.no_grad():
+            if row is None:
+                stored.copy_(first * factors.exp())
+            else:
+                stored.copy_(scales.encode(scales.values(first) * row * factors.exp(), row))
+
+    def undo(error: type[BaseException] | None, *_: Any) -> None:
+        if error is not None:
+            stored.copy_(first)
+
+    stack.push(undo)
+    stack.callback(layer.register_forward_pre_hook(lambda _m, _x: write()).remove)
+    hook = layer.register_forward_hook(lambda _m, x, y: cast(Tensor, _Product.apply(y, factors, x[0], layer)))
+    stack.callback(hook.remove)
+    return factors, write
+
+
+class _Product(torch.autograd.Function):
+    """The output of a layer as it is, with a gradient to the logarithms of its weight's scales."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, factors: Tensor, x: Tensor, layer: QuantLinear) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (x,), layer = ctx.saved_tensors, ctx.layer
+        divisor = layer.plan.transform.divisor(layer._buffers, 0)
+        x = x.float() if divisor is None else x.float() / divisor
+        x = rotated(x, layer.product.rotation) if layer.product.rotation else x
+        of_weight = grad.flatten(0, -2).float().T @ x.flatten(0, -2)
+        return grad, sum_columns(of_weight * layer.dequantize(), layer.plan.columns), None, None
 
 
 def _scale(layer: QuantLinear) -> Tensor | None:
