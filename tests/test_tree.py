@@ -57,6 +57,7 @@ ELSEWHERE = {
     "report/gather.py": "report/test_page.py",
     "report/page/__init__.py": "report/test_page.py",
     "report/page/charts.py": "report/test_page.py",
+    "integrations/words.py": "integrations/test_self_made.py",
     "kernels/triton/programs/few.py": "kernels/triton/test_integer.py",
     "kernels/triton/programs/integer.py": "kernels/triton/test_integer.py",
     "kernels/triton/programs/quantize.py": "kernels/triton/test_quantize.py",

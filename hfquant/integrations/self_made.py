@@ -32,6 +32,7 @@ from hfquant.console import counted
 from hfquant.digests import update, update_with_weights
 from hfquant.distributed import processes
 from hfquant.integrations.examples import example_inputs
+from hfquant.integrations.words import Words, vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def _cannot(model: Any, why: str) -> CalibrationError:
 
 
 def _text(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
-    words = _Words(model, reader.tokenizer)
+    words = Words(model, reader.tokenizer)
     spec = spec.settled(spec.samples or WINDOWS, min(spec.seqlen or WINDOW, words.limit))
     assert spec.samples is not None
     assert spec.seqlen is not None
@@ -158,90 +159,7 @@ def _split(made: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         yield {name: tensor[start : start + BATCH] for name, tensor in made.items()}
 
 
-def _text_config(model: Any) -> Any:
-    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-
-
-def _vocabulary(model: Any) -> int:
-    return int(_text_config(model).vocab_size)
-
-
-class _Words:
-    """The tokens of a model and how its texts begin.
-
-    Attributes:
-        ordinary: tokens that are no special ones, [tokens] int64.
-        frame: special tokens before and after a text.
-        mask: the token that stands for one to be filled; None without.
-        start: the token that a decoder beside an encoder begins with.
-        limit: most tokens of a text.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        config, size = _text_config(model), _vocabulary(model)
-        known = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "decoder_start")}
-        special = {token for token in known.values() if isinstance(token, int)}
-        self.start: int = next((t for t in (known["decoder_start"], known["bos"]) if isinstance(t, int)), 0)
-        self.frame: tuple[list[int], list[int]] = ([], [])
-        self.mask: int | None = None
-        self._chat: list[int] = []
-        limits = [_positions(model, config), getattr(config, "n_positions", None)]
-        if tokenizer is not None:
-            size, special = min(size, len(tokenizer)), set(tokenizer.all_special_ids)
-            self.mask = getattr(tokenizer, "mask_token_id", None)
-            self.frame = _frame(tokenizer, special)
-            self._chat = _chat_start(tokenizer)
-            limits.append(getattr(tokenizer, "model_max_length", None))
-        self.ordinary = torch.tensor([i for i in range(size) if i not in special])
-        self.limit = int(min([1 << 20, *(n for n in limits if isinstance(n, (int, float)) and n > 0)]))
-        bos = known["bos"] if tokenizer is None else tokenizer.bos_token_id
-        self._bos = [bos] if isinstance(bos, int) and 0 <= bos < size else []
-
-    def prompt(self, number: int, source: torch.Generator) -> list[int]:
-        """Return how the window of a number begins: with a random token, after those that begin each text.
-
-        One in four begins as a text does and one as a chat does, where the model knows a beginning and chats.
-        """
-        begun = {1: self._chat, 3: self._bos}.get(number % 4)
-        return begun or [*self.frame[0], int(random_ids(self.ordinary, 1, [source]))]
-
-    def framed(self, ids: Tensor) -> Tensor:
-        """Return texts [rows, length] with the special tokens around them, of the same length."""
-        before, after = self.frame
-        inner = ids[:, len(before) : ids.shape[1] - len(after)]
-        sides = [torch.tensor(side, dtype=torch.long).expand(len(ids), -1) for side in self.frame]
-        return torch.cat([sides[0], inner, sides[1]], 1)
-
-
-def _positions(model: Any, config: Any) -> int | None:
-    """Return how many tokens have a position; RoBERTa and its kin count from the padding token's on."""
-    most: int | None = getattr(config, "max_position_embeddings", None)
-    tables = (m for n, m in model.named_modules() if "position_embed" in n and isinstance(m, nn.Embedding))
-    unused = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
-    return most if most is None else most - unused
-
-
-def _frame(tokenizer: Any, special: set[int]) -> tuple[list[int], list[int]]:
-    ids = list(tokenizer("a")["input_ids"])
-    inner = [i for i, token in enumerate(ids) if token not in special] or [len(ids) - 1]
-    return ids[: inner[0]], ids[inner[-1] + 1 :]
-
-
-def _chat_start(tokenizer: Any) -> list[int]:
-    """Return a chat's tokens up to what the user says, which the model then writes, and its own answer."""
-    if not getattr(tokenizer, "chat_template", None):
-        return []
-    words = "what the user says"
-    try:
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": words}], tokenize=False)
-    except Exception as error:  # noqa: BLE001 (a template is a program of the model's author)
-        logger.debug("the chat template does not take a user's message: %s", error)
-        return []
-    before, found, _ = chat.partition(words)
-    return list(tokenizer(before, add_special_tokens=False)["input_ids"]) if found else []
-
-
-def _read(model: Any, words: _Words, length: int, generators: Sequence[torch.Generator]) -> Tensor:
+def _read(model: Any, words: Words, length: int, generators: Sequence[torch.Generator]) -> Tensor:
     """Return texts for an encoder: random tokens, or every other one filled by the model where it fills masks."""
     ids = random_ids(words.ordinary, length, generators)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -271,7 +189,7 @@ def _written(
     prompts: Sequence[list[int]],
     length: int,
     generators: Sequence[torch.Generator],
-    words: _Words,
+    words: Words,
     read: Tensor | None = None,
 ) -> Tensor:
     """Have a model write to prompts of any lengths at once, [rows, length] int64.
@@ -365,7 +283,7 @@ def _filled(model: Any, shapes: dict[str, Any], reader: Reader, source: torch.Ge
             made[name] = _tokens(model, value, source)
     if "decoder_input_ids" in made and _can_write(model):
         main = made[model.main_input_name]
-        words, rows = _Words(model, reader.tokenizer), len(made["decoder_input_ids"])
+        words, rows = Words(model, reader.tokenizer), len(made["decoder_input_ids"])
         length = min(ANSWER, getattr(model.config, "max_target_positions", ANSWER))
         made["decoder_input_ids"] = _written(model, [[words.start]] * rows, length, [source] * rows, words, main)
     return made
@@ -401,6 +319,6 @@ def _tokens(model: Any, like: Tensor, source: torch.Generator) -> Tensor:
     """Return random tokens; those that stand for pictures, or end a text, are left where they are."""
     fields = model.config.to_dict().items()
     special = torch.tensor([v for k, v in fields if k.endswith(_SPECIAL) and isinstance(v, int)], dtype=like.dtype)
-    random = torch.randint(_vocabulary(model), like.shape, generator=source).to(like)
+    random = torch.randint(vocabulary(model), like.shape, generator=source).to(like)
     fixed = torch.isin(like, special.to(like.device)) | torch.isin(random, special.to(like.device))
     return torch.where(fixed, like, random)

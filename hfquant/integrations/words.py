@@ -1,0 +1,97 @@
+"""The tokens that a model of transformers writes and reads, and how its texts begin."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfquant.calibration.self_made import random_ids
+
+logger = logging.getLogger(__name__)
+
+
+class Words:
+    """The tokens of a model and how its texts begin.
+
+    Attributes:
+        ordinary: tokens that are no special ones, [tokens] int64.
+        frame: special tokens before and after a text.
+        mask: the token that stands for one to be filled; None without.
+        start: the token that a decoder beside an encoder begins with.
+        limit: most tokens of a text.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        config, size = _text_config(model), vocabulary(model)
+        known = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "decoder_start")}
+        special = {token for token in known.values() if isinstance(token, int)}
+        self.start: int = next((t for t in (known["decoder_start"], known["bos"]) if isinstance(t, int)), 0)
+        self.frame: tuple[list[int], list[int]] = ([], [])
+        self.mask: int | None = None
+        self._chat: list[int] = []
+        limits = [_positions(model, config), getattr(config, "n_positions", None)]
+        if tokenizer is not None:
+            size, special = min(size, len(tokenizer)), set(tokenizer.all_special_ids)
+            self.mask = getattr(tokenizer, "mask_token_id", None)
+            self.frame = _frame(tokenizer, special)
+            self._chat = _chat_start(tokenizer)
+            limits.append(getattr(tokenizer, "model_max_length", None))
+        self.ordinary = torch.tensor([i for i in range(size) if i not in special])
+        self.limit = int(min([1 << 20, *(n for n in limits if isinstance(n, (int, float)) and n > 0)]))
+        bos = known["bos"] if tokenizer is None else tokenizer.bos_token_id
+        self._bos = [bos] if isinstance(bos, int) and 0 <= bos < size else []
+
+    def prompt(self, number: int, source: torch.Generator) -> list[int]:
+        """Return how the window of a number begins: with a random token, after those that begin each text.
+
+        One in four begins as a text does and one as a chat does, where the model knows a beginning and chats.
+        """
+        begun = {1: self._chat, 3: self._bos}.get(number % 4)
+        return begun or [*self.frame[0], int(random_ids(self.ordinary, 1, [source]))]
+
+    def framed(self, ids: Tensor) -> Tensor:
+        """Return texts [rows, length] with the special tokens around them, of the same length."""
+        before, after = self.frame
+        inner = ids[:, len(before) : ids.shape[1] - len(after)]
+        sides = [torch.tensor(side, dtype=torch.long).expand(len(ids), -1) for side in self.frame]
+        return torch.cat([sides[0], inner, sides[1]], 1)
+
+
+def vocabulary(model: Any) -> int:
+    """Return how many tokens a model has."""
+    return int(_text_config(model).vocab_size)
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def _positions(model: Any, config: Any) -> int | None:
+    """Return how many tokens have a position; RoBERTa and its kin count from the padding token's on."""
+    most: int | None = getattr(config, "max_position_embeddings", None)
+    tables = (m for n, m in model.named_modules() if "position_embed" in n and isinstance(m, nn.Embedding))
+    unused = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
+    return most if most is None else most - unused
+
+
+def _frame(tokenizer: Any, special: set[int]) -> tuple[list[int], list[int]]:
+    ids = list(tokenizer("a")["input_ids"])
+    inner = [i for i, token in enumerate(ids) if token not in special] or [len(ids) - 1]
+    return ids[: inner[0]], ids[inner[-1] + 1 :]
+
+
+def _chat_start(tokenizer: Any) -> list[int]:
+    """Return a chat's tokens up to what the user says, which the model then writes, and its own answer."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    words = "what the user says"
+    try:
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": words}], tokenize=False)
+    except Exception as error:  # noqa: BLE001 (a template is a program of the model's author)
+        logger.debug("the chat template does not take a user's message: %s", error)
+        return []
+    before, found, _ = chat.partition(words)
+    return list(tokenizer(before, add_special_tokens=False)["input_ids"]) if found else []
