@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=list(STEPS), choices=STEPS)
     parser.add_argument("--presets", nargs="+", default=["w3a16-gptq", "w4a16-gptq"], choices=CONFIGS)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, help=f"in place of {STEPS}")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows, or images")
     parser.add_argument("--json", type=Path, help="file that rows are added to; a .md of the same name goes beside it")
     args = parser.parse_args(argv)
@@ -57,10 +58,11 @@ def main(argv: list[str] | None = None) -> int:
             data = _data(name, subject) if data is None else data
             model = quantized(copy.deepcopy(CONFIGS[preset]), subject)
             before, start = subject.score(model), time.process_time()
-            found = hfquant.distill(model, subject.model, data, STEPS[name], args.learning_rate)
+            steps = args.steps or STEPS[name]
+            found = hfquant.distill(model, subject.model, data, steps, args.learning_rate)
             seconds = time.process_time() - start
             held = {"held out, before": found.before, "held out, after": found.after, "kept": found.kept}
-            settings = {"seconds": seconds, "learning rate": args.learning_rate}
+            settings = {"seconds": seconds, "steps": steps, "learning rate": args.learning_rate}
             rows[f"{name}, {preset}"] = {"before": before, "after": subject.score(model), **settings, **held}
             print(name, preset, rows[f"{name}, {preset}"], file=sys.stderr, flush=True)
             if args.json:
