@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -16,6 +17,8 @@ import diffusers.models
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
+
+from benchmarks.tiny import built
 
 DEPTHS = {"layers_per_block": 1} | dict.fromkeys(
     (
@@ -281,27 +284,8 @@ def build(name: str, device: str = "meta", **sizes: Any) -> nn.Module:
 
 
 def small(name: str, most: int) -> Iterator[nn.Module]:
-    """Yield models of a class with random weights and at most so many parameters, those with few heads first.
-
-    Raises:
-        Exception: what the first said, where none can be built.
-    """
-    first: Exception | None = None
-    built = False
-    for sizes in (*_narrow(name), {}):
-        try:
-            size = sum(p.numel() for p in build(name, **sizes).parameters())
-            if size > most:
-                raise ValueError(f"too large: {size / 1e6:.0f} million parameters")
-            torch.manual_seed(0)
-            model = build(name, "cpu", **sizes).eval().float()
-        except Exception as error:  # noqa: BLE001 (not every class takes sizes like these)
-            first = first or error
-            continue
-        built = True
-        yield model
-    if first is not None and not built:
-        raise first
+    """Yield models of a class with random weights, those with few heads first (:func:`benchmarks.tiny.built`)."""
+    return built((partial(build, name, **sizes) for sizes in (*_narrow(name), {})), most)
 
 
 def _narrow(name: str) -> Iterator[dict[str, Any]]:

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
+
+from benchmarks.tiny import built
 
 #: What ints of a config become at most, by the first pattern that is found in their names.
 DEPTHS: dict[str, int] = {
@@ -63,33 +66,18 @@ def types() -> dict[str, list[str]]:
     return {kind: found[kind] for kind in CONFIG_MAPPING if kind in found}
 
 
-def small(kind: str, most: int) -> Iterator[PreTrainedModel]:
-    """Yield models of a type with at most so many parameters: of its first class the smallest first, and so on.
+def small(kind: str, most: int) -> Iterator[nn.Module]:
+    """Yield models of a type: of its first class the smallest first, and so on (:func:`benchmarks.tiny.built`)."""
+    return built((partial(_built, *made) for made in product(types()[kind], _configs(kind))), most)
 
-    Raises:
-        Exception: what the first said, where none can be built.
-    """
-    first: Exception | None = None
-    built = False
-    for name, make in product(types()[kind], _configs(kind)):
-        cls = getattr(transformers, name, None)
-        try:
-            if cls is None:
-                raise ValueError(f"transformers has no {name}")
-            config = make()
-            with torch.device("meta"):
-                size = cls(config).num_parameters()
-            if size > most:
-                raise ValueError(f"too large: {size / 1e6:.0f} million parameters")
-            torch.manual_seed(0)
-            model = cls(config).eval().float()
-        except Exception as error:  # noqa: BLE001 (many a class does not take sizes like these)
-            first = first or error
-            continue
-        built = True
-        yield model
-    if first is not None and not built:
-        raise first
+
+def _built(name: str, config: Callable[[], PreTrainedConfig], device: str) -> nn.Module:
+    if not hasattr(transformers, name):
+        raise ValueError(f"transformers has no {name}")
+    made = config()
+    with torch.device(device):
+        model: nn.Module = getattr(transformers, name)(made)
+    return model
 
 
 def _configs(kind: str) -> list[Callable[[], PreTrainedConfig]]:

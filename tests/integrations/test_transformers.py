@@ -495,3 +495,23 @@ def test_the_choice_of_experts_stays_the_librarys(checkpoint, tmp_path):
         loaded.save_pretrained(tmp_path / "again")
         stored = json.loads((tmp_path / "again" / "config.json").read_text())
         assert stored["experts_implementation"] == NEEDS_HFQUANT
+
+
+def test_tables_in_the_dtype_of_the_first_parameter_are_the_float_models(tmp_path):
+    """Swin v2 casts its tables of coordinates to it while it is made, where no trace of a forward sees that."""
+    torch.manual_seed(0)
+    config = transformers.Swinv2Config(
+        image_size=16, patch_size=4, embed_dim=16, depths=[1], num_heads=[2], window_size=2
+    )
+    model = transformers.Swinv2Model(config).eval()
+    model.save_pretrained(tmp_path / "float")
+    config = HfQuantConfig("w8a8-dynamic")
+    quantized = transformers.Swinv2Model.from_pretrained(tmp_path / "float", quantization_config=config)
+    quantized.save_pretrained(tmp_path / "quantized")
+    tables = {name: buffer for name, buffer in model.named_buffers() if name.endswith("relative_coords_table")}
+    assert tables
+    for other in (quantized, transformers.Swinv2Model.from_pretrained(tmp_path / "quantized")):
+        assert {name.rpartition(".")[0] + ".continuous_position_bias_mlp.0" for name in tables} <= quant_linears(
+            other
+        ).keys()
+        assert all(torch.equal(other.get_buffer(name), table) for name, table in tables.items())

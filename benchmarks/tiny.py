@@ -1,0 +1,36 @@
+"""Small models with random weights, the first that a class takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import nn
+
+
+def built(makers: Iterable[Callable[[str], nn.Module]], most: int) -> Iterator[nn.Module]:
+    """Yield the models that can be built and have at most so many parameters.
+
+    Args:
+        makers: from a device to a model; each may raise whatever its class does of sizes like these.
+        most: parameters.
+
+    Raises:
+        Exception: what the first said, where none can be built.
+    """
+    first: Exception | None = None
+    found = False
+    for make in makers:
+        try:
+            size = sum(p.numel() for p in make("meta").parameters())
+            if size > most:
+                raise ValueError(f"too large: {size / 1e6:.0f} million parameters")
+            torch.manual_seed(0)
+            model = make("cpu").eval().float()
+        except Exception as error:  # noqa: BLE001 (each class has its own)
+            first = first or error
+            continue
+        found = True
+        yield model
+    if first is not None and not found:
+        raise first
