@@ -137,10 +137,6 @@ def _round_trip(model: Any, preset: str, folder: str) -> str:
         if inputs is None:
             return f"{NO_DATA}: {_words(error)}"
         raise
-    except ValueError as error:
-        if NOTHING in str(error):  # said where there was data to calibrate on; else a warning is logged
-            return NOTHING
-        raise
     if not quant_modules(quantized):
         return NOTHING
     layers = len(quant_modules(quantized))

@@ -27,6 +27,9 @@ def built(makers: Iterable[Callable[[str], nn.Module]], most: int) -> Iterator[n
                 raise ValueError(f"too large: {size / 1e6:.0f} million parameters")
             torch.manual_seed(0)
             model = make("cpu").eval().float()
+            for parameter in model.parameters():
+                if not parameter.isfinite().all():  # left as memory had it, for a checkpoint to fill
+                    nn.init.normal_(parameter, std=0.02)
         except Exception as error:  # noqa: BLE001 (each class has its own)
             first = first or error
             continue

@@ -109,7 +109,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "WanVACETransformer3DModel": {"vace_layers": [0, 1]},
 }
 
-# Classes that trace can watch on real tensors alone: their forward looks at values.
+# Classes that trace can watch on real tensors alone: their forward looks at values, or their __init__ does.
 WITH_WEIGHTS: dict[str, dict[str, Any]] = {
     "AceStepConditionEncoder": {
         "hidden_size": 16,
@@ -131,6 +131,7 @@ WITH_WEIGHTS: dict[str, dict[str, Any]] = {
         "decoder_up_block_types": ("ResnetUpsampleBlock2D",) * 2,
         "decoder_layers_per_block": 1,
     },
+    "MMAudioVAE": {"hidden_channels": 32, "latent_channels": 4},  # a table on the CPU, whatever the default device
     "GlmImageTransformer2DModel": HEADS
     | {
         "attention_head_dim": 16,

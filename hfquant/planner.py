@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -85,6 +86,13 @@ class Plan:
     skipped: dict[str, str]
     folds: tuple[Fold, ...] = ()
 
+    @property
+    def why_skipped(self) -> str:
+        """Why layers are left alone, and how many, in words."""
+        counts = Counter(self.skipped.values())
+        reasons = [f"{counted(number, 'layer')}: {why}" for why, number in counts.most_common()]
+        return "; ".join(reasons) or "no layer of a kind that can be"
+
     def fused(self, experts: Unfused, solved: Mapping[str, LayerPlan] | None = None) -> Plan:
         """Return the plan with one entry for the experts of a parameter, under the parameter's name.
 
@@ -120,6 +128,14 @@ class Plan:
         rows += [(name, "", "", "", "", "", "", f"skipped: {why}") for name, why in self.skipped.items()]
         widths = [max(len(r[i]) for r in rows) for i in range(7)]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, [*widths, 0], strict=True)).rstrip() for r in rows)
+
+
+def warn_if_empty(model: nn.Module, plan: Plan) -> None:
+    """Log one line where there is nothing to quantize."""
+    if not plan.layers:
+        logger.warning(
+            "%s has nothing to quantize (%s): it stays in full precision", type(model).__name__, plan.why_skipped
+        )
 
 
 def _short(sizes: tuple[int, ...]) -> str:

@@ -28,7 +28,7 @@ from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import log_share, quant_modules, tie
 from hfquant.observe import observe
 from hfquant.offload import refuse_group_offloaded
-from hfquant.planner import ModelFacts, Plan
+from hfquant.planner import ModelFacts, Plan, warn_if_empty
 from hfquant.replacing import replace_modules
 from hfquant.report.layers import LayerReport, QuantReport, layer_report
 from hfquant.run import Run, Settings, prepared
@@ -97,9 +97,12 @@ def quantize(
     with shown, sharing as group, unfused(model, facts.experts) as experts:
         run = prepared(model, loader, rules, settings, facts, group, experts)
         if not run.plan.layers:
-            logger.warning("%s: every layer is switched off or skipped; nothing is quantized", type(model).__name__)
+            warn_if_empty(model, run.plan)
             plan = run.plan.fused(experts)
-            return Applied(plan, QuantReport([], plan.skipped))
+            applied = Applied(plan, QuantReport([], plan.skipped))
+            if settings.or_nothing:
+                finish(applied)
+            return applied
         return _applied(_folded(run), settings.verbose, finish)
 
 

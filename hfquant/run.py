@@ -28,7 +28,11 @@ from hfquant.statistics import LayerStats
 
 @dataclass(frozen=True)
 class Settings:
-    """What a caller asks for beside the config; see :func:`hfquant.quantize`."""
+    """What a caller asks for beside the config; see :func:`hfquant.quantize`.
+
+    Attributes:
+        or_nothing: whether a model with nothing to quantize is no error: a pipeline may load all parts with one config.
+    """
 
     not_convert: Collection[str] = ()
     per_layer_mode: bool = False
@@ -38,6 +42,7 @@ class Settings:
     resume_dir: str | os.PathLike[str] | None = None
     guard: bool = True
     held_out: Any = None
+    or_nothing: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,10 +118,9 @@ def prepared(
         if example is None and data is not None and has_data:
             example = samples(data.first)[0]
         plan = plan_apart(model, rules, settings.not_convert, example, facts, experts)
-        if not plan.layers and not {EXCLUDED, SWITCHED_OFF} & set(plan.skipped.values()):
-            raise ValueError(
-                f"{type(model).__name__} has nothing to quantize: {plan.skipped or 'no layer of a kind that can be'}"
-            )
+        wanted = settings.or_nothing or {EXCLUDED, SWITCHED_OFF} & set(plan.skipped.values())
+        if not plan.layers and not wanted:
+            raise ValueError(f"{type(model).__name__} has nothing to quantize: {plan.why_skipped}")
         needing = [name for name, layer in plan.layers.items() if layer.config.needs_data]
         if needing and data is None:
             more = f" (and {len(needing) - 1} more)" if len(needing) > 1 else ""

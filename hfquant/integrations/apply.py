@@ -42,7 +42,9 @@ def quantize_attached(
     Returns:
         A function that undoes it.
     """
-    settings = settings or Settings(config.modules_to_not_convert or (), config.per_layer_mode, guard=config.guard)
+    if settings is None:
+        not_convert = config.modules_to_not_convert or ()
+        settings = Settings(not_convert, config.per_layer_mode, guard=config.guard, or_nothing=True)
     rules = _searched(model, loader, config, facts)
     restore = _snapshot(model)
 

@@ -8,7 +8,6 @@ on disk, one more than the weight of the float module has.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +30,6 @@ from hfquant.nn.modules import quant_modules, tie
 from hfquant.planner import ModelFacts, Plan, matches
 from hfquant.replacing import replace_modules
 from hfquant.solver import solve
-
-logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -73,13 +70,6 @@ def stored_plans(
         if plan.tied and plan.tied not in plans:
             raise ConfigError(f"layer {name!r}: it is tied to {plan.tied!r}, which is not quantized")
     return plans
-
-
-def warn_if_empty(model: nn.Module, plan: Plan) -> None:
-    """Log one line where loading has nothing to quantize: a pipeline may load all parts with one config."""
-    if not plan.layers:
-        why = plan.skipped or "no layer that can be"
-        logger.warning("%s has nothing to quantize (%s): it stays in full precision", type(model).__name__, why)
 
 
 def install_empty(

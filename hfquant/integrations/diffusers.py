@@ -27,7 +27,6 @@ from hfquant.integrations.checkpoint import (
     quantized_experts,
     stored_plans,
     tensor_names,
-    warn_if_empty,
 )
 from hfquant.integrations.compat import set_quantization_config
 from hfquant.integrations.config import METHOD, HfQuantConfig
@@ -46,7 +45,7 @@ from hfquant.nn.experts import QuantExperts
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import dequantized, log_share, quant_modules
-from hfquant.planner import Plan, plan_layers
+from hfquant.planner import Plan, plan_layers, warn_if_empty
 from hfquant.replacing import replace_modules
 from hfquant.solver import solve
 

@@ -27,7 +27,6 @@ from hfquant.integrations.checkpoint import (
     quantized_experts,
     stored_plans,
     tensor_names,
-    warn_if_empty,
 )
 from hfquant.integrations.compat import (
     ConversionOps,
@@ -49,7 +48,7 @@ from hfquant.nn.experts import QuantExperts, tensor_name
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import dequantized, log_share, quant_modules
 from hfquant.offload import lend
-from hfquant.planner import Plan, plan_layers
+from hfquant.planner import Plan, plan_layers, warn_if_empty
 from hfquant.solver import solve
 
 if TYPE_CHECKING:

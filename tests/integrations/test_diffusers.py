@@ -251,6 +251,21 @@ def test_share_is_said_on_load(checkpoint, caplog):
     assert "51 layers quantized, 100 % of" in unet.message, "convolutions and all"
 
 
+@pytest.mark.parametrize("preset", ["w8a16", "w8a8"])
+def test_model_with_nothing_to_quantize_is_loaded_with_a_warning(preset, tmp_path, caplog):
+    model = diffusers.AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).eval()
+    model.save_pretrained(tmp_path)
+    inputs = {"sample": torch.randn(1, 3, 16, 16)}
+    config = HfQuantConfig(preset, calibration=[inputs])
+    with caplog.at_level(logging.WARNING, "hfquant"):
+        loaded = diffusers.AutoencoderTiny.from_pretrained(tmp_path, quantization_config=config)
+    (warned,) = [record.message for record in caplog.records if "nothing to quantize" in record.message]
+    assert len(warned) < 300
+    assert_same(loaded, model, inputs)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same(diffusers.AutoencoderTiny.from_pretrained(tmp_path / "again"), model, inputs)
+
+
 def test_save_twice_writes_the_same(checkpoint, tmp_path):
     cls = type(small_models.dit())
     model = cls.from_pretrained(checkpoint("dit"), quantization_config=HfQuantConfig("w8a16"))

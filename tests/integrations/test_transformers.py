@@ -332,14 +332,20 @@ def test_a_small_share_of_quantized_parameters_is_warned_about(checkpoint, caplo
         assert "14 layers quantized" in share.message
 
 
-def test_model_without_linears_is_loaded_with_a_warning(tmp_path, caplog):
+@pytest.mark.parametrize("preset", ["w8a16", "w8a8"])
+def test_model_without_linears_is_loaded_with_a_warning(preset, tmp_path, caplog):
     config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=0, n_head=2, n_positions=8)
     model = transformers.GPT2LMHeadModel(config).eval()  # embeddings and a head alone
     model.save_pretrained(tmp_path)
+    inputs = {"input_ids": torch.arange(6)[None]}
+    config = HfQuantConfig(preset, calibration=[inputs])
     with caplog.at_level(logging.WARNING, "hfquant"):
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HfQuantConfig("w8a16"))
-    assert any("nothing to quantize" in record.message for record in caplog.records)
-    assert_same(loaded, model, {"input_ids": torch.arange(6)[None]})
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    (warned,) = [record.message for record in caplog.records if "nothing to quantize" in record.message]
+    assert "2 layers: an embedding; 1 layer: the model's output head" in warned
+    assert_same(loaded, model, inputs)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model, inputs)
     with pytest.raises(ValueError, match="nothing to quantize"):
         hfquant.quantize(model, None, "w8a16")
 
