@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from hfquant.algorithms import Problem, block_slices, segment_ranges
+from hfquant.algorithms import Problem, Strength, block_slices, segment_ranges
 from hfquant.calibration.batches import CalibrationError
 from hfquant.formats import Grid, GridRule, expand_columns, range_columns
 from hfquant.formats.promise import bell_error
@@ -34,13 +34,13 @@ class Solution:
     Attributes:
         plan: as it ended up: the data has the last word on dual scale.
         tensors: by name, codes unpacked.
-        alphas: smoothing strengths, one list a row group, one value an input segment.
+        alphas: smoothing strengths, one list a row group, one value an input segment, None for no smoothing.
         fallback: whether data was wanted and there was none.
     """
 
     plan: LayerPlan
     tensors: dict[str, Tensor]
-    alphas: list[list[float]] = field(default_factory=list)
+    alphas: list[list[Strength]] = field(default_factory=list)
     fallback: bool = False
 
 
@@ -161,7 +161,7 @@ class _Part:
 
     tensors: dict[str, Tensor]
     divisor: Tensor | None
-    alphas: tuple[float, ...]
+    alphas: tuple[Strength, ...]
 
 
 def _solve_rows(name: str, w: Tensor, plan: LayerPlan, stats: LayerStats | None, dtype: torch.dtype) -> _Part:

@@ -67,7 +67,6 @@ ELSEWHERE = {
     "presets.py": "test_config.py",
     "replacing.py": "nn/test_modules.py",
     "report/affiner.py": "affiner/test_fit.py",
-    "report/layers.py": "test_ptq.py",
     "run.py": "test_ptq.py",
     "schema.py": "test_config.py",
 }

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from hfquant.algorithms.base import Identity, Problem, Rounding, TensorSpec, Transform, Transformed, block_slices
+from hfquant.algorithms.base import (
+    Identity,
+    Problem,
+    Rounding,
+    Strength,
+    TensorSpec,
+    Transform,
+    Transformed,
+    block_slices,
+)
 from hfquant.algorithms.gptq import Gptq
 from hfquant.algorithms.hadamard import Hadamard, SmoothHadamard
 from hfquant.algorithms.low_rank import LowRank
@@ -17,6 +26,7 @@ __all__ = [
     "Problem",
     "Rounding",
     "Smooth",
+    "Strength",
     "TensorSpec",
     "Transform",
     "Transformed",

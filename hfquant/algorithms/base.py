@@ -53,6 +53,10 @@ class Problem:
         return block_slices(self.segments)
 
 
+#: The alpha of SmoothQuant; None where not smoothing is best.
+Strength = float | None
+
+
 @dataclass(frozen=True)
 class Transformed:
     """A weight as it is to be rounded.
@@ -61,13 +65,13 @@ class Transformed:
         weight: [rows, in] float32.
         tensors: what the layer stores of the transform, by name.
         divisor: [in], what the input is divided by before it is quantized; None where it is not.
-        alphas: smoothing strengths chosen, one a segment, for the report.
+        alphas: smoothing strengths chosen, one a segment, for the report; None for none.
     """
 
     weight: Tensor
     tensors: dict[str, Tensor] = field(default_factory=dict)
     divisor: Tensor | None = None
-    alphas: tuple[float, ...] = ()
+    alphas: tuple[Strength, ...] = ()
 
 
 class Transform(Section):

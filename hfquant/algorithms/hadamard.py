@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from hfquant.algorithms.base import Identity, Problem, Transform, Transformed
+from hfquant.algorithms.base import Identity, Problem, Strength, Transform, Transformed
 from hfquant.algorithms.smooth import Smooth
 from hfquant.formats.rotation import MOST_ROTATED, rotated
 
@@ -80,7 +80,9 @@ class SmoothHadamard(Smooth):
         """The size of the blocks."""
         return self.block_size
 
-    def applied(self, weight: Tensor, divisor: Tensor, problem: Problem, alphas: tuple[float, ...] = ()) -> Transformed:
+    def applied(
+        self, weight: Tensor, divisor: Tensor, problem: Problem, alphas: tuple[Strength, ...] = ()
+    ) -> Transformed:
         """Return ``W s R`` for a given divisor s [in]."""
         return Transformed(rotated(weight * divisor, self.block_size), {"smooth": divisor}, divisor, alphas)
 

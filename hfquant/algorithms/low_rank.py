@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hfquant.algorithms.base import Problem, TensorSpec, Transform, Transformed
+from hfquant.algorithms.base import Problem, Strength, TensorSpec, Transform, Transformed
 from hfquant.algorithms.smooth import Smooth
 
 #: Narrowest block of the Krylov basis: below it products are no cheaper, and there would be more of them.
@@ -37,7 +37,9 @@ class LowRank(Smooth):
             "svd_up": TensorSpec((sum(rows), self.low_rank), None),
         }
 
-    def applied(self, weight: Tensor, divisor: Tensor, problem: Problem, alphas: tuple[float, ...] = ()) -> Transformed:
+    def applied(
+        self, weight: Tensor, divisor: Tensor, problem: Problem, alphas: tuple[Strength, ...] = ()
+    ) -> Transformed:
         """Return the residual of ``W s``, and the factors as cast; ``svd_down`` acts on the raw input: 1/s is in it."""
         smoothed = weight * divisor
         up, down = low_rank(smoothed, self.low_rank)

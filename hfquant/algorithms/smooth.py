@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor
 
-from hfquant.algorithms.base import Identity, Problem, TensorSpec, Transform, Transformed
+from hfquant.algorithms.base import Identity, Problem, Strength, TensorSpec, Transform, Transformed
 from hfquant.formats import expand_columns, range_columns
 from hfquant.formats.rotation import rotated
 from hfquant.schema import Section, is_patch
@@ -26,9 +26,9 @@ MAX_ALPHAS = 1000
 
 
 class SearchAlpha(Section):
-    """Grid of smoothing strengths tried for each layer: ``min, min + step, ... max``."""
+    """Grid of smoothing strengths tried for each layer, beside no smoothing: ``min, min + step, ... max``."""
 
-    enable: bool = Field(False, description="Search; `alpha` is not used then.")
+    enable: bool = Field(False, description="Search; no smoothing at all is tried too, and `alpha`.")
     min: float = Field(0.0, ge=0.0, le=1.0, description="Smallest alpha tried.")
     max: float = Field(1.0, ge=0.0, le=1.0, description="Largest alpha tried.")
     step: float = Field(0.1, gt=0.0, le=1.0, description="Distance between two alphas; at most 1,000 are tried.")
@@ -129,21 +129,24 @@ class Smooth(Transform):
         divisor, alphas = self.found(weight, problem)
         return self.applied(weight, divisor, problem, alphas)
 
-    def found(self, weight: Tensor, problem: Problem) -> tuple[Tensor, tuple[float, ...]]:
-        """Return s [in] and the alpha of each input segment."""
+    def found(self, weight: Tensor, problem: Problem) -> tuple[Tensor, tuple[Strength, ...]]:
+        """Return s [in] and the alpha of each input segment; of equally good ones the first, none before all."""
         assert problem.stats is not None
         magnitudes = self.magnitudes(weight, problem.stats, problem.layers)
         search = self.search_alpha_config
+        alphas: list[Strength] = [self.alpha] * len(problem.segments)
         if not search.enable:
-            divisor, alphas = smoothing_vector(*magnitudes, self.alpha), [self.alpha] * len(problem.segments)
+            divisor = smoothing_vector(*magnitudes, self.alpha)
         else:
-            grid = list(dict.fromkeys([*search.grid(), self.alpha]))
+            grid: list[Strength] = [None, *dict.fromkeys([*search.grid(), self.alpha])]
             alphas = [grid[i] for i in self.losses(weight, problem, grid).argmin(0).tolist()]
             vectors = {alpha: smoothing_vector(*magnitudes, alpha) for alpha in alphas}
             divisor = torch.cat([vectors[alpha][c] for alpha, c in zip(alphas, problem.blocks(), strict=True)])
         return divisor, tuple(alphas)
 
-    def applied(self, weight: Tensor, divisor: Tensor, problem: Problem, alphas: tuple[float, ...] = ()) -> Transformed:
+    def applied(
+        self, weight: Tensor, divisor: Tensor, problem: Problem, alphas: tuple[Strength, ...] = ()
+    ) -> Transformed:
         """Return ``W s`` for a given divisor s [in]."""
         return Transformed(weight * divisor, {"smooth": divisor}, divisor, alphas)
 
@@ -160,7 +163,7 @@ class Smooth(Transform):
             return stats.mean_square.sqrt(), _geometric_mean([part.square().mean(0).sqrt() for part in parts])
         return stats.amax, _geometric_mean([part.abs().amax(0) for part in parts])
 
-    def losses(self, weight: Tensor, problem: Problem, grid: Sequence[float]) -> Tensor:
+    def losses(self, weight: Tensor, problem: Problem, grid: Sequence[Strength]) -> Tensor:
         """Return ``||Q(X_i / s) Q(W_i s)^T - X_i W_i^T||^2`` of each alpha and input segment i.
 
         Estimated on the sampled rows, with round to nearest in place of a costlier rounding. Where the activations'
@@ -225,17 +228,19 @@ def segment_ranges(stats: LayerStats, segments: Sequence[int]) -> tuple[Tensor, 
     return low, high
 
 
-def smoothing_vector(x: Tensor, w: Tensor, alpha: float) -> Tensor:
+def smoothing_vector(x: Tensor, w: Tensor, alpha: Strength) -> Tensor:
     """Return ``s = x^alpha / w^(1 - alpha)``, 1 where either is 0.
 
     Args:
         x: [in], magnitude of each input channel, >= 0.
         w: [in], magnitude of each weight column, >= 0.
-        alpha: how much of the difficulty moves to the weights, in [0, 1].
+        alpha: how much of the difficulty moves to the weights, in [0, 1]; None for s = 1, no smoothing.
 
     Returns:
         [in] float32, positive and finite.
     """
+    if alpha is None:
+        return torch.ones_like(x, dtype=torch.float32)
     # In float64: a magnitude of 1e30 to the power alpha, over a tiny weight, leaves float32.
     x, w = x.double(), w.double()
     scale = x.pow(alpha) / w.pow(1 - alpha)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hfquant.algorithms import Strength
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
 from hfquant.solver import Solution, solve
@@ -26,7 +27,7 @@ class LayerReport:
     Attributes:
         name: of the module.
         what: formats and structure, as the module prints them.
-        alphas: smoothing strengths chosen, one a segment; empty without smoothing.
+        alphas: smoothing strengths chosen, one a segment, None where none is best; empty without smoothing.
         rank: of the low-rank branch, 0 without one.
         plain_error: relative L2 error of the output on the sampled calibration rows if the same formats were used with
             round-to-nearest alone; None without data.
@@ -39,7 +40,7 @@ class LayerReport:
 
     name: str
     what: str
-    alphas: tuple[float, ...]
+    alphas: tuple[Strength, ...]
     rank: int
     plain_error: float | None
     error: float | None
@@ -90,7 +91,8 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     def number(value: float | None, digits: str) -> str:
         return "-" if value is None else format(value, digits)
 
-    alphas = "/".join(f"{a:g}" for a in layer.alphas[:4]) + ("/..." if len(layer.alphas) > 4 else "")
+    shown = ["none" if alpha is None else f"{alpha:g}" for alpha in layer.alphas]
+    alphas = "/".join(shown[:4] + ["..."] * (len(shown) > 4))
     return (
         layer.name,
         number(layer.plain_error, ".5f"),

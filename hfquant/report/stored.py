@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hfquant.algorithms import Strength
 from hfquant.integrations import library
 from hfquant.integrations.checkpoint import CheckpointError, stored_plans
 from hfquant.integrations.compat import names_in_model
@@ -38,7 +39,7 @@ class StoredLayer:
         sqnr: signal to noise of its output in dB on calibration rows; None where it was not measured. Of experts, the
             worst.
         plain_sqnr: the same of the same formats, rounded to nearest.
-        alphas: strengths of smoothing.
+        alphas: strengths of smoothing, None for none.
         rank: of the low-rank branch.
     """
 
@@ -52,7 +53,7 @@ class StoredLayer:
     bytes: int
     sqnr: float | None = None
     plain_sqnr: float | None = None
-    alphas: tuple[float, ...] = ()
+    alphas: tuple[Strength, ...] = ()
     rank: int = 0
 
     @property

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hfquant.algorithms import Identity, Problem, Smooth
 from hfquant.algorithms.smooth import SearchAlpha, segment_ranges, smoothing_vector
-from hfquant.formats import FORMATS, GridRule
+from hfquant.formats import FORMATS, GridRule, InputRule
 from hfquant.statistics import LayerStats
 
 
@@ -115,3 +115,32 @@ def test_the_config_s_own_alpha_is_tried_too() -> None:
     own, *others = opt.losses(weight, problem, [0.5, 0.99, 1.0])[:, 0]
     assert 2 * own < min(others)
     assert opt.solve(weight, problem).alphas == (0.5,)
+
+
+@pytest.mark.parametrize("spread", [1.0, 100.0])
+def test_no_smoothing_is_tried_too(spread: float) -> None:
+    """Channels alike, seen in twelve rows: a vector would be made of noise. Where one channel is large it pays."""
+    rows = torch.randn(12, 64)
+    rows[:, 3] *= spread
+    weight, opt = torch.randn(32, 64), Smooth(search_alpha_config=SearchAlpha(enable=True, min=0.4, step=0.2))
+    rule = InputRule(FORMATS["int8"], False, False, (64,), (False,))
+    problem = Problem("layer", GridRule(FORMATS["int8"], (64,)), rule, (64,), stats_of(rows), torch.float32)
+    found = opt.solve(weight, problem)
+    grid = [None, 0.4, 0.6, 0.8, 1.0, 0.5]
+    assert found.alphas == (grid[opt.losses(weight, problem, grid)[:, 0].argmin()],)
+    assert (found.alphas == (None,)) == (spread == 1)
+    assert torch.equal(found.tensors["smooth"], torch.ones(64)) == (spread == 1)
+
+    def error(divisor: torch.Tensor) -> float:
+        """Of new rows, in float64, by scales of the largest values seen."""
+        new = torch.randn(4000, 64, generator=torch.Generator().manual_seed(1))
+        new[:, 3] *= spread
+        step = (rows / divisor).abs().max().double() / 127
+        quantized = (new.double() / divisor / step).round().clamp(-127, 127) * step
+        scaled = weight.double() * divisor
+        grain = scaled.abs().amax(1, keepdim=True) / 127
+        return float((quantized @ ((scaled / grain).round() * grain).T - new.double() @ weight.double().T).norm())
+
+    magnitudes = opt.magnitudes(weight, problem.stats)
+    others = [error(smoothing_vector(*magnitudes, alpha)) for alpha in grid[1:]]
+    assert (error(torch.ones(64)) < min(others)) == (spread == 1)
