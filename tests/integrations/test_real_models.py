@@ -89,11 +89,12 @@ def test_minilm_calibrated_on_strings_with_its_own_tokenizer(tmp_path):
     layers = quant_linears(model).values()
     assert len(layers) >= 36
     assert all(("input_scale" in dict(layer.named_buffers())) == layer.plan.static_input for layer in layers)
-    assert 30 <= sum(layer.plan.static_input for layer in layers) < len(layers)  # two take scales a token
+    # From so few rows a smoothing vector is worth little, and some inputs without one need a scale a token.
+    assert 20 <= sum(layer.plan.static_input for layer in layers) < len(layers)
     sentences = [text[:200] for text in evaluation_texts()]
     exact = sentence_embeddings(float_model, tokenizer, sentences)
     similarity = (exact * sentence_embeddings(model, tokenizer, sentences)).sum(-1)
-    assert similarity.mean() >= 0.98
+    assert similarity.mean() >= 0.997
     model.save_pretrained(tmp_path)
     assert_reloads(model, tmp_path, dict(tokenizer(sentences[:2], padding=True, truncation=True, return_tensors="pt")))
 
