@@ -118,8 +118,8 @@ def prepared(
         if example is None and data is not None and has_data:
             example = samples(data.first)[0]
         plan = plan_apart(model, rules, settings.not_convert, example, facts, experts)
-        wanted = settings.or_nothing or {EXCLUDED, SWITCHED_OFF} & set(plan.skipped.values())
-        if not plan.layers and not wanted:
+        may_be_empty = settings.or_nothing or {EXCLUDED, SWITCHED_OFF} & set(plan.skipped.values())
+        if not plan.layers and not may_be_empty:
             raise ValueError(f"{type(model).__name__} has nothing to quantize: {plan.why_skipped}")
         needing = [name for name, layer in plan.layers.items() if layer.config.needs_data]
         if needing and data is None:
