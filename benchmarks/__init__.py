@@ -1,1 +1,1 @@
-"""Benchmarks of quality, memory and speed, side by side with peers; run each one as ``python -m benchmarks.NAME``."""
+"""Benchmarks of quality, memory and speed, next to peer libraries; run each as ``python -m benchmarks.NAME``."""

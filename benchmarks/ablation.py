@@ -1,8 +1,9 @@
-"""The ablation: one feature after the other, in configs that differ by just that.
+"""Ablation: configs that differ in one feature at a time.
 
-A row is a line: its name, ``<kind>/hfquant-<what is on>``, and its config. Kinds with float activations are
-weight-only; the others quantize activations to one scale a token while running, or, where the name says static, to
-calibrated scales. Where it says tensor, so are they, and each weight has one scale in all (the reference's default).
+Each row is one line: its name, ``<kind>/hfquant-<features that are on>``, and its config. Kinds with float activations
+are weight-only. The others quantize activations with dynamic per-token scales, or with calibrated scales if the name
+says "static". If it says "tensor", activations are static too and each weight has a single scale (the reference's
+default).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from hfquant.presets import PRESETS
 
 GROUP = {"type": "int4", "group_size": 64}
-#: As presets have them.
+#: As in the presets.
 FINE_GROUP = {"type": "int4", "group_size": 32, "symmetric": False, "clip": "mse"}
 INT6_GROUP = {"type": "int6", "group_size": 64, "symmetric": False, "clip": "mse"}
 TOKEN = {"type": "int8", "axis": -1, "dynamic": True}
@@ -44,7 +45,7 @@ def config(
     patterns: list[str] | None = None,
     **weight_options: Any,
 ) -> dict[str, Any]:
-    """A config for all linears; what is not named is off, ``patterns=None`` leaves them all on."""
+    """Return a config for all linears. What is not passed is off, but ``patterns=None`` leaves all patterns on."""
     entry = {
         "opt": opt or {"type": "default"},
         "calib": calib or {"type": "amax"},
@@ -54,7 +55,7 @@ def config(
     return {"default": entry if patterns is None else {**entry, "search_patterns": patterns}}
 
 
-#: Features that any model shows.
+#: Features that matter on any model.
 ABLATION: dict[str, dict[str, Any]] = {
     "w8a16/hfquant": config(INT8, None),
     "w8a8/hfquant-dynamic": config(INT8, TOKEN),
@@ -71,7 +72,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w8a8/hfquant-static-smooth-fine-by-token": config(INT8, {**STATIC, "token_fallback": True}, {**SMOOTH, **FINE}),
     "w8a8/hfquant-static-smooth-fine-gptq": config(INT8, STATIC, {**SMOOTH, **FINE}, GPTQ),
     "w8a8/hfquant-static-svd-fine": config(INT8, STATIC, {**SVD, "low_rank": 16, **FINE}),
-    # Static too, with 16 bits for the activations of massive outliers alone.
+    # Static too, with 16 bits only for the activations that have massive outliers.
     "w8a8/hfquant-static-smooth-fine-down-a16": {
         **config(INT8, STATIC, {**SMOOTH, **FINE}),
         "*down_proj": {"input_quant": {"type": "int16"}},
@@ -116,7 +117,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w4a4/hfquant-svd-gptq-mse-asym": config(GROUP, TOKEN4, SVD, GPTQ, clip="mse", symmetric=False),
 }
 
-#: Bits by layer at sizes that are no preset's, from its choices and, below 4 bits, cheaper ones.
+#: Bits chosen per layer at sizes between the presets: the choices of ``w4-auto`` and, below 4 bits, cheaper ones.
 _CHOICES = PRESETS["w4-auto"]["search"]["choices"]
 _FEW_BITS = [{"type": "int2", "group_size": 32}, {"type": "int3", "group_size": 64}, *_CHOICES]
 SEARCHED: dict[str, dict[str, Any]] = {
@@ -127,7 +128,7 @@ SEARCHED: dict[str, dict[str, Any]] = {
     for bits in (3.5, 4.45, 4.67, 5.1, 6.25)
 }
 
-#: Too few bits for closed forms alone: what distilling starts from.
+#: Too few bits for closed-form solutions alone: a starting point for distillation.
 TWO_BITS: dict[str, dict[str, Any]] = {
     "w2a16/hfquant-gptq": {
         "default": {
@@ -148,7 +149,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "full-svd": {"opt": {**THIN_SVD, **SEARCH}, "calib": GPTQ, "clip": "mse", "symmetric": False},
 }
 
-#: Features that need segments or activations with a small negative side: seen on the DiT.
+#: Features that need segments, or activations with a small negative side: measured on the DiT.
 DIGITS_ABLATION: dict[str, dict[str, Any]] = {
     f"{kind}/hfquant-{prefix}{name}": config(weight, inputs, **features)
     for kind, prefix, weight, inputs in (

@@ -1,11 +1,11 @@
-"""LoRA on SmolLM2: what a run on the quantized model gains beside one on the float model, and what merging keeps of it.
+"""LoRA on SmolLM2: what training gains on the quantized model relative to the float model, and what merging keeps.
 
     python -m benchmarks.adapters --json benchmarks/results/adapters.json
 
-The shuffled SmolLM2 (:mod:`benchmarks.models`) gets an adapter on every linear, and is trained on the first three
-quarters of Python's language reference; the loss is that of windows of the last quarter, which nothing else sees. A
-seed is a random start and an order of the windows, the same for all models. Presets that need data are calibrated on
-the training part. "merged" is the loss once the trained adapter has been rounded into the codes.
+The shuffled SmolLM2 (:mod:`benchmarks.models`) gets an adapter on every linear and is trained on the first three
+quarters of Python's language reference. The loss is measured on windows of the last quarter, used for nothing else. A
+seed fixes the adapter's random start and the order of the windows, for all models alike. Presets that need data are
+calibrated on the training part. "merged" is the loss after the trained adapter has been rounded into the codes.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(preset: str | None, steps: int, seqlen: int, seeds: int) -> list[dict[str, float]]:
-    """Train adapters on SmolLM2, quantized by ``preset`` (None: float), one window of ``seqlen`` tokens a step.
+    """Train adapters on SmolLM2 quantized with ``preset`` (None: float), one window of ``seqlen`` tokens per step.
 
     Returns:
-        Of each seed, held-out losses in nats a token: before, after, and merged; what training gained; the share of it
-        that merging keeps.
+        For each seed: the held-out losses in nats per token before training, after it and after merging; the gain from
+        training; the share of the gain that merging keeps.
     """
     import hfquant
 
@@ -80,7 +80,7 @@ def train(preset: str | None, steps: int, seqlen: int, seeds: int) -> list[dict[
 
 
 def parts(tokenizer: Any, steps: int, seqlen: int) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """Windows to train on and windows to measure on, of two parts of the text."""
+    """Return training windows and evaluation windows, from separate parts of the text."""
     text = calibration_text()
     cut = len(text) * 3 // 4
     windows = token_batches(tokenizer, text[:cut], seqlen, steps, 1)
@@ -88,7 +88,7 @@ def parts(tokenizer: Any, steps: int, seqlen: int) -> tuple[list[dict[str, Tenso
 
 
 def fitted(model: nn.Module, batches: Sequence[dict[str, Tensor]], seed: int) -> Any:
-    """``model`` with an adapter trained on the batches, one AdamW step each."""
+    """Return ``model`` with an adapter trained on the batches, one AdamW step each."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
@@ -105,14 +105,14 @@ def fitted(model: nn.Module, batches: Sequence[dict[str, Tensor]], seed: int) ->
 
 
 def loss_of(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:
-    """Mean loss in nats a token."""
+    """Return the mean loss in nats per token."""
     with torch.inference_mode():
         losses = [model(**batch, labels=batch["input_ids"]).loss for batch in batches]
     return float(torch.stack(losses).double().mean())
 
 
 def markdown(rows: dict[str, list[dict[str, float]]]) -> str:
-    """The rows as a table; the float model is among them."""
+    """Return the rows as a Markdown table; the float model must be among them."""
     lines = ["| model | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
     for name, runs in rows.items():
         share = [run["gain"] / floats["gain"] for run, floats in zip(runs, rows["float"], strict=True)]
@@ -122,7 +122,7 @@ def markdown(rows: dict[str, list[dict[str, float]]]) -> str:
 
 
 def _mean(values: Sequence[float]) -> str:
-    """The mean, and its standard error where values differ."""
+    """Return the mean as text, with its standard error if the values differ."""
     mean = f"{statistics.mean(values):.3f}"
     if len(set(values)) == 1:
         return mean

@@ -1,9 +1,10 @@
-"""What an affiner buys: PSNR of final images to full precision on the digits pipeline, by method and setting.
+"""What an affiner gains: PSNR of final images to full precision on the digits pipeline, by method and setting.
 
     python -m benchmarks.affiner [--steps 20] [--seeds 64] [--classes 2] [--settings NAME ...]
 
-Every method is fitted on the same 32 runs (one seed each, all classes in turn) and judged on other seeds, some classes
-from each, all in turn. Calibration data come from a third range of seeds. Results: `benchmarks/results/affiner.md`.
+Every method is fitted on the same 32 runs (one seed each, cycling through the classes) and evaluated on other seeds, a
+few classes from each, again cycling through all. Calibration uses a third range of seeds. Results:
+`benchmarks/results/affiner.md`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def rounded(weight: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
     return {"default": {"opt": {"type": "default"}, "weight_quant": weight, "input_quant": inputs}}
 
 
-#: Name -> config. The presets, and what is coarser than anyone would ship, where there is most to correct.
+#: Name -> config: presets, and settings coarser than anyone would ship, which leave the most to correct.
 SETTINGS: dict[str, Any] = {
     "W4A8 w4a8-dynamic": "w4a8-dynamic",
     "W4A8 one scale a tensor, static": rounded({"type": "int4"}, {"type": "int8"}),
@@ -43,11 +44,11 @@ SETTINGS: dict[str, Any] = {
     "W4A4 round to nearest": rounded({"type": "int4", "group_size": 64}, {"type": "int4", "axis": -1, "dynamic": True}),
 }
 
-#: Every pixel its own map, which latents of 64 pixels allow; block size and ridge were chosen on seeds of neither range
-#: below, at the first and the last setting. All else is left at its default.
+#: One map per pixel, which latents of 64 pixels allow. Block size and ridge were chosen on seeds used for nothing else,
+#: in the first and the last setting. Everything else is left at its default.
 SOLVER = {"blocksize": 1, "lambda1": 0.1, "lambda2": 0.1}
 BLOCKS = {"modules": ["transformer_blocks.*"]}
-#: Name -> config of the affiner, beside what all share. "recurrent" is the default and is named for the comparison.
+#: Name -> config of the affiner, without what all share. "recurrent" is the default, named here for the comparison.
 METHODS: dict[str, dict[str, Any]] = {
     "ptqd": {"type": "ptqd"},
     "tac": {"type": "tac"},
@@ -60,12 +61,12 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def noise(seed: int, count: int) -> Tensor:
-    """Return initial noise of `count` runs, `[count, 1, 8, 8]`; ranges of seeds do not meet."""
+    """Return the initial noise of `count` runs, `[count, 1, 8, 8]`."""
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 def images(pipe: DigitsPipeline, seeds: int, classes: int, steps: int) -> Tensor:
-    """Return `classes` images of each of `seeds` noises, `[seeds * classes, 1, 8, 8]` in [0, 1]; seeds vary slowest."""
+    """Return `classes` images per initial noise, `[seeds * classes, 1, 8, 8]` in [0, 1]; seeds vary slowest."""
     labels = torch.arange(seeds * classes) % CLASSES
     latents = noise(EVALUATION_SEED, seeds).repeat_interleave(classes, 0)
     parts = zip(labels.split(160), latents.split(160), strict=True)
@@ -73,7 +74,7 @@ def images(pipe: DigitsPipeline, seeds: int, classes: int, steps: int) -> Tensor
 
 
 def quantized_pipeline(config: Any, steps: int) -> DigitsPipeline:
-    """Return the digits pipeline, its denoiser calibrated on calls recorded from its own runs."""
+    """Return the digits pipeline with its denoiser quantized, calibrated on calls recorded from its own runs."""
     pipe = quiet(load_digits_pipeline())
     calls: list[dict[str, Any]] = []
     handle = pipe.transformer.register_forward_pre_hook(lambda _m, _a, kw: calls.append(kw), with_kwargs=True)
@@ -90,7 +91,7 @@ def quiet(pipe: DigitsPipeline) -> DigitsPipeline:
 
 
 def measure(config: Any, steps: int, seeds: int, classes: int) -> list[tuple[str, Tensor, float, int]]:
-    """Return for each method, "none" first: name, PSNR of each seed `[seeds]`, seconds to fit, and block maps kept.
+    """Return for each method, "none" first: name, PSNR per seed `[seeds]`, seconds to fit, and block maps kept.
 
     The PSNR of a seed is the mean over its classes, which share their noise and so are not independent.
     """
@@ -115,7 +116,7 @@ def measure(config: Any, steps: int, seeds: int, classes: int) -> list[tuple[str
 
 
 def table(rows: list[tuple[str, Tensor, float, int]]) -> str:
-    """Return a markdown table: PSNR, and the gain over "none" seed by seed, both with standard errors over seeds."""
+    """Return a Markdown table of PSNR and of the gain over "none" paired by seed, with standard errors over seeds."""
     lines = [
         "| method | PSNR (dB) | gain over none (dB) | fit (s) | blocks kept |",
         "| --- | --- | --- | --- | --- |",
@@ -132,7 +133,7 @@ def table(rows: list[tuple[str, Tensor, float, int]]) -> str:
 
 
 def comparisons(rows: list[tuple[str, Tensor, float, int]]) -> str:
-    """Return the paired differences that the methods are about, in words."""
+    """Return the paired differences between the methods, as a Markdown list."""
     values = {name: v for name, v, _, _ in rows}
     pairs = [
         ("blockwise, recurrent", "blockwise, not recurrent"),
@@ -150,7 +151,7 @@ def comparisons(rows: list[tuple[str, Tensor, float, int]]) -> str:
 
 
 def main() -> None:
-    """Run the settings asked for and write the page."""
+    """Run the requested settings and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--seeds", type=int, default=64, help="seeds to judge on")

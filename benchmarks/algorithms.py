@@ -1,18 +1,17 @@
-"""Cost of quantization beside one calibration forward: time of each piece, peak memory, and what the fast SVD loses.
+"""Cost of quantization relative to one calibration forward: time per piece, peak memory, and loss of the fast SVD.
 
     python -m benchmarks.algorithms --json benchmarks/results/algorithms.json
 
-pieces: SmolLM2's linears are observed and then solved one config after the other from the same statistics. All figures
-are CPU seconds of this process, on one thread unless ``--threads`` says otherwise, so other work on the machine does
-not count; "forwards" are multiples of the plain forward over the calibration data, which takes its turn between the
-pieces. *report* is the error report that ``quantize`` makes of each layer; targets are for both together.
+- pieces: SmolLM2's linears are observed, then solved with one config after another from the same statistics. Figures
+  are CPU seconds of this process, on one thread unless ``--threads`` says otherwise, so other work on the machine does
+  not count. "forwards" are multiples of the plain forward over the calibration data, timed between the pieces. *report*
+  is the error report that ``quantize`` makes for each layer; targets cover solving and report together.
+- memory: as in :mod:`benchmarks.streaming`, each in a fresh process: peak anonymous memory while the model is loaded
+  and quantized, minus what a process holds with the float model. Linux only.
+- low-rank: share of the energy of smoothed weights that ``low_rank`` captures, and its time, against
+  ``torch.linalg.svd``.
 
-memory: as in :mod:`benchmarks.streaming`, in a fresh process each: peak of anonymous memory while the model is loaded
-and quantized, less what a process holds with the float model. Linux only.
-
-low-rank: the energy that ``low_rank`` captures of smoothed weights, and its time, against ``torch.linalg.svd``.
-
-Parts that a JSON file already has and that are not asked for are kept.
+Parts of an existing JSON file that are not requested are kept.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ BEST = {"clip": "mse", "symmetric": False}
 
 
 class Piece(NamedTuple):
-    """A config to solve all linears with, and the most that may cost."""
+    """A config to solve all linears with, and the most that this may cost."""
 
     config: dict[str, Any] | str
     forwards: float | None = None
@@ -78,9 +77,9 @@ PIECES: dict[str, Piece] = {
 }
 
 RANKS = (16, 32, 64, 128)
-#: Share of the energy that a best approximation captures which ``low_rank`` may lose.
+#: Share of the energy captured by the best approximation that ``low_rank`` may lose.
 MOST_LOST = 1e-3
-#: Share of the one-pass peak that per-layer mode may take: well below.
+#: Share of the one-pass peak that per-layer mode may take.
 MOST_MEMORY = 0.5
 PRESET = "w4a16-gptq"
 MODES: dict[str, dict[str, Any]] = {
@@ -92,7 +91,7 @@ MEMORY_COLUMNS = ("above the model", "resident above the model", "above the resu
 
 
 class Clock(NamedTuple):
-    """What a piece took."""
+    """CPU and wall seconds that a piece took."""
 
     cpu: float
     wall: float
@@ -106,12 +105,12 @@ class Clock(NamedTuple):
 
     @classmethod
     def now(cls) -> Clock:
-        """Both clocks as they stand."""
+        """Return the current readings of both clocks."""
         return cls(time.process_time(), time.perf_counter())
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, Clock]:
-    """The result of ``work`` and what it took."""
+    """Return the result of ``work`` and the time it took."""
     start = Clock.now()
     result = work()
     return result, Clock.now() - start
@@ -121,14 +120,14 @@ def timed(work: Callable[[], Any]) -> tuple[Any, Clock]:
 
 
 def measure_pieces(model: nn.Module, batches: Batches, pieces: Mapping[str, Piece]) -> dict[str, Row]:
-    """Rows by name: CPU and wall seconds, the multiple of the plain forward, for solves the report's CPU seconds."""
+    """Return rows by name: CPU and wall seconds, multiples of the plain forward, for solves the report's seconds."""
     linears = models.quantizable_linears(model)
 
     def passed(layers: Mapping[str, nn.Module], hessian: bool = False) -> tuple[dict[str, LayerStats], Clock]:
-        # Without layers to look at this is the plain forward, with the same loop and the same model arguments.
+        # Without layers to observe this is the plain forward, in the same loop and with the same model arguments.
         return timed(lambda: observe(model, layers, batches, dict.fromkeys(layers, ("hessian",) if hessian else ())))
 
-    observe(model, {}, batches[:1])  # what is allocated and chosen once
+    observe(model, {}, batches[:1])  # pays for one-time allocations and choices
     took: dict[str, tuple[Clock, Clock | None]] = {}
     forwards = [passed({})[1]]
     took["calibration pass: ranges and rows"] = passed(linears)[1], None
@@ -162,7 +161,7 @@ def measure_pieces(model: nn.Module, batches: Batches, pieces: Mapping[str, Piec
 
 
 def solve_all(model: nn.Module, batches: Batches, piece: Piece, stats: Mapping[str, LayerStats]) -> tuple[Clock, Clock]:
-    """Time to solve every linear of the model from its statistics, and to report on it."""
+    """Return the time to solve every linear of the model from its statistics, and the time to report on it."""
     linears = models.quantizable_linears(model)
     plan = hfquant.plan(model, piece.config, batches[0])
     solving = reporting = Clock(0, 0)
@@ -186,7 +185,7 @@ def solve_all(model: nn.Module, batches: Batches, piece: Piece, stats: Mapping[s
 
 
 def measure_memory(folder: Path, batches: Batches, threads: int) -> dict[str, Row]:
-    """Rows by mode, in bytes (see :func:`streaming.above`): quantizing the model in ``folder`` in a fresh process."""
+    """Return bytes by mode (see :func:`streaming.above`) for quantizing the model in ``folder`` in a fresh process."""
     with tempfile.TemporaryDirectory() as written:
         file = Path(written) / "batches.pt"
         torch.save(batches, file)
@@ -207,7 +206,7 @@ def measure_memory(folder: Path, batches: Batches, threads: int) -> dict[str, Ro
 
 
 def child(folder: str, options: dict[str, Any]) -> int:
-    """What runs in the fresh process: warm up, wait, load and quantize, report."""
+    """Run in the fresh process: warm up, wait, load and quantize, report."""
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(options["threads"])
@@ -228,13 +227,13 @@ def child(folder: str, options: dict[str, Any]) -> int:
 
 
 def measure_low_rank(model: nn.Module, batches: Batches, blocks: Sequence[int], ranks: Sequence[int]) -> dict[str, Row]:
-    """Rows by kind of layer and rank: energy lost against the best approximation, and CPU time of both.
+    """Return rows by kind of layer and rank: energy lost to the best approximation, and CPU time of both.
 
     Args:
-        model: weights are smoothed by what its inputs are on ``batches``, with alpha 0.5.
+        model: its weights are smoothed with alpha 0.5, from its inputs on ``batches``.
         batches: calibration data.
-        blocks: of the model, by index; negative ones count from the end.
-        ranks: those that fit a layer.
+        blocks: indices of the model's blocks; negative ones count from the end.
+        ranks: ranks to try on every layer that is large enough.
     """
     linears = models.quantizable_linears(model)
     kinds: dict[str, list[str]] = {}
@@ -282,7 +281,7 @@ def _lost(weights: Sequence[Tensor], energies: Sequence[Tensor], rank: int) -> R
 
 @contextmanager
 def _counted_exact() -> Iterator[list[Any]]:
-    """A list that grows with every call of the exact way, which ``low_rank`` takes where the fast one does not pay."""
+    """Yield a list that grows with each call of the exact SVD, which ``low_rank`` uses if the fast one does not pay."""
     with patch.object(low_rank, "_exact", wraps=low_rank._exact) as mock:
         yield mock.mock_calls
 
@@ -295,7 +294,7 @@ def _flag(row: Row) -> str:
 
 
 def pieces_table(rows: Mapping[str, Row]) -> str:
-    """Markdown of the rows of :func:`measure_pieces`."""
+    """Return the rows of :func:`measure_pieces` as Markdown."""
     lines = ["| | CPU s | forwards | report CPU s | wall s | target |", "| --- | ---: | ---: | ---: | ---: | --- |"]
     for name, row in rows.items():
         report = f"{row['report CPU s']:.1f}" if "report CPU s" in row else ""
@@ -305,7 +304,7 @@ def pieces_table(rows: Mapping[str, Row]) -> str:
 
 
 def memory_table(rows: Mapping[str, Row]) -> str:
-    """Markdown of the rows of :func:`measure_memory`, in MB (10^6 bytes)."""
+    """Return the rows of :func:`measure_memory` as Markdown, in MB (10^6 bytes)."""
     lines = ["| MB | " + " | ".join(MEMORY_COLUMNS) + " | target |", "| --- |" + " ---: |" * len(MEMORY_COLUMNS)]
     lines[1] += " --- |"
     for name, row in rows.items():
@@ -315,7 +314,7 @@ def memory_table(rows: Mapping[str, Row]) -> str:
 
 
 def low_rank_table(rows: Mapping[str, Row]) -> str:
-    """Markdown of the rows of :func:`measure_low_rank`."""
+    """Return the rows of :func:`measure_low_rank` as Markdown."""
     head = ("", "shape", "captured %", "most lost %", "exact", "low_rank ms", "torch.linalg.svd ms", "target")
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * 6 + " --- |"]
     for name, row in rows.items():
@@ -339,7 +338,7 @@ TABLES: dict[str, Callable[[Mapping[str, Row]], str]] = {
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The tables of all parts there are, each with its settings and the CPU it ran on."""
+    """Return the tables of all measured parts, each with its settings and CPU."""
     parts = []
     for part, table in TABLES.items():
         if part in result:
@@ -350,7 +349,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure the parts asked for and print their tables; 1 if a target is missed."""
+    """Measure the requested parts and print their tables; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.algorithms", description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="pieces whose name contains one of these")

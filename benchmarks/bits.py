@@ -1,9 +1,9 @@
-"""Automatic bits against the same format in all layers, at equal size: SmolLM2 (KL on two texts), the digits (PSNR).
+"""Bits chosen per layer against one format in all layers, at equal size: SmolLM2 (KL on two texts), digits (PSNR).
 
-One measurement serves every budget. Choices are INT3, INT4, INT5, INT6 and INT8 in groups of 64, and some of them in
-groups of 16 (`--wide`), zero points and mse clipping, without smoothing; the same layers, put together, are the uniform
-models. A searched model is compared with the smallest uniform one that is at least
-as large. Calibration, selection (every fourth calibration window) and evaluation are apart.
+One measurement serves every budget. Choices are INT3, INT4, INT5, INT6 and INT8 in groups of 64, some of them also in
+groups of 16 (`--wide`), all with zero points and mse clipping and without smoothing. The uniform models are put
+together from the same layers. A searched model is compared with the smallest uniform one that is at least as large.
+Calibration, selection (the last fourth of the calibration windows) and evaluation use separate data.
 
     python -m benchmarks.bits smollm2 --rounding gptq
 """
@@ -34,7 +34,7 @@ from hfquant.search.repair import TRIES, Judge
 
 BUDGETS = (3.5, 4.45, 4.67, 5.1, 5.5, 6.25, 6.5)
 WIDTHS = (3, 4, 5, 6, 8)
-#: Tokens a window, and windows of each text to evaluate on.
+#: Tokens per window, and evaluation windows per text.
 SEQLEN, WINDOWS = 512, 14
 RESULTS = Path(__file__).parent / "results"
 
@@ -57,9 +57,9 @@ Score = Callable[[], dict[str, Tensor]]
 
 
 def smollm2(count: int) -> tuple[nn.Module, list[Any], Score]:
-    """Return the model, its calibration windows and what scores it: KL a window on two texts."""
+    """Return the model, its calibration windows, and a function that scores it: KL per window on two texts."""
     model, tokenizer = models.smollm2()
-    # Every other window is for calibration, some of those between are for evaluation.
+    # Every other window is for calibration; some of those in between are for evaluation.
     windows = models.token_batches(tokenizer, models.calibration_text(), SEQLEN, 2 * count, batch_size=1)
     data, between = windows[::2], [batch["input_ids"] for batch in windows[1::2]]
     texts = {
@@ -84,7 +84,7 @@ def smollm2(count: int) -> tuple[nn.Module, list[Any], Score]:
 
 
 def digits(count: int) -> tuple[nn.Module, list[Any], Score]:
-    """Return the denoiser, its calibration inputs and what scores it: the PSNR of an image."""
+    """Return the denoiser, its calibration inputs, and a function that scores it: PSNR per image."""
     from hfquant.demo import load_digits_pipeline
 
     pipe = load_digits_pipeline()
@@ -109,7 +109,7 @@ def digits(count: int) -> tuple[nn.Module, list[Any], Score]:
 
 
 def run(subject: str, rounding: str, count: int, tries: int, wide: Sequence[int]) -> dict[str, Any]:
-    """Return scores of the searched and of the uniform models of one subject and rounding."""
+    """Return the scores of the searched and the uniform models for one subject and rounding."""
     model, data, score = {"smollm2": smollm2, "digits": digits}[subject](count)
     facts, began = facts_of(model), time.process_time()
     held, seen = data[-(len(data) // 4) :], data[: -(len(data) // 4)]
@@ -143,7 +143,7 @@ def run(subject: str, rounding: str, count: int, tries: int, wide: Sequence[int]
 
 
 def bits_of(measured: Measured, chosen: Mapping[str, str]) -> float:
-    """Return stored bits a weight of a choice, scales included."""
+    """Return the stored bits per weight of a choice, scales included."""
     sizes = {(unit, o.name): o.bytes for unit, options in measured.table.items() for o in options}
     return 8 * sum(sizes[pair] for pair in chosen.items()) / measured.weights
 
@@ -159,7 +159,7 @@ def _mean(values: list[float]) -> tuple[float, float]:
 
 
 def markdown(results: list[Mapping[str, Any]]) -> str:
-    """Return a table a result: each budget, the searched model and the smallest uniform one that is no smaller."""
+    """Return one table per result: for each budget, the searched model and the smallest uniform one no smaller."""
     lines = [
         "# Automatic bits",
         "",
@@ -193,7 +193,7 @@ def markdown(results: list[Mapping[str, Any]]) -> str:
 
 
 def _between(uniform: Mapping[str, Mapping[str, Any]], bits: float, name: str) -> float:
-    """Return a mean score at a size, on the line through the uniform models below and above it: of KL its logarithm."""
+    """Interpolate a mean score at a size between the uniform models below and above it; for KL, its logarithm."""
     points = sorted((row["bits"], _mean(row["scores"][name])[0]) for row in uniform.values())
     (low, first), (high, second) = next(pair for pair in pairwise(points) if pair[0][0] <= bits <= pair[1][0])
     share = (bits - low) / (high - low)
@@ -203,7 +203,7 @@ def _between(uniform: Mapping[str, Mapping[str, Any]], bits: float, name: str) -
 
 
 def main() -> None:
-    """Run one subject, add it to the results and write the table anew."""
+    """Run one subject, add it to the results and rewrite the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("subject", choices=["smollm2", "digits"])
     parser.add_argument("--rounding", choices=["gptq", "amax"], default="gptq")

@@ -1,13 +1,13 @@
-"""Size and speed of calibration sets on disk, against `torch.save` and zstd, the reference's way of storing them.
+"""Size and speed of calibration sets on disk, against `torch.save` with zstd, the format of the reference.
 
     python -m benchmarks.calibset
 
-Both store the same samples in chunks of the same size, flushed to the same disk in the same run; they take turns, and
-the fastest turn of each counts. Ratios are ours by theirs: at most 1 is what is asked for. The samples:
+Both store the same samples in chunks of the same size, flushed to the same disk in the same run. They take turns, and
+the fastest turn of each counts. Ratios are ours over theirs, and must be at most 1. The samples:
 
 - digits: inputs of a block of the embedded digits DiT, recorded from its sampler;
-- sd3: denoiser inputs of SD3's shapes, bf16; the text embedding comes back at each of the 20 steps of a run;
-- sd3-alone: the same with another text embedding at each step, so that nothing is there twice;
+- sd3: denoiser inputs of SD3's shapes, bf16; the text embedding repeats at each of the 20 steps of a run;
+- sd3-alone: the same with a new text embedding at each step, so nothing repeats;
 - gelu: activations after a GELU, fp32; relu: after a ReLU, half of them zero;
 - tokens: int64 token ids and masks.
 """
@@ -36,7 +36,7 @@ STEPS = 20
 
 
 def digits(count: int) -> Iterator[Any]:
-    """Inputs of a transformer block, 10 steps of each run."""
+    """Yield inputs of a transformer block, from 10 steps of each run."""
     from hfquant.demo import load_digits_pipeline
 
     labels = [[i % 10, (i + 3) % 10] for i in range(count // 10)]
@@ -45,7 +45,7 @@ def digits(count: int) -> Iterator[Any]:
 
 
 def sd3(count: int, *, shared: bool = True) -> Iterator[Any]:
-    """Arguments of SD3's transformer at 512x512, guidance in one batch."""
+    """Yield arguments of SD3's transformer at 512x512, both halves of the guidance in one batch."""
     for i in range(count):
         if not shared or i % STEPS == 0:
             context = torch.randn(2, 154, 1024).bfloat16()
@@ -59,13 +59,13 @@ def sd3(count: int, *, shared: bool = True) -> Iterator[Any]:
 
 
 def activations(count: int, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Any]:
-    """Outputs of an activation function on Gaussian data."""
+    """Yield outputs of an activation function on Gaussian data."""
     for _ in range(count):
         yield (function(torch.randn(1, 128, 768)),)
 
 
 def tokens(count: int) -> Iterator[Any]:
-    """Token batches with a mask of ones; small, so five times as many."""
+    """Yield token batches with a mask of ones; they are small, so there are five times as many."""
     for _ in range(5 * count):
         ids = torch.randint(0, 49152, (4, 512))
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -82,7 +82,7 @@ WORKLOADS: dict[str, Callable[[int], Iterator[Any]]] = {
 
 
 def write_torch(samples: list[Any], directory: Path, chunk_size: int) -> None:
-    """Writes lists of samples with `torch.save` and zstd at its default level."""
+    """Write lists of samples with `torch.save` and zstd at its default level."""
     for number, start in enumerate(range(0, len(samples), chunk_size)):
         buffer = io.BytesIO()
         torch.save(samples[start : start + chunk_size], buffer)
@@ -93,7 +93,7 @@ def write_torch(samples: list[Any], directory: Path, chunk_size: int) -> None:
 
 
 def read_torch(directory: Path) -> int:
-    """Reads every sample; their number."""
+    """Read every sample and return their number."""
     count = 0
     for path in sorted(directory.glob("*.pt.zst")):
         data = zstandard.ZstdDecompressor().decompress(path.read_bytes())
@@ -102,7 +102,7 @@ def read_torch(directory: Path) -> int:
 
 
 def write_ours(recorded: Recording, directory: Path, chunk_size: int) -> None:
-    """Writes what was recorded as a calibration set."""
+    """Write the recorded samples as a calibration set."""
     writer = Writer(directory, Index(chunk_size=chunk_size, compress=True, provenance={}))
     for position in range(len(recorded)):
         writer.add(recorded, position, Cursor())
@@ -110,14 +110,14 @@ def write_ours(recorded: Recording, directory: Path, chunk_size: int) -> None:
 
 
 def read_ours(directory: Path) -> int:
-    """Reads every sample; their number."""
+    """Read every sample and return their number."""
     stored = load_calibrate_set(directory)
     assert stored is not None
     return sum(1 for _ in stored)
 
 
 def measure(samples: list[Any], repeat: int, chunk_size: int) -> dict[str, dict[str, float]]:
-    """Best seconds to write and to read, and megabytes, of both."""
+    """Return the best seconds to write and to read, and the megabytes, for both formats."""
     recorded = BaseCalibSet.from_samples(samples).chunks[0]
     ways = {"torch": (write_torch, samples, read_torch), "ours": (write_ours, recorded, read_ours)}
     results = {name: {"write": float("inf"), "read": float("inf"), "MB": 0.0} for name in ways}
@@ -140,7 +140,7 @@ def measure(samples: list[Any], repeat: int, chunk_size: int) -> dict[str, dict[
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures and prints the table; 1 if ours is slower or larger anywhere."""
+    """Measure and print the table; return 1 if ours is slower or larger anywhere."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibset", description=__doc__.partition("\n")[0])
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--chunk-size", type=int, default=100)
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     print(f"{args.samples} samples in chunks of {args.chunk_size}, best of {args.repeat} turns")
     print(f"{'samples':<10} {'':>6} {'write s':>9} {'read s':>9} {'MB':>9}")
-    torch.set_num_threads(1)  # only makes the samples; two threads on a busy machine take ages
+    torch.set_num_threads(1)  # torch only makes the samples; two threads are very slow on a busy machine
     report, worst = {}, 0.0
     for name in args.only:
         torch.manual_seed(0)

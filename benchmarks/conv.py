@@ -1,11 +1,11 @@
-"""Speed of single quantized convolutions as a ratio to torch's float ones, on one thread.
+"""Speed of single quantized convolutions relative to torch's float ones, on one thread.
 
     python -m benchmarks.conv --out benchmarks/results/conv.md
     python -m benchmarks.conv --rows "W8A8*" --cases "3x3 320*"
 
-One process times all rows of a case in turns and takes medians of CPU time, so that ratios hold where the machine's
-speed does not. Inputs come from a pool and are never those of the call before. Unfolding, quantization, scales and bias
-are in every time. What a row computes is compared with the float convolution first.
+One process times all rows of a case in turns and takes medians of CPU time, so ratios are stable even if the machine's
+speed is not. Inputs come from a pool and differ from those of the previous call. Every time includes unfolding,
+quantization, scales and bias. The output of each row is compared with the float convolution first.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ CONFIGS = {
     "W4A16 g32": _CHANNEL | {"input_quant": None, "weight_quant": {"type": "int4", "group_size": 32}},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-#: Relative error of the output up to which a row computes what it should: of 4 bits on a bell curve, about 0.1.
+#: Largest relative error of a correct output. Rounding Gaussian weights to 4 bits gives about 0.1.
 TOLERANCE = 0.15
 
 
@@ -65,10 +65,10 @@ def quantized(conv: nn.Module, config: dict[str, object]) -> nn.Module:
 
 
 def measure(case: Case, wanted: Sequence[str], seconds: float) -> dict[str, float]:
-    """Return the time of each row of a case in seconds, the float ones first.
+    """Return the time of each row of a case in seconds, float rows first.
 
     Raises:
-        ValueError: a row does not compute what the float convolution does.
+        ValueError: the output of a row differs from the float convolution's.
     """
     layers: dict[str, tuple[nn.Module, torch.dtype]] = {}
     for name, dtype in DTYPES.items():
@@ -93,7 +93,7 @@ def measure(case: Case, wanted: Sequence[str], seconds: float) -> dict[str, floa
 
 @torch.inference_mode()
 def run(cases: Sequence[str], wanted: Sequence[str], seconds: float) -> str:
-    """Return a table: rows by case, the speed of each row as a multiple of the float convolution of its dtype."""
+    """Return a table of rows by case: the speed of each row relative to the float convolution of its dtype."""
     columns: dict[str, dict[str, float]] = {}
     for name in cases:
         torch.manual_seed(0)

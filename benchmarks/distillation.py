@@ -1,12 +1,12 @@
-"""What distilling gains: quantized SmolLM2 and digits before and after, on data that nothing was trained on.
+"""What distillation gains: quantized SmolLM2 and digits before and after, on data used for nothing else.
 
     python -m benchmarks.distillation --json benchmarks/results/distillation.json
     python -m benchmarks.distillation --models digits --presets w3a16-gptq w4a16-gptq
 
 SmolLM2 is quantized with the calibration data of :mod:`benchmarks.quality` and distilled on 96 windows that the model
-wrote itself (kept in `.models`), a quarter of which only judges; scores are of the dataset descriptions. The digits'
-data are the inputs that the calibration of :mod:`benchmarks.quality` records, eight to a batch in random order. Rows
-that the JSON file has are kept.
+generated itself (kept in `.models`), a quarter of them held out. It is scored on the dataset descriptions. The digits
+are distilled on the inputs recorded for calibration in :mod:`benchmarks.quality`, in batches of eight in random order.
+Rows that the JSON file already has are kept.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from benchmarks.ablation import SEARCHED, TWO_BITS
 from benchmarks.quality import Subject, digits, quantized, smollm2, store
 
 WINDOWS = 96
-#: Steps by model; those of the digits take a twentieth of a second.
+#: Steps by model; a step of the digits takes a twentieth of a second.
 STEPS = {"smollm2": 120, "digits": 300}
-#: What can be distilled, by name.
+#: Configs that can be distilled, by name.
 CONFIGS = {**hfquant.PRESETS, **SEARCHED, **TWO_BITS}
-#: Scores that a table shows, and their errors.
+#: Scores shown in the table, with their errors.
 SHOWN = {"smollm2": [("KL", "KL error"), ("perplexity", "")], "digits": [("PSNR dB", "PSNR error")]}
 
 
@@ -92,7 +92,7 @@ def _rows(batch: dict[str, Any], start: int) -> dict[str, Any]:
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
-    """A table of scores before and after, with standard errors, the held-out divergence, and CPU seconds."""
+    """Return a table of scores before and after, with standard errors, the held-out divergence, and CPU seconds."""
     lines = ["| model, preset | score | before | after | divergence held out | seconds |", "| --- |" + " --- |" * 5]
     for name, row in rows.items():
         for score, error in SHOWN[name.partition(",")[0]]:

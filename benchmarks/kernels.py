@@ -1,15 +1,15 @@
-"""Speed of single quantized linears as a ratio to fp32 ``F.linear``, beside bf16, ``torch._int_mm`` and peers.
+"""Speed of single quantized linears relative to fp32 ``F.linear``, next to bf16, ``torch._int_mm`` and peers.
 
     python -m benchmarks.kernels --out benchmarks/results/kernels.md
     python -m benchmarks.kernels --device cuda
     python -m benchmarks.kernels --rows "fp32*" "hfquant W8*" --shapes 64x1152x4608
 
-One process times all rows of a shape in turns and takes medians, so that ratios hold where the machine's speed does
-not. Inputs come from a pool and are never those of the call before. A turn repeats a row some milliseconds, so weights
-that fit the caches are read from there. Quantization, scales and bias are in every time but that of ``torch._int_mm``,
-which multiplies codes alone. What a row computes is compared with the float product first (for
-hfquant, with the same layer in fake quantization); a row that is off is not timed. Peers are compiled where that is
-their way, with weights frozen into the graph.
+One process times all rows of a shape in turns and takes medians, so ratios are stable even if the machine's speed is
+not. Inputs come from a pool and differ from those of the previous call. A turn repeats a row for a few milliseconds, so
+weights that fit the caches are read from there. Every time includes quantization, scales and bias, except that of
+``torch._int_mm``, which only multiplies codes. The output of each row is first compared with the float product (for
+hfquant, with the same layer in fake quantization), and a wrong row is not timed. Peers that are meant to be compiled
+are compiled, with weights frozen into the graph.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CHANNEL = WeightQuant(type="int8", axis=-1)
 
 
 class Layer(NamedTuple):
-    """A layer of hfquant, short of its shape."""
+    """A layer of hfquant without its shape."""
 
     weight: WeightQuant
     input: InputQuant | None = TOKEN
@@ -54,7 +54,7 @@ class Layer(NamedTuple):
     dual: bool = False
 
     def plan(self, in_features: int, out_features: int) -> LayerPlan:
-        """Return the plan of such a layer."""
+        """Return the plan of such a layer of a given shape."""
         segments = tuple(len(part) for part in torch.arange(in_features).tensor_split(self.segments))
         config = LayerConfig(weight_quant=self.weight, input_quant=self.input, opt=self.transform, real_quant=True)
         return LayerPlan(config, in_features, out_features, segments, (out_features,), (self.dual,) * self.segments)
@@ -79,7 +79,7 @@ LAYERS = {
 
 
 class Subject(NamedTuple):
-    """What a row is built from: a float32 linear and the number of tokens."""
+    """Input to building a row: a float32 linear and the number of tokens."""
 
     linear: nn.Linear
     tokens: int
@@ -89,13 +89,13 @@ class Built(NamedTuple):
     """A row for one shape."""
 
     run: Callable[[Tensor], Tensor]
-    expected: Callable[[Tensor], Tensor]  # of the same input
-    prepare: Callable[[Tensor], Tensor]  # an input of the pool, float32, as the row takes it
-    kernel: str = ""  # that the table picked
+    expected: Callable[[Tensor], Tensor]  # output for the same input
+    prepare: Callable[[Tensor], Tensor]  # converts a float32 input of the pool for this row
+    kernel: str = ""  # kernel picked by hfquant's table
 
 
 class Row(NamedTuple):
-    """How a row is built, and the relative error up to which it computes what it should."""
+    """How a row is built, and the largest relative error of a correct output."""
 
     build: Callable[[Subject], Built]
     tolerance: float
@@ -186,12 +186,12 @@ def _rows() -> dict[str, Row]:
     return rows
 
 
-#: Every row by name; the first is the unit.
+#: All rows by name; the first is the baseline.
 ROWS: dict[str, Row] = _rows()
 
 
 class Measured(NamedTuple):
-    """One shape's figures by row."""
+    """Figures for one shape, by row."""
 
     seconds: dict[str, float]
     kernels: dict[str, str]
@@ -202,7 +202,7 @@ class Measured(NamedTuple):
 def measure(
     shape: tuple[int, int, int], rows: Mapping[str, Row], seconds: float, device: torch.device, pool: int
 ) -> Measured:
-    """Build all rows for a shape (M, K, N), compare what they compute, and time them in turns for ``seconds``."""
+    """Build all rows for a shape (M, K, N), check their outputs, and time them in turns for ``seconds``."""
     tokens, columns, out = shape
     torch.manual_seed(0)
     subject = Subject(nn.Linear(columns, out, device=device), tokens)
@@ -232,7 +232,7 @@ def measure(
 
 
 def report(results: Mapping[str, Measured], rows: list[str], absent: Mapping[str, str], header: str) -> str:
-    """Return the tables of ratios and of kernels, and what was not measured, as Markdown."""
+    """Return the tables of ratios and of kernels, and the rows not measured, as Markdown."""
     unit = rows[0]
 
     def ratio(found: Measured, name: str) -> str:
@@ -258,7 +258,7 @@ def report(results: Mapping[str, Measured], rows: list[str], absent: Mapping[str
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print the tables and write them; 1 where a row that should run did not."""
+    """Measure, print the tables and write them; return 1 if a row that should run did not."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--shapes", nargs="+", metavar="MxKxN", help=f"default: {' '.join(SHAPES)}")

@@ -1,11 +1,11 @@
-"""Speed of the CUDA kernels beside ``F.linear``, on a machine with a GPU.
+"""Speed of the CUDA kernels relative to ``F.linear``, on a machine with a GPU.
 
     python -m benchmarks.kernels_cuda [--eager]
 
-Prints a markdown table: for each shape and product how many times as fast as ``F.linear`` in bfloat16 and in float16
-the layer runs with that dtype in and out, all included (quantization of the input, scales, bias). Each is captured in a
-CUDA graph, so what is timed is the device; with ``--eager`` it is called from Python. Repeats are interleaved, medians
-are taken. Before anything is timed each product is compared with the reference, and a wrong one ends the run.
+Prints a Markdown table: for each shape and product, the speed of the layer with bfloat16 or float16 in and out relative
+to ``F.linear`` in the same dtype. Times include input quantization, scales and bias. Each product is captured in a CUDA
+graph, so only the device is timed; with ``--eager`` it is called from Python. Repeats are interleaved and medians are
+taken. Before timing, each product is compared with the reference, and a wrong one ends the run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Kind:
-    """A product to time, whatever its shape; fields as in a config. ``segments`` divide the input evenly."""
+    """A product to time, of any shape, with fields as in a config. ``segments`` divide the input evenly."""
 
     kernel: str
     weight: str
@@ -45,14 +45,14 @@ class Kind:
     rank: int = 0
 
     def product(self, columns: int) -> Product:
-        """Return the product for a number of input features."""
+        """Return the product for ``columns`` input features."""
         sizes = (columns // self.segments,) * self.segments
         flags = (self.dual,) * self.segments
         rule = InputRule(FORMATS[self.input], True, True, sizes, flags) if self.input else None
         return Product(FORMATS[self.weight], split_columns(sizes, self.group), sizes, rule)
 
     def operands(self, product: Product, out: int, dtype: torch.dtype, device: str) -> Operands:
-        """Return random tensors for it."""
+        """Return random operands of a product."""
         form, columns, groups = product.weight, product.in_features, len(product.columns)
         weight = torch.randn(out, columns) / columns**0.5
         codes = form.quantize(weight, weight.abs().amax(1, keepdim=True) / form.qmax)
@@ -83,7 +83,7 @@ KINDS = {
 
 
 def runs_of(tokens: int, columns: int, out: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[], Tensor]]:
-    """Return what to time, by name, and check each against the reference; a kernel that cannot run here is left out.
+    """Return the calls to time, by name, each checked against the reference; kernels that cannot run here are left out.
 
     Raises:
         RuntimeError: a kernel's output is wrong.
@@ -120,7 +120,7 @@ def captured(run: Callable[[], Tensor], calls: int) -> Callable[[], None]:
 
 
 def called(run: Callable[[], Tensor], calls: int) -> Callable[[], None]:
-    """Return a function that calls ``run`` so many times."""
+    """Return a function that calls ``run`` ``calls`` times."""
 
     def all_calls() -> None:
         for _ in range(calls):
@@ -130,7 +130,7 @@ def called(run: Callable[[], Tensor], calls: int) -> Callable[[], None]:
 
 
 def seconds(runs: dict[str, Callable[[], None]], calls: int, repeats: int) -> dict[str, float]:
-    """Return the median time of a call of each, measured in turns."""
+    """Return the median seconds per call of each run, measured in turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -144,7 +144,7 @@ def seconds(runs: dict[str, Callable[[], None]], calls: int, repeats: int) -> di
 
 
 def table(rows: dict[str, dict[tuple[int, int, int], list[float | None]]]) -> str:
-    """Return a markdown table of ratios: a row a product, a column a shape, the dtypes' ratios side by side."""
+    """Return a Markdown table of ratios: products by shapes, with the ratios of both dtypes in each cell."""
     lines = ["| bf16 / fp16 | " + " | ".join(map(str, SHAPES)) + " |", "| --- |" + " --- |" * len(SHAPES)]
     for name, found in rows.items():
         cells = [" / ".join("-" if r is None else f"{r:.2f}" for r in found.get(shape, [None])) for shape in SHAPES]

@@ -2,13 +2,12 @@
 
     python -m benchmarks.memory
 
-A child process imports everything, quantizes a tiny model of the same architecture while loading it (which pays for
-what the first call allocates once), and says "ready"; its memory then is the baseline. While it loads SmolLM2 the
-parent samples the child's anonymous memory (RssAnon of ``/proc/PID/status``) every half millisecond: what the process
-itself holds, without the pages of the mapped safetensors file, which the kernel can drop at any time. The high-water
-mark of resident memory (VmHWM, reset at the baseline) counts those pages too but misses nothing; it is printed beside
-it. Tensors that stay as they are (the embedding) remain mapped, so memory held can be below the model's size. Linux
-only.
+A child process imports everything, quantizes a tiny model of the same architecture while loading it (to pay for
+one-time allocations), and says "ready"; its memory at that point is the baseline. While it loads SmolLM2, the parent
+samples the child's anonymous memory (RssAnon of ``/proc/PID/status``) every half millisecond. That is the memory of the
+process itself, without the pages of the mapped safetensors file, which the kernel can drop at any time. The high-water
+mark of resident memory (VmHWM, reset at the baseline) also counts those pages, but misses no peak; both are printed.
+Tensors that do not change (the embedding) remain mapped, so the memory held can be below the model's size. Linux only.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ MB = 1e6
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure both layouts of the checkpoint and print the table; 1 if a bound is broken."""
+    """Measure both checkpoint layouts and print the table; return 1 if a bound is exceeded."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.partition("\n")[0])
     parser.add_argument("--config", default="w4a16", help="a data-free preset, or none to load in full precision")
     parser.add_argument("--json", type=Path, help="file to write; a .md of the same name goes beside it")
@@ -101,7 +100,7 @@ def watch(command: list[str]) -> dict[str, float]:
 
 
 def child(folder: str, config: str) -> int:
-    """What runs in the fresh process: warm up, wait, load, report."""
+    """Run in the fresh process: warm up, wait, load, report."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -121,7 +120,7 @@ def child(folder: str, config: str) -> int:
 
 
 def save_tiny(folder: str) -> None:
-    """Write a tiny Llama with 64 tokens, for a first call that pays for what is allocated once."""
+    """Write a tiny Llama with 64 tokens, for a first call that pays for one-time allocations."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
@@ -131,13 +130,13 @@ def save_tiny(folder: str) -> None:
 
 
 def load_watched(load: Callable[[], Any], folder: Path) -> None:
-    """In the child: say "ready", load when told to, report sizes in bytes, and hold the model until told to end."""
+    """Run in the child: say "ready", load when told to, report sizes in bytes, hold the model until told to end."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     print("ready", flush=True)
     sys.stdin.readline()
     model = load()
-    # Buffers that are not saved (a rotary embedding's table) are part of the model in memory too.
+    # Buffers that are not saved (a rotary embedding's table) also count as the model's memory.
     tensors = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     shapes = _float_sizes(folder)
     report = {"model": sum(tensors.values()), "float size": sum(shapes), "largest tensor": max(shapes)}
@@ -146,13 +145,13 @@ def load_watched(load: Callable[[], Any], folder: Path) -> None:
 
 
 def status(pid: int) -> dict[str, int]:
-    """Memory fields of ``/proc/PID/status`` in bytes."""
+    """Return the memory fields of ``/proc/PID/status`` in bytes."""
     fields = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return {f[0].rstrip(":"): int(f[1]) * 1024 for f in fields if len(f) == 3 and f[2] == "kB"}
 
 
 def markdown(measured: dict[str, dict[str, float]]) -> str:
-    """A Markdown table in MB (10^6 bytes)."""
+    """Return a Markdown table in MB (10^6 bytes)."""
     columns = ["peak", "resident peak", "held after", "model", "float size", "largest tensor", "bound"]
     lines = ["| MB | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     lines += [f"| {n} | " + " | ".join(f"{row[c] / MB:.0f}" for c in columns) + " |" for n, row in measured.items()]
@@ -170,7 +169,7 @@ def _float_sizes(folder: Path) -> list[int]:
 
 
 def _expect(stream: Any, word: str) -> str:
-    """The rest of the child's next line that starts with ``word``."""
+    """Return the rest of the child's next line that starts with ``word``."""
     for line in stream:
         if line.startswith(word):
             return line[len(word) :]

@@ -1,4 +1,4 @@
-"""What a quantized model is judged by: perplexity, KL divergence and agreement to full precision, PSNR, SQNR, bits."""
+"""Metrics of a quantized model: perplexity, KL divergence to and agreement with full precision, PSNR, SQNR, bits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class Reference(NamedTuple):
-    """Full precision's answer on the evaluation windows, kept as last hidden states.
+    """Full precision's output on the evaluation windows, kept as last hidden states.
 
-    Log-probabilities over a vocabulary of 49 thousand would take eighty times the memory; multiplying the states by
-    the head again gives the same numbers, since no row of a benchmark quantizes the head.
+    Log-probabilities over a vocabulary of 49 thousand would take eighty times the memory. Multiplying the states by the
+    head again gives the same values, since no benchmark row quantizes the head.
     """
 
     windows: list[Tensor]  # [1, tokens] int64 each
@@ -24,23 +24,24 @@ class Reference(NamedTuple):
 
 
 class LanguageScores(NamedTuple):
-    """Scores over every token of every window but each window's first, which has nothing to be predicted from."""
+    """Scores over every token of every window except its first, which has no context to be predicted from."""
 
     perplexity: float  # exp of the mean negative log-likelihood
-    kl: float  # mean KL(full precision || model) in nats a token
+    kl: float  # mean KL(full precision || model) in nats per token
     kl_error: float  # its standard error over tokens
     top1: float  # share of tokens for which both models rank the same token first
     tokens: int
 
 
 def evaluation_windows(tokenizer: Any, texts: Iterable[str], seqlen: int = 512, full: bool = False) -> list[Tensor]:
-    """Non-overlapping windows of at most ``seqlen`` tokens, ``[1, tokens]`` int64 each; none spans two texts.
+    """Return non-overlapping windows of at most ``seqlen`` tokens, ``[1, tokens]`` int64 each; none spans two texts.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         texts: What to evaluate on.
-        seqlen: Most tokens a window.
-        full: Every window of each text instead of its first; one of a single token has nothing to score and is dropped.
+        seqlen: Most tokens per window.
+        full: Return every window of each text instead of its first. Windows of a single token have nothing to score and
+            are dropped.
     """
     windows = []
     for text in texts:
@@ -51,7 +52,7 @@ def evaluation_windows(tokenizer: Any, texts: Iterable[str], seqlen: int = 512, 
 
 @torch.inference_mode()
 def reference(model: nn.Module, windows: list[Tensor]) -> Reference:
-    """Run the full-precision causal language model once and keep what :func:`language_scores` compares to."""
+    """Run the full-precision causal language model once and keep what :func:`language_scores` compares with."""
     head = model.get_output_embeddings().weight.detach()
     states = [model.base_model(input_ids=w).last_hidden_state[0, :-1].float() for w in windows]
     loss = sum(
@@ -63,7 +64,7 @@ def reference(model: nn.Module, windows: list[Tensor]) -> Reference:
 
 @torch.inference_mode()
 def language_scores(model: nn.Module, ref: Reference) -> LanguageScores:
-    """Perplexity, KL divergence and top-1 agreement in one pass over the reference's windows.
+    """Return perplexity, KL divergence and top-1 agreement in one pass over the reference's windows.
 
     Raises:
         FloatingPointError: A logit of the model is not finite.
@@ -83,13 +84,13 @@ def language_scores(model: nn.Module, ref: Reference) -> LanguageScores:
 
 
 def sqnr(signal: Tensor, quantized: Tensor) -> float:
-    """Signal to quantization noise ratio in dB over all elements; infinite where both are equal."""
+    """Return the signal-to-quantization-noise ratio in dB over all elements; infinite if both are equal."""
     signal, noise = signal.double(), quantized.double() - signal.double()
     return 10 * (signal.square().sum() / noise.square().sum()).log10().item()
 
 
 def psnr(images: Tensor, others: Tensor, value_range: float) -> Tensor:
-    """Peak signal to noise ratio in dB of each image: ``[images, ...]`` twice to ``[images]`` float64.
+    """Return the peak signal-to-noise ratio in dB of each image: ``[images, ...]`` twice to ``[images]`` float64.
 
     Args:
         images: Images of full precision.
@@ -101,23 +102,23 @@ def psnr(images: Tensor, others: Tensor, value_range: float) -> Tensor:
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean of independent values and its standard error."""
+    """Return the mean of independent values and its standard error."""
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
 
 
 def bits_per_weight(model: nn.Module, weights: dict[str, int], left: Collection[str] = ()) -> float:
-    """Stored bits a weight of the named linears: every tensor of their state dicts, counted in bytes.
+    """Return the stored bits per weight of the named linears, from the bytes of every tensor in their state dicts.
 
-    Codes, scales, zero points, smoothing vectors, low-rank branches and biases all count; tensor subclasses are taken
-    apart into the plain tensors they hold.
+    Codes, scales, zero points, smoothing vectors, low-rank branches and biases all count. Tensor subclasses are counted
+    as the plain tensors that they hold.
 
     Args:
         model: The quantized model.
-        weights: For each linear's name, how many weights it had in full precision.
-        left: Names of those that a recipe leaves in full precision; they count as they are stored.
+        weights: Number of weights in full precision, by the linear's name.
+        left: Names of linears that a config leaves in full precision; they count as stored.
 
     Raises:
-        ValueError: Another linear still holds its weights in 16 bits or more: skipped, and the row would flatter.
+        ValueError: Another linear still has weights of 16 bits or more: it was skipped, so the row would flatter.
     """
     tensors = {name: _plain_tensors(model.get_submodule(name).state_dict().values()) for name in weights}
     if skipped := [

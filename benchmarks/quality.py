@@ -1,11 +1,11 @@
-"""Quality of quantized models beside full precision and peers: perplexity, KL, agreement, embeddings, pictures.
+"""Quality of quantized models next to full precision and peers: perplexity, KL, agreement, embeddings, images.
 
     python -m benchmarks.quality --model smollm2 --rows "fp32" "w4a16/*" --json benchmarks/results/smollm2.json
 
-Every row of :data:`ROWS` is a name and what makes it: a preset's name (quantized by ``from_pretrained`` while loading),
-a config (quantized by ``hfquant.quantize`` with calibration data), or a peer's function. Calibration and evaluation
-data are apart, and equal for all rows. Rows that a JSON file already has are kept, so a long table can be made in
-parts; the table of all rows is written beside it as Markdown.
+Every row of :data:`ROWS` is a name and one of: a preset's name (quantized by ``from_pretrained`` while loading), a
+config (quantized by ``hfquant.quantize`` with calibration data), or a peer's function. Calibration and evaluation data
+are separate, and the same for all rows. Rows that the JSON file already has are kept, so a long table can be made in
+parts. The table of all rows is written next to it as Markdown.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Scores = dict[str, float]
 
 ROWS: dict[str, Row] = {
     "fp32": None,
-    # Those that need no data quantize while loading, by name.
+    # Presets that need no data are given by name and quantize while loading.
     **{f"preset/{name}": entry if parse(entry).needs_data else name for name, entry in PRESETS.items()},
     **ABLATION,
     **PEERS,
@@ -45,17 +45,17 @@ ROWS: dict[str, Row] = {
 
 
 class Subject(NamedTuple):
-    """A model under test with everything a row needs."""
+    """A model under test, with everything that a row needs."""
 
     model: nn.Module  # full precision
     from_pretrained: Callable[[Any], nn.Module]  # quantization config -> model quantized while loading
     calibration: list[dict[str, Tensor]]
     score: Callable[[nn.Module], Scores]
-    settings: dict[str, Any]  # what the figures depend on beside the row
+    settings: dict[str, Any]  # what the figures depend on apart from the row
 
 
 def smollm2(args: argparse.Namespace) -> Subject:
-    """Scores: perplexity, KL and top-1 agreement on the dataset descriptions."""
+    """Return SmolLM2, scored by perplexity, KL and top-1 agreement on the dataset descriptions."""
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = models.smollm2()
@@ -83,7 +83,7 @@ def smollm2(args: argparse.Namespace) -> Subject:
 
 
 def minilm(args: argparse.Namespace) -> Subject:
-    """Scores: cosine similarity of sentence embeddings to full precision's, over the lines of the descriptions."""
+    """Return MiniLM, scored by cosine similarity of sentence embeddings to full precision's, on description lines."""
     from transformers import AutoModel
 
     model, tokenizer = models.minilm()
@@ -105,7 +105,7 @@ def minilm(args: argparse.Namespace) -> Subject:
 
 
 def digits(args: argparse.Namespace) -> Subject:
-    """Scores: PSNR of final images from equal noise, over 64 samples; calibration and evaluation noise are apart."""
+    """Return the digits denoiser, scored by PSNR of 64 final images from equal noise, not used for calibration."""
     from hfquant.demo import DIGITS_PATH, load_digits_pipeline
 
     pipe = load_digits_pipeline()
@@ -124,7 +124,7 @@ def digits(args: argparse.Namespace) -> Subject:
 
     def score(quantized: nn.Module) -> Scores:
         if quantized is model:
-            return {}  # equal images: infinite
+            return {}  # images are equal: PSNR is infinite
         pipe.transformer = quantized
         mean, error = metrics.mean_and_error(metrics.psnr(expected, sample(64, seed=2), value_range=1.0))
         pipe.transformer = model
@@ -153,7 +153,7 @@ SUBJECTS: dict[str, tuple[Callable[[argparse.Namespace], Subject], Mapping[str, 
 
 
 def run_row(name: str, row: Row, subject: Subject) -> Scores:
-    """Quantize a copy of the subject's model as the row says and score it."""
+    """Quantize a copy of the subject's model as given by the row, and score it."""
     weights = {n: linear.weight.numel() for n, linear in models.quantizable_linears(subject.model).items()}
     if row is None:
         return {"bits": 32.0, **subject.score(subject.model)}
@@ -167,7 +167,7 @@ def run_row(name: str, row: Row, subject: Subject) -> Scores:
 
 
 def quantized(row: str | dict[str, Any], subject: Subject) -> nn.Module:
-    """Quantize the layers that all rows quantize: while loading by a preset's name, else a copy, with data."""
+    """Quantize the layers that all rows quantize: while loading for a preset's name, otherwise a copy, with data."""
     import hfquant
 
     chosen = models.quantizable_linears(subject.model)
@@ -179,7 +179,7 @@ def quantized(row: str | dict[str, Any], subject: Subject) -> nn.Module:
 
 
 def environment() -> dict[str, Any]:
-    """The CPU and the versions that the figures were made with."""
+    """Return the CPU and the library versions that the figures were made with."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
     flags = [
@@ -193,14 +193,14 @@ def environment() -> dict[str, Any]:
 
 
 def store(path: Path, rows: Mapping[str, Any], page: str) -> None:
-    """Write rows with the environment to a JSON file, and their page beside it."""
+    """Write rows and the environment to a JSON file, and their page next to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
     path.with_suffix(".md").write_text(page)
 
 
 def markdown(result: Mapping[str, Any], order: Mapping[str, Any]) -> str:
-    """The result as a Markdown table, rows in the order of ``order``; errors are joined to their figures by ±."""
+    """Return the result as a Markdown table, rows in the order of ``order``; errors follow their figures after ±."""
     rows = [(name, result["rows"][name]) for name in order if name in result["rows"]]
     columns = list(dict.fromkeys(key for _, scores in rows for key in scores if not key.endswith(" error")))
     digits_of = {"bits": 2, "perplexity": 3, "change %": 2, "top-1 %": 2, "PSNR dB": 2, "seconds": 1}
@@ -220,7 +220,7 @@ def markdown(result: Mapping[str, Any], order: Mapping[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the rows asked for, print the table, and store it."""
+    """Run the requested rows, print the table, and store it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=SUBJECTS, default="smollm2")
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="GLOB", help="rows to run, by name")

@@ -1,10 +1,10 @@
-"""Memory of a saved quantized model that is loaded back and run, beside the size of its checkpoint.
+"""Memory of a saved quantized model once it is reloaded and run, next to the size of its checkpoint.
 
     python -m benchmarks.reload --json benchmarks/results/reload.json
 
-Each row is a fresh process, as in :mod:`benchmarks.memory`, that first loads and runs a tiny quantized model. *held*
-is resident memory, mapped pages of the checkpoint included, after loading SmolLM2 and a forward over 8 tokens, which
-touches every weight, beyond what the process held before; *peak* the most while it loaded and ran. Linux only.
+Each row is a fresh process, as in :mod:`benchmarks.memory`, that first loads and runs a tiny quantized model. It then
+loads SmolLM2 and runs a forward over 8 tokens, which touches every weight. *held* is the resident memory afterwards
+minus that before, including mapped pages of the checkpoint; *peak* is the maximum on the way. Linux only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BOUND = 1.10
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure every preset and print the table; 1 if one is above the bound."""
+    """Measure every preset and print the table; return 1 if one exceeds the bound."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reload", description=__doc__.partition("\n")[0])
     parser.add_argument("--configs", nargs="+", default=["w8a8-dynamic", "w4a16", "fp8-dynamic"], help="presets")
     parser.add_argument("--json", type=Path, help="file to write; a .md of the same name goes beside it")
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def quantize(source: Path, target: Path, config: str) -> None:
-    """Write ``source`` quantized by a data-free preset to ``target``."""
+    """Quantize ``source`` with a data-free preset and save it to ``target``."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -66,7 +66,7 @@ def quantize(source: Path, target: Path, config: str) -> None:
 
 
 def load(folder: str) -> Any:
-    """Return a saved model after a forward over 8 tokens, on one thread."""
+    """Load a saved model, run a forward over 8 tokens on one thread, and return the model."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -80,7 +80,7 @@ def load(folder: str) -> Any:
 
 
 def markdown(measured: dict[str, dict[str, float]]) -> str:
-    """Return a Markdown table in MB (10^6 bytes), and the share of the checkpoint."""
+    """Return a Markdown table in MB (10^6 bytes), with the ratio to the checkpoint."""
     lines = ["| MB | checkpoint | held | held / checkpoint | peak |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, row in measured.items():
         share = row["held"] / row["checkpoint"]

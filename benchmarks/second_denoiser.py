@@ -1,11 +1,12 @@
-"""A denoiser beside the embedded one: larger pictures, another scheduler, every linear quantized.
+"""A second denoiser: larger images than the embedded one, another scheduler, every linear quantized.
 
     python -m benchmarks.second_denoiser --json benchmarks/results/second_denoiser.json
 
-A DiT of four blocks (2.7 M weights, 49 tokens) learns scikit-learn's digits, enlarged to 28 x 28 pixels and moved
-about, in 1,200 steps (seven minutes on one core; kept in `.models`). Scores are the PSNR to full precision of 64
-pictures of 20 DDIM steps from equal noise. Unlike in :mod:`benchmarks.quality`, where peers' kernels set the limit, no
-linear is left out; those that a preset leaves in float count as they are stored. Rows that the JSON file has are kept.
+A DiT of four blocks (2.7 M weights, 49 tokens) is trained on scikit-learn's digits, enlarged to 28 x 28 pixels and
+randomly shifted, in 1,200 steps (seven minutes on one core; kept in `.models`). The score is the PSNR to full precision
+of 64 images, drawn in 20 DDIM steps from equal noise. Unlike in :mod:`benchmarks.quality`, where peers' kernels set the
+limit, no linear is excluded; linears that a preset leaves in float count as stored. Rows that the JSON file already has
+are kept.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from hfquant.demo import DigitsPipeline
 FOLDER = models.MODELS / "second-denoiser"
 SIZE, STEPS, BATCH = 28, 1200, 32
 PICTURES, CALIBRATION, FIT = 64, 16, 16
-#: Of the noise that pictures begin with, by what they are for.
+#: Seeds of the initial noise, by purpose of the images.
 SEEDS = {"calibration": 1, "evaluation": 2, "affiner": 7}
 
 
@@ -80,19 +81,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """All linears, by name."""
+    """Return all linears, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def denoiser() -> nn.Module:
-    """The trained model, from its folder where it is kept."""
+    """Return the trained model, from its folder if it exists there."""
     if not FOLDER.exists():
         trained().save_pretrained(FOLDER)
     return DiTTransformer2DModel.from_pretrained(FOLDER).eval()
 
 
 def trained() -> nn.Module:
-    """Train it; adaptive norms begin at zero, a tenth of the labels are dropped."""
+    """Train the model. Adaptive norms and the output start at zero; a tenth of the labels are dropped."""
     from sklearn.datasets import load_digits
 
     torch.manual_seed(5)
@@ -133,19 +134,19 @@ def trained() -> nn.Module:
 
 
 def pipeline(model: nn.Module) -> DigitsPipeline:
-    """A quiet pipeline around the denoiser."""
+    """Return a pipeline around the denoiser, without a progress bar."""
     pipe = DigitsPipeline(model, DDIMScheduler(beta_schedule="linear"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def noise(count: int, purpose: str) -> Tensor:
-    """What pictures begin with."""
+    """Return the initial noise of images, [count, 1, 28, 28]."""
     return torch.randn(count, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(SEEDS[purpose]))
 
 
 def calibration(model: nn.Module) -> list[dict[str, Any]]:
-    """What the denoiser is called with while it draws the calibration pictures, a call a step."""
+    """Return the arguments of the denoiser's calls while it draws the calibration images, one call per step."""
     calls: list[dict[str, Any]] = []
     handle = model.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(kwargs), with_kwargs=True)
     pictures(model, CALIBRATION, "calibration")
@@ -154,7 +155,7 @@ def calibration(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def pictures(model: nn.Module, count: int, purpose: str, affiner: Any = None) -> Tensor:
-    """Pictures of all classes in turn, [count, 1, 28, 28] in [0, 1]."""
+    """Return images, cycling through the classes, [count, 1, 28, 28] in [0, 1]."""
     pipe, labels = pipeline(model), [i % 10 for i in range(count)]
     if affiner is None:
         return pipe(labels, 20, latents=noise(count, purpose), output_type="pt").images
@@ -163,14 +164,14 @@ def pictures(model: nn.Module, count: int, purpose: str, affiner: Any = None) ->
 
 
 def fitted(model: nn.Module, quantized: nn.Module) -> Any:
-    """The default affiner, of 16 runs."""
+    """Return the default affiner, fitted on 16 runs."""
     config = {"stepper": {"max_timestep": 20, "batch_size": FIT}}
     pipes = pipeline(copy.deepcopy(model)), pipeline(quantized)
     return load_affiner(config, [i % 10 for i in range(FIT)], *pipes, latents=noise(FIT, "affiner"), shuffle=False)
 
 
 def shuffled(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The calls in random order, four rows each."""
+    """Return the calls split into four rows each, in random order."""
     size = len(calls[0]["hidden_states"])
     parts = [
         {n: v[i : i + 4] if isinstance(v, Tensor) and v.shape[:1] == (size,) else v for n, v in call.items()}
@@ -181,7 +182,7 @@ def shuffled(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: dict[str, dict[str, float]]) -> str:
-    """A table of PSNR and of what an affiner and distilling add, in dB with standard errors."""
+    """Return a table of PSNR and of the gains of an affiner and of distillation, in dB with standard errors."""
     measured = [k for k in ("affiner", "distilled") if any(k in row for row in rows.values())]
     columns = ["preset", "bits", "PSNR dB", *measured]
     lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]

@@ -1,10 +1,10 @@
-"""Calibrated presets on SmolLM2 from a real text and from what the model writes itself.
+"""Presets on SmolLM2 calibrated on real text and on text that the model generates itself.
 
     python -m benchmarks.self_made --json benchmarks/results/self_made.json
 
-Real: 32 windows of Python's language reference, as in :mod:`benchmarks.quality`. Self-made: what a preset does where no
-data is given. Both are judged on two texts of other kinds: the dataset descriptions of :mod:`benchmarks.quality` and
-numpy's help. Rows that the JSON file has are kept.
+Real: 32 windows of Python's language reference, as in :mod:`benchmarks.quality`. Self-made: what a preset does without
+data. Both are evaluated on two texts of other kinds: the dataset descriptions of :mod:`benchmarks.quality` and numpy's
+help. Rows that the JSON file already has are kept.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def own(seed: int) -> dict[str, Any]:
-    """What a model is asked to make: the default's, of a seed."""
+    """Return a request for self-generated data: the defaults, with a given seed."""
     return {"source": "self", "seed": seed}
 
 
 def markdown(rows: dict[str, dict[str, float]], texts: dict[str, list[torch.Tensor]]) -> str:
-    """A table of KL to full precision in nats a token, with standard errors, and CPU seconds to quantize."""
+    """Return a table of KL to full precision in nats per token, with standard errors, and CPU seconds to quantize."""
     lines = ["| KL to full precision | " + " | ".join(texts) + " | seconds |", "| --- |" + " ---: |" * (len(texts) + 1)]
     for name, row in rows.items():
         cells = [f"{row[f'{text}: KL']:.4f} ± {row[f'{text}: error']:.4f}" for text in texts]

@@ -1,17 +1,17 @@
-"""Speed of quantized models, end to end, as a ratio to the float model, beside bf16 and the peers at equal bits.
+"""End-to-end speed of quantized models relative to the float model, next to bf16 and the peers at equal bits.
 
     python -m benchmarks.speed --out benchmarks/results/speed.md
     python -m benchmarks.speed --workloads "DiT*" --rows "hfquant w8a8*" "torchao*"
 
-Workloads: SmolLM2-135M's prefill of 512 tokens (the logits of the last) and 64 tokens decoded after them on a static
+Workloads: SmolLM2-135M, a prefill of 512 tokens (logits of the last one) and 64 tokens decoded after them on a static
 cache; MiniLM on 64 sentences; two blocks of DiT-XL/2 with random weights (1152 wide, 256 tokens), batches of 1 and 8.
-All rows of a workload stay loaded, share what is not quantized, and take turns; medians of the turns.
+All rows of a workload stay loaded, share what is not quantized, and take turns. Figures are medians over the turns.
 
-Every linear but the output head is quantized. Presets run as they are but for what costs time to solve and leaves no
-trace in the layers' form: rounding is to nearest and SMOOTH's strength is given in place of searched. Peers are
-timed eager but for torchao's W8A8, which needs to be compiled: with SmolLM2 that takes a minute or two. *Memory* is by
-how much a call raises the process's resident memory at its peak, after malloc gave back what it held; the weights are
-not in it. A decode's is that of two tokens.
+Every linear but the output head is quantized. Presets run unchanged except for steps that take time to solve and do not
+affect the form of the layers: weights are rounded to nearest, and SMOOTH's alpha is fixed instead of searched. Peers
+are timed in eager mode, except torchao's W8A8, which needs compiling (a minute or two with SmolLM2). *Memory* is the
+peak increase of the process's resident memory during a call, after malloc returned its free memory. It does not include
+the weights. For decoding it is measured over two tokens.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from benchmarks import models, timing
 from benchmarks.peer_kernels import ALL_PEERS, compiling, missing, peer_rows
 from hfquant.presets import PRESETS
 
-#: The one peer that is compiled, the whole model with its weights frozen into the graph.
+#: The only compiled peer: the whole model, with its weights frozen into the graph.
 COMPILED = "torchao W8A8"
-#: Rows of the peers that would only repeat what others say, or are of use compiled alone.
+#: Peer rows that would repeat other rows, or that are useful only if compiled.
 LEFT_OUT = ("torchao W8A8, bf16", "torchao W8A16", "torchao W8A16, bf16", "quanto W8A16")
 
-#: For a model (perhaps compiled) returns what is timed. Its argument says whether only a little is to be done, enough
-#: to compile and to compare; it returns what the model computed.
+#: Takes a model (possibly compiled) and returns the function to time. That function returns the model's output; its
+#: argument asks for a short run, just enough to compile and to compare outputs.
 Workload = Callable[[nn.Module], Callable[[bool], Tensor]]
 
 
@@ -53,7 +53,7 @@ class Subject(NamedTuple):
 
 
 def language_model(model: nn.Module, prompt: int, decoded: int, name: str) -> Subject:
-    """Prefill and decode of a causal language model on random tokens."""
+    """Return prefill and decode of a causal language model on random tokens."""
     from transformers import StaticCache
 
     ids = torch.randint(model.config.vocab_size, (1, prompt + decoded))
@@ -82,7 +82,7 @@ def language_model(model: nn.Module, prompt: int, decoded: int, name: str) -> Su
 
 
 def encoder(model: nn.Module, inputs: dict[str, Tensor], name: str) -> Subject:
-    """A text encoder on one batch."""
+    """Return a text encoder on one batch."""
 
     def start(model: nn.Module) -> Callable[[bool], Tensor]:
         return lambda short: model(**inputs).last_hidden_state
@@ -92,7 +92,7 @@ def encoder(model: nn.Module, inputs: dict[str, Tensor], name: str) -> Subject:
 
 
 def denoiser(model: nn.Module, batches: tuple[int, ...], name: str) -> Subject:
-    """A class-conditional transformer on batches of several sizes."""
+    """Return a class-conditional transformer on batches of several sizes."""
     config = model.config
 
     def inputs(batch: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _tiny_bert() -> Subject:
     return encoder(BertModel(BertConfig(num_hidden_layers=1, **sizes)).eval(), inputs, "MiniLM")
 
 
-#: The same on tiny models of random weights.
+#: The same with tiny models of random weights.
 QUICK: dict[str, Callable[[], Subject]] = {
     "SmolLM2": _tiny_llama,
     "MiniLM": _tiny_bert,
@@ -167,7 +167,7 @@ QUICK: dict[str, Callable[[], Subject]] = {
 
 
 class Row(NamedTuple):
-    """What quantizes a model of a dtype."""
+    """A model dtype and the function that quantizes such a model."""
 
     dtype: torch.dtype
     apply: Callable[[nn.Module, list[dict[str, Any]]], nn.Module]
@@ -199,12 +199,12 @@ def _rows() -> dict[str, Row]:
     return rows | {row: entry for row, entry in peers.items() if row not in LEFT_OUT}
 
 
-#: Every row by name; the first is the unit.
+#: All rows by name; the first is the baseline.
 ROWS: dict[str, Row] = _rows()
 
 
 class Measured(NamedTuple):
-    """One workload's figures by row."""
+    """Figures for one workload, by row."""
 
     seconds: dict[str, float]
     memory: dict[str, float]  # bytes
@@ -212,7 +212,7 @@ class Measured(NamedTuple):
 
 
 def built(subject: Subject, rows: Mapping[str, Row], faults: dict[str, str]) -> dict[str, nn.Module]:
-    """Return a model for each row; what no row changes is there once. ``faults`` gets why a row has none."""
+    """Return a model for each row, sharing the parameters that no row changes. ``faults`` gets the rows that failed."""
     floats = {torch.float32: subject.model}
     found = {}
     for name, row in rows.items():
@@ -239,7 +239,7 @@ def built(subject: Subject, rows: Mapping[str, Row], faults: dict[str, str]) -> 
 
 
 def measure(workload: Workload, ready: Mapping[str, nn.Module], seconds: float, faults: dict[str, str]) -> Measured:
-    """Call every model once, compare its output with the first's, and time all in turns for ``seconds``."""
+    """Call every model once, compare its output with the first model's, and time all in turns for ``seconds``."""
     runs: dict[str, timing.Run] = {}
     memory, expected = {}, None
     for name, model in ready.items():
@@ -263,7 +263,7 @@ def measure(workload: Workload, ready: Mapping[str, nn.Module], seconds: float, 
 
 
 def report(results: Mapping[str, Measured], rows: list[str], notes: list[str]) -> str:
-    """Return the tables of ratios and of memory, and what was not measured, as Markdown."""
+    """Return the tables of ratios and of memory, and the rows not measured, as Markdown."""
     unit, found = rows[0], results.values()
 
     def ratio(m: Measured, name: str) -> str:
@@ -286,7 +286,7 @@ def report(results: Mapping[str, Measured], rows: list[str], notes: list[str]) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print the tables and write them; 1 where a row that should run did not."""
+    """Measure, print the tables and write them; return 1 if a row that should run did not."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--workloads", nargs="+", default=["*"], metavar="GLOB", help="workloads to run, by name")

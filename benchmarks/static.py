@@ -1,15 +1,16 @@
-"""Why static activation scales fall short on SmolLM2: the same configs judged on text like and unlike the calibration.
+"""Why static activation scales fall short on SmolLM2: the same configs on text like and unlike the calibration text.
 
     python -m benchmarks.static --json benchmarks/results/static.json
 
-Scales are calibrated on windows of Python's language reference. Every fifth window is kept out of it ("same kind"); the
-dataset descriptions are the evaluation text of :mod:`benchmarks.quality` ("other kind"). Further rows are calibrated on
-more: as many windows each of the standard library's help and of numpy's as well ("three kinds of text"), and beside all
-of these 128 windows that the model wrote ("and its own writing"). Rows "on the other kind itself" are calibrated on the
-very text they are judged on, which is no result but a bound. Rows that the JSON file has are kept.
+Scales are calibrated on windows of Python's language reference. Evaluation uses every fifth window, held out of the
+calibration ("same kind"), and the dataset descriptions of :mod:`benchmarks.quality` ("other kind"). Further rows are
+calibrated on more text: the same number of windows each of the standard library's and of numpy's help as well ("three
+kinds of text"), and on top of these 128 windows that the model generated ("and its own writing"). Rows "on the other
+kind itself" are calibrated on their evaluation text, so they are a bound and not a result. Rows that the JSON file
+already has are kept.
 
-Beside perplexity and KL the page has, for each down projection, what clipping to the calibrated range of each channel
-takes from its output: the share of the output's energy, the first token of each sequence aside.
+Besides perplexity and KL, the page has for each down projection the share of its output energy that is lost by clipping
+its inputs to each channel's calibrated range, without the first token of each sequence.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "W8A8 static, SMOOTH search, GPTQ": config(INT8, STATIC, SEARCHED, GPTQ),
     "W8A8 static, SMOOTH search, weights in groups of 64": config(INT8_GROUP, STATIC, SEARCHED),
     "W8A8 static, SMOOTH search, GPTQ, weights in groups of 64": config(INT8_GROUP, STATIC, SEARCHED, GPTQ),
-    # Exponents make up for most of the outliers, so less of them need move: alphas from 0 on.
+    # Exponents absorb most outliers, so SMOOTH has less to move: the search covers alphas from 0 on.
     "W8A8 static, SMOOTH search, FP8 activations": config(INT8, FP8, {**SMOOTH, **SEARCH}),
     "W8A8 static, SMOOTH search, INT16 into down_proj": {**config(INT8, STATIC, SEARCHED), **WIDE_DOWN},
 }
-#: For comparison, on the first text alone.
+#: For comparison, calibrated on the first text only.
 OTHERS: dict[str, dict[str, Any]] = {
     "W8A8 static, SMOOTH 0.5": config(INT8, STATIC, SMOOTH),
     "W8A8 a scale a token, SMOOTH search": config(INT8, TOKEN, SEARCHED),
@@ -61,7 +62,7 @@ HELP = (
 
 
 def split(batches: Batches) -> tuple[Batches, list[Tensor]]:
-    """Four windows of five to calibrate on, in batches of four, and every fifth [1, tokens]."""
+    """Return four of five windows for calibration, in batches of four, and every fifth window as [1, tokens]."""
     windows = [window for batch in batches for window in batch["input_ids"]]
     kept = [w for i, w in enumerate(windows) if i % 5 != 4]
     return [{"input_ids": torch.stack(kept[i : i + 4])} for i in range(0, len(kept), 4)], [
@@ -70,19 +71,19 @@ def split(batches: Batches) -> tuple[Batches, list[Tensor]]:
 
 
 def help_text(modules: tuple[str, ...]) -> str:
-    """What ``help()`` prints of modules: prose, lists, tables, examples."""
+    """Return what ``help()`` prints for modules: prose, lists, tables, examples."""
     return "\n\n".join(pydoc.plain(pydoc.render_doc(name)) for name in modules)
 
 
 def help_batches(tokenizer: Any, like: Batches) -> Batches:
-    """As many windows as ``like`` has, of either kind of help."""
+    """Return as many windows as ``like`` has, of each of the two kinds of help."""
     count = sum(len(batch["input_ids"]) for batch in like)
     return [b for names in HELP for b in models.token_batches(tokenizer, help_text(names), count=count)]
 
 
 @torch.no_grad()
 def solved(model: nn.Module, rules: dict[str, Any], stats: Mapping[str, LayerStats]) -> nn.Module:
-    """What ``quantize`` makes of ``model``, from statistics that serve several configs."""
+    """Quantize ``model`` in place as ``quantize`` does, from statistics that serve several configs."""
     plan = hfquant.plan(model, rules, {"input_ids": torch.zeros(1, 8, dtype=torch.long)})
     layers = {}
     for name, layer in plan.layers.items():
@@ -95,7 +96,7 @@ def solved(model: nn.Module, rules: dict[str, Any], stats: Mapping[str, LayerSta
 
 @torch.no_grad()
 def clipped(model: nn.Module, calibration: Batches, windows: list[Tensor]) -> dict[str, float]:
-    """Share of each down projection's output energy that clipping its inputs to the calibrated ranges takes."""
+    """Return the share of each down projection's output energy lost by clipping its inputs to the calibrated ranges."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith("down_proj")}
     stats = observe(model, layers, calibration)
     lost, whole = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def store(file: Path, windows: int, rows: dict[str, dict[str, float]], shares: dict[str, dict[str, float]]) -> None:
-    """Write the figures and their page."""
+    """Write the figures and their Markdown page."""
     result = {"environment": environment(), "windows": windows, "rows": rows, "clipped": shares}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
@@ -178,7 +179,7 @@ def store(file: Path, windows: int, rows: dict[str, dict[str, float]], shares: d
 
 
 def markdown(rows: dict[str, dict[str, float]], shares: dict[str, dict[str, float]]) -> str:
-    """Two tables: quality of each config, and the shares over the layers."""
+    """Return two tables: quality of each config, and clipping losses over the layers."""
     columns = list(next(iter(rows.values())))
     lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for name, row in rows.items():

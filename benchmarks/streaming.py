@@ -1,14 +1,14 @@
-"""Peak memory of calibrating on a streamed text file inside ``from_pretrained``, by the length of the file.
+"""Peak memory of calibrating on a streamed text file inside ``from_pretrained``, by file size.
 
     python -m benchmarks.streaming --json benchmarks/results/streaming.json
 
 As in :mod:`benchmarks.memory`, each row is a fresh process that first does everything once with a tiny model and a few
-lines of text, so that imports are not counted, and the parent samples its anonymous memory while it loads SmolLM2. The
-row "float model" loads without a config. *above the model* is the peak of anonymous memory during a calibrated load
-minus what the process holds with the float model loaded: it counts the activations and logits of one batch, the
-statistics of all layers, the stream's buffers, the tokenizer, the quantized layers, which stay beside the float ones
-until all are solved, and pages that malloc keeps. Files repeat Python's language reference, its paragraphs in another
-order each time. Linux only.
+lines of text, so imports are not counted, and the parent samples its anonymous memory while it loads SmolLM2. The row
+"float model" loads without a config. *above the model* is the peak of anonymous memory during a calibrated load minus
+what the process holds with the float model loaded. It counts the activations and logits of one batch, the statistics of
+all layers, the stream's buffers, the tokenizer, the quantized layers (which coexist with the float ones until all are
+solved), and pages that malloc keeps. Files repeat Python's language reference, with its paragraphs in a new order each
+time. Linux only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COLUMNS = ("above the model", "resident above the model", "above the result", "h
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure every file length and print the table; 1 if a row is above the bound."""
+    """Measure every file size and print the table; return 1 if a row exceeds the bound."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__.partition("\n")[0])
     parser.add_argument("--configs", nargs="+", default=["w8a8-smooth"], help="presets that need data")
     parser.add_argument("--megabytes", nargs="+", type=int, default=[1, 16, 128], help="lengths of the text files")
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_text(folder: Path, text: str, megabytes: int) -> Path:
-    """A text file of at least ``megabytes`` * 10^6 bytes: the paragraphs of ``text``, shuffled anew at each turn."""
+    """Write a text file of at least ``megabytes`` * 10^6 bytes: the paragraphs of ``text``, reshuffled each time."""
     draw = random.Random(megabytes)
     paragraphs = text.split("\n\n")
     path = folder / f"{megabytes}.txt"
@@ -78,13 +78,13 @@ def write_text(folder: Path, text: str, megabytes: int) -> Path:
 
 
 def measure(folder: Path, config: str | None = None, calibration: dict[str, Any] | None = None) -> dict[str, float]:
-    """Load ``folder`` in a child process, calibrated if told to, and return bytes (see :func:`memory.watch`)."""
+    """Load ``folder`` in a child process, calibrated if requested, and return bytes (see :func:`memory.watch`)."""
     options = json.dumps({"config": config, "calibration": calibration})
     return watch([sys.executable, "-W", "ignore", "-m", "benchmarks.streaming", "--child", str(folder), options])
 
 
 def above(row: dict[str, float], model: dict[str, float]) -> dict[str, float]:
-    """``row`` with its peaks above a process that holds the float model, and above what is left in the end."""
+    """Add to ``row`` its peaks above a process that holds the float model, and above what is held at the end."""
     return {
         **row,
         "above the model": row["peak"] - model["held after"],
@@ -94,7 +94,7 @@ def above(row: dict[str, float], model: dict[str, float]) -> dict[str, float]:
 
 
 def child(folder: str, options: dict[str, Any]) -> int:
-    """What runs in the fresh process: warm up, wait, load, report."""
+    """Run in the fresh process: warm up, wait, load, report."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -118,7 +118,7 @@ def child(folder: str, options: dict[str, Any]) -> int:
 
 
 def tiny_text(folder: str) -> str:
-    """Write a tokenizer of words beside the tiny model, and a text file, whose path is returned."""
+    """Write a word tokenizer next to the tiny model, and a text file, and return the path of the file."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -131,7 +131,7 @@ def tiny_text(folder: str) -> str:
 
 
 def markdown(measured: dict[str, dict[str, float]]) -> str:
-    """A Markdown table in MB (10^6 bytes)."""
+    """Return a Markdown table in MB (10^6 bytes)."""
     lines = ["| MB | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
     for name, row in measured.items():
         cells = [f"{row[column] / MB:.0f}" if column in row else "" for column in COLUMNS]

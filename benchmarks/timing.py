@@ -1,4 +1,4 @@
-"""Timing that the speed benchmarks share: rows that take turns, medians, and what machine it was."""
+"""Timing for the speed benchmarks: interleaved rows, medians, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from benchmarks.memory import status
 from benchmarks.quality import environment
 
-#: A row under test: runs the i-th call.
+#: A row under test: performs the i-th call.
 Run = Callable[[int], Any]
 
 
@@ -29,18 +29,18 @@ def interleaved(
     sync: Callable[[], None] = int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Return the median time of a call of each row, in seconds.
+    """Return the median time per call of each row, in seconds.
 
-    Rows take turns, in another order each round, so that what else runs on the machine hits all of them alike. A turn
-    is as many calls in a row as take ``shortest``, a whole number found in a first round that is not counted.
+    Rows take turns, in a new order each round, so that other load on the machine affects all of them alike. A turn is
+    as many consecutive calls as take ``shortest``, a number found in a first round that is not counted.
 
     Args:
-        rows: what to time; already called once, where a first call costs more.
-        seconds: rounds start until this much time is spent.
-        turns: the least number of rounds, however long they take.
-        shortest: the least length of a turn in seconds; 0 for one call.
-        sync: waits for the device.
-        clock: gives seconds.
+        rows: calls to time; already called once if a first call costs more.
+        seconds: new rounds start until this much time has passed.
+        turns: minimum number of rounds, however long they take.
+        shortest: minimum length of a turn in seconds; 0 for one call.
+        sync: function that waits for the device.
+        clock: function that returns seconds.
     """
     calls: dict[str, int] = {}
     for name, run in rows.items():
@@ -58,7 +58,7 @@ def interleaved(
 
 @contextmanager
 def watched() -> Iterator[list[float]]:
-    """Give a list that at the end holds the share of all CPUs that other processes took; NaN where Linux is not."""
+    """Yield a list that at the end holds the share of all CPUs taken by other processes; NaN if not on Linux."""
     share: list[float] = []
     others, start = _others(), time.perf_counter()
     yield share
@@ -66,7 +66,7 @@ def watched() -> Iterator[list[float]]:
 
 
 def _others() -> float:
-    """Return the CPU seconds that the machine has spent outside of this process."""
+    """Return the CPU seconds that the machine has spent outside this process."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return math.nan
@@ -76,12 +76,12 @@ def _others() -> float:
 
 
 def shares(values: Sequence[float]) -> str:
-    """Return shares as text: a busy machine's medians are not to be believed."""
+    """Return shares as text. If they are high, the medians are not reliable."""
     return ", ".join(f"{max(value, 0):.0%}" if value == value else "unknown" for value in values)
 
 
 def clock_of(device: str) -> Callable[[], float]:
-    """Return the clock to measure by: CPU time on one thread of a CPU, which other processes do not lengthen."""
+    """Return the clock to use: on one CPU thread CPU time, which other processes do not inflate, else wall time."""
     return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
@@ -94,10 +94,10 @@ def _time(run: Run, calls: int, sync: Callable[[], None], clock: Callable[[], fl
 
 
 def peak_above(run: Run) -> float:
-    """Return by how many bytes a call raises the process's resident memory at its peak; NaN where Linux is not.
+    """Return the peak increase in the process's resident memory during a call, in bytes; NaN if not on Linux.
 
-    What earlier calls left in the allocator is given back first. Scratch that a kernel keeps between calls is not
-    counted.
+    Memory that earlier calls left in the allocator is returned to the system first. Scratch memory that a kernel keeps
+    between calls is not counted.
     """
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
@@ -105,7 +105,7 @@ def peak_above(run: Run) -> float:
     import ctypes
 
     ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")  # the high-water mark falls to what is resident now
+    reset.write_text("5")  # resets the high-water mark to the current resident size
     before = status(os.getpid())["VmRSS"]
     run(0)
     return status(os.getpid())["VmHWM"] - before
@@ -119,18 +119,18 @@ def machine() -> str:
 
 
 def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the norm of the difference over the norm of what was expected."""
+    """Return the norm of the difference over the norm of the expected output."""
     y, expected = y.float(), expected.float()
     return ((y - expected).norm() / expected.norm()).item()
 
 
 def reason(error: Exception) -> str:
-    """Return what to say of an error in a line."""
+    """Return a one-line description of an error."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:150]}"
 
 
 def markdown(corner: str, columns: list[str], rows: Mapping[str, list[str]]) -> str:
-    """Return a Markdown table, numbers to the right."""
+    """Return a Markdown table with right-aligned numbers."""
     lines = [f"| {corner} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
     return "\n".join(lines) + "\n"

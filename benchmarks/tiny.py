@@ -1,4 +1,4 @@
-"""Small models with random weights, the first that a class takes."""
+"""Small models with random weights, from candidate sizes that a class may reject."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import nn
 
 
 def built(makers: Iterable[Callable[[str], nn.Module]], most: int) -> Iterator[nn.Module]:
-    """Yield the models that can be built and have at most so many parameters.
+    """Yield the models that can be built and have at most ``most`` parameters.
 
     Args:
-        makers: from a device to a model; each may raise whatever its class does of sizes like these.
-        most: parameters.
+        makers: functions from a device to a model; each may raise any error of its class about such sizes.
+        most: largest number of parameters.
 
     Raises:
-        Exception: what the first said, where none can be built.
+        Exception: the first error, if no model can be built.
     """
     first: Exception | None = None
     found = False
@@ -28,7 +28,7 @@ def built(makers: Iterable[Callable[[str], nn.Module]], most: int) -> Iterator[n
             torch.manual_seed(0)
             model = make("cpu").eval().float()
             for parameter in model.parameters():
-                if not parameter.isfinite().all():  # left as memory had it, for a checkpoint to fill
+                if not parameter.isfinite().all():  # uninitialized memory, meant to be filled from a checkpoint
                     nn.init.normal_(parameter, std=0.02)
         except Exception as error:  # noqa: BLE001 (each class has its own)
             first = first or error

@@ -1,8 +1,8 @@
-"""Every model class that diffusers exports, in a config of few layers.
+"""Every model class that diffusers exports, with a config of few layers.
 
-Most are as their ``__init__`` has them, less depth: on the meta device width costs nothing. Those whose forward looks
-at values are narrow as well, and are built with weights. :func:`small` gives the others weights as well, with few heads
-where they have any.
+Most have the defaults of their ``__init__`` with less depth: on the meta device width costs nothing. Classes whose
+forward depends on values are narrow as well, and are built with weights. :func:`small` builds the others with weights
+too, with few heads if they have any.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ UNION = {
 HEADS = {"num_attention_heads": 2, "num_layers": 1}
 HUNYUAN_VIDEO = {**HEADS, "attention_head_dim": 10, "num_refiner_layers": 1, "rope_axes_dim": (2, 4, 4)}
 
-# What the defaults lack, or set so that the default model cannot run.
+# Arguments that the defaults lack, or set to values with which the model cannot run.
 CONFIGS: dict[str, dict[str, Any]] = {
     "AudioLDM2ProjectionModel": {"text_encoder_dim": 10, "text_encoder_1_dim": 12, "langauge_model_dim": 8},
     "AutoencoderKLHunyuanImage": {
@@ -109,7 +109,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "WanVACETransformer3DModel": {"vace_layers": [0, 1]},
 }
 
-# Classes that trace can watch on real tensors alone: their forward looks at values, or their __init__ does.
+# Classes that can be traced only on real tensors, because their forward or __init__ depends on values.
 WITH_WEIGHTS: dict[str, dict[str, Any]] = {
     "AceStepConditionEncoder": {
         "hidden_size": 16,
@@ -131,7 +131,7 @@ WITH_WEIGHTS: dict[str, dict[str, Any]] = {
         "decoder_up_block_types": ("ResnetUpsampleBlock2D",) * 2,
         "decoder_layers_per_block": 1,
     },
-    "MMAudioVAE": {"hidden_channels": 32, "latent_channels": 4},  # a table on the CPU, whatever the default device
+    "MMAudioVAE": {"hidden_channels": 32, "latent_channels": 4},  # has a table on the CPU, whatever the default device
     "GlmImageTransformer2DModel": HEADS
     | {
         "attention_head_dim": 16,
@@ -223,7 +223,7 @@ def _z_image_controlnet() -> nn.Module:
     )
 
 
-# Classes that are made of others.
+# Classes that are composed of others.
 MADE: dict[str, Callable[[], nn.Module]] = {
     "FluxMultiControlNetModel": lambda: diffusers.FluxMultiControlNetModel(
         [diffusers.FluxControlNetModel(num_layers=1, num_single_layers=1, num_mode=2)]
@@ -247,7 +247,7 @@ MADE: dict[str, Callable[[], nn.Module]] = {
 
 
 def exported() -> dict[str, type[nn.Module]]:
-    """All model classes of diffusers and diffusers.models, by name."""
+    """Return all model classes of diffusers and diffusers.models, by name."""
     named = {name: getattr(module, name) for module in (diffusers.models, diffusers) for name in dir(module)}
     return {
         name: value
@@ -256,7 +256,7 @@ def exported() -> dict[str, type[nn.Module]]:
     }
 
 
-#: Arguments for the channels of a first block, of which the others have a multiple.
+#: Arguments for the channels of the first block; other blocks have multiples of it.
 CHANNELS = (
     "base_dim",
     "decoder_base_dim",
@@ -265,14 +265,14 @@ CHANNELS = (
     "decoder_channels",
     "encoder_hidden_size",
 )
-#: Arguments that count heads, and such as are a multiple of that.
+#: Arguments for the number of heads, and arguments that must be multiples of it.
 HEADS_ARGUMENTS = ("num_attention_heads", "n_heads", "num_heads")
 WIDTHS = ("hidden_size", "dim", "inner_dim", "model_dim", "embed_dim", "d_model", "num_key_value_heads", "num_kv_heads")
 WIDTHS += ("intermediate_size", "ffn_dim", "mlp_dim", "n_kv_heads", "cross_attention_dim")
 
 
 def build(name: str, device: str = "meta", **sizes: Any) -> nn.Module:
-    """A model of the class with few layers, on ``device`` unless it needs its weights to run."""
+    """Return a model of the class with few layers, on ``device`` unless it needs weights to run."""
     if name in WITH_WEIGHTS:
         return exported()[name](**WITH_WEIGHTS[name]).eval()
     with torch.device(device):
@@ -285,14 +285,14 @@ def build(name: str, device: str = "meta", **sizes: Any) -> nn.Module:
 
 
 def small(name: str, most: int) -> Iterator[nn.Module]:
-    """Yield models of a class with random weights, those with few heads first (:func:`benchmarks.tiny.built`)."""
+    """Yield models of a class with random weights, narrow ones first (:func:`benchmarks.tiny.built`)."""
     return built((partial(build, name, **sizes) for sizes in (*_narrow(name), {})), most)
 
 
 def _narrow(name: str) -> Iterator[dict[str, Any]]:
-    """Yield arguments of a class for fewer channels, and for two heads, alone and with all widths that grow with them.
+    """Yield arguments of a class for fewer channels, and for two heads, alone and with all widths that scale with them.
 
-    Channels of blocks keep their ratios, from 32 on, which is what group norms divide by.
+    Channels of blocks keep their ratios and start at 32, the number of groups of group norms.
     """
     if name in WITH_WEIGHTS or name in MADE:
         return

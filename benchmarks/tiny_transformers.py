@@ -1,7 +1,7 @@
-"""Every model type of transformers, small and with random weights.
+"""Every model type of transformers, shrunk and with random weights.
 
-A config's sizes are cut by the names of its fields, to the smallest that its class takes: some want their sizes as they
-are, and are cut in depth and vocabulary alone, or not at all.
+The sizes in a config are reduced by the names of its fields, as far as its class accepts. Some classes accept only a
+smaller depth and vocabulary, or no change at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto
 
 from benchmarks.tiny import built
 
-#: What ints of a config become at most, by the first pattern that is found in their names.
+#: Largest value of an int in a config, by the first pattern that matches its name.
 DEPTHS: dict[str, int] = {
     r"feat_extract_layers$": 100,  # as many as there are convolutions
     r"vocab_size$": 256,
@@ -30,23 +30,29 @@ DEPTHS: dict[str, int] = {
 SIZES: dict[str, int] = DEPTHS | {
     r"(key_value_heads|kv_heads)$": 2,
     r"(heads?|n_head)$": 4,
-    r"(head_dim|d_kv|d_head|attention_head_size|kv_channels)$": 16,
+    r"(head_dim|rotary_dim|d_kv|d_head|attention_head_size|kv_channels)$": 16,
     r"(intermediate|ffn|d_ff|inner_dim|n_inner|mlp_dim|feed_forward_size)": 128,
     r"(hidden_size|d_model|n_embd|dim|embedding_size|width)$": 64,
     r"(num_experts|n_routed_experts|num_local_experts)$": 4,
-    r"(experts_per_tok|top_k|topk|num_experts_per_token)$": 2,
+    r"(experts_per_tok|top_k|topk|moe_k|num_experts_per_token)$": 2,
+    r"(n_group|topk_group)$": 2,
     r"image_size$": 32,
     r"patch_size$": 8,
     r"rank$": 16,
 }
-#: Tasks, of which a model's first is taken.
+#: The same with all heads alike, as latent attention needs it, and as wide as they are, for rotations of fixed parts.
+FULL_HEADS = {pattern: size for pattern, size in SIZES.items() if "head" not in pattern} | {
+    r"heads?$|n_head$": 4,
+    r"rotary_dim$": 16,
+}
+#: Tasks in order of preference; the first that a model type has is used.
 TASKS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION", "CTC")
-#: Lists of a config that have an entry a layer.
+#: Lists in a config that have one entry per layer.
 PER_LAYER = ("layer_types", "mlp_layer_types")
-#: What a config's class wants to be told.
+#: Arguments that a config's class requires.
 WANTED: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
-    "esm": {"vocab_size": 33},
+    "esm": {"vocab_size": 33, "pad_token_id": 1},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "informer": {"prediction_length": 4},
@@ -57,7 +63,7 @@ WANTED: dict[str, dict[str, Any]] = {
 
 
 def types() -> dict[str, list[str]]:
-    """Return model types that have a class, and the names of their classes, those of :data:`TASKS` first."""
+    """Return the model types that have a class, with the names of their classes, those of :data:`TASKS` first."""
     tables = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in TASKS]
     found: dict[str, list[str]] = {}
     for table in (*tables, modeling_auto.MODEL_MAPPING_NAMES):
@@ -67,7 +73,7 @@ def types() -> dict[str, list[str]]:
 
 
 def small(kind: str, most: int) -> Iterator[nn.Module]:
-    """Yield models of a type: of its first class the smallest first, and so on (:func:`benchmarks.tiny.built`)."""
+    """Yield models of a type: its first class from small to large, then the next (:func:`benchmarks.tiny.built`)."""
     return built((partial(_built, *made) for made in product(types()[kind], _configs(kind))), most)
 
 
@@ -81,7 +87,7 @@ def _built(name: str, config: Callable[[], PreTrainedConfig], device: str) -> nn
 
 
 def _configs(kind: str) -> list[Callable[[], PreTrainedConfig]]:
-    """Return functions that make a config: sizes given to its class, or changed afterwards; all of them, or depths."""
+    """Return config makers: all sizes or only depths, passed to the class or set afterwards; then the full config."""
     cls, wanted = CONFIG_MAPPING[kind], WANTED.get(kind, {})
     whole = partial(cls, **wanted)
 
@@ -91,7 +97,7 @@ def _configs(kind: str) -> list[Callable[[], PreTrainedConfig]]:
     def changed(sizes: Mapping[str, int]) -> PreTrainedConfig:
         return cut(whole(), sizes)
 
-    return [*(partial(how, sizes) for sizes in (SIZES, DEPTHS) for how in (given, changed)), whole]
+    return [*(partial(how, sizes) for sizes in (SIZES, FULL_HEADS, DEPTHS) for how in (given, changed)), whole]
 
 
 def cuts(config: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -106,7 +112,7 @@ def cuts(config: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def cut(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedConfig:
-    """Make a config smaller in place; lists of layers' kinds become as short as there are layers."""
+    """Shrink a config in place; lists with one entry per layer are cut to the number of layers."""
     for key, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
             cut(value, sizes)

@@ -1,7 +1,7 @@
-"""Fill the parts of the documentation that are made from the code.
+"""Generate the parts of the documentation that come from the code.
 
-A page says where: ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, NAME being one of :data:`PARTS`. What lies between
-is replaced by ``python -m docs.generate``; ``tests/test_docs.py`` fails where it is not what would be written.
+A page marks such a part with ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, where NAME is one of :data:`PARTS`.
+``python -m docs.generate`` replaces what lies between; ``tests/test_docs.py`` fails if it is out of date.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ DOCS = Path(__file__).parent
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """Return a Markdown table; bars in cells are escaped."""
+    """Return a Markdown table, with bars in cells escaped."""
     names = list(head)
     lines = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *lines))
 
 
-#: Values that a field's JSON Schema cannot know, since they are the keys of a table.
+#: Allowed values that are not in a field's JSON Schema, because they are the keys of a table.
 _NAMES = {
     (InputQuant, "type"): list(FORMATS),
     (WeightQuant, "type"): list(FORMATS),
     (LayerConfig, "search_patterns"): [str(pattern) for pattern in SegPattern],
     (LayerConfig, "include"): list(OPTIONAL),
 }
-#: Fields that are sections of their own, and the heading that describes them.
+#: Fields that are sections themselves, with a link to the heading that describes each.
 _SECTIONS = {
     "opt": "[`opt`](#opt)",
     "calib": "[`calib`](#calib)",
@@ -53,7 +53,7 @@ _SECTIONS = {
 
 
 def _type(schema: Mapping[str, Any]) -> str:
-    """Return the name of the Python type that a JSON Schema describes."""
+    """Return the name of the Python type described by a JSON Schema."""
     kinds = [part for part in schema.get("anyOf", [schema]) if part.get("type") != "null"]
     if "enum" in schema or "const" in schema:
         values = [value for value in schema.get("enum", [schema.get("const")]) if value is not None]
@@ -63,7 +63,7 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 
 def _allowed(kind: type[Section], name: str, schema: Mapping[str, Any]) -> str:
-    """Return the values that a field takes."""
+    """Return the values that a field accepts."""
     if name in _SECTIONS:
         return _SECTIONS[name]
     if known := _NAMES.get((kind, name)):
@@ -94,7 +94,7 @@ def fields(kind: type[Section]) -> str:
     schemas = kind.model_json_schema(mode="validation")["properties"]
     rows = []
     for name, info in kind.model_fields.items():
-        meaning = info.description or ("Chooses these options." if name == "type" else "")
+        meaning = info.description or ("Selects these options." if name == "type" else "")
         rows.append(
             (f"`{name}`", _type(schemas[name]), _default(info.default), _allowed(kind, name, schemas[name]), meaning)
         )
@@ -115,7 +115,7 @@ def _choices(heading: str, kinds: Mapping[str, type[Section]], default: str) -> 
 
 
 def config_fields() -> str:
-    """Return every section of a config with its fields."""
+    """Return all sections of a config with their fields."""
     sections = [
         f"## A layer's fields\n\n{fields(LayerConfig)}",
         f"## `weight_quant`\n\n{fields(WeightQuant)}",
@@ -128,13 +128,13 @@ def config_fields() -> str:
 
 
 def presets() -> str:
-    """Return what each preset is short for."""
+    """Return the config that each preset stands for."""
     rows = []
     for name, config in PRESETS.items():
         needs = "yes" if parse(name).needs_data else "no"
         others = [f"`{json.dumps({key: entry})}`" for key, entry in config.items() if key != "default"]
         rows.append((f"`{name}`", needs, ", ".join([f"`{json.dumps(config['default'])}`", *others])))
-    return table(("preset", "needs data", '"default" entry, and others'), rows)
+    return table(("preset", "needs data", '"default" entry and any others'), rows)
 
 
 def _commands(command: Any, path: tuple[str, ...] = ("hfquant",)) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -183,12 +183,12 @@ def commands() -> str:
     return "\n\n".join(parts)
 
 
-#: What can be filled in, by name.
+#: Functions that generate each part, by its name.
 PARTS = {"commands": commands, "config-fields": config_fields, "presets": presets}
 
 
 def filled(page: str) -> str:
-    """Return a page's text with its generated parts as the code says them now."""
+    """Return a page's text with its generated parts up to date."""
 
     def part(match: re.Match[str]) -> str:
         return f"{match[1]}\n\n{PARTS[match[2]]()}\n\n{match[3]}"

@@ -1,7 +1,7 @@
 """hfquant: calibrated post-training quantization for Hugging Face models.
 
-Importing it makes ``quant_method: "hfquant"`` known to transformers and diffusers, so import it before a quantized
-checkpoint is loaded.
+Importing it registers ``quant_method: "hfquant"`` with transformers and diffusers, so import it before loading a
+quantized checkpoint.
 """
 
 from importlib import import_module
@@ -67,7 +67,7 @@ __all__ = [
     "set_real_quant",
 ]
 
-# Imported on first use: `import hfquant` stays light.
+# Imported on first use, to keep `import hfquant` cheap.
 _LAZY = {
     **dict.fromkeys(("BlockwiseAffiner", "load_affiner"), "hfquant.affiner"),
     **dict.fromkeys(
@@ -101,7 +101,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_LAZY[name]), name)
-    if name == "HfQuantConfig":  # on its way into transformers, whichever modules of it are imported by then
+    if name == "HfQuantConfig":  # about to be passed to transformers, whichever of its modules are imported by now
         _register_transformers()
     return value
 
@@ -115,7 +115,7 @@ def _register_transformers() -> None:
 def _register_diffusers() -> None:
     from hfquant.integrations import register_diffusers
 
-    _register_transformers()  # a PipelineQuantizationConfig asks both
+    _register_transformers()  # a PipelineQuantizationConfig looks the method up in both libraries
     register_diffusers()
 
 
@@ -137,7 +137,7 @@ def _register_diffusers_lora() -> None:
     register_diffusers_lora()
 
 
-# No library is imported for this: each learns of hfquant once its models, configs or adapters can be loaded.
+# This imports no library: hfquant registers with each once the module that loads its models or adapters is imported.
 after_import("transformers.modeling_utils", _register_transformers)
 after_import("diffusers.quantizers.auto", _register_diffusers)
 after_import("diffusers.models.modeling_utils", _accept_no_dtype)

@@ -1,4 +1,4 @@
-"""The public functions on models: a model of transformers or diffusers goes through its integration, others do not."""
+"""Public functions on models. Models of transformers and diffusers go through their integration, others do not."""
 
 from __future__ import annotations
 
@@ -34,36 +34,37 @@ def quantize(
 ) -> nn.Module:
     """Quantize the layers of ``model`` in place and return it.
 
-    Under ``accelerate launch`` all processes call this, each with its copy of the model and the same data (or each with
-    its own part); they share the work of a config that needs data, and all end with the same model.
+    Under ``accelerate launch``, every process calls this with its own copy of the model and either the same data or its
+    own part of it. If the config needs data, the processes share the work. All of them end up with the same model.
 
     Args:
-        model: any module. Where quantization fails, or is interrupted, it is left as it was.
-        calib_data_loader: batches for calibration; each a tensor, a tuple (or list of tensors) of positional arguments,
-            a dict of keyword arguments, or a list of such samples. Must start anew each time it is iterated. Or a
-            source of such batches: a ``datasets`` object, a file's path, a dict naming a dataset (see
-            :func:`~hfquant.calibration.calibration_batches`). None takes the config's ``calibration``; where that is
-            None too and the config needs data, a transformers model makes its own, as it does for "self".
-        config: a dict, the name of a preset, an :class:`~hfquant.HfQuantConfig`, or None (the reference's dict).
-        per_layer_mode: solve layers in execution order, each on inputs that the quantized layers before it produce.
-        verbose: log each layer's decision and error, and the whole report at the end; shown on the console even where
-            logging is not set up.
-        example: model input for pattern detection; default: the first calibration batch.
-        memory_budget: bytes that statistics may take at once in this process; default: a quarter of the free memory,
-            shared with the processes on this machine.
-        resume_dir: folder that keeps solved layers, so that an interrupted run goes on where it stopped: with the same
-            model, config, mode and data in the same order.
-        held_out: batches kept out of calibration, for the guard to check the result on (:mod:`hfquant.guard`); default:
-            those that a model which makes its own data keeps, what a dataset has beyond the samples asked for, else the
-            first sample of ``calib_data_loader``.
+        model: any module. If quantization fails or is interrupted, the model is left unchanged.
+        calib_data_loader: calibration batches. Each is a tensor, a tuple (or list of tensors) of positional arguments,
+            a dict of keyword arguments, or a list of such samples. The loader must start over each time it is iterated.
+            Alternatively a source of batches: a ``datasets`` object, a file path, or a dict naming a dataset (see
+            :func:`~hfquant.calibration.calibration_batches`). None uses the config's ``calibration``; if that is also
+            None and the config needs data, a transformers model generates its own, as it does for "self".
+        config: a dict, the name of a preset, an :class:`~hfquant.HfQuantConfig`, or None (the reference
+            implementation's dict).
+        per_layer_mode: solve layers in execution order, each on the outputs of the quantized layers before it.
+        verbose: log each layer's decision and error, and the full report at the end, on the console even if logging is
+            not configured.
+        example: model input for pattern detection; default: the first calibration sample.
+        memory_budget: bytes of statistics that this process may hold at once; default: a quarter of the free memory,
+            divided among the processes on this machine.
+        resume_dir: folder that stores solved layers, so that an interrupted run can resume. The model, config, mode and
+            data, including its order, must be the same.
+        held_out: batches kept out of calibration, on which the guard (:mod:`hfquant.guard`) checks the result; default:
+            the ones set aside when a model generates its own data, or the samples that a dataset has beyond those
+            requested, or else the first sample of ``calib_data_loader``.
 
     Raises:
         ConfigError: the config is invalid or does not fit a layer.
         CalibrationError: data is missing, empty, or has NaN or Inf.
-        ValueError: the model is already quantized or group offloaded, has nothing to quantize, or differs from another
-            process'.
-        OSError: ``resume_dir`` cannot be written.
-        RuntimeError: it failed in another process, which the message names with its cause.
+        ValueError: the model is already quantized or group offloaded, has nothing to quantize, or differs between
+            processes.
+        OSError: ``resume_dir`` cannot be written to.
+        RuntimeError: quantization failed in another process; the message names the process and the cause.
     """
     config = HfQuantConfig.of(config)
     _check_module(model)
@@ -84,13 +85,14 @@ def quantize(
 
 
 def plan(model: nn.Module, config: Any = None, example: Any = None) -> Plan:
-    """Decide what every layer of ``model`` will become. Needs no weights: the model may be on the meta device.
+    """Plan how each layer of ``model`` will be quantized. Needs no weights: the model may be on the meta device.
 
     Args:
-        model: any module; what can be quantized of it, :mod:`hfquant.nn.kinds` says.
-        config: a dict, the name of a preset, an :class:`~hfquant.HfQuantConfig`, or None (the reference's defaults).
+        model: any module; :mod:`hfquant.nn.kinds` defines which layers can be quantized.
+        config: a dict, the name of a preset, an :class:`~hfquant.HfQuantConfig`, or None (the reference
+            implementation's defaults).
         example: model inputs for pattern detection: a tensor, positional arguments, or a dict of keyword arguments;
-            None derives them from the model's own config where that is possible.
+            None derives them from the model's own config if possible.
 
     Raises:
         ConfigError: the config is invalid, or does not fit a layer.
@@ -103,15 +105,15 @@ def plan(model: nn.Module, config: Any = None, example: Any = None) -> Plan:
 def _check_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model: expected a torch.nn.Module, got {type(model).__name__}; a diffusion pipeline goes to "
-            "hfquant.quantize_pipeline"
+            f"model: expected a torch.nn.Module, got {type(model).__name__}; for a diffusion pipeline, "
+            "use hfquant.quantize_pipeline"
         )
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """Replace every quantized layer by the float one that it was, and experts by the float ones of their class.
+    """Replace every quantized layer with a float layer of its original class, and fused experts likewise.
 
-    In place; activations are no longer quantized.
+    Works in place. Activations are no longer quantized.
 
     Raises:
         ValueError: ``model`` has no quantized layer.
@@ -132,27 +134,29 @@ def distill(
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> distillation.Distilled:
-    """Train what a quantized model keeps in float, in place, until it gives what the float model gives.
+    """Train the parameters that a quantized model keeps in float, in place, to match the float model's outputs.
 
-    Codes and the size of the checkpoint stay. What is trained, and how, says :mod:`hfquant.distillation`; a step takes
-    about as long as four forwards of the float model. Where held-out samples do not gain, the model stays as it was.
+    The codes and the checkpoint size do not change. :mod:`hfquant.distillation` describes what is trained and how; a
+    step takes about as long as five forward passes of the float model. If held-out samples do not improve, the model is
+    left unchanged.
 
     Args:
-        model: quantized, in memory.
-        teacher: the float model; it shares no parameter with ``model``.
-        calibration: what :func:`quantize` takes; None and "self": what a model of transformers makes itself. Every
-            fourth sample judges. A denoiser's should be of all timesteps.
-        steps: of the optimizer (Adam), each on one sample.
-        learning_rate: relative to the root mean square of a vector.
-        seed: of the samples' order.
+        model: quantized model, in memory.
+        teacher: the float model; it must not share parameters with ``model``.
+        calibration: data as for :func:`quantize`; with None or "self", a transformers model generates its own. Every
+            fourth sample is held out. For a denoiser, the data should cover all timesteps.
+        steps: number of optimizer steps (Adam), each on one sample.
+        learning_rate: relative to the root mean square of each vector.
+        seed: seed of the sample order.
 
     Raises:
         ValueError: ``model`` is not quantized, or is offloaded, or shares a parameter with ``teacher``.
-        CalibrationError: data is missing or empty, or a single sample that is no batch.
+        CalibrationError: data is missing or empty, or is a single sample that is not a batch.
         FloatingPointError: a loss is not finite.
     """
     _check_module(model)
     _check_module(teacher)
+    distillation.check(model, teacher)  # before a model spends minutes on generating data
     return distillation.distill(model, teacher, batches_of(teacher, calibration), steps, learning_rate, seed)
 
 
@@ -163,28 +167,28 @@ def search_bits(
     choices: Sequence[Choice] = ("int4", "int6", "int8"),
     base: Any = "w4a16-gptq",
 ) -> dict[str, Any]:
-    """Choose a format, or more, for each layer under a budget, from measured effects; the model is left as it is.
+    """Choose each layer's format or other settings under a budget, from measured effects. The model is not changed.
 
-    Layers of every kind take part, experts too, those of one parameter together. What is measured, and what it takes,
-    says :mod:`hfquant.search`.
+    All kinds of layers take part, including experts; those of one parameter get the same choice. :mod:`hfquant.search`
+    describes what is measured.
 
     Args:
-        model: in full precision.
-        calibration: what :func:`quantize` takes; every fourth sample judges.
-        budget: at most 32: stored bits a weight, scales included; more: bytes of all layers that are chosen for; the
-            name of a preset: as many bytes as it takes.
-        choices: what to choose from: names of number formats, which take the place of the base's weight format; fields
-            of ``weight_quant``, such as ``{"type": "int3", "group_size": 128}``; fields of a layer's config; or names
-            of presets.
-        base: config that says all else.
+        model: model in full precision.
+        calibration: data as for :func:`quantize`; every fourth sample is held out to evaluate choices.
+        budget: a number up to 32 is stored bits per weight, scales included; a larger number is the total bytes of all
+            layers in the search; the name of a preset means as many bytes as that preset takes.
+        choices: what to choose from: names of number formats, which replace the base's weight format; fields of
+            ``weight_quant``, such as ``{"type": "int3", "group_size": 128}``; fields of a layer's config; or names of
+            presets.
+        base: config for all other settings.
 
     Returns:
-        A config's dict: what most layers have, and an entry for each layer that differs.
+        A config dict: the settings of most layers, plus an entry for each layer that differs.
 
     Raises:
-        ConfigError: unknown choices, or a base that they do not fit.
-        ValueError: the budget is less than the smallest choice takes, or ``model`` is already quantized.
-        CalibrationError: a single sample that is no batch, or none of the layers ran.
+        ConfigError: a choice is unknown or does not fit the base.
+        ValueError: the budget is below what the smallest choice takes, or ``model`` is already quantized.
+        CalibrationError: the data is a single sample that is not a batch, or no layer ran.
     """
     _check_module(model)
     if quant_modules(model):

@@ -1,8 +1,8 @@
 """What to quantize and how: the per-layer config and its validation.
 
 A config is a plain JSON-able dict, ``{"default": {...}, "<glob>": {...}}``. :func:`parse` validates it once,
-:meth:`QuantRules.resolve` gives the :class:`LayerConfig` of one module. The Hugging Face facing class that carries
-such a dict through ``from_pretrained`` is :class:`hfquant.integrations.config.HfQuantConfig`.
+:meth:`QuantRules.resolve` returns the :class:`LayerConfig` of one module. The class that carries such a dict through
+Hugging Face's ``from_pretrained`` is :class:`hfquant.integrations.config.HfQuantConfig`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from hfquant.schema import ConfigError, Section
 
 
 class SearchRule(Section):
-    """Choose what each layer becomes by :mod:`hfquant.search`, on the calibration data, when a model is quantized.
+    """Choose each layer's config with :mod:`hfquant.search`, on the calibration data, when a model is quantized.
 
-    ``budget``: stored bits a weight (at most 32) or bytes, or the name of a preset, whose bytes it takes. ``choices``:
-    formats, presets or fields of a config, as of :func:`hfquant.search_bits`.
+    ``budget``: stored bits per weight (at most 32), a number of bytes, or a preset whose size is the budget.
+    ``choices``: formats, presets or config fields, as for :func:`hfquant.search_bits`.
     """
 
     budget: float | str
     choices: tuple[str | dict[str, Any], ...] = Field(("int3", "int4", "int5", "int6", "int8"), strict=False)
 
 
-#: Sections whose class depends on ``type``, and the type that they have where none is named.
+#: Sections whose class depends on ``type``, each with its default type.
 _TABLES: dict[str, tuple[Mapping[str, type[Section]], str]] = {
     "opt": (TRANSFORMS, "smooth"),
     "calib": (ROUNDINGS, "amax"),
@@ -50,11 +50,11 @@ _NAMES = {
 
 
 class QuantRules:
-    """A validated config: the default and the overrides, in the order they were listed.
+    """A validated config: the default and the overrides, in the order listed.
 
-    An entry overrides only the fields it names; a sub-dict that names another ``type`` replaces the whole sub-dict.
-    Where several globs match a module they are applied in the order listed, so the last one wins. "search" is no glob
-    but a :class:`SearchRule`.
+    An entry overrides only the fields it names; a sub-dict that names another ``type`` replaces the whole sub-dict. If
+    several globs match a module, they are applied in the order listed, so the last one wins. "search" is not a glob but
+    a :class:`SearchRule`.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
@@ -66,9 +66,9 @@ class QuantRules:
                 f"config: {fields[0]!r} is a field, not the name of a layer; wrap the fields: "
                 '{"default": {...}, "<glob>": {...}}'
             )
-        #: The entries as given, in JSON's own types and with enum members spelled as their values.
+        #: The entries as given, in JSON types, with enum members replaced by their values.
         self.raw: dict[str, dict[str, Any]] = {}
-        #: How layers' choices are found; None where the entries say it all.
+        #: How to search for each layer's config; None if the entries define it.
         self.search: SearchRule | None = None
         for key, entry in raw.items():
             where = f"config[{key!r}]"
@@ -89,10 +89,10 @@ class QuantRules:
         return tuple(p for p in self.patterns if any(fnmatchcase(n, p) for n in names))
 
     def resolve(self, *names: str) -> LayerConfig:
-        """Return the config of the module called ``names[0]`` (the others are aliases of it).
+        """Return the config of the module ``names[0]`` (the other names are its aliases).
 
         Raises:
-            ConfigError: the merged entries are an impossible combination; the message names the layer.
+            ConfigError: the merged entries are an invalid combination; the message names the layer.
         """
         return self._merged(self.matching(*names), names[0] if names else None)
 
@@ -120,12 +120,12 @@ def _enabled(entry: Mapping[str, Any]) -> LayerConfig:
     return _validate({**entry, "enable": True}, "config", patch=True)
 
 
-#: Levels of nesting that a config has at most; a dict that holds itself has no end.
+#: Maximum nesting depth of a config; guards against a dict that contains itself.
 _DEPTH = 8
 
 
 def _plain(value: Any, where: str, key: str = "", depth: int = 0) -> Any:
-    """Turn enums into their strings, tuples into lists, the reference's spellings into ours: what JSON can carry."""
+    """Convert to JSON types: enums to strings, tuples to lists, the reference's spellings to ours."""
     if depth > _DEPTH:
         raise ConfigError(f"{where[:80]}: nested more than {_DEPTH} levels deep")
     if isinstance(value, Enum):
@@ -157,7 +157,7 @@ def _merge(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _other_type(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Return whether ``new`` names another type than ``old`` has (``old`` may leave it to the field's default)."""
+    """Return whether ``new`` names a type different from that of ``old``, which may rely on the field's default."""
     default = _TABLES[key][1] if key in _TABLES else "int8"
     return "type" in new and new["type"] != old.get("type", default)
 
@@ -184,7 +184,7 @@ def _validate(entry: Mapping[str, Any], where: str, patch: bool = False) -> Laye
 
 
 def _typed_section(key: str, entry: Mapping[str, Any], where: str, patch: bool) -> Section:
-    """Validate a section by the class that its ``type`` names; a patch without one by the first that has its keys."""
+    """Validate a section by the class of its ``type``; a patch without a type by the first class with its keys."""
     table, default = _TABLES[key]
     name = entry.get("type", default)
     if not isinstance(name, str) or name not in table:
@@ -213,7 +213,7 @@ def _section(kind: type[Any], fields: Mapping[str, Any], where: str, patch: bool
 
 
 def _explain(error: Any, where: str, kind: type[Section]) -> str:
-    """Return one pydantic error as one line that names the key, the value and what is allowed."""
+    """Format a pydantic error as one line with the key, the value and what is allowed."""
     path = [str(p) for p in error["loc"]]
     key = ".".join([where, *path])
     if error["type"] == "extra_forbidden":
@@ -230,15 +230,15 @@ def parse(config: str | Mapping[str, Any] | None) -> QuantRules:
     """Validate a config dict, the name of a preset, or None (the reference's defaults: W8A8, SMOOTH, static).
 
     Raises:
-        ConfigError: unknown preset, key or value, or an impossible combination.
-        TypeError: ``config`` is neither.
+        ConfigError: unknown preset, key or value, or an invalid combination.
+        TypeError: ``config`` is none of these.
     """
     if isinstance(config, str):
         if config in SUCCEEDED:
-            raise ConfigError(f"there is no preset {config!r} any more: take {SUCCEEDED[config]!r}")
+            raise ConfigError(f"preset {config!r} was removed; use {SUCCEEDED[config]!r}")
         if config not in PRESETS:
             near = difflib.get_close_matches(config.lower(), PRESETS, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ConfigError(f"unknown preset {config!r}{hint}; there are {', '.join(PRESETS)}")
+            raise ConfigError(f"unknown preset {config!r}{hint}; available: {', '.join(PRESETS)}")
         return QuantRules(PRESETS[config])
     return QuantRules(config)

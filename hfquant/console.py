@@ -1,4 +1,4 @@
-"""What this package says on the console: log lines and progress bars."""
+"""Console output: log lines and progress bars."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a count with its noun, in the plural unless it is one: "1 layer", "3 layers"."""
+    """Return a count with its noun, plural unless the count is one: "1 layer", "3 layers"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 @contextmanager
 def log_shown() -> Iterator[None]:
-    """This package's INFO lines appear, above any progress bar, also where nobody has set up logging."""
+    """Show this package's INFO lines, above any progress bar, even if logging is not configured."""
     package, root = logging.getLogger("hfquant"), logging.getLogger()
     level = package.level
     package.setLevel(min(package.getEffectiveLevel(), logging.INFO))
@@ -39,23 +39,23 @@ def progress_bar(
     unit: str = "it",
     shown: bool = True,
 ) -> tqdm:
-    """Return a progress bar, silent where the user has switched bars off: see :func:`bars_enabled`.
+    """Return a progress bar, hidden if the user has disabled progress bars; see :func:`bars_enabled`.
 
     Args:
-        iterable: what is iterated through the bar; None for one that is updated by hand.
-        desc: its title.
-        total: steps in all; default: the length of ``iterable``.
-        unit: what a step is called.
-        shown: whether this process shows it at all.
+        iterable: what to iterate over; None for a bar that is updated by hand.
+        desc: title of the bar.
+        total: number of steps; default: the length of ``iterable``.
+        unit: name of a step.
+        shown: whether this process shows the bar at all.
     """
     return tqdm(iterable, desc, total=total, unit=unit, disable=not (shown and bars_enabled()))
 
 
 def bars_enabled() -> bool:
-    """Return whether bars are wanted now: not switched off by ``TQDM_DISABLE`` nor in a library that is in use.
+    """Return whether progress bars are enabled: neither ``TQDM_DISABLE`` nor an imported library disables them.
 
-    tqdm itself reads ``TQDM_DISABLE`` once, when it is imported. transformers and diffusers keep a switch each
-    (``<library>.utils.logging.disable_progress_bar()``); one that has not been imported has not been switched.
+    tqdm itself reads ``TQDM_DISABLE`` only once, on import. transformers and diffusers each have a switch
+    (``<library>.utils.logging.disable_progress_bar()``); a library that is not imported cannot have been switched off.
     """
     if os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false"):
         return False
@@ -64,7 +64,7 @@ def bars_enabled() -> bool:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes as people write it, 1.2 GB."""
+    """Return a number of bytes in readable form, such as 1.2 GB."""
     from rich.filesize import decimal
 
     return decimal(round(count))

@@ -1,4 +1,4 @@
-"""What is known of denoisers and of the pipelines that run them, in one place.
+"""Facts about denoisers and the pipelines that run them, in one place.
 
 Everything here works on any object that looks like a diffusers pipeline; diffusers itself is not imported.
 """
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Names of the pipeline components that run at each step. Wan's second transformer takes the less noisy steps.
+#: Names of the pipeline components that run at each step. Wan's second transformer handles the less noisy steps.
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet", "prior", "decoder")
-#: Names that the forwards of denoisers give to the timestep.
+#: Names of the timestep argument of denoisers' forward methods.
 TIME_ARGUMENTS = ("timestep", "timesteps", "t", "timestep_ratio", "r")
 
 
 def is_pipeline(model: Any) -> bool:
-    """Return whether `model` is a pipeline: something callable made of named components, and no module itself."""
+    """Return whether `model` is a pipeline: a callable with named components that is not itself a module."""
     return (
         not isinstance(model, nn.Module) and callable(model) and isinstance(getattr(model, "components", None), Mapping)
     )
@@ -32,7 +32,7 @@ def denoiser_names(pipe: Any) -> list[str]:
     """Return the names of the components that a pipeline runs at each step, the main one first.
 
     Raises:
-        ValueError: No module goes by one of the names in `DENOISERS`.
+        ValueError: The pipeline has no module named in `DENOISERS`.
     """
     if names := [name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)]:
         return names
@@ -42,7 +42,7 @@ def denoiser_names(pipe: Any) -> list[str]:
 
 
 def models_of(pipe: Any, name: str) -> dict[str, nn.Module]:
-    """Return the component of that name, or the models that it is made of (several ControlNets), by dotted name."""
+    """Return the component of that name, or the models it consists of (several ControlNets), by dotted name."""
     component = pipe.components[name]
     several = getattr(component, "nets", None)
     if not isinstance(several, nn.ModuleList):
@@ -56,12 +56,12 @@ def denoiser_name(pipe: Any) -> str:
 
 
 def find_denoiser(model: Any) -> nn.Module:
-    """Return the main denoiser of a pipeline; a module is its own."""
+    """Return the main denoiser of a pipeline; a module is returned as is."""
     return find_denoisers(model)[0]
 
 
 def find_denoisers(model: Any) -> list[nn.Module]:
-    """Return all denoisers of a pipeline, the main one first; a module is its own.
+    """Return all denoisers of a pipeline, the main one first; a module is its own only denoiser.
 
     Raises:
         ValueError: The pipeline has none.
@@ -70,7 +70,7 @@ def find_denoisers(model: Any) -> list[nn.Module]:
 
 
 def time_reader(denoiser: nn.Module) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Any] | None:
-    """Return a function that picks the timestep from a call's `(args, kwargs)`; None where the module takes none.
+    """Return a function that reads the timestep from a call's `(args, kwargs)`; None if the module takes none.
 
     The function returns None for a call without a timestep.
     """
@@ -88,12 +88,12 @@ def time_reader(denoiser: nn.Module) -> Callable[[tuple[Any, ...], Mapping[str, 
 
 
 def output_tensor(output: Any) -> Tensor:
-    """Return the prediction in what a denoiser returned: a tensor, or the first entry of a tuple or output object."""
+    """Return the prediction in a denoiser's output: a tensor, or the first entry of a tuple or output object."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 def with_tensor(output: Any, tensor: Tensor) -> Any:
-    """Return the same output with another prediction; the first entry stands for it, as in :func:`output_tensor`."""
+    """Return the output with another prediction, which is its first entry, as in :func:`output_tensor`."""
     if isinstance(output, Tensor):
         return tensor
     if isinstance(output, tuple):
@@ -104,7 +104,7 @@ def with_tensor(output: Any, tensor: Tensor) -> Any:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return the device of a module's first parameter that is loaded, the CPU without one."""
+    """Return the device of a module's first loaded parameter, or the CPU if there is none."""
     return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
 
 
@@ -116,7 +116,7 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 
 @torch.no_grad()
 def run_denoiser(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the prediction of one call, its arguments brought to the denoiser's device."""
+    """Return the prediction of one call, with its arguments moved to the denoiser's device."""
     from accelerate.utils import send_to_device
 
     args, kwargs = send_to_device((args, dict(kwargs)), device_of(denoiser))
@@ -125,7 +125,7 @@ def run_denoiser(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 
 @contextmanager
 def eval_mode(model: Any) -> Iterator[None]:
-    """Put a module, or all modules of a pipeline, into eval mode; afterwards each is in the mode it was in."""
+    """Put a module, or all modules of a pipeline, into eval mode, and restore each one's mode afterwards."""
     parts = [getattr(model, name) for name in module_names(model)] if is_pipeline(model) else find_denoisers(model)
     training = {module for part in parts for module in part.modules() if module.training}
     try:
@@ -140,11 +140,11 @@ def eval_mode(model: Any) -> Iterator[None]:
 def to_grid(latents: Tensor, frames_first: bool = False) -> Tensor:
     """Return latents of any layout as `[B, C, H, W]`.
 
-    Video `[B, C, T, H, W]`, or `[B, T, C, H, W]` where `frames_first`: frames become samples. Packed tokens
+    Video `[B, C, T, H, W]`, or `[B, T, C, H, W]` if `frames_first`: frames become samples. Packed tokens
     `[B, L, C]`: a square of side sqrt(L) if L is a square number, else a column of L pixels.
 
     Raises:
-        ValueError: Another number of dimensions.
+        ValueError: The latents have another number of dimensions.
     """
     match latents.dim():
         case 4:
@@ -159,7 +159,7 @@ def to_grid(latents: Tensor, frames_first: bool = False) -> Tensor:
 
 
 def from_grid(grid: Tensor, like: Tensor, frames_first: bool = False) -> Tensor:
-    """Return a grid in the layout of the latents that :func:`to_grid` was called with."""
+    """Return a grid in the layout of `like`, the latents that :func:`to_grid` was called with."""
     match like.dim():
         case 5:
             frames = grid.unflatten(0, (like.shape[0], -1))
@@ -170,10 +170,10 @@ def from_grid(grid: Tensor, like: Tensor, frames_first: bool = False) -> Tensor:
 
 
 def has_frames_first(latents: Tensor, denoiser: nn.Module) -> bool:
-    """Return whether latents are `[B, T, C, H, W]`, by the channels that the denoiser's config says.
+    """Return whether latents are `[B, T, C, H, W]`, judging by the channels in the denoiser's config.
 
     Raises:
-        ValueError: The config does not tell channels and frames apart, or latents look like `[B, C, L]`.
+        ValueError: Channels and frames cannot be told apart by the config, or latents look like `[B, C, L]`.
     """
     config = getattr(denoiser, "config", None)
     channels = {getattr(config, key, None) for key in ("in_channels", "out_channels")}
@@ -191,5 +191,5 @@ def has_frames_first(latents: Tensor, denoiser: nn.Module) -> bool:
 
 
 def module_names(pipe: Any) -> list[str]:
-    """Return the names of the components of a pipeline that are modules."""
+    """Return the names of a pipeline's components that are modules."""
     return [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]

@@ -1,4 +1,4 @@
-"""A whole diffusion pipeline quantized in one call."""
+"""Quantize a whole diffusion pipeline in one call."""
 
 from __future__ import annotations
 
@@ -30,33 +30,34 @@ def quantize_pipeline(
     verbose: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Quantize parts of a diffusion pipeline in place, on inputs recorded while it runs in full precision.
+    """Quantize parts of a diffusion pipeline in place, calibrated on inputs recorded from full-precision runs.
 
     Args:
         pipe: A diffusers pipeline.
         data: Prompts or call arguments: a list of strings, a `datasets` object, a dict naming one (see
-            :func:`~hfquant.calibration.calibration_batches`), or batches for the pipeline's call. None takes the
-            config's `calibration`; where that is None too and the config needs data, or where either is "self", the
-            pipeline runs on prompts, classes or pictures of its own.
+            :func:`~hfquant.calibration.calibration_batches`), or batches for the pipeline's call. None uses the
+            config's `calibration`. If that is also None and the config needs data, or if either is "self", the pipeline
+            runs on prompts, classes or images of its own.
         config: As for :func:`~hfquant.quantize`, the same for all components.
-        components: Names of the modules to quantize; default: the denoisers. What else runs at each step, such as a
-            ControlNet, is recorded and quantized alike.
+        components: Names of the modules to quantize; default: the denoisers. Other modules that run at each step, such
+            as a ControlNet, can be recorded and quantized the same way.
         sampler: Which timesteps to keep; default: :class:`~hfquant.UniformSampler`.
-        dump_path: Folder to keep the recorded inputs in, a subfolder a component; default: in memory.
-        batch_size: Recorded calls a calibration batch.
-        resume_dir: Folder that keeps recorded inputs and solved layers, so that an interrupted run goes on.
+        dump_path: Folder for the recorded inputs, one subfolder per component; default: inside `resume_dir` if given,
+            else memory, or the Hugging Face cache if the pipeline runs on prompts of its own.
+        batch_size: Number of recorded calls per calibration batch.
+        resume_dir: Folder that stores recorded inputs and solved layers, so that an interrupted run can resume.
         verbose: Log each layer's decision and error.
         **kwargs: Arguments of the pipeline's call (`num_inference_steps`, `guidance_scale`, ...).
 
     Returns:
-        `pipe`. If anything fails, all components are as they were.
+        `pipe`. If anything fails, all components are left unchanged.
 
-    Where data is used and the config's `guard` is on, one image is drawn before and after, from equal noise: the log
-    says how near they are, and warns of one that is far off, black, or has NaN.
+    If data is used and the config's `guard` is on, one image is generated before and after quantization, from equal
+    noise. The log reports how close the two are, and warns if the second is far off, black, or has NaN.
 
     Raises:
-        ValueError: A component that the pipeline does not have.
-        CalibrationError: The pipeline cannot run on what it is given, or on what is made for it.
+        ValueError: The pipeline does not have a component named in `components`.
+        CalibrationError: The pipeline cannot run on the given data, or on the data generated for it.
     """
     config = HfQuantConfig.of(config)
     names = list(components) if components is not None else denoiser_names(pipe)

@@ -1,4 +1,4 @@
-"""Digests of tensors, models and nested values, by content."""
+"""Content digests of tensors, models and nested values."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 def content(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor of any dtype, without a copy."""
-    # A dimension of size 1 may have any stride, which a view as bytes refuses.
+    # A dimension of size 1 may have any stride, and a view as bytes rejects some of them.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def update(digest: xxhash.xxh3_128, value: Any) -> None:
-    """Feed a value to a digest: tensors, arrays and images by content, containers item by item, others by type."""
+    """Feed a value to a digest: tensors, arrays and images by content, containers item by item, the rest by type."""
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype}{list(value.shape)}".encode())
         if not value.is_meta:

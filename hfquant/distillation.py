@@ -1,17 +1,17 @@
-"""Distillation: train what a quantized model keeps in float until its outputs are the float model's again.
+"""Distillation: train the parameters that a quantized model keeps in float until its outputs match the float model's.
 
-Codes stay as they are, and so does the size of the checkpoint. What is trained are vectors: gains and biases of norms
-and other float layers, a factor for each output of a quantized linear and one for each group of its weights (they go
-into the scales), its bias, and a factor for each input that is divided by a smoothing vector (it goes into that). The
-loss is the divergence of the two models' outputs on calibration data, which needs no labels (Hinton et al., arXiv
-1503.02531; vectors of a quantized model alone: QuIP#, arXiv 2402.04396; scales of groups: EfficientQAT, arXiv
-2407.11062).
+The codes and the checkpoint size do not change. Only vectors are trained: the gains and biases of norms and other float
+layers and, for each quantized linear, one factor per output and one per weight group (folded into the scales), the
+bias, and one factor per input if the input is divided by a smoothing vector (folded into that vector). The loss is the
+divergence between the two models' outputs on calibration data; it needs no labels (Hinton et al., arXiv 1503.02531;
+training only the vectors of a quantized model: QuIP#, arXiv 2402.04396; group scales: EfficientQAT, arXiv 2407.11062).
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,21 +35,23 @@ from hfquant.search.data import apart
 
 logger = logging.getLogger(__name__)
 
-#: Share of the steps in which the learning rate grows; from there it falls along a cosine.
+#: Fraction of the steps over which the learning rate warms up; it also decays along a cosine.
 _WARM_UP = 0.05
+#: Time of a training step in forward passes of both models, for the estimate.
+_FORWARDS = 2.5
 
 _Fold = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """What distilling did.
+    """Result of a distillation.
 
     Attributes:
-        before, after: mean divergence from the teacher on held-out samples: KL in nats a token, or the relative squared
-            error of an output that is no distribution.
-        kept: whether ``after`` is less beyond its error; else the model is as it was.
-        losses: of each step.
+        before, after: mean divergence from the teacher on held-out samples: KL in nats per token, or the relative
+            squared error if the output is not a distribution.
+        kept: whether ``after`` is lower by more than its error; if not, the model was left unchanged.
+        losses: training loss of each step.
     """
 
     before: float
@@ -61,22 +63,22 @@ class Distilled:
 def distill(
     model: nn.Module, teacher: nn.Module, data: Any, steps: int = 100, learning_rate: float = 1e-3, seed: int = 0
 ) -> Distilled:
-    """Train the vectors of a quantized ``model`` in place, so that it gives what ``teacher`` gives.
+    """Train the vectors of a quantized ``model`` in place to match the outputs of ``teacher``.
 
     Args:
-        model: quantized, in memory.
-        teacher: the float model; it shares no parameter with ``model``.
-        data: calibration batches; every fourth sample judges, and is not trained on.
-        steps: of the optimizer (Adam), each on one sample.
-        learning_rate: relative to the root mean square of a vector.
-        seed: of the samples' order.
+        model: quantized model, in memory.
+        teacher: the float model; it must not share parameters with ``model``.
+        data: calibration batches; every fourth sample is held out for evaluation and not trained on.
+        steps: number of optimizer steps (Adam), each on one sample.
+        learning_rate: relative to the root mean square of each vector.
+        seed: seed of the sample order.
 
     Raises:
         ValueError: ``model`` is not quantized, or is offloaded, or shares a parameter with ``teacher``.
-        CalibrationError: a single sample that is no batch.
+        CalibrationError: the data is a single sample that is not a batch.
         FloatingPointError: a loss is not finite.
     """
-    _check(model, teacher)
+    check(model, teacher)
     seen, held = apart([sample for batch in CalibrationData(data) for sample in samples(batch)])
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
@@ -84,7 +86,12 @@ def distill(
         for each in (model, teacher):
             stack.enter_context(evaluating(each))
             stack.enter_context(_frozen(each))
+        start = time.perf_counter()
         before = torch.cat([_divergence(model, teacher, sample) for sample in held])
+        seconds = steps * _FORWARDS * (time.perf_counter() - start) / len(held)
+        logger.info(
+            "distilling: %d steps on %d samples, %d held out, about %.0f s", steps, len(seen), len(held), seconds
+        )
         values, folds = _attach(model, stack)
         optimizer = torch.optim.Adam(values, lr=learning_rate, betas=(0.9, 0.95), eps=1e-12)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
@@ -108,7 +115,7 @@ def distill(
         for fold in folds:
             fold()
     found = Distilled(before.mean().item(), after.mean().item(), kept, losses)
-    what = "" if kept else "; that is no gain beyond its error: the model stays as it was"
+    what = "" if kept else "; no significant improvement: the model was left unchanged"
     logger.info("distilled: divergence on held-out samples %.4g, before %.4g%s", found.after, found.before, what)
     return found
 
@@ -117,7 +124,12 @@ def _rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(1.0, _WARM_UP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _check(model: nn.Module, teacher: nn.Module) -> None:
+def check(model: nn.Module, teacher: nn.Module) -> None:
+    """Check that ``model`` can be trained to match ``teacher``.
+
+    Raises:
+        ValueError: ``model`` is not quantized, or is offloaded, or shares a parameter with ``teacher``.
+    """
     if not quant_modules(model):
         raise ValueError(f"model: {type(model).__name__} has no quantized layer")
     if quant_modules(teacher):
@@ -132,7 +144,7 @@ def _check(model: nn.Module, teacher: nn.Module) -> None:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Have no parameter ask for gradients."""
+    """Turn off ``requires_grad`` for all parameters."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in learning:
@@ -156,10 +168,10 @@ def _divergence(model: nn.Module, teacher: nn.Module, sample: Any) -> Tensor:
 
 
 def _attach(model: nn.Module, stack: ExitStack) -> tuple[list[Tensor], list[_Fold]]:
-    """Put values, zeros at first, beside the vectors of ``model``; ``stack`` takes them away again.
+    """Attach trainable values, initially zero, to the vectors of ``model``; ``stack`` detaches them on exit.
 
     Returns:
-        The values, and functions that make them part of the vectors, to be called in this order.
+        The values, and functions that fold them into the vectors, to be called in this order.
     """
     found: list[tuple[Tensor, _Fold]] = []
     for module in list(model.modules()):
@@ -167,7 +179,7 @@ def _attach(model: nn.Module, stack: ExitStack) -> tuple[list[Tensor], list[_Fol
             found += _of_linear(module, stack)
         elif not isinstance(module, QuantLayer):
             parameters = dict(module._parameters)
-            stack.callback(_in_order, module, list(parameters))  # after what is put on the stack later
+            stack.callback(_in_order, module, list(parameters))  # runs after the callbacks that are pushed later
             for name, vector in parameters.items():
                 if vector is not None and vector.dim() == 1 and vector.is_floating_point():
                     found.append(_of_vector(module, name, vector, stack))
@@ -175,7 +187,7 @@ def _attach(model: nn.Module, stack: ExitStack) -> tuple[list[Tensor], list[_Fol
 
 
 class _Moved(nn.Module):
-    """A parametrization: a vector moved by a value that is trained, in units of the vector's root mean square."""
+    """Parametrization that adds a trained value to a vector, in units of the vector's root mean square."""
 
     def __init__(self, vector: Tensor) -> None:
         super().__init__()
@@ -187,7 +199,7 @@ class _Moved(nn.Module):
 
 
 def _in_order(module: nn.Module, names: list[str]) -> None:
-    """Bring parameters back into the order that a checkpoint has them in."""
+    """Restore the order in which a checkpoint stores the parameters."""
     parameters = module._parameters
     parameters.update({name: parameters.pop(name) for name in names})
 
@@ -204,9 +216,9 @@ def _of_vector(module: nn.Module, name: str, vector: Tensor, stack: ExitStack) -
 
 
 def _of_linear(layer: QuantLinear, stack: ExitStack) -> Iterator[tuple[Tensor, _Fold]]:
-    """Yield what is trained of a quantized linear: logarithms of factors of groups, outputs and inputs, and its bias.
+    """Yield the trained values of a quantized linear: log factors of groups, outputs and inputs, and the bias offset.
 
-    Hooks multiply and add; the layer's own gradient reaches its input.
+    Hooks multiply and add; the layer's own gradient flows to its input.
     """
     plan, bias = layer.plan, layer.bias
     scale, divisor = _scale(layer), _divisor(layer)
@@ -215,7 +227,7 @@ def _of_linear(layer: QuantLinear, stack: ExitStack) -> Iterator[tuple[Tensor, _
         return torch.zeros(size, device=layer.weight.device, requires_grad=True)
 
     if scale is not None and len(plan.columns) > 1 and len(plan.row_groups) == 1:
-        yield _of_groups(layer, stack)  # first: their gradient is that of the product, which all else changes
+        yield _of_groups(layer, stack)  # first: its gradient is that of the product, before other hooks
     if scale is not None:
         rows = zeros(plan.out_features)
         stack.callback(layer.register_forward_hook(lambda _m, _x, y: (y * rows.exp()).to(y.dtype)).remove)
@@ -242,9 +254,9 @@ def _of_linear(layer: QuantLinear, stack: ExitStack) -> Iterator[tuple[Tensor, _
 
 
 def _of_groups(layer: QuantLinear, stack: ExitStack) -> tuple[Tensor, _Fold]:
-    """Return logarithms of factors of each group's scale, [out, G], and what makes them part of it.
+    """Return log factors of the group scales, [out, G], and a function that folds them in.
 
-    The layer runs with the scales as they can be stored. In the gradient that rounding counts as identity.
+    The layer runs with scales rounded to their storage format. The gradient treats that rounding as the identity.
     """
     stored = layer._buffers["weight_scale"]
     assert stored is not None
@@ -254,7 +266,7 @@ def _of_groups(layer: QuantLinear, stack: ExitStack) -> tuple[Tensor, _Fold]:
 
     def write() -> None:
         nonlocal written
-        if factors._version == written:  # a layer may run several times a step, and each saves its scales
+        if factors._version == written:  # a layer may run several times per step, and each run saves its scales
             return
         written = factors._version
         with torch.no_grad():
@@ -275,7 +287,7 @@ def _of_groups(layer: QuantLinear, stack: ExitStack) -> tuple[Tensor, _Fold]:
 
 
 class _Product(torch.autograd.Function):
-    """The output of a layer as it is, with a gradient to the logarithms of its weight's scales."""
+    """Return a layer's output unchanged, with a gradient for the log factors of its weight scales."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, factors: Tensor, x: Tensor, layer: QuantLinear) -> Tensor:
@@ -294,7 +306,7 @@ class _Product(torch.autograd.Function):
 
 
 def _scale(layer: QuantLinear) -> Tensor | None:
-    """Return what multiplies whole rows of the weight, [out, ...]; None where other layers share it."""
+    """Return the scale of whole weight rows, [out, ...]; None if other layers share it."""
     if layer.plan.tied or layer.lends:
         return None
     row = layer._buffers.get("weight_scale_row")
@@ -302,10 +314,10 @@ def _scale(layer: QuantLinear) -> Tensor | None:
 
 
 def _divisor(layer: QuantLinear) -> Tensor | None:
-    """Return what the input is divided by, [in], where nothing else depends on it."""
+    """Return the divisor of the input, [in], if nothing else depends on it; else None."""
     rule, transform = layer.product.input, layer.plan.transform
-    # Row groups have divisors of their own, a calibrated scale knows the range that one leaves, and a low-rank branch
-    # reads the raw input.
+    # Several row groups have separate divisors, a static input scale is calibrated for the divided input, and a
+    # low-rank branch reads the raw input.
     depends = len(layer.plan.row_groups) > 1 or (rule is not None and rule.static)
     if depends or transform.branch(layer._buffers, 0, slice(None)) is not None:
         return None

@@ -1,8 +1,8 @@
-"""Several processes sharing one quantization: who reads what, who solves what, and how the parts come together.
+"""One quantization shared by several processes: which batches each reads, which layers each solves, and how they merge.
 
-Under ``accelerate launch --num_processes N`` every process runs the same script on its own copy of the model. Batches
-go round by their number, statistics are reduced to the process that solves a layer, and solved layers are sent to all.
-One process alone goes through the same code; nothing is sent then.
+Under ``accelerate launch --num_processes N``, every process runs the same script on its own copy of the model. Batches
+are assigned round-robin, statistics are reduced to the process that solves a layer, and solved layers are sent to all.
+A single process runs the same code and sends nothing.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: Environment variable: how many seconds a process waits for another one that is alive but slow.
+#: Environment variable: seconds that a process waits for another one that is alive but slow.
 TIMEOUT_VARIABLE = "HFQUANT_TIMEOUT"
-#: Solving is shared out evenly, so waits are short; slower hardware beside faster may need more.
+#: Solving is balanced, so waits are short; a mix of slower and faster hardware may need more.
 DEFAULT_TIMEOUT = 7200.0
 
 _OPERATIONS = (
@@ -47,11 +47,11 @@ _OPERATIONS = (
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that share the work; by default this one alone.
+    """The processes that share the work; by default only this one.
 
     Attributes:
-        rank, size: which one of how many this is.
-        group: of ``torch.distributed`` (gloo, so that it takes tensors of the CPU whatever the model runs on).
+        rank, size: index of this process, and number of processes.
+        group: process group of ``torch.distributed`` (gloo, which takes CPU tensors whatever device the model is on).
     """
 
     rank: int = 0
@@ -60,31 +60,31 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that speaks and writes for all."""
+        """Whether this is the process that logs and writes for all."""
         return self.rank == 0
 
     @property
     def on_this_machine(self) -> int:
-        """How many of them share this machine, this one included."""
+        """Number of processes on this machine, including this one."""
         return min(self.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank.
 
         Raises:
-            RuntimeError: a process is gone, or did not come within the timeout; the message has its rank.
+            RuntimeError: a process is gone, or did not respond within the timeout; the message has its rank.
         """
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         try:
-            # A plain collective does not say who is missing.
+            # A plain collective does not report which process is missing.
             dist.monitored_barrier(self.group, timeout=_timeout(), wait_all_ranks=True)
             dist.all_gather_object(values, value, group=self.group)
         except RuntimeError as error:
             first = str(error).strip().splitlines()[0]
             raise RuntimeError(
-                f"process {self.rank} of {self.size}: another process is gone or did not come within "
+                f"process {self.rank} of {self.size}: another process died or did not respond within "
                 f"{_timeout().total_seconds():g} s ({TIMEOUT_VARIABLE}): {first}"
             ) from error
         return values
@@ -94,7 +94,8 @@ class Processes:
         """Make a step fail in all processes if it fails in one.
 
         Raises:
-            RuntimeError: another process failed; the message has its rank and cause. Its own error is raised there.
+            RuntimeError: another process failed; the message has its rank and cause. The failing process raises its own
+                error.
         """
         error: Exception | None = None
         try:
@@ -109,7 +110,7 @@ class Processes:
                 raise RuntimeError(f"process {rank} of {self.size} failed: {cause}")
 
     def share(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """Return the rank that takes each item: the dearest first, each to who has least. The same in all processes."""
+        """Assign each item a rank: most expensive first, each to the least loaded. The same in all processes."""
         load = [0.0] * self.size
         ranks = {}
         for name in sorted(costs, key=lambda n: (-costs[n], n)):
@@ -124,17 +125,17 @@ class Processes:
         features: Mapping[str, int],
         needs: Mapping[str, Collection[str]],
     ) -> dict[str, LayerStats]:
-        """Return the statistics of all processes' rows, for the layers that this one owns.
+        """Return the statistics over the rows of all processes, for the layers that this process owns.
 
         Args:
-            stats: of this process; layers that it never ran are missing.
+            stats: statistics of this process; layers that it never ran are missing.
             owners: layer -> rank, for all layers.
-            features: layer -> number of inputs.
+            features: layer -> number of input features.
             needs: layer -> statistics that it needs.
         """
         if self.size == 1:
             return dict(stats)
-        # Layers that share one input share one LayerStats: it is sent once to each owner.
+        # Layers with the same input share one LayerStats, which is sent once to each owner.
         first: dict[int, str] = {}
         own = {name: first.setdefault(id(stats[name]), name) for name in owners if name in stats}
         shared = self.gather(own)
@@ -157,7 +158,7 @@ class Processes:
     def _merge(self, part: LayerStats, owner: int) -> LayerStats | None:
         sums = {}
         for name, tensor in part.sums.items():
-            # A copy: the reduction leaves partial sums in the buffers of all, and layers share theirs.
+            # A copy: the reduction leaves partial sums in every process's buffers, and layers share them.
             sums[name] = tensor.cpu().clone()
             dist.reduce(sums[name], owner, _OPERATIONS[STATISTICS[name].reduction], group=self.group)
         counts = self._collect(torch.tensor([part.count, len(part.sample.keys)]), owner)
@@ -173,15 +174,15 @@ class Processes:
         return LayerStats(sum(int(c[0]) for c in counts), sums, parts[0].merge(*parts[1:]))
 
     def _collect(self, tensor: Tensor, owner: int) -> list[Tensor] | None:
-        """Return tensors of one shape from all processes, by rank, at the owner; None elsewhere."""
+        """Gather tensors of equal shape at the owner, by rank; return None in the other processes."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == owner else None
         dist.gather(tensor, parts, owner, group=self.group)
         return parts
 
     def exchange(self, mine: Mapping[str, tuple[T, Mapping[str, Tensor]]]) -> dict[str, tuple[T, dict[str, Tensor]]]:
-        """Return what each process made, by name: anything that pickles, and tensors (on the CPU if sent).
+        """Return the results of all processes by name: a picklable value, and tensors (on the CPU if received).
 
-        Names must not be shared between processes.
+        No two processes may use the same name.
         """
         if self.size == 1:
             return {name: (value, dict(tensors)) for name, (value, tensors) in mine.items()}
@@ -203,7 +204,7 @@ class Processes:
         return result
 
     def _send(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, source: int) -> Tensor:
-        # As bytes: gloo does not know every dtype.
+        # As bytes: gloo does not support every dtype.
         buffer = torch.empty(shape, dtype=dtype) if tensor is None else tensor.detach().cpu().contiguous()
         if buffer.numel():
             dist.broadcast(buffer.view(-1).view(torch.uint8), source, group=self.group)
@@ -211,10 +212,10 @@ class Processes:
 
 
 def check_models_agree(model: nn.Module, group: Processes) -> None:
-    """Raise where the processes do not all have the same model with the same weights.
+    """Check that all processes have the same model with the same weights.
 
     Raises:
-        ValueError: naming a process that has another.
+        ValueError: a process has another model or other weights; the message has its rank.
     """
     if group.size == 1:
         return
@@ -222,11 +223,11 @@ def check_models_agree(model: nn.Module, group: Processes) -> None:
     update_with_weights(digest, model)
     for rank, other in enumerate(group.gather(digest.hexdigest())):
         if other != digest.hexdigest():
-            raise ValueError(f"process {rank} has another model, or other weights, than process {group.rank}")
+            raise ValueError(f"process {rank} has a different model or weights than process {group.rank}")
 
 
 def shard_of(first: Any, group: Processes) -> tuple[int, int]:
-    """Return which batches a process takes: every ``size``-th of data that all have, all of data that differ.
+    """Return which batches a process takes, as (rank, size): its share of common data, or all of its own data.
 
     Args:
         first: the first batch of this process's data; None without data.
@@ -237,17 +238,17 @@ def shard_of(first: Any, group: Processes) -> tuple[int, int]:
     if len(set(group.gather(digest_of(first)))) == 1:
         return group.rank, group.size
     if group.main:
-        logger.info("the processes' calibration data differ: each takes all of its own")
+        logger.info("the processes have different calibration data: each uses all of its own")
     return 0, 1
 
 
 def is_main() -> bool:
-    """Return whether this process is the one that speaks for all, outside of a shared piece of work too."""
+    """Return whether this process logs for all; also valid outside :func:`processes`."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _padded(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` with :data:`SAMPLE_ROWS` rows; a gather takes equal shapes only."""
+    """Return ``tensor`` padded to :data:`SAMPLE_ROWS` rows, since a gather needs equal shapes."""
     padded = tensor.new_zeros(SAMPLE_ROWS, *tensor.shape[1:])
     padded[: len(tensor)] = tensor
     return padded
@@ -266,9 +267,9 @@ def _timeout() -> timedelta:
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """Yield the processes that were launched to share the work, this one alone where there was no launcher.
+    """Yield the processes that were launched to share the work, or only this one if there was no launcher.
 
-    Every process has to come here: the first waits for the others as long as the launcher's own timeout allows.
+    Every process must enter: the first waits for the others up to the launcher's own timeout.
     """
     if not dist.is_available():
         yield Processes()
@@ -278,7 +279,7 @@ def processes() -> Iterator[Processes]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield Processes()
         return
-    dist.destroy_process_group(dist.new_group(backend="gloo"))  # all are here, or this one times out
+    dist.destroy_process_group(dist.new_group(backend="gloo"))  # returns once all have arrived, or times out
     group = dist.new_group(backend="gloo", timeout=_timeout())
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), group)

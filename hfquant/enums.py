@@ -1,4 +1,4 @@
-"""The names that a config may hold, as enums: what a user can choose from."""
+"""The names that a config accepts, as enums."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hfquant.formats import FORMATS
 
 
 class _TableMeta(EnumMeta):
-    if TYPE_CHECKING:  # the members come from a table
+    if TYPE_CHECKING:  # the members are generated from a table
 
         def __getattr__(cls, name: str) -> Any: ...
 
 
 class _NamedEnum(str, Enum, metaclass=_TableMeta):
-    """A string enum whose value is its name in lower case, accepted in any case."""
+    """A string enum whose values are its names in lower case; lookup ignores case."""
 
     @classmethod
     def _missing_(cls, value: object) -> Enum | None:
@@ -35,7 +35,7 @@ class DType(_NamedEnum):
 
 
 class Optimum(_NamedEnum):
-    """How a layer is transformed before it is quantized: the names of :data:`hfquant.algorithms.TRANSFORMS`."""
+    """How a layer is transformed before quantization: the names of :data:`hfquant.algorithms.TRANSFORMS`."""
 
     _ignore_ = "_name"
     for _name in TRANSFORMS:
@@ -51,7 +51,7 @@ class Calibrate(_NamedEnum):
 
 
 class SegPattern(_NamedEnum):
-    """Dataflow around a linear that :mod:`hfquant.dataflow` looks for."""
+    """Dataflow patterns around a linear that :mod:`hfquant.dataflow` detects."""
 
     LINEAR2CHUNK = "linear2chunk"
     LINEAR2SPLIT = "linear2split"
@@ -62,7 +62,7 @@ class SegPattern(_NamedEnum):
 
     @classmethod
     def all(cls) -> list[SegPattern]:
-        """Return every pattern: segments and dual scale."""
+        """Return all patterns, those for segments and the one for dual scale."""
         return list(cls)
 
     @classmethod

@@ -1,12 +1,12 @@
-"""Mixtures of experts that keep their weights in 3-D parameters, one matrix an expert, taken apart to be quantized.
+"""Mixtures of experts that store their weights in 3-D parameters, one matrix per expert, unfused for quantization.
 
-:func:`unfused` puts an :class:`UnfusedExperts` in the place of each, whose children are plain linears that share the
-storage of the slices: ``experts.gate_up_proj.3`` is expert 3's. To the plan, the statistics and the solver an expert is
-a linear like any other, and sees its own rows alone. Once all are solved they are stacked again
+:func:`unfused` replaces each of them with an :class:`UnfusedExperts`, whose children are plain linears that share the
+storage of the slices: ``experts.gate_up_proj.3`` belongs to expert 3. To the plan, the statistics and the solver, an
+expert is a linear like any other and sees only its own rows. Once all are solved, they are stacked again
 (:class:`hfquant.nn.experts.QuantExperts`).
 
-How the experts of a class are kept and run is said once, by an :class:`ExpertsLayout`. Its two functions are written
-against :meth:`Experts.project`, so that they serve the float experts and the quantized ones.
+An :class:`ExpertsLayout` describes how the experts of a class are stored and run. Its two functions only use
+:meth:`Experts.project`, so they work for both float and quantized experts.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from hfquant.replacing import replace_modules
 
 @dataclass(frozen=True)
 class ExpertsLayout:
-    """How a class keeps and runs its experts.
+    """How a class stores and runs its experts.
 
     Attributes:
-        projections: names of the 3-D parameters; ``name + "_bias"``, [experts, out], is the bias of one.
-        route: ``forward``: given an :class:`Experts` and the arguments, sends rows to experts and joins what they give.
-        expert: given an :class:`Experts`, an expert's number and rows [n, in], returns its output [n, out].
-        transposed: whether parameters are [experts, in, out]; else [experts, out, in], as linears' weights are.
+        projections: names of the 3-D parameters; ``name + "_bias"``, [experts, out], is the bias of ``name``.
+        route: the ``forward``: given an :class:`Experts` and the arguments, routes rows to experts and combines their
+            outputs.
+        expert: given an :class:`Experts`, an expert's index and rows [n, in], returns its output [n, out].
+        transposed: whether parameters are [experts, in, out] rather than [experts, out, in], the order of a linear's
+            weight.
     """
 
     projections: tuple[str, ...]
@@ -44,11 +46,11 @@ class ExpertsLayout:
 
 
 class Experts(nn.Module):
-    """A module of experts with other storage for some weights; everything else it shares with the original.
+    """A module of experts with different storage for some weights; it shares everything else with the original.
 
     Args:
-        original: of the class that the model's code has.
-        layout: of that class.
+        original: the experts module of the model's own class.
+        layout: layout of that class.
     """
 
     def __init__(self, original: nn.Module, layout: ExpertsLayout) -> None:
@@ -62,28 +64,29 @@ class Experts(nn.Module):
         raise NotImplementedError
 
     def run(self, expert: int, rows: Tensor) -> Tensor:
-        """Return what an expert makes of ``rows``."""
+        """Return an expert's output for ``rows``."""
         return self.layout.expert(self, expert, rows)
 
     def counted(self, index: Tensor) -> Tensor:
-        """Return which expert each row goes to, [tokens, choices]; numbers past the last expert mean none."""
+        """Return the expert of each row, [tokens, choices]; an index past the last expert means none."""
         return index
 
     def alone(self, rows: Tensor) -> bool:
-        """Return whether the first expert is to stand for all: where no numbers say which row goes where."""
+        """Return whether the first expert stands in for all: if there are no values to route rows by."""
         return shapes_only(rows)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Take what the original's ``forward`` takes."""
+        """Run with the arguments of the original's ``forward``."""
         return self.layout.route(self, *args, **kwargs)
 
 
 class UnfusedExperts(Experts):
-    """Experts as lists of plain linears, by projection; their weights and biases are views of the original's.
+    """Experts as lists of plain linears, one per projection; weights and biases are views of the original's.
 
     Attributes:
-        real: [batch, tokens] bool, the tokens that are not padding while statistics are taken; None: all are.
-        only_first: whether only the first expert is there, and takes all rows.
+        real: [batch, tokens] bool, true for tokens that are not padding, set while statistics are collected; None if no
+            token is padding.
+        only_first: whether only the first expert is present and takes all rows.
     """
 
     real: Tensor | None = None
@@ -102,23 +105,23 @@ class UnfusedExperts(Experts):
             self.add_module(name, nn.ModuleList(linears))
 
     def project(self, name: str, expert: int, rows: Tensor) -> Tensor:
-        """Call the linear."""
+        """Run the linear of that expert."""
         y: Tensor = self.get_submodule(name)[expert](rows)  # type: ignore[index]
         return y
 
     def alone(self, rows: Tensor) -> bool:
-        """Return whether the first expert is to stand for all, as within :func:`first_alone`."""
+        """Return whether the first expert stands in for all, as it does within :func:`first_alone`."""
         return self.only_first or super().alone(rows)
 
     def counted(self, index: Tensor) -> Tensor:
-        """Send padding nowhere."""
+        """Route padding to no expert."""
         if self.real is None or self.real.numel() != len(index):
             return index
         return torch.where(self.real.reshape(-1, 1).to(index.device), index, self.expert_count)
 
 
 def _share(module: nn.Module, new: nn.Module, leave: Collection[str] = ()) -> None:
-    """Give ``new`` all attributes, tensors and children of ``module``, hooks and ``leave`` aside."""
+    """Give ``new`` all attributes, tensors and children of ``module``, except hooks and ``leave``."""
     own = vars(new).keys() | set(leave)
     vars(new).update({key: value for key, value in vars(module).items() if key not in own})
     forget_hook(new)
@@ -130,7 +133,7 @@ def _share(module: nn.Module, new: nn.Module, leave: Collection[str] = ()) -> No
 
 
 def fused_like(experts: Experts, leave: Collection[str]) -> nn.Module:
-    """Return a module of the original's class with all that ``experts`` has, but for its attributes ``leave``."""
+    """Return a module of the original's class with everything in ``experts`` except the attributes ``leave``."""
     new = experts.original.__new__(experts.original)
     nn.Module.__init__(new)
     _share(experts, new, leave=("layout", "original", "expert_count", *leave))
@@ -138,7 +141,7 @@ def fused_like(experts: Experts, leave: Collection[str]) -> nn.Module:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    # nn.Linear's own __init__ would fill a weight with random numbers, tens of thousands of times.
+    # nn.Linear.__init__ would initialize a random weight each time, tens of thousands of times.
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
     linear.out_features, linear.in_features = weight.shape
@@ -148,20 +151,20 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def first_linear(experts: nn.Module, layout: ExpertsLayout, name: str) -> nn.Linear:
-    """Return the linear that the first expert of a projection is, on the meta device: sizes alone."""
+    """Return the linear of a projection's first expert, on the meta device: sizes only."""
     weight = experts.get_parameter(name)[0].to("meta")
     return _linear(weight.T if layout.transposed else weight, None)
 
 
 @dataclass
 class Unfused:
-    """The experts of a model that is taken apart.
+    """The unfused experts of a model.
 
     Attributes:
-        modules: name -> what stands in the model.
-        originals: name -> what stood there.
+        modules: name -> the unfused module now in the model.
+        originals: name -> the module that it replaced.
         parameters: name of an expert's linear -> name of the parameter that it is a slice of.
-        skipped: names of parameters that stay as they are, and why.
+        skipped: names of parameters that are left fused -> the reason.
     """
 
     modules: dict[str, UnfusedExperts] = field(default_factory=dict)
@@ -172,11 +175,11 @@ class Unfused:
 
 @contextmanager
 def unfused(model: nn.Module, layouts: Mapping[str, ExpertsLayout]) -> Iterator[Unfused]:
-    """Take the experts of ``model`` apart, and put back at the end what still stands there taken apart.
+    """Unfuse the experts of ``model``; on exit, restore the modules that are still unfused.
 
     Args:
-        model: changed in place, perhaps on the meta device. Weights are not copied.
-        layouts: name of a module -> how it keeps its experts.
+        model: changed in place; it may be on the meta device. Weights are not copied.
+        layouts: name of a module -> its layout.
     """
     found = Unfused()
     owners: dict[int, int] = {}
@@ -190,7 +193,7 @@ def unfused(model: nn.Module, layouts: Mapping[str, ExpertsLayout]) -> Iterator[
         if fetches_weights(original):
             why = "its weights are offloaded: quantize before the model is dispatched, or while it is loaded"
         elif any(owners[id(p)] > 1 for p in parameters):
-            why = "its weights are those of another module too"
+            why = "it shares its weights with another module"
         elif any(type(p) is not nn.Parameter for p in parameters):
             why = f"its weights are {type(parameters[0]).__name__}, not plain parameters"
         names = [f"{name}.{p}" if name else p for p in layout.projections]
@@ -209,7 +212,7 @@ def unfused(model: nn.Module, layouts: Mapping[str, ExpertsLayout]) -> Iterator[
 
 @contextmanager
 def first_alone(experts: Unfused) -> Iterator[None]:
-    """Leave only the first expert of each module, for a forward that is watched: around the others all is the same."""
+    """Keep only the first expert of each module, for a traced forward: the surroundings of all experts are the same."""
     lists = [(m, name, m.get_submodule(name)) for m in experts.modules.values() for name in m.layout.projections]
     try:
         for module, name, linears in lists:
@@ -223,10 +226,10 @@ def first_alone(experts: Unfused) -> Iterator[None]:
 
 
 def check_one_config(configs: Mapping[str, Any], experts: Unfused) -> None:
-    """Raise where the experts of one parameter do not all have the same config, or all none.
+    """Check that the experts of one parameter all have the same config, or all have none.
 
     Raises:
-        ConfigError: naming two of them.
+        ConfigError: two of them differ; the message names both.
     """
     first: dict[str, str] = {}
     for name, parameter in experts.parameters.items():
@@ -239,9 +242,10 @@ def check_one_config(configs: Mapping[str, Any], experts: Unfused) -> None:
 
 
 def share_traces(traces: dict[str, LinearTrace], experts: Unfused) -> None:
-    """Let what was found around one expert hold for the others of its parameter, which may not have run.
+    """Apply what was found around one expert to the others of its parameter, which may not have run.
 
-    What comes before experts takes no divisor: the router reads it as well, and each expert would ask for another.
+    No divisor is folded into the module before the experts: the router reads its output as well, and each expert would
+    need a different divisor.
     """
     found = {experts.parameters[name]: seen for name, seen in traces.items() if name in experts.parameters}
     sources = {seen.source.module for seen in found.values() if seen.source is not None}
@@ -253,18 +257,18 @@ def share_traces(traces: dict[str, LinearTrace], experts: Unfused) -> None:
             traces[name] = replace(seen, source=None)
 
 
-# Ways to route.
+# Routing functions.
 
 
 def route_tokens(experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Send each token to its chosen experts and return the weighted sum of what they give.
+    """Route each token to its chosen experts and return the weighted sum of their outputs.
 
-    Rows are sorted by expert, and summed by token in the weights' dtype, as transformers' grouped product does it.
+    Rows are sorted by expert and summed per token in the weights' dtype, as in transformers' grouped matmul.
 
     Args:
-        experts: which.
+        experts: the experts module.
         hidden_states: [tokens, in].
-        top_k_index: [tokens, choices]; numbers past the last expert (of another process) choose none.
+        top_k_index: [tokens, choices]; an index past the last expert (one of another process) chooses none.
         top_k_weights: [tokens, choices].
     """
     tokens, choices = top_k_index.shape
@@ -282,12 +286,12 @@ def route_tokens(experts: Experts, hidden_states: Tensor, top_k_index: Tensor, t
 
 
 def route_sorted(experts: Experts, rows: Tensor, counts: Tensor | list[int]) -> Tensor:
-    """Send rows that are sorted by expert to theirs; rows past the last expert's are padding and give zeros.
+    """Run each expert on its rows, which are sorted by expert; rows past the last expert's are padding and give zeros.
 
     Args:
-        experts: which.
+        experts: the experts module.
         rows: [n, in].
-        counts: of each expert's rows.
+        counts: number of rows of each expert.
     """
     if experts.alone(rows):
         return experts.run(0, rows)
@@ -298,10 +302,10 @@ def route_sorted(experts: Experts, rows: Tensor, counts: Tensor | list[int]) -> 
 
 
 def route_all(experts: Experts, hidden_states: Tensor) -> Tensor:
-    """Send every token to every expert, but for those that the router has multiplied by zero: they give zeros.
+    """Route every token to every expert, except rows that the router has multiplied by zero: these give zeros.
 
     Args:
-        experts: which; without biases, so that zeros give zeros.
+        experts: an experts module without biases, so that zeros give zeros.
         hidden_states: [experts * tokens, in].
     """
     if experts.alone(hidden_states):
@@ -315,7 +319,7 @@ def route_all(experts: Experts, hidden_states: Tensor) -> Tensor:
 
 
 def _by_expert(experts: Experts, rows: Tensor, counts: list[int]) -> Tensor:
-    """Return the outputs of rows [n, in] that are sorted by expert."""
+    """Return the outputs for rows [n, in], which are sorted by expert."""
     parts = [experts.run(i, part) for i, part in enumerate(rows.split(counts)) if len(part)]
-    # Without any row an expert is asked all the same, for the width and dtype of what it gives.
+    # Without rows, one expert still runs on none, for the width and dtype of its output.
     return torch.cat(parts) if parts else experts.run(0, rows[:0])

@@ -1,11 +1,11 @@
-"""Fold smoothing divisors into what comes before, so that nothing is left to divide at run time.
+"""Fold smoothing divisors into the preceding module, so that nothing has to be divided at run time.
 
-``Y = (X / s)(W s)^T``: where X is the output of a norm, or of a linear, and linears alone read it
+``Y = (X / s)(W s)^T``: if X is the output of a norm or of a linear, and only linears read it
 (:mod:`hfquant.dataflow.scaling`), the norm's gain and bias, or the linear's rows and bias, are divided by s once. All
-that read one X share one s.
+readers of one X share one s.
 
-The model's float function stays as it is, so ``dequantize`` leaves the divided parameters where they are: its linears
-hold ``W s``. A norm's gain is rounded to its dtype, and W is multiplied by what the gain was really divided by.
+The model's float function does not change, so ``dequantize`` keeps the divided parameters: its linears hold ``W s``. A
+norm's divided gain is rounded to its dtype, and W is multiplied by the factor that the gain was effectively divided by.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from hfquant.layer_config import LayerConfig
 from hfquant.offload import forget_hook
 from hfquant.statistics import LayerStats, stats_bytes
 
-if TYPE_CHECKING:  # it plans the folds
+if TYPE_CHECKING:  # the planner imports this module
     from hfquant.planner import Plan
 
-#: Collects the statistics of the inputs of some layers, by name, beside those that are always collected.
+#: Collects statistics of some layers' inputs, given by layer name the ones needed beyond those always collected.
 Observe = Callable[[Mapping[str, Collection[str]]], Mapping[str, LayerStats]]
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A divisor that goes into the parameters of ``source``: that of the input of ``readers``, all that read it."""
+    """A divisor to fold into the parameters of ``source``, for the input of ``readers``, all layers that read it."""
 
     source: Source
     readers: tuple[str, ...]
 
 
 def plan_folds(model: nn.Module, chosen: Mapping[str, LayerConfig], traces: Mapping[str, LinearTrace]) -> list[Fold]:
-    """Return the divisors that can be folded: all that read a source are to be quantized, and in the same way.
+    """Return the divisors that can be folded: all readers of the source must be quantized, and in the same way.
 
     Args:
-        model: perhaps on the meta device.
-        chosen: the configs of the linears that are to be quantized.
-        traces: of its linears.
+        model: any model; it may be on the meta device.
+        chosen: the configs of the linears to quantize.
+        traces: traces of the model's linears.
     """
     readers: dict[Source, list[str]] = {}
     for name, found in traces.items():
@@ -63,7 +63,7 @@ def plan_folds(model: nn.Module, chosen: Mapping[str, LayerConfig], traces: Mapp
 
 
 def _can_give(model: nn.Module, source: Source, chosen: Collection[str]) -> bool:
-    """Return whether dividing a source costs no precision: a matrix in half precision would be rounded once more."""
+    """Return whether dividing a source loses no precision: a half-precision matrix would be rounded once more."""
     params = [model.get_submodule(source.module).get_parameter(name) for name in source.parameters]
     wide = all(p.dim() == 1 or p.dtype in (torch.float32, torch.float64) for p in params)
     return source.module in chosen or wide
@@ -71,18 +71,18 @@ def _can_give(model: nn.Module, source: Source, chosen: Collection[str]) -> bool
 
 @dataclass(frozen=True)
 class Folding:
-    """Divisors that have found a place. The model is as it was until :meth:`sources` are put in.
+    """Divisors with their sources. The model is unchanged until the modules of :meth:`sources` are swapped in.
 
     Attributes:
-        inputs: linear -> what its input is divided by beforehand, [in] float64.
-        outputs: module -> what its output channels are divided by, [out] float64.
+        inputs: linear -> divisor already applied to its input, [in] float64.
+        outputs: module -> divisor of its output channels, [out] float64.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def weight(self, name: str, weight: Tensor) -> Tensor:
-        """Return what a linear's weight [out, in] becomes, in float32 at least."""
+        """Return a linear's weight [out, in] with its divisors folded in, in at least float32."""
         columns, rows = self.inputs.get(name), self.outputs.get(name)
         if columns is None and rows is None:
             return weight
@@ -92,17 +92,17 @@ class Folding:
         return wide if rows is None else wide / rows.to(wide)[:, None]
 
     def bias(self, name: str, bias: nn.Parameter | None) -> nn.Parameter | None:
-        """Return what a linear's bias [out] becomes."""
+        """Return a linear's bias [out] with its divisor folded in."""
         rows = self.outputs.get(name)
         return bias if bias is None or rows is None else nn.Parameter(_divided(bias, rows), requires_grad=False)
 
     def stats(self, name: str, stats: LayerStats | None) -> LayerStats | None:
-        """Return the statistics of a linear's divided input, from those of its input as it was."""
+        """Return the statistics of a linear's divided input, from those of the original input."""
         columns = self.inputs.get(name)
         return stats if stats is None or columns is None else stats.divided(columns.float())
 
     def unfolded(self, name: str, layer: nn.Module) -> list[RemovableHandle]:
-        """Have a folded linear run between modules that are not folded yet, until the handles are removed."""
+        """Let a folded linear run between modules that are not folded yet, until the handles are removed."""
         handles = []
         if (columns := self.inputs.get(name)) is not None:
 
@@ -116,7 +116,7 @@ class Folding:
         return handles
 
     def sources(self, model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-        """Return, by name, a divided copy of each source that is not itself quantized."""
+        """Return a divided copy of each source that is not itself quantized, by name."""
         return {
             source.module: _divided_copy(
                 model.get_submodule(source.module), source.parameters, self.outputs[source.module]
@@ -127,13 +127,13 @@ class Folding:
 
 
 def find_folding(model: nn.Module, plan: Plan, observe: Observe, budget: int) -> Folding:
-    """Find the divisors of ``plan.folds`` by data; a fold whose readers never ran is left out.
+    """Compute the divisors of ``plan.folds`` from data; a fold whose readers never ran is left out.
 
     Args:
-        model: in float; left as it is.
-        plan: for it.
-        observe: runs the model over the calibration data; given names of layers and the statistics that each needs.
-        budget: bytes that statistics may take at once; where they take more there are several passes.
+        model: float model; not changed.
+        plan: its plan.
+        observe: runs the model over the calibration data, given layer names and the statistics that each needs.
+        budget: bytes of statistics to hold at once; if they need more, several passes are made.
     """
     folding = Folding()
     for folds in _passes(plan, budget):
@@ -146,9 +146,9 @@ def find_folding(model: nn.Module, plan: Plan, observe: Observe, budget: int) ->
 
 
 def _passes(plan: Plan, budget: int) -> Iterator[list[Fold]]:
-    """Yield folds whose statistics fit the budget together, the last executed first.
+    """Yield folds whose statistics fit the budget together, in reverse execution order.
 
-    The rows of a linear that is a source as well as a reader are divided by the time its own columns are looked at.
+    In this order, a linear that is both a source and a reader has its rows divided before its columns are considered.
     """
     folds: list[Fold] = []
     size = 0
@@ -167,7 +167,7 @@ def _passes(plan: Plan, budget: int) -> Iterator[list[Fold]]:
 def _common_divisor(
     model: nn.Module, plan: Plan, fold: Fold, stats: Mapping[str, LayerStats], folding: Folding
 ) -> Tensor | None:
-    """Return the divisor [in] float64 of all readers of a source; None without data."""
+    """Return the divisor [in] float64 shared by all readers of a source; None without data."""
     seen = {id(stats[name]): stats[name] for name in fold.readers if name in stats}
     if not seen:
         return None
@@ -190,13 +190,13 @@ def _common_divisor(
 
 
 def _place(model: nn.Module, plan: Plan, fold: Fold, divisor: Tensor, folding: Folding) -> None:
-    """Add a divisor [in] of the readers of a source to ``folding``, as what the source can really be divided by."""
+    """Add a divisor [in] of a source's readers to ``folding``, adjusted to what the source can actually represent."""
     source = fold.source
     module = model.get_submodule(source.module)
     with align_module_device(module):
         gain = module.get_parameter(source.parameters[0]).detach()
         index = torch.tensor(source.channels or range(len(gain)), device=divisor.device)
-        # A channel that several inputs read (a head of values that serves several heads) gets their geometric mean.
+        # A channel that feeds several inputs (a value head shared by several heads) gets their geometric mean.
         logs = divisor.new_zeros(len(gain)).index_add_(0, index, divisor.log())
         outputs = (logs / torch.bincount(index, minlength=len(gain)).clamp(min=1)).exp()
         if source.module not in plan.layers and gain.dim() == 1:
@@ -206,7 +206,7 @@ def _place(model: nn.Module, plan: Plan, fold: Fold, divisor: Tensor, folding: F
 
 
 def _effective(gain: Tensor, divisor: Tensor) -> Tensor:
-    """Return what a gain [channels] is divided by once the quotient has its dtype; 1 where that loses the channel."""
+    """Return the effective divisor of a gain [channels] after rounding to its dtype; 1 if that loses the channel."""
     quotient = _divided(gain, divisor).double()
     exact = gain.double() / quotient
     usable = quotient.isfinite() & exact.isfinite() & (exact > 0)
@@ -214,7 +214,7 @@ def _effective(gain: Tensor, divisor: Tensor) -> Tensor:
 
 
 def _rounded_once(x: Tensor, factors: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Return a function of ``x`` and factors in float32 at least, in the dtype of ``x``."""
+    """Apply a function to ``x`` and factors in at least float32, and return the result in the dtype of ``x``."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return function(x.to(wide), factors.to(x.device, wide)).to(x.dtype)
 
@@ -226,7 +226,7 @@ def _divided(param: Tensor, divisor: Tensor) -> Tensor:
 
 
 def _divided_copy(module: nn.Module, names: Collection[str], divisor: Tensor) -> nn.Module:
-    """Return a copy of a module without children whose parameters ``names`` are divided; the others are shared."""
+    """Return a copy of a childless module with the parameters ``names`` divided; the others are shared."""
     new = copy.copy(module)
     for key, value in vars(module).items():
         if isinstance(value, dict):

@@ -1,14 +1,14 @@
-"""The guard: after quantizing with data, one forward on rows kept out of it, each layer beside its float one.
+"""The guard: after quantizing with data, run the model once on held-out rows and compare each layer with its float one.
 
-A layer is off where its output has NaN or Inf that the float layer's has not, or where its error
+A layer is off if its output has NaN or Inf where the float layer's output has none, or if its error
 (:mod:`hfquant.layer_errors`) is
 
 - more than half of the output, and
-- more than :data:`TIMES` what its number formats promise (their error on a bell curve), and
-- more than :data:`TIMES` the median error of its peers, the other layers of the same formats.
+- more than :data:`TIMES` times what its number formats promise (their error on normally distributed values), and
+- more than :data:`TIMES` times the median error of its peers, the other layers with the same formats.
 
-A layer that is off goes down :data:`~hfquant.remedies.LADDER` until it is within bounds on the same rows. Experts that
-share a parameter share a format, so where one of them is off all go as far down as it has to.
+A layer that is off moves down :data:`~hfquant.remedies.LADDER` until it is within bounds on the same rows. Experts that
+share a parameter share a format: if one of them is off, all of them move down as far as it needs.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ from hfquant.report.layers import LayerReport, QuantReport
 
 logger = logging.getLogger(__name__)
 
-#: How far beyond its promise and its peers a layer's error is off.
+#: Factor over both its promise and its peers' median beyond which a layer's error is off.
 TIMES = 4.0
-#: The remedy below the ladder.
+#: The last remedy, after the whole ladder.
 FLOAT = "left in full precision"
 
 
 @dataclass(frozen=True)
 class Mended:
-    """What becomes of a layer that was off, or that shares a parameter with one.
+    """Outcome for a layer that was off, or that shares a parameter with one.
 
     Attributes:
-        error: before.
-        cause: likely, in words; empty where the layer itself was sound.
+        error: error before the remedy.
+        cause: likely cause, in words; empty if the layer itself was sound.
         remedy: the rung of the ladder, in words.
-        remaining: the error on the same rows with the remedy.
-        what: the layer in its place, as modules print themselves.
-        plan: of the layer in its place; None where it stays in full precision.
-        tensors: of that layer.
+        remaining: error on the same rows with the remedy.
+        what: description of the replacement, as modules print themselves.
+        plan: plan of the replacement; None if the layer stays in full precision.
+        tensors: tensors of the replacement.
     """
 
     error: float
@@ -77,14 +77,14 @@ class Mended:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A quantized model and what is known of the float one.
+    """A quantized model, and the float modules to compare it with.
 
     Attributes:
-        model: quantized.
-        modules: the quantized modules in it, by name.
-        originals: their float ones, and a float linear for each expert.
+        model: the quantized model.
+        modules: its quantized modules, by name.
+        originals: their float modules, and a float linear for each expert.
         stacks: name of an expert's layer -> name of the parameter that it is a slice of.
-        folding: divisors that went into what comes before a layer.
+        folding: divisors that were folded into preceding modules.
     """
 
     model: nn.Module
@@ -95,23 +95,23 @@ class Comparison:
 
     @cached_property
     def layers(self) -> dict[str, QuantLayer]:
-        """The layers of one matrix, by name: modules of experts have one an expert."""
+        """The single-matrix layers, by name: a module of experts has one per expert."""
         return {
             part_name(n, part): layer for n, module in self.modules.items() for part, layer in module.parts().items()
         }
 
     def exact(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """Return the float matrix [out, in] and bias of a layer, as the quantized model's activations want them."""
+        """Return a layer's float matrix [out, in] and bias, with folded divisors, to match the quantized model."""
         original = self.originals[name]
         kind = kind_of(original)
         assert kind is not None
-        # Offloaded weights are fetched for the moment.
+        # Offloaded weights are fetched temporarily.
         with align_module_device(original):
             weight = kind.matrix(original.get_parameter("weight").detach())
             return self.folding.weight(name, weight), self.folding.bias(name, original._parameters.get("bias"))
 
     def in_float(self, name: str) -> nn.Module:
-        """Return a float module, its weights as what was folded around it wants them."""
+        """Return a float module whose weights include the divisors folded around it."""
         original = self.originals[name]
         if name not in self.folding.inputs and name not in self.folding.outputs:
             return original
@@ -125,12 +125,12 @@ class Comparison:
         return new
 
     def lowered(self, name: str, remedy: str) -> QuantLayer | None:
-        """Return a layer on a rung of the ladder; None where that changes nothing."""
+        """Return a layer moved to a rung of the ladder; None if that changes nothing."""
         with torch.no_grad(), align_module_device(self.layers[name]):
             return lowered(name, self.layers[name], remedy, *self.exact(name), self.originals[name])
 
     def placed(self, name: str, found: Mended) -> QuantLayer | None:
-        """Return the layer in the place of one that is mended; None for the float one."""
+        """Return the replacement of a mended layer; None if that is the float module."""
         if found.plan is None:
             return None
         layer = self.layers[name]
@@ -140,11 +140,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Mends:
-    """What the guard changes in a model.
+    """Changes that the guard makes to a model.
 
     Attributes:
-        layers: by name, experts each by its own.
-        modules: what takes the place of the modules that these are or belong to, by name.
+        layers: mended layers by name; each expert has its own.
+        modules: replacements of the modules that these layers are or belong to, by name.
         stacks: name of an expert's layer -> name of the parameter that it is a slice of.
     """
 
@@ -153,7 +153,7 @@ class Mends:
     stacks: Mapping[str, str] = field(default_factory=dict)
 
     def outcome(self, plan: Plan, reports: Sequence[LayerReport]) -> tuple[Plan, QuantReport]:
-        """Return the plan, as it was solved, and the report of the model with the changes."""
+        """Return the solved plan and the report, both updated with these changes."""
         plans, skipped = dict(plan.layers), dict(plan.skipped)
         for name, found in self.layers.items():
             owner = self.stacks.get(name, name)
@@ -165,7 +165,7 @@ class Mends:
         return replace(plan, layers=plans, skipped=skipped), QuantReport([self._told(r) for r in reports], skipped)
 
     def _told(self, report: LayerReport) -> LayerReport:
-        """Return a layer's report with what was found and done."""
+        """Return a layer's report with the guard's finding and remedy."""
         found = self.layers.get(report.name)
         if found is None:
             return report
@@ -176,9 +176,9 @@ def samples_to_check(loader: Any, data: CalibrationData | None, held_out: Any) -
     """Return samples to check a quantized model on.
 
     Args:
-        loader: what it was calibrated on, as given.
-        data: the same, opened.
-        held_out: batches kept out of it; where there are none the first sample of ``data`` has to serve.
+        loader: the calibration data as given.
+        data: the same data, opened.
+        held_out: batches kept out of calibration; if there are none, the first sample of ``data`` is used.
     """
     if held_out is None and isinstance(loader, (SelfMade, Batches)):
         held_out = loader.held_out or None
@@ -188,12 +188,12 @@ def samples_to_check(loader: Any, data: CalibrationData | None, held_out: Any) -
 
 
 def mend(compared: Comparison, checks: Sequence[Any], options: Mapping[str, Any], group: Processes) -> Mends:
-    """Return what is to be put in the place of layers that are off, the same in all processes; each is logged.
+    """Return the replacements of layers that are off, the same in all processes, and log each.
 
     Args:
-        compared: left as it is.
-        checks: samples of the model's input; empty where this process has none.
-        options: keyword arguments that a sample may lack.
+        compared: the model; not changed.
+        checks: samples of the model's input; empty if this process has none.
+        options: keyword arguments to add to samples that lack them.
         group: the processes that share the work; the first with samples checks for all.
     """
     checker = [*group.gather(bool(checks)), True].index(True)
@@ -206,7 +206,7 @@ def mend(compared: Comparison, checks: Sequence[Any], options: Mapping[str, Any]
     for name, m in mended.items():
         if m.cause and group.main:
             beside = f" (and with it all of {compared.stacks[name]})" if name in compared.stacks else ""
-            logger.warning("layer %r is off once quantized: %s%s", name, m, beside)
+            logger.warning("layer %r failed the check after quantization: %s%s", name, m, beside)
     modules = {}
     for name, module in compared.modules.items():
         names = {part: part_name(name, part) for part in module.parts()}
@@ -217,15 +217,15 @@ def mend(compared: Comparison, checks: Sequence[Any], options: Mapping[str, Any]
 
 
 def guard(compared: Comparison, batches: Iterable[Any], options: Mapping[str, Any] | None = None) -> dict[str, Mended]:
-    """Find the layers that are off and what to put in their place.
+    """Find the layers that are off, and a remedy for each.
 
     Args:
-        compared: left as it is.
-        batches: samples of the model's input, kept out of calibration where there are such.
-        options: keyword arguments that a sample may lack.
+        compared: the model; not changed.
+        batches: samples of the model's input, kept out of calibration if possible.
+        options: keyword arguments to add to samples that lack them.
 
     Returns:
-        By name, those among them that are sound and share a parameter with one that is off.
+        Outcomes by layer name, including sound layers that share a parameter with one that is off.
     """
     layers = compared.layers
     seen = watch(compared.model, compared.modules, compared.exact, batches, options)
@@ -251,7 +251,7 @@ def guard(compared: Comparison, batches: Iterable[Any], options: Mapping[str, An
 
 
 def _remedy(compared: Comparison, seen: Mapping[str, Seen]) -> tuple[str, dict[str, float]]:
-    """Return the first remedy by which all of some layers are within bounds, and the error of each with it."""
+    """Return the first remedy that brings all of these layers within bounds, and each one's error with it."""
     for remedy in LADDER:
         errors: dict[str, float] = {}
         for name, was in seen.items():
@@ -271,19 +271,19 @@ def _remedy(compared: Comparison, seen: Mapping[str, Seen]) -> tuple[str, dict[s
 
 
 def far_off(errors: Mapping[str, float], plans: Mapping[str, LayerPlan]) -> list[str]:
-    """Return the layers whose errors are off, by the rule above. An error of 1 always is: zeros would do as well."""
+    """Return the layers that are off, by the rule above. An error above 1 always is: zeros would be better."""
     peers = _peers(errors, plans)
     limits = {name: max(LEAST, bound(plans[name], peers[name])) for name in errors}
     return [name for name, error in errors.items() if error > min(limits[name], 1.0)]
 
 
 def bound(plan: LayerPlan, peers: float) -> float:
-    """Return how large an error may be, for what a layer's formats promise and for the median error of its peers."""
+    """Return the largest acceptable error, given a layer's formats and the median error of its peers."""
     return TIMES * max(promise(plan.config), peers)
 
 
 def _peers(errors: Mapping[str, float], plans: Mapping[str, LayerPlan]) -> dict[str, float]:
-    """Return for each layer the median error of the others of its formats; 0 where there are none."""
+    """Return for each layer the median error of the others with its formats; 0 if there are none."""
     alike: dict[Any, list[str]] = {}
     for name in sorted(errors, key=lambda name: errors[name]):
         alike.setdefault(_formats(plans[name].config), []).append(name)
@@ -297,7 +297,7 @@ def _formats(config: LayerConfig) -> tuple[WeightQuant, InputQuant | None]:
 
 
 def _median_without(index: int, ascending: Sequence[float]) -> float:
-    """Return the median of all but one of sorted values; 0 of none."""
+    """Return the median of sorted values without the one at ``index``; 0 if none are left."""
     count = len(ascending) - 1
     if not count:
         return 0.0
@@ -306,6 +306,6 @@ def _median_without(index: int, ascending: Sequence[float]) -> float:
 
 
 def promise(config: LayerConfig) -> float:
-    """Return the relative error of a product whose factors are bell curves, quantized in a config's formats."""
+    """Return the relative error of a product of normally distributed factors quantized in a config's formats."""
     formats = [config.weight_quant.format] + ([] if config.input_quant is None else [config.input_quant.format])
     return sum(bell_error(form) ** 2 for form in formats) ** 0.5

@@ -1,4 +1,4 @@
-"""What is decided for one layer: the sections of its config, their defaults and what fits together."""
+"""The config of one layer: its sections, their defaults and the combinations that are valid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hfquant.schema import Section, is_patch
 
 
 def _int_or_none(value: Any) -> Any:
-    """``Literal`` alone takes True and 1.0 for 1."""
+    """Refuse True and 1.0, which ``Literal`` alone accepts as 1."""
     if type(value) not in (int, type(None)):
         raise ValueError(f"expected None, -1 or (weights) 1, got {value!r}")
     return value
@@ -29,7 +29,7 @@ def _patterns(value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"expected a list of patterns, got {value!r}")
     if unknown := [v for v in value if not isinstance(v, str) or v not in SegPattern._value2member_map_]:
-        raise ValueError(f"unknown pattern {unknown[0]!r}; there are {', '.join(SegPattern)}")
+        raise ValueError(f"unknown pattern {unknown[0]!r}; available: {', '.join(SegPattern)}")
     return tuple(SegPattern(v) for v in dict.fromkeys(value))
 
 
@@ -37,7 +37,7 @@ _FormatName = Annotated[str, AfterValidator(_known_format)]
 
 
 class Quant(Section):
-    """What activations and weights have in common."""
+    """The fields that activations and weights share."""
 
     type: _FormatName = Field("int8", description="Number format.")
 
@@ -52,7 +52,7 @@ class InputQuant(Quant):
 
     axis: Annotated[Literal[None, -1], BeforeValidator(_int_or_none)] = Field(
         None,
-        description="None: one scale for the tensor, or for each segment. -1: one for each token; needs `dynamic`.",
+        description="None: one scale per tensor, or per segment. -1: one scale per token; needs `dynamic`.",
     )
     dynamic: bool = Field(
         False,
@@ -61,28 +61,28 @@ class InputQuant(Quant):
     segments: int = Field(
         1,
         ge=1,
-        description="Cut the input channels into so many parts of about one size, each with scales of its own, so that "
-        "an outlier costs the channels of its own part alone. No part is narrower than 64 channels; a convolution's "
-        "are not cut.",
+        description="Number of parts of about equal size that the input channels are cut into, each with its own "
+        "scales, so that an outlier only affects its own part. No part is narrower than 64 channels; inputs of "
+        "convolutions are not cut.",
     )
     int8_share: float = Field(
         0.0,
         ge=0.0,
         le=1.0,
-        description="Share of the model's multiplications whose inputs are INT8 where the type has fewer bits: those "
-        "of the smallest layers. They take next to no time, and some count most: a denoiser's last projection, its "
-        "modulation by the timestep.",
+        description="Share of the model's multiplications that may have INT8 inputs if the type has fewer bits: the "
+        "smallest layers, up to this share. These take almost no time, and some matter most: a denoiser's last "
+        "projection and its modulation by the timestep.",
     )
     token_fallback: bool = Field(
         False,
-        description="Layers whose inputs no calibrated scale serves get one for each token at run time: those whose "
-        "output errs more than twice as much by it as the format promises, on rows that did not make the scale.",
+        description="Switch a layer to dynamic per-token scales if no calibrated scale fits its inputs: if the error "
+        "of its output, on rows not used to compute the scale, is more than twice the format's nominal error.",
     )
 
     @model_validator(mode="after")
     def _static_per_token(self, info: ValidationInfo) -> InputQuant:
         if not is_patch(info) and self.format.has_scale and self.axis == -1 and not self.dynamic:
-            raise ValueError("axis=-1 (one scale a token) needs dynamic=True: a static scale cannot know the tokens")
+            raise ValueError("axis=-1 (one scale per token) needs dynamic=True: a static scale cannot know the tokens")
         if not is_patch(info) and self.token_fallback and not self.static:
             raise ValueError("token_fallback is for calibrated scales: set dynamic=False and a type that has a scale")
         if not is_patch(info) and self.segments > 1 and not self.format.has_scale:
@@ -99,32 +99,32 @@ class WeightQuant(Quant):
     """How weights are quantized."""
 
     axis: Annotated[Literal[None, 1, -1], BeforeValidator(_int_or_none)] = Field(
-        None, description="None: one scale for the tensor. 1 or -1: one for each output channel."
+        None, description="None: one scale per tensor. 1 or -1: one scale per output channel."
     )
     group_size: int | None = Field(
         None,
         ge=1,
-        description="Input channels that share a scale, in each output channel; overrides `axis`. Groups never "
-        "straddle segments; where the size does not divide a segment, its last group is short.",
+        description="Number of input channels that share a scale within each output channel; overrides `axis`. Groups "
+        "never straddle segments; if the size does not divide a segment, the segment's last group is shorter.",
     )
-    symmetric: bool = Field(True, description="False: groups have zero points as well; integer formats only.")
+    symmetric: bool = Field(True, description="False: groups also have zero points; integer formats only.")
     int8_share: float = Field(
         0.0,
         ge=0.0,
         le=1.0,
-        description="Share of the model's weights that are INT8 where the type has fewer bits: those of the smallest "
-        "layers outside of its repeated blocks. A denoiser's last projection is one, and what it rounds stays in the "
-        "picture.",
+        description="Share of the model's weights that may be INT8 if the type has fewer bits: the smallest layers "
+        "outside the repeated blocks, up to this share. One of them is a denoiser's last projection, whose rounding "
+        "error stays in the image.",
     )
     clip: Literal["amax", "mse"] = Field(
         "amax",
-        description="How the range is chosen: up to the largest weight, or clipped to the least squared error, "
-        "weighted by the inputs' second moments where they are known.",
+        description="How the range is chosen. amax: up to the largest weight. mse: clipped to minimize the squared "
+        "error, weighted by the inputs' second moments if they are known.",
     )
     scale: Literal["two_level", "float32"] = Field(
         "two_level",
-        description="How the scales of groups are stored: a byte for each group times a float32 for each row, or a "
-        "float32 for each group.",
+        description="How group scales are stored. two_level: one byte per group times one float32 per row. float32: "
+        "one float32 per group.",
     )
 
     @model_validator(mode="after")
@@ -142,8 +142,8 @@ class WeightQuant(Quant):
                 raise ValueError(f"{name}={getattr(self, name)!r} {why}")
 
 
-#: Layers that stay in full precision unless ``include`` names them, or an entry of the config of its own
-#: (``{"<glob>": {"enable": True}}``), and what they are.
+#: Layers that stay in full precision unless ``include`` names them or they have their own config entry
+#: (``{"<glob>": {"enable": True}}``), each with a description.
 OPTIONAL = {
     "autoencoder_convs": "a convolution of an autoencoder",
     "edge_convs": "a convolution that reads or writes few channels, at an end of the model",
@@ -156,32 +156,33 @@ def _optional(value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"expected a list of names, got {value!r}")
     if unknown := [v for v in value if not isinstance(v, str) or v not in OPTIONAL]:
-        raise ValueError(f"unknown name {unknown[0]!r}; there are {', '.join(OPTIONAL)}")
+        raise ValueError(f"unknown name {unknown[0]!r}; available: {', '.join(OPTIONAL)}")
     return tuple(dict.fromkeys(value))
 
 
 class LayerConfig(Section):
-    """Everything decided for one layer before its data is seen. Defaults are the reference's."""
+    """Everything that is decided for one layer before any data is seen. Defaults are the reference implementation's."""
 
     enable: bool = Field(True, description="Quantize the layer.")
     float_share: float = Field(
         0.0,
         ge=0.0,
         le=1.0,
-        description="Share of the model's weights that stay in full precision: those of the smallest layers outside of "
-        "its repeated blocks. A denoiser's last projection is one, and most of the error of 8 bits is what it rounds.",
+        description="Share of the model's weights that may stay in full precision: the smallest layers outside the "
+        "repeated blocks, up to this share. One of them is a denoiser's last projection, whose rounding causes most of "
+        "the error at 8 bits.",
     )
-    seglinear: bool = Field(True, description="Give segments of the input and output scales of their own.")
+    seglinear: bool = Field(True, description="Give each segment of the input and output its own scales.")
     search_patterns: Annotated[tuple[SegPattern, ...], BeforeValidator(_patterns)] = Field(
-        tuple(SegPattern.all()), description="Patterns of the dataflow from which segments and dual scales are planned."
+        tuple(SegPattern.all()), description="Dataflow patterns from which segments and dual scales are derived."
     )
     real_quant: bool = Field(
         False,
-        description="True: multiply codes on low-bit kernels. False: simulate it, with floats rounded to the codes' "
-        "values.",
+        description="True: multiply codes in low-bit kernels. False: fake quantization, with floats rounded to the "
+        "values of the codes.",
     )
     opt: SerializeAsAny[Transform] = Field(
-        Smooth(), description="Transform of weight and input before they are rounded; see the options of each `type`."
+        Smooth(), description="Transform of weight and input before rounding; see the options of each `type`."
     )
     calib: SerializeAsAny[Rounding] = Field(
         Nearest(), description="How the transformed weight is rounded; see the options of each `type`."
@@ -191,7 +192,7 @@ class LayerConfig(Section):
     )
     weight_quant: WeightQuant = Field(WeightQuant(), description="How weights are quantized.")
     include: Annotated[tuple[str, ...], BeforeValidator(_optional)] = Field(
-        (), description="Kinds of layer to quantize as well that stay in floating point otherwise."
+        (), description="Kinds of layers to quantize that otherwise stay in floating point."
     )
 
     @model_validator(mode="after")
@@ -214,12 +215,12 @@ class LayerConfig(Section):
 
     @property
     def group_size(self) -> int | None:
-        """Input channels that share a weight scale: ``weight_quant.group_size``, or the rounding's own."""
+        """Number of input channels that share a weight scale: ``weight_quant.group_size``, or the rounding's own."""
         return self.weight_quant.group_size or getattr(self.calib, "group_size", None)
 
     @property
     def needs_data(self) -> bool:
-        """Whether calibration data is needed: by a static activation scale, the transform or the rounding."""
+        """Whether a static activation scale, the transform or the rounding needs calibration data."""
         static = self.input_quant is not None and self.input_quant.static
         return self.enable and (static or self.opt.needs_data or self.calib.needs_data)
 
@@ -229,7 +230,7 @@ class LayerConfig(Section):
         return self.opt.needs | self.calib.needs
 
     def plain(self) -> LayerConfig:
-        """Return the same formats, untransformed and rounded to nearest."""
+        """Return the config with the same formats, no transform and round-to-nearest."""
         weight = self.weight_quant.model_copy(update={"group_size": self.group_size})
         inputs = self.input_quant and self.input_quant.model_copy(update={"token_fallback": False})
         update = {"opt": Identity(), "calib": Nearest(), "weight_quant": weight, "input_quant": inputs}

@@ -1,10 +1,10 @@
-"""The error of each quantized layer beside its float one, in one forward of the quantized model.
+"""Measure each quantized layer's error against its float version, in one forward of the quantized model.
 
-It is relative, in L2: over all rows, or of the median row where that is larger, so that neither a few huge rows nor the
-many small ones beside them hide the others. A row is what one product gives: of a convolution an output position, of an
-expert one of the tokens that are sent to it. Input and output are those of the quantized model, so each layer answers
-for itself alone: one whose output is lost answers in float for the rest of the forward, so that what comes after it is
-not blamed for inputs that calibration never saw.
+The error is a relative L2 error: over all rows, or of the median row if that is larger, so that neither a few huge rows
+nor many small ones hide the others. A row is the output of one product: an output position of a convolution, or one
+token routed to an expert. Inputs are those of the quantized model, so each layer is judged on its own. A layer whose
+output is lost returns its float output for the rest of the forward, so that later layers are not blamed for inputs that
+calibration never saw.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from hfquant.nn.checked import See
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.layer import QuantLayer
 
-#: Share of a layer's output from which on it is lost, and below which an error is never off: a static scale on text of
-#: another kind comes near it.
+#: Relative error above which an output counts as lost, and up to which it is never off: a static scale on text of
+#: another kind comes close to it.
 LEAST = 0.5
-#: Rows of a suspicious layer's input that are kept to choose a remedy by: the worst, and others drawn evenly.
+#: Input rows of a suspicious layer that are kept for choosing a remedy: the worst, and others drawn evenly.
 ROWS = 128
 
 Exact = Callable[[str], tuple[Tensor, Tensor | None]]
-"""Gives the float matrix [out, in] and bias [out] of a layer."""
+"""Returns the float matrix [out, in] and bias [out] of a layer."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a layer did in the forward.
+    """What was observed of a layer in the forward.
 
     Attributes:
-        error: of its output, see above; infinite for NaN or Inf.
-        rows: that it multiplied, [rows, in], where the error is suspicious; else none.
-        right: what the float layer makes of them, [rows, out] float32.
+        error: error of its output, see above; infinite for NaN or Inf.
+        rows: input rows, [rows, in], if the error is suspicious; else empty.
+        right: the float layer's output for these rows, [rows, out] float32.
     """
 
     error: float
@@ -47,7 +47,7 @@ class Seen:
 
 
 def part_name(module: str, part: str) -> str:
-    """Return the name of a part of a module: "" is the module itself."""
+    """Return the name of a part of a module; "" is the module itself."""
     return ".".join(name for name in (module, part) if name)
 
 
@@ -58,17 +58,17 @@ def watch(
     batches: Iterable[Any],
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Seen]:
-    """Run the model once on each sample and compare each layer with its float one; the worst of several counts.
+    """Run the model once on each sample and compare each layer with its float version; the worst error counts.
 
     Args:
-        model: with ``modules`` in it.
-        modules: by name.
-        exact: float matrices and biases of their parts, as the quantized model's activations want them.
+        model: model that contains ``modules``.
+        modules: quantized modules by name.
+        exact: returns the float matrix and bias of each of their parts, matched to the quantized model's activations.
         batches: samples of the model's input.
-        options: keyword arguments that a sample may lack.
+        options: keyword arguments to add to samples that lack them.
 
     Returns:
-        Of the parts that ran, by name.
+        Observations by name, of the parts that ran and whose error is not 0.
     """
     seen: dict[str, Seen] = {}
 
@@ -99,16 +99,16 @@ def watch(
 
 
 def row_errors(output: Tensor, right: Tensor) -> Tensor:
-    """Return the relative error of each row, [rows, out] twice to [rows]; infinite where NaN or Inf is new."""
+    """Return the relative error of each row, [rows], from two [rows, out]; infinite if NaN or Inf is new."""
     norm = right.norm(dim=1)
     errors = (output - right).norm(dim=1) / norm.clamp(min=torch.finfo(torch.float32).tiny)
     errors = torch.where(output.isfinite().all(1), errors, torch.inf)
-    # What the float layer cannot do either is no fault.
+    # NaN or Inf in the float output is not the quantized layer's fault.
     return torch.where(right.isfinite().all(1), errors, 0.0)
 
 
 def relative_error(output: Tensor, right: Tensor, errors: Tensor) -> float:
-    """Return the error over all rows, or that of the median row where it is larger."""
+    """Return the error over all rows, or that of the median row if it is larger."""
     if not len(errors) or errors.isinf().any():
         return torch.inf if len(errors) else 0.0
     sound = right.isfinite().all(-1)
@@ -118,7 +118,7 @@ def relative_error(output: Tensor, right: Tensor, errors: Tensor) -> float:
 
 
 def _kept(errors: Tensor) -> Tensor:
-    """Return the worst rows and others drawn evenly, at most :data:`ROWS`, so that a remedy is tried on both."""
+    """Return indices of the worst rows and of others drawn evenly, at most :data:`ROWS`, to try a remedy on both."""
     if len(errors) <= ROWS:
         return torch.arange(len(errors), device=errors.device)
     worst = errors.argsort(descending=True)[: ROWS // 4]

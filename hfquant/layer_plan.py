@@ -1,4 +1,4 @@
-"""What one layer will become: enough to build its quantized module empty, or to read it from a checkpoint's config."""
+"""The plan of one layer: enough to build its quantized module empty, or to restore it from a checkpoint's config."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from hfquant.formats import GridRule, InputRule, split_columns
 from hfquant.layer_config import LayerConfig
 from hfquant.nn.kinds import kind_of, size_of
 
-#: Columns of a part that an input is cut into, at least: what one vector instruction multiplies.
+#: Minimum width in columns of the parts that an input is split into: what one vector instruction multiplies.
 NARROWEST = 64
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer will become.
+    """How one layer will be quantized.
 
     Attributes:
         config: the resolved config.
-        in_features, out_features: of its matrix.
-        input_segments: column sizes that are quantized apart, summing to ``in_features``.
-        output_segments: row sizes likewise, summing to ``out_features``.
+        in_features, out_features: size of its matrix.
+        input_segments: sizes of column blocks that are quantized separately, summing to ``in_features``.
+        output_segments: likewise for row blocks, summing to ``out_features``.
         dual: for each input segment, whether its activations get a second scale for the negative side.
-        folded: whether the transform's divisor goes into what comes before the layer (:mod:`hfquant.folding`).
-        rank: number of dimensions of the float weight, which the codes have too.
-        tied: the layer whose codes and weight scales it shares; "" where it has its own.
-        rounded: of a parameter that holds experts, the numbers of those that calibration gave too few rows; they are
+        folded: whether the transform's divisor is folded into the preceding module (:mod:`hfquant.folding`).
+        rank: number of dimensions of the float weight, and of the codes.
+        tied: the layer whose codes and weight scales it shares; "" if it has its own.
+        rounded: for a parameter that holds experts, the indices of those that calibration gave too few rows; they are
             rounded to nearest.
-        evidence: why, for people.
+        evidence: reasons for these decisions, in words.
     """
 
     config: LayerConfig
@@ -53,35 +53,35 @@ class LayerPlan:
 
     @property
     def opt(self) -> Transform:
-        """The config's transform, or what folding leaves of it."""
+        """The config's transform, or what remains of it after folding."""
         return self.config.opt.folded() if self.folded else self.config.opt
 
     @cached_property
     def transform(self) -> Transform:
-        """The transform, its options cut to the layer's size."""
+        """The transform, with its options limited to the layer's size."""
         return self.opt.fitted(self.in_features, self.row_groups)
 
     @cached_property
     def columns(self) -> tuple[int, ...]:
-        """Sizes of the column blocks that have a weight scale of their own: groups, else input segments."""
-        # Cached before the first forward: torch.compile cannot follow a section's missing field.
+        """Sizes of the column blocks with separate weight scales: groups, else input segments."""
+        # Cached before the first forward: torch.compile cannot trace a section's missing field.
         return split_columns(self.input_segments, self.config.group_size)
 
     @property
     def row_groups(self) -> tuple[int, ...]:
-        """Rows that see the same quantized input: output segments where each is transformed apart, else all rows."""
+        """Rows with the same quantized input: output segments if each is transformed separately, else all rows."""
         return self.output_segments if self.opt.per_output_segment else (self.out_features,)
 
     @property
     def input_rule(self) -> InputRule | None:
-        """How the input is quantized; None where it is not."""
+        """How the input is quantized; None if it is not."""
         quant = self.config.input_quant
         if quant is None:
             return None
         return InputRule(quant.format, quant.dynamic, quant.axis is not None, self.input_segments, self.dual)
 
     def grid_rule(self, rows: int) -> GridRule:
-        """Return how the grid of a row group of ``rows`` rows is found."""
+        """Return the rule for finding the grid of a row group of ``rows`` rows."""
         quant = self.config.weight_quant
         sharing: tuple[int, ...] | None = None
         if quant.axis is None and not self.config.group_size:
@@ -90,16 +90,16 @@ class LayerPlan:
 
     @property
     def two_level(self) -> bool:
-        """Whether weight scales are stored as a byte a group times a float32 a row."""
+        """Whether weight scales are stored as one byte per group times one float32 per row."""
         return self.config.group_size is not None and self.config.weight_quant.scale == "two_level"
 
     @property
     def static_input(self) -> bool:
-        """Whether activations have a calibrated scale."""
+        """Whether activations have a static, calibrated scale."""
         return self.config.input_quant is not None and self.config.input_quant.static
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Return shape and dtype of each tensor of the layer in memory, by name, bias excepted."""
+        """Return shape and dtype of each of the layer's tensors in memory, by name, except the bias."""
         weight, rows = self.config.weight_quant, self.out_features
         form = weight.format
         shape = (rows, form.packed_width(self.in_features), *(1,) * (self.rank - 2))
@@ -137,15 +137,16 @@ class LayerPlan:
         return found
 
     def without_data(self) -> LayerPlan:
-        """Return the stated fallback for a layer that calibration never ran.
+        """Return the fallback plan of a layer that never ran in calibration.
 
-        What of the transform needs no data, weights rounded to nearest, activations scaled by the token at run time.
+        It keeps the part of the transform that needs no data, rounds weights to nearest, and quantizes activations with
+        per-token dynamic scales.
         """
         config = self.config.plain().model_copy(update={"opt": self.config.opt.without_data()})
         return replace(self, config=config).by_token()
 
     def by_token(self) -> LayerPlan:
-        """Return the same with the inputs scaled by the token at run time, where they have scales."""
+        """Return the plan with per-token dynamic input scales, if the input has scales."""
         quant = self.config.input_quant
         if quant is None or not quant.format.has_scale:
             return self
@@ -153,12 +154,12 @@ class LayerPlan:
         return replace(self, config=self.config.model_copy(update={"input_quant": dynamic}))
 
     def plain(self) -> LayerPlan:
-        """Return the same formats with nothing done to help them: what the report compares with."""
+        """Return the same formats with plain round-to-nearest: the baseline of the report."""
         return replace(self, config=self.config.plain(), dual=(False,) * len(self.dual))
 
 
 def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mapping[str, Any] | None = None) -> LayerPlan:
-    """Return the plan of one float layer by its config's own rule, or with the differences a checkpoint stored.
+    """Return the plan of a float layer by its config's own rule, plus the differences that a checkpoint stored.
 
     Raises:
         ConfigError: ``stored`` does not fit the layer.
@@ -177,7 +178,7 @@ def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mappin
         raise ConfigError(f"layer {name!r}: folded={folded!r} in the stored plan is neither True nor False")
     tied = stored.pop("tied", "")
     if not isinstance(tied, str):
-        raise ConfigError(f"layer {name!r}: tied={tied!r} in the stored plan is no name")
+        raise ConfigError(f"layer {name!r}: tied={tied!r} in the stored plan is not a name")
     if odd := {k: v for k, v in stored.items() if not isinstance(v, (list, tuple))}:
         raise ConfigError(f"layer {name!r}: expected lists in the stored plan, got {odd}")
     inputs = tuple(stored.pop("input_segments", input_parts((in_features,), config)))
@@ -197,15 +198,16 @@ def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mappin
             f"layer {name!r}: dual scale needs an input_quant.type of at most 15 bits, not {quant and quant.type}"
         )
     if not all(type(i) is int and i >= 0 for i in rounded):
-        raise ConfigError(f"layer {name!r}: rounded={list(rounded)} in the stored plan are not numbers of experts")
+        raise ConfigError(f"layer {name!r}: rounded={list(rounded)} in the stored plan are not expert indices")
     rank = module.get_parameter("weight").dim()
     return LayerPlan(config, in_features, out_features, inputs, outputs, dual, folded, rank, tied, rounded)
 
 
 def input_parts(segments: tuple[int, ...], config: LayerConfig) -> tuple[int, ...]:
-    """Cut a layer's input segments, column sizes, into the parts that ``config.input_quant.segments`` asks for.
+    """Split a layer's input segments, given as column counts, into the parts set by ``config.input_quant.segments``.
 
-    A part is a whole number of groups wide, and at most its share of the columns or :data:`NARROWEST`.
+    A part has its share of the columns, rounded up to a multiple of :data:`NARROWEST` and the group size; the last part
+    of a segment may be narrower.
     """
     quant = config.input_quant
     if quant is None or quant.segments == 1:

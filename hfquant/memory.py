@@ -1,4 +1,4 @@
-"""Memory of this machine: how much is free, and giving back what is not used."""
+"""Memory of this machine: how much is available, and how to release what is unused."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import psutil
 
 
 def free_memory() -> int:
-    """Return the bytes that this machine can still hand out."""
+    """Return the number of bytes of memory that are available on this machine."""
     return int(psutil.virtual_memory().available)
 
 
 def release_free_memory() -> None:
-    """Give pages that malloc keeps for later back to the system, where the C library can (glibc).
+    """Return free pages that malloc holds back to the system, if the C library can (glibc).
 
-    Statistics that are replaced with every batch, and all that solving a layer takes, leave holes between what stays;
-    they would come to more than is in use.
+    Statistics that are replaced with every batch, and temporary tensors of solving a layer, leave holes between live
+    allocations; these would add up to more than the memory in use.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

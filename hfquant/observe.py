@@ -1,4 +1,4 @@
-"""One pass over the calibration data that collects the statistics of some layers' inputs."""
+"""Collect the statistics of some layers' inputs in one pass over the calibration data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hfquant.statistics import Collector, LayerStats
 
 
 class _AllSeen(Exception):
-    """Every observed layer has run: the rest of the forward is of no interest."""
+    """Every observed layer has run, so the rest of the forward is not needed."""
 
 
 def observe(
@@ -34,17 +34,17 @@ def observe(
 ) -> dict[str, LayerStats]:
     """Run ``model`` over the data once and collect the statistics of the inputs of ``layers``.
 
-    A layer's kind says what the rows of its input are (:mod:`hfquant.nn.kinds`). Those that a sample's 2-D
-    ``attention_mask`` masks out (padding) are not counted.
+    A layer's kind defines the rows of its input (:mod:`hfquant.nn.kinds`). Rows that a sample's 2-D
+    ``attention_mask`` masks out (padding) do not count.
 
     Args:
-        model: run as it is, in eval mode.
+        model: run as is, in eval mode.
         layers: name -> module (of ``model``).
-        data: batches, opened once.
-        needs: name -> statistics it needs beside those that are always collected; default: none.
-        options: keyword arguments that a sample of keyword arguments may lack.
-        stop_early: cut each forward short once all ``layers`` have run.
-        shard: (rank, size): of every ``size`` batches only number ``rank`` is run.
+        data: batches, iterated once.
+        needs: name -> statistics that it needs beyond those always collected; default: none.
+        options: keyword arguments to add to a sample of keyword arguments that lacks them.
+        stop_early: stop each forward once all ``layers`` have run.
+        shard: (rank, size): of every ``size`` batches, only the one at index ``rank`` is run.
 
     Returns:
         name -> statistics; layers that never ran (or saw no rows) are missing.
@@ -95,7 +95,7 @@ def observe(
 
 
 def _share(data: Iterable[Any], rank: int, size: int) -> Iterator[tuple[int, int, Any]]:
-    """Yield (batch, number in the batch, sample) of one process's share of the batches."""
+    """Yield (batch index, index in the batch, sample) for one process's share of the batches."""
     for index, batch in enumerate(progress_bar(data, "calibrating", shown=rank == 0)):
         if index % size == rank:
             for number, sample in enumerate(samples(batch)):
@@ -104,7 +104,7 @@ def _share(data: Iterable[Any], rank: int, size: int) -> Iterator[tuple[int, int
 
 
 def _counted(rows: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Return which rows [batch, tokens, ..., in] or [batch * tokens, in] are not padding; None: all, or unknown."""
+    """Return which rows [batch, tokens, ..., in] or [batch * tokens, in] are not padding; None if all or unknown."""
     if mask is None or rows.dim() < 2:
         return None
     if rows.dim() == 2:
@@ -113,7 +113,7 @@ def _counted(rows: Tensor, mask: Tensor | None) -> Tensor | None:
 
 
 def _padding_mask(sample: Any, device: torch.device | str | int) -> Tensor | None:
-    """Return the rows of a sample that are not padding, [batch, tokens] bool; None where all count."""
+    """Return which tokens of a sample are not padding, [batch, tokens] bool; None if there is no padding."""
     mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
     padded = isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask == 0).any())
     return (mask != 0).to(device) if padded and mask is not None else None

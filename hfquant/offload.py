@@ -1,7 +1,7 @@
-"""Modules whose forward accelerate or diffusers has wrapped, to fetch weights or move inputs, say.
+"""Modules whose forward accelerate or diffusers has wrapped, for example to fetch weights or move inputs.
 
-Neither library has a public way to ask for such a hook, so the attributes that hold them are read here alone.
-``tests/smoke/test_offload.py`` checks them against the installed versions, the oldest allowed among them.
+Neither library has a public API to query these hooks, so only this module reads the attributes that hold them.
+``tests/smoke/test_offload.py`` checks them against the installed versions, including the oldest ones allowed.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ _GROUP = "group_offloading"
 
 
 def has_hook(model: nn.Module) -> bool:
-    """Return whether accelerate runs some module of ``model``, and so may fetch its weights when they are needed."""
+    """Return whether any module of ``model`` has an accelerate hook, which may fetch its weights on demand."""
     return any(_ACCELERATE in vars(module) for module in model.modules())
 
 
 def refuse_group_offloaded(model: nn.Module) -> None:
-    """Raise where diffusers offloads ``model`` in groups, which hold the tensors that were there when it was enabled.
+    """Reject a model that diffusers offloads in groups: these hold the tensors that existed when it was enabled.
 
-    Of groups that are on disk a module's own tensors are not even initialized.
+    For groups on disk, a module's own tensors are not even initialized.
 
     Raises:
-        ValueError: it does.
+        ValueError: ``model`` is group offloaded.
     """
     if any(vars(m)[_DIFFUSERS].get_hook(_GROUP) is not None for m in model.modules() if _DIFFUSERS in vars(m)):
         raise ValueError(
-            f"{type(model).__name__} is group offloaded, and its groups would not know new layers: load it without, "
-            "and call enable_group_offload afterwards"
+            f"{type(model).__name__} uses group offloading, whose groups would not include the quantized layers: "
+            "load it without, and call enable_group_offload afterwards"
         )
 
 
 def execution_device(module: nn.Module) -> torch.device | str | int | None:
-    """Return where accelerate runs ``module``; None where it does not say."""
+    """Return the device on which accelerate runs ``module``; None if it specifies none."""
     hook = vars(module).get(_ACCELERATE)
     hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     said = (getattr(hook, "execution_device", None) for hook in hooks)
@@ -52,17 +52,17 @@ def execution_device(module: nn.Module) -> torch.device | str | int | None:
 
 
 def fetches_weights(module: nn.Module) -> bool:
-    """Return whether accelerate keeps the module's weights elsewhere and fetches them for each forward."""
+    """Return whether accelerate stores the module's weights elsewhere and fetches them for each forward."""
     return any(hook.offload for hook in _align_hooks(vars(module).get(_ACCELERATE)))
 
 
 class OnDisk(NamedTuple):
-    """Where accelerate keeps the weights of a module that is offloaded to disk.
+    """Where accelerate stores the weights of a module that is offloaded to disk.
 
     Attributes:
-        folder: for weights that are written; None where all are read from the checkpoint's own files.
-        prefix: the module's name and a dot.
-        files: what accelerate knows of each weight on disk, by its full name.
+        folder: folder of written weights; None if all are read from the checkpoint's own files.
+        prefix: the module's name followed by a dot.
+        files: accelerate's index entry of each weight on disk, by full name.
     """
 
     folder: Path | None
@@ -71,7 +71,7 @@ class OnDisk(NamedTuple):
 
 
 def on_disk(module: nn.Module) -> OnDisk | None:
-    """Return where on disk ``module``'s own weights are; None where they are in memory."""
+    """Return where ``module``'s own weights are on disk; None if they are in memory."""
     return next((found for hook in _align_hooks(vars(module).get(_ACCELERATE)) if (found := _place(hook))), None)
 
 
@@ -92,12 +92,12 @@ def _place(hook: AlignDevicesHook) -> OnDisk | None:
 
 
 def forget_weights(module: nn.Module) -> None:
-    """Delete what a library has written to an offload folder for a module that is not used any more."""
+    """Delete the files that a library wrote to an offload folder for a module that is no longer used."""
     place = on_disk(module)
     if place is None or place.folder is None:
         return
     for name in [name for name in place.files if name.startswith(place.prefix)]:
-        # Either accelerate has written it, or transformers has, into a file of its own; others are the checkpoint's.
+        # Written by accelerate, or by transformers to a separate file; other files belong to the checkpoint.
         own = place.folder / f"{name}.safetensors"
         if place.files[name].get("safetensors_file") in (None, str(own)):
             del place.files[name]
@@ -106,21 +106,21 @@ def forget_weights(module: nn.Module) -> None:
 
 
 def copy_hook(old: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` the hook of accelerate that ``old`` has, unless it has one. ``old`` keeps its own.
+    """Give ``new`` the accelerate hook of ``old``, unless it has one. ``old`` keeps its own.
 
-    Where the weights of ``old`` are on disk those of ``new`` go there too, into files of their own.
+    If the weights of ``old`` are on disk, those of ``new`` are written there too, to separate files.
     """
     if _ACCELERATE in vars(old) and _ACCELERATE not in vars(new):
         add_hook_to_module(new, _renewed(vars(old)[_ACCELERATE], new))
 
 
 def lend(owner: nn.Module, borrower: nn.Module, names: Collection[str]) -> None:
-    """Have accelerate fetch tensors that two modules share for both of them, where it fetches weights of either.
+    """Let accelerate fetch tensors shared by two modules for both of them, if it fetches weights of either.
 
     Args:
-        owner: that the tensors are loaded and offloaded as.
-        borrower: which has them too, and was dispatched before it had them.
-        names: of the tensors.
+        owner: module as part of which the tensors are loaded and offloaded.
+        borrower: module that shares them, and was dispatched before it did.
+        names: names of the shared tensors.
     """
     if not fetches_weights(owner) and not fetches_weights(borrower):
         return
@@ -145,19 +145,19 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _offloaded(module: nn.Module) -> Any:
-    """Return what accelerate fetches the module's weights from, by name; nothing where it does not."""
+    """Return the map from which accelerate fetches the module's weights, by name; empty if it does not."""
     hooks = _align_hooks(vars(module).get(_ACCELERATE))
     return next((hook.weights_map for hook in hooks if hook.offload), {})
 
 
 def forget_hook(copied: nn.Module) -> None:
-    """Take what accelerate bound to the original off a shallow copy of a module."""
+    """Remove from a shallow copy of a module what accelerate bound to the original."""
     for key in (_ACCELERATE, "_old_forward", "forward"):
         vars(copied).pop(key, None)
 
 
 def _renewed(hook: Any, new: nn.Module) -> Any:
-    """Return a hook for another module: one that offloads has its module's weights, and must take the new one's."""
+    """Return a copy of a hook for another module: if it offloads, it must hold the new module's weights."""
     if isinstance(hook, SequentialHook):
         return SequentialHook(*(_renewed(h, new) for h in hook.hooks))
     if not isinstance(hook, AlignDevicesHook):
@@ -175,9 +175,9 @@ def _renewed(hook: Any, new: nn.Module) -> Any:
 
 
 def _written(place: OnDisk, new: nn.Module, hook: AlignDevicesHook) -> PrefixedDataset:
-    """Write what a hook is to offload of a module, and return the map that accelerate reads it through.
+    """Write the tensors of a module that a hook offloads, and return the map through which accelerate reads them.
 
-    The file is a new one each time: the module that is replaced may come back.
+    Each call creates a new file, since the replaced module may be restored.
     """
     tensors: dict[str, Tensor] = dict(new.named_parameters())
     if hook.offload_buffers:
@@ -192,17 +192,17 @@ def _written(place: OnDisk, new: nn.Module, hook: AlignDevicesHook) -> PrefixedD
 
 
 def hooks_of(module: nn.Module) -> Iterator[Any]:
-    """Yield what either library keeps of its own in ``module``, weights included; a copy of the module may share it."""
+    """Yield what either library stores in ``module``, weights included; a copy of the module may share it."""
     yield from (vars(module)[name] for name in (_ACCELERATE, _DIFFUSERS) if name in vars(module))
 
 
 def drop_wrappers(copied: nn.Module, fetch: bool) -> None:
-    """Have a copied module run its own forward.
+    """Make a copied module run its own forward.
 
     Args:
-        copied: What ``copy.deepcopy`` made of a module, its hooks shared with it.
-        fetch: Leave accelerate's wrapper, which fetches weights. diffusers' goes in any case: it runs the module that
-            was copied, not the copy.
+        copied: Result of ``copy.deepcopy`` on a module, which shares the module's hooks.
+        fetch: Keep accelerate's wrapper, which fetches weights. The wrapper of diffusers is always removed: it runs the
+            original module, not the copy.
     """
     if _DIFFUSERS in vars(copied) or (not fetch and _ACCELERATE in vars(copied)):
         vars(copied).pop("forward", None)

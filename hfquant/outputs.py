@@ -1,4 +1,4 @@
-"""Outputs of models: the tensor that counts, and how far one output is from another."""
+"""Model outputs: the tensor to compare, and the distance between two outputs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: What configs call the number of tokens or labels.
+#: Config attributes with the number of tokens or labels.
 _COUNTS = ("vocab_size", "num_labels")
 
 
 def main_tensor(output: Any) -> Tensor:
-    """Return the logits of a model's output, or else the first tensor of floats.
+    """Return the logits of a model's output, or else its first floating-point tensor.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the output has neither.
     """
     if isinstance(logits := getattr(output, "logits", None), Tensor):
         return logits
@@ -33,7 +33,7 @@ def main_tensor(output: Any) -> Tensor:
 
 
 def is_distribution(model: nn.Module, output: Tensor) -> bool:
-    """Return whether a model's output is logits over tokens or labels, along its last dimension."""
+    """Return whether a model's output is logits over tokens or labels along its last dimension."""
     config = getattr(model, "config", None)
     counts = [getattr(c, n, None) for c in (config, getattr(config, "text_config", None)) for n in _COUNTS]
     return output.dim() > 1 and output.shape[-1] > 1 and output.shape[-1] in counts
@@ -44,9 +44,9 @@ def divergence(output: Tensor, expected: Tensor, are_logits: bool, mask: Tensor 
 
     Args:
         output, expected: [batch, ...] float32.
-        are_logits: the mean KL divergence ``KL(expected || output)`` a token or label, in nats; else the relative
-            squared error.
-        mask: [batch, tokens], 0 for tokens that do not count; None where all do.
+        are_logits: whether to return the mean KL divergence ``KL(expected || output)`` per token or label, in nats,
+            rather than the relative squared error.
+        mask: [batch, tokens], 0 for tokens that do not count; None if all do.
     """
     if not are_logits:
         error, size = (x.square().reshape(len(x), -1).sum(1) for x in (output - expected, expected))
@@ -61,14 +61,14 @@ def divergence(output: Tensor, expected: Tensor, are_logits: bool, mask: Tensor 
 def better(one: Tensor, other: Tensor) -> bool:
     """Return whether ``one``'s divergences are less than ``other``'s by more than two standard errors of the mean.
 
-    One divergence alone does not say.
+    A single divergence is too few to tell, so the result is then False.
     """
     difference = one - other
     return len(difference) > 1 and difference.mean().item() < -2 * difference.std().item() / math.sqrt(len(difference))
 
 
 def padding_mask(sample: Any, output: Tensor) -> Tensor | None:
-    """Return the attention mask of a sample, [batch, tokens], for an output that is [batch, tokens, ...]; else None."""
+    """Return a sample's attention mask, [batch, tokens], if the output is [batch, tokens, ...]; else None."""
     mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or output.dim() != 3 or mask.shape != output.shape[:2]:
         return None

@@ -1,7 +1,7 @@
-"""What each layer of a model will become, decided before any data is seen: config, segments, dual scale.
+"""Plan how each layer of a model is quantized, before any data is seen: config, segments, dual scale.
 
-The plan is all that is needed to build every :class:`~hfquant.nn.linear.QuantLinear` empty, so it is also what a saved
-checkpoint's config.json is expanded to.
+The plan is sufficient to build every :class:`~hfquant.nn.linear.QuantLinear` empty, so a saved checkpoint's config.json
+expands to it as well.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hfquant.wider import left_in_float, with_wider_inputs, with_wider_weights
 
 logger = logging.getLogger(__name__)
 
-#: Reasons for which the user leaves a linear in full precision.
+#: Reasons for linears that the user leaves in full precision.
 EXCLUDED, SWITCHED_OFF = "in modules_to_not_convert", "enable=False"
 
 _OUTPUT_PATTERNS = {SegPattern.LINEAR2CHUNK, SegPattern.LINEAR2SPLIT}
@@ -42,17 +42,17 @@ _INPUT_PATTERNS = {SegPattern.CONCAT2LINEAR, SegPattern.STACK2LINEAR, SegPattern
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model beside its modules; a library's integration knows more than the core.
+    """Facts about a model beyond its modules; a library's integration knows more than the core.
 
     Attributes:
-        skipped: names of layers that stay in full precision unless asked for, and why.
-        tied: names of modules whose weight is that of another once it is loaded, and the other.
-        optional: names of layers, and what a config's ``include`` has to name for them to be quantized.
+        skipped: names of layers that stay in full precision unless requested -> the reason.
+        tied: names of modules that get another module's weight once loaded -> that module.
+        optional: names of layers -> the entry that a config's ``include`` needs for them to be quantized.
         prefix: a name without it means the same module (transformers' ``base_model_prefix``).
-        example: gives inputs for pattern detection, or None where they are not known.
-        options: for the layers that are watched, keyword arguments that a calibration sample may lack.
-        uncounted: names of modules that the share of quantized parameters leaves out (output heads).
-        experts: name of a module of fused experts -> how it keeps them.
+        example: returns inputs for pattern detection, or None if they are unknown.
+        options: given the observed layers, returns keyword arguments to add to calibration samples that lack them.
+        uncounted: names of modules that the share of quantized parameters excludes (output heads).
+        experts: name of a module of fused experts -> its layout.
     """
 
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class ModelFacts:
     experts: Mapping[str, ExpertsLayout] = field(default_factory=dict)
 
     def aliases(self, name: str) -> tuple[str, ...]:
-        """Return a module's name, then its name with or without the prefix."""
+        """Return a module's name, followed by its name without the prefix, or with it if the name lacks it."""
         if not self.prefix:
             return (name,)
         start = self.prefix + "."
@@ -77,9 +77,9 @@ class Plan:
     """The plan of a whole model.
 
     Attributes:
-        layers: by name, in order of execution.
-        skipped: why each other layer is left alone.
-        folds: of the folded layers, in order of execution.
+        layers: layer plans by name, in execution order.
+        skipped: names of the layers left in full precision -> the reason.
+        folds: folds of the folded layers, in execution order.
     """
 
     layers: dict[str, LayerPlan]
@@ -88,17 +88,17 @@ class Plan:
 
     @property
     def why_skipped(self) -> str:
-        """Why layers are left alone, and how many, in words."""
+        """Reasons why layers are skipped, with counts, in words."""
         counts = Counter(self.skipped.values())
         reasons = [f"{counted(number, 'layer')}: {why}" for why, number in counts.most_common()]
-        return "; ".join(reasons) or "no layer of a kind that can be"
+        return "; ".join(reasons) or "no layer of a supported kind"
 
     def fused(self, experts: Unfused, solved: Mapping[str, LayerPlan] | None = None) -> Plan:
-        """Return the plan with one entry for the experts of a parameter, under the parameter's name.
+        """Return the plan with one entry for all experts of a parameter, under the parameter's name.
 
         Args:
-            experts: of the model.
-            solved: the plans that such parameters ended up with; default: that of the first expert.
+            experts: the unfused experts of the model.
+            solved: final plans of such parameters; default: that of the first expert.
         """
         solved = solved or {}
         layers: dict[str, LayerPlan] = {}
@@ -131,7 +131,7 @@ class Plan:
 
 
 def warn_if_empty(model: nn.Module, plan: Plan) -> None:
-    """Log one line where there is nothing to quantize."""
+    """Log one line if there is nothing to quantize."""
     if not plan.layers:
         logger.warning(
             "%s has nothing to quantize (%s): it stays in full precision", type(model).__name__, plan.why_skipped
@@ -145,7 +145,7 @@ def _short(sizes: tuple[int, ...]) -> str:
 
 
 def matches(names: Iterable[str], keys: Collection[str]) -> bool:
-    """Return whether any name is, lies below, or has as a path component one of ``keys`` (or matches it as a glob)."""
+    """Return whether any name equals one of ``keys``, contains it as a path component, or matches it as a glob."""
     return any(f".{key}." in f".{name}." or fnmatchcase(name, key) for name in names for key in keys)
 
 
@@ -156,17 +156,17 @@ def plan_layers(
     example: Any = None,
     facts: ModelFacts | None = None,
 ) -> Plan:
-    """Decide what every layer of ``model`` will become, and every parameter that holds experts.
+    """Plan how each layer of ``model`` will be quantized, and each parameter that holds experts.
 
     Needs no weights: the model may be on the meta device.
 
     Args:
-        model: any module; what can be quantized of it, :mod:`hfquant.nn.kinds` says.
+        model: any module; :mod:`hfquant.nn.kinds` defines which layers can be quantized.
         rules: the validated config.
-        not_convert: names, path components or globs to leave alone, beside the default ones.
+        not_convert: names, path components or globs to skip, in addition to the default ones.
         example: model inputs for pattern detection: a tensor, positional arguments, or a dict of keyword arguments;
-            None takes those of ``facts``.
-        facts: what a library knows of the model.
+            None uses those of ``facts``.
+        facts: what a library knows about the model.
 
     Raises:
         ConfigError: the config is invalid, or does not fit a layer.
@@ -184,13 +184,13 @@ def plan_apart(
     facts: ModelFacts,
     experts: Unfused,
 ) -> Plan:
-    """Do what :func:`plan_layers` does for a model whose experts are taken apart: each is a linear of its own."""
+    """Do what :func:`plan_layers` does, for a model with unfused experts: each is a separate linear."""
     chosen, skipped, ties = _chosen(model, rules, not_convert, facts, experts)
     with first_alone(experts):
         traces = _traces(model, chosen, example, facts)
     share_traces(traces, experts)
     obstacles = {n: t.obstacle for n, t in traces.items() if t.obstacle}
-    if not traces.keys() >= chosen.keys():  # of layers that no forward was watched of, the source code says what it can
+    if not traces.keys() >= chosen.keys():  # for layers that no forward was traced through, inspect the source code
         obstacles = {n: why for n, why in obstacles_in_source(model).items() if n not in traces} | obstacles
     for name in [n for n in chosen if n in obstacles]:
         skipped[name] = obstacles[name]
@@ -214,10 +214,10 @@ def plan_apart(
 def _chosen(
     model: nn.Module, rules: QuantRules, not_convert: Collection[str], facts: ModelFacts, experts: Unfused
 ) -> tuple[dict[str, LayerConfig], dict[str, str], dict[str, str]]:
-    """Decide which layers are quantized; warn of names that match none.
+    """Decide which layers are quantized; warn about names that match none.
 
     Returns:
-        The configs of those to quantize, why each other one is not, and whose weight each shares that shares one.
+        The configs of the layers to quantize, why each other one is not, and for each tied layer the one it is tied to.
     """
     kinds, groups = layers_in(model), tied_groups(model, facts.tied)
     tied = {name: next(n for n in reversed(group) if n != name) for group in groups for name in group}
@@ -240,7 +240,7 @@ def _chosen(
         asked = _asked(rules, names)
         layer = rules.resolve(*names)
         if fused and layer.input_quant is not None:
-            # The experts of one parameter have one config, whatever each would need.
+            # All experts of a parameter have one config, so none may switch to per-token scales on its own.
             static = layer.input_quant.model_copy(update={"token_fallback": False})
             layer = layer.model_copy(update={"input_quant": static})
         options = [] if kind is None else [facts.optional.get(name, ""), kind.optional(module)]
@@ -249,7 +249,7 @@ def _chosen(
         if kind is None:
             skipped[name] = refused
         elif not name:
-            skipped[name] = "it is the whole model, so nothing can hold its replacement; wrap it in nn.Sequential"
+            skipped[name] = "it is the whole model, so no parent can hold its replacement; wrap it in nn.Sequential"
         elif matches(names, not_convert):
             skipped[name] = EXCLUDED
         elif not layer.enable:
@@ -280,17 +280,17 @@ def _chosen(
 
 
 def _asked(rules: QuantRules, names: Iterable[str]) -> bool:
-    """Return whether an entry of the config that is not for all layers says that this one is quantized."""
+    """Return whether a config entry other than the default explicitly enables this layer."""
     return any(rules.raw[glob].get("enable") is True for glob in rules.matching(*names))
 
 
 def _log_cuts(who: str, layers: Mapping[str, LayerPlan]) -> None:
-    """Say in one line each where a config's sizes do not fit layers and were cut."""
+    """Log one line per case in which a config's sizes do not fit layers and were reduced."""
     short = [n for n, p in layers.items() if p.config.group_size and len(set(p.columns)) > 1]
     small = [n for n, p in layers.items() if p.transform != p.opt]
-    for names, what in ((short, "the last group of a segment is shorter"), (small, "opt is cut to the layer's size")):
+    for names, what in ((short, "the last group of a segment is shorter"), (small, "opt is reduced to the layer size")):
         if names:
-            logger.info("%s: in %s %s, %r first", who, counted(len(names), "layer"), what, names[0])
+            logger.info("%s: in %s %s (first: %r)", who, counted(len(names), "layer"), what, names[0])
 
 
 def _traces(
@@ -299,7 +299,7 @@ def _traces(
     patterns = {p for layer in chosen.values() for p in layer.search_patterns}
     if not chosen:
         return {}
-    # While transformers builds a model its default device is meta, where example inputs would lose their values.
+    # While transformers builds a model, its default device is meta, on which example inputs would lose their values.
     with torch.device("cpu"):
         example = facts.example() if example is None else example
         if example is None:
@@ -310,7 +310,9 @@ def _traces(
             codes = {name: layer.weight_quant.format.code_dtype for name, layer in chosen.items()}
             return trace(model, example, patterns=patterns, codes=codes)
         except PatternError as error:
-            logger.warning("%s: pattern detection failed (%s); going on without segments", type(model).__name__, error)
+            logger.warning(
+                "%s: pattern detection failed (%s); continuing without segments", type(model).__name__, error
+            )
             return {}
 
 
@@ -327,9 +329,9 @@ def _with_trace(
     if source is not None:
         evidence = (*evidence, f"divisor folded into {source}")
     if config.seglinear:
-        # Segments are taken where they change a scale.
+        # Segments are used only if they change a scale.
         apart = (quant is not None and quant.format.has_scale) or (weight.format.has_scale and not grouped)
-        # A segment narrower than a group would only cost scales.
+        # A segment narrower than a group would only add scales.
         wide = min(found.input_segments) >= (config.group_size or 1)
         if apart and wide and wanted & _INPUT_PATTERNS:
             inputs = input_parts(found.input_segments, config)
@@ -341,12 +343,12 @@ def _with_trace(
     dual = (False,) * len(inputs)
     if SegPattern.ACTIVATION2LINEAR in wanted and quant is not None:
         if config.opt.rotation:
-            # Sums of both signs: no side is small, and codes of 16 bits would take twice the time.
+            # Rotated values are sums of both signs: no side is small, and 16-bit codes would take twice the time.
             evidence = (*evidence, "no dual scale: the input is rotated")
         elif can_be_dual(config):
             active = tuple(a is not None for a in found.activations)
             before, after = list(accumulate(found.input_segments)), list(accumulate(inputs))
-            # A part has the activation of the segment that it was cut from.
+            # A part has the activation of the segment that it was split from.
             cut = set(before) <= set(after)
             dual = tuple(active[bisect_left(before, end)] if cut else all(active) for end in after)
         elif quant.format.has_scale:

@@ -1,26 +1,26 @@
-"""Configs that people ask for by name."""
+"""The named configs."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
-# Eight parts of the input with scales of their own take two thirds off SmolLM2's KL at eight bits: an outlier then
-# costs its own part alone. Kernels lose at most a tenth of their speed by it.
+# Eight input parts, each with its own scale, cut SmolLM2's KL at eight bits by two thirds: an outlier then only affects
+# its own part. Kernels lose at most a tenth of their speed.
 _PARTS = 8
 _INT8_TOKEN = {"type": "int8", "axis": -1, "dynamic": True, "segments": _PARTS}
 _FP8_TOKEN = {"type": "fp8e4m3", "axis": -1, "dynamic": True}
-# A scale for each token and 64 channels, which is the narrowest part and what SVDQuant's kernels have.
+# One scale per token and 64 channels: the narrowest part, and the granularity of SVDQuant's kernels.
 _INT4_TOKEN = {"type": "int4", "axis": -1, "dynamic": True, "segments": 256}
 _INT4_MOST = {**_INT4_TOKEN, "int8_share": 0.05}
-# Groups of 32 in place of 64 take a quarter off SmolLM2's KL at four bits, for 0.19 bits a weight. A denoiser's last
-# projection, a thousandth of its weights, is worth 5 to 8 dB at INT8.
+# Groups of 32 instead of 64 cut SmolLM2's KL at four bits by a quarter, for 0.19 bits per weight. Keeping a denoiser's
+# last projection, a thousandth of its weights, at INT8 gains 5 to 8 dB.
 _GROUPED = {"symmetric": False, "clip": "mse", "int8_share": 0.01}
 _INT4_GROUP = {"type": "int4", "group_size": 32, **_GROUPED}
 _INT6_GROUP = {"type": "int6", "group_size": 64, **_GROUPED}
-# One scale a tensor needs most of the outliers in the weights, how many differs by layer.
+# With one scale per tensor, most of the outliers must move into the weights; how much differs by layer.
 _SEARCHED = {"type": "smooth", "search_alpha_config": {"enable": True, "min": 0.5, "step": 0.05}}
 _EVEN = {"type": "smooth_hadamard", "search_alpha_config": {"enable": True, "min": 0.3, "max": 0.9, "step": 0.05}}
-# With float activations, or INT8 ones with a scale a token, the weights' error is what counts. Beside rotation and GPTQ
+# With float activations, or INT8 ones with per-token scales, the weights' error dominates. On top of rotation and GPTQ,
 # a smoothing vector is not worth its bits (benchmarks/README.md, "What each option is worth"). INT4 inputs need one.
 _GPTQ = {"opt": {"type": "hadamard"}, "calib": {"type": "gptq"}}
 _SMOOTH_GPTQ = {
@@ -31,7 +31,7 @@ _SMOOTH_GPTQ = {
     },
     "calib": {"type": "gptq"},
 }
-#: Half a bit apart, so that a budget is well spent.
+#: Steps of about half a bit, so that the search can use up its budget.
 _SEARCHED_BITS = [
     {"type": "int3", "group_size": 32},
     {"type": "int4", "group_size": 64},
@@ -40,13 +40,13 @@ _SEARCHED_BITS = [
     {"type": "int6", "group_size": 64},
     {"type": "int8", "group_size": 64},
 ]
-# At eight bits most of a denoiser's error is what its last projection rounds: left in float it is worth 4 to 8 dB, and
-# 1 to 3 dB at six bits or with INT8 inputs, where its bits weigh more against those of the others.
+# At eight bits most of a denoiser's error comes from rounding its last projection: leaving it in float gains 4 to 8 dB,
+# or 1 to 3 dB at six bits or with INT8 inputs, where its bits are a larger part of the total.
 _ENDS = {"float_share": 0.01}
 _FEW_ENDS = {"float_share": 0.005}
 _ROUND = {"opt": {"type": "default"}, "calib": {"type": "amax"}}
-# Rotating blocks of 64 takes half to three quarters off SmolLM2's KL at eight bits; four bits of input need it.
-# Kernels lose 0 to 18 % of their speed by it, the most where few outputs share an input.
+# Rotating blocks of 64 cuts SmolLM2's KL at eight bits by half to three quarters; INT4 inputs need it. Kernels lose 0
+# to 18 % of their speed, the most if few outputs share an input.
 _ROTATED = {"opt": {"type": "hadamard"}, "calib": {"type": "amax"}}
 _SVD = {"opt": {"type": "svd", "low_rank": 32, "alpha": 0.5}, "calib": {"type": "amax"}}
 
@@ -55,11 +55,11 @@ def _channel(dtype: str) -> dict[str, Any]:
     return {"type": dtype, "axis": -1}
 
 
-#: Named configs. Those whose ``needs_data`` is False quantize while the weights are loaded.
+#: Named configs. Those that need no data (``needs_data`` is False) quantize each weight as it is loaded.
 PRESETS: dict[str, dict[str, Any]] = {
     name: {"default": {"real_quant": True, **cast(dict[str, Any], entry)}}
     for name, entry in {
-        # None folds its divisors: layers that share one lose more than a division costs (docs/config.md).
+        # No preset folds: sharing a smoothing vector loses more quality than the division costs (docs/config.md).
         "w8a8": {
             **_ENDS,
             "opt": _SEARCHED,
@@ -96,7 +96,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "weight_quant": _INT4_GROUP,
             "input_quant": _INT4_MOST,
         },
-        # SVDQuant's own format, which can be exported for its kernels.
+        # SVDQuant's own format; it can be exported for SVDQuant's kernels.
         "w4a4-svd": {**_SVD, "weight_quant": {"type": "int4", "group_size": 64}, "input_quant": _INT4_TOKEN},
         "fp8": {
             **_ENDS,
@@ -107,8 +107,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fp8-dynamic": {**_ENDS, **_ROUND, "weight_quant": _channel("fp8e4m3"), "input_quant": _FP8_TOKEN},
     }.items()
 }
-# As many bytes as w4a16-gptq, spent where they count.
+# The same number of bytes as w4a16-gptq, spent where they matter most.
 PRESETS["w4-auto"] = {**PRESETS["w4a16-gptq"], "search": {"budget": "w4a16-gptq", "choices": _SEARCHED_BITS}}
 
-#: Names of presets that there were, and the one that is better at fewer bits.
+#: Names of removed presets, each with the one to use instead: better, at fewer bits.
 SUCCEEDED = {"w4a8": "w4a8-gptq", "w4a8-svd": "w4a8-gptq"}

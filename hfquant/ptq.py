@@ -37,9 +37,10 @@ from hfquant.statistics import SAMPLE_ROWS, LayerStats, stats_bytes
 
 logger = logging.getLogger(__name__)
 
-#: An expert that saw fewer rows is rounded to nearest. Measured on SmolLM2's MLPs, with held-out rows: from 32 rows on
-#: what is solved for them (w8a8-smooth, w4a16-gptq) errs at most 13 % more than that, and mostly less; with 8 up to
-#: 43 % more. And a row beyond n that were seen exceeds their range, in any one channel, with chance 2 / (n + 1).
+#: An expert that saw fewer rows is rounded to nearest. Measured on SmolLM2's MLPs with held-out rows: solved from 32
+#: or more rows (w8a8-smooth, w4a16-gptq), an expert has at most 13 % more error than rounded to nearest, and mostly
+#: less; from 8 rows, up to 43 % more. Also, in any one channel, a row beyond the n rows seen exceeds their range with
+#: probability 2 / (n + 1).
 FEWEST_ROWS = 32
 
 
@@ -48,7 +49,7 @@ class Applied:
     """A finished quantization.
 
     Attributes:
-        plan: each layer's as it ended up, and what was skipped.
+        plan: the final plan of each layer, and what was skipped.
         report: each layer's decision and error.
         originals: the modules that were replaced, by name.
     """
@@ -71,27 +72,27 @@ def quantize(
     facts: ModelFacts | None = None,
     finish: Callable[[Applied], None] = lambda applied: None,
 ) -> Applied:
-    """Quantize the layers of ``model`` in place; where that fails the model is left as it was.
+    """Quantize the layers of ``model`` in place; if that fails, the model is left unchanged.
 
     Args:
         model: any module.
-        loader: calibration data; may be None where the config needs none.
+        loader: calibration data; may be None if the config needs none.
         rules: the validated config.
-        settings: what else the caller asks for.
-        facts: what a library knows of the model.
-        finish: called last, within the transaction: if it raises, all is undone.
+        settings: the caller's other settings.
+        facts: what a library knows about the model.
+        finish: called last, within the transaction: if it raises, everything is undone.
 
     Raises:
         ConfigError: the config does not fit a layer.
         CalibrationError: data is missing, empty, or has NaN or Inf.
-        ValueError: the model is already quantized or group offloaded, has no layers, or differs from another process'.
-        RuntimeError: it failed in another process, which the message names with its cause.
+        ValueError: the model is already quantized or group offloaded, has no layers, or differs between processes.
+        RuntimeError: quantization failed in another process; the message names the process and the cause.
     """
     settings, facts = settings or Settings(), facts or ModelFacts()
     if quant_modules(model):
         raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
     refuse_group_offloaded(model)
-    # Without data there is little to share, and a caller may well quantize in one process alone.
+    # Without data there is little to share, and the caller may be quantizing in one process only.
     sharing = processes() if rules.needs_data else nullcontext(Processes())
     shown = log_shown() if settings.verbose else nullcontext()
     with shown, sharing as group, unfused(model, facts.experts) as experts:
@@ -107,11 +108,11 @@ def quantize(
 
 
 def _folded(run: Run) -> Run:
-    """Find the divisors to fold, in the first process for all."""
+    """Compute the divisors to fold, in the first process for all of them."""
     if not run.plan.folds:
         return run
     if run.group.size == 1 and not run.per_layer_mode and len(list(_groups(run))) == 1:
-        # One pass serves this and all that follows.
+        # One pass serves both folding and solving.
         needs = {n: p.config.needs for n, p in run.plan.layers.items() if p.config.needs_data}
         run = replace(run, seen=_observed(run, needs, dict.fromkeys(needs, 0)))
 
@@ -127,7 +128,7 @@ def _folded(run: Run) -> Run:
 
 
 def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Applied:
-    """Solve all layers, then swap them in and finish, in one step that is undone whole."""
+    """Solve all layers, swap them in and finish, as one transaction."""
     originals: dict[str, nn.Module] = {name: run.module(name) for name in run.plan.layers}
     layers: dict[str, QuantLayer] = {}
     sources = run.folding.sources(run.model, run.plan)
@@ -159,10 +160,10 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
         tie(run.model)
         needing = {name for name, layer in run.plan.layers.items() if layer.config.needs_data}
         if needing and all(r.fallback for r in reports if r.name in needing):
-            logger.warning("calibration ran none of the layers that need its data")
+            logger.warning("none of the layers that need calibration data ran during calibration")
         if needing and run.checks is not None:
             options = run.facts.options(layers.values())
-            # What is tied has its codes in common with another layer, and keeps them.
+            # Tied layers share their codes with another layer, and keep them.
             tied = {n for name, x in layers.items() if x.plan.tied for n in (name, x.plan.tied)}
             modules = {name: module for name, module in (layers | fused).items() if name not in tied}
             floats = originals | run.experts.originals
@@ -184,14 +185,14 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
 
 
 def _log_rounded(run: Run, plan: Plan) -> None:
-    """Name the experts that saw too few rows, in one line."""
+    """Log the experts that saw too few rows, in one line."""
     few = [f"{name} {list(layer.rounded)}" for name, layer in plan.layers.items() if layer.rounded]
     if few and run.group.main:
         logger.warning("experts that saw fewer than %d rows are rounded to nearest: %s", FEWEST_ROWS, "; ".join(few))
 
 
 def _groups(run: Run) -> Iterator[list[str]]:
-    """Yield layers whose statistics fit the budget together; in per-layer mode those of one block, as executed."""
+    """Yield layers whose statistics fit the budget together; in per-layer mode, only layers of one block."""
     layers = run.plan.layers
     blocks = groupby(layers, key=block_of) if run.per_layer_mode else [("", iter(layers))]
     for _, names in blocks:
@@ -209,17 +210,17 @@ def _groups(run: Run) -> Iterator[list[str]]:
 
 
 def block_of(name: str) -> str:
-    """Return a name up to its first index, ``model.layers.3``; without one, what comes before its last dot."""
+    """Return a name up to its first index, as in ``model.layers.3``; without one, everything before its last dot."""
     found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
     return found.group() if found else name.rpartition(".")[0]
 
 
 def _solve_group(run: Run, names: Sequence[str]) -> Iterator[tuple[str, QuantLayer, LayerReport]]:
-    """Observe the layers of a group in one pass over the data, then solve them, each in one of the processes."""
+    """Observe the layers of a group in one pass over the data, then solve each in one of the processes."""
     group, layers = run.group, {name: run.plan.layers[name] for name in names}
     with group.together():
         known = _known(run, names)
-    # A layer that is on disk somewhere belongs to the first process that has it.
+    # A layer that is cached on disk belongs to the first process that has it.
     owners = {name: rank for rank, found in reversed([*enumerate(group.gather(set(known)))]) for name in found}
     needs = {n: p.config.needs for n, p in layers.items() if p.config.needs_data and n not in owners}
     owners |= group.share({n: _cost(p) for n, p in layers.items() if n not in owners})
@@ -270,7 +271,7 @@ def _observed(run: Run, needs: Mapping[str, Collection[str]], owners: Mapping[st
 
 
 def _known(run: Run, names: Sequence[str]) -> dict[str, Solution]:
-    """Return the layers that an interrupted run solved."""
+    """Return the layers that an interrupted run has already solved."""
     known = {}
     for name in names if run.cache is not None else ():
         plan = run.plan.layers[name]
@@ -288,7 +289,7 @@ def _solve_layer(
 ) -> tuple[QuantLayer, LayerReport]:
     module, plan = run.module(name), run.plan.layers[name]
     start = time.perf_counter()
-    # Offloaded weights are fetched for the moment.
+    # Offloaded weights are fetched temporarily.
     with align_module_device(module), torch.no_grad():
         weight, stats = run.matrix(name), run.folding.stats(name, stats)
         bias = module._parameters.get("bias")
@@ -304,11 +305,11 @@ def _solve_layer(
         report = layer_report(name, weight, solution, layer, stats, seconds)
     release_free_memory()
     if solution.fallback and name not in run.experts.parameters:
-        logger.warning("layer %r never ran during calibration: rounded to nearest, inputs scaled by token", name)
+        logger.warning("layer %r never ran during calibration: using round-to-nearest and per-token input scales", name)
     return layer, report
 
 
 def _cost(plan: LayerPlan) -> float:
-    """Return roughly what solving a layer takes, to share layers out evenly."""
+    """Return the rough cost of solving a layer, to balance layers among processes."""
     sampled = plan.in_features * plan.out_features * SAMPLE_ROWS
     return max(float(sampled), plan.config.calib.cost(plan.in_features, plan.out_features))

@@ -1,4 +1,4 @@
-"""Registration with transformers and diffusers, without importing either: it waits until they are imported."""
+"""Registration with transformers and diffusers without importing them: it waits until they are imported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _AfterImport(MetaPathFinder):
         self.module, self.action = module, action
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the spec that the other finders give for the module awaited, its loader followed by the action."""
+        """Return the other finders' spec of the awaited module, with the action run after its loader."""
         if name != self.module:
             return None
         others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
@@ -29,7 +29,7 @@ class _AfterImport(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            # Not before: whether a module is installed is often asked in the same way, and then it is not imported.
+            # Not earlier: code that only checks whether a module is installed also calls find_spec.
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
                 self.action()
@@ -39,7 +39,7 @@ class _AfterImport(MetaPathFinder):
 
 
 def after_import(module: str, action: Callable[[], None]) -> None:
-    """Run ``action`` when ``module`` has been imported; at once where it has been already."""
+    """Run ``action`` once ``module`` has been imported; immediately if it already has."""
     if module in sys.modules:
         action()
     else:

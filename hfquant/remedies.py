@@ -1,4 +1,4 @@
-"""What the guard does about a layer that is off: safer formats to try, and what the likely cause is called."""
+"""The guard's remedies for a layer that fails its check: safer formats to try, and the likely cause in words."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hfquant.solver import solve
 
 
 def _token_scales(plan: LayerPlan) -> LayerPlan | None:
-    """Everything as it is but the scales of the inputs."""
+    """Return the plan with per-token input scales, otherwise unchanged; None if the scales are not static."""
     return plan.by_token() if plan.static_input else None
 
 
 def _eight_bits(plan: LayerPlan) -> LayerPlan | None:
-    """8 bits for what has fewer, rounded to nearest, nothing calibrated."""
+    """Return the plan with at least 8 bits, rounded to nearest, without calibration; None if nothing changes."""
     config = plan.plain().by_token().config
     weight, quant = config.weight_quant, config.input_quant
     update: dict[str, Any] = {}
@@ -34,17 +34,17 @@ def _eight_bits(plan: LayerPlan) -> LayerPlan | None:
 
 
 def _float_inputs(plan: LayerPlan) -> LayerPlan | None:
-    """Inputs as they are."""
+    """Return that 8-bit plan with float inputs; None if inputs are float already."""
     safe = _eight_bits(plan) or plan
     if safe.config.input_quant is None:
         return None
     return replace(safe, config=safe.config.model_copy(update={"input_quant": None}))
 
 
-#: What is tried on a layer that is off, in order; where nothing is within bounds it stays in full precision.
+#: Remedies for a layer that fails the check, in order; if none brings it within bounds, it stays in full precision.
 LADDER: dict[str, Callable[[LayerPlan], LayerPlan | None]] = {
-    "inputs scaled by the token": _token_scales,
-    "8 bits, rounded to nearest": _eight_bits,
+    "per-token input scales": _token_scales,
+    "8 bits, round-to-nearest": _eight_bits,
     "8-bit weights, float inputs": _float_inputs,
 }
 
@@ -52,19 +52,19 @@ LADDER: dict[str, Callable[[LayerPlan], LayerPlan | None]] = {
 def lowered(
     name: str, layer: QuantLayer, remedy: str, weight: Tensor, bias: Tensor | None, original: nn.Module
 ) -> QuantLayer | None:
-    """Return a layer on a rung of the ladder; None where that changes nothing.
+    """Return a layer moved to a rung of the ladder; None if that changes nothing.
 
     Args:
-        name: for messages.
-        layer: as solved.
+        name: layer name for messages.
+        layer: the layer as solved.
         remedy: a key of :data:`LADDER`.
-        weight, bias: of the float layer, [out, in] and [out].
+        weight, bias: weight and bias of the float layer, [out, in] and [out].
         original: the float module.
     """
     plan = LADDER[remedy](layer.plan)
     if plan is None:
         return None
-    # Where the weights' side is the same it stays as it was solved, by statistics that are gone.
+    # If the weight side is unchanged, keep its solution: the statistics behind it are gone.
     if (plan.config.weight_quant, plan.opt) == (layer.plan.config.weight_quant, layer.plan.opt):
         tensors = {key: tensor for key, tensor in layer.solved_tensors().items() if key in plan.tensors()}
     else:
@@ -73,31 +73,31 @@ def lowered(
     return type(layer).from_tensors(plan, tensors, parameter, original)
 
 
-#: How many times the median an outlier is, and how far a static scale is exceeded, to be called a cause.
+#: Thresholds to report a cause: an outlier over the median, and an input over its static scale's range.
 _OUTLIER, _SATURATED = 100.0, 1.5
 
 
 def likely_cause(layer: QuantLayer, weight: Tensor, x: Tensor) -> str:
-    """Return in words what is odd about a layer that is off, on rows [rows, in] of its input, or indices [rows]."""
+    """Describe what is unusual about a layer that failed the check, for input rows [rows, in] or indices [rows]."""
     causes = []
     if x.is_floating_point():
         if not x.isfinite().all():
-            return "NaN or Inf in its input"
+            return "NaN or Inf in the input"
         if (beyond := _saturation(layer, x)) > _SATURATED:
-            causes.append(f"its static scale saturates: inputs reach {beyond:.3g} times its range")
+            causes.append(f"static scale saturates: inputs reach {beyond:.3g}x its range")
         channel, times = _outlier(x.float())
         if times > _OUTLIER:
-            causes.append(f"outlier channel {channel} of its input, {times:.3g} times the median")
+            causes.append(f"outlier channel {channel} in the input, {times:.3g}x the median")
     channel, times = _outlier(weight.float())
     if times > _OUTLIER:
-        causes.append(f"outlier channel {channel} of its weights, {times:.3g} times the median")
+        causes.append(f"outlier channel {channel} in the weights, {times:.3g}x the median")
     if dead := _dead_groups(layer, weight):
-        causes.append(f"dead groups: {dead} groups of weights are rounded to zero")
-    return "; ".join(causes) or "its formats are too coarse for it"
+        causes.append(f"dead groups: {dead} groups of weights rounded to zero")
+    return "; ".join(causes) or "formats are too coarse for this layer"
 
 
 def _saturation(layer: QuantLayer, x: Tensor) -> float:
-    """Return how many times the range of its static scale a layer's input reaches; 0 without one."""
+    """Return the largest input relative to the range of the layer's static scale; 0 without one."""
     if not layer.plan.static_input:
         return 0.0
     stored = dict(layer.named_buffers())
@@ -112,14 +112,14 @@ def _saturation(layer: QuantLayer, x: Tensor) -> float:
 
 
 def _outlier(values: Tensor) -> tuple[int, float]:
-    """Return the channel of [rows, channels] with the largest magnitude, and how many times the median that is."""
+    """Return the channel of [rows, channels] with the largest magnitude, and its ratio to the median channel."""
     amax = values.abs().amax(0)
     channel = int(amax.argmax())
     return channel, float(amax[channel] / amax.median().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _dead_groups(layer: QuantLayer, weight: Tensor) -> int:
-    """Return how many groups of weights are all zero though the float ones are not."""
+    """Return how many weight groups are all zero although their float weights are not."""
     columns = list(layer.plan.columns)
     blocks = zip(layer.dequantize().split(columns, 1), weight.split(columns, 1), strict=True)
     return sum(int(((q == 0).all(1) & (w != 0).any(1)).sum()) for q, w in blocks)

@@ -1,4 +1,4 @@
-"""Put other modules in the place of a model's."""
+"""Replace modules of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hfquant.offload import copy_hook
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each value in the place of its key, wherever ``model`` refers to it; accelerate's hooks move along."""
+    """Replace each key with its value wherever ``model`` refers to it; accelerate's hooks are copied along."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
@@ -24,9 +24,9 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 
 def _replace_in_attributes(parent: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put modules in the place of others in plain lists and tuples too, from which some classes take them to run.
+    """Replace modules in plain lists and tuples too, since some classes run modules from there.
 
-    MaskFormer's ``self.layers = [convolution, norm]`` is one: each is registered by another name beside it.
+    One example is MaskFormer's ``self.layers = [convolution, norm]``, whose modules are also registered by other names.
     """
 
     def new(value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Solved layers kept on disk, so that an interrupted quantization goes on where it stopped.
+"""Solved layers stored on disk, so that an interrupted quantization can resume.
 
-One safetensors file a layer. Its name is a digest of all that the solution depends on: the layer's name, its float
-weight, its plan, the calibration data and the mode; so a layer of another model, config or run is never taken.
+There is one safetensors file per layer. Its name is a digest of everything the solution depends on: the layer's name,
+its float weight, its plan, the calibration data and the mode. So a layer of another model, config or run is never used.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Cache:
     """A folder of solved layers.
 
     Attributes:
-        folder: where; created where missing.
-        context: digest of what all layers depend on, calibration data and mode.
+        folder: location; created if missing.
+        context: digest of what all layers depend on: calibration data and mode.
     """
 
     folder: Path
@@ -40,10 +40,10 @@ class Cache:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], context: str) -> Cache:
-        """Return the cache in a folder that can be written to.
+        """Return the cache in a folder, after checking that the folder is writable.
 
         Raises:
-            OSError: it cannot; noticed before hours of calibration.
+            OSError: it is not writable; detected here rather than after hours of calibration.
         """
         path = Path(folder)
         try:
@@ -63,10 +63,10 @@ class Cache:
         return digest.hexdigest()
 
     def store(self, name: str, key: str, solution: Solution) -> None:
-        """Write a solved layer; the file appears whole or not at all.
+        """Write a solved layer atomically: the file appears complete or not at all.
 
         Raises:
-            OSError: it cannot be written (a full disk); the message names the file.
+            OSError: the file cannot be written (full disk); the message names it.
         """
         path = self.folder / f"{key}.safetensors"
         tensors = {k: v.contiguous() for k, v in solution.tensors.items()}
@@ -86,7 +86,7 @@ class Cache:
             raise OSError(f"layer {name!r} cannot be written to {path}: {error}") from error
 
     def find(self, name: str, key: str, plan: LayerPlan) -> Solution | None:
-        """Return the stored solution of a layer; None where there is none, or a damaged one, which is named."""
+        """Return the stored solution of a layer; None if it is missing, or damaged, which is logged."""
         path = self.folder / f"{key}.safetensors"
         if not path.is_file():
             return None
@@ -103,7 +103,7 @@ class Cache:
             plan = replace(plan, dual=tuple(json.loads(metadata["dual"])))
             return Solution(plan, tensors, json.loads(metadata["alphas"]), fallback)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            logger.warning("%s is damaged (%s): layer %r is solved again", path, error, name)
+            logger.warning("%s is damaged (%s): quantizing layer %r again", path, error, name)
             return None
 
 

@@ -1,4 +1,4 @@
-"""One quantization under way: what it is given, and what its processes agree on before it starts."""
+"""State of one quantization: its inputs, and what its processes agree on before it starts."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from hfquant.statistics import LayerStats
 
 @dataclass(frozen=True)
 class Settings:
-    """What a caller asks for beside the config; see :func:`hfquant.quantize`.
+    """The caller's settings besides the config; see :func:`hfquant.quantize`.
 
     Attributes:
-        or_nothing: whether a model with nothing to quantize is no error: a pipeline may load all parts with one config.
+        or_nothing: whether to accept a model with nothing to quantize: a pipeline may load all parts with one config.
     """
 
     not_convert: Collection[str] = ()
@@ -47,22 +47,22 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One quantization under way.
+    """State of one quantization.
 
     Attributes:
-        model: being quantized.
-        plan: for it, the same in all processes.
-        data: batches; None without data, or where this process has none.
+        model: the model being quantized.
+        plan: its plan, the same in all processes.
+        data: calibration batches; None without data, or if this process has none.
         shard: (rank, size), which batches this process takes.
         group: the processes that share the work.
-        cache: solved layers on disk; None without.
-        budget: bytes that statistics may take at once in a process.
-        facts: what a library knows of the model.
-        per_layer_mode: whether layers see the quantized ones before them.
-        experts: that are taken apart meanwhile.
-        folding: the divisors that go into what comes before a layer.
-        seen: statistics of all layers, where folding has taken them already.
-        checks: samples for the guard, empty where this process has no data; None where there is to be none.
+        cache: solved layers on disk; None without a cache.
+        budget: bytes of statistics that a process may hold at once.
+        facts: what a library knows about the model.
+        per_layer_mode: whether layers are calibrated on the outputs of the quantized ones before them.
+        experts: the experts that are unfused during the run.
+        folding: divisors to fold into preceding modules.
+        seen: statistics of all layers, if folding has already collected them.
+        checks: samples for the guard, empty if this process has no data; None if the guard is off.
     """
 
     model: nn.Module
@@ -80,18 +80,18 @@ class Run:
     checks: Sequence[Any] | None = None
 
     def module(self, name: str) -> nn.Module:
-        """Return a layer that is not replaced yet."""
+        """Return a layer that has not been replaced yet."""
         return self.model.get_submodule(name)
 
     def matrix(self, name: str) -> Tensor:
-        """Return its float matrix [out, in], divisors folded in; it must be aligned."""
+        """Return a layer's float matrix [out, in] with divisors folded in; call within ``align_module_device``."""
         module = self.module(name)
         kind = kind_of(module)
         assert kind is not None
         return self.folding.weight(name, kind.matrix(module.get_parameter("weight").detach()))
 
     def quantized(self, name: str, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantLayer:
-        """Return the quantized layer of solved tensors; the float one must be aligned."""
+        """Build the quantized layer from solved tensors; call within ``align_module_device`` of the float layer."""
         module = self.module(name)
         kind = kind_of(module)
         assert kind is not None
@@ -108,7 +108,7 @@ def prepared(
     group: Processes,
     experts: Unfused,
 ) -> Run:
-    """Check what was given, plan, and agree on it with the other processes."""
+    """Check the inputs, plan, and agree on the plan with the other processes."""
     with group.together():
         data = None if loader is None else CalibrationData(loader)
         has_data = data is not None and data.first is not None
@@ -127,7 +127,7 @@ def prepared(
             raise CalibrationError(f"layer {needing[0]!r}{more} needs calibration data; none was given")
         if needing:
             for name, param in model.named_parameters():
-                # A NaN here would show as one in the input of some layer after it.
+                # A NaN here would otherwise be reported as one in the input of a later layer.
                 if param.is_floating_point() and not param.is_meta:
                     layer, _, tensor = name.rpartition(".")
                     check_finite(layer, f"values of its {tensor}", param.detach())
@@ -135,7 +135,7 @@ def prepared(
     found = group.gather((plan, has_data))
     if data is not None and not any(has for _, has in found):
         raise CalibrationError("calibration data: the loaders of all processes are empty")
-    # What an example shows, a process without data cannot see.
+    # A process without data has no example input to detect patterns with.
     plan = next((p for p, has in found if has), found[0][0])
     data = data if has_data else None
     with group.together():

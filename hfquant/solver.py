@@ -1,6 +1,6 @@
-"""From a linear's weight, its plan and its statistics to the tensors of a QuantLinear: transform, then round.
+"""Solve a layer: from a linear's weight, plan and statistics to the tensors of a QuantLinear (transform, then round).
 
-Statistics are of the raw input X; what a transformed layer sees follows from them.
+Statistics describe the raw input X; those of the transformed input are derived from them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from hfquant.formats.promise import bell_error
 from hfquant.layer_plan import LayerPlan
 from hfquant.statistics import LayerStats
 
-#: How many times what a format promises the error of a static scale may be before a layer takes a scale a token.
+#: Error of a static scale, relative to what the format promises, beyond which a layer switches to per-token scales.
 COARSE = 2.0
-#: Rows from which on that is judged: of fewer, what lies beyond the scale of the others is chance.
+#: Fewest rows to decide that: with fewer, it is chance whether a row exceeds the scale of the others.
 JUDGED_FROM = 128
-#: Root mean square, in steps, below which a change of weights on a grid is rounded by chance. To nearest, a normal
-#: change keeps ``1 - 2 exp(-2 (pi * SMALL)^2)`` of itself: more than four fifths here, with half the noise of chance.
+#: Root mean square, in steps, below which a change of weights on a grid is rounded stochastically. At this size,
+#: rounding to nearest keeps ``1 - 2 exp(-2 (pi * SMALL)^2)`` of a normally distributed change, more than four fifths,
+#: with half the noise of stochastic rounding.
 SMALL = 0.35
 
 
@@ -32,10 +33,10 @@ class Solution:
     """A solved layer.
 
     Attributes:
-        plan: as it ended up: the data has the last word on dual scale.
-        tensors: by name, codes unpacked.
-        alphas: smoothing strengths, one list a row group, one value an input segment, None for no smoothing.
-        fallback: whether data was wanted and there was none.
+        plan: the final plan: the data may rule out dual scale or static input scales.
+        tensors: tensors by name, codes unpacked.
+        alphas: smoothing strengths, one list per row group, one value per input segment, None for no smoothing.
+        fallback: whether the layer needed data and had none.
     """
 
     plan: LayerPlan
@@ -50,17 +51,17 @@ def solve(
     """Quantize one layer.
 
     Args:
-        name: for messages.
+        name: layer name for messages.
         weight: [out, in], any float dtype.
-        plan: what the layer is to become.
-        stats: of its inputs; None where the config needs no data or the layer never ran.
-        dtype: of tensors kept in the model's dtype; default: the weight's.
+        plan: how to quantize the layer.
+        stats: statistics of its inputs; None if the config needs no data or the layer never ran.
+        dtype: dtype of tensors that are kept in the model's dtype; default: the weight's.
 
     Raises:
         ValueError: the weight has NaN or Inf.
     """
     check_finite(name, "weights", weight)
-    # A transposed or permuted matrix would give codes that are: neither kernels nor safetensors take those.
+    # A transposed or permuted matrix would give non-contiguous codes, which neither kernels nor safetensors accept.
     weight = weight.contiguous()
     fallback = plan.config.needs_data and stats is None
     if fallback:
@@ -87,21 +88,21 @@ def solve(
 
 
 def requantize(name: str, weight: Tensor, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put another weight in the place of a solved layer's: its transform stays, there is no data any more.
+    """Replace the weight of a solved layer. Its transform is kept, and no data is needed.
 
-    A row that changes by less than :data:`SMALL` steps keeps its grid and is rounded up or down by chance, the nearer
-    the likelier, so that the change is kept on average: to nearest most of it would vanish, as the weights lie on the
-    grid already. The draw is the same each time. A row that changes more gets a new grid and is rounded to nearest.
-    Formats without a scale are rounded to nearest.
+    A row that changes by less than :data:`SMALL` steps keeps its grid and is rounded stochastically, so that the change
+    is preserved on average: rounding to nearest would lose most of it, since the weights already lie on the grid. The
+    random draw is the same each time. A row that changes more gets a new grid and is rounded to nearest. Formats
+    without a scale are rounded to nearest.
 
     Args:
-        name: for messages.
+        name: layer name for messages.
         weight: [out, in], any float dtype, in terms of the raw input.
-        plan: of the solved layer.
-        tensors: of the solved layer, by name.
+        plan: plan of the solved layer.
+        tensors: tensors of the solved layer, by name.
 
     Returns:
-        The tensors of the layer, codes unpacked; those of ``tensors`` that are kept are the same objects.
+        The tensors of the layer, codes unpacked; those kept from ``tensors`` are the same objects.
 
     Raises:
         ValueError: the weight has NaN or Inf.
@@ -121,27 +122,27 @@ def requantize(name: str, weight: Tensor, plan: LayerPlan, tensors: Mapping[str,
 
 
 def _rerounded(weight: Tensor, codes: Tensor, grid: Grid, rule: GridRule) -> tuple[Tensor, Grid]:
-    """Return codes and grid of ``weight`` [rows, in], float32, in the place of ``codes`` on ``grid``."""
+    """Return codes and grid of ``weight`` [rows, in], float32, which replaces ``codes`` on ``grid``."""
     fitted = rule.fit(weight)
     if grid.scale is None:
         return fitted.quantize(weight), fitted
     before = grid.dequantize(codes)
     change = ((weight - before) / grid.spacing(weight)).square().mean(1)
     low, high = range_columns(before, grid.columns)
-    empty = ((low == 0) & (high == 0)).any(1)  # the scale of zeros says nothing
-    if rule.rows is not None:  # of rows that share a scale, all or none
+    empty = ((low == 0) & (high == 0)).any(1)  # the scale of zeros carries no information
+    if rule.rows is not None:  # rows that share a scale are treated alike
         sharing = list(rule.rows)
         change = torch.cat([part.mean().expand_as(part) for part in change.split(sharing)])
         empty = torch.cat([part.all().expand_as(part) for part in empty.split(sharing)])
     small = (change < SMALL**2) & ~empty
     draw = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight.device)
-    # Away from 0 and 1, so that what is on the grid stays there whatever rounding on its way here has left.
-    by_chance = grid.quantize_by_chance(weight, draw.clamp_(0.0005, 0.9995))
+    # Away from 0 and 1, so that weights on the grid stay there despite earlier rounding errors.
+    by_chance = grid.quantize_stochastic(weight, draw.clamp_(0.0005, 0.9995))
     return torch.where(small[:, None], by_chance, fitted.quantize(weight)), fitted.where(small, grid)
 
 
 def check_finite(name: str, what: str, values: Tensor) -> None:
-    """Raise ValueError naming the layer where values are NaN or Inf."""
+    """Raise ValueError, naming the layer, if values contain NaN or Inf."""
     bad = values.numel() - int(values.isfinite().sum())
     if bad:
         raise ValueError(f"layer {name!r}: {bad} of {values.numel()} {what} are NaN or Inf")
@@ -165,7 +166,7 @@ class _Part:
 
 
 def _solve_rows(name: str, w: Tensor, plan: LayerPlan, stats: LayerStats | None, dtype: torch.dtype) -> _Part:
-    """Solve the rows that share one view of the input: all of them, or one transformed output segment."""
+    """Solve rows that see the same quantized input: all of them, or one separately transformed output segment."""
     rule = plan.grid_rule(len(w))
     problem = Problem(name, rule, plan.input_rule, plan.input_segments, stats, dtype)
     transformed = plan.transform.solve(w, problem)
@@ -186,16 +187,16 @@ def _solve_rows(name: str, w: Tensor, plan: LayerPlan, stats: LayerStats | None,
 def needs_token_scales(weight: Tensor, divisor: Tensor | None, plan: LayerPlan, stats: LayerStats) -> bool:
     """Return whether one calibrated scale is too coarse for the inputs of some rows of a layer's weight.
 
-    It is where the error of the output that comes of the inputs' rounding, relative and averaged over rows of input
-    that the scale was not made from, is more than :data:`COARSE` times what the format promises, and a scale a token
-    at least halves it. Rows count alike: a few huge ones must not hide what is left of the others. Fewer than
-    :data:`JUDGED_FROM` rows say nothing.
+    The criterion is the relative output error caused by rounding the inputs, averaged over input rows that the scale
+    was not computed from. It must be more than :data:`COARSE` times what the format promises, and per-token scales must
+    at least halve it. All rows count equally, so that a few huge ones do not hide the others. With fewer than
+    :data:`JUDGED_FROM` rows, the result is False.
 
     Args:
         weight: [rows, in] float32, in terms of the raw input.
-        divisor: [in], what the input is divided by; None for nothing.
-        plan: of the layer, with static scales.
-        stats: of its raw inputs.
+        divisor: [in], divisor of the input; None for none.
+        plan: plan of the layer, with static scales.
+        stats: statistics of its raw inputs.
     """
     rule = plan.input_rule
     assert rule is not None
@@ -228,7 +229,7 @@ def _input_scales(plan: LayerPlan, seen: LayerStats) -> tuple[Tensor, Tensor]:
 
 
 def _useful_dual(plan: LayerPlan, stats: LayerStats, divisors: Sequence[Tensor | None]) -> tuple[bool, ...]:
-    """Return which segments nominated for dual scale have a small negative side over all data (e >= 1)."""
+    """Return which of the segments planned with dual scale have a small negative side over all data (e >= 1)."""
     useful = torch.zeros(len(plan.input_segments), dtype=torch.bool)
     for divisor in divisors:
         scale, negative = _input_scales(plan, stats.divided(divisor))

@@ -1,7 +1,8 @@
-"""What calibration collects of each layer's inputs: channel ranges, second moments, a sample of rows.
+"""Statistics that calibration collects of each layer's inputs: channel ranges, second moments, a sample of rows.
 
-A statistic is declared once, in :data:`STATISTICS`: its shape, what it is of a set of rows, and how those of two sets
-become that of their union, in one process or across several. Whatever the order and the split, the result is the same.
+Each statistic is declared once, in :data:`STATISTICS`: its shape, how it is computed from a set of rows, and how the
+values of two sets combine into that of their union, in one process or across several. The result does not depend on the
+order or the split of the rows.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FOLDS = 2
 
 
 class Reduction(Enum):
-    """How the statistics of two sets of rows become that of their union, and the value for no rows."""
+    """How the statistics of two sets of rows combine into that of their union, and the value for no rows."""
 
     MIN = torch.minimum, torch.inf
     MAX = torch.maximum, -torch.inf
@@ -40,7 +41,7 @@ class Reduction(Enum):
 
 
 class Rows:
-    """A set of input rows and what several statistics need of it, computed once."""
+    """A set of input rows, and quantities that several statistics need, computed once."""
 
     def __init__(self, x: Tensor, draw: Tensor, wanted: Collection[str]) -> None:
         self.x, self.draw, self.wanted = x.float(), draw, wanted
@@ -57,24 +58,24 @@ class Rows:
 
     @cached_property
     def folds(self) -> list[Tensor]:
-        """The rows of either half, drawn by chance: number i has those whose ``draw < 0.5`` is bool(i)."""
+        """The rows of each random half: element i holds those for which ``draw < 0.5`` equals bool(i)."""
         second = (self.draw < 0.5).to(self.x.device)
         return [self.x[~second], self.x[second]]
 
     def over_folds(self, reduce: Callable[[Tensor], Tensor], empty: float) -> Tensor:
-        """Reduce each half, [halves, in]; ``empty`` where a half has no rows."""
+        """Reduce each half, [halves, in]; ``empty`` for a half without rows."""
         return torch.stack([reduce(half) if len(half) else torch.full_like(self.x[0], empty) for half in self.folds])
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """One thing collected of a layer's inputs.
+    """One statistic of a layer's inputs.
 
     Attributes:
-        shape: of the float32 tensor, for a number of input features.
-        reduction: how two sets of rows become one.
-        measure: the statistic of a set of rows (at least one).
-        always: whether it is collected for every layer, or only where a transform or a rounding needs it.
+        shape: shape of the float32 tensor, given the number of input features.
+        reduction: how the values of two sets of rows combine.
+        measure: computes the statistic of a set of rows (at least one).
+        always: whether it is collected for every layer, or only if a transform or a rounding method needs it.
     """
 
     shape: Callable[[int], tuple[int, ...]]
@@ -96,34 +97,34 @@ STATISTICS: dict[str, Statistic] = {
 
 
 def collected(needs: Collection[str]) -> tuple[str, ...]:
-    """Return the names of the statistics to collect where ``needs`` are needed.
+    """Return the names of the statistics to collect if ``needs`` are needed.
 
     Raises:
         ValueError: there is no such statistic.
     """
     if unknown := set(needs) - STATISTICS.keys():
-        raise ValueError(f"unknown statistics {sorted(unknown)}; there are {', '.join(STATISTICS)}")
+        raise ValueError(f"unknown statistics {sorted(unknown)}; available: {', '.join(STATISTICS)}")
     return tuple(name for name, statistic in STATISTICS.items() if statistic.always or name in needs)
 
 
 def stats_bytes(features: int, needs: Collection[str]) -> int:
-    """Return the memory in bytes that the statistics of a layer with ``features`` inputs take at most."""
+    """Return the maximum memory in bytes of the statistics of a layer with ``features`` inputs."""
     numbers = sum(torch.Size(STATISTICS[name].shape(features)).numel() for name in collected(needs))
     return 4 * (numbers + SAMPLE_ROWS * features)
 
 
 @dataclass(frozen=True)
 class RowSample:
-    """Rows drawn by priority sampling with their squared norm as weight.
+    """Rows drawn by priority sampling, weighted by their squared norm.
 
     Duffield, Lund, Thorup: Priority sampling for estimation of arbitrary subset sums, J. ACM 54, 2007. A language
     model's first token can carry most of a layer's energy, and a uniform sample of 200 rows out of 16,000 would hardly
-    ever hold one.
+    ever contain one.
 
     Attributes:
         rows: [<= SAMPLE_ROWS, in] float32.
-        keys: [<= SAMPLE_ROWS] float64, their draw by their weight; the smallest keys of a union are its sample.
-        fold: [<= SAMPLE_ROWS] bool, the half of the rows that each is in.
+        keys: [<= SAMPLE_ROWS] float64, random draw divided by weight; the smallest keys of a union form its sample.
+        fold: [<= SAMPLE_ROWS] bool, which half each row belongs to.
     """
 
     rows: Tensor
@@ -137,7 +138,7 @@ class RowSample:
 
     @classmethod
     def draw(cls, x: Tensor, draw: Tensor) -> RowSample:
-        """Draw from rows [n, in] with a number in [0, 1) for each [n] float64."""
+        """Draw from rows [n, in], given a number in [0, 1) for each, [n] float64."""
         return cls(x, draw / _energy(x), draw < 0.5).trimmed()
 
     def merge(self, *others: RowSample) -> RowSample:
@@ -147,12 +148,12 @@ class RowSample:
         return RowSample(*joined).trimmed()
 
     def trimmed(self) -> RowSample:
-        """Return the sample in order, cut to :data:`SAMPLE_ROWS`."""
+        """Return the sample sorted by key, cut to :data:`SAMPLE_ROWS`."""
         kept = self.keys.argsort(stable=True)[:SAMPLE_ROWS]
         return RowSample(self.rows[kept.to(self.rows.device)], self.keys[kept], self.fold[kept])
 
     def weights(self, count: int) -> Tensor:
-        """Return how many of ``count`` rows each stands for, [rows] float32: weighted sums estimate those of all."""
+        """Return how many of ``count`` rows each row represents, [rows] float32: weighted sums estimate totals."""
         weights = self.rows.new_ones(len(self.keys))
         if count > len(self.keys):
             threshold = self.keys.argmax()
@@ -161,7 +162,7 @@ class RowSample:
         return weights
 
     def to(self, device: torch.device) -> RowSample:
-        """Return the sample on another device; keys and folds stay where they are used, on the CPU."""
+        """Return the sample on another device; keys and folds stay on the CPU, where they are used."""
         return replace(self, rows=self.rows.to(device))
 
 
@@ -176,10 +177,10 @@ class LayerStats:
 
     Attributes:
         count: how many rows were seen.
-        sums: the tensors of :data:`STATISTICS` that were asked for, by name, of the raw input.
-        sample: rows drawn.
-        divisor: [in]; the statistics are read as those of the input divided by it (what a smoothed layer sees).
-        rotation: size of the blocks of channels that are rotated after that; 0 for none.
+        sums: the requested tensors of :data:`STATISTICS`, by name, of the raw input.
+        sample: sampled rows.
+        divisor: [in]; the properties describe the input divided by it (what a smoothed layer sees).
+        rotation: size of the channel blocks that are rotated after the division; 0 for none.
     """
 
     count: int
@@ -190,14 +191,14 @@ class LayerStats:
 
     @classmethod
     def empty(cls, features: int, needs: Collection[str] = ()) -> LayerStats:
-        """Return the statistics of no rows: merging them changes nothing."""
+        """Return the statistics of no rows; merging them changes nothing."""
         tables = {name: STATISTICS[name] for name in collected(needs)}
         sums = {name: torch.full(s.shape(features), s.reduction.initial) for name, s in tables.items()}
         return cls(0, sums, RowSample.empty(features))
 
     @classmethod
     def of(cls, x: Tensor, draw: Tensor, needs: Collection[str] = ()) -> LayerStats:
-        """Return the statistics of rows ``x`` [rows, in], at least one, with a number in [0, 1) for each (float64)."""
+        """Return the statistics of rows ``x`` [rows, in], at least one, given a number in [0, 1) for each (float64)."""
         names = collected(needs)
         rows = Rows(x, draw, names)
         return cls(len(x), {name: STATISTICS[name].measure(rows) for name in names}, RowSample.draw(rows.x, draw))
@@ -208,13 +209,13 @@ class LayerStats:
         return LayerStats(self.count + other.count, sums, self.sample.merge(other.sample))
 
     def widened(self, low: Tensor, high: Tensor) -> LayerStats:
-        """Return the statistics with the ranges, [halves, in] each, of further rows, which count for nothing else."""
+        """Return the statistics with ranges extended by [halves, in] of further rows, which affect nothing else."""
         ranges = {"low": low, "high": high}
         found = {name: STATISTICS[name].reduction(self.sums[name], more) for name, more in ranges.items()}
         return replace(self, sums={**self.sums, **found})
 
     def to(self, device: torch.device) -> LayerStats:
-        """Return the same on another device."""
+        """Return the statistics on another device."""
         sums = {k: v.to(device) for k, v in self.sums.items()}
         divisor = None if self.divisor is None else self.divisor.to(device)
         return replace(self, sums=sums, sample=self.sample.to(device), divisor=divisor)
@@ -228,7 +229,7 @@ class LayerStats:
     def rotated(self, size: int) -> LayerStats:
         """Return the statistics of the input with blocks of ``size`` channels rotated, without a copy.
 
-        Its ranges are those of the sampled rows.
+        Ranges are then taken from the sampled rows.
         """
         return replace(self, rotation=size)
 
@@ -252,7 +253,7 @@ class LayerStats:
 
     @property
     def mean_square(self) -> Tensor:
-        """Mean square of each channel, [in] float32; of rotated ones without "hessian" an estimate from the sample."""
+        """Mean square of each channel, [in] float32; an estimate from the sample if rotated without "hessian"."""
         if self.rotation:
             if "hessian" in self.sums:
                 return self.hessian.diagonal()
@@ -262,7 +263,7 @@ class LayerStats:
 
     @property
     def hessian(self) -> Tensor:
-        """Mean of x x^T over the rows, [in, in] float32; needs "hessian"."""
+        """Mean of x x^T over the rows, [in, in] float32; requires "hessian"."""
         mean = self.sums["hessian"] / self.count
         mean = mean if self.divisor is None else mean / self.divisor / self.divisor[:, None]
         return rotated(rotated(mean, self.rotation).T, self.rotation) if self.rotation else mean
@@ -274,14 +275,14 @@ class LayerStats:
 
     @property
     def row_weights(self) -> Tensor:
-        """How many rows each sampled one stands for, [n] float32."""
+        """Number of rows that each sampled row represents, [n] float32."""
         return self.sample.weights(self.count)
 
     def halves(self) -> list[tuple[LayerStats, Tensor]]:
-        """Return, for either half of the rows, the statistics with its ranges and which sampled rows the other has.
+        """Return, for each half of the rows, the statistics with its ranges and a mask of the other half's samples.
 
-        What is chosen on rows that set a range themselves never sees a value clipped. Where a half is empty there is
-        one set: all of it.
+        A choice made on the rows that set the range would never see a clipped value. If a half is empty, there is one
+        set: all rows.
         """
         if not self.sums["low"].isfinite().all():
             return [(self, torch.ones_like(self.sample.fold))]
@@ -294,20 +295,20 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Statistics of one tensor: q, k and v read the same, which is measured once."""
+    """Statistics of one tensor, measured once even if several layers read it, as q, k and v do."""
 
     of: weakref.ref[Tensor]
     version: int
     stats: LayerStats
-    #: By the id of what a layer had before, that and both together: layers of one history share their statistics.
+    #: By the id of a layer's earlier statistics: those, and both merged. Layers with equal history share statistics.
     merged: dict[int, tuple[LayerStats | None, LayerStats]]
 
 
 class Collector:
-    """Statistics of several layers as their inputs come by.
+    """Collects the statistics of several layers as their inputs arrive.
 
     Args:
-        needs: layer -> names of the statistics it needs beside those that are always collected.
+        needs: layer -> names of the statistics that it needs beyond those always collected.
     """
 
     def __init__(self, needs: Mapping[str, Collection[str]]) -> None:
@@ -318,7 +319,7 @@ class Collector:
         self.seed = 0
 
     def start(self, seed: int) -> None:
-        """Begin a sample whose rows are drawn by ``seed`` (the CPU's generator takes 32 bits of it)."""
+        """Begin a sample whose rows are drawn with ``seed`` (the CPU generator uses 32 bits of it)."""
         self.seed = seed % 2**32
         self._draws.clear()
         self._measured.clear()
@@ -326,16 +327,16 @@ class Collector:
     def add(
         self, name: str, x: Tensor, mask: Tensor | None = None, left_out: tuple[Tensor, Tensor] | None = None
     ) -> int:
-        """Take in an input of layer ``name``.
+        """Add an input of layer ``name``.
 
         Args:
-            name: of the layer.
+            name: name of the layer.
             x: [..., in].
-            mask: bool of ``x``'s first dimensions, the rows that count; None: all.
-            left_out: ranges of rows that ``x`` is a sample of; see :meth:`LayerStats.widened`.
+            mask: bool over ``x``'s leading dimensions, the rows that count; None: all.
+            left_out: ranges of the rows left out of ``x`` if it is a sample; see :meth:`LayerStats.widened`.
 
         Returns:
-            How many values are NaN or Inf; nothing is taken in then.
+            How many values are NaN or Inf; if there are any, nothing is added.
         """
         measured = self._measure(name, x, mask, left_out)
         if measured is None:
@@ -363,7 +364,7 @@ class Collector:
             new = new.widened(*left_out)
         if not (new.low.isfinite().all() and new.high.isfinite().all()):
             return int((~rows.isfinite()).sum())
-        # Forgotten with the tensor: kept to the end of the batch, those of all layers would add up.
+        # Dropped with the tensor: kept until the end of the batch, those of all layers would add up.
         self._measured[key] = _Measured(weakref.ref(x, lambda _: self._measured.pop(key, None)), x._version, new, {})
         return self._measured[key]
 

@@ -1,4 +1,4 @@
-"""Layers that have one weight: an embedding and the output head that is tied to it, mostly."""
+"""Layers that share one weight, usually an embedding and the output head tied to it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hfquant.nn.layer import QuantLayer
 
 
 def tied_groups(model: nn.Module, tied: Mapping[str, str]) -> list[list[str]]:
-    """Return the modules that have a weight in common, or are to be tied once loaded, the source first.
+    """Return groups of modules that share a weight, or will be tied once loaded, with the source first.
 
     Args:
-        model: perhaps on the meta device, where nothing is tied yet.
+        model: any model; on the meta device, nothing may be tied yet.
         tied: module -> the module whose weight it gets.
     """
     owners: dict[Any, list[str]] = {}
@@ -36,22 +36,22 @@ def tied_groups(model: nn.Module, tied: Mapping[str, str]) -> list[list[str]]:
 def configs_together(
     group: Sequence[str], open_to: Mapping[str, LayerConfig], kinds: Mapping[str, type[QuantLayer]]
 ) -> dict[str, LayerConfig]:
-    """Return the configs by which layers that have one weight are quantized with one set of codes; {} where not.
+    """Return the configs to quantize layers that share a weight to one set of codes; {} if they cannot be.
 
-    An embedding and what is tied to it go together, where all of them are to be quantized, or stay as they are. A
-    transform, or a rounding by the inputs of one of them, would change the weight for the others too.
+    An embedding and the layers tied to it are quantized together if all of them are to be quantized. A transform, or a
+    rounding method based on the inputs of one of them, would change the weight for the others too, so neither is used.
 
     Args:
-        group: names, the layer that is to hold the codes first.
-        open_to: the configs of all layers that nothing but a tie keeps from being quantized.
-        kinds: of all layers.
+        group: layer names, starting with the layer that holds the codes.
+        open_to: the configs of all layers that can be quantized apart from ties.
+        kinds: the kinds of all layers.
     """
     if not all(name in open_to for name in group) or not any(kinds[name] is QuantEmbedding for name in group):
         return {}
     configs = {name: open_to[name].plain() for name in group}
     weight = configs[group[0]].weight_quant
     for name, config in configs.items():
-        # Parts of an input would give the weight scales that the others have not.
+        # Splitting the input would give the weight scales that the other layers do not have.
         inputs = config.input_quant and config.input_quant.model_copy(update={"segments": 1})
         update = {"weight_quant": weight, "input_quant": inputs, "seglinear": False}
         configs[name] = config.model_copy(update=update)

@@ -1,7 +1,7 @@
-"""Layers that get more bits than the config's types have, since they cost next to nothing and may count most.
+"""Layers that get more bits than the config's types have, because this costs next to nothing and can matter most.
 
-The last projection of a denoiser is a thousandth of its weights, yet no norm and no other layer comes after it to even
-out what its rounding does to the picture.
+The last projection of a denoiser holds a thousandth of its weights, yet no norm or other layer follows it to even out
+the effect of its rounding on the image.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _INDEX = re.compile(r"(?:^|\.)\d+(?:\.|$)")
 
 
 def left_in_float(layers: dict[str, LayerConfig], sizes: Mapping[str, int]) -> dict[str, str]:
-    """Return the layers outside of repeated blocks that stay in full precision by ``float_share``, and why.
+    """Return the layers outside repeated blocks that stay in full precision by ``float_share``, and why.
 
     Args:
-        layers: the configs of those that may, in order of execution.
-        sizes: how many weights each layer of the model has that is to be quantized.
+        layers: the configs of the candidates, in execution order.
+        sizes: number of weights of each layer of the model that is to be quantized.
     """
     shares = {n: config.float_share for n, config in reversed(layers.items()) if not _INDEX.search(n)}
     smallest = _smallest(shares, sizes, sum(sizes.values()))
@@ -34,8 +34,8 @@ def with_wider_inputs(layers: Mapping[str, LayerPlan], rows: Mapping[str, int]) 
     """Return the plans of layers whose inputs become INT8, by ``input_quant.int8_share``.
 
     Args:
-        layers: by name.
-        rows: how many each multiplied in a forward; empty where none was watched, as if all were alike.
+        layers: plans by name.
+        rows: number of rows that each layer multiplied in a forward; if empty, all layers count as equal.
     """
     sizes = {n: (rows.get(n, 0) if rows else 1) * p.in_features * p.out_features for n, p in layers.items()}
     wider = {}
@@ -52,10 +52,10 @@ def with_wider_inputs(layers: Mapping[str, LayerPlan], rows: Mapping[str, int]) 
 
 
 def with_wider_weights(layers: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
-    """Return the plans of layers outside of repeated blocks whose weights become INT8: ``weight_quant.int8_share``."""
+    """Return the plans of layers outside repeated blocks whose weights become INT8, by ``weight_quant.int8_share``."""
     sizes = {name: plan.in_features * plan.out_features for name, plan in layers.items()}
     shared = {plan.tied for plan in layers.values()}
-    # The last to run comes first among equals: nothing comes after it that could even its error out.
+    # Among equals, the last to run comes first: nothing follows it that could even out its error.
     alone = {n: p for n, p in reversed(layers.items()) if not _INDEX.search(n) and not p.tied and n not in shared}
     wider = {}
     for name, share in _smallest(
@@ -69,15 +69,15 @@ def with_wider_weights(layers: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
 
 
 def _int8_share(quant: InputQuant | WeightQuant | None) -> float:
-    """Return the share that INT8 may have; none where the type has no fewer bits."""
+    """Return the share that may become INT8; 0 unless the type is an integer format of fewer than 8 bits."""
     narrow = quant is not None and isinstance(quant.format, IntegerFormat) and quant.format.bits < 8
     return quant.int8_share if quant is not None and narrow else 0.0
 
 
 def _smallest(shares: Mapping[str, float], sizes: Mapping[str, int], total: int) -> Iterator[tuple[str, float]]:
-    """Yield the smallest layers and what part of ``total`` each is, as long as all are within their share of it.
+    """Yield the smallest layers and each one's fraction of ``total``, while their sum is within each one's share of it.
 
-    Of equal ones that which is listed first.
+    Of equal layers, the one listed first comes first.
     """
     taken = 0
     for name in sorted(shares, key=lambda name: sizes[name]):

@@ -9,18 +9,20 @@
 # ---
 
 # %% [markdown]
-# # Quantize, compare and push a language model
+# # Quantize a language model
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/hfquant/hfquant/blob/main/notebooks/01_language_model.ipynb)
 #
-# A model of 135 million parameters goes from 32 to 4.2 bits a weight in two ways: rounded as it is loaded, and
-# calibrated with GPTQ. Both are compared with full precision, saved, and loaded again.
+# This notebook quantizes the linear layers of a model of 135 million parameters from 32 to 4.42 bits per weight in two
+# ways: rounding the weights as they are loaded, and calibrating with GPTQ. It compares both with full precision, then
+# saves the calibrated model, loads it again and, if you wish, pushes it to the Hub.
 
 # %%
 # %pip install -q "hfquant[compare]"
 
 # %% [markdown]
-# Choose what runs. The defaults fit a Colab machine with a T4; `small` is what the project's tests run.
+# Set the parameters below. The defaults fit a Colab machine with a T4. The outputs saved in this notebook come from a
+# tiny random model that the project's tests use, so your numbers will differ.
 
 # %% tags=["parameters"]
 model_id = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -43,9 +45,9 @@ full = AutoModelForCausalLM.from_pretrained(model_id, dtype=torch.float32).to(de
 f"{full.get_memory_footprint() / 1e6:.0f} MB in full precision"
 
 # %% [markdown]
-# ## Without data
+# ## Quantize without data
 #
-# The preset `w4a16` needs none: each weight is rounded to 4 bits, in groups of 32, while it is read.
+# The preset `w4a16` needs no data. It rounds each weight to 4 bits, in groups of 32, as the checkpoint is read.
 
 # %%
 rounded = AutoModelForCausalLM.from_pretrained(
@@ -54,9 +56,10 @@ rounded = AutoModelForCausalLM.from_pretrained(
 f"{rounded.get_memory_footprint() / 1e6:.0f} MB"
 
 # %% [markdown]
-# ## Calibrated
+# ## Calibrate with GPTQ
 #
-# `w4a16-gptq` reads some text, rotates blocks of each layer's inputs, and solves the layer by GPTQ.
+# The preset `w4a16-gptq` needs calibration data, here some text. It rotates each layer's inputs in blocks and quantizes
+# the weights with GPTQ. `quant_report` lists the error of each layer.
 
 # %%
 calibration = {"dataset": dataset, "name": dataset_name, "column": column, "samples": samples, "seqlen": seqlen}
@@ -67,10 +70,10 @@ print(str(calibrated.quant_report).splitlines()[0])
 print(*str(calibrated.quant_report).splitlines()[1:6], sep="\n")
 
 # %% [markdown]
-# ## How far from full precision?
+# ## Compare with full precision
 #
-# Perplexity, KL divergence to the full model and how often both rank the same token first, on text that neither was
-# calibrated on: Python's own language reference.
+# `compared` measures perplexity, the KL divergence from the full-precision model, and how often both models rank the
+# same token first. The text is Python's own language reference, which neither model was calibrated on.
 
 # %%
 from hfquant.report.gather import Inputs, compared
@@ -80,7 +83,7 @@ for name, model in (("rounded", rounded), ("calibrated", calibrated)):
     print(name, *(f"  {figure.name}: {figure}" for figure in compared(full, model, inputs).figures), sep="\n")
 
 # %% [markdown]
-# ## It writes
+# ## Generate text
 
 # %%
 question = tokenizer("The capital of France is", return_tensors="pt").to(device)
@@ -89,9 +92,10 @@ for name, model in (("full", full), ("rounded", rounded), ("calibrated", calibra
     print(f"{name}: {tokenizer.decode(answer[0])}")
 
 # %% [markdown]
-# ## Save, load, push
+# ## Save, load and push to the Hub
 #
-# The folder is a plain checkpoint with a model card and the tokenizer; `import hfquant` comes before it is loaded.
+# The saved folder is an ordinary checkpoint with a model card and the tokenizer. Run `import hfquant` before you load
+# it. To upload the model, log in and set `push_to` above.
 
 # %%
 hfquant.save_pretrained(calibrated, "quantized")

@@ -9,12 +9,13 @@
 # ---
 
 # %% [markdown]
-# # A diffusion pipeline: calibrate, quantize, correct, compare pictures
+# # Quantize a diffusion pipeline
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/hfquant/hfquant/blob/main/notebooks/02_diffusion_pipeline.ipynb)
 #
-# The denoiser of a pipeline is recorded while it draws, quantized to 4-bit weights and 8-bit activations, and an affiner
-# corrects step by step what is left of the error.
+# This notebook records the inputs of a pipeline's denoiser and quantizes it to 4-bit weights and 8-bit activations. An
+# affiner then corrects the remaining error at each denoising step. The outputs saved in this notebook come from
+# `pipeline_id = "digits"`, the small pipeline that ships with hfquant, so your images and numbers will differ.
 
 # %%
 # %pip install -q "hfquant[compare,demo]"
@@ -53,8 +54,8 @@ real, pipe = load(), load()
 # %% [markdown]
 # ## Calibrate and quantize
 #
-# `quantize_pipeline` runs the pipeline on the calls given, keeps the denoiser's inputs at timesteps spread over each run,
-# and quantizes it on them.
+# `quantize_pipeline` runs the pipeline on the given calls, records the denoiser's inputs at timesteps spread over each
+# run, and quantizes the denoiser with them as calibration data.
 
 # %%
 hfquant.quantize_pipeline(pipe, calls, preset, num_inference_steps=steps)
@@ -62,7 +63,9 @@ denoiser = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
 print(*str(denoiser.quant_report).splitlines()[:8], sep="\n")
 
 # %% [markdown]
-# ## Pictures from equal noise
+# ## Compare images
+#
+# Both pipelines start from the same noise, so their images can be compared directly.
 
 # %%
 import matplotlib.pyplot as plt
@@ -87,9 +90,10 @@ print(*(f"{figure.name}: {figure}" for figure in before.figures), sep="\n")
 show(before, preset)
 
 # %% [markdown]
-# ## The affiner
+# ## Correct the error with an affiner
 #
-# An affine map a timestep, fitted on runs of both pipelines, corrects the quantized prediction.
+# An affiner corrects the quantized denoiser's prediction with an affine map per timestep, fitted on runs of both
+# pipelines. If the maps do not help on runs from other noise, the affiner corrects nothing, as in the saved outputs.
 
 # %%
 affiner = hfquant.load_affiner({"stepper": {"max_timestep": steps}}, calls, real, pipe)
@@ -100,6 +104,8 @@ show(after, f"{preset} with the affiner")
 
 # %% [markdown]
 # ## Save and load
+#
+# Save the affiner in the pipeline's subfolder `affiner`, and `load_pipeline` attaches it again.
 
 # %%
 pipe.save_pretrained("quantized")

@@ -9,12 +9,13 @@
 # ---
 
 # %% [markdown]
-# # Choosing bits: sensitivity, a budget, a report
+# # Choose the bits of each layer
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/hfquant/hfquant/blob/main/notebooks/03_choosing_bits.ipynb)
 #
-# Layers differ in what they lose by 4 bits, and in how much of it reaches the output. `search_bits` measures both and
-# spends a budget where it counts.
+# Layers differ in how much error 4 bits cause, and in how much of that error reaches the model's output. `search_bits`
+# measures both and spends a bit budget where it helps most. The outputs saved in this notebook come from a tiny random
+# model that the project's tests use, so your numbers will differ.
 
 # %%
 # %pip install -q "hfquant[compare]"
@@ -25,7 +26,7 @@ dataset = "Salesforce/wikitext"
 dataset_name = "wikitext-2-raw-v1"
 column = "text"
 samples, seqlen = 32, 512
-budget = 5.0  # stored bits a weight, scales included
+budget = 5.0  # stored bits per weight, including scales
 preset = "w4a16-gptq"
 
 # %%
@@ -38,15 +39,17 @@ model = AutoModelForCausalLM.from_pretrained(model_id, dtype=torch.float32).eval
 calibration = {"dataset": dataset, "name": dataset_name, "column": column, "samples": samples, "seqlen": seqlen}
 
 # %% [markdown]
-# ## What would 4 bits everywhere be?
+# ## Plan 4 bits for every layer
+#
+# `plan` shows what the preset would do to each layer, without quantizing anything.
 
 # %%
 print(hfquant.plan(model, preset))
 
 # %% [markdown]
-# ## A budget
+# ## Search under a budget
 #
-# The result is a config like any other: the format that most layers have, and an entry for each layer that differs.
+# `search_bits` returns an ordinary config: the format of most layers, plus an entry for each layer that differs.
 
 # %%
 config = hfquant.search_bits(model, calibration, budget, choices=("int4", "int6", "int8"), base=preset)
@@ -54,7 +57,9 @@ kinds = [entry["weight_quant"]["type"] for name, entry in config.items() if name
 {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
 # %% [markdown]
-# ## Quantize by it, and report
+# ## Quantize and write a report
+#
+# The report compares the quantized model with the full-precision one.
 
 # %%
 hfquant.quantize(model, calibration, config)

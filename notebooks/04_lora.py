@@ -9,12 +9,13 @@
 # ---
 
 # %% [markdown]
-# # LoRA on a quantized model
+# # Train a LoRA adapter on a quantized model
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/hfquant/hfquant/blob/main/notebooks/04_lora.ipynb)
 #
-# The weights stay at 4 bits; a low-rank adapter in float is trained on top. The gradient passes through the quantized
-# layers as if rounding were the identity.
+# The weights stay at 4 bits, and a low-rank adapter in float is trained on top of them. Gradients pass through the
+# quantized layers as if rounding were the identity (straight-through). The outputs saved in this notebook come from a
+# tiny random model that the project's tests use, so your numbers will differ.
 
 # %%
 # %pip install -q hfquant peft
@@ -53,7 +54,7 @@ assert losses[-1] < losses[0]
 f"loss {losses[0]:.2f} -> {losses[-1]:.2f}"
 
 # %% [markdown]
-# ## Save the adapter, load it again
+# ## Save and reload the adapter
 
 # %%
 model.eval()

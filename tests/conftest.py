@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, one thread, the same random numbers each time."""
+"""Shared by all tests: no network, one thread, fixed random seeds."""
 
 import os
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Without a CUDA device Triton kernels run in Triton's interpreter, which it decides when it is imported.
+# Without a CUDA device, Triton runs kernels in its interpreter, a choice that it makes when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Most tensors here are tiny: a second thread costs more than it gives, and much more on a busy machine.
+# Most tensors here are tiny: a second thread costs more than it gains, and much more on a busy machine.
 torch.set_num_threads(1)
 settings.register_profile("hfquant", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("hfquant")

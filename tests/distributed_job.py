@@ -1,8 +1,8 @@
-"""What the processes of tests/test_distributed.py run: every task in each process, results in one file a process.
+"""The job of the processes in tests/test_distributed.py: each runs every task and writes one results file.
 
     accelerate launch --num_processes 4 -m tests.distributed_job OUT
 
-Run without a launcher it is the one process that the others are compared with.
+Without a launcher, it is the single process that the others are compared with.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ MIXED = {**GPTQ, "*down_proj": {"input_quant": {"type": "int16"}, "opt": {"type"
 
 
 def data(count: int, seed: int = 7) -> list[dict[str, Tensor]]:
-    """``count`` batches of 2 to 6 sequences of odd lengths."""
+    """Return ``count`` batches of 2 to 6 sequences of odd lengths."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(2 + i % 5, 31 - i) for i in range(count)]
     return [{"input_ids": torch.randint(3, 101, shape, generator=generator)} for shape in shapes]
 
 
-#: Statistics that hfquant lacks: one line each, and they are merged like the others.
+#: Statistics that hfquant does not have: one line each, and they are merged like the others.
 MADE_UP = {
     "magnitudes": Statistic(lambda n: (n,), Reduction.SUM, lambda rows: rows.x.abs().sum(0)),
     "largest": Statistic(lambda n: (n,), Reduction.MAX, lambda rows: rows.x.abs().amax(0)),
@@ -67,7 +67,7 @@ MADE_UP = {
 
 
 def statistics() -> dict[str, Tensor]:
-    """Merged statistics of the layers that this process owns."""
+    """Return the merged statistics of the layers that this process owns."""
     model = llama_of_64()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     features, needs = {n: m.in_features for n, m in linears.items()}, {n: {"hessian", *MADE_UP} for n in linears}
@@ -84,17 +84,17 @@ def statistics() -> dict[str, Tensor]:
 
 
 def quantized(config: Any, batches: Any, **options: Any) -> dict[str, Tensor]:
-    """The state of a quantized model, and each layer's error as reported."""
+    """Return a quantized model's state and the reported error of each layer."""
     model = hfquant.quantize(llama_of_64(), batches, config, **options)
     assert len(model.quant_report.layers) == 14
     state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
-    # A layer that was found solved has not been measured.
+    # A layer loaded as already solved is not measured.
     errors = [-1.0 if layer.error is None else layer.error for layer in model.quant_report.layers]
     return {**state, "errors": torch.tensor(errors)}
 
 
 def chosen() -> dict[str, Tensor]:
-    """Bits by a search: what the first process finds holds for all."""
+    """Search for bits; all processes use what the first one finds."""
     choices = {"search": {"budget": 6.5, "choices": ["int4", "int8"]}}
     state = quantized({**STATIC, **choices}, data(8))
     assert {v.shape[1] for k, v in state.items() if k.endswith(("k_proj.weight", "up_proj.weight"))} == {32, 64}
@@ -102,16 +102,16 @@ def chosen() -> dict[str, Tensor]:
 
 
 def prepared() -> dict[str, Tensor]:
-    """Each process has data of its own, as from a loader that accelerate has prepared; the last may have none."""
+    """Each process has its own data, as from a loader that accelerate prepared; the last one may have none."""
     with processes() as group:
         rank, size = group.rank, group.size
     state = quantized(STATIC, data(3)[rank::size])
-    del state["errors"]  # batches have other numbers here, and so other rows are sampled
+    del state["errors"]  # batches are numbered differently here, so other rows are sampled
     return state
 
 
 def resumed(folder: Path) -> dict[str, Tensor]:
-    """Solved once, then found: by each process that sees the folder. Not with other data."""
+    """Solve once; every process that sees the folder then reuses the result, but not for other data."""
     first = quantized(GPTQ, data(4), resume_dir=folder)
     again = quantized(GPTQ, data(4), resume_dir=folder)
     assert all(torch.equal(first[k], again[k]) for k in first if k != "errors")
@@ -122,7 +122,7 @@ def resumed(folder: Path) -> dict[str, Tensor]:
 
 
 def recorded(folder: Path | None) -> dict[str, Tensor]:
-    """A calibration set, made by all; samples in an order that does not depend on who made them."""
+    """Generate a calibration set with all processes; sort its samples, as their order depends on who made them."""
     made = hfquant.generate_calibrate_set(
         tiny_pipeline(DDIMScheduler()),
         hfquant.UniformSampler(3),
@@ -137,7 +137,7 @@ def recorded(folder: Path | None) -> dict[str, Tensor]:
 
 
 def command(out: Path) -> dict[str, Tensor]:
-    """`hfquant calibrate`; samples in an order that does not depend on who made them."""
+    """Run `hfquant calibrate`; sort the samples, as their order depends on who made them."""
     with processes() as group:
         if group.main:
             load_digits_pipeline().save_pretrained(out / "digits")
@@ -153,7 +153,7 @@ def command(out: Path) -> dict[str, Tensor]:
 
 
 def pipeline() -> dict[str, Tensor]:
-    """A pipeline's denoiser, on what it sees while the pipeline runs."""
+    """Quantize a pipeline's denoiser on the inputs it sees while the pipeline runs."""
     pipe, sampler = tiny_pipeline(DDIMScheduler(), tiny_unet()), hfquant.UniformSampler(3)
     hfquant.quantize_pipeline(pipe, ["a", "b c", "d"], STATIC, sampler=sampler, num_inference_steps=6)
     assert len(quant_linears(pipe.unet)) > 10
@@ -161,13 +161,13 @@ def pipeline() -> dict[str, Tensor]:
 
 
 def self_made(out: Path) -> dict[str, Tensor]:
-    """Text that the model writes itself: the first process for all."""
+    """Calibrate on text that the model generates, in the first process for all of them."""
     with patch.object(constants, "HF_HOME", str(out / "home")):
         return quantized(STATIC, {"source": "self", "samples": 6, "seqlen": 20})
 
 
 def mended() -> dict[str, Tensor]:
-    """A layer whose static scale saturates: one process finds it, all change it."""
+    """Spoil a layer so that its static scale saturates: one process finds it, and all of them change it."""
     solve, name = ptq.solve, "model.layers.1.mlp.down_proj"
 
     def saturating(layer: str, *args: Any) -> Any:
@@ -184,7 +184,7 @@ def mended() -> dict[str, Tensor]:
 
 
 def save_words(folder: Path) -> None:
-    """A tokenizer of letters, and a text."""
+    """Save a tokenizer of single letters, and a text."""
     words = Tokenizer(
         models.WordLevel({"</s>": 2, "<unk>": 3, **{w: i + 4 for i, w in enumerate("abcdefgh")}}, "<unk>")
     )
@@ -194,10 +194,10 @@ def save_words(folder: Path) -> None:
 
 
 def loaded(out: Path) -> dict[str, Tensor]:
-    """Calibrated on a text stream inside from_pretrained, saved by one process: the checkpoint's bytes, for all."""
+    """Calibrate on streamed text inside from_pretrained, save from one process, and return the checkpoint's bytes."""
     with processes() as group:
         folder, saved = out / "float", out / "saved"
-        llama_of_64().save_pretrained(folder)  # transformers writes in the first process alone
+        llama_of_64().save_pretrained(folder)  # transformers writes in the first process only
         if group.main:
             save_words(folder)
         group.gather(None)
@@ -212,7 +212,7 @@ def loaded(out: Path) -> dict[str, Tensor]:
 
 
 def not_finite() -> dict[str, Tensor]:
-    """One batch of five is bad; the model stays as it was."""
+    """One batch of five is not finite, and the model stays unchanged."""
     model, batches = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), [torch.ones(2, 8) for _ in range(5)]
     batches[1][0, 0] = torch.nan
     try:
@@ -223,13 +223,13 @@ def not_finite() -> dict[str, Tensor]:
 
 
 def other_models() -> dict[str, Tensor]:
-    """Every process has weights of its own."""
+    """Every process has different weights."""
     torch.manual_seed(int(os.environ.get("RANK", "0")))
     return {"0": hfquant.quantize(nn.Sequential(nn.Linear(8, 8)), [torch.ones(2, 8)], STATIC)[0].weight}
 
 
 def experts() -> dict[str, Tensor]:
-    """Fused experts, of which one sees no row in any process."""
+    """Quantize fused experts, one of which gets no row in any process."""
     torch.manual_seed(0)
     model = fused_experts.Model()
     fused_experts.quantized(model, fused_experts.CONFIGS["static, smooth"])
@@ -237,7 +237,7 @@ def experts() -> dict[str, Tensor]:
 
 
 def tasks(out: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
-    """Every task by name."""
+    """Return every task by name."""
     return {
         "statistics": statistics,
         "static": lambda: quantized(STATIC, data(5)),
@@ -266,7 +266,7 @@ def tasks(out: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
 
 
 def main(out: Path) -> None:
-    """Run all tasks; tensors to ``<rank>.safetensors``, what was raised to ``<rank>.json``."""
+    """Run all tasks; write tensors to ``<rank>.safetensors`` and errors to ``<rank>.json``."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     rank, tensors, errors = os.environ.get("RANK", "0"), {}, {}
@@ -280,7 +280,7 @@ def main(out: Path) -> None:
 
 
 def crash() -> None:
-    """The last process dies without a word while the others calibrate."""
+    """Let the last process die silently while the others calibrate."""
     with processes() as group:
         last = group.rank == group.size - 1
 

@@ -1,8 +1,8 @@
-"""Digests of quantized checkpoints: what a change that is meant to leave numerics alone must not move.
+"""Digests of quantized checkpoints, which must not change if numerics are meant to stay the same.
 
-``python -m tests.golden [CASE ...]`` records them in golden.json. Those of data-free cases are equal on every CPU. Sums
-in a forward are not, and where two grids or two smoothing strengths are as good as each other a last bit decides. So of
-calibrated cases, whose strength is given, it is kept what each layer's weight stands for and how far that is off.
+``python -m tests.golden [CASE ...]`` records them in golden.json. Digests of data-free cases are equal on every CPU.
+Sums in a forward are not, and if two grids or smoothing strengths are equally good, the last bit decides between them.
+Calibrated cases therefore fix the strength, and record averages of each layer's dequantized weight and its error.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def is_data_free(case: str) -> bool:
 
 
 def quantized(case: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model of a case, quantized on fixed data, and the linears' weights before."""
+    """Return a case's model, quantized on fixed data, and the original weights of its linears."""
     kind, _, preset = case.partition("/")
     config = copy.deepcopy(PRESETS[preset])
-    # The presets as they were when this was first recorded, so that it need not be recorded again with each of theirs.
+    # Use the presets as they were when first recorded, so that preset changes do not require a new recording.
     config["default"].pop("float_share", None)
     if preset in ("w6a8-gptq", "w4a16-gptq", "w4a8-gptq"):
         config["default"]["opt"] = copy.deepcopy(PRESETS["w4a4-gptq"]["default"]["opt"])
@@ -52,7 +52,7 @@ def quantized(case: str) -> tuple[nn.Module, dict[str, Tensor]]:
     if "group_size" in config["default"]["weight_quant"]:
         config["default"]["weight_quant"] |= {"scale": "float32", "int8_share": 0.0}
     if preset.endswith("svd"):
-        config["proj_out_2"] = {"opt": {"low_rank": 2}}  # all 4 would leave noise for the codes
+        config["proj_out_2"] = {"opt": {"low_rank": 2}}  # all 4 would leave only noise for the codes
     if kind == "digits":
         model, data = load_digits_pipeline().transformer, _digits_batches()
     else:
@@ -75,7 +75,7 @@ def _digits_batches() -> list[dict[str, Any]]:
 
 
 def figures(case: str) -> dict[str, Any]:
-    """What is recorded of a case: a digest of each layer, or the mean and mean magnitude of what it stands for."""
+    """Return what is recorded: a digest per layer, or each tensor's mean and mean magnitude."""
     result: dict[str, Any] = {}
     model, originals = quantized(case)
     for name, layer in model.named_modules():

@@ -1,6 +1,6 @@
-"""The number formats once more, in numpy's float64 and Python's integers: what the tests compare hfquant with.
+"""An independent implementation of the number formats, in numpy's float64 and Python's integers, to test hfquant with.
 
-Nothing here uses hfquant or torch. Formats go by their name in JSON ("int4", "fp8e4m3", ...).
+Nothing here uses hfquant or torch. Formats have their names from JSON ("int4", "fp8e4m3", ...).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FLOATS = {
 
 @cache
 def decode(dtype: str) -> np.ndarray:
-    """The value of every bit pattern of a float format, indexed by the pattern as an unsigned integer."""
+    """Return the value of every bit pattern of a float format, indexed by the pattern as an unsigned integer."""
     bits, exponent_bits, mantissa_bits, bias, has_inf = FLOATS[dtype]
     codes = np.arange(2**bits)
     sign = np.where(codes >> (bits - 1), -1.0, 1.0)
@@ -37,7 +37,7 @@ def decode(dtype: str) -> np.ndarray:
 
 
 def largest(dtype: str) -> float:
-    """The largest code: 2^(b-1) - 1, or the largest finite value."""
+    """Return the largest code: 2^(b-1) - 1, or the largest finite value."""
     if dtype in INTEGERS:
         return 2.0 ** (INTEGERS[dtype] - 1) - 1
     values = decode(dtype)
@@ -45,7 +45,7 @@ def largest(dtype: str) -> float:
 
 
 def nearest(q: np.ndarray, dtype: str) -> np.ndarray:
-    """The values of ``dtype`` nearest to ``q``, saturating; ties go to the even code."""
+    """Round ``q`` to the nearest values of ``dtype``, saturating; ties go to the even code."""
     q = np.clip(np.asarray(q, np.float64), -largest(dtype), largest(dtype))
     if dtype in INTEGERS:
         return np.rint(q)
@@ -59,32 +59,32 @@ def nearest(q: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def scale_of(amax: float, dtype: str) -> np.float32:
-    """amax / qmax as float32, 1 for 0, at least 2^-126."""
+    """Return amax / qmax as float32; 1 if amax is 0, at least 2^-126."""
     return np.float32(1) if amax == 0 else np.float32(max(float(amax) / largest(dtype), 2.0**-126))
 
 
 def codes_of(x: np.ndarray, scale: np.ndarray | None, dtype: str) -> np.ndarray:
-    """What float32 ``x`` becomes as code values: the quotient rounded to float32, then to the format."""
+    """Return the code values of float32 ``x``: the quotient rounded to float32, then to the format."""
     x = np.asarray(x, np.float32).astype(np.float64)
     with np.errstate(over="ignore"):
         return nearest(x if scale is None else (x / np.asarray(scale, np.float64)).astype(np.float32), dtype)
 
 
 def group_scale(code: int) -> float:
-    """What the byte of a group's scale stands for: 3 bits of exponent, 5 of mantissa."""
+    """Return the value of a group scale's byte: 3 bits of exponent, 5 of mantissa."""
     exponent, mantissa = divmod(int(code), 32)
     return 2.0 ** (exponent - 7) * (1 + mantissa / 32)
 
 
 def unpacked(row: bytes, bits: int, columns: int) -> list[int]:
-    """The codes of a packed row: a little-endian bit stream of two's complements."""
+    """Unpack the codes of a packed row: a little-endian bit stream of two's complement integers."""
     stream = int.from_bytes(row, "little")
     codes = [(stream >> (j * bits)) % 2**bits for j in range(columns)]
     return [c - 2**bits if c >= 2 ** (bits - 1) else c for c in codes]
 
 
 def exponent_of(low: float, high: float, dtype: str) -> int:
-    """DualScale's e = floor(log2(s+ / s-)) in [0, 15 - (b - 1)], in exact arithmetic."""
+    """Return DualScale's e = floor(log2(s+ / s-)) in [0, 15 - (b - 1)], in exact arithmetic."""
     most = 15 - (INTEGERS[dtype] - 1)
     if high <= 0:
         return 0
@@ -97,7 +97,7 @@ def exponent_of(low: float, high: float, dtype: str) -> int:
 def activation(
     x: np.ndarray, dtype: str, axis: int | None, segments: Sequence[int], dual: Sequence[bool]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Dynamic activations [..., in]: what they become (float64), and the step of each element."""
+    """Quantize activations [..., in] dynamically; return their float64 values and the step of each element."""
     x = np.asarray(x, np.float32)
     if dtype in ("fp16", "bf16"):
         return codes_of(x, None, dtype), np.zeros_like(x, np.float64)

@@ -1,4 +1,4 @@
-"""Autoencoders are known by their class, whole models and parts of others alike."""
+"""Autoencoders are recognized by their class, both as whole models and as parts of other models."""
 
 from __future__ import annotations
 

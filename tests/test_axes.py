@@ -1,7 +1,7 @@
-"""The open axes: a number format, a transform, a rounding and a kind of layer of this file's own, one line each.
+"""The extension points: a number format, a transform, a rounding and a kind of layer, each registered in one line.
 
-Each quantizes a plain module, a Llama and a denoiser, is saved, loaded and run on codes. Nothing else in hfquant knows
-of them.
+Each quantizes a plain module, a Llama and a denoiser, is saved and loaded, and runs on codes. They are defined in this
+file, and nothing in hfquant knows about them.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import quant_linears
 from hfquant.statistics import STATISTICS, LayerStats, Reduction, Statistic
 
-# A format of few bits is one line.
+# A format with few bits takes one line.
 FIVE = IntegerFormat("five", 5, torch.int8)
 
 
 @dataclass(frozen=True)
 class Powers(NumberFormat):
-    """0 and signed powers of two from 2^-6 to 1. The code is sign (e + 7), one a byte, kept as it is."""
+    """0 and signed powers of two from 2^-6 to 1. The code is sign (e + 7), one per byte, stored unpacked."""
 
     @property
     def qmax(self) -> float:
         return 1.0
 
     def _steps(self, x: Tensor) -> Tensor:
-        exponent = torch.log2(x.abs()).round().clamp(-7, 0)  # -7 stands for 0
+        exponent = torch.log2(x.abs()).round().clamp(-7, 0)  # -7 represents 0
         return torch.where(exponent > -7, x.sign() * (exponent + 7), torch.zeros_like(x))
 
     def quantize(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:
@@ -65,7 +65,7 @@ POWERS = Powers("powers", 8, torch.int8)
 
 
 class Shuffle(Transform):
-    """Put the input channels into an order drawn by chance: one stored tensor of integers."""
+    """Permute the input channels randomly; store the order as one integer tensor."""
 
     type: Literal["shuffle"] = "shuffle"
     seed: int = Field(0, ge=0)
@@ -97,7 +97,7 @@ class Shuffle(Transform):
 
 
 class Centred(Transform):
-    """Take the inputs' mean out of the input, and put what it gives into the output: solved from a statistic."""
+    """Subtract the inputs' mean from the input and add its effect to the output, solved from a statistic."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"total"})
     needs_data: ClassVar[bool] = True
@@ -124,7 +124,7 @@ class Centred(Transform):
 
 
 class HalfUp(Rounding):
-    """Round halves up, or by chance with an even number of ``dice``."""
+    """Round halves up, or, with an even number of ``dice``, randomly."""
 
     needs_scale: ClassVar[bool] = True
     type: Literal["half_up"] = "half_up"
@@ -144,7 +144,7 @@ class HalfUp(Rounding):
 
 DYNAMIC = {"type": "int8", "dynamic": True, "axis": -1}
 PLAIN = {"opt": {"type": "default"}, "input_quant": None, "weight_quant": {"type": "int8", "group_size": 10}}
-#: What is put into which table, and the fields of a config that use it.
+#: What is added to which table, and the config fields that use it.
 AXES: dict[str, tuple[dict[str, Any], str, Any, dict[str, Any]]] = {
     "format": (FORMATS, "five", FIVE, {"weight_quant": {"type": "five", "group_size": 10}}),
     "asymmetric format": (
@@ -211,7 +211,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def check_layers(model: nn.Module, count: int, run: Callable[[], Tensor], exact: Tensor) -> Tensor:
-    """All layers are quantized, close to what they were, and run on codes as they do on floats."""
+    """Check that all layers are quantized, close to the originals, and run on codes as on floats."""
     layers = quant_linears(model)
     assert len(layers) == count
     for layer in layers.values():
@@ -238,7 +238,7 @@ def test_a_plain_module(config: dict[str, Any], per_layer_mode: bool) -> None:
     data = [torch.randn(4, 7, 24), x]
     hfquant.quantize(model, data, config, per_layer_mode)
     check_layers(model, 4, lambda: model(x), exact)
-    # Deterministic, so the same again; and resumed, so is each layer.
+    # Quantizing is deterministic, so a second run gives the same.
     hfquant.quantize(twin, data, config, per_layer_mode)
     assert same(model, twin)
     hfquant.dequantize(model)
@@ -293,7 +293,7 @@ def test_a_denoiser_saved_and_loaded(config: dict[str, Any], tmp_path: Path) -> 
 
 @torch.no_grad()
 def test_a_llama_quantized_while_loading(config: dict[str, Any], tmp_path: Path) -> None:
-    """The same tensors as those of a model quantized in memory."""
+    """Its tensors equal those of a model quantized in memory."""
     model, inputs = llama(), ids()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(
@@ -313,7 +313,7 @@ def test_a_checkpoint_of_unknown_names_says_so(config: dict[str, Any], tmp_path:
 
 
 def test_names_and_options_are_checked_like_hfquant_s_own(config: dict[str, Any]) -> None:
-    """A name that is in a table is known to errors; options are validated where the class declares them."""
+    """Errors list the names in a table; options are validated by the class that declares them."""
     for section, table in (("opt", TRANSFORMS), ("calib", ROUNDINGS), ("weight_quant", FORMATS)):
         with pytest.raises(ConfigError) as error:
             parse({"default": {**config["default"], section: {"type": "nothing"}}})
@@ -321,7 +321,7 @@ def test_names_and_options_are_checked_like_hfquant_s_own(config: dict[str, Any]
     if "shuffle" in TRANSFORMS:
         with pytest.raises(ConfigError, match=r"opt.seed.*got -1"):
             parse({"default": {"opt": {"type": "shuffle", "seed": -1}}})
-        # A glob names an option without its type, and overrides it alone.
+        # A glob may name an option without the type, and overrides only that option.
         rules = parse({**config, "*.down": {"opt": {"seed": 7}}})
         assert (rules.resolve("a.up").opt.seed, rules.resolve("a.down").opt.seed) == (3, 7)
         assert isinstance(rules.resolve("a.down").opt, Shuffle)
@@ -331,7 +331,7 @@ def test_names_and_options_are_checked_like_hfquant_s_own(config: dict[str, Any]
 
 
 class Channels(nn.Module):
-    """A linear on dimension 1 that keeps its weight as [in, out] and multiplies its output by a constant."""
+    """A linear on dimension 1 that stores its weight as [in, out] and multiplies its output by a constant."""
 
     def __init__(self, inputs: int, outputs: int, gain: float) -> None:
         super().__init__()
@@ -343,7 +343,7 @@ class Channels(nn.Module):
 
 
 class QuantChannels(QuantLayer):
-    """What such a module becomes."""
+    """The quantized counterpart of ``Channels``."""
 
     gain: float
 
@@ -371,7 +371,7 @@ class QuantChannels(QuantLayer):
         gain: Any = self._float.gain
         return gain * self.multiply(x.movedim(1, -1)).movedim(-1, 1)
 
-    # What the guard asks of a kind whose rows do not lie along the last dimension.
+    # What the guard needs from a kind whose rows do not lie along the last dimension.
 
     def float_output(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         gain: Any = self._float.gain
@@ -414,7 +414,7 @@ KIND_CONFIGS: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 @pytest.mark.parametrize("fields", KIND_CONFIGS.values(), ids=KIND_CONFIGS)
 def test_a_kind_of_layer(fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planned, calibrated on its own rows, saved, loaded, quantized while loading, and itself again in float."""
+    """Planned, calibrated on its own rows, saved, loaded, quantized while loading, and restored in float."""
     monkeypatch.setattr("hfquant.nn.kinds.KINDS", [*KINDS, QuantChannels])
     config = {"default": fields}
     torch.manual_seed(0)
@@ -440,7 +440,7 @@ def test_a_kind_of_layer(fields: dict[str, Any], tmp_path: Path, monkeypatch: py
     assert same(model, loaded)
     assert torch.equal(loaded(x), output)
     with pytest.raises(RuntimeError):
-        # No float module takes the codes.
+        # The float module cannot load the codes.
         Channels(20, 24, 2.0).load_state_dict({"weight": model.first.codes_on_disk(), "bias": model.first.bias})
     streamed = ChannelsModel.from_pretrained(
         tmp_path / "float", quantization_config=hfquant.HfQuantConfig(config, calibration=[{"x": x}])
@@ -456,7 +456,7 @@ def test_a_kind_of_layer(fields: dict[str, Any], tmp_path: Path, monkeypatch: py
 
 
 def test_the_tables_are_as_they_were() -> None:
-    """What a test puts there is gone again, or a name would be known by accident."""
+    """Tests remove what they add, or a name would be known by accident."""
     assert "five" not in FORMATS
     assert "powers" not in FORMATS
     assert TRANSFORMS.keys() == {"default", "smooth", "svd", "hadamard", "smooth_hadamard"}

@@ -1,4 +1,4 @@
-"""Every row of docs/behaviour.md names a test that exists."""
+"""Every row of docs/behaviour.md names an existing test."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The config: what is accepted, what it resolves to, and how it says no."""
+"""The config: what it accepts, what it resolves to, and how it reports errors."""
 
 import copy
 import itertools
@@ -31,7 +31,7 @@ def default(**fields) -> LayerConfig:
     return QuantRules({"default": fields}).default
 
 
-# What the words mean.
+# Meaning of the fields.
 
 
 def test_reference_dict_is_the_default() -> None:
@@ -48,12 +48,12 @@ def test_reference_dict_is_the_default() -> None:
     ],
 )
 def test_enums_by_member_and_by_string(section, field, enum) -> None:
-    rest = {} if section == "input_quant" else {"input_quant": None}  # which not all go together with
+    rest = {} if section == "input_quant" else {"input_quant": None}  # some values do not work with an input format
     for member in enum:
         assert member.value == member.name.lower() == str(member)
         given = [QuantRules({"default": {section: {field: v}, **rest}}) for v in (member, member.value, member.name)]
         assert [getattr(getattr(g.default, section), field) for g in given] == [member] * 3
-        # JSON carries the lower-case name, however it was given.
+        # The stored form has the lower-case name, however it was given.
         assert [g.raw for g in given] == [{"default": {section: {field: member.name.lower()}, **rest}}] * 3
 
 
@@ -171,7 +171,7 @@ def test_another_type_replaces_the_section() -> None:
     a, b, c = (rules.resolve(n) for n in "abc")
     assert (a.opt.type, a.opt.alpha, a.weight_quant.group_size) == (Optimum.SMOOTH, 0.5, None)
     assert (b.opt.alpha, b.opt.low_rank) == (0.9, 4)
-    # The default entry leaves the type to its default, int8, which the override names: the same type.
+    # The default entry leaves the type at its default, int8, and the override names int8 too, so the type is the same.
     assert b.weight_quant.group_size == 32
     assert (c.opt.type, c.opt.alpha, c.opt.low_rank, c.weight_quant.group_size) == (Optimum.SVD, 0.9, 2, None)
 
@@ -243,7 +243,7 @@ WRONG = [
     ({"opt": {"rank": 4}}, "opt.rank", "allowed are type, alpha, magnitude, search_alpha_config, fold, low_rank"),
     ({"opt": {"search_alpha_config": {"stop": 1}}}, "stop", "allowed are enable, min, max, step"),
     ({"input_quant": {"clip": "mse"}}, "input_quant.clip", "allowed are type, axis, dynamic"),
-    # Keys that are not strings, and what JSON cannot hold.
+    # Keys that are not strings, and values that JSON cannot hold.
     ({3: True}, "config['default']", "key 3 is not a string"),
     ({"opt": {None: 1}}, "config['default']['opt']", "key None is not a string"),
     ({"opt": {"alpha": 1j}}, "config['default']['opt']['alpha']", "type complex cannot be stored in JSON"),
@@ -283,7 +283,7 @@ def test_several_errors_are_all_listed() -> None:
 
 
 IMPOSSIBLE = [
-    ({"input_quant": {"axis": -1}}, "axis=-1 (one scale a token) needs dynamic=True"),
+    ({"input_quant": {"axis": -1}}, "axis=-1 (one scale per token) needs dynamic=True"),
     (
         {"calib": {"type": "gptq"}, "weight_quant": {"type": "fp16"}},
         'calib.type "gptq" needs a weight_quant.type with a scale, not fp16',
@@ -310,7 +310,7 @@ def test_impossible_combinations(entry, says) -> None:
     with pytest.raises(ConfigError) as error:
         QuantRules({"default": entry})
     assert says in str(error.value)
-    # In an override it is found at the latest once the layer is known.
+    # In an override, the error is found at the latest when the layer is known.
     with pytest.raises(ConfigError) as error:
         QuantRules({"*.fc": entry}).resolve("block.fc")
     assert says in str(error.value)
@@ -323,7 +323,7 @@ def test_a_combination_may_span_entries() -> None:
     )
     with pytest.raises(ConfigError, match=r"layer 'a'.*needs dynamic=True"):
         rules.resolve("a")
-    # Neither half is wrong by itself, and the layer that gets both is.
+    # Neither half is wrong on its own, only the layer that gets both.
     rules = QuantRules({"x*": {"calib": {"type": "gptq"}}, "*y": {"weight_quant": {"type": "fp16"}}})
     assert rules.resolve("xa").calib.type == Calibrate.GPTQ
     assert rules.resolve("ay").weight_quant.type == DType.FP16
@@ -332,7 +332,7 @@ def test_a_combination_may_span_entries() -> None:
 
 
 def test_static_unscaled_inputs_may_name_an_axis() -> None:
-    assert default(input_quant={"type": "fp16", "axis": -1}).needs_data  # by the default opt, smooth
+    assert default(input_quant={"type": "fp16", "axis": -1}).needs_data  # because of the default opt, smooth
     assert not default(input_quant={"type": "fp16"}, opt={"type": "default"}).needs_data
 
 
@@ -349,7 +349,7 @@ NEEDS_DATA = {
 
 @pytest.mark.parametrize("name", ["w4a8", "w4a8-svd"])
 def test_presets_that_there_were_name_their_successor(name) -> None:
-    with pytest.raises(ConfigError, match=f"no preset '{name}' any more: take 'w4a8-gptq'"):
+    with pytest.raises(ConfigError, match=f"preset '{name}' was removed; use 'w4a8-gptq'"):
         parse(name)
 
 
@@ -372,7 +372,7 @@ def test_presets(name) -> None:
 
 
 def test_unknown_preset_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match="unknown preset 'w2a2'; there are w8a8, w8a8-dynamic"):
+    with pytest.raises(ConfigError, match="unknown preset 'w2a2'; available: w8a8, w8a8-dynamic"):
         parse("w2a2")
 
 
@@ -393,7 +393,7 @@ FREE = {"opt": {"type": "default"}, "input_quant": None}
         ({"default": FREE, "a": {"opt": {"type": "smooth"}}}, True),
         # A glob that does not match its own text.
         ({"default": FREE, "layers.[01].fc": {"opt": {"type": "smooth"}}}, True),
-        # Covered by a later glob that takes the need away again.
+        # A later glob covers it and removes the need for data.
         ({"default": FREE, "a.*": {"opt": {"type": "smooth"}}, "*": {"opt": {"type": "default"}}}, False),
     ],
 )

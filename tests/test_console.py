@@ -1,4 +1,4 @@
-"""What is shown while hfquant works: bars, where they are wanted, and nothing else."""
+"""Console output while hfquant works: progress bars if they are wanted, and nothing else."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_bad_components_and_data_leave_the_pipeline_alone() -> None:
 
 
 def wan() -> WanPipeline:
-    """Wan 2.2's layout: one transformer takes the noisier steps, another the rest."""
+    """Wan 2.2's layout: one transformer for the noisier steps, another for the rest."""
 
     def transformer(seed: int) -> WanTransformer3DModel:
         torch.manual_seed(seed)
@@ -124,7 +124,7 @@ def test_an_affiner_corrects_the_steps_of_both_transformers() -> None:
 
 
 def test_the_facts_need_neither_library() -> None:
-    """The file by itself; what else `import hfquant` brings is not its business."""
+    """The file is run on its own, since `import hfquant` may import more."""
     code = (
         "import sys, runpy; sys.modules['diffusers'] = sys.modules['transformers'] = None; "
         f"print(runpy.run_path({denoisers.__file__!r})['DENOISERS'][0])"
@@ -199,7 +199,7 @@ def test_frames_are_told_from_channels_by_the_config() -> None:
     assert not has_frames_first(torch.empty(1, 4, 3, 2, 2), denoiser)
     assert has_frames_first(torch.empty(1, 3, 4, 2, 2), denoiser)
     assert not has_frames_first(torch.empty(1, 4, 2, 2), denoiser)
-    assert not has_frames_first(torch.empty(1, 3, 5, 2, 2), nn.Identity())  # nobody says
+    assert not has_frames_first(torch.empty(1, 3, 5, 2, 2), nn.Identity())  # there is no config to tell
     for shape in ((1, 4, 4, 2, 2), (1, 8, 4, 2, 2)):
         with pytest.raises(ValueError, match="take another number of frames"):
             has_frames_first(torch.empty(shape), denoiser)

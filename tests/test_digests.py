@@ -1,4 +1,4 @@
-"""Digests: equal for equal content, another for whatever could change a result."""
+"""Digests: equal for equal content, and different for anything that could change a result."""
 
 import enum
 

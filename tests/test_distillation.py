@@ -1,4 +1,4 @@
-"""Distillation: vectors are trained, codes are not, and a model that does not gain stays as it was."""
+"""Distillation trains vectors, not codes, and leaves a model unchanged that does not improve."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_error_on_unseen_data_falls_and_codes_stay(dtype):
     assert {"first.weight_scale", "second.weight_scale"} <= moved
     assert not any(name.endswith(".weight_zero_point") for name in moved)
     assert not {"first.weight", "second.weight"} & moved
-    # Unlike the data that it was trained and judged on.
+    # Unlike the data used for training and evaluation.
     fresh = 2 * torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(9)).to(dtype)
     with torch.no_grad():
         right = net(fresh).double()
@@ -111,7 +111,7 @@ def test_folded_values_do_what_hooks_did(config):
         for fold in folds:
             fold()
     assert (hooked - was).norm() > 0.05 * was.norm()
-    # Where inputs are rounded, a factor that is applied before or within the division may tip one over.
+    # If inputs are rounded, applying a factor before or within the division may change a code.
     assert (model(x) - hooked).norm() < 3e-3 * hooked.norm()
 
 
@@ -128,7 +128,7 @@ def test_a_low_rank_branch_has_the_factors_too():
     x = batches(1)[0]
     with torch.no_grad(), ExitStack() as stack:
         values, folds = _attach(model, stack)
-        # After the bare vector groups, rows and bias of `first`, but not its inputs, which the branch reads. The norm.
+        # Bare vector first, then groups, rows and bias of `first` (not its inputs, which the branch reads), then norm.
         first = [(3 * WIDTH, 2), (3 * WIDTH,), (3 * WIDTH,)]
         assert [tuple(v.shape) for v in values] == [(WIDTH,), *first, *[(3 * WIDTH,)] * 2, (WIDTH, 6), (WIDTH,)]
         values[2].copy_(torch.linspace(-0.5, 0.5, 3 * WIDTH))
@@ -147,13 +147,13 @@ def test_gradients_of_groups_are_those_of_a_float_emulation(opt: str, scale: str
     with ExitStack() as stack:
         values, _ = _attach(model, stack)
         groups = next(v for v in values if v.dim() == 2)
-        assert groups.shape == (3 * WIDTH, 3)  # 24, 24 and a short one
-        for _ in range(2):  # called twice, as a block that is shared: gradients add up
+        assert groups.shape == (3 * WIDTH, 3)  # 24, 24, and a short one
+        for _ in range(2):  # called twice, like a shared block: gradients add up
             (layer(x.clone().requires_grad_()) * pull.repeat(1, 1, 3)).sum().backward()
     logs = torch.zeros(3 * WIDTH, 3, dtype=torch.float64, requires_grad=True)
     sizes = torch.tensor([24, 24, 16])
     grown = layer.dequantize().double() * logs.exp().repeat_interleave(sizes, 1)
-    # In float64: the weight in terms of the raw input, of which the layer's transform is a linear map.
+    # The weight as applied to the raw input, in float64; the layer's transform is a linear map of that input.
     basis = layer.plan.transform.restored(torch.eye(WIDTH), layer._buffers, [WIDTH]).double()
     (2 * (x.double() @ (grown @ basis).T) * pull.double().repeat(1, 1, 3)).sum().backward()
     assert logs.grad is not None
@@ -167,7 +167,7 @@ def test_without_a_gain_nothing_changes(caplog):
     with caplog.at_level("INFO", "hfquant"):
         found = hfquant.distill(model, net, batches(), steps=2, learning_rate=1e-9)
     assert not found.kept
-    assert "stays as it was" in caplog.text
+    assert "left unchanged" in caplog.text
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
 
 
@@ -187,7 +187,7 @@ def test_a_language_model_is_trained_by_the_divergence_of_its_logits(tmp_path):
     from transformers import LlamaForCausalLM
 
     float_model = small_models.llama()
-    with torch.no_grad():  # else all tokens are about as likely
+    with torch.no_grad():  # otherwise all tokens are about equally likely
         for parameter in float_model.parameters():
             parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
     source = torch.Generator().manual_seed(0)
@@ -212,7 +212,7 @@ def test_a_model_makes_its_own_data():
     model = hfquant.quantize(copy.deepcopy(float_model), None, "w4a16")
     found = hfquant.distill(model, float_model, {"source": "self", "samples": 8, "seqlen": 16}, steps=2)
     assert len(found.losses) == 2
-    with pytest.raises(hfquant.CalibrationError, match="make their own"):
+    with pytest.raises(hfquant.CalibrationError, match="can generate their own"):
         hfquant.distill(*quantized(INT3), None)
 
 

@@ -1,4 +1,4 @@
-"""Really launched processes: 2 and 4 give what one gives, and what fails in one stops all with its cause."""
+"""Real multi-process runs: 2 and 4 processes give what one gives, and if one fails, all stop and name the cause."""
 
 import json
 import math
@@ -39,7 +39,7 @@ EXACT = [
 
 
 def launch(count: int, argument: str, timeout: int = 600) -> subprocess.CompletedProcess[str]:
-    """Without GPUs accelerate starts several processes only where told so twice: by the flag, and by the variable."""
+    """Without GPUs, accelerate starts several processes only if told so twice, by the flag and by the variable."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     command += ["--num_processes", str(count), "--main_process_port", "0", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "-m", "tests.distributed_job", argument]
@@ -57,14 +57,14 @@ def launch(count: int, argument: str, timeout: int = 600) -> subprocess.Complete
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    """What this one process makes of each task that does not fail."""
+    """Return the results of each task that does not fail, from this single process."""
     tasks = distributed_job.tasks(tmp_path_factory.mktemp("alone"))
     return {name: tasks[name]() for name in tasks if name not in ("not finite", "other models")}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, dict[str, Tensor]], Any]]:
-    """What each of several processes makes of them: tensors by task, and errors."""
+    """Return the results of each launched process: tensors by task, and errors."""
     out = tmp_path_factory.mktemp("launched")
     done = launch(request.param, str(out))
     assert done.returncode == 0, done.stderr
@@ -91,7 +91,7 @@ def test_several_processes_make_the_same_bytes(task: str, alone: Any, ranks: Any
 
 
 def test_statistics_are_those_of_all_data(alone: Any, ranks: Any) -> None:
-    """Ranges, counts and samples exactly, sums to 1e-6, a made-up statistic likewise; every layer is one process'."""
+    """Ranges, counts and samples match exactly, sums to 1e-6, custom statistics too; one process owns each layer."""
     seen: list[str] = []
     for tensors, _ in ranks:
         for key, value in tensors["statistics"].items():
@@ -108,7 +108,7 @@ def test_statistics_are_those_of_all_data(alone: Any, ranks: Any) -> None:
 
 @pytest.mark.parametrize("task", ["gptq", "mixed", "layer by layer", "resumed"])
 def test_gptq_agrees_to_rounding(task: str, alone: Any, ranks: Any) -> None:
-    """All processes have the same layers; hardly a code differs from those of one process, nor does a layer's loss."""
+    """All processes have identical layers; codes and layer losses hardly differ from those of a single process."""
     (first, _), *others = ranks
     assert all(same(first[task], tensors[task]) for tensors, _ in others)
     assert first[task].keys() == alone[task].keys()
@@ -127,7 +127,7 @@ def test_an_error_in_one_stops_all_with_its_cause(ranks: Any) -> None:
         assert errors["not finite"] == (
             cause if rank == 1 else f"RuntimeError: process 1 of {len(ranks)} failed: {cause}"
         )
-        assert "has another model, or other weights" in errors["other models"]
+        assert "has a different model or weights" in errors["other models"]
         assert set(errors) == {"not finite", "other models"}
 
 
@@ -187,7 +187,7 @@ with processes() as group:
     ids=["torchrun", "accelerate launch --cpu"],
 )
 def test_launchers_on_cpus(launcher: list[str], expected: int, tmp_path: Path) -> None:
-    """What README says of them: torchrun's processes share the work, ``accelerate launch --cpu`` starts one."""
+    """As documented: torchrun's processes share the work, ``accelerate launch --cpu`` starts a single process."""
     script = tmp_path / "job.py"
     script.write_text(JOB)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -249,7 +249,7 @@ def test_a_process_that_does_not_come_is_named_within_the_time_that_is_set(how: 
         for process in ranks:
             process.kill()
     assert "ERROR" in out, err
-    assert "another process is gone or did not come within 12 s (HFQUANT_TIMEOUT)" in out
+    assert "another process died or did not respond within 12 s (HFQUANT_TIMEOUT)" in out
     assert "anks 1" in out or "ank 1" in out  # its rank
 
 

@@ -1,7 +1,7 @@
-"""README and docs: their code runs, their generated parts are current, their links lead somewhere.
+"""README and docs: their code runs, their generated parts are up to date, their links resolve.
 
-The blocks of a page run from top to bottom, in one namespace and one folder. Models, prompts and texts of the names
-that the pages use lie there: real classes, tiny and random.
+The blocks of a page run from top to bottom, in one namespace and one folder. The folder has models, prompts and texts
+under the names that the pages use; the models are tiny, random and of real classes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from tests.integrations.test_pipelines import sd3
 ROOT = Path(__file__).parents[1]
 generate, hooks = (SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / name))) for name in ("generate.py", "hooks.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-#: Blocks that cannot run in a test, by page. Each says why in a comment before it: ``<!-- not run: reason -->``.
+#: Number of blocks per page that cannot run in a test; a comment before each says why: ``<!-- not run: reason -->``.
 NOT_RUN = {"README.md": 1, "calibration.md": 1, "sharing.md": 1}
 #: Pages that take more than a few seconds.
 SLOW = {"pipelines.md"}
-#: Shell commands that set a machine up; a test has one already.
+#: Shell commands that set up a machine; tests run on one that is set up.
 SET_UP = ("pip", "make", "git", "python")
 MODELS = ("path/to/llm", "HuggingFaceTB/SmolLM2-135M-Instruct")
 PIPELINES = ("path/to/pipeline", "stabilityai/stable-diffusion-3.5-medium")
@@ -57,14 +57,14 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of each command of a shell block."""
+    """Return the words of each command in a shell block."""
     lines = re.sub(r"\\\n", " ", text).splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders named like the models of the pages."""
+    """Folders named like the models in the pages."""
     folder = tmp_path_factory.mktemp("models")
     for name in MODELS:
         make_llama(folder / name, 128)
@@ -170,7 +170,7 @@ def test_every_field_of_a_config_has_a_meaning() -> None:
 
 
 def _anchors(page: Path) -> set[str]:
-    """What links into a page may name, as GitHub and mkdocs make it of headings."""
+    """Return the anchors that links to a page may use, as GitHub and mkdocs derive them from headings."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}

@@ -1,4 +1,4 @@
-"""Fused experts taken apart for a quantization: routed, planned, observed, put back."""
+"""Fused experts split up for quantization: routed, planned, observed, and restored."""
 
 import copy
 from typing import Any
@@ -34,7 +34,7 @@ from tests.nn.fused_experts import (
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_tokens_go_to_their_experts(transposed: bool, bias: bool) -> None:
-    """Numbers past the last expert choose none, as another process's experts do."""
+    """Expert numbers past the last one select none, as for experts owned by another process."""
     original = Fused(transposed, bias).double()
     experts = UnfusedExperts(original, layout(transposed))
     x, (index, weights) = torch.randn(23, WIDTH).double(), routing(23, EXPERTS + 2)
@@ -46,7 +46,7 @@ def test_tokens_go_to_their_experts(transposed: bool, bias: bool) -> None:
 
 
 def test_sorted_rows() -> None:
-    """Rows past the last count are padding: zeros."""
+    """Rows past the last count are padding and give zeros."""
     original = Fused().double()
     experts = UnfusedExperts(original, layout(route=route_sorted))
     x, counts, w = torch.randn(11, WIDTH).double(), [3, 0, 4, 0, 2], matrices(original, False)
@@ -57,7 +57,7 @@ def test_sorted_rows() -> None:
 
 
 def test_all_rows_but_zeros() -> None:
-    """What a router has multiplied by zero never reaches an expert, and gives zeros."""
+    """Rows that a router multiplied by zero reach no expert and give zeros."""
     original = Fused(transposed=True).double()
     experts = UnfusedExperts(original, layout(True, route_all))
     x = torch.randn(EXPERTS, 6, WIDTH).double() * (torch.rand(EXPERTS, 6, 1) < 0.4)
@@ -89,7 +89,7 @@ def test_taken_apart_without_a_copy() -> None:
 
 
 def test_what_cannot_be_taken_apart() -> None:
-    """Offloaded weights, and those of two modules, stay, and the plan says why."""
+    """Offloaded weights, and weights shared by two modules, stay in float, and the plan says why."""
     model = Model()
     cpu_offload(model.experts)
     plan = plan_layers(model, parse("w8a16"), facts=model.facts)
@@ -105,7 +105,7 @@ def test_what_cannot_be_taken_apart() -> None:
 
 @pytest.mark.parametrize("per_layer_mode", [False, True])
 def test_padding_reaches_no_statistic(per_layer_mode: bool) -> None:
-    """Garbage in the masked rows changes nothing."""
+    """Garbage values in masked rows change nothing."""
 
     class Masked(Model):
         def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -142,7 +142,7 @@ def test_globs_name_the_parameter_or_its_experts() -> None:
 
 
 def test_the_plan_sees_what_surrounds_an_expert() -> None:
-    """Of one that never ran as well: the gate's two halves, and SiLU's product before the second matrix."""
+    """Also for an expert that never ran: the two halves of the gate, and SiLU's product before the down projection."""
     plan = plan_layers(Model(), QuantRules({}), example=torch.zeros(1, 3, WIDTH), facts=Model().facts)
     assert plan.layers["experts.gate_up_proj"].output_segments == (INNER, INNER)
     assert plan.layers["experts.down_proj"].dual == (True,)

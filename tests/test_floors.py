@@ -1,4 +1,4 @@
-"""constraints-min.txt, which `make test-floors` installs, is pyproject.toml's lower bounds and nothing else."""
+"""constraints-min.txt, which `make test-floors` installs, contains exactly pyproject.toml's lower bounds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def lower_bounds(requirements: list[str]) -> dict[str, str]:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """Version numbers to compare: "0.42" and "0.42.0" are one."""
+    """Return version numbers for comparison: "0.42" and "0.42.0" are equal."""
     parts = [int(part) for part in version.split(".")]
     return tuple(parts + [0] * (3 - len(parts)))
 

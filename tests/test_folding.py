@@ -1,4 +1,4 @@
-"""Smoothing divisors in what comes before a layer: the function stays, nothing is left to divide, all is undone."""
+"""Folding smoothing divisors into preceding modules: same function, no division left, and it can be undone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config(**opt: Any) -> dict[str, Any]:
 
 
 class Block(nn.Module):
-    """A norm read by two linears, one of which feeds a third through ReLU and a gate."""
+    """A gated MLP after a LayerNorm, and a ReLU MLP after an RMSNorm."""
 
     def __init__(self, width: int = 12) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Net(nn.Module):
 
 
 def scatter(model: nn.Module) -> nn.Module:
-    """Give every gain and bias random values, so that none is 1 or 0, and some channels large inputs."""
+    """Give every gain and bias random values other than 1 or 0, and some channels large inputs."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in model.parameters():
@@ -97,7 +97,7 @@ def pictures() -> list[dict[str, Tensor]]:
     return [{"hidden_states": torch.randn(2, 4, 4, 4, generator=generator), **fixed} for _ in range(3)]
 
 
-#: model -> how it is made, its data, and the layers that are folded, by the last part of their names.
+#: model -> its builder, its data, and the folded layers, by the last part of their names.
 CASES: dict[str, tuple[Any, Any, set[str]]] = {
     "plain": (Net, lambda: [torch.randn(4, 5, 8) for _ in range(3)], {"gate", "up", "down", "one", "two"}),
     "llama": (
@@ -153,7 +153,7 @@ def folding_of(model: nn.Module, data: list[Any], rules: dict[str, Any]) -> tupl
 
 
 def fold_in_float(model: nn.Module, plan: Any, folding: Folding) -> None:
-    """Do to a float model what folding does to one that is quantized."""
+    """Apply to a float model what folding does to a quantized one."""
     replace_modules(model, {model.get_submodule(n): m for n, m in folding.sources(model, plan).items()})
     for name in plan.layers:
         linear = model.get_submodule(name)
@@ -174,7 +174,7 @@ def test_the_float_function_stays(name: str) -> None:
 
 
 def smoothed(model: nn.Module) -> set[str]:
-    """The last parts of the names of the layers that divide at run time."""
+    """Return the last parts of the names of the layers that divide at run time."""
     return {n.rpartition(".")[2] for n, m in quant_linears(model).items() if "smooth" in m._buffers}
 
 
@@ -214,7 +214,7 @@ def test_every_way_of_smoothing_folds(opt: dict[str, Any], per_layer_mode: bool)
 
 
 def test_a_branch_sees_the_divided_input() -> None:
-    # With the whole rank nothing is left to round, so the branch alone gives the float layer.
+    # With full rank nothing is left to round, so the branch alone gives the float layer.
     model, data = case("plain")
     reference = copy.deepcopy(model)
     hfquant.quantize(model, data, config(type="svd", low_rank=20))
@@ -388,7 +388,7 @@ def test_a_linear_that_stays_in_float_can_give() -> None:
     assert not torch.equal(model.blocks[0].one.weight, reference.blocks[0].one.weight)
     assert error(model, reference, data) < 0.05
     plan = plan_layers(reference.bfloat16(), parse(rules), example=data[0].bfloat16())
-    assert not plan.layers["blocks.0.two"].folded  # its rows would be rounded once more
+    assert not plan.layers["blocks.0.two"].folded  # its rows would be rounded again
 
 
 def test_layers_that_never_run_are_left_out() -> None:

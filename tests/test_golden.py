@@ -1,4 +1,4 @@
-"""The same config gives the weights that were recorded."""
+"""The same config reproduces the recorded weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_checkpoint_is_as_recorded(case):
     for layer, tensors in expected.items():
         assert found[layer].keys() == tensors.keys(), layer
         for name, numbers in tensors.items():
-            # Sums in a forward round differently on each CPU; a code at the middle of two may fall to either side. Four
-            # ways to sum on one of them moved errors by 0.4 % and all else by 0.05 %.
+            # Sums in a forward round differently on each CPU, and a code halfway between two values may go either way.
+            # Four ways of summing on one CPU changed errors by 0.4 % and everything else by 0.05 %.
             least = (1e-2 if name == "error" else 2e-3) * numbers[1]
             assert found[layer][name] == pytest.approx(numbers, rel=2e-3, abs=least), (layer, name)

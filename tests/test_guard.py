@@ -1,4 +1,4 @@
-"""The guard: planted faults are named and mended, healthy models are left alone."""
+"""The guard: injected faults are named and repaired, and healthy models are left alone."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from hfquant.nn.modules import quant_linears
 from hfquant.run import Settings
 from tests.integrations import small_models
 
-#: The preset would see for itself that a scale a tensor does not do.
+#: The preset itself would detect that one scale per tensor does not work.
 STATIC = copy.deepcopy(hfquant.PRESETS["w8a8"])
 STATIC["default"]["input_quant"] = {"type": "int8"}
 WIDTH = 64
 
 
 class Net(nn.Module):
-    """Three linears with norms between, so that one layer's fault does not hide another's."""
+    """Three linears with a norm in between, so that one layer's fault does not hide another's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def faults(model: nn.Module) -> dict[str, str]:
 
 
 def test_a_scale_that_lacks_the_outlier_is_put_to_the_token():
-    """Calibration never saw what drives the inputs 100 times past its scale."""
+    """The held-out inputs exceed the calibrated scale by a factor of 100."""
     net = Net()
     held_out = [100 * x for x in batches(1, seed=3)]
     broken = hfquant.quantize(copy.deepcopy(net), batches(), HfQuantConfig(STATIC, guard=False))
@@ -71,13 +71,13 @@ def test_a_scale_that_lacks_the_outlier_is_put_to_the_token():
     model = hfquant.quantize(copy.deepcopy(net), batches(), STATIC, held_out=held_out)
     assert list(faults(model)) == ["first"]
     assert "static scale saturates" in faults(model)["first"]
-    assert "inputs scaled by the token" in faults(model)["first"]
+    assert "per-token input scales" in faults(model)["first"]
     assert error_of(model.first, net.first, held_out) < 0.05
     assert model.second.plan.static_input
     quant = model.first.plan.config.input_quant
     assert quant is not None
     assert (quant.dynamic, quant.axis) == (True, -1)
-    # Only the inputs' scale went: the weights are those that were solved.
+    # Only the input scale is gone; the weights are the solved ones.
     assert torch.equal(model.first.weight, broken.first.weight)
     assert torch.equal(model.first.smooth, broken.first.smooth)
 
@@ -92,7 +92,7 @@ def test_an_outlier_channel_that_drowns_the_others_is_named():
     assert error_of(broken.first, net.first, data) > 0.5
     model = hfquant.quantize(copy.deepcopy(net), data, config)
     assert list(faults(model)) == ["first"]
-    assert "outlier channel 5 of its input" in faults(model)["first"]
+    assert "outlier channel 5 in the input" in faults(model)["first"]
     assert error_of(model.first, net.first, data) < 0.05
     assert error_of(model, net, data) < 0.1
 
@@ -112,17 +112,17 @@ def test_an_outlier_in_the_weights_with_groups_that_it_kills():
             "input_quant": None,
         }
     }
-    # GPTQ takes columns that calibration never used for dead, so it is the check that shows it.
+    # GPTQ treats columns that calibration never used as dead, so only the check reveals the fault.
     model = hfquant.quantize(copy.deepcopy(net), data, config)
     assert list(faults(model)) == ["first"]
-    assert "outlier channel 5 of its weights" in faults(model)["first"]
+    assert "outlier channel 5 in the weights" in faults(model)["first"]
     assert "left in full precision" in faults(model)["first"]
     assert type(model.first) is nn.Linear
     assert error_of(model.first, net.first, data) == 0
 
 
 def test_dead_groups_are_named_and_mended(monkeypatch: pytest.MonkeyPatch):
-    """Codes of a layer that are all zero, as a scale that is far too large would leave them."""
+    """All codes of a layer are zero, as a scale that is far too large would cause."""
     solve = ptq.solve
 
     def killing(name: str, *args: Any) -> Any:
@@ -133,7 +133,7 @@ def test_dead_groups_are_named_and_mended(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(ptq, "solve", killing)
     net = Net()
-    # Without zero points: with them a code of zero stands for some other value.
+    # No zero points: with them, a code of zero would represent another value.
     config = {"weight_quant": {"type": "int4", "group_size": 64}, "input_quant": {"type": "int8"}}
     model = hfquant.quantize(copy.deepcopy(net), batches(), {"default": config})
     assert list(faults(model)) == ["second"]
@@ -144,7 +144,7 @@ def test_dead_groups_are_named_and_mended(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_are_named_where_they_arise(value: float, monkeypatch: pytest.MonkeyPatch):
-    """Layers after it, which get NaN from it, are not blamed."""
+    """Later layers, which receive the NaN, are not blamed."""
     solve = ptq.solve
 
     def spoiling(name: str, *args: Any) -> Any:
@@ -206,7 +206,7 @@ def test_undone_whole_where_finishing_fails():
 
 @pytest.mark.parametrize("fault", ["token", "float"])
 def test_what_was_mended_is_saved_and_reloads(fault: str, tmp_path, monkeypatch: pytest.MonkeyPatch, caplog):
-    """The stored plan differs from the config's rule, so a reload builds the same modules."""
+    """The stored plan differs from the config's rule, so that a reload builds the same modules."""
     from transformers import LlamaForCausalLM
 
     if fault == "float":
@@ -224,7 +224,7 @@ def test_what_was_mended_is_saved_and_reloads(fault: str, tmp_path, monkeypatch:
     data = [small_models.transformers_inputs(model)]
     with caplog.at_level(logging.WARNING, "hfquant"):
         hfquant.quantize(model, data, STATIC)
-    assert f"layer {name!r} is off once quantized: error" in caplog.text
+    assert f"layer {name!r} failed the check after quantization: error" in caplog.text
     assert list(faults(model)) == [name]
     stored = model.config.quantization_config
     assert isinstance(model.get_submodule(name), QuantLinear) == (fault == "token")
@@ -258,7 +258,7 @@ def test_a_folded_layer_left_in_float_keeps_what_was_folded_around_it(monkeypatc
 
 @pytest.mark.parametrize("preset", [p for p in hfquant.PRESETS if HfQuantConfig(p).needs_data])
 def test_healthy_models_are_left_alone(preset: str):
-    """Each calibrated preset on small models of several kinds."""
+    """For each calibrated preset, on small models of several kinds."""
     for build in (small_models.llama_of_64, small_models.vit):
         model = build()
         hfquant.quantize(model, [small_models.transformers_inputs(model)] * 2, preset)
@@ -281,17 +281,17 @@ def test_off_is_beyond_promise_and_peers_and_a_half():
     four, eight = plans(*["int4"] * 5), plans(*["int8"] * 5)
     errors = dict(zip("01234", [0.02, 0.02, 0.02, 0.02, 0.6], strict=True))
     assert far_off(errors, eight) == ["4"]
-    # Four times what 4 bits promise is more than 0.6 - where it is not, the layer is off.
+    # If four times the error that 4 bits promise is below 0.6, the layer is off.
     assert (far_off(errors, four) == ["4"]) == (4 * promise(four["0"].config) < 0.6)
     assert far_off({**errors, "4": 0.45}, eight) == []
-    # Peers that are no better keep a layer from being blamed, up to an error that is the whole output.
+    # If its peers are no better, a layer is not blamed, unless its error exceeds the whole output.
     assert far_off(dict.fromkeys("01234", 0.6), eight) == []
     assert far_off(dict.fromkeys("01234", 1.01), eight) == list("01234")
     assert far_off({"0": torch.inf}, four) == ["0"]
 
 
 def test_a_layer_is_no_peer_of_itself():
-    """The median of the others, against sorting them each time."""
+    """The median of the others equals the one found by sorting them each time."""
     errors = dict(zip("0123456", [0.9, 0.1, 0.3, 0.2, 0.7, 0.3, 0.05], strict=True))
     for count in range(1, 8):
         some = {name: errors[name] for name in "0123456"[:count]}
@@ -303,7 +303,7 @@ def test_a_layer_is_no_peer_of_itself():
 
 
 def test_promise_is_that_of_a_bell_curve():
-    """A uniform quantizer's noise is its step / sqrt(12); the step reaches the largest of the samples."""
+    """A uniform quantizer's noise is step / sqrt(12), and the largest sample determines the step."""
     step = 3.49 / 127
     config = plans("int8")["0"].config
     assert promise(config) == pytest.approx(step / 12**0.5, rel=0.05)

@@ -1,4 +1,4 @@
-"""What hfquant may import, and which file may read what is not public."""
+"""What hfquant may import, and which file may read private attributes of libraries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_nothing_is_pickled() -> None:
     assert found == []
 
 
-# Attributes that libraries keep on modules and configs, and the one file that knows each.
+# Attributes that libraries keep on modules and configs, by the one file that may use them.
 PRIVATE = {
     "hfquant/offload.py": {"_hf_hook", "_diffusers_hook", "_old_forward"},
     "hfquant/integrations/compat.py": {

@@ -1,4 +1,4 @@
-"""Each quantized layer beside its float one: the error, and the rows that are kept."""
+"""Each quantized layer next to its float layer: the error, and the rows that are kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_errors_are_relative_and_see_the_median_row():
     output[1:] = 0
     errors = row_errors(output, right)
     assert errors.tolist() == [0, 1, 1]
-    # Over all rows the huge one hides them.
+    # Over all rows, the huge one hides the others' errors.
     assert float((output - right).norm() / right.norm()) < 1e-3
     assert relative_error(output, right, errors) == 1
 
@@ -34,7 +34,7 @@ def test_what_the_float_layer_cannot_do_is_no_fault():
 
 
 class Net(nn.Module):
-    """A convolution and a linear, of which one is spoilt."""
+    """A convolution and a linear, one of which is spoiled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def watched(spoilt: str, factor: float, batches: list[Tensor]):
 
 @torch.no_grad()
 def test_a_layer_answers_for_itself_alone():
-    """What is lost in the convolution is not the linear's fault; its own error is that of its rows."""
+    """The linear is not blamed for the convolution's error, only for the error of its own rows."""
     batches = [torch.randn(2, 8, 9, 7), torch.randn(1, 8, 12, 12)]
     net, seen = watched("conv", 3.0, batches)
     assert 1.9 < seen["conv"].error < 2.1

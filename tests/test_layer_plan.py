@@ -1,4 +1,4 @@
-"""The plan of one layer: what a checkpoint stores of it, its tensors, and the rules of its grids and inputs."""
+"""The plan of one layer: what a checkpoint stores of it, its tensors, and its grid and input rules."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ def test_stored_differences_round_trip(made) -> None:
     made = replace(plain, evidence=("why",), **{**made, "dual": dual})
     stored = json.loads(json.dumps(made.differences(rule)))
     assert layer_plan("fc", linear, rule, stored) == made
-    # Nothing that the rule gives by itself is stored.
+    # Nothing that follows from the rule is stored.
     changed = {f.name for f in fields(LayerPlan) if getattr(made, f.name) != getattr(plain, f.name)}
     assert set(stored) == changed - {"evidence", *idle}
 
@@ -141,7 +141,7 @@ def test_tensors_of_a_plan(dtype) -> None:
     assert spec.get("weight_scale") == (((10, 2), torch.float32) if form.has_scale else None)
     assert spec["input_scale"] == spec["input_scale_neg"] == ((4,), torch.float32)
     assert spec["smooth"] == ((2, 13), torch.float32)
-    # Of the model's dtype, whatever that is.
+    # Their dtype is the model's.
     assert spec["svd_down"] == ((6, 13), None)
     assert spec["svd_up"] == ((10, 3), None)
     config = LayerConfig(weight_quant=WeightQuant(type=dtype), input_quant=None, opt=Identity())
@@ -166,7 +166,7 @@ def test_zero_points_and_groups() -> None:
 
 
 def test_rules_say_what_the_plan_decided() -> None:
-    """What grids and inputs are found by: rows that share a scale, segments, dual scale, groups."""
+    """The rules for grids and inputs reflect rows that share a scale, segments, dual scale and groups."""
     config = config_of(weight_quant={"type": "int4", "axis": None}, input_quant={"type": "int8"})
     found = replace(layer_plan("fc", nn.Linear(32, 6), config), input_segments=(8, 24), output_segments=(2, 4))
     assert (found.grid_rule(6).rows, found.grid_rule(6).columns) == ((2, 4), (8, 24))

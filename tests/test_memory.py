@@ -1,4 +1,4 @@
-"""Free memory is the machine's; giving back what malloc keeps never fails."""
+"""Free memory is the machine's, and returning what malloc keeps never fails."""
 
 import ctypes
 from types import SimpleNamespace

@@ -1,6 +1,6 @@
 """The notebooks run from top to bottom on small models.
 
-Each is kept as text, `notebooks/*.py`, and with outputs, `notebooks/*.ipynb`, which `make notebooks` writes from a run.
+Each exists as text, `notebooks/*.py`, and with outputs, `notebooks/*.ipynb`, which `make notebooks` writes from a run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 
 
 def small_parameters(name: str, folder: Path) -> dict[str, object]:
-    """What a notebook's parameter cell is given in place of its own values."""
+    """Return the values that replace those in a notebook's parameter cell."""
     text = folder / "text.txt"
     text.write_text("a b c d e f g h\n\nh g f e d c b a\n\n" * 60)
     model = make_llama(folder / "llama", 64)
@@ -42,7 +42,7 @@ def small_parameters(name: str, folder: Path) -> dict[str, object]:
 
 
 def with_parameters(notebook: nbformat.NotebookNode, parameters: dict[str, object]) -> nbformat.NotebookNode:
-    """A notebook whose parameter cell ends with other values, and which installs nothing."""
+    """Append other values to a notebook's parameter cell, and disable its installs."""
     (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     assert set(parameters) <= set(re.findall(r"\b(\w+)\b(?=[^=\n]*=)", cell.source))
     cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())

@@ -1,4 +1,4 @@
-"""One pass over the data: whose inputs are seen, what of them, how often, and when it stops."""
+"""One pass over the data: which layers' inputs are seen, what is recorded, how often, and when it stops."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from hfquant.statistics import SAMPLE_ROWS, LayerStats
 
 
 class Net(nn.Module):
-    """Two linears on one tensor, one on another, one that never runs."""
+    """Two linears on one tensor, one on another, and one that never runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,16 +83,16 @@ def test_the_sample_is_spread_over_the_data() -> None:
     batches = list(torch.eye(8)[:, None].expand(8, 300, 8))
     sample = observe(net, {"0": net[0]}, batches)["0"].rows
     assert len(sample) == SAMPLE_ROWS
-    assert (sample.sum(0) > 10).all()  # expectation 32
+    assert (sample.sum(0) > 10).all()  # the expected value is 32
 
 
 def test_samples_of_a_batch_are_drawn_apart() -> None:
-    where = torch.arange(1.0, 301).expand(8, 300).T  # a row says its position, rows are about as large
+    where = torch.arange(1.0, 301).expand(8, 300).T  # each row encodes its position, and rows have about the same norm
     rows = torch.cat([torch.full((300, 8), 1e4), where], 1)
     net = nn.Sequential(nn.Linear(16, 1))
     positions = observe(net, {"0": net[0]}, [[(rows,), (rows,)]])["0"].rows[:, 8].tolist()
     assert len(positions) == SAMPLE_ROWS
-    # With one draw for both, every position but one would be there twice.
+    # If both samples used the same draw, every position but one would occur twice.
     assert len(set(positions)) > 0.6 * SAMPLE_ROWS
 
 
@@ -160,7 +160,7 @@ def test_a_sample_that_cannot_be_used_leaves_no_hooks(bad: Any) -> None:
 
 
 def test_a_process_takes_its_batches_and_all_together_see_each_row_once() -> None:
-    """Whatever is drawn of a batch does not depend on who runs it."""
+    """The draws for a batch do not depend on the process that runs it."""
     net, batches = Net(), [torch.randn(1 + i, 6) for i in range(5)]
     whole = observe(net, {"q": net.q}, batches, {"q": {"hessian"}})["q"]
     parts = [observe(net, {"q": net.q}, batches, {"q": {"hessian"}}, shard=(rank, 3))["q"] for rank in range(3)]
@@ -174,7 +174,7 @@ def test_a_process_takes_its_batches_and_all_together_see_each_row_once() -> Non
 
 
 class Language(nn.Module):
-    """What a causal language model's forward looks like from outside."""
+    """The outside of a causal language model's forward."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Outputs: which tensor counts, and how far two are apart."""
+"""Outputs: which tensor counts, and how far apart two are."""
 
 from __future__ import annotations
 
@@ -53,6 +53,6 @@ def test_better_is_beyond_noise():
     noise = torch.randn(16, generator=torch.Generator().manual_seed(0))
     assert better(0.9 * ones, ones)
     assert not better(ones, ones)
-    assert not better(ones + noise - noise.mean() - 0.1, ones)  # less by 0.4 standard errors
+    assert not better(ones + noise - noise.mean() - 0.1, ones)  # lower by 0.4 standard errors
     assert better(ones + noise - noise.mean() - 1, ones)
     assert not better(torch.zeros(1), torch.ones(1))

@@ -1,4 +1,4 @@
-"""The plan: which linears are taken, what each becomes, what a checkpoint stores of it, and the table."""
+"""The plan: which linears are quantized, how each one is, what a checkpoint stores of it, and the table."""
 
 import logging
 
@@ -163,7 +163,7 @@ def test_kept_in_float32() -> None:
         (["*.down", "h*d"], ["blocks.0.down", "blocks.1.down", "head"]),
         (["blocks.[1]*"], ["blocks.1.up", "blocks.1.down"]),
         (["model.head"], ["head"]),
-        # Neither part of a word nor of a number.
+        # Parts of a word or a number do not match.
         (["bloc", "hea", "p", "*.u", "ad"], []),
     ],
 )
@@ -179,7 +179,7 @@ def test_asked_for_by_an_explicit_enable() -> None:
     assert "lm_head" in plan(model, {**OFF, "*_head": {"enable": True, "weight_quant": {"type": "int4"}}}).layers
     for not_asked in ({"lm_head": {"real_quant": True}}, {"lm_head": {"enable": True}, "lm*": {"enable": False}}):
         assert "lm_head" in plan(model, {**OFF, **not_asked}).skipped
-    # modules_to_not_convert has the last word.
+    # modules_to_not_convert takes precedence.
     config = HfQuantConfig({**OFF, "lm_head": {"enable": True}}, modules_to_not_convert=["lm_head"])
     assert plan(model, config).skipped["lm_head"] == "in modules_to_not_convert"
 
@@ -227,11 +227,11 @@ def test_weights_read_by_others_are_left_alone() -> None:
     assert found.skipped == {"read": "its weight is read outside its own forward"}
 
 
-# What each becomes, by what was seen around it.
+# How each is quantized, given what surrounds it.
 
 
 def seen(monkeypatch, linear: nn.Linear, config: dict, **trace) -> LayerPlan:
-    """The plan of the one linear of a model whose trace says ``trace``."""
+    """Return the plan of a model's only linear, given the fields of its trace."""
     fields = {
         "name": "fc", "order": 0, "calls": 1, "input_segments": (linear.in_features,),
         "output_segments": (linear.out_features,), "activations": (None,), "patterns": (), "evidence": ("seen",),
@@ -251,7 +251,7 @@ def test_input_segments(monkeypatch, pattern) -> None:
     assert seen(monkeypatch, linear, A8, **JOINED, patterns=patterns).input_segments == (8, 24)
     for off in ({"seglinear": False}, {"search_patterns": [p for p in SegPattern if p is not patterns[0]]}):
         assert seen(monkeypatch, linear, {**A8, **off}, **JOINED, patterns=patterns).input_segments == (32,)
-    # Groups must not straddle them, and where no scale is a segment's own they mean nothing.
+    # Groups must not straddle segments, which have no effect if no scale belongs to a single segment.
     for weight, expected in (({"group_size": 8}, (8, 24)), ({"group_size": 16}, (32,))):
         assert (
             seen(monkeypatch, linear, {**A8, "weight_quant": weight}, **JOINED, patterns=patterns).input_segments
@@ -268,13 +268,13 @@ def test_input_segments(monkeypatch, pattern) -> None:
 
 
 def test_parts_of_input_segments(monkeypatch) -> None:
-    """Segments of the dataflow are cut further; a part has the activation of its segment."""
+    """Segments from the dataflow are divided further; each part has the activation of its segment."""
     joined = {"input_segments": (256, 128), "activations": ("silu", None)}
     both = {**joined, "patterns": (SegPattern.CONCAT2LINEAR, SegPattern.ACTIVATION2LINEAR)}
     config = {**A8, "input_quant": {**A8["input_quant"], "segments": 3}}
     found = seen(monkeypatch, nn.Linear(384, 6), config, **both)
     assert (found.input_segments, found.dual) == ((128,) * 3, (True, True, False))
-    # Without the dataflow's, a part that holds some of two segments has no activation.
+    # Without dataflow segments, a part that overlaps two of them has no activation.
     uneven = {**both, "input_segments": (192, 192)}
     found = seen(monkeypatch, nn.Linear(384, 6), {**config, "seglinear": False}, **uneven)
     assert (found.input_segments, found.dual) == ((128,) * 3, (False,) * 3)
@@ -288,7 +288,7 @@ def test_output_segments(monkeypatch, pattern) -> None:
     linear, split = nn.Linear(6, 32), {"output_segments": (8, 24), "patterns": (SegPattern(pattern),)}
     for config, expected in (
         ({**A8, "weight_quant": {"axis": None}}, (8, 24)),
-        (A8, (32,)),  # a scale a row: nothing is shared between segments
+        (A8, (32,)),  # one scale per row: segments share nothing
         ({**A8, "weight_quant": {"group_size": 2}}, (32,)),
         ({**A8, "weight_quant": {"type": "fp16"}}, (32,)),
         ({**A8, "opt": {"type": "smooth"}}, (8, 24)),
@@ -297,7 +297,7 @@ def test_output_segments(monkeypatch, pattern) -> None:
         ({**A8, "opt": {"type": "smooth"}, "search_patterns": ["concat2linear"]}, (32,)),
     ):
         assert seen(monkeypatch, linear, config, **split).output_segments == expected
-    # A low-rank branch of its own needs a segment of at least that many rows.
+    # A low-rank branch per segment needs at least that many rows in the segment.
     short = {**split, "output_segments": (4, 28)}
     assert seen(monkeypatch, linear, {**A8, "opt": {"type": "svd", "low_rank": 6}}, **short).output_segments == (32,)
 
@@ -373,7 +373,7 @@ def test_without_example_or_with_a_failing_forward(caplog, monkeypatch) -> None:
     monkeypatch.setattr(hfquant.planner, "trace", fail)
     caplog.clear()
     assert plan(Net(), {"default": A8}, torch.zeros(2, 8)) == found
-    assert "Net: pattern detection failed (no luck); going on without segments" in caplog.text
+    assert "Net: pattern detection failed (no luck); continuing without segments" in caplog.text
 
 
 # Sizes that do not fit.
@@ -386,7 +386,7 @@ def test_the_last_group_may_be_short(section, caplog) -> None:
     assert found.layers["blocks.0.up"].columns == found.layers["blocks.1.up"].columns == (3, 3, 2)
     assert found.layers["blocks.0.up"].tensors()["weight_scale"].shape == (32, 3)
     assert [r.getMessage() for r in caplog.records] == [
-        "Net: in 2 layers the last group of a segment is shorter, 'blocks.0.up' first"
+        "Net: in 2 layers the last group of a segment is shorter (first: 'blocks.0.up')"
     ]
 
 
@@ -408,7 +408,9 @@ def test_a_rank_is_cut_to_the_layer(caplog) -> None:
     assert [p.transform.low_rank for p in found.layers.values()] == [6, 6, 6, 6, 5]
     assert {p.config.opt.low_rank for p in found.layers.values()} == {6}
     assert found.layers["head"].tensors()["svd_up"].shape == (5, 5)
-    assert [r.getMessage() for r in caplog.records] == ["Net: in 1 layer opt is cut to the layer's size, 'head' first"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "Net: in 1 layer opt is reduced to the layer size (first: 'head')"
+    ]
 
 
 # The table.

@@ -239,7 +239,7 @@ def test_resume_goes_on_and_ends_the_same(net: Net, data: Any, tmp_path: Path, m
     assert not set(done) & set(calls[10:])
     for (name, one), two in zip(straight.state_dict().items(), cut.state_dict().values(), strict=True):
         assert torch.equal(one, two), name
-    # Another config takes nothing from that folder.
+    # Another config does not use anything from that folder.
     calls.clear()
     calls += ["x"] * 10
     quantize(copy.deepcopy(net), data, STATIC, resume_dir=tmp_path)
@@ -279,7 +279,7 @@ hfquant.quantize(nn.Sequential(nn.Linear(8, 6)), data, "w8a8-smooth")
 def test_verbose_shows_on_the_console_whatever_the_logging(setup: str) -> None:
     done = subprocess.run([sys.executable, "-c", VERBOSE.format(setup=setup)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # One line for the layer and one in the table, not twice; nothing in the run that is not verbose.
+    # One line for the layer and one in the table, without duplicates; none in the run that is not verbose.
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if "SQNR dB" in line]
     assert len(lines) == 2
     assert "in_features=8" in lines[0]
@@ -432,7 +432,7 @@ def test_groups_may_end_short_and_ranks_are_cut(caplog: pytest.LogCaptureFixture
     assert [p.transform.low_rank for p in plans] == [32, 2]
     assert model[0].weight_scale.shape == (70, 2)
     assert sum("the last group of a segment is shorter" in r.getMessage() for r in caplog.records) == 1
-    assert sum("opt is cut to the layer's size" in r.getMessage() for r in caplog.records) == 1
+    assert sum("opt is reduced to the layer size" in r.getMessage() for r in caplog.records) == 1
     error = (model(x) - exact).norm() / exact.norm()
     assert error < 0.08
     hfquant.set_real_quant(model)
@@ -456,7 +456,7 @@ def test_a_senseless_example_costs_the_segments_and_no_more(
 
 
 def test_a_searched_alpha_at_16_bits_is_worse_neither_than_the_fixed_one_nor_than_8_bits() -> None:
-    """With one static scale and next to no rounding, a few clipped rows decide between alphas."""
+    """With one static scale and almost no rounding error, a few clipped rows decide between alphas."""
     from hfquant.demo import load_digits_pipeline
 
     def batches(seed: int) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Acting once a module has been imported, without importing it."""
+"""Callbacks that run after a module has been imported, without importing it."""
 
 import importlib
 import importlib.util
@@ -94,6 +94,6 @@ def test_who_uses_transformers_alone_does_not_import_diffusers(tmp_path):
     ],
 )
 def test_what_registers_may_be_imported_first(name: str, known: str) -> None:
-    """It imports its library while it is half executed, which calls for it at that moment."""
+    """The module imports its library while it is still executing, and that import in turn asks for the module."""
     code = f"import sys, hfquant.integrations.{name}\nassert {known}"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

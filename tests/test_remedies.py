@@ -75,19 +75,17 @@ def layer(linear: nn.Linear, config, rows=ROWS) -> QuantLinear:
 def test_causes():
     linear = nn.Linear(64, 16, bias=False)
     static = layer(linear, "w8a8")
-    assert likely_cause(static, linear.weight, ROWS) == "its formats are too coarse for it"
-    assert likely_cause(static, linear.weight, 30 * ROWS).startswith(
-        "its static scale saturates: inputs reach 30 times"
-    )
+    assert likely_cause(static, linear.weight, ROWS) == "formats are too coarse for this layer"
+    assert likely_cause(static, linear.weight, 30 * ROWS).startswith("static scale saturates: inputs reach 30")
     rows = ROWS.clone()
     rows[:, 9] *= 1e4
     cause = likely_cause(static, linear.weight, rows)
     assert "static scale saturates" in cause
-    assert "outlier channel 9 of its input" in cause
+    assert "outlier channel 9 in the input" in cause
     with torch.no_grad():
         linear.weight[:, 3] *= 1e5
     four = layer(linear, {"default": {"opt": {"type": "default"}, "weight_quant": {"type": "int4", "group_size": 64}}})
     cause = likely_cause(four, linear.weight, ROWS)
-    assert "outlier channel 3 of its weights" in cause
+    assert "outlier channel 3 in the weights" in cause
     four.weight.data.zero_()
-    assert "dead groups: 16 groups of weights are rounded to zero" in likely_cause(four, linear.weight, ROWS)
+    assert "dead groups: 16 groups of weights rounded to zero" in likely_cause(four, linear.weight, ROWS)

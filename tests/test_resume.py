@@ -1,4 +1,4 @@
-"""Solved layers on disk: what a later run may take from them, and what it must not."""
+"""Solved layers on disk: what a later run may reuse, and what it must not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG = {
 
 
 class Net(nn.Module):
-    """Two branches of equal weights whose inputs differ by a factor of 1000 a channel."""
+    """Two branches with equal weights whose inputs differ per channel by factors of 1e-4 to 1e4."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def data() -> list[torch.Tensor]:
 
 @pytest.fixture
 def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the layers that are solved, as they are."""
+    """Record the names of layers as they are solved."""
     solve, names = ptq.solve, []
 
     def counted(name: str, *args: Any) -> Any:
@@ -120,7 +120,7 @@ def test_a_damaged_file_is_named_and_solved_anew(
     assert same(again, straight)
     solved.clear()
     hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path)
-    assert not solved  # the file is whole again
+    assert not solved  # the file has been restored
 
 
 def test_a_folder_that_cannot_be_written_is_noticed_before_calibration(

@@ -1,4 +1,4 @@
-"""Solved layers against the formulas in float64: smoothing, segments, search, low-rank branch, fallbacks."""
+"""Solved layers against float64 formulas: smoothing, segments, search, low-rank branch, fallbacks."""
 
 import itertools
 from dataclasses import replace
@@ -33,7 +33,7 @@ def make_plan(rows: int, columns: int, stored: dict[str, Any] | None = None, **c
 
 
 def inputs(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """Correlated rows with a few outlier channels, as transformers have."""
+    """Return correlated rows with a few outlier channels, as in transformers."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, columns, generator=generator) @ torch.randn(columns, columns, generator=generator) / 4
     return x * torch.where(torch.rand(columns, generator=generator) > 0.85, 30.0, 1.0)
@@ -117,10 +117,10 @@ def test_rows_of_a_segment_share_its_scale_per_tensor(cut: int) -> None:
 @pytest.mark.parametrize("opt", [SEARCH, SEARCH | {"magnitude": "rms"}, SVD | SEARCH | {"type": "svd"}])
 @pytest.mark.parametrize("segments", [[20], [7, 13]])
 def test_search_equals_brute_force(quant: dict[str, Any] | None, opt: dict[str, Any], segments: list[int]) -> None:
-    """The alpha of each segment is the one whose layer, solved and run with it, has the least error there.
+    """Each segment gets the alpha whose layer, solved and run with it, has the least error in that segment.
 
-    Static scales are judged on rows that had no part in them: each half of the rows with the other half's ranges.
-    The config's own alpha is on the grid, so none that is worse on rows held out is taken.
+    Static scales are judged on rows that they do not depend on: each half of the rows with the other half's ranges.
+    The config's own alpha is on the grid, so no alpha that is worse on held-out rows is chosen.
     """
     weight, x = torch.randn(16, 20), inputs(120, 20)
     stored = {"input_segments": segments} if len(segments) > 1 else {}
@@ -157,7 +157,7 @@ def test_low_rank_branch_is_optimal_and_as_cast() -> None:
     smooth = tensors["smooth"].double()
     scaled = weight.double() * smooth
     residual = scaled - tensors["svd_up"].double() @ (tensors["svd_down"].double() * smooth)
-    # int16 codes give the residual back almost exactly: it is taken from the factors as cast.
+    # int16 codes represent the residual almost exactly, and it is computed from the factors as cast.
     codes = tensors["weight"].double() * tensors["weight_scale"].double()
     torch.testing.assert_close(codes, residual, rtol=0, atol=float(residual.abs().max()) / 30000)
     optimal = torch.linalg.svdvals(scaled)[4:].square().sum()
@@ -179,7 +179,7 @@ def test_every_composition_with_segments_and_dual(
     opt: dict[str, Any], calib: str, weight_type: str, quant: dict[str, Any] | None
 ) -> None:
     if weight_type == "fp16" and calib == "gptq":
-        return  # refused by the config: tests/test_config.py
+        return  # the config refuses it: tests/test_config.py
     weight = torch.randn(12, 24)
     x = torch.cat([inputs(150, 8), F.silu(3 * inputs(150, 16, 1))], dim=1)
     weight_quant = {"type": weight_type} if weight_type == "fp16" else {"type": weight_type, "axis": -1}
@@ -193,7 +193,7 @@ def test_every_composition_with_segments_and_dual(
     layer = QuantLinear.from_tensors(solution.plan, solution.tensors, None)
     fake = layer(x)
     layer.real_quant = True
-    # Without an input format, kernels take floats as 16-bit integers.
+    # Without an input format, kernels convert floats to 16-bit integers.
     close = 1e-4 if quant is None else 1e-5
     torch.testing.assert_close(layer(x), fake, rtol=1e-5, atol=close * float(fake.abs().max()))
 
@@ -286,7 +286,7 @@ def test_statistics_are_not_changed_by_solving() -> None:
 @pytest.mark.parametrize("calib", ["amax", "gptq"])
 @pytest.mark.parametrize("segments", [[40], [22, 18]])
 def test_groups_may_end_short(opt: dict[str, Any], calib: str, segments: list[int]) -> None:
-    """Each segment's last group holds what is left, and the layer is no worse for it."""
+    """Each segment's last group holds the remaining columns, and the layer is no worse for it."""
     weight, x = torch.randn(12, 40), inputs(200, 40)
     stored = {"input_segments": segments} if len(segments) > 1 else {}
     config = {"opt": opt, "calib": {"type": calib}, "input_quant": None}
@@ -301,7 +301,7 @@ def test_groups_may_end_short(opt: dict[str, Any], calib: str, segments: list[in
     layer = QuantLinear.from_tensors(solution.plan, solution.tensors, None)
     fake = layer(x)
     layer.real_quant = True
-    # Kernels take the floats of the input as 16-bit integers.
+    # Kernels convert float inputs to 16-bit integers.
     torch.testing.assert_close(layer(x), fake, rtol=1e-5, atol=1e-4 * float(fake.abs().max()))
 
 
@@ -310,7 +310,7 @@ def test_a_rank_above_the_layer_s_size_is_cut() -> None:
     opt = {"type": "svd", "low_rank": 32}
     solution = solve("layer", weight, make_plan(2, 20, opt=opt, weight_quant=CHANNEL), stats_of(x))
     assert solution.tensors["svd_up"].shape == (2, 2)
-    assert error(solution, weight, x) < 1e-5  # a branch of full rank leaves nothing over
+    assert error(solution, weight, x) < 1e-5  # a branch of full rank leaves no residual
 
 
 @pytest.mark.parametrize("dtype", ["int2", "int3", "int4", "int5", "int6", "int8", "fp8e4m3", "bf16"])
@@ -343,7 +343,7 @@ def test_requantizing_keeps_the_transform_and_rounds_quite_another_weight_to_nea
             one = {**made, "weight": torch.ones_like(made["weight"])}
             one.pop("weight_zero_point", None)
             step = weight_by_hand(plan, one)
-            # Scales in two levels are rounded by up to 1/64, and what lies beyond the last code is clipped.
+            # Two-level scales are rounded by up to 1/64, and values beyond the last code are clipped.
             steps = 0.5001 + (2**form.bits / 64 if plan.two_level else 0)
             assert (np.abs(found - target) <= step * steps + 1e-6).all(), name
         else:
@@ -372,7 +372,7 @@ def test_requantizing_what_the_codes_stand_for_gives_them_back(recipe: str) -> N
 
 
 def spacing_by_hand(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Distance of neighbouring values of a format around ``values``, in units of the scale."""
+    """Return the spacing of a format's values around ``values``, in units of the scale."""
     if dtype.startswith("int"):
         return np.ones_like(values)
     return 2.0 ** (np.floor(np.log2(np.maximum(np.abs(values), 2.0**-6))) - 3)
@@ -381,7 +381,7 @@ def spacing_by_hand(values: np.ndarray, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("share", [0.02, 0.2])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_requantizing_keeps_a_change_of_less_than_a_step_on_average(recipe: str, share: float) -> None:
-    """To nearest it would vanish, and on another grid all codes would move."""
+    """Round-to-nearest would lose the change, and on another grid all codes would move."""
     plan = make_plan(96, 400, weight_quant=RECIPES[recipe], input_quant=None)
     tensors = solve("layer", torch.randn(96, 400), plan, None).tensors
     before = weight_by_hand(plan, tensors)
@@ -389,16 +389,16 @@ def test_requantizing_keeps_a_change_of_less_than_a_step_on_average(recipe: str,
         key: torch.zeros_like(tensors[key]) for key in tensors if key == "weight_zero_point"
     }
     form = plan.config.weight_quant.format
-    scale = weight_by_hand(plan, one) / (1 if form.is_integer else 2.0**-9)  # the smallest subnormal has the bits 1
+    scale = weight_by_hand(plan, one) / (1 if form.is_integer else 2.0**-9)  # the smallest subnormal has bit pattern 1
     step = scale * spacing_by_hand(before / scale, form.name)
-    # Away from the ends of the codes, beyond which nothing can be rounded.
+    # Away from the extreme codes, beyond which nothing can be rounded.
     change = share * step * np.where(before > 0, -1, 1)
     made = requantize("layer", torch.from_numpy(before + change).float(), plan, tensors)
     assert all(torch.equal(made[key], tensors[key]) for key in tensors.keys() - {"weight"})
     found = weight_by_hand(plan, made) - before
     assert (np.abs(found) <= step * 1.001).all()
     kept = (found * change).sum() / (change**2).sum()
-    # Each is a step with a chance of ``share``, else nothing.
+    # Each value moves by one step with probability ``share``, else not at all.
     deviation = (share * (1 - share)) ** 0.5 * np.linalg.norm(step * change) / (change**2).sum()
     assert abs(kept - 1) < 4 * deviation + 5e-4 / share
     again = requantize("layer", torch.from_numpy(before + change).float(), plan, tensors)
@@ -422,7 +422,7 @@ def test_requantizing_refits_the_rows_that_change_by_more() -> None:
 
 @pytest.mark.parametrize("quant", [RECIPES["int4 groups"], RECIPES["int8 channels"]])
 def test_requantizing_gives_zeros_a_grid_once_they_are_none(quant: dict[str, Any]) -> None:
-    """Of zeros the scale is 1, beside which a change of any real size is small."""
+    """Zeros have a scale of 1, relative to which any realistic change is small."""
     plan = make_plan(12, 64, weight_quant=quant, input_quant=None)
     weight = torch.randn(12, 64)
     weight[3] = weight[5, :32] = 0
@@ -443,7 +443,7 @@ def test_requantizing_nan_names_the_layer() -> None:
 
 
 def with_massive_rows(rows: int, columns: int, share: float = 1 / 64, size: float = 300.0) -> torch.Tensor:
-    """Rows on a bell curve, a few of them huge in one channel, as the first token of many language models is."""
+    """Return Gaussian rows, a few of them huge in one channel, like the first token in many language models."""
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     x[:: round(1 / share), columns // 2] *= size
     return x
@@ -478,7 +478,7 @@ def test_a_layer_that_a_static_scale_serves_keeps_it() -> None:
 
 @pytest.mark.parametrize(("largest", "static"), [(1.5, True), (3.0, False)])
 def test_a_static_scale_may_err_twice_as_much_as_its_format_promises(largest: float, static: bool) -> None:
-    """A format's promise is of values within 3.5 standard deviations; rounding errs in proportion to the largest."""
+    """The promise assumes values within 3.5 standard deviations; rounding errors grow with the largest value."""
     weight, x = torch.randn(12, 32), torch.randn(2048, 32).clamp(-3.5, 3.5)
     x[::64, 16] = largest * 3.5
     plan = make_plan(12, 32, weight_quant=CHANNEL, input_quant=FALLBACK)
@@ -493,9 +493,9 @@ def test_few_rows_say_nothing_of_a_scale() -> None:
 
 
 def test_one_output_segment_that_needs_token_scales_moves_all() -> None:
-    """The segments are smoothed apart, but the layer's input has one config."""
+    """The segments have separate smoothing, but the layer's input has a single config."""
     weight, x = torch.randn(12, 32), with_massive_rows(2048, 32)
-    weight[:6, 16] = 0  # these rows do not read what is huge
+    weight[:6, 16] = 0  # these rows do not read the huge channel
     plan = make_plan(12, 32, {"output_segments": [6, 6]}, opt=SMOOTH, weight_quant=CHANNEL, input_quant=FALLBACK)
     assert not solve("layer", weight, plan, stats_of(x)).plan.static_input
 

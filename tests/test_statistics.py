@@ -1,4 +1,4 @@
-"""Statistics: exact against numpy, declared once, the same whatever the order and the split."""
+"""Statistics: exact against numpy, declared once, independent of order and split."""
 
 import weakref
 
@@ -51,11 +51,11 @@ def test_merging_does_not_depend_on_the_order(sizes: list[int], seed: int) -> No
 
 
 def test_the_sample_holds_the_rows_that_matter_and_stands_for_all() -> None:
-    """One row in 500 has nearly all of the energy; weighted sums over the sample are unbiased with little variance."""
+    """One row in 500 has nearly all of the energy; weighted sums over the sample are unbiased, with little variance."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 6, generator=generator) * torch.rand(4000, 1, generator=generator).exp()
     x[::500] *= 1000
-    noise = torch.rand(4000, generator=generator) + 0.5  # an error a row in proportion to its norm, more or less
+    noise = torch.rand(4000, generator=generator) + 0.5  # an error per row, roughly proportional to its norm
     x[:, 5] = x[:, :5].norm(dim=1) * noise
     ratios = []
     for seed in range(40):
@@ -89,7 +89,7 @@ def test_halves_have_each_others_rows() -> None:
 
 
 def test_measurements_go_with_their_tensor() -> None:
-    """Kept to the end of a batch, the samples and Hessians of all layers would add up."""
+    """If they were kept until the end of a batch, the samples and Hessians of all layers would add up."""
     seen = Collector({"q": {"hessian"}})
     seen.start(0)
     x = torch.randn(4, 6)
@@ -150,7 +150,7 @@ def test_bytes_are_those_of_the_tensors(needs) -> None:
 def test_only_what_is_needed_is_collected() -> None:
     assert collected(()) == ("low", "high", "power")
     assert collected({"hessian"}) == ("low", "high", "power", "hessian")
-    with pytest.raises(ValueError, match=r"unknown statistics \['median'\]; there are low, high, power, hessian"):
+    with pytest.raises(ValueError, match=r"unknown statistics \['median'\]; available: low, high, power, hessian"):
         collected({"hessian", "median"})
 
 
@@ -165,7 +165,7 @@ def test_only_what_is_needed_is_collected() -> None:
     ids=["sum", "max", "min"],
 )
 def test_one_line_adds_a_statistic(monkeypatch, reduction, measure, always) -> None:
-    """It is collected where it is asked for (or everywhere), merged, counted, and kept through halves and divisions."""
+    """It is collected if needed (or always), merged, counted, and preserved by halves and divisions."""
     monkeypatch.setitem(STATISTICS, "magnitude", Statistic(lambda n: (n,), reduction, measure, always))
     needs = () if always else {"magnitude"}
     assert stats_bytes(6, needs) == stats_bytes(6, {"magnitude"}) == 4 * (5 * 6 + 6 + SAMPLE_ROWS * 6)

@@ -1,4 +1,4 @@
-"""Modules that have one weight, and which of them are quantized with one set of codes."""
+"""Modules that share one weight, and which of them are quantized with one set of codes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_groups() -> None:
     model["b"].weight = model["a"].weight
     model["d"].bias = model["c"].bias
     assert tied_groups(model, {}) == [["a", "b"]]
-    # Before a library ties them, and where one more joins those that are tied.
+    # Before a library ties them, and when another module joins tied ones.
     assert tied_groups(model, {"e": "f", "a": "f"}) == [["f", "a", "b", "e"]]
     assert tied_groups(model.to("meta"), {"e": "f"}) == [["f", "e"]], "a move unties, as building there does"
 
@@ -65,7 +65,7 @@ def test_tied_layers_share_codes() -> None:
 
 @torch.no_grad()
 def test_parts_of_the_input_are_not_for_tied_layers() -> None:
-    """The embedding has no input, so it could not have the head's scales."""
+    """The embedding has no input, so it cannot have the head's scales."""
     model, ids = Tied(256), torch.randint(0, 20, (2, 5))
     exact = model(ids)
     quant = {"type": "int8", "dynamic": True, "segments": 4}
@@ -78,7 +78,7 @@ def test_parts_of_the_input_are_not_for_tied_layers() -> None:
 @pytest.mark.parametrize("extra", [{"opt": {"type": "smooth"}}, {"calib": {"type": "gptq"}}, {"opt": {"type": "svd"}}])
 @torch.no_grad()
 def test_what_would_change_the_shared_weight_is_left_out(extra) -> None:
-    """Also where other layers are smoothed, folded into norms, or rounded by their inputs."""
+    """Also if other layers are smoothed, folded into norms, or rounded with respect to their inputs."""
     model, ids = Tied(), torch.randint(0, 20, (2, 5))
     exact = model(ids)
     config = {**INCLUDED, "input_quant": {"type": "int8"}, **extra}
@@ -97,11 +97,11 @@ def test_all_or_none() -> None:
         found = hfquant.plan(model, {"default": INCLUDED, **left})
         assert list(found.layers) == ["body"]
         assert {"embed", "head"} == found.skipped.keys()
-    # One that is asked for by its own name alone is quantized apart.
+    # A layer that is enabled by its own name is quantized separately.
     found = hfquant.plan(model, {"default": INT8, "head": {"enable": True}})
     assert set(found.layers) == {"body", "head"}
     assert found.layers["head"].tied == ""
-    # Linears that are tied to each other stay.
+    # Linears tied to each other stay in float.
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     model["b"].weight = model["a"].weight
     assert hfquant.plan(model, {"default": INCLUDED}).layers == {}

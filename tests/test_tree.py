@@ -70,7 +70,7 @@ ELSEWHERE = {
     "run.py": "test_ptq.py",
     "schema.py": "test_config.py",
 }
-#: Test files that are about more than one module, or about the project itself.
+#: Test files that cover several modules, or the project itself.
 WIDE = {
     "kernels/cpu/test_rotation.py",
     "test_behaviour.py",
@@ -106,9 +106,9 @@ WIDE = {
 
 
 def mirrored(module: str) -> str:
-    """Return the test file of a module, each as a path in its tree: "a/b.py" -> "a/test_b.py".
+    """Return the test file of a module, both as paths in their trees: "a/b.py" -> "a/test_b.py".
 
-    A package's own code is tested in "a/test_a.py".
+    Code in a package's __init__.py is tested in "a/test_a.py".
     """
     path = Path(module)
     name = path.parent.name or "hfquant" if path.stem == "__init__" else path.stem
@@ -116,7 +116,7 @@ def mirrored(module: str) -> str:
 
 
 def faults(modules: Iterable[str], tests: Iterable[str], elsewhere: Mapping[str, str], wide: set[str]) -> list[str]:
-    """Return what keeps ``tests`` from mirroring ``modules``, a line each, sorted."""
+    """Return the reasons why ``tests`` does not mirror ``modules``, one per line, sorted."""
     modules, tests = set(modules), set(tests)
     own = {module: mirrored(module) for module in modules}
     found = [f"{m} has no {test}" for m, test in own.items() if m not in elsewhere and test not in tests]
@@ -133,7 +133,7 @@ def faults(modules: Iterable[str], tests: Iterable[str], elsewhere: Mapping[str,
 
 
 def defines_something(path: Path) -> bool:
-    """Whether a module has functions or classes of its own: a package's list of names needs no test."""
+    """Return whether a module defines functions or classes; a package that only re-exports names needs no test."""
     return any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.parse(path.read_text()).body)
 
 

@@ -1,4 +1,4 @@
-"""What pip installs: from sources without torch or a compiler, and as a wheel that carries the C++ kernels."""
+"""What pip installs: from source without torch or a compiler, and as a wheel that contains the C++ kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 SOURCES = {f"hfquant/kernels/cpu/{path.name}" for path in (ROOT / "hfquant/kernels/cpu").glob("*.[ch]*")}
 COMPILERS = ("g++", "clang++", "c++", "gcc", "clang", "cc")
-#: Runs on the installed package: a layer on the kernel that the environment names, beside the reference.
+#: Runs on the installed package, and compares a layer on each available kernel with the reference.
 PROGRAM = """
 import os, sys, torch, hfquant
 from hfquant.kernels import cpu, table
@@ -46,7 +46,7 @@ def files_of(wheel: Path) -> set[str]:
 
 
 def no_compilers(folder: Path) -> dict[str, str]:
-    """An environment whose compilers only say that they were called."""
+    """Return an environment whose compilers only record that they were called."""
     folder.mkdir()
     for name in COMPILERS:
         (folder / name).write_text(f"#!/bin/sh\n/bin/touch {folder}/called\nexit 1\n")
@@ -97,7 +97,7 @@ def test_a_wheel_brings_its_kernels(tmp_path) -> None:
     python = tmp_path / "venv" / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel]
     subprocess.run(install, check=True, env=environment)
-    # The packages that hfquant depends on, and not this checkout, which a .pth file of theirs names.
+    # Only the packages that hfquant depends on; this checkout, which one of their .pth files names, stays out.
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "dependencies.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
     done = subprocess.run([python, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True)

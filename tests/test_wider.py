@@ -1,4 +1,4 @@
-"""Layers that cost next to nothing get INT8 in place of fewer bits."""
+"""Layers that cost almost nothing get INT8 instead of fewer bits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FOUR = {
 
 
 class Denoiser(nn.Module):
-    """Blocks whose inputs are modulated by a vector of each picture, and a narrow last projection."""
+    """Blocks whose inputs are modulated by one vector per image, and a narrow last projection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def example(tokens: int = 64) -> dict[str, Tensor]:
 
 
 def types(model: nn.Module, config: Any, inputs: Any = None) -> dict[str, tuple[str, str | None]]:
-    """Weight and input type of each layer in the plan."""
+    """Return the weight and input type of each layer in the plan."""
     configs = {name: p.config for name, p in hfquant.plan(model, config, inputs).layers.items()}
     return {n: (c.weight_quant.type, c.input_quant and c.input_quant.type) for n, c in configs.items()}
 
@@ -53,13 +53,13 @@ def types(model: nn.Module, config: Any, inputs: Any = None) -> dict[str, tuple[
 def test_the_last_projection_and_what_runs_once_a_picture():
     found = types(Denoiser(), FOUR, example())
     assert found["last"] == ("int8", "int8")
-    # 4 * 256 / (4 * 256 + 64 * (4 * 128 + 4)) = 3 % of all multiplications, by the rows that each sees.
+    # 4 * 256 / (4 * 256 + 64 * (4 * 128 + 4)) = 3 % of all multiplications, counting the rows that each layer sees.
     assert {found[f"modulations.{i}"] for i in range(4)} == {("int4", "int8")}
     assert {found[f"blocks.{i}"] for i in range(4)} == {("int4", "int4")}
 
 
 def test_the_share_is_of_all_and_the_smallest_come_first():
-    # With few tokens a picture modulations are most of the work, and the last projection alone is within the share.
+    # With few tokens per image, modulations do most of the work, and only the last projection fits the share.
     found = types(Denoiser(), FOUR, example(tokens=1))
     assert [name for name, (_, inputs) in found.items() if inputs == "int8"] == ["last"]
     config = copy.deepcopy(FOUR)
@@ -75,7 +75,7 @@ def test_without_a_forward_layers_count_by_their_weights():
 
 
 def test_of_equal_layers_the_last_comes_first():
-    # Flux's first and last linear have as many weights, and one is within the share.
+    # Flux's first and last linear have equally many weights, and one of them fits the share.
     found = types(small_models.flux(), "w4a16", small_models.inputs_of(small_models.flux()))
     assert (found["x_embedder"][0], found["proj_out"][0]) == ("int4", "int8")
 
@@ -124,7 +124,7 @@ def test_a_tied_weight_does_not_stay_in_float_for_one_of_its_layers():
 
 @pytest.mark.parametrize("preset", hfquant.PRESETS)
 def test_presets_give_ends_more_bits(preset):
-    """Full precision where the other layers err little, or inputs are rounded too; else INT8."""
+    """Float if the other layers' error is small or inputs are rounded too; otherwise INT8."""
     layers = hfquant.plan(Denoiser(), preset, example()).layers
     if preset in ("w4a16", "w4a16-gptq", "w4-auto", "w3a16-gptq", "w4a4-gptq", "w4a4-dynamic"):
         assert layers["last"].config.weight_quant.type == "int8"
@@ -152,7 +152,7 @@ def test_eight_bits_leave_the_last_projection_in_float(preset, tmp_path):
 
 
 def test_language_models_keep_one_format():
-    # Layers that engines fuse, such as q, k and v, must not differ in their weights.
+    # Layers that engines fuse, such as q, k and v, must have the same weight format.
     for make in (small_models.llama, small_models.mixtral, small_models.bert):
         found = types(make(), "w4a16")
         assert {weight for name, (weight, _) in found.items() if ".layer" in name} == {"int4"}

@@ -1,4 +1,4 @@
-"""Where transformers and diffusers are not installed hfquant is imported, and quantizes plain modules."""
+"""Without transformers and diffusers, hfquant can be imported and quantizes plain modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-#: Both an import and ``find_spec`` see what they would see if neither library were there.
+#: Both an import and ``find_spec`` behave as if neither library were installed.
 HIDDEN = """
 import sys
 from importlib.machinery import PathFinder

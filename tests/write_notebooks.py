@@ -1,4 +1,4 @@
-"""Write each notebook with outputs, from a run on the small models that the tests use: `make notebooks`."""
+"""Write each notebook with outputs from a run on the small models that the tests use: `make notebooks`."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ for file in NOTEBOOKS:
         done = run(file, Path(folder))
     for cell, source in zip(done.cells, jupytext.read(file).cells, strict=True):
         cell.source = source.source
-        # What goes to stderr are progress bars.
+        # stderr holds only progress bars.
         cell.outputs = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"] if "outputs" in cell else []
         if cell.cell_type != "code":
             del cell["outputs"]

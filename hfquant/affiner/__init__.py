@@ -1,6 +1,6 @@
 """The affiner: per-timestep affine maps that align a quantized denoiser with the real one.
 
-:func:`load_affiner` trains or loads one, `affiner.attach(pipe)` puts it to work, `affiner.detach()` takes it off.
+:func:`load_affiner` trains or loads an affiner, `affiner.attach(pipe)` enables it, `affiner.detach()` removes it.
 """
 
 from hfquant.affiner.affiner import BlockwiseAffiner, load_pipeline

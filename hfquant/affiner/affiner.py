@@ -1,4 +1,4 @@
-"""The affiner itself: maps of predictions, of latents and of blocks, how they are attached and stored."""
+"""The affiner: its maps of predictions, latents and blocks, and how it is attached and stored."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from hfquant.denoisers import find_denoiser
 
 CONFIG_FILE, TENSORS_FILE = "affiner_config.json", "affiner.safetensors"
 SUBFOLDER = "affiner"
-#: Of a latent, whose maps are expanded to pixels; a file that asks for more is not believed.
+#: Maximum pixels of a latent, since maps are expanded to pixels; files that claim more are rejected.
 MAX_PIXELS = 1 << 22
 
 _Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 
 
 class _Stored(Section):
-    """What `affiner_config.json` holds. `blocks`: names of modules and numbers of their outputs."""
+    """Contents of `affiner_config.json`. `blocks` holds pairs of module name and output index."""
 
     format: Literal["hfquant-affiner"] = "hfquant-affiner"
     version: Literal[1] = 1
@@ -43,19 +43,19 @@ class _Stored(Section):
 
 
 class BlockwiseAffiner:
-    """Corrects a quantized denoiser, `e ~ K_t e^ + b_t` with maps constant on blocks of the latents.
+    """Corrects a quantized denoiser, `e ~ K_t e^ + b_t`, with maps that are constant on blocks of the latents.
 
-    Comes from :func:`hfquant.load_affiner` or :meth:`from_pretrained`. The baselines "ptqd" and "tac" have other maps,
-    see :data:`hfquant.affiner.maps.METHODS`.
+    Create one with :func:`hfquant.load_affiner` or :meth:`from_pretrained`. The baselines "ptqd" and "tac" use other
+    maps, see :data:`hfquant.affiner.maps.METHODS`.
 
     Args:
         config: See :class:`hfquant.affiner.config.AffinerConfig`.
 
     Attributes:
         prediction: The maps of predictions.
-        latents: The maps of latents after each step, where the config asks for them.
-        blocks: The maps of denoiser blocks, where the config asks for them.
-        uncond_half: Which half of the guidance batch is the unconditional one; found while fitting.
+        latents: The maps of latents after each step, if the config asks for them.
+        blocks: The maps of denoiser blocks, if the config asks for them.
+        uncond_half: Which half of the guidance batch is the unconditional one; determined while fitting.
     """
 
     def __init__(self, config: AffinerConfig | Mapping[str, Any]) -> None:
@@ -69,12 +69,12 @@ class BlockwiseAffiner:
 
     @property
     def noise_target(self) -> NoiseTarget:
-        """What of the denoiser's predictions is corrected."""
+        """Which part of the denoiser's predictions is corrected."""
         return self.config.stepper.noise_target
 
     @property
     def frames_first(self) -> bool:
-        """Whether latents of video are `[B, T, C, H, W]`, as CogVideoX has them."""
+        """Whether video latents are `[B, T, C, H, W]`, as in CogVideoX."""
         return self.prediction.frames_first
 
     @frames_first.setter
@@ -89,11 +89,11 @@ class BlockwiseAffiner:
 
     @property
     def errors(self) -> dict[float, tuple[float, float]]:
-        """For each timestep the mean squared error of predictions on the fitted samples, before and after."""
+        """For each timestep, the mean squared error of predictions on the fitted samples, before and after."""
         return {t: self.prediction.errors[t] for t in self.timesteps}
 
     def observe(self, timestep: float, real: Tensor, quant: Tensor) -> None:
-        """Add a batch of predictions of both models on the same latents."""
+        """Add a batch of predictions of both models for the same latents."""
         self.prediction.observe(timestep, real, quant)
 
     def solve(self, timestep: float) -> None:
@@ -105,7 +105,7 @@ class BlockwiseAffiner:
         return self.prediction.correct(timestep, prediction)
 
     def noise_scale(self, step: Step) -> float:
-        """Return what to multiply the scheduler's own noise by: 1, unless the method says otherwise."""
+        """Return the factor for the scheduler's own noise, 1 for most methods."""
         return self.prediction.noise_scale(step)
 
     def forget(self) -> None:
@@ -117,12 +117,12 @@ class BlockwiseAffiner:
     def attach(self, model: Any) -> BlockwiseAffiner:
         """Correct every run of a pipeline (or every call of a bare denoiser) from now on.
 
-        `with affiner.attach(pipe): ...` detaches at the end. The pipeline keeps working with any batch size, scheduler
-        and number of steps whose timesteps lie in the fitted range, and with latents of any size (packed ones: see
-        :meth:`hfquant.affiner.maps.AffineMaps.correct`).
+        `with affiner.attach(pipe): ...` detaches at the end. The pipeline still works with any batch size, with any
+        scheduler and number of steps whose timesteps lie in the fitted range, and with latents of any size (for packed
+        ones, see :meth:`hfquant.affiner.maps.AffineMaps.correct`).
 
         Raises:
-            ValueError: An affiner is attached already, nothing has been fitted, or `model` has no such denoiser.
+            ValueError: An affiner is already attached, nothing has been fitted, or `model` has no such denoiser.
         """
         self._check_fitted("use hfquant.load_affiner or from_pretrained")
         with ExitStack() as stack:
@@ -133,7 +133,7 @@ class BlockwiseAffiner:
         return self
 
     def detach(self) -> None:
-        """Take the affiner off everything that it is attached to; outputs are bit for bit as before."""
+        """Remove the affiner from everything it is attached to; outputs are then bit for bit the same as before."""
         self._attachments.close()
 
     def __enter__(self) -> BlockwiseAffiner:
@@ -145,7 +145,8 @@ class BlockwiseAffiner:
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write affiner.safetensors and affiner_config.json.
 
-        In the subfolder "affiner" of a pipeline's folder, :func:`hfquant.affiner.load_pipeline` picks them up.
+        Saved to the subfolder "affiner" of a pipeline's folder, they are loaded by
+        :func:`hfquant.affiner.load_pipeline`.
         """
         self._check_fitted("there is nothing to save")
         assert self.prediction.size is not None
@@ -175,16 +176,16 @@ class BlockwiseAffiner:
         subfolder: str = "",
         **hub_kwargs: Any,
     ) -> BlockwiseAffiner:
-        """Load what :meth:`save_pretrained` or :meth:`push_to_hub` wrote.
+        """Load an affiner saved by :meth:`save_pretrained` or :meth:`push_to_hub`.
 
         Args:
-            pretrained_model_name_or_path: A folder, or the id of a repository.
-            subfolder: Where in it.
+            pretrained_model_name_or_path: A folder, or a repository id.
+            subfolder: Subfolder that holds the files.
             **hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, ... of `hf_hub_download`.
 
         Raises:
-            FileNotFoundError: The files are not there.
-            ValueError: They are damaged, of a newer version, or do not fit each other.
+            FileNotFoundError: The files do not exist.
+            ValueError: They are damaged, of a newer version, or do not match each other.
         """
         config_path, tensors_path = _files(pretrained_model_name_or_path, subfolder, hub_kwargs)
         try:
@@ -229,17 +230,17 @@ class BlockwiseAffiner:
         token: str | None = None,
         commit_message: str = "Upload affiner",
     ) -> str:
-        """Upload what :meth:`save_pretrained` writes and a card, as :func:`hfquant.push_to_hub` does.
+        """Upload the files of :meth:`save_pretrained` and a card, as :func:`hfquant.push_to_hub` does.
 
         Args:
             repo_id: "user/name".
             subfolder: "affiner" in a pipeline's repository.
-            private: Of a repository created here.
-            token: Of the hub; by default the one stored on this machine.
-            commit_message: Of the commit.
+            private: Whether a repository created by this call is private.
+            token: Hub token; by default, the one stored on this machine.
+            commit_message: Message of the commit.
 
         Returns:
-            Address of the commit.
+            URL of the commit.
         """
         from hfquant.integrations.sharing import push_to_hub
 
@@ -252,12 +253,12 @@ def load_pipeline(pipeline_class: Any, pretrained: str | os.PathLike[str], **kwa
 
     Args:
         pipeline_class: `DiffusionPipeline` or any of its subclasses.
-        pretrained: Folder, or id of a repository.
-        **kwargs: Of `pipeline_class.from_pretrained`; `revision`, `token`, `cache_dir` and `local_files_only` serve the
-            affiner too.
+        pretrained: Folder or repository id.
+        **kwargs: Passed to `pipeline_class.from_pretrained`; `revision`, `token`, `cache_dir` and `local_files_only`
+            also apply to the affiner.
 
     Returns:
-        The pipeline; `pipe.affiner` is the affiner (None without one), `pipe.affiner.detach()` takes it off.
+        The pipeline. `pipe.affiner` is the affiner (None without one); `pipe.affiner.detach()` removes it.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -270,7 +271,7 @@ def load_pipeline(pipeline_class: Any, pretrained: str | os.PathLike[str], **kwa
     try:
         pipe.affiner = BlockwiseAffiner.from_pretrained(pretrained, subfolder=SUBFOLDER, **hub)
     except LocalEntryNotFoundError:
-        # Whether the repository has one cannot be known off line; on line it is a failed download.
+        # Offline, we cannot know whether the repository has one; online, this is a failed download.
         if not (kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE):
             raise
     except EntryNotFoundError:
@@ -281,12 +282,12 @@ def load_pipeline(pipeline_class: Any, pretrained: str | os.PathLike[str], **kwa
 
 
 def _files(source: str | os.PathLike[str], subfolder: str, hub_kwargs: Mapping[str, Any]) -> list[Path]:
-    """The two files of an affiner, here or fetched from the hub."""
+    """Return the paths of an affiner's two files, local or downloaded from the hub."""
     names = CONFIG_FILE, TENSORS_FILE
     if Path(source).is_dir():
         paths = [Path(source, subfolder, name) for name in names]
         if missing := [path for path in paths if not path.is_file()]:
-            raise FileNotFoundError(f"{missing[0]} is not there: {missing[0].parent} holds no affiner")
+            raise FileNotFoundError(f"{missing[0]} does not exist: {missing[0].parent} is not the folder of an affiner")
         return paths
     if Path(source).is_absolute() or str(source).startswith("."):
         raise FileNotFoundError(f"there is no folder {source}")

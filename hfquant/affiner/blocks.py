@@ -1,9 +1,9 @@
-"""Block alignment: a per-channel scale and shift at the output of chosen blocks of a quantized denoiser.
+"""Block alignment: a per-channel scale and shift at the output of selected blocks of a quantized denoiser.
 
-One map serves all timesteps. Blocks are fitted one after the other in the order they run, each on activations that the
-maps of the blocks before it have corrected, against the same block of the real model on the same latents. Blocks
-that come closer to the real ones need not bring the prediction closer, so maps are kept up to the block at which the
-prediction's error is lowest on samples that they were not fitted on; that may be none.
+One map serves all timesteps. Blocks are fitted one by one in the order they run, each on activations already corrected
+by the maps of earlier blocks, against the same block of the real model on the same latents. Bringing a block closer to
+the real one does not always bring the prediction closer. Maps are therefore kept only up to the block with the lowest
+prediction error on held-out samples, which may mean none at all.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
-#: One sample of so many is not fitted on; these judge the maps.
+#: One in this many samples is held out of the fit to judge the maps.
 HELD_OUT = 4
 
 
 class BlockMap(NamedTuple):
-    """Scale and shift, float32 `[C]`, of one output tensor of a module (number 0 where it returns a tensor)."""
+    """Scale and shift, float32 `[C]`, of one output tensor of a module (index 0 if it returns a tensor)."""
 
     module: str
     output: int
@@ -41,22 +41,24 @@ class BlockMap(NamedTuple):
 
 
 def hook_blocks(denoiser: nn.Module, maps: Sequence[BlockMap]) -> Undo:
-    """Apply maps by forward hooks, until the function returned is called.
+    """Apply maps with forward hooks until the returned function is called.
 
     Raises:
         ValueError: The denoiser has no such module.
     """
     modules = dict(denoiser.named_modules())
     if missing := [block.module for block in maps if block.module not in modules]:
-        raise ValueError(f"{type(denoiser).__name__} has no block {missing[0]!r}; was the affiner fitted on another?")
+        raise ValueError(
+            f"{type(denoiser).__name__} has no block {missing[0]!r}; was the affiner fitted on another denoiser?"
+        )
 
     def correct(block: BlockMap, output: Any) -> Any:
         found = _tensors(output)
         value = found[block.output] if block.output < len(found) else None
         if value is None or value.shape[1 if value.dim() >= 4 else -1] != len(block.scale):
             raise ValueError(
-                f"output {block.output} of {block.module!r} is no tensor of {len(block.scale)} channels, which its map "
-                "was fitted on: was the affiner fitted on another denoiser?"
+                f"output {block.output} of {block.module!r} is not a tensor of {len(block.scale)} channels, as its map "
+                "expects: was the affiner fitted on another denoiser?"
             )
         shape = (-1, *[1] * (value.dim() - 2)) if value.dim() >= 4 else (-1,)
         scale, shift = (x.to(value.device).view(shape) for x in (block.scale, block.shift))
@@ -75,14 +77,14 @@ def hook_blocks(denoiser: nn.Module, maps: Sequence[BlockMap]) -> Undo:
 def fit_blocks(
     real: nn.Module, quant: nn.Module, calls: Sequence[Call], config: BlocksConfig, progress: bool = True
 ) -> list[BlockMap]:
-    """Return maps of the blocks whose names match, up to the one with the prediction's lowest squared error.
+    """Return maps of the blocks with matching names, up to the block with the lowest squared error of the prediction.
 
     Args:
         real: The full-precision denoiser.
-        quant: The quantized one. It is left as it was.
-        calls: Arguments of calls of the real denoiser, brought to the device and dtype of each model as needed.
-        config: Which blocks, and the ridge.
-        progress: Show a bar.
+        quant: The quantized one. It is left unchanged.
+        calls: Arguments of calls of the real denoiser, moved to each model's device and dtype as needed.
+        config: Which blocks to fit, and the ridge.
+        progress: Show a progress bar.
 
     Raises:
         ValueError: No block matches, one is missing in the quantized model, or outputs are not finite.
@@ -93,7 +95,7 @@ def fit_blocks(
     pairs = list(zip(calls, _converted(calls, real, quant), strict=True))
     fitted: list[BlockMap] = []
     best, kept = float("inf"), 0
-    # One pass gives the error with the maps so far and the outputs of the next block behind them.
+    # One pass yields both the error with the maps so far and the outputs of the next block.
     for name in progress_bar([*names, ""], "aligning blocks", shown=progress):
         error = 0.0
         sums: dict[int, Moments] = {}
@@ -112,34 +114,38 @@ def fit_blocks(
             scale, shift = solve_blocks(total, config.alpha, config.lambda1, config.lambda2)
             fitted.append(BlockMap(name, i, scale.flatten().float(), shift.flatten().float()))
     if kept < len(fitted):
-        logger.info("aligning blocks from %r on does not lower the error of predictions", fitted[kept].module)
+        logger.info("aligning blocks from %r onward does not lower the prediction error", fitted[kept].module)
     return fitted[:kept]
 
 
 def _rows(values: Tensor, held_out: bool) -> Tensor:
-    """The samples that maps are fitted on, or judged on: all of a batch that is too small to be split."""
+    """Return the samples to fit or judge maps on; a batch too small to split serves for both."""
     if len(values) < HELD_OUT:
         return values
     return values[(torch.arange(len(values)) % HELD_OUT == HELD_OUT - 1) == held_out]
 
 
 def _moments(name: str, reals: list[Tensor | None], quants: list[Tensor | None]) -> Iterator[tuple[int, Moments]]:
-    """The sums of each output tensor of a block, by its number."""
+    """Yield the sums of each output tensor of a block, with its index."""
     if len(reals) != len(quants):
-        raise ValueError(f"block {name!r} gives {len(reals)} outputs in the real model, {len(quants)} here")
+        raise ValueError(
+            f"block {name!r} returns {len(reals)} outputs in the real model, {len(quants)} in the quantized one"
+        )
     for i, (r, q) in enumerate(zip(reals, quants, strict=True)):
         if r is None or q is None:
             continue
         if r.shape != q.shape:
-            raise ValueError(f"block {name!r} gives {list(r.shape)} in the real model, {list(q.shape)} here")
+            raise ValueError(
+                f"block {name!r} returns {list(r.shape)} in the real model, {list(q.shape)} in the quantized one"
+            )
         if not bool(r.isfinite().all()) or not bool(q.isfinite().all()):
-            raise ValueError(f"block {name!r} gives NaN or infinity")
+            raise ValueError(f"block {name!r} returns NaN or infinity")
         fitted = [_channels_second(_rows(x, held_out=False)) for x in (r, q)]
         yield i, moments(fitted[0], fitted[1], None)
 
 
 def _converted(calls: Sequence[Call], real: nn.Module, quant: nn.Module) -> Sequence[Call]:
-    """The calls for a model of another dtype. Vectors stay: timesteps lose their last digits in 16 bits."""
+    """Return the calls converted to the other model's dtype, except vectors: 16 bits would truncate timesteps."""
     from accelerate.utils import recursively_apply
 
     own, other = compute_dtype(real), compute_dtype(quant)
@@ -151,14 +157,14 @@ def _converted(calls: Sequence[Call], real: nn.Module, quant: nn.Module) -> Sequ
 
 
 def _outputs(model: nn.Module, name: str, call: Call) -> tuple[Tensor, list[Tensor | None]]:
-    """The prediction of one call, and the output tensors of a block on the way."""
+    """Return the prediction of one call, and the output tensors of a block during that call."""
     found: list[Tensor | None] = []
     with _hooked(model.get_submodule(name), lambda _m, _a, output: found.extend(_tensors(output))):
         return run_denoiser(model, *call), found
 
 
 def _in_order(model: nn.Module, call: Call, patterns: Sequence[str]) -> list[str]:
-    """Names of the blocks that match, in the order they first run."""
+    """Return the names of matching blocks in the order they first run."""
     modules: dict[str, nn.Module] = {}
     for pattern in patterns:
         outer: list[str] = []
@@ -180,8 +186,8 @@ def _in_order(model: nn.Module, call: Call, patterns: Sequence[str]) -> list[str
         run_denoiser(model, *call)
     if not order:
         raise ValueError(
-            f"config.blocks.modules: none of the modules that match {list(patterns)} runs and gives tensors; "
-            f'the first is {next(iter(modules))!r}, a list of blocks is matched by "name.*"'
+            f"config.blocks.modules: none of the modules that match {list(patterns)} runs and returns tensors; "
+            f'the first is {next(iter(modules))!r}; to match the blocks in a list, use "name.*"'
         )
     if len(order) > len(set(order)):
         raise ValueError(f"config.blocks.modules: {order[0]!r} or another block runs more than once in a call")
@@ -198,13 +204,13 @@ def _hooked(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
 
 
 def _tensors(output: Any) -> list[Tensor | None]:
-    """The floating-point tensors at the top level of an output, None in the place of anything else."""
+    """Return the floating-point tensors at the top level of an output, with None in place of anything else."""
     outputs = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, tuple) else []
     return [x.detach() if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 else None for x in outputs]
 
 
 def _channels_second(values: Tensor) -> Tensor:
-    """`[B, C, H, W]`: convolutional outputs have channels second, tokens `[B, L, C]` and vectors `[B, C]` last."""
+    """Return `[B, C, H, W]`: convolutional outputs have channels second, `[B, L, C]` and `[B, C]` have them last."""
     if values.dim() >= 4:
         return values.flatten(2).unsqueeze(3)
     return values[..., None, None] if values.dim() == 2 else values.transpose(1, 2).unsqueeze(3)

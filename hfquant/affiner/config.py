@@ -1,4 +1,4 @@
-"""The affiner's config: what is fitted, on which runs, and how. Validated once, stored as JSON."""
+"""The affiner's config: what to fit, on which runs, and how. It is validated once and stored as JSON."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class StepperConfig(Section):
     Attributes:
         max_timestep: Denoising steps of each run (`num_inference_steps`). None: the pipeline's own default, 50 for a
             bare denoiser.
-        sample_size: Samples of the dataset to fit on; None for all (an endless stream needs a number).
-        batch_size: Samples of one pipeline call.
-        recurrent: Fit step t on the latents that the quantized model reaches with the corrections of the steps before,
-            all samples side by side; their latents and conditioning stay in memory until the end. Otherwise every step
-            is fitted on the real model's own trajectory, batch after batch.
-        noise_target: What is corrected: "all" the guided prediction that the scheduler gets; "uncond" or "text" that
-            half of the denoiser's batch, which needs classifier-free guidance in one batch.
-        enable_latent_affine: Also fit and apply a map from the latents after each step to those of the real model's
-            own run from the same noise. It takes away drift, which a correction of predictions cannot see. One more
-            run of the real model; needs `recurrent`.
-        enable_timesteps: Numbers of the steps that get a correction, 0 being the first and noisiest; the others keep
-            the identity. None for all.
-        seed: Of the initial noise and of the shuffle.
+        sample_size: Number of dataset samples to fit on; None for all (an endless stream needs a number).
+        batch_size: Samples per pipeline call.
+        recurrent: Fit step t on the latents that the quantized model reaches with the corrections of earlier steps. All
+            samples run side by side; their latents and conditioning stay in memory until the end. Otherwise, fit every
+            step on the real model's own trajectory, batch after batch.
+        noise_target: What to correct: "all" is the guided prediction passed to the scheduler; "uncond" or "text" is
+            that half of the denoiser's batch, which requires classifier-free guidance in one batch.
+        enable_latent_affine: Also fit and apply a map from the latents after each step to those of the real model's own
+            run from the same noise. It removes drift, which a correction of predictions cannot see. This takes one more
+            run of the real model and needs `recurrent`.
+        enable_timesteps: Indices of the steps to correct, 0 being the first and noisiest; the others keep the identity.
+            None for all.
+        seed: Seed of the initial noise and of the shuffle.
     """
 
     max_timestep: int | None = Field(None, ge=1)
@@ -44,14 +44,14 @@ class StepperConfig(Section):
     recurrent: bool = True
     noise_target: Literal["all", "uncond", "text"] = "all"
     enable_latent_affine: bool = False
-    enable_timesteps: tuple[int, ...] | None = Field(None, strict=False)  # JSON has lists alone
+    enable_timesteps: tuple[int, ...] | None = Field(None, strict=False)  # JSON only has lists
     seed: int = Field(0, ge=0)
 
     @field_validator("enable_timesteps")
     @classmethod
     def _step_numbers(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if value is not None and (not value or min(value) < 0):
-            raise ValueError(f"expected None or step numbers from 0 on, at least one; got {list(value)}")
+            raise ValueError(f"expected None or a non-empty list of step numbers >= 0, got {list(value)}")
         return value
 
     @model_validator(mode="after")
@@ -62,19 +62,20 @@ class StepperConfig(Section):
 
 
 class SolverConfig(Section):
-    """How the maps of type "blockwise" are fitted; see :func:`hfquant.affiner.solvers.objective`.
+    """How to fit the maps of type "blockwise"; see :func:`hfquant.affiner.solvers.objective`.
 
     Attributes:
-        type: "mserel", squared error blended with relative squared error.
-        blocksize: Side in latent pixels of the square blocks that share K and b; None for one block a channel.
-        alpha: Share of the absolute error, from 0 to 1; the rest is relative.
+        type: "mserel", a blend of squared error and relative squared error.
+        blocksize: Side, in latent pixels, of the square blocks that share K and b; None for one block per channel.
+        alpha: Weight of the absolute error, from 0 to 1; the rest goes to the relative error.
         lambda1: Ridge on (K - 1)^2.
         lambda2: Ridge on b^2.
-        sample_mode: "block", maps are constant on blocks; "interpolate", bilinear between centres (and fitted so).
-        percentile: Threshold of the limiting, a percentile of |K - 1| over the blocks of a timestep.
-        greater: Limit the blocks above the threshold; if false the others.
-        scale: What the distance from the identity of a limited block is multiplied by (K - 1 and b), 1 = no limiting.
-            Where limited nodes of "interpolate" do worse than no correction, the timestep gets none.
+        sample_mode: "block" for maps constant on blocks; "interpolate" for maps fitted and applied with bilinear
+            interpolation between block centers.
+        percentile: Threshold for limiting, a percentile of |K - 1| over the blocks of a timestep.
+        greater: Limit the blocks above the threshold; if false, limit the others.
+        scale: Factor for the distance of a limited block from the identity (K - 1 and b); 1 disables limiting. If
+            limited nodes of "interpolate" do worse than no correction, the timestep gets no correction.
     """
 
     type: Literal["mserel"] = "mserel"
@@ -92,9 +93,9 @@ class BlocksConfig(Section):
     """Alignment of the denoiser's own blocks, fitted before the predictions; see :mod:`hfquant.affiner.blocks`.
 
     Attributes:
-        modules: Globs on module names of the denoiser, such as "transformer_blocks.*". Of modules within one another
-            that a glob matches, the outermost counts.
-        timesteps: Steps of each run, evenly spread, whose denoiser calls are used.
+        modules: Globs on module names of the denoiser, such as "transformer_blocks.*". If a glob matches nested
+            modules, only the outermost counts.
+        timesteps: Number of evenly spread steps of each run whose denoiser calls are used.
         alpha, lambda1, lambda2: As in the solver.
     """
 
@@ -106,15 +107,15 @@ class BlocksConfig(Section):
 
 
 class AffinerConfig(Section):
-    """The whole config.
+    """The complete config.
 
     Attributes:
         type: "blockwise"; "ptqd" and "tac" are baselines (see :mod:`hfquant.affiner.maps`). "tac" also corrects the
-            mean of the latents after each step where `recurrent` is set.
+            mean of the latents after each step if `recurrent` is set.
         stepper: The runs.
-        solver: The fit; of type "blockwise" only.
+        solver: The fit; only for type "blockwise".
         blocks: Block alignment; None for none.
-        extra_args: Keyword arguments for every call of the pipeline, or of a bare denoiser.
+        extra_args: Keyword arguments for every call of the pipeline or bare denoiser.
     """
 
     type: Literal["blockwise", "ptqd", "tac"] = "blockwise"
@@ -135,17 +136,17 @@ class AffinerConfig(Section):
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """Return the config in JSON's own types; `extra_args` that JSON cannot carry are left out."""
+        """Return the config in JSON types, omitting `extra_args` that JSON cannot represent."""
         dumped = self.model_dump(mode="json", exclude={"extra_args"})
         return dumped | {"extra_args": {k: v for k, v in self.extra_args.items() if _is_json(v)}}
 
 
 def parse(config: AffinerConfig | Mapping[str, Any]) -> AffinerConfig:
-    """Validate a config dict. The caller's dict is left alone.
+    """Validate a config dict without modifying it.
 
     Raises:
-        ConfigError: Unknown key, bad value or impossible combination; the message names them and what is allowed.
-        TypeError: `config` is no dict.
+        ConfigError: Unknown key, bad value or impossible combination; the message names it and the allowed values.
+        TypeError: `config` is not a dict.
     """
     if isinstance(config, AffinerConfig):
         return config

@@ -1,4 +1,4 @@
-"""Fitting: the real and the quantized model are led through the same latents, and the affiner sees both predictions."""
+"""Fitting: drive the real and the quantized model through the same latents and show the affiner both predictions."""
 
 from __future__ import annotations
 
@@ -40,34 +40,35 @@ def load_affiner(
 
     Args:
         config: See :class:`~hfquant.affiner.config.AffinerConfig`. A bare denoiser also needs `"scheduler"`, a
-            diffusers scheduler. `{"pretrained": folder or repository id}` loads; the other arguments are not used then.
+            diffusers scheduler. `{"pretrained": folder or repository id}` loads an affiner; the other arguments are
+            then ignored.
         dataset: What to run: a `datasets.Dataset`, a list, a map-style dataset, or a stream (torch's or `datasets`'
-            `IterableDataset`), which is read to its end unless `stepper.sample_size` says how far. A row is a prompt,
-            a label, or a dict of arguments of the pipeline (of a bare denoiser: of its call).
-        model_real: Full-precision pipeline, or bare denoiser.
+            `IterableDataset`), which is read to its end unless `stepper.sample_size` limits it. A row is a prompt, a
+            label, or a dict of arguments of the pipeline (for a bare denoiser: of its call).
+        model_real: Full-precision pipeline or bare denoiser.
         model_quant: The quantized one, of the same kind.
-        latents: Initial noise, `[N, ...]` of the shape that the pipeline's own `latents` argument has, at least one for
-            each sample; drawn from `stepper.seed` when None.
-        shuffle: Draw the samples from all over the dataset (by `stepper.seed`) instead of its start; from a stream
-            through a buffer of 1,024 rows.
-        thirdparty_affiner: Trained in place of ours; see :class:`~hfquant.affiner.hooks.Affiner`. Of `config` the
-            stepper's runs and extra_args count.
+        latents: Initial noise, `[N, ...]` in the shape of the pipeline's own `latents` argument, with N at least the
+            number of samples; drawn from `stepper.seed` if None.
+        shuffle: Draw the samples from the whole dataset (by `stepper.seed`) instead of its start; for a stream, through
+            a buffer of 1,024 rows.
+        thirdparty_affiner: Object to train in place of our affiner; see :class:`~hfquant.affiner.hooks.Affiner`. Of
+            `config`, only the stepper's runs and extra_args apply.
 
     Returns:
-        The trained :class:`BlockwiseAffiner`, or `thirdparty_affiner`. Both models are left as they were.
+        The trained :class:`BlockwiseAffiner`, or `thirdparty_affiner`. Both models are left unchanged.
 
     Raises:
         ConfigError: The config is invalid.
-        TypeError: A model is no pipeline and no module, or the two are not of one kind.
+        TypeError: A model is neither a pipeline nor a module, or the two are of different kinds.
         ValueError: The dataset is empty, rows or latents do not fit, the models differ in shapes or schedulers, an
-            affiner is attached to one, the latents are of a layout that is not known, guidance is missing for the noise
-            target, a step is enabled that there is not, or a model predicts NaN or infinity.
+            affiner is attached to one of them, the layout of the latents is unknown, guidance is missing for the noise
+            target, a step is enabled that does not exist, or a model predicts NaN or infinity.
     """
     scheduler = None
     if isinstance(config, Mapping):
         if "pretrained" in config:
             if odd := set(config) - {"pretrained", "subfolder"}:
-                raise ConfigError(f'config: "pretrained" goes with "subfolder" alone, got {sorted(odd)}')
+                raise ConfigError(f'config: "pretrained" can only be combined with "subfolder", got {sorted(odd)}')
             return BlockwiseAffiner.from_pretrained(config["pretrained"], subfolder=config.get("subfolder", ""))
         config = dict(config)
         scheduler = config.pop("scheduler", None)
@@ -89,11 +90,13 @@ def _check_thirdparty(affiner: Any, config: AffinerConfig) -> None:
         raise TypeError(f"{type(affiner).__name__} lacks observe, solve or correct (see hfquant.affiner.Affiner)")
     stepper = config.stepper
     if config.blocks is not None or stepper.enable_latent_affine or stepper.enable_timesteps is not None:
-        raise ConfigError("config: blocks, enable_latent_affine and enable_timesteps are for our own affiner alone")
+        raise ConfigError(
+            "config: blocks, enable_latent_affine and enable_timesteps do not apply to a thirdparty_affiner"
+        )
 
 
 def _align(affiner: Any, config: AffinerConfig, real: Any, quant: Any, samples: Samples) -> None:
-    """Fit the blocks' maps, if any, then the steps', and judge them; leave both models as they were."""
+    """Fit the maps of the blocks, if any, and of the steps, and judge them; leave both models unchanged."""
     fit = _Fit(affiner, config.stepper, real, quant)
     with ExitStack() as stack:
         stack.enter_context(seeded(config.stepper.seed))
@@ -109,7 +112,7 @@ def _align(affiner: Any, config: AffinerConfig, real: Any, quant: Any, samples: 
 
 
 def _judge(fit: _Fit, affiner: BlockwiseAffiner, samples: Samples) -> None:
-    """Take all maps back where runs from other noise do not end nearer to the real model's with them."""
+    """Reset all maps unless they bring the final latents of runs from other noise closer to the real model's."""
     gains = []
     with seeded(fit.stepper.seed, 1), eval_mode(fit.real), eval_mode(fit.quant):
         for sample in progress_bar(samples, "judging the affiner"):
@@ -121,7 +124,8 @@ def _judge(fit: _Fit, affiner: BlockwiseAffiner, samples: Samples) -> None:
     found = torch.cat(gains)
     if not pays(found):
         logger.warning(
-            "the affiner does not pay: runs from other noise gain %.2f dB with it, error %.2f; it corrects nothing",
+            "the affiner does not help and will correct nothing: runs from other noise gain %.2f dB with it "
+            "(standard error %.2f)",
             found.mean().item(),
             found.std().item() / len(found) ** 0.5 if len(found) > 1 else 0.0,
         )
@@ -130,12 +134,12 @@ def _judge(fit: _Fit, affiner: BlockwiseAffiner, samples: Samples) -> None:
 
 @dataclass
 class _Batch:
-    """The runs of both models on one batch, and the latents that both continue from."""
+    """The runs of both models on one batch, and the latents from which both continue."""
 
     real: Run
     quant: Run
-    free: Run | None  # the real model's run undisturbed
-    latents: Any = None  # a tensor from the first step on
+    free: Run | None  # the real model's own undisturbed run
+    latents: Any = None  # a tensor after the first step
 
     def close(self) -> None:
         for run in filter(None, (self.real, self.quant, self.free)):
@@ -143,7 +147,7 @@ class _Batch:
 
 
 class _Fit:
-    """The lock step: both models predict, the affiner observes and solves, both continue from the same latents."""
+    """The lockstep loop: both models predict, the affiner observes and solves, both continue from the same latents."""
 
     def __init__(self, affiner: Any, stepper: StepperConfig, real: Any, quant: Any) -> None:
         self.affiner, self.stepper, self.real, self.quant = affiner, stepper, real, quant
@@ -169,7 +173,7 @@ class _Fit:
                 self.affiner.solve(timestep)
 
     def last_latents(self, pipeline: Any, sample: dict[str, Any], use_affiner: bool = False) -> Tensor:
-        """Return the latents at the end of a run, on the CPU."""
+        """Return the final latents of a run, on the CPU."""
         finish = {"finish": partial(run_step, self.affiner, self.target)} if use_affiner else {}
         run = Run(pipeline, self._call(pipeline, sample), at_denoiser=self.target != "all", **finish)
         point, latents = "predicted" if self.target == "all" else "denoised", getattr(self.affiner, "latents", None)
@@ -188,7 +192,7 @@ class _Fit:
         return last.float().cpu()
 
     def _call(self, pipeline: Any, sample: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call, tensors of the real denoiser's dtype in the pipeline's."""
+        """Return the arguments of a call, with tensors in the real denoiser's dtype converted to the pipeline's."""
         own, other = (compute_dtype(find_denoiser(p)) for p in (self.real, pipeline))
         call = fresh_call(sample)
         return {k: v.to(other) if isinstance(v, Tensor) and v.dtype == own else v for k, v in call.items()}
@@ -201,11 +205,11 @@ class _Fit:
             Run(self.quant, self._call(self.quant, sample), at_denoiser=behind, **finish),
             None if self.latents is None else Run(self.real, fresh_call(sample)),
         )
-        torch.rand(())  # the next batch's runs are to draw other noise
+        torch.rand(())  # make the next batch's runs draw different noise
         return batch
 
     def _lock_step(self, batches: list[_Batch], progress: Any, count: int) -> Iterator[float]:
-        """Lead the batches through their runs, yielding the timestep after each step."""
+        """Drive the batches through their runs, yielding the timestep after each step."""
         while True:
             reals = [batch.real.resume(batch.latents) for batch in batches]
             frees = [batch.free.resume() and batch.free.resume() for batch in batches if batch.free is not None]
@@ -249,7 +253,7 @@ class _Fit:
             raise ValueError(f"stepper.enable_timesteps has step {number}, but the last step of these runs is {last}")
 
     def _fitted_part(self, event: Event) -> Tensor:
-        """The part of an event's tensor that is fitted: one half of the guidance batch, without a learned variance."""
+        """Return the part of an event's tensor to fit: one half of the guidance batch, without a learned variance."""
         value, channels = event.value, None
         if event.sample is not None:
             channels = event.sample.shape[1]
@@ -260,11 +264,11 @@ class _Fit:
         return value[:, :channels] if value.dim() == 4 else value
 
     def _find_uncond_half(self, sample: dict[str, Any]) -> int:
-        """Which half of the guidance batch is unconditional, read off what the pipeline makes of the two.
+        """Return which half of the guidance batch is unconditional, inferred from how the pipeline combines the two.
 
-        Guidance is `u + w (c - u)`, by many pipelines rescaled sample by sample. Written as
-        `s (first + v (second - first))`, v = w > 1 where the first half is the unconditional one, and v = 1 - w < 0
-        where it is the second.
+        Guidance is `u + w (c - u)`, which many pipelines rescale sample by sample. Written as
+        `s (first + v (second - first))`, v = w > 1 if the first half is the unconditional one, and v = 1 - w < 0 if it
+        is the second.
         """
         run = Run(self.real, fresh_call(sample), at_denoiser=True)
         try:
@@ -282,27 +286,31 @@ class _Fit:
         v = float(shares[1] / shares.sum())
         if not (v > 1 or v < 0):
             raise ValueError(
-                f"cannot tell the unconditional half: the guided prediction goes as first + {v:.3f} (second - first); "
+                f"cannot tell the unconditional half: the guided prediction is first + {v:.3f} (second - first); "
                 "a guidance_scale above 1 is needed"
             )
         return 0 if v > 1 else 1
 
 
 def _advance(run: Run, value: Tensor) -> Event:
-    """Continue with a prediction up to the latents after the step."""
+    """Continue with a prediction until the latents after the step."""
     event = run.resume(value)
     while event is not None and event.kind == "predicted":
         event = run.resume()
     if event is None or event.kind != "stepped":
-        raise ValueError('noise_target "uncond" and "text" need one denoiser call a step; this pipeline makes several')
+        raise ValueError(
+            'noise_target "uncond" and "text" need one denoiser call per step; this pipeline makes several'
+        )
     return event
 
 
 def _checked(real: Event | None, quant: Event | None, number: int) -> tuple[Event, Event]:
-    """Both events, checked: at the same point, of one shape and start, finite."""
+    """Check both events: they must be at the same point, finite, and equal in shape and initial latents."""
     if real is None or quant is None or real.kind != quant.kind or real.timestep != quant.timestep:
         at = ["the end" if e is None else f"timestep {e.timestep:g}" for e in (real, quant)]
-        raise ValueError(f"the pipelines do not run alike: the real one is at {at[0]}, the quantized one at {at[1]}")
+        raise ValueError(
+            f"the pipelines run different timesteps: the real one is at {at[0]}, the quantized one at {at[1]}"
+        )
     if real.value.shape != quant.value.shape:
         shapes = list(real.value.shape), list(quant.value.shape)
         raise ValueError(f"the models differ: the real one predicts {shapes[0]}, the quantized one {shapes[1]}")
@@ -321,7 +329,7 @@ def _checked(real: Event | None, quant: Event | None, number: int) -> tuple[Even
 
 
 def _denoiser_calls(pipeline: Any, samples: Samples, count: int) -> list[Call]:
-    """Arguments of the real denoiser's calls at `count` evenly spread steps of each run, on the CPU."""
+    """Return arguments of the real denoiser's calls at `count` evenly spread steps of each run, on the CPU."""
     from accelerate.utils import send_to_device
 
     calls: list[Call] = []

@@ -1,8 +1,7 @@
-"""Where an affiner meets a pipeline: around `scheduler.step`, and behind the denoiser. No pipeline code is touched.
+"""How an affiner hooks into a pipeline: around `scheduler.step` and after the denoiser, without changing its code.
 
-The guided prediction exists in one place only, as the argument of `scheduler.step`, so that is where `noise_target`
-"all" corrects it. The halves of classifier-free guidance exist behind the denoiser, so "uncond" and "text" use a
-forward hook there.
+The guided prediction only exists as the argument of `scheduler.step`, so `noise_target` "all" corrects it there. The
+halves of classifier-free guidance exist at the denoiser's output, so "uncond" and "text" use a forward hook there.
 """
 
 from __future__ import annotations
@@ -29,24 +28,25 @@ NEEDS_CFG = (
 
 @runtime_checkable
 class Affiner(Protocol):
-    """What `load_affiner` trains and :func:`attach` applies; any object with these three methods will do.
+    """The interface that `load_affiner` trains and :func:`attach` applies; any object with these three methods works.
 
-    Predictions are `[B, C, H, W]`, or whatever shape the scheduler of the pipeline gets. `timestep` is the scheduler's
-    (the denoiser's where a half of the guidance is corrected). Where a model predicts its variance too, `observe` gets
-    the first C channels and `correct` all that there are. Second-order schedulers come to a timestep twice: with
-    `recurrent` it is then observed and solved again.
+    Predictions are `[B, C, H, W]`, or any shape that the pipeline passes to its scheduler. `timestep` is the
+    scheduler's (the denoiser's if a half of the guidance is corrected). If a model also predicts its variance,
+    `observe` gets the first C channels and `correct` gets all channels. Second-order schedulers visit a timestep twice;
+    with `recurrent`, it is then observed and solved again.
 
-    Optional attributes: `noise_target` tells :func:`attach` what to correct; `uncond_half` is set while training for
-    a half: 0 or 1, which half of the denoiser's batch is the unconditional one; `latents`, if not None, is an affiner
-    of the latents after each step, trained against those of the real model's own run (recurrent fitting alone).
-    Optional method: `noise_scale(step) -> float`, what to multiply the noise by that a step adds (target "all" alone).
+    Optional attributes: `noise_target` tells :func:`attach` what to correct. `uncond_half`, 0 or 1, is set during
+    training if a half is corrected, and says which half of the denoiser's batch is the unconditional one. `latents`, if
+    not None, is an affiner for the latents after each step, trained against those of the real model's own run
+    (recurrent fitting only). Optional method: `noise_scale(step) -> float`, a factor for the noise that a step adds
+    (target "all" only).
     """
 
     def observe(self, timestep: float, real: Tensor, quant: Tensor) -> None:
-        """Take in the predictions of both models on the same latents, one batch at a time."""
+        """Add one batch of predictions of both models for the same latents."""
 
     def solve(self, timestep: float) -> None:
-        """Fit the correction of one timestep. Called once all batches have been observed there."""
+        """Fit the correction of one timestep. Called after all batches have been observed at that timestep."""
 
     def correct(self, timestep: float, prediction: Tensor) -> Tensor:
         """Return the corrected prediction, of the same shape, dtype and device."""
@@ -55,7 +55,7 @@ class Affiner(Protocol):
 class Step(NamedTuple):
     """One call of `scheduler.step`.
 
-    `run(prediction)` does it, or with `scheduler` and `sample` another one like it; what it returns is in the form that
+    `run(prediction)` executes it; with `scheduler` and `sample`, it executes the same step for those. It returns what
     the caller asked for (tuple or output object).
     """
 
@@ -70,11 +70,11 @@ class Step(NamedTuple):
 def intercept(scheduler: Any, around: Callable[[Step], Any]) -> None:
     """Route `scheduler.step` through `around` until :func:`release`.
 
-    The object's class is replaced by a subclass of the same name. An attribute on the object would be lost, or still
-    refer to the original, when a pipeline makes a deep copy.
+    The object's class is replaced with a subclass of the same name. An attribute on the object would not survive a deep
+    copy by a pipeline: it would be lost or still refer to the original.
 
     Raises:
-        ValueError: The scheduler has no `step(model_output, timestep, sample)`, or is intercepted already.
+        ValueError: The scheduler has no `step(model_output, timestep, sample)`, or is already intercepted.
     """
     original = type(scheduler)
     refuse_intercepted(scheduler)
@@ -100,24 +100,24 @@ def intercept(scheduler: Any, around: Callable[[Step], Any]) -> None:
 
 
 def release(scheduler: Any) -> None:
-    """Take an interception back; a deep copy of an intercepted scheduler is one as well."""
+    """Undo an interception; a deep copy of an intercepted scheduler is intercepted as well."""
     scheduler.__class__ = type(scheduler).__mro__[1]
 
 
 def refuse_intercepted(scheduler: Any) -> None:
-    """Raise ValueError where an affiner is attached to the pipeline of this scheduler."""
+    """Raise ValueError if an affiner is attached to the pipeline of this scheduler."""
     if "_hfquant_intercepted" in vars(type(scheduler)):
         raise ValueError("an affiner is attached to this pipeline already; call its detach() first")
 
 
 def refuse_attached(denoiser: nn.Module) -> None:
-    """Raise ValueError where an affiner follows this denoiser already."""
+    """Raise ValueError if an affiner is already attached to this denoiser."""
     if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in denoiser._forward_pre_hooks.values()):
         raise ValueError("an affiner is attached to this denoiser already; call its detach() first")
 
 
 def as_float(timestep: Any) -> float:
-    """Return a timestep as schedulers and denoisers take it, a number or a tensor of one value for each sample.
+    """Return a timestep as a float from what schedulers and denoisers accept: a number, or a tensor per sample.
 
     Raises:
         ValueError: The samples are at different timesteps.
@@ -126,12 +126,12 @@ def as_float(timestep: Any) -> float:
         return float(timestep)
     values = timestep.flatten()
     if len(values) > 1 and bool((values != values[0]).any()):
-        raise ValueError("an affiner corrects batches whose samples are all at one timestep")
+        raise ValueError("an affiner needs all samples of a batch to be at the same timestep")
     return float(values[0])
 
 
 def timestep_reader(denoiser: nn.Module) -> Callable[[tuple[Any, ...], Mapping[str, Any]], float]:
-    """Return a function that picks the timestep from the arguments of a denoiser's call.
+    """Return a function that extracts the timestep from the arguments of a denoiser's call.
 
     Raises:
         TypeError: The denoiser takes no timestep.
@@ -143,14 +143,14 @@ def timestep_reader(denoiser: nn.Module) -> Callable[[tuple[Any, ...], Mapping[s
 
 
 def half(batch: Tensor, target: NoiseTarget, uncond_half: int) -> slice:
-    """Return where in a denoiser's batch the half that `target` names lies."""
+    """Return the slice of a denoiser's batch for the half named by `target`."""
     size = len(batch) // 2
     second = uncond_half if target == "uncond" else 1 - uncond_half
     return slice(size, 2 * size) if second else slice(0, size)
 
 
 def corrected(affiner: Affiner, timestep: float, batch: Tensor, target: NoiseTarget, uncond_half: int) -> Tensor:
-    """Return predictions corrected where `target` says; of a denoiser's batch a half."""
+    """Return predictions with the part selected by `target` corrected: all of them, or half of a denoiser's batch."""
     if target == "all":
         return affiner.correct(timestep, batch)
     where = half(batch, target, uncond_half)
@@ -160,7 +160,7 @@ def corrected(affiner: Affiner, timestep: float, batch: Tensor, target: NoiseTar
 
 
 class Attachment:
-    """An affiner at work in a pipeline, until :meth:`detach` or the end of a `with` block; see :func:`attach`."""
+    """An affiner active in a pipeline until :meth:`detach` or the end of a `with` block; see :func:`attach`."""
 
     def __init__(self, model: Any, affiner: Affiner, noise_target: NoiseTarget, uncond_half: int) -> None:
         self._affiner, self._target, self._uncond_half = affiner, noise_target, uncond_half
@@ -178,7 +178,7 @@ class Attachment:
         self._handles += [denoiser.register_forward_hook(hook, with_kwargs=True) for denoiser, hook in hooks]
 
     def detach(self) -> None:
-        """Take every hook away; the pipeline is as it was before. A second call does nothing."""
+        """Remove every hook, restoring the pipeline. A second call does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -194,7 +194,7 @@ class Attachment:
         self.detach()
 
     def _release_copy(self, scheduler: Any) -> None:
-        """Deep copies of our scheduler, which users may put in its place, are intercepted as it is."""
+        """Release a deep copy of our scheduler, which is intercepted too and may have replaced the original."""
         if scheduler is not self._scheduler and type(scheduler) is type(self._scheduler):
             release(scheduler)
 
@@ -202,7 +202,7 @@ class Attachment:
         self._follow_scheduler()
 
     def _follow_scheduler(self) -> None:
-        """Users swap `pipe.scheduler`; the correction moves to the one in use."""
+        """Move the correction to the current `pipe.scheduler`, which users may swap."""
         if self._pipeline is not None and self._pipeline.scheduler is not self._scheduler:
             new = self._pipeline.scheduler
             self._release_copy(new)
@@ -232,18 +232,18 @@ class Attachment:
 def attach(
     model: Any, affiner: Affiner, noise_target: NoiseTarget | None = None, uncond_half: int | None = None
 ) -> Attachment:
-    """Attach any affiner, a third party's too.
+    """Attach any affiner, including third-party ones.
 
     Args:
-        model: A diffusers pipeline, or a bare denoiser, whose own output is corrected then.
+        model: A diffusers pipeline, or a bare denoiser, whose own output is then corrected.
         affiner: The affiner.
         noise_target: What to correct; default: the affiner's own attribute of that name, else "all".
         uncond_half: Which half of the denoiser's batch is the unconditional one; default: the affiner's own attribute
-            of that name, else 0 (as most pipelines batch).
+            of that name, else 0 (the order in most pipelines).
 
     Raises:
-        ValueError: The scheduler has no usable `step`, an affiner is attached already, or `model` has no denoiser.
-        TypeError: The timestep is needed, and the denoiser takes none.
+        ValueError: The scheduler has no usable `step`, an affiner is already attached, or `model` has no denoiser.
+        TypeError: The timestep is needed, but the denoiser does not take one.
     """
     target = noise_target or getattr(affiner, "noise_target", None) or "all"
     if uncond_half is None:
@@ -252,7 +252,7 @@ def attach(
 
 
 def run_step(affiner: Affiner, target: NoiseTarget, step: Step, prediction: Tensor) -> Any:
-    """Run the scheduler on a corrected prediction, its own noise scaled as the affiner asks."""
+    """Run the scheduler on a corrected prediction, with its own noise scaled as the affiner asks."""
     noise_scale = getattr(affiner, "noise_scale", None)
     scale = 1.0 if noise_scale is None or target != "all" else noise_scale(step)
     if scale == 1:
@@ -262,10 +262,10 @@ def run_step(affiner: Affiner, target: NoiseTarget, step: Step, prediction: Tens
 
 
 class _Noise(torch.overrides.TorchFunctionMode):
-    """Within it, `draw(func, args, kwargs)` takes the place of `torch.randn` and `randn_like`.
+    """Replaces `torch.randn` and `randn_like` with `draw(func, args, kwargs)` within its context.
 
-    diffusers' schedulers draw their noise with these (through `randn_tensor`), all but the two that integrate a
-    Brownian tree.
+    diffusers' schedulers draw their noise with these functions (through `randn_tensor`), except the two that integrate
+    a Brownian tree.
     """
 
     def __init__(self, draw: Callable[..., Tensor]) -> None:
@@ -273,17 +273,18 @@ class _Noise(torch.overrides.TorchFunctionMode):
         self.draw = draw
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer one call of a torch function."""
+        """Handle one call of a torch function."""
         if func in (torch.randn, torch.randn_like):
             return self.draw(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
 
 def step_coefficients(step: Step) -> tuple[float, float]:
-    """Return what a step multiplies the prediction and its own noise by: `prev = ... + c prediction + sigma noise`.
+    """Return the factors of prediction and own noise in a step: `prev = ... + c prediction + sigma noise`.
 
-    Read off copies of the scheduler on inputs of one pixel, so it holds for any of them; small inputs stay clear of
-    clipping. No generator moves. (0, 0) where noise is not drawn by the scheduler, or its variance is predicted.
+    They are measured on copies of the scheduler with one-pixel inputs, so this works for any scheduler; small inputs
+    avoid clipping. No generator advances. Returns (0, 0) if the scheduler does not draw the noise itself or its
+    variance is predicted.
     """
     if "variance_noise" in step.options or step.prediction.shape != step.sample.shape:
         return 0.0, 0.0
@@ -291,7 +292,7 @@ def step_coefficients(step: Step) -> tuple[float, float]:
 
     def run(prediction: float, noise: float) -> float:
         scheduler = copy.copy(step.scheduler)
-        # Multistep schedulers keep earlier outputs, of the latents' shape; they cancel in the differences below.
+        # Multistep schedulers keep earlier outputs in the shape of the latents; they cancel in the differences below.
         for name, value in vars(scheduler).items():
             if isinstance(value, Tensor) and value.shape == step.sample.shape:
                 setattr(scheduler, name, pixel)
@@ -303,7 +304,7 @@ def step_coefficients(step: Step) -> tuple[float, float]:
             return zeros(*args, **{k: v for k, v in kwargs.items() if k != "generator"}) + noise
 
         with _Noise(constant):
-            # One pixel, except where each sample has its own timestep (all at the same).
+            # One pixel, unless each sample has its own timestep (all equal).
             return float(output_tensor(step.run(pixel + prediction, scheduler, pixel)).flatten()[0])
 
     still = run(0.0, 0.0)

@@ -1,4 +1,4 @@
-"""What both models are run on: pipelines made alike, and a dataset's rows as the arguments of their calls."""
+"""Inputs for both models: matching pipelines, and dataset rows as arguments of their calls."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from hfquant.config import ConfigError
 from hfquant.denoisers import find_denoiser
 
 Samples = list[dict[str, Any]]
-#: Rows of a stream that its shuffle draws from.
+#: Size of the shuffle buffer for streams, in rows.
 BUFFER = 1024
 
 
 def as_pipeline(model: Any, name: str, scheduler: Any) -> Any:
-    """Return the pipeline given, or one around a bare denoiser and a scheduler.
+    """Return the given pipeline, or a new one around a bare denoiser and a scheduler.
 
     Raises:
         ConfigError: A bare denoiser without a scheduler, or a pipeline with one.
-        TypeError: Neither pipeline nor module.
+        TypeError: The model is neither a pipeline nor a module.
         ValueError: An affiner is attached to it, or it has no denoiser.
     """
     if isinstance(model, nn.Module):
         if scheduler is None:
-            raise ConfigError(f'{name} is a bare denoiser: give config["scheduler"], a diffusers scheduler')
+            raise ConfigError(f'{name} is a bare denoiser: set config["scheduler"] to a diffusers scheduler')
         refuse_attached(model)
         model = DenoisingLoop(model, scheduler)
     elif not callable(model) or not hasattr(model, "scheduler"):
@@ -43,12 +43,12 @@ def as_pipeline(model: Any, name: str, scheduler: Any) -> Any:
     elif scheduler is not None:
         raise ConfigError(f'{name} is a pipeline with its own scheduler: leave config["scheduler"] out')
     find_denoiser(model)
-    own_copy(model)  # refuses one with an affiner attached
+    own_copy(model)  # raises if an affiner is attached
     return model
 
 
 def check_alike(real: Any, quant: Any) -> None:
-    """Raise ValueError where two pipelines differ in their schedulers' settings or their denoisers' shapes."""
+    """Raise ValueError if two pipelines differ in their schedulers' settings or their denoisers' shapes."""
     one, other = ({"class": type(p.scheduler).__name__, **getattr(p.scheduler, "config", {})} for p in (real, quant))
     for key in one | other:
         if not key.startswith("_") and one.get(key) != other.get(key):
@@ -60,13 +60,13 @@ def check_alike(real: Any, quant: Any) -> None:
 
 
 def call_batches(dataset: Any, pipeline: Any, latents: Tensor | None, shuffle: bool, config: AffinerConfig) -> Samples:
-    """Return the arguments of all pipeline calls, initial noise included.
+    """Return the arguments of all pipeline calls, including initial noise.
 
-    Rows are grouped in batches of `stepper.batch_size`; a batch ends where rows cannot share a call.
+    Rows are grouped into batches of `stepper.batch_size`; a batch ends early if the next row cannot share its call.
 
     Raises:
-        TypeError: The dataset is nothing with rows.
-        ValueError: It is empty or too short, or a row or an extra argument is none of the call's.
+        TypeError: The dataset has no rows.
+        ValueError: It is empty or too short, or the call does not accept a row or an extra argument.
     """
     stepper, call = config.stepper, _call_of(pipeline)
     common = dict(config.extra_args)
@@ -96,7 +96,7 @@ def call_batches(dataset: Any, pipeline: Any, latents: Tensor | None, shuffle: b
 
 
 def _rows(dataset: Any, stepper: StepperConfig, shuffle: bool) -> list[tuple[int, Any]]:
-    """The rows to fit on, with their numbers. A stream is read no further than needed, to its end without a size."""
+    """Return the rows to fit on, with their indices. A stream is read only as far as needed; without a size, fully."""
     indexed = all(hasattr(dataset, name) for name in ("__len__", "__getitem__"))
     indexed = indexed and not isinstance(dataset, IterableDataset)
     no_rows = isinstance(dataset, (str, bytes, Mapping, DataLoader))
@@ -121,7 +121,7 @@ def _rows(dataset: Any, stepper: StepperConfig, shuffle: bool) -> list[tuple[int
 
 
 def _shuffled(rows: Iterable[Any], draw: torch.Generator) -> Iterator[Any]:
-    """Rows of a stream in random order, each drawn from a buffer of `BUFFER` that the next ones fill up."""
+    """Yield the rows of a stream in random order, each drawn from a buffer of `BUFFER` rows that later rows refill."""
     buffer: list[Any] = []
     for row in rows:
         if len(buffer) < BUFFER:
@@ -135,16 +135,16 @@ def _shuffled(rows: Iterable[Any], draw: torch.Generator) -> Iterator[Any]:
 
 
 class _Call(NamedTuple):
-    """What a pipeline can be called with.
+    """The call signature of a pipeline.
 
-    Strings, and the first argument, become lists (tensors of numbers for a bare denoiser); tensors are stacked;
-    anything else is passed on as it is.
+    Strings and the first argument become lists (numbers become tensors for a bare denoiser); tensors are stacked;
+    anything else is passed on unchanged.
     """
 
     name: str
     first: str | None
     names: set[str]
-    open_ended: bool  # takes any other arguments too
+    open_ended: bool  # also accepts any other arguments
     bare: bool
 
     def accepts(self, name: str) -> bool:
@@ -152,12 +152,12 @@ class _Call(NamedTuple):
 
     def check(self, where: str, arguments: Iterable[str]) -> None:
         if odd := sorted(name for name in arguments if not self.accepts(name)):
-            raise ValueError(f"{where}: {self.name} takes no {odd}; it takes {sorted(self.names)}")
+            raise ValueError(f"{where}: {self.name} does not accept {odd}; it accepts {sorted(self.names)}")
 
     def arguments(self, number: int, row: Any) -> dict[str, Any]:
-        """The arguments that a row stands for: a dict of them, or the first one alone (a prompt, a label).
+        """Return the arguments that a row stands for: a dict of them, or only the first one (a prompt, a label).
 
-        So does a dict of one column that is no argument (`{"text": ...}`).
+        A dict with a single column that is not an argument (`{"text": ...}`) also stands for the first argument.
         """
         if isinstance(row, Mapping):
             if len(row) == 1 and self.first and not self.accepts(next(iter(row))):
@@ -177,7 +177,7 @@ class _Call(NamedTuple):
         return name == self.first or number or isinstance(value, (str, Tensor))
 
     def kind(self, row: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """What rows have in common that can share a call."""
+        """Return what rows must have in common to share a call."""
 
         def fixed(name: str, value: Any) -> Any:
             return value.shape if isinstance(value, Tensor) else None if self.joins(name, value) else value
@@ -185,7 +185,7 @@ class _Call(NamedTuple):
         return {name: (type(value), fixed(name, value)) for name, value in row.items()}
 
     def joined(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """The arguments of one call for several rows."""
+        """Return the arguments of one call for several rows."""
         columns = {name: [row[name] for row in rows] for name in rows[0]}
 
         def join(name: str, column: list[Any]) -> Any:

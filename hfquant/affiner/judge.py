@@ -1,7 +1,7 @@
-"""Whether an affiner pays: runs from noise that it was not fitted on, with it and without it.
+"""Whether an affiner pays off: runs from noise that it was not fitted on, with and without it.
 
-Each map does no harm to predictions held out of its fit (:mod:`hfquant.affiner.solvers`). What a run makes of all of
-them is another matter: their noise adds up along it. So the last word has the latents at its end.
+No map harms predictions held out of its fit (:mod:`hfquant.affiner.solvers`), but the effect of all maps on a run is
+another matter, as their noise accumulates along it. The latents at the end of the run therefore decide.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from hfquant.affiner.inputs import Samples
 
-#: Samples enough to judge by; batches are run as long as there are fewer.
+#: Number of samples to judge by; batches are run until this is reached.
 JUDGED = 32
-#: Standard errors by which the runs have to gain.
+#: Number of standard errors by which the mean gain must exceed zero.
 _CERTAIN = 2.0
 
 
 def fresh_samples(samples: Samples, seed: int) -> Samples:
-    """Return the calls of the first samples, :data:`JUDGED` or a few more, with initial noise of another seed."""
+    """Return the calls of the first :data:`JUDGED` samples or a few more, with initial noise from another seed."""
     generator = torch.Generator().manual_seed(seed)
     picked: Samples = []
     count = 0
@@ -39,13 +39,13 @@ def fresh_samples(samples: Samples, seed: int) -> Samples:
 
 
 def gain(real: Tensor, without: Tensor, corrected: Tensor) -> Tensor:
-    """Return by how many decibels the error of each sample's last latents falls, [samples] float64."""
+    """Return the reduction of the error of each sample's final latents in decibels, [samples] float64."""
     errors = [(x.double() - real.double()).square().flatten(1).mean(1) for x in (without, corrected)]
     tiny = torch.finfo(torch.float32).tiny
     return 10 * (errors[0].clamp(min=tiny) / errors[1].clamp(min=tiny)).log10()
 
 
 def pays(gains: Tensor) -> bool:
-    """Return whether the mean of gains is above zero beyond its error; of a single one, whether it is above zero."""
+    """Return whether the mean gain is significantly above zero; a single gain only has to be above zero."""
     mean = gains.mean().item()
     return mean > (_CERTAIN * gains.std().item() / math.sqrt(len(gains)) if len(gains) > 1 else 0.0)

@@ -1,7 +1,7 @@
-"""Tables of affine maps, one a timestep: solved from sums, applied to latents of any layout, stored as tensors.
+"""Tables of affine maps, one per timestep: solved from sums, applied to latents of any layout, stored as tensors.
 
-Each class is an :class:`~hfquant.affiner.hooks.Affiner` by itself, like a third party's; it says how K and b follow
-from the sums.
+Each class is an :class:`~hfquant.affiner.hooks.Affiner` in its own right, like a third-party one, and defines how K and
+b follow from the sums.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from hfquant.denoisers import from_grid, to_grid
 
 Maps = tuple[Tensor, Tensor]
 
-#: Parts of the samples; each is held out once from a fit, to say how much of it is true of other samples.
+#: Number of folds. Each is held out of one fit to measure how well the fit carries over to other samples.
 FOLDS = 4
 
 
 class AffineMaps:
-    """A table of maps `x <- K_t x + b_t`, float32 `[C, h, w]` a timestep, and the sums that they are solved from.
+    """A table of maps `x <- K_t x + b_t`, float32 `[C, h, w]` per timestep, and the sums that they are solved from.
 
     Attributes:
-        blocksize: Side of the blocks in pixels; None for one block a channel.
-        interpolate: Maps are bilinear between block centres instead of constant on blocks.
-        enabled: Numbers of the timesteps, in order of their first observation, that get a map; the others keep the
+        blocksize: Side of the blocks in pixels; None for one block per channel.
+        interpolate: Maps are bilinear between block centers instead of constant on blocks.
+        enabled: Indices of the timesteps that get a map, in order of their first observation; the others keep the
             identity. None for all.
         size: Height and width of the latents.
-        frames_first: Whether latents of video are `[B, T, C, H, W]`, not `[B, C, T, H, W]`.
+        frames_first: Whether video latents are `[B, T, C, H, W]` instead of `[B, C, T, H, W]`.
         table: Timestep to (K, b).
         errors: Timestep to the mean squared error over all samples and pixels, before and after.
     """
 
     blocksize: int | None = None
     interpolate = False
-    #: Weaken a timestep's map to what does no harm to samples that it was not fitted on.
+    #: Whether to weaken a timestep's map until it does no harm on held-out samples.
     checked = False
 
     def __init__(self, config: AffinerConfig) -> None:
@@ -57,24 +57,24 @@ class AffineMaps:
         self._counts: dict[float, int] = {}
 
     def fit(self, sums: Moments) -> Maps:
-        """Return K and b, `[C, h, w]`, from sums of blocks (of pixels where `interpolate`)."""
+        """Return K and b, `[C, h, w]`, from sums of blocks (of pixels if `interpolate`)."""
         raise NotImplementedError
 
     @classmethod
     def of_latents(cls, config: AffinerConfig) -> AffineMaps | None:
-        """Return an empty table for the latents after each step, where the method corrects these too."""
+        """Return an empty table for the latents after each step if the method corrects these too, else None."""
         return None
 
     def noise_scale(self, step: Step) -> float:
-        """Return what to multiply the scheduler's own noise by."""
+        """Return the factor for the scheduler's own noise."""
         return 1.0
 
     def observe(self, timestep: float, real: Tensor, quant: Tensor) -> None:
-        """Add a batch of any layout that :func:`~hfquant.denoisers.to_grid` knows."""
+        """Add a batch in any layout that :func:`~hfquant.denoisers.to_grid` supports."""
         height, width = to_grid(real[:1], self.frames_first).shape[-2:]
         size = (height, width)
         if self.size not in (None, size):
-            raise ValueError(f"all samples must have latents of one size; after {self.size} came {size}")
+            raise ValueError(f"all samples must have latents of the same size, got {self.size} and {size}")
         self.size = size
         if timestep not in self._order:
             self._order.append(timestep)
@@ -88,7 +88,7 @@ class AffineMaps:
                 folds[fold] = folds[fold] + sums if fold in folds else sums
 
     def solve(self, timestep: float) -> None:
-        """Fit the map of one timestep to all that was observed there."""
+        """Fit the map of one timestep to everything observed at it."""
         folds = list(self._sums[timestep].values())
         total = reduce(operator.add, folds)
         scale, shift = self.fit(total)
@@ -102,7 +102,7 @@ class AffineMaps:
         count = float(total.n.sum())
         before, after = total.squared_error(), total.squared_error(*self._spread(scale, shift))
         self.errors[timestep] = float(before.sum()) / count, float(after.sum()) / count
-        # Second-order schedulers come back to a timestep at once; sums of earlier ones are done with.
+        # Second-order schedulers revisit a timestep immediately; sums of earlier timesteps are no longer needed.
         self._sums = {t: s for t, s in self._sums.items() if t == timestep or t not in self.table}
 
     def forget(self) -> None:
@@ -112,22 +112,22 @@ class AffineMaps:
             self.errors[timestep] = self.errors[timestep][0], self.errors[timestep][0]
 
     def _spread(self, scale: Tensor, shift: Tensor) -> Maps:
-        """Return K and b of what the sums are kept for, blocks or pixels."""
+        """Return K and b at the resolution of the sums, blocks or pixels."""
         if not self.interpolate:
             return scale, shift
         return solvers.expand(scale, self._grid(), True), solvers.expand(shift, self._grid(), True)
 
     def correct(self, timestep: float, values: Tensor) -> Tensor:
-        """Return `K_t x + b_t`, computed in float32, for latents of any size; in the dtype of `values`.
+        """Return `K_t x + b_t` for latents of any size, computed in float32 and returned in the dtype of `values`.
 
-        Of a learned-sigma prediction `[B, 2C, H, W]` the first C channels are corrected. K and b are interpolated
-        linearly between the neighbouring timesteps that were fitted. Latents of another size than fitted have the maps
-        stretched to theirs (nearest block, or bilinear where `interpolate`); packed tokens only from a square to a
-        square, as nothing tells the height and width of others.
+        Of a learned-sigma prediction `[B, 2C, H, W]`, only the first C channels are corrected. Between fitted
+        timesteps, K and b are interpolated linearly. For latents of another size than the fitted one, the maps are
+        stretched (nearest block, or bilinear if `interpolate`). Packed tokens can only be stretched from a square to a
+        square, since the height and width of others are unknown.
 
         Raises:
-            ValueError: The timestep lies outside the fitted ones, the channels differ, or packed tokens of another
-                number than fitted are no square.
+            ValueError: The timestep lies outside the fitted range, the channels differ, or packed tokens of another
+                number than fitted are not a square.
         """
         scale, shift = self.at(timestep)
         if values.dim() == 4 and values.shape[1] == 2 * len(scale):
@@ -150,7 +150,7 @@ class AffineMaps:
         """Return K and b of a timestep, `[C, h, w]`.
 
         Raises:
-            ValueError: It lies outside the fitted range.
+            ValueError: The timestep lies outside the fitted range.
         """
         if timestep in self.table:
             return self.table[timestep]
@@ -159,8 +159,8 @@ class AffineMaps:
         if below is None or above is None:
             fitted = f"[{min(self.table):g}, {max(self.table):g}]" if self.table else "nothing"
             raise ValueError(
-                f"timestep {timestep:g} is outside what the affiner was fitted on, {fitted}: fit it with the scheduler "
-                "and the number of steps that you run, or more steps"
+                f"timestep {timestep:g} is outside the range that the affiner was fitted on, {fitted}: fit it with "
+                "the scheduler and the number of steps that you run, or with more steps"
             )
         share = (timestep - below) / (above - below)
         (k0, b0), (k1, b1) = self.table[below], self.table[above]
@@ -177,10 +177,10 @@ class AffineMaps:
         }
 
     def load(self, prefix: str, size: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
-        """Read what :meth:`tensors` returned.
+        """Load the tensors returned by :meth:`tensors`.
 
         Raises:
-            ValueError: A tensor is missing, has another dtype, or shapes do not fit each other.
+            ValueError: A tensor is missing, has another dtype, or the shapes do not match each other.
         """
         self.size = size
         kinds = {"timesteps": torch.float64, "scale": torch.float32, "shift": torch.float32, "errors": torch.float64}
@@ -209,7 +209,7 @@ class AffineMaps:
 
 
 class Blockwise(AffineMaps):
-    """Ridge regression block by block, or between block centres, as far as it holds on other samples."""
+    """Ridge regression per block or between block centers, weakened to what holds on other samples."""
 
     checked = True
 
@@ -234,16 +234,16 @@ class Blockwise(AffineMaps):
         limited = solvers.limit(scale, shift, solver.percentile, solver.greater, solver.scale)
         if not self.interpolate:
             return limited
-        # Pixels between a limited node and another may end up worse than they were.
+        # Pixels between a limited node and an unlimited one may end up worse than without correction.
         identity = torch.ones_like(scale), torch.zeros_like(shift)
         return min(limited, identity, key=lambda maps: solvers.objective(sums, maps[0], maps[1], *terms, grid))
 
 
 class PTQD(AffineMaps):
-    """PTQD's correction (He et al., NeurIPS 2023, arXiv 2305.10657, section 3): one K, one b a channel.
+    """PTQD's correction (He et al., NeurIPS 2023, arXiv 2305.10657, section 3): one K, and one b per channel.
 
-    The quantization noise is split as `q - r = k r + rest`. The slope k of its linear regression on r removes the
-    correlated part, `K = 1 / (1 + k)`; b takes the mean of what is left away. K is 1 where r is constant or 1 + k is
+    The quantization noise is split into `q - r = k r + rest`, where k is the slope of its linear regression on r.
+    `K = 1 / (1 + k)` removes the correlated part; b removes the mean of the rest. K is 1 if r is constant or 1 + k is
     not positive.
     """
 
@@ -256,11 +256,11 @@ class PTQD(AffineMaps):
         return scale, (sums.r - scale * sums.q) / sums.n
 
     def noise_scale(self, step: Step) -> float:
-        """Return what to multiply the scheduler's own noise by (section 3.4, variance schedule calibration).
+        """Return the factor for the scheduler's own noise (section 3.4, variance schedule calibration).
 
-        A stochastic step adds noise of variance sigma^2 and carries c^2 times what is left of the quantization noise's
-        variance; the first is lowered by the second, to 0 at the least. 1 for deterministic schedulers, timesteps
-        between fitted ones, and steps that are not enabled.
+        A stochastic step adds noise of variance sigma^2 and carries over c^2 times the remaining variance of the
+        quantization noise; the former is reduced by the latter, to no less than 0. Returns 1 for deterministic
+        schedulers, timesteps between fitted ones, and steps that are not enabled.
         """
         if step.timestep not in self.errors:
             return 1.0
@@ -274,10 +274,11 @@ class PTQD(AffineMaps):
 
 
 class TAC(AffineMaps):
-    """TAC-Diffusion's noise estimation reconstruction (Yao et al., ECCV 2024, arXiv 2407.03917): one K a channel.
+    """TAC-Diffusion's noise estimation reconstruction (Yao et al., ECCV 2024, arXiv 2407.03917): one K per channel.
 
-    Least squares through the origin. Absolute and relative error, which the paper blends, have the same minimum here,
-    as one K covers all pixels that share a weight. Its input bias correction acts on the latents.
+    It is a least-squares fit through the origin. The absolute and relative error, which the paper blends, have the same
+    minimum here, because one K covers all pixels that share a weight. The paper's input bias correction acts on the
+    latents.
     """
 
     @classmethod
@@ -292,7 +293,7 @@ class TAC(AffineMaps):
 
 
 class MeanShift(AffineMaps):
-    """The mean difference of each channel alone, K = 1."""
+    """Only the mean difference of each channel, K = 1."""
 
     def fit(self, sums: Moments) -> Maps:
         """See :meth:`AffineMaps.fit`."""
@@ -303,10 +304,10 @@ METHODS: dict[str, type[AffineMaps]] = {"blockwise": Blockwise, "ptqd": PTQD, "t
 
 
 def checked_tensor(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
-    """Return the tensor of that name.
+    """Return the tensor of the given name.
 
     Raises:
-        ValueError: It is missing, of another dtype, or not finite.
+        ValueError: The tensor is missing, has another dtype, or is not finite.
     """
     if name not in tensors:
         raise ValueError(f"there is no tensor {name!r}")

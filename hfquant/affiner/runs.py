@@ -1,7 +1,7 @@
-"""Pipeline calls that stop at every step, so that two models can be led through their runs in lock step.
+"""Pipeline calls that pause at every step, so that two models can run in lockstep.
 
-A pipeline's loop is its own code and cannot be left and entered again, so each call lives in a thread that hands
-control back and forth. One thread runs at a time: these are coroutines, there is no parallelism.
+A pipeline's loop is its own code and cannot be left and re-entered, so each call lives in a thread that hands control
+back and forth. Only one thread runs at a time: these are coroutines, without parallelism.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from hfquant.denoisers import compute_dtype, device_of, find_denoisers, output_t
 
 
 class Event(NamedTuple):
-    """Where a run has stopped, and the tensor that it continues with unless :meth:`Run.resume` is given another.
+    """The point where a run has paused, and the tensor it continues with unless :meth:`Run.resume` gets another.
 
-    "denoised": `value` is the denoiser's output (only if the run stops there); "predicted": the guided prediction that
-    goes to the scheduler; "stepped": the latents after the step. `sample`: the latents before it.
+    "denoised": `value` is the denoiser's output (only if the run pauses there). "predicted": the guided prediction
+    passed to the scheduler. "stepped": the latents after the step. `sample` is the latents before it.
     """
 
     kind: Literal["denoised", "predicted", "stepped"]
@@ -36,34 +36,35 @@ class Event(NamedTuple):
 
 
 class _Stop(BaseException):
-    """Raised inside a pipeline to end it; no `except Exception` on the way may catch it."""
+    """Raised inside a pipeline to end it; not an Exception, so no `except Exception` on the way catches it."""
 
 
 RandomState = tuple[Tensor, list[Tensor]]
 
 
 def random_state() -> RandomState:
-    """Return the state of torch's global generators: the CPU's, and those of the CUDA devices in use."""
+    """Return the state of torch's global generators, for the CPU and the CUDA devices in use."""
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 def set_random_state(state: RandomState) -> None:
-    """Put torch's global generators back."""
+    """Restore torch's global generators."""
     torch.set_rng_state(state[0])
     for device, values in enumerate(state[1]):
         torch.cuda.set_rng_state(values, device)
 
 
 class Run:
-    """One call of a pipeline that stops at every step.
+    """One call of a pipeline that pauses at every step.
 
-    Runs that are made at the same state of torch's global generators draw the same from them, whichever goes first:
-    not all pipelines pass their generator on everywhere (SD3's ControlNet encodes its picture without).
+    Runs created at the same state of torch's global generators draw the same numbers from them, in whatever order they
+    advance. This matters because not all pipelines pass their generator on everywhere (SD3's ControlNet encodes its
+    image without it).
 
     Args:
-        pipeline: Called with `kwargs`, on a copy that has its own scheduler; the modules are shared.
+        pipeline: Called with `kwargs`, as a copy that has its own scheduler; the modules are shared.
         kwargs: The call's arguments.
-        at_denoiser: Also stop behind the denoiser.
+        at_denoiser: Also pause after the denoiser.
         finish: Runs the scheduler, `finish(step, prediction) -> result`; default: `step.run(prediction)`.
 
     Raises:
@@ -91,7 +92,7 @@ class Run:
         self._random = random_state()
 
     def resume(self, value: Tensor | None = None) -> Event | None:
-        """Continue to the next stop, with `value` in place of the last event's; None when no step is left.
+        """Continue to the next pause with `value` instead of the last event's tensor; None if no step is left.
 
         Raises:
             Exception: Whatever the pipeline raised.
@@ -99,7 +100,7 @@ class Run:
         if self._over:
             return None
         if self._steps and self._steps == len(self.timesteps):
-            self.close()  # what is left of the call is decoding
+            self.close()  # only decoding is left of the call
             return None
         outside = random_state()
         set_random_state(self._random)
@@ -121,7 +122,7 @@ class Run:
         return None
 
     def close(self) -> None:
-        """End the call wherever it is."""
+        """End the call wherever it has paused."""
         if not self._over and self._thread.ident is not None:
             self._replies.put(_Stop)
             self._events.get()
@@ -131,17 +132,18 @@ class Run:
     def _work(self) -> None:
         error: BaseException | None = None
         try:
-            with ExitStack() as stack, torch.no_grad():  # a thread does not inherit the caller's
+            with ExitStack() as stack, torch.no_grad():  # a thread does not inherit the caller's grad mode
                 for denoiser in find_denoisers(self.pipeline) if self._at_denoiser else ():
                     hook = partial(self._behind_denoiser, timestep_reader(denoiser))
                     stack.callback(denoiser.register_forward_hook(hook, with_kwargs=True).remove)
                 self.pipeline(**self._kwargs)
         except _Stop:
             pass
-        except BaseException as caught:  # handed to whoever waits in resume()
+        except BaseException as caught:  # passed on to the caller waiting in resume()
             error = caught
         finally:
-            # The class made by intercept() is a cycle that leads here; these need not wait for the garbage collector.
+            # The class made by intercept() is part of a cycle that leads here; free these without waiting for garbage
+            # collection.
             self.pipeline, self._kwargs = None, {}
         self._events.put(error)
 
@@ -149,12 +151,12 @@ class Run:
         self._events.put(event)
         reply = self._replies.get()
         if reply is _Stop:
-            raise _Stop  # a new one: held by this frame it would be a cycle with all frames of the pipeline
+            raise _Stop  # a new instance: kept in this frame, it would form a cycle with all frames of the pipeline
         return event.value if reply is None else reply.to(event.value.device, event.value.dtype)
 
     def _around_step(self, step: Step) -> Any:
         if not self._steps:
-            # From the present one on: image-to-image starts late.
+            # From the current timestep on: image-to-image starts late.
             timesteps = [float(t) for t in step.scheduler.timesteps]
             self.timesteps = timesteps[timesteps.index(step.timestep) :] if step.timestep in timesteps else []
         prediction = self._pause(Event("predicted", step.timestep, step.prediction, step.sample))
@@ -163,14 +165,14 @@ class Run:
         return with_tensor(result, self._pause(Event("stepped", step.timestep, output_tensor(result), step.sample)))
 
     def _behind_denoiser(self, read: Any, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        # The module is shared, so every run's hook is called by every run.
+        # The module is shared, so every run triggers the hooks of all runs.
         if threading.get_ident() != self._thread.ident:
             return None
         return with_tensor(output, self._pause(Event("denoised", read(args, kwargs), output_tensor(output))))
 
 
 def own_copy(pipeline: Any) -> Any:
-    """Return a pipeline with the same modules and its own scheduler, quiet.
+    """Return a pipeline with the same modules, its own scheduler and no progress bar.
 
     Raises:
         ValueError: An affiner is attached to it.
@@ -184,7 +186,7 @@ def own_copy(pipeline: Any) -> Any:
 
 
 class DenoisingLoop:
-    """The smallest pipeline around a bare denoiser: scale the latents, predict, step. No guidance.
+    """A minimal pipeline around a bare denoiser: scale the latents, predict, step. No guidance.
 
     Args:
         denoiser: Called as `denoiser(latents, timestep=[B], **arguments)`.
@@ -203,19 +205,19 @@ class DenoisingLoop:
         generator: torch.Generator | None = None,
         **arguments: Any,
     ) -> tuple[Tensor]:
-        """Run all steps from `latents` (unit Gaussian noise), or from noise of the shape that the config tells.
+        """Run all steps from `latents` (unit Gaussian noise), or from noise with the shape given by the config.
 
         `generator` draws that noise and the noise of stochastic schedulers.
 
         Raises:
-            ValueError: Neither latents nor a config that tells their shape.
+            ValueError: There are no latents, and the config does not define their shape.
         """
         device = device_of(self.transformer)
         if latents is None:
             config = getattr(self.transformer, "config", None)
             size, channels = (getattr(config, key, None) for key in ("sample_size", "in_channels"))
             if not isinstance(size, int) or not isinstance(channels, int):
-                raise ValueError("give latents: the denoiser's config does not tell their shape")
+                raise ValueError("pass latents: the denoiser's config does not define their shape")
             batch = next((len(v) for v in arguments.values() if isinstance(v, Tensor) and v.dim()), 1)
             latents = torch.randn(batch, channels, size, size, generator=generator)
         arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
@@ -224,7 +226,7 @@ class DenoisingLoop:
         scale = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)
         noise = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         for t in self.scheduler.timesteps:
-            # Positional: a UNet calls it sample, a transformer hidden_states.
+            # Positional, since UNets call it sample and transformers hidden_states.
             output = self.transformer(scale(latents, t), timestep=t.expand(len(latents)), **arguments)
             prediction = output_tensor(output)[:, : latents.shape[1]]
             latents = self.scheduler.step(prediction, t, latents, return_dict=False, **noise)[0]

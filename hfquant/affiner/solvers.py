@@ -1,7 +1,7 @@
-"""The maths of the affiner: sums over samples, closed-form solutions, maps over pixels. Tensors in, tensors out.
+"""The math of the affiner: sums over samples, closed-form solutions, maps over pixels. Tensors in, tensors out.
 
-Predictions are grids `[B, C, H, W]`. A *cell* is the set of pixels that one pair of sums is kept for: a block of the
-grid, one pixel, or the whole grid. Everything here is float64.
+Predictions are grids `[B, C, H, W]`. A *cell* is a set of pixels with its own sums: a block of the grid, one pixel, or
+the whole grid. Sums and solutions are float64.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Keeps the relative weight finite where the real model predicts zeros.
+#: Keeps the relative weight finite if the real model predicts zeros.
 EPS = 1e-8
 
 
@@ -41,10 +41,11 @@ class Moments(NamedTuple):
 def held_out_strength(folds: Sequence[Moments], maps: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Return how much of a correction to apply, from 0 to 1, judged on samples that it was not fitted on.
 
-    Each fold has the map that was fitted on the others. With G the gain of its direction there and D its size, the
-    error changes by `s^2 D - 2 s G` at strength s; it is lowest at G / D and back where it was at 2 G / D, which is
-    what is taken: at most 1, and 0 where the others' maps do harm. The noise of a fit differs from step to step and
-    averages out over a run, what it corrects adds up, so a run gains most beyond the best strength of one step.
+    Each fold is judged with the map that was fitted on the other folds. Let G be the inner product of the correction
+    with the error on the held-out samples, and D the squared norm of the correction. At strength s, the squared error
+    changes by `s^2 D - 2 s G`: it is lowest at G / D and returns to its original value at 2 G / D. The latter is used,
+    limited to at most 1, and to 0 if the maps do harm. The noise of a fit differs from step to step and averages out
+    over a run, while its corrections add up, so a whole run gains most above the best strength for a single step.
 
     Args:
         folds: Sums of each fold, of blocks or of pixels.
@@ -59,7 +60,7 @@ def held_out_strength(folds: Sequence[Moments], maps: Sequence[tuple[Tensor, Ten
 
 
 class Grid(NamedTuple):
-    """How `h x w` blocks of `blocksize` pixels lie on a grid of `height x width`; the last ones may be smaller."""
+    """Layout of `h x w` blocks of `blocksize` pixels on a grid of `height x width`; the last blocks may be smaller."""
 
     height: int
     width: int
@@ -67,7 +68,7 @@ class Grid(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Blocks down and across."""
+        """Number of blocks down and across."""
         return -(-self.height // self.blocksize), -(-self.width // self.blocksize)
 
 
@@ -75,7 +76,7 @@ def moments(real: Tensor, quant: Tensor, blocksize: int | None) -> Moments:
     """Return the sums of one batch.
 
     Args:
-        real: `[B, C, H, W]`, what the full-precision model predicts.
+        real: `[B, C, H, W]`, prediction of the full-precision model.
         quant: The same of the quantized model.
         blocksize: Side of the square blocks in pixels; None for one block over everything.
     """
@@ -84,20 +85,20 @@ def moments(real: Tensor, quant: Tensor, blocksize: int | None) -> Moments:
 
 
 def weights(sums: Moments, alpha: float) -> Tensor:
-    """Return each cell's weight, `alpha / n + (1 - alpha) / (S(r^2) + eps)`: absolute blended with relative error."""
+    """Return each cell's weight, `alpha / n + (1 - alpha) / (S(r^2) + eps)`, a blend of absolute and relative error."""
     return alpha / sums.n + (1 - alpha) / (sums.rr + EPS)
 
 
 def solve_blocks(sums: Moments, alpha: float, lambda1: float, lambda2: float) -> tuple[Tensor, Tensor]:
-    """Return scale K and shift b of each block, `[C, h, w]`, that minimise :func:`objective`.
+    """Return the scale K and shift b of each block, `[C, h, w]`, that minimize :func:`objective`.
 
-    The normal equations are written in `(K - 1, b)`, so equal predictions give exactly the identity, and so does a
-    block whose equations leave K open (constant predictions without a ridge).
+    The normal equations are written in `(K - 1, b)`, so equal predictions yield exactly the identity. So does a block
+    whose equations do not determine K (constant predictions without a ridge).
     """
     a = weights(sums, alpha)
     p, cross, r = a * sums.qq + lambda1, a * sums.q, a * sums.n + lambda2
     u, v = a * (sums.qr - sums.qq), a * (sums.r - sums.q)
-    # b is eliminated first; its pivot is always positive.
+    # Eliminate b first; its pivot is always positive.
     pivot = p - cross * cross / r
     solvable = pivot > 1e-12 * p
     delta = torch.where(solvable, (u - cross * v / r) / torch.where(solvable, pivot, 1.0), 0.0)
@@ -107,10 +108,10 @@ def solve_blocks(sums: Moments, alpha: float, lambda1: float, lambda2: float) ->
 def solve_interpolated(
     sums: Moments, grid: Grid, alpha: float, lambda1: float, lambda2: float
 ) -> tuple[Tensor, Tensor]:
-    """Return K and b at block centres, `[C, h, w]`, such that maps interpolated between them minimise the objective.
+    """Return K and b at block centers, `[C, h, w]`, that minimize the objective of the maps interpolated between them.
 
-    All nodes of a channel are solved together, since each pixel lies between several. A pixel is weighted as its block
-    is in :func:`solve_blocks`, and each node has the ridge of a block.
+    All nodes of a channel are solved together, since each pixel lies between several nodes. Each pixel has the weight
+    of its block in :func:`solve_blocks`, and each node has the ridge of a block.
 
     Args:
         sums: Sums of each pixel, `[C, H, W]`.
@@ -122,7 +123,8 @@ def solve_interpolated(
     a = _pixel_weights(sums, grid, alpha)
 
     def matrix(values: Tensor) -> Tensor:
-        # From left to right, so that no intermediate is larger than pixels times nodes of one row and column.
+        # Contracted from left to right, so that no intermediate exceeds the pixels times the nodes of one row and
+        # column.
         product = torch.einsum("cpq,py,pz,qx,qw->cyxzw", values, down, down, across, across)
         return product.reshape(-1, nodes, nodes)
 
@@ -136,7 +138,7 @@ def solve_interpolated(
     right = torch.cat([vector(a * (sums.qr - sums.qq)), vector(a * (sums.r - sums.q))], 1).unsqueeze(2)
     factor, failed = torch.linalg.cholesky_ex(normal)
     solution = torch.cholesky_solve(right, factor)
-    # Without a ridge some nodes may be left open: the solution nearest the identity then.
+    # Without a ridge, some nodes may be undetermined; then take the solution nearest the identity.
     for channel in failed.nonzero().flatten():
         solution[channel] = torch.linalg.lstsq(normal[channel], right[channel], driver="gelsd").solution
     delta, shift = solution.view(-1, 2, *grid.shape).unbind(1)
@@ -144,11 +146,11 @@ def solve_interpolated(
 
 
 def limit(scale: Tensor, shift: Tensor, percentile: float, greater: bool, factor: float) -> tuple[Tensor, Tensor]:
-    """Return the maps with some blocks pulled towards the identity.
+    """Return the maps with some blocks pulled toward the identity.
 
-    The threshold is the `percentile` of `|K - 1|` over all channels and blocks. Blocks above it (`greater`), or the
-    others, get `K <- 1 + factor (K - 1)` and `b <- factor b`. With a factor in [0, 1] the objective of
-    :func:`solve_blocks`, being convex in each block, stays at or below that of the identity.
+    The threshold is the `percentile` of `|K - 1|` over all channels and blocks. Blocks above it (with `greater`,
+    otherwise the others) get `K <- 1 + factor (K - 1)` and `b <- factor b`. With a factor in [0, 1], the objective of
+    :func:`solve_blocks` stays at or below that of the identity, because it is convex in each block.
     """
     distance = (scale - 1).abs()
     above = distance > torch.quantile(distance.flatten(), percentile / 100)
@@ -165,14 +167,14 @@ def objective(
     lambda2: float,
     grid: Grid | None = None,
 ) -> float:
-    """Return what is minimised: `sum A S((K q + b - r)^2) + lambda1 sum (K - 1)^2 + lambda2 sum b^2`.
+    """Return the objective `sum A S((K q + b - r)^2) + lambda1 sum (K - 1)^2 + lambda2 sum b^2`.
 
     Args:
         sums: Sums of each block, or with `grid` of each pixel.
         scale, shift: K and b of each block, or with `grid` at its nodes.
         alpha: See :func:`weights`.
-        lambda1, lambda2: Ridge, a block or a node.
-        grid: Maps are interpolated between the block centres of this grid.
+        lambda1, lambda2: Ridge per block or node.
+        grid: Interpolate the maps between the block centers of this grid.
     """
     if grid is None:
         error = weights(sums, alpha) * sums.squared_error(scale, shift)
@@ -183,9 +185,9 @@ def objective(
 
 
 def expand(values: Tensor, grid: Grid, interpolate: bool) -> Tensor:
-    """Return values of pixels, `[C, H, W]`, for values of blocks, `[C, h, w]`.
+    """Return values per pixel, `[C, H, W]`, from values per block, `[C, h, w]`.
 
-    Constant on blocks, or linear between their centres and constant beyond the outermost.
+    They are constant on blocks, or linear between block centers and constant beyond the outermost ones.
     """
     if interpolate:
         down, across = (_shares(n, grid.blocksize).to(values) for n in (grid.height, grid.width))
@@ -195,7 +197,7 @@ def expand(values: Tensor, grid: Grid, interpolate: bool) -> Tensor:
 
 
 def _block_sums(values: Tensor, blocksize: int | None) -> Tensor:
-    """Sums over blocks, `[C, h, w]`, of values of pixels, `[C, H, W]`."""
+    """Return sums over blocks, `[C, h, w]`, of pixel values, `[C, H, W]`."""
     if blocksize is None:
         return values.sum((1, 2), keepdim=True)
     if blocksize == 1:
@@ -204,12 +206,12 @@ def _block_sums(values: Tensor, blocksize: int | None) -> Tensor:
 
 
 def _pixel_weights(sums: Moments, grid: Grid, alpha: float) -> Tensor:
-    """The weight of each pixel's block, `[C, H, W]`, from sums of pixels."""
+    """Return the weight of each pixel's block, `[C, H, W]`, from sums of pixels."""
     return expand(weights(Moments(*(_block_sums(x, grid.blocksize) for x in sums)), alpha), grid, False)
 
 
 def _shares(length: int, blocksize: int) -> Tensor:
-    """Shares of the block centres in each pixel of a row, `[length, blocks]`; each row sums to 1."""
+    """Return the share of each block center in each pixel of a row, `[length, blocks]`; each row sums to 1."""
     edges = np.arange(0, length, blocksize)
     centres = (edges + np.minimum(edges + blocksize, length) - 1) / 2
     columns = [np.interp(np.arange(length), centres, one) for one in np.eye(len(centres))]

@@ -1,4 +1,4 @@
-"""Quantization algorithms on tensors. A transform or a rounding is one file and one line of a table here."""
+"""Quantization algorithms on tensors. To add a transform or a rounding, add one file and one table entry here."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-#: ``opt.type`` of a config.
+#: Transforms by their name in a config (``opt.type``).
 TRANSFORMS: dict[str, type[Transform]] = {
     "default": Identity,
     "smooth": Smooth,
@@ -43,5 +43,5 @@ TRANSFORMS: dict[str, type[Transform]] = {
     "hadamard": Hadamard,
     "smooth_hadamard": SmoothHadamard,
 }
-#: ``calib.type`` of a config.
+#: Roundings by their name in a config (``calib.type``).
 ROUNDINGS: dict[str, type[Rounding]] = {"amax": Nearest, "gptq": Gptq}

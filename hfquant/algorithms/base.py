@@ -1,7 +1,7 @@
-"""What a transform and a rounding have to say of themselves.
+"""Base classes of transforms and roundings.
 
-Both are sections of a layer's config (their fields are the options) and do the work: one concept an algorithm. A new
-one is one file and one line in :mod:`hfquant.algorithms`.
+Each algorithm is one class: a section of the layer config, whose fields are its options, that also does the work. To
+add one, write one file and add one line to :mod:`hfquant.algorithms`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hfquant.statistics import LayerStats
 
 
 class TensorSpec(NamedTuple):
-    """Shape and dtype of a layer's tensor; a dtype of None is the model's float dtype."""
+    """Shape and dtype of a layer's tensor; a dtype of None stands for the model's float dtype."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -28,16 +28,16 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows of one linear that see the same quantized input: what is solved at once.
+    """Rows of one linear that see the same quantized input and are solved together.
 
     Attributes:
-        name: of the layer, for messages.
-        grid: how the weight's grid is found.
-        input: how the input is quantized; None where it is not.
+        name: layer name, used in messages.
+        grid: how to fit the weight's grid.
+        input: how the input is quantized; None if it is not.
         segments: sizes of the input segments.
-        stats: of the raw input; None without data.
-        dtype: of tensors that are kept in the model's dtype.
-        layers: rows of each layer, where those of several are solved at once; empty for one.
+        stats: statistics of the raw input; None without data.
+        dtype: dtype of tensors stored in the model's dtype.
+        layers: rows of each layer when several layers are solved together; empty for a single layer.
     """
 
     name: str
@@ -53,19 +53,19 @@ class Problem:
         return block_slices(self.segments)
 
 
-#: The alpha of SmoothQuant; None where not smoothing is best.
+#: SmoothQuant's alpha; None means no smoothing.
 Strength = float | None
 
 
 @dataclass(frozen=True)
 class Transformed:
-    """A weight as it is to be rounded.
+    """A weight ready for rounding.
 
     Attributes:
         weight: [rows, in] float32.
-        tensors: what the layer stores of the transform, by name.
-        divisor: [in], what the input is divided by before it is quantized; None where it is not.
-        alphas: smoothing strengths chosen, one a segment, for the report; None for none.
+        tensors: tensors of the transform that the layer stores, by name.
+        divisor: [in], divides the input before quantization; None if the input is not divided.
+        alphas: chosen smoothing strengths, one per segment, for the report; empty if there are none.
     """
 
     weight: Tensor
@@ -75,14 +75,14 @@ class Transformed:
 
 
 class Transform(Section):
-    """Change a layer's weight and input before they are quantized, without changing their product.
+    """Change a layer's weight and input before quantization without changing their product.
 
-    The base class is the transform that does nothing.
+    The base class does nothing.
 
     Class attributes:
-        needs: names of the statistics it is solved from, beside those that are always collected.
+        needs: names of the statistics required to solve it, besides those that are always collected.
         needs_data: whether it is solved from statistics at all.
-        per_output_segment: whether each output segment has a transform of its own.
+        per_output_segment: whether each output segment has its own transform.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -91,16 +91,16 @@ class Transform(Section):
     type: str
 
     def fitted(self, in_features: int, rows: Sequence[int]) -> Self:
-        """Return the transform with options cut to the size of a layer of ``in_features`` inputs.
+        """Return the transform with its options clamped to the size of a layer with ``in_features`` inputs.
 
         Args:
-            in_features: of the linear.
-            rows: sizes of the groups of rows that are transformed apart.
+            in_features: input features of the linear.
+            rows: sizes of the row groups that are transformed separately.
         """
         return self
 
     def tensors(self, in_features: int, rows: Sequence[int]) -> dict[str, TensorSpec]:
-        """Return what a layer stores, by name; arguments as for :meth:`fitted`."""
+        """Return the tensors that a layer stores, by name; arguments as in :meth:`fitted`."""
         return {}
 
     def solve(self, weight: Tensor, problem: Problem) -> Transformed:
@@ -108,99 +108,99 @@ class Transform(Section):
         return Transformed(weight)
 
     def folds(self) -> bool:
-        """Return whether its divisor is to go into what comes before the layer, where that can take it."""
+        """Return whether to fold the divisor into the preceding module if that module supports it."""
         return False
 
     def folded(self) -> Transform:
-        """Return what is left to do at a layer once the divisor has gone into what comes before it."""
+        """Return the transform that remains at the layer once the divisor is folded into the preceding module."""
         return self
 
     def common_divisor(self, weight: Tensor, problem: Problem) -> Tensor:
-        """Return one divisor [in] for ``weight``, [rows, in] float32, of all the layers that read one input."""
+        """Return one divisor [in] for all layers that read an input; ``weight`` [rows, in] float32 joins their rows."""
         raise NotImplementedError
 
     def seen(self, stats: LayerStats, divisor: Tensor | None) -> LayerStats:
-        """Return the statistics of what the transformed weight sees, from those of the raw input.
+        """Return the statistics of the transformed weight's input, derived from those of the raw input.
 
         Args:
-            stats: of the raw input.
-            divisor: what :meth:`solve` returned as such.
+            stats: statistics of the raw input.
+            divisor: the divisor returned by :meth:`solve`.
         """
         stats = stats.divided(divisor)
         return stats.rotated(self.rotation) if self.rotation else stats
 
     def without_data(self) -> Transform:
-        """Return what is done to a layer that calibration never ran: a transform that needs no data.
+        """Return the transform for a layer that calibration never ran, which must not need data.
 
-        It mixes channels as this one does: one plan stands for all experts of a parameter, those among them that saw
+        It mixes channels as this one does, because one plan covers all experts of a parameter, including those that saw
         too few rows.
         """
         return Identity()
 
     def unmixed(self) -> Transform:
-        """Return what is left of it for layers that take each input several times: they keep channels apart."""
+        """Return the part that does not mix channels, for layers that read each input several times."""
         return self
 
     def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
-        """Return the tensor ``name`` of several groups of rows as one."""
+        """Join the tensors ``name`` of several row groups into one."""
         return torch.cat(list(parts))
 
     def divisor(self, tensors: Mapping[str, Tensor | None], group: int) -> Tensor | None:
-        """Return what the input of row group number ``group`` is divided by, [in] float32; None for nothing.
+        """Return the divisor [in] float32 for the input of row group ``group``; None for no division.
 
-        Kernels divide on the way, before they quantize.
+        Kernels apply it on the fly, before they quantize.
         """
         return None
 
     @property
     def rotation(self) -> int:
-        """Size of the blocks of input channels that are rotated after the division, a power of two; 0 for none.
+        """Size of the blocks of input channels that are rotated after the division, a power of two; 0 for no rotation.
 
-        Kernels rotate on the way, before they quantize (:mod:`hfquant.formats.rotation`). Ranges of single channels say
-        nothing of what is rotated.
+        Kernels rotate on the fly, before they quantize (:mod:`hfquant.formats.rotation`). Per-channel ranges of the raw
+        input say nothing about the rotated values.
         """
         return 0
 
     def branch(self, tensors: Mapping[str, Tensor | None], group: int, rows: slice) -> tuple[Tensor, Tensor] | None:
-        """Return ``down`` [r, in] and ``up`` [rows, r]: ``(x down^T) up^T`` of the raw input is added to the product.
+        """Return ``down`` [r, in] and ``up`` [rows, r]; ``(x down^T) up^T`` of the raw input is added to the product.
 
         Args:
-            tensors: of the layer, by name.
-            group: number of the row group.
-            rows: its rows.
+            tensors: the layer's tensors, by name.
+            group: index of the row group.
+            rows: rows of the group.
         """
         return None
 
     def input(self, x: Tensor, tensors: Mapping[str, Tensor | None], group: int) -> Tensor:
-        """Return what a kernel gets in place of the input ``x`` [..., in], for what ``divisor`` cannot say."""
+        """Return the kernel input that replaces ``x`` [..., in], for changes that ``divisor`` cannot express."""
         return x
 
     def output(self, x: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor | None:
-        """Return what is added to the output, [..., out] float32, from ``x``, for what ``branch`` cannot say."""
+        """Return the term [..., out] float32 to add to the output for input ``x`` if ``branch`` cannot express it."""
         return None
 
     def restored(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
-        """Return the weight [out, in] in terms of the raw input, from the dequantized one (changed in place)."""
+        """Return the weight [out, in] for the raw input, computed in place from the dequantized weight."""
         return weight
 
     def idle(self, name: str) -> Tensor:
-        """Return the number, 0-d float32, that fills the stored tensor ``name`` of a transform that does nothing."""
+        """Return the fill value (0-d float32) with which the stored tensor ``name`` has no effect."""
         raise NotImplementedError
 
     def reapplied(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
-        """Return the weight to be quantized, [out, in], from one in terms of the raw input (changed in place).
+        """Return the weight to quantize [out, in], computed in place from a weight for the raw input.
 
-        The inverse of :meth:`restored`: for another weight in the place of the one that the transform was solved for.
+        This is the inverse of :meth:`restored`. It serves weights other than the one that the transform was solved for.
         """
         return weight
 
     def describe(self) -> str:
-        """Return what a layer's ``repr`` says of it; empty for nothing."""
+        """Return the transform's part of the layer's ``repr``; empty for none."""
         return ""
 
 
 class Identity(Transform):
-    """Quantize weight and input as they are."""
+    """Quantize weight and input unchanged."""
 
     type: Literal["default"] = "default"
 
@@ -209,9 +209,9 @@ class Rounding(Section):
     """Choose the codes of a weight.
 
     Class attributes:
-        needs: names of the statistics it is solved from, beside those that are always collected.
+        needs: names of the statistics required to solve it, besides those that are always collected.
         needs_data: whether it is solved from statistics at all.
-        needs_scale: whether the format must carry a scale.
+        needs_scale: whether the format must have a scale.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -220,7 +220,7 @@ class Rounding(Section):
     type: str
 
     def cost(self, in_features: int, out_features: int) -> float:
-        """Return roughly how many multiplications solving takes, to share layers out between processes."""
+        """Return the approximate number of multiplications for a layer, used to balance layers across processes."""
         return 0.0
 
     def solve(self, weight: Tensor, rule: GridRule, stats: LayerStats | None, name: str) -> tuple[Tensor, Grid]:
@@ -228,13 +228,13 @@ class Rounding(Section):
 
         Args:
             weight: [rows, in] float32, transformed.
-            rule: how the grid is found.
-            stats: of the input that the transformed weight sees; None without data.
-            name: of the layer, for messages.
+            rule: how to fit the grid.
+            stats: statistics of the transformed weight's input; None without data.
+            name: layer name, used in messages.
         """
         raise NotImplementedError
 
 
 def block_slices(sizes: Sequence[int]) -> list[slice]:
-    """Return consecutive slices of these sizes."""
+    """Return consecutive slices of the given sizes."""
     return [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]

@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323): round column by column, and let the columns to come make up for the error."""
+"""GPTQ (arXiv 2210.17323): round column by column, compensating each error in the columns still to come."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ logger = logging.getLogger(__name__)
 
 
 class Gptq(Rounding):
-    """Minimise ``(w - q) H (w - q)^T`` for each row w, greedily.
+    """Minimize ``(w - q) H (w - q)^T`` greedily for each row w.
 
-    Each row keeps the better of GPTQ and round-to-nearest, so the loss is never above the latter's.
+    Each row keeps the better of GPTQ and round-to-nearest, so its loss never exceeds that of round-to-nearest.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     needs_data: ClassVar[bool] = True
     needs_scale: ClassVar[bool] = True
     type: Literal["gptq"] = "gptq"
-    block_size: int = Field(128, ge=1, description="Columns whose errors are passed on together.")
+    block_size: int = Field(128, ge=1, description="Columns processed per block before later columns are updated.")
     damp: float = Field(
         0.01, gt=0.0, le=1.0, description="Share of the Hessian's mean diagonal that is added to its diagonal."
     )
     act_order: bool = Field(
-        False, description="Visit columns by falling diagonal of the Hessian, on scales fixed beforehand."
+        False, description="Process columns by decreasing Hessian diagonal, with scales fixed in advance."
     )
     group_size: int | None = Field(None, ge=1, description="The same as `weight_quant.group_size`.")
 
     def cost(self, in_features: int, out_features: int) -> float:
-        """Return the cost of the inverse and of the sweep."""
+        """Return the cost of inverting the Hessian and sweeping the columns."""
         return float(in_features**3 + in_features**2 * out_features)
 
     def solve(self, weight: Tensor, rule: GridRule, stats: LayerStats | None, name: str) -> tuple[Tensor, Grid]:
@@ -47,7 +47,7 @@ class Gptq(Rounding):
         return self.swept(weight.float(), stats.hessian.float(), rule, name)
 
     def swept(self, w: Tensor, h: Tensor, rule: GridRule, name: str) -> tuple[Tensor, Grid]:
-        """Return codes and grid of ``w`` [rows, in] for ``h`` [in, in] = sum x x^T up to a factor, both float32."""
+        """Return codes and grid of ``w`` [rows, in], with ``h`` [in, in] = sum x x^T up to a factor; both float32."""
         grid = rule.fit(w, h.diagonal())
         nearest = grid.quantize(w)
         inverse = _inverse_cholesky(h, self.damp, self.act_order)
@@ -66,8 +66,8 @@ class Gptq(Rounding):
     ) -> tuple[Tensor, Grid]:
         """Make one pass over the columns in blocks.
 
-        In natural order a group's scale is found anew when the sweep reaches it, from the weights as the errors before
-        it left them. With act_order, or where rows share a scale, the grid stays the one given.
+        In natural order, a group's scale is refitted when the sweep reaches it, on weights that already include the
+        compensation for earlier errors. With act_order, or if rows share a scale, the given grid is kept.
         """
         upper, order = inverse
         columns = rule.columns
@@ -76,7 +76,7 @@ class Gptq(Rounding):
         grid = grid.clone()
         group_of = torch.repeat_interleave(torch.arange(len(columns)), torch.tensor(columns)).tolist()
         visited = order.tolist()
-        # Transposed, a column is contiguous memory.
+        # Transposed, so that each column is contiguous in memory.
         work = w.T[order].contiguous()
         codes = torch.empty_like(work, dtype=rule.format.code_dtype)
         group, (scale, zero_point) = -1, grid.column(0)
@@ -87,7 +87,7 @@ class Gptq(Rounding):
                 if group_of[visited[j]] != group:
                     group = group_of[visited[j]]
                     if refit:
-                        # Columns of the group beyond this block have yet to receive the block's errors.
+                        # The group's columns beyond this block have not received the block's errors yet.
                         last = starts[group + 1]
                         ahead = work[j:last].clone()
                         if last > end and j > start:
@@ -115,9 +115,9 @@ def _row_loss(w: Tensor, codes: Tensor, grid: Grid, h: Tensor) -> Tensor:
 
 
 def _inverse_cholesky(h: Tensor, damp: float, act_order: bool) -> tuple[Tensor, Tensor] | None:
-    """Return the upper Cholesky factor of the damped H^-1, and the order of the columns.
+    """Return the upper Cholesky factor of the damped H^-1 and the order of the columns.
 
-    Dead columns (no input ever) get a diagonal of 1, which makes them round to nearest. Where the factorization fails
+    Dead columns (inputs always zero) get a diagonal of 1 and are thus rounded to nearest. If the factorization fails,
     the damping grows tenfold.
     """
     diagonal = h.diagonal()

@@ -1,7 +1,8 @@
-"""Rotate the inputs in blocks, so that an outlier is spread over its block (QuaRot, arXiv 2404.00456).
+"""Rotate the inputs in blocks, which spreads each outlier over its block (QuaRot, arXiv 2404.00456).
 
-``X W^T = (X R)(W R)^T`` for an orthogonal R. The entries of a Hadamard matrix have one magnitude: what is large in one
-channel becomes small in many, and the numbers of a block come close to a bell curve, which few levels serve best.
+``X W^T = (X R)(W R)^T`` for an orthogonal R. All entries of a Hadamard matrix have the same magnitude: a large value in
+one channel becomes small values in many, and the values of a block approach a bell curve, which low-bit formats
+represent best.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ _BlockSize = Annotated[
 
 
 class Hadamard(Transform):
-    """Rotate blocks of input channels at run time, and of the weight's columns beforehand.
+    """Rotate blocks of input channels at run time and the weight's columns ahead of time.
 
-    Channels that are left over at the end are rotated in blocks of smaller powers of two.
+    Leftover channels at the end are rotated in blocks of smaller powers of two.
     """
 
     type: Literal["hadamard"] = "hadamard"
@@ -41,7 +42,7 @@ class Hadamard(Transform):
 
     @property
     def rotation(self) -> int:
-        """The size of the blocks."""
+        """Size of the rotated blocks."""
         return self.block_size
 
     def solve(self, weight: Tensor, problem: Problem) -> Transformed:
@@ -57,7 +58,7 @@ class Hadamard(Transform):
         return rotated(weight, self.block_size)
 
     def without_data(self) -> Transform:
-        """Return the same."""
+        """Return the transform itself, since it needs no data."""
         return self
 
     def unmixed(self) -> Transform:
@@ -65,7 +66,7 @@ class Hadamard(Transform):
         return Identity()
 
     def describe(self) -> str:
-        """Return the size of the blocks."""
+        """Return the block size as text."""
         return f"hadamard={self.block_size}"
 
 
@@ -77,7 +78,7 @@ class SmoothHadamard(Smooth):
 
     @property
     def rotation(self) -> int:
-        """The size of the blocks."""
+        """Size of the rotated blocks."""
         return self.block_size
 
     def applied(
@@ -87,7 +88,7 @@ class SmoothHadamard(Smooth):
         return Transformed(rotated(weight * divisor, self.block_size), {"smooth": divisor}, divisor, alphas)
 
     def restored(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
-        """Return the weight rotated back, divided by s."""
+        """Return the weight rotated back and divided by s."""
         return super().restored(rotated(weight, self.block_size), tensors, rows)
 
     def reapplied(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
@@ -95,18 +96,18 @@ class SmoothHadamard(Smooth):
         return rotated(super().reapplied(weight, tensors, rows), self.block_size)
 
     def folded(self) -> Transform:
-        """Return the rotation alone."""
+        """Return only the rotation."""
         return Hadamard(block_size=self.block_size)
 
     def without_data(self) -> Transform:
-        """Return the rotation alone."""
+        """Return only the rotation."""
         return self.folded()
 
     def unmixed(self) -> Transform:
-        """Return the smoothing alone."""
+        """Return only the smoothing."""
         fields = {name: getattr(self, name) for name in self.model_fields_set & Smooth.model_fields.keys() - {"type"}}
         return Smooth(**fields)
 
     def describe(self) -> str:
-        """Return the size of the blocks."""
+        """Return the block size as text."""
         return f"hadamard={self.block_size}"

@@ -12,21 +12,22 @@ from torch import Tensor
 from hfquant.algorithms.base import Problem, Strength, TensorSpec, Transform, Transformed
 from hfquant.algorithms.smooth import Smooth
 
-#: Narrowest block of the Krylov basis: below it products are no cheaper, and there would be more of them.
+#: Minimum block width of the Krylov basis. Narrower products are no cheaper, and more of them would be needed.
 BLOCK = 16
-#: Gain from the last block, as a share of the energy captured or of that left (the lesser), below which the basis is
-#: done. A gain is a fifth to half of the one before it, so what is still missing is less.
+#: Convergence threshold: the basis is complete once the last block's gain falls below this share of the captured or the
+#: remaining energy, whichever is smaller. Each gain is a fifth to half of the previous one, so the missing energy is
+#: even smaller.
 TOLERANCE = 5e-4
 
 
 class LowRank(Smooth):
-    """Smooth, then take the best rank-r part of the weight out into a float branch; the rest is quantized."""
+    """Smooth, then move the best rank-r approximation of the weight into a float branch and quantize the rest."""
 
     type: Literal["svd"] = "svd"  # type: ignore[assignment]
-    low_rank: int = Field(32, ge=1, description="Rank of the branch; cut to the layer's smaller side.")
+    low_rank: int = Field(32, ge=1, description="Rank of the branch, capped at the layer's smaller dimension.")
 
     def fitted(self, in_features: int, rows: Sequence[int]) -> Self:
-        """Cut the rank to the smallest side of a group of rows."""
+        """Return the transform with its rank capped at the smallest side of a row group."""
         limit = min(in_features, *rows)
         return self if self.low_rank <= limit else self.model_copy(update={"low_rank": limit})
 
@@ -40,20 +41,20 @@ class LowRank(Smooth):
     def applied(
         self, weight: Tensor, divisor: Tensor, problem: Problem, alphas: tuple[Strength, ...] = ()
     ) -> Transformed:
-        """Return the residual of ``W s``, and the factors as cast; ``svd_down`` acts on the raw input: 1/s is in it."""
+        """Return the residual of ``W s`` and the cast factors; ``svd_down`` acts on the raw input and includes 1/s."""
         smoothed = weight * divisor
         up, down = low_rank(smoothed, self.low_rank)
-        # Contiguous, as a checkpoint stores them: products of other strides round otherwise.
+        # Contiguous, as in a checkpoint: products with other strides round differently.
         up, down = up.to(problem.dtype).contiguous(), (down / divisor).to(problem.dtype).contiguous()
         residual = smoothed - up.float() @ (down.float() * divisor)
         return Transformed(residual, {"smooth": divisor, "svd_down": down, "svd_up": up}, divisor, alphas)
 
     def added(self, x: Tensor, tensors: Mapping[str, Tensor], columns: slice) -> Tensor | None:
-        """Return the low-rank branch's output for some input columns, [rows, out]."""
+        """Return the low-rank branch's output for the given input columns, [rows, out]."""
         return x[:, columns] @ tensors["svd_down"].float()[:, columns].T @ tensors["svd_up"].float().T
 
     def branch(self, tensors: Mapping[str, Tensor | None], group: int, rows: slice) -> tuple[Tensor, Tensor] | None:
-        """Return the factors."""
+        """Return the low-rank factors."""
         down, up = tensors["svd_down"], tensors["svd_up"]
         assert down is not None
         assert up is not None
@@ -84,16 +85,16 @@ class LowRank(Smooth):
         return weight
 
     def folded(self) -> Transform:
-        """Return the branch alone."""
+        """Return only the branch."""
         return Branch(low_rank=self.low_rank)
 
     def describe(self) -> str:
-        """Return the rank."""
+        """Return the rank as text."""
         return f"rank={self.low_rank}"
 
 
 class Branch(LowRank):
-    """What is left of :class:`LowRank` where the divisor has gone into what comes before the layer.
+    """The part of :class:`LowRank` that remains once the divisor is folded into the preceding module.
 
     Both the codes and the branch see the divided input.
     """
@@ -106,18 +107,18 @@ class Branch(LowRank):
         return {name: spec for name, spec in specs.items() if name != "smooth"}
 
     def solve(self, weight: Tensor, problem: Problem) -> Transformed:
-        """Return the residual of ``W``, and the factors as cast."""
+        """Return the residual of ``W`` and the cast factors."""
         made = self.applied(weight, torch.ones_like(weight[0]), problem)
         return Transformed(made.weight, {name: made.tensors[name] for name in ("svd_down", "svd_up")})
 
 
 def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best approximation of ``weight`` [out, in] of rank ``rank`` in the Frobenius norm (Eckart-Young).
+    """Return the best rank-``rank`` approximation of ``weight`` [out, in] in the Frobenius norm (Eckart-Young).
 
-    Randomized where that is cheaper and has converged, else exact.
+    Uses a randomized method if it is cheaper and converges, otherwise an exact one.
 
     Returns:
-        up [out, rank] and down [rank, in], float32, singular values split evenly between them.
+        up [out, rank] and down [rank, in], float32, with the singular values split evenly between them.
     """
     width = max(rank, BLOCK)
     if width * 4 <= min(weight.shape):
@@ -132,23 +133,23 @@ def _exact(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     tall = w.shape[0] > w.shape[1]
     if tall:
         w = w.T
-    # Eigenvectors of the smaller Gram matrix, in float64: several times cheaper than a full SVD.
+    # The eigenvectors of the smaller Gram matrix in float64 are several times cheaper than a full SVD.
     vectors = torch.linalg.eigh(w @ w.T).eigenvectors[:, -rank:]
     left, right = _factors(vectors, vectors.T @ w)
     return (right.T, left.T) if tall else (left, right)
 
 
 def _factors(vectors: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``vectors @ rows`` (singular vectors, and those times the matrix) with the singular values shared out."""
+    """Split the singular values of ``vectors @ rows`` evenly; ``rows`` are the vectors times the matrix."""
     root = rows.norm(dim=1).sqrt()
     return (vectors * root).float(), (rows / root.clamp(min=torch.finfo(rows.dtype).tiny)[:, None]).float()
 
 
 def _block_krylov(weight: Tensor, rank: int, width: int) -> tuple[Tensor, Tensor] | None:
-    """Musco and Musco, arXiv 1504.05477, algorithm 2, the basis orthonormal as it grows; None where it grows too large.
+    """Run algorithm 2 of Musco and Musco, arXiv 1504.05477, on a growing orthonormal basis; None if it grows too large.
 
-    Unlike subspace iteration, which keeps the last block alone, it converges in a few products even where singular
-    values decay slowly, as those of weights do.
+    Unlike subspace iteration, which keeps only the last block, it converges in a few products even if singular values
+    decay slowly, as those of weights do.
     """
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(weight.shape[1], width, generator=generator).to(weight)
@@ -165,6 +166,6 @@ def _block_krylov(weight: Tensor, rank: int, width: int) -> tuple[Tensor, Tensor
         if 2 * (basis.shape[1] + width) > min(weight.shape):
             return None
         block = weight @ rows[-width:].T
-        for _ in range(2):  # once leaves what rounding lets through
+        for _ in range(2):  # one pass leaves rounding errors behind
             block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
         basis, rows = torch.cat([basis, block], 1), torch.cat([rows, block.T @ weight])

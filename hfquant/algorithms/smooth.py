@@ -1,8 +1,8 @@
 """SmoothQuant (arXiv 2211.10438): move the difficulty of outlier channels from activations to weights.
 
-``X W^T = (X / s)(W s)^T`` with ``s_j = |X_j|^alpha / |W_j|^(1 - alpha)`` for each input channel j, where ``|.|`` is the
-largest magnitude: a scale has to reach it. With float activations nothing has to; the error that a column of the weight
-makes grows with the mean square of its inputs. There the root mean squares serve better, as AWQ found for the mean
+``X W^T = (X / s)(W s)^T`` with ``s_j = |X_j|^alpha / |W_j|^(1 - alpha)`` for each input channel j. ``|.|`` is the
+largest magnitude, since a scale has to cover it. Float activations have no scale to cover anything; there, the error of
+a weight column grows with the mean square of its inputs, so root mean squares work better, as AWQ found for the mean
 magnitude (arXiv 2306.00978).
 """
 
@@ -21,14 +21,14 @@ from hfquant.formats.rotation import rotated
 from hfquant.schema import Section, is_patch
 from hfquant.statistics import LayerStats
 
-#: Each alpha costs a pass over the sampled rows; a finer grid gains nothing.
+#: Each alpha costs a pass over the sampled rows, and a finer grid gains nothing.
 MAX_ALPHAS = 1000
 
 
 class SearchAlpha(Section):
-    """Grid of smoothing strengths tried for each layer, beside no smoothing: ``min, min + step, ... max``."""
+    """Grid of smoothing strengths to try for each layer, besides no smoothing: ``min, min + step, ... max``."""
 
-    enable: bool = Field(False, description="Search; no smoothing at all is tried too, and `alpha`.")
+    enable: bool = Field(False, description="Search for alpha; no smoothing and `alpha` itself are tried too.")
     min: float = Field(0.0, ge=0.0, le=1.0, description="Smallest alpha tried.")
     max: float = Field(1.0, ge=0.0, le=1.0, description="Largest alpha tried.")
     step: float = Field(0.1, gt=0.0, le=1.0, description="Distance between two alphas; at most 1,000 are tried.")
@@ -45,53 +45,53 @@ class SearchAlpha(Section):
         return self
 
     def grid(self) -> list[float]:
-        """Return the alphas to try, ascending; ``max`` is included even where ``step`` does not hit it."""
+        """Return the alphas to try in ascending order, always including ``max``, even if ``step`` does not hit it."""
         steps = int((self.max - self.min) / self.step + 1e-9)
         alphas = [round(self.min + i * self.step, 10) for i in range(steps + 1)]
         return alphas if alphas[-1] >= self.max - 1e-9 else [*alphas, self.max]
 
 
 class Smooth(Transform):
-    """Divide each input channel by s and multiply its weights by it.
+    """Divide each input channel by s and multiply the matching weight column by s.
 
-    ``magnitude`` is what is balanced between a channel of the inputs and its column of the weights: the largest values,
-    which set the scale of quantized activations, or the root mean squares, for weights alone. ``fold`` has s divide the
-    parameters of the norm or linear before the layer wherever that changes nothing else, so that nothing is left to
-    divide at run time; all layers that read the same input share one s then.
+    ``magnitude`` selects what is balanced between an input channel and its weight column: the largest values, which set
+    the scale of quantized activations, or the root mean squares, for weight-only quantization. With ``fold``, the
+    parameters of the preceding norm or linear are divided by s wherever this changes nothing else, which leaves no
+    division at run time. All layers that read the same input then share one s.
     """
 
     needs_data: ClassVar[bool] = True
     per_output_segment: ClassVar[bool] = True
     type: Literal["smooth"] = "smooth"
     alpha: float = Field(
-        0.5, ge=0.0, le=1.0, description="Share of the inputs' outliers that the weights take over: 0 none, 1 all."
+        0.5, ge=0.0, le=1.0, description="Share of the input outliers moved into the weights, from 0 (none) to 1 (all)."
     )
     magnitude: Literal["amax", "rms"] = Field(
         "amax",
         description="What is balanced between an input channel and its weights: largest values (quantized activations) "
-        "or root mean squares (weights alone).",
+        "or root mean squares (weight-only).",
     )
     search_alpha_config: SearchAlpha = Field(
         SearchAlpha(), description="Search alpha for each layer, by the error of its output on sampled rows."
     )
     fold: bool = Field(
         False,
-        description="Divide the norm or linear before the layer once instead of dividing the input at run time, where "
-        "nothing else reads what is divided. Layers that read the same input share one divisor then.",
+        description="Divide the preceding norm or linear once instead of dividing the input at run time, if nothing "
+        "else reads its output. Layers that read the same input then share one divisor.",
     )
 
     def tensors(self, in_features: int, rows: Sequence[int]) -> dict[str, TensorSpec]:
-        """Return ``smooth``: the divisor, [in] or [groups, in]."""
+        """Return ``smooth``, the divisor, [in] or [groups, in]."""
         shape = (in_features,) if len(rows) == 1 else (len(rows), in_features)
         return {"smooth": TensorSpec(shape, torch.float32)}
 
     def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
-        """Stack divisors, one a group of rows."""
+        """Stack divisors, one per row group."""
         return torch.stack(list(parts)) if name == "smooth" else super().joined(name, parts)
 
     def divisor(self, tensors: Mapping[str, Tensor | None], group: int) -> Tensor | None:
         """Return s."""
-        smooth = tensors.get("smooth")  # it may have gone into what comes before the layer
+        smooth = tensors.get("smooth")  # None if folded into the preceding module
         return smooth if smooth is None or smooth.dim() == 1 else smooth[group]
 
     def restored(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
@@ -102,7 +102,7 @@ class Smooth(Transform):
         return weight
 
     def idle(self, name: str) -> Tensor:
-        """Return 1 for the divisor, 0 for all else."""
+        """Return 1 for the divisor and 0 for any other tensor."""
         return torch.tensor(float(name == "smooth"))
 
     def reapplied(self, weight: Tensor, tensors: Mapping[str, Tensor | None], rows: Sequence[int]) -> Tensor:
@@ -121,16 +121,16 @@ class Smooth(Transform):
         return Identity()
 
     def common_divisor(self, weight: Tensor, problem: Problem) -> Tensor:
-        """Return s, balanced against the geometric mean of the layers' columns: no layer's size counts more."""
+        """Return s, balanced against the geometric mean of the layers' columns, so layers of any size count equally."""
         return self.found(weight, problem)[0]
 
     def solve(self, weight: Tensor, problem: Problem) -> Transformed:
-        """Smooth by the config's alpha, or for each input segment by the best on the sampled rows."""
+        """Smooth with the configured alpha, or with the best alpha per input segment on the sampled rows."""
         divisor, alphas = self.found(weight, problem)
         return self.applied(weight, divisor, problem, alphas)
 
     def found(self, weight: Tensor, problem: Problem) -> tuple[Tensor, tuple[Strength, ...]]:
-        """Return s [in] and the alpha of each input segment; of equally good ones the first, none before all."""
+        """Return s [in] and the alpha of each input segment; ties go to the earlier candidate, no smoothing first."""
         assert problem.stats is not None
         magnitudes = self.magnitudes(weight, problem.stats, problem.layers)
         search = self.search_alpha_config
@@ -151,12 +151,12 @@ class Smooth(Transform):
         return Transformed(weight * divisor, {"smooth": divisor}, divisor, alphas)
 
     def magnitudes(self, weight: Tensor, stats: LayerStats, layers: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """Return what is balanced: of each input channel, and of each column of ``weight``, two [in].
+        """Return the magnitudes to balance, [in] each: of the input channels and of the columns of ``weight``.
 
         Args:
             weight: [rows, in].
-            stats: of the input.
-            layers: rows of each layer that the weight is of; of several, columns count by their geometric mean.
+            stats: statistics of the input.
+            layers: rows of each layer in ``weight``; with several layers, a column's magnitude is their geometric mean.
         """
         parts = weight.split(list(layers or [len(weight)]))
         if self.magnitude == "rms":
@@ -164,12 +164,13 @@ class Smooth(Transform):
         return stats.amax, _geometric_mean([part.abs().amax(0) for part in parts])
 
     def losses(self, weight: Tensor, problem: Problem, grid: Sequence[Strength]) -> Tensor:
-        """Return ``||Q(X_i / s) Q(W_i s)^T - X_i W_i^T||^2`` of each alpha and input segment i.
+        """Return ``||Q(X_i / s) Q(W_i s)^T - X_i W_i^T||^2`` for each alpha and input segment i.
 
-        Estimated on the sampled rows, with round to nearest in place of a costlier rounding. Where the activations'
-        scale is static it comes from the half of the data that the row is not in: rows that made the scale are never
-        clipped by it. What the sum over both halves finds is not asked to gain on each half as well: the loss that
-        clipping a few large rows makes differs so much between halves that this lost 60 % of KL on SmolLM2 (W8A8).
+        Estimated on the sampled rows, with round-to-nearest in place of costlier roundings. A static activation scale
+        is taken from the half of the data that does not contain the row, because rows that set the scale are never
+        clipped by it. The losses of both halves are summed. An alpha does not have to win on each half separately: the
+        loss from clipping a few large rows differs so much between halves that this requirement raised KL by 60 % on
+        SmolLM2 (W8A8).
 
         Returns:
             [alphas, segments].
@@ -179,7 +180,7 @@ class Smooth(Transform):
         row_weights = stats.row_weights
         everything = [(stats, torch.ones_like(stats.sample.fold))]
         sets = stats.halves() if problem.input is not None and problem.input.static else everything
-        # Where channels are mixed, what is quantized in a segment is of others as well: one alpha for all.
+        # Mixed channels make each quantized segment depend on the others, so all share one alpha.
         blocks = [slice(None)] if self.rotation else problem.blocks()
         losses = torch.zeros(len(grid), len(blocks), device=weight.device)
         for half, held_out in sets:
@@ -197,7 +198,7 @@ class Smooth(Transform):
     def _outputs(
         self, x: Tensor, candidate: Transformed, problem: Problem, half: LayerStats, blocks: Sequence[slice]
     ) -> Iterator[Tensor]:
-        """Yield what each block of the quantized layer's input contributes to the output, [rows, out] each."""
+        """Yield the contribution of each block of the quantized layer's input to the output, [rows, out] each."""
         assert candidate.divisor is not None
         seen = self.seen(half, candidate.divisor)
         weight = problem.grid.fit(candidate.weight, seen.mean_square).round(candidate.weight)
@@ -213,7 +214,7 @@ class Smooth(Transform):
             yield output if extra is None else output.add_(extra)
 
     def added(self, x: Tensor, tensors: Mapping[str, Tensor], columns: slice) -> Tensor | None:
-        """Return what a branch beside the quantized product adds for some input columns; None without one."""
+        """Return the output of a branch beside the quantized product for some input columns; None without a branch."""
         return None
 
 
@@ -222,26 +223,26 @@ def _geometric_mean(values: Sequence[Tensor]) -> Tensor:
 
 
 def segment_ranges(stats: LayerStats, segments: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the smallest and largest input of each segment, two [segments]."""
+    """Return the smallest and largest input of each segment, [segments] each."""
     low, _ = range_columns(stats.low, segments)
     _, high = range_columns(stats.high, segments)
     return low, high
 
 
 def smoothing_vector(x: Tensor, w: Tensor, alpha: Strength) -> Tensor:
-    """Return ``s = x^alpha / w^(1 - alpha)``, 1 where either is 0.
+    """Return ``s = x^alpha / w^(1 - alpha)``, or 1 if either magnitude is 0.
 
     Args:
         x: [in], magnitude of each input channel, >= 0.
         w: [in], magnitude of each weight column, >= 0.
-        alpha: how much of the difficulty moves to the weights, in [0, 1]; None for s = 1, no smoothing.
+        alpha: share of the difficulty to move to the weights, in [0, 1]; None for no smoothing (s = 1).
 
     Returns:
         [in] float32, positive and finite.
     """
     if alpha is None:
         return torch.ones_like(x, dtype=torch.float32)
-    # In float64: a magnitude of 1e30 to the power alpha, over a tiny weight, leaves float32.
+    # In float64: a magnitude of 1e30 to the power alpha, divided by a tiny weight, overflows float32.
     x, w = x.double(), w.double()
     scale = x.pow(alpha) / w.pow(1 - alpha)
     limits = torch.finfo(torch.float32)

@@ -1,4 +1,4 @@
-"""Calibration data: samplers that run a model, sets of what its layers saw, and streams of model inputs."""
+"""Calibration data: samplers that run a model, recorded layer inputs, and streams of model inputs."""
 
 from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set
 from hfquant.calibration.generate import generate_calibrate_set

@@ -1,4 +1,4 @@
-"""Calibration batches: what they may be, and a model's forward on one."""
+"""Accepted forms of calibration batches, and running a model on one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from hfquant.offload import execution_device
 
-# Arguments of transformers models that are always tensors. Other arguments may well be lists (QwenImage's img_shapes).
+# Arguments of transformers models that are always tensors. Other arguments can be lists (QwenImage's img_shapes).
 _TENSOR_ARGUMENTS = {
     *("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "inputs_embeds"),
     *("pixel_values", "input_features", "input_values", "decoder_input_ids", "decoder_attention_mask"),
 }
-# Names of arguments that keep their precision: a timestep of 999 is 1000 in bfloat16.
+# Names of arguments that keep their precision: a timestep of 999 becomes 1000 in bfloat16.
 _PRECISE = re.compile(r"time|sigma|ids$|rot|rope|freq|coord|pos")
 
 
@@ -30,16 +30,16 @@ class CalibrationError(ValueError):
 
 
 class CalibrationData:
-    """The batches of a loader, checked once and opened once a pass.
+    """The batches of a loader, validated once; each pass opens the loader once.
 
-    Looking at the first batch costs no pass of its own: the first pass continues the iterator that it came from.
+    Peeking at the first batch costs no extra pass: the first pass continues with the same iterator.
 
     Args:
-        loader: a DataLoader or another iterable of batches that starts anew each time it is iterated. A batch is a
-            tensor, a tuple of positional arguments, a dict of keyword arguments, or a list (see :func:`samples`).
+        loader: a DataLoader or another iterable of batches that restarts each time it is iterated. A batch is a tensor,
+            a tuple of positional arguments, a dict of keyword arguments, or a list (see :func:`samples`).
 
     Raises:
-        CalibrationError: ``loader`` is no such iterable.
+        CalibrationError: ``loader`` is not such an iterable.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -51,16 +51,16 @@ class CalibrationData:
             )
         if isinstance(loader, Iterator):
             raise CalibrationError(
-                f"calibration data: {kind} can be walked only once; pass a list, a DataLoader or another iterable that "
-                "starts anew"
+                f"calibration data: {kind} can be iterated only once; pass a list, a DataLoader or another iterable "
+                "that can be restarted"
             )
         self.loader: Any = loader
-        self._peeked: list[Any] | None = None  # the first batch, once looked at
+        self._peeked: list[Any] | None = None  # the first batch, once peeked at
         self._rest: Iterator[Any] | None = None
 
     @property
     def first(self) -> Any:
-        """The first batch; None where there is none."""
+        """The first batch, or None if there is none."""
         return next(iter(self._peek()), None)
 
     def _peek(self) -> list[Any]:
@@ -72,7 +72,7 @@ class CalibrationData:
     def __iter__(self) -> Iterator[Any]:
         peeked = self._peek()
         rest, self._rest = self._rest, None
-        if rest is not None:  # a DataLoader's iterator has a length, so its truth value would be that
+        if rest is not None:  # not by truth value, which is the length for a DataLoader's iterator
             yield from peeked
             yield from rest
             return
@@ -84,15 +84,15 @@ class CalibrationData:
             yield batch
         if empty:
             raise CalibrationError(
-                f"calibration data: {type(self.loader).__name__} gives nothing when it is iterated again; pass a list, "
-                "a DataLoader or another iterable that starts anew"
+                f"calibration data: {type(self.loader).__name__} yields nothing on a second pass; pass a list, "
+                "a DataLoader or another iterable that can be restarted"
             )
 
     def __len__(self) -> int:
         """Return the number of batches.
 
         Raises:
-            TypeError: the loader does not know it.
+            TypeError: the loader has no length.
         """
         return len(self.loader)
 
@@ -100,35 +100,35 @@ class CalibrationData:
 def samples(batch: Any) -> list[Any]:
     """Return the samples of a batch.
 
-    A list with tensors in it is one sample of positional arguments, which is what torch's own collate makes of rows
-    that are tuples. A list of dicts, tuples or such lists is a list of samples, which is what a calibration set's
+    A list that contains tensors is one sample of positional arguments: torch's default collate returns this form for
+    rows that are tuples. A list of dicts, tuples or such lists is a list of samples, which is what a calibration set's
     loader yields. Anything else is one sample.
 
     Raises:
-        CalibrationError: a list mixes bare tensors with tuples or dicts, which can be read either way.
+        CalibrationError: a list mixes bare tensors with tuples or dicts, so it can be read either way.
     """
     if not isinstance(batch, list):
         return [batch]
     if any(isinstance(item, (Tensor, np.ndarray)) for item in batch):
         if any(isinstance(item, (tuple, Mapping)) for item in batch):
             raise CalibrationError(
-                "calibration data: a batch is a list of both tensors and tuples or dicts; make it a tuple where it "
-                "holds the positional arguments of one call, else put each tensor into a tuple of its own"
+                "calibration data: a batch is a list that mixes tensors with tuples or dicts; if it holds the "
+                "positional arguments of one call, make it a tuple; otherwise wrap each tensor in its own tuple"
             )
         return [tuple(batch)]
     return [sample for item in batch for sample in samples(item)]
 
 
 def forward(model: nn.Module, sample: Any, options: Mapping[str, Any] | None = None) -> Any:
-    """Run ``model`` on one sample, on the device and in the dtype that the model expects; return its output.
+    """Run ``model`` on one sample, moved to the device and dtype the model expects, and return its output.
 
     Args:
-        model: called as it is.
-        sample: its arguments: a tensor, a tuple of positional or a mapping of keyword arguments.
-        options: keyword arguments that a sample of keyword arguments may lack.
+        model: called as is.
+        sample: its arguments: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
+        options: keyword arguments to add to a sample of keyword arguments that lacks them.
 
     Raises:
-        CalibrationError: the sample is none of these.
+        CalibrationError: the sample has none of these types.
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
@@ -148,10 +148,11 @@ def forward(model: nn.Module, sample: Any, options: Mapping[str, Any] | None = N
 def placed(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call of ``model`` as tensors, where and in the dtype that it expects them.
+    """Return the arguments of a call of ``model`` as tensors, on the device and in the dtype that it expects.
 
-    Floating-point tensors are cast to the model's dtype, but not those whose values would suffer: times, positions
-    and angles, known by their names, and numbers and vectors ([], [n]), which models cast themselves.
+    Floating-point tensors are cast to the model's dtype. Exceptions are tensors whose values would lose too much
+    precision (times, positions and angles, recognized by argument name) and scalars and vectors ([], [n]), which models
+    cast themselves.
     """
     dtype, names = dtype_of(model), list(signature(model.forward).parameters)
     args = tuple(
@@ -172,7 +173,7 @@ def _cast(name: str, value: Any, dtype: torch.dtype | None) -> Any:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:
-    """Return the dtype that ``model`` says it has, else that of all its floating-point parameters; None for several."""
+    """Return the dtype that ``model`` declares, else the one of all its float parameters; None if they differ."""
     floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     said = getattr(model, "dtype", None)
     found = {said} if isinstance(said, torch.dtype) else {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -180,30 +181,31 @@ def dtype_of(model: nn.Module) -> torch.dtype | None:
 
 
 def applicable(options: Mapping[str, Any], sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``options`` without those that would break the loss which a model computes from labels."""
+    """Return ``options`` without those that would break the loss that a model computes from labels."""
     if any("label" in str(name) for name in sample):
         return {name: value for name, value in options.items() if name != "logits_to_keep"}
     return dict(options)
 
 
 def _as_tensor(name: str, value: Any) -> Any:
-    """Return arrays, and lists under a name that stands for a tensor, as tensors; all else as it is."""
+    """Convert arrays to tensors, and lists too if their name implies a tensor; return anything else unchanged."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return torch.from_numpy(value)
     if name not in _TENSOR_ARGUMENTS or not isinstance(value, list):
         return value
     try:
-        # torch's own collate turns the lists of several rows on their side: a tensor [rows] for each position.
+        # torch's default collate transposes lists from several rows: one tensor [rows] per position.
         on_their_side = bool(value) and all(isinstance(item, Tensor) for item in value)
         return torch.stack(value, 1) if on_their_side and value[0].dim() else torch.as_tensor(np.asarray(value))
     except (ValueError, TypeError, RuntimeError) as error:
         raise CalibrationError(
-            f"calibration data: {name!r} is a list that makes no tensor ({error}); pad or group the rows to one length"
+            f"calibration data: {name!r} is a list that cannot be converted to a tensor ({error}); pad or group the "
+            "rows to one length"
         ) from None
 
 
 def device_of(model: nn.Module) -> torch.device | str | int:
-    """Return where ``model`` wants its inputs: where accelerate executes it, else where its first tensor lies."""
+    """Return the device for the inputs of ``model``: accelerate's execution device, else that of its first tensor."""
     if (execution := execution_device(model)) is not None:
         return execution
     tensors = (t.device for t in [*model.parameters(), *model.buffers()] if t.device.type != "meta")
@@ -224,7 +226,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def options_for(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, Any]:
-    """Return arguments that spare a language model what nobody reads: its cache, all but the last token's logits."""
+    """Return arguments that spare a language model unused work: its cache, and logits of all but the last token."""
     accepted = signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
     get_head: Any = getattr(model, "get_output_embeddings", None)

@@ -1,6 +1,6 @@
-"""Calibration sets: the recorded inputs of a layer as a torch `Dataset`, and how to load one.
+"""Calibration sets: the recorded inputs of a layer as a torch `Dataset`, and loading them from disk.
 
-A set lives in memory or in a directory (see :mod:`hfquant.calibration.storage`); the dataset is the same.
+A set lives in memory or in a directory (see :mod:`hfquant.calibration.storage`); both have the same interface.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from hfquant.console import counted
 
 logger = logging.getLogger(__name__)
 
-# Chunks from the disk that are kept in memory, the last used ones.
+# Number of most recently used chunks from disk to keep in memory.
 _CACHED_CHUNKS = 2
 
 
 class BaseCalibSet(Dataset):
     """Calibration samples, each the arguments of one call of the recorded layer.
 
-    A sample is a tuple of positional arguments or a dict of keyword arguments, on the CPU; :func:`hfquant.quantize`
-    takes the set itself, or its loader. Samples are copies: writing to one does not change the set.
+    A sample is a tuple of positional arguments or a dict of keyword arguments, on the CPU. :func:`hfquant.quantize`
+    accepts the set itself or its loader. Samples are copies: writing to one does not change the set.
 
     Args:
         chunks: the samples, in order: recordings in memory, chunks on disk, or both.
-        provenance: where they come from, as JSON.
+        provenance: where they come from, as a JSON-serializable mapping.
     """
 
     def __init__(self, chunks: Sequence[Recording | ChunkFile], *, provenance: Mapping[str, Any] | None = None) -> None:
@@ -47,7 +47,7 @@ class BaseCalibSet(Dataset):
 
     @classmethod
     def from_samples(cls, samples: Iterable[Any]) -> BaseCalibSet:
-        """Return a set in memory of samples at hand: tensors, tuples or dicts.
+        """Return an in-memory set of the given samples: tensors, tuples or dicts.
 
         Raises:
             TypeError: a sample holds something that cannot be stored.
@@ -93,19 +93,19 @@ class BaseCalibSet(Dataset):
         return self._cache[number]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict()}  # a DataLoader worker reads its own
+        return {**self.__dict__, "_cache": OrderedDict()}  # a DataLoader worker reads its own chunks
 
     def save(self, dump_path: str | os.PathLike[str], chunk_size: int = 400, compress: bool = True) -> BaseCalibSet:
-        """Write the set to a new or empty directory and return the set that is there.
+        """Write the set to a new or empty directory and return the stored set.
 
         Raises:
-            FileExistsError: a set is there already.
+            FileExistsError: the directory already holds a set.
         """
         directory = Path(dump_path)
         directory.mkdir(parents=True, exist_ok=True)
         with files.exclusive(directory):
             if storage.read_index(directory) is not None:
-                raise FileExistsError(f"{directory} holds a calibration set already")
+                raise FileExistsError(f"{directory} already holds a calibration set; choose another path")
             index = Index(chunk_size=chunk_size, compress=compress, provenance=self.provenance)
             writer = storage.Writer(directory, index)
             for number, end in enumerate(self._ends):
@@ -116,21 +116,21 @@ class BaseCalibSet(Dataset):
         return open_stored(directory, index)
 
     def get_dataloader(self, batch_size: int = 1, shuffle: bool = False, *, seed: int = 0, **kwargs: Any) -> DataLoader:
-        """Return a loader whose batches are lists of ``batch_size`` samples, in the same order at every pass.
+        """Return a loader whose batches are lists of ``batch_size`` samples, in the same order on every pass.
 
-        A sample that is a bare tensor comes as a 1-tuple, since a list of tensors is one sample.
+        A sample that is a bare tensor is returned as a 1-tuple, since a list of tensors means one sample.
 
         Args:
-            batch_size: samples a batch.
-            shuffle: draw an order from ``seed``: chunks are shuffled, then the samples of two chunks at a time, so each
-                chunk is read once.
-            seed: seed of the order.
+            batch_size: samples per batch.
+            shuffle: shuffle by ``seed``: first the chunks, then the samples within each pair of chunks, so that each
+                chunk is read only once.
+            seed: seed of the shuffle.
             **kwargs: further arguments of `torch.utils.data.DataLoader`.
         """
         kwargs.setdefault("collate_fn", _as_batch)
         if shuffle:
             kwargs["sampler"] = _ChunkwiseShuffle([len(chunk) for chunk in self.chunks], seed)
-        # Without a generator of its own a loader draws from the global one, which is the caller's.
+        # Without its own generator, a loader would draw from the global one, which belongs to the caller.
         kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
         return DataLoader(self, batch_size=batch_size, **kwargs)
 
@@ -140,7 +140,7 @@ def _as_batch(samples: list[Any]) -> list[Any]:
 
 
 class _ChunkwiseShuffle(Sampler[int]):
-    """A random order that stays within a few chunks at a time."""
+    """A random order that only mixes samples of a few chunks at a time."""
 
     def __init__(self, lengths: Sequence[int], seed: int) -> None:
         self.lengths, self.seed = lengths, seed
@@ -158,18 +158,18 @@ class _ChunkwiseShuffle(Sampler[int]):
 
 
 def load_calibrate_set(dump_path: str | os.PathLike[str], compress: bool = True) -> BaseCalibSet | None:
-    """Open a calibration set on disk. Chunks are read when a sample of theirs is asked for.
+    """Open a calibration set on disk. A chunk is read when one of its samples is accessed.
 
     Args:
-        dump_path: the set's directory, or one with the shards of several processes.
-        compress: whether the caller believes it to be compressed; what the index says counts.
+        dump_path: directory of the set, or of the shards that several processes wrote.
+        compress: whether the caller expects compressed chunks; the index takes precedence.
 
     Returns:
-        The set; None where nothing is stored, or not all of it yet (:func:`generate_calibrate_set` continues it).
+        The set, or None if there is none or it is unfinished (:func:`generate_calibrate_set` continues it).
 
     Raises:
         FileNotFoundError: a chunk or a shard is missing.
-        CalibSetError: the index or a chunk is damaged, truncated, no regular file, or not from a calibration set.
+        CalibSetError: the index or a chunk is damaged, truncated, not a regular file, or not from a calibration set.
     """
     directory = Path(dump_path)
     shards = storage.shards(directory)
@@ -180,7 +180,7 @@ def load_calibrate_set(dump_path: str | os.PathLike[str], compress: bool = True)
         return None
     if not index.complete:
         logger.warning(
-            "%s is unfinished (%s so far): generate_calibrate_set continues it",
+            "%s is unfinished (%s so far): call generate_calibrate_set again to continue",
             dump_path,
             counted(index.length, "sample"),
         )
@@ -191,7 +191,7 @@ def load_calibrate_set(dump_path: str | os.PathLike[str], compress: bool = True)
 
 
 def open_stored(directory: Path, index: Index) -> BaseCalibSet:
-    """Return the set that an index describes, its chunks checked for presence and size."""
+    """Return the set that an index describes, after checking that its chunks exist and have the right size."""
     return BaseCalibSet(storage.chunk_files(directory, index), provenance=index.provenance)
 
 

@@ -1,4 +1,4 @@
-"""The files of a calibration set: read without trust, written whole or not at all, by one process at a time."""
+"""The files of a calibration set: untrusted on read, written atomically, by one process at a time."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _MAX_INDEX = 256 << 20
 
 
 class CalibSetError(CalibrationError):
-    """A calibration set on disk is damaged, or is not the one asked for. The message names the file."""
+    """A calibration set on disk is damaged or is not the requested one. The message names the file."""
 
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Keep two processes from writing one set. The lock goes with the process, however that ends.
+    """Keep two processes from writing one set. The lock is released when the process ends, however it ends.
 
     Raises:
-        RuntimeError: another process holds it.
+        RuntimeError: another process holds the lock.
     """
     try:
         import fcntl
-    except ImportError:  # Windows has no such lock on a directory
+    except ImportError:  # Windows has no such lock for directories
         yield
         return
     handle = os.open(directory, os.O_RDONLY)
@@ -43,9 +43,9 @@ def exclusive(directory: Path) -> Iterator[None]:
 
 
 def open_file(path: Path, size: int | None) -> int:
-    """Open a regular file of ``size`` bytes (an index: of any sane size) and return its descriptor."""
+    """Open a regular file of ``size`` bytes (None: an index, of any plausible size) and return its descriptor."""
     try:
-        # A pipe would otherwise block until somebody writes to it.
+        # Without O_NONBLOCK, opening a pipe would block until somebody writes to it.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}, a file of this calibration set, is missing") from None
@@ -71,17 +71,17 @@ def read_file(path: Path, size: int | None = None) -> bytes:
     """Return the content of a regular file of ``size`` bytes.
 
     Raises:
-        FileNotFoundError: it is not there.
-        CalibSetError: it is a link, a pipe, a socket, a directory, or of another size.
+        FileNotFoundError: there is no such file.
+        CalibSetError: it is a link, a pipe, a socket, a directory, or has another size.
     """
     with open(open_file(path, size), "rb") as file:
         return file.read()
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file atomically: it exists complete or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    # What a killed run left, or a link that somebody put there: it must be replaced, never followed.
+    # A leftover of a killed run, or a link that somebody placed there: replace it, never follow it.
     temporary.unlink(missing_ok=True)
     with open(temporary, "xb") as file:
         file.write(data)

@@ -1,4 +1,4 @@
-"""Make a calibration set: run the sampler over the data, write what it records, continue where a killed run stopped."""
+"""Generate a calibration set: run the sampler over the data, store what it records, resume interrupted runs."""
 
 from __future__ import annotations
 
@@ -39,33 +39,35 @@ def generate_calibrate_set(
 ) -> BaseCalibSet:
     """Run a pipeline or model over data and collect the inputs of one layer.
 
-    With `dump_path`, a run that was killed continues where it stopped when called again with the same arguments, and
-    ends with the same files byte for byte; a finished set is simply opened. Both need data that comes in the same order
-    again: shuffling by torch's global random state does (it is seeded from the sampler's seed), Python's and numpy's
-    does not, and a source that changed is noticed.
+    With `dump_path`, calling this again with the same arguments resumes an interrupted run where it stopped and
+    produces the same files, byte for byte; a finished set is simply opened. Both require data in the same order on
+    every run. Shuffling by torch's global random state satisfies this (it is seeded from the sampler's seed); shuffling
+    by Python's or numpy's does not. A source that has changed is detected.
 
     Args:
-        model: A diffusers pipeline or a torch module; put back as it was afterwards.
-        sampler: which timesteps to keep, and how to run the model.
-        sample_dataloader: inputs of the pipeline or model: each batch a mapping of keyword arguments, a tuple of
-            positional ones, a list of such, or the one positional argument (a list of prompts, a tensor). Or where
-            these come from: a dict naming a dataset, a `datasets` object or a path (see :func:`calibration_batches`).
+        model: A diffusers pipeline or a torch module; its state is restored afterwards.
+        sampler: chooses the timesteps to keep and runs the model.
+        sample_dataloader: inputs of the pipeline or model. Each batch is a mapping of keyword arguments, a tuple of
+            positional ones, a list of these, or the single positional argument (a list of prompts, a tensor).
+            Alternatively a source of batches: a dict naming a dataset, a `datasets` object or a path (see
+            :func:`calibration_batches`).
         calib_layer: layer whose inputs are collected, or its name ("transformer", "unet.mid_block", ...).
         dump_path: directory to write to; None keeps the set in memory.
-        chunk_size: samples a stored chunk; while generating, one chunk at most is held in memory.
+        chunk_size: samples per stored chunk; generation holds at most one chunk in memory.
         compress: compress chunks with zstd.
         **kwargs: arguments of the pipeline's or model's call (guidance_scale, num_inference_steps, ...).
 
-    Under `accelerate launch` all processes call this with the same data and take turns at its batches; each gets the
-    whole set. In memory it is what one process makes; with `dump_path`, which all must see, each process writes a
-    shard, and the samples are in the order of the shards.
+    Under `accelerate launch`, all processes call this with the same data and share its batches among them; each returns
+    the whole set. In memory, it equals the set that a single process makes. With `dump_path`, which all processes must
+    be able to read, each process writes a shard and the samples are ordered by shard.
 
     Raises:
-        TypeError: `model` is neither pipeline nor module, or the layer is called with something that cannot be stored.
-        ValueError: unknown layer or bad argument; a `generator` (seed the sampler instead).
+        TypeError: `model` is neither a pipeline nor a module, or the layer is called with something that cannot be
+            stored.
+        ValueError: unknown layer, bad argument, or a `generator` (seed the sampler instead).
         CalibrationError: no data, or the layer never ran.
-        CalibSetError: `dump_path` holds another set, or a damaged one.
-        RuntimeError: it failed in another process.
+        CalibSetError: `dump_path` holds a different set or a damaged one.
+        RuntimeError: generation failed in another process.
     """
     with processes() as group:
         shard = group.rank, group.size
@@ -79,7 +81,7 @@ def generate_calibrate_set(
             whole = None if dump_path is None else load_calibrate_set(dump_path)
         if whole is not None:
             return whole
-        # Recordings, one a batch, put together in the order of the batches.
+        # Each process has one recording per batch; merge them in batch order.
         everything, mine = Recording(), [chunk for chunk in made.chunks if isinstance(chunk, Recording)]
         for turn in itertools.zip_longest(*group.gather(mine), fillvalue=Recording()):
             for recording in turn:
@@ -99,10 +101,10 @@ def generate_shard(
     call_kwargs: Mapping[str, Any],
     shard: tuple[int, int] = (0, 1),
 ) -> BaseCalibSet:
-    """:func:`generate_calibrate_set` for process `shard[0]` of `shard[1]`, which takes every `shard[1]`-th batch.
+    """Run :func:`generate_calibrate_set` as process `shard[0]` of `shard[1]`, which takes every `shard[1]`-th batch.
 
-    Batches are numbered before they are shared out, and a batch's noise depends on its number, so the samples of all
-    shards together are those of one process.
+    Batches are numbered before they are distributed, and a batch's noise depends on its number, so all shards together
+    hold the same samples as a single process would record.
     """
     if not isinstance(sampler, BaseSampler):
         raise TypeError(f"sampler must be a BaseSampler, got {type(sampler).__name__}")
@@ -112,7 +114,8 @@ def generate_shard(
         sample_dataloader = calibration_batches(sample_dataloader, model=model)
     if call_kwargs.get("generator") is not None:
         raise ValueError(
-            "generator: the noise is drawn from the sampler's seed, so that a run can be repeated; set that"
+            "generator: not supported, because the noise is drawn from the sampler's seed to make runs repeatable; "
+            "set that seed instead"
         )
     target = find_layer(model, calib_layer)
     origin = provenance(model, target, sampler, call_kwargs, shard)
@@ -121,7 +124,7 @@ def generate_shard(
         return _samples(model, sampler, sample_dataloader, target.layer, call_kwargs, shard, start)
 
     if dump_path is None:
-        # One recording stores what comes back in every batch once; several processes put theirs together by batch.
+        # A single recording stores tensors shared by all batches once; several processes need one per batch to merge.
         collected: dict[int, Recording] = {}
         for recording, position, cursor in runs(Cursor()):
             collected.setdefault(cursor.batch if shard[1] > 1 else 0, Recording()).take(recording, position)
@@ -129,8 +132,8 @@ def generate_shard(
 
     if others := storage.writers(Path(dump_path)) - {shard[1]}:
         raise CalibSetError(
-            f"{dump_path} was begun by {min(others)} process(es), these are {shard[1]}: continue with as "
-            "many, or choose another path"
+            f"{dump_path} was begun by {min(others)} process(es), this run has {shard[1]}: use the same "
+            "number, or choose another path"
         )
     directory = Path(dump_path) if shard[1] == 1 else Path(dump_path) / storage.shard_name(*shard)
     directory.mkdir(parents=True, exist_ok=True)
@@ -145,9 +148,9 @@ def generate_shard(
 
 
 def _resume(directory: Path, wanted: Index) -> Index:
-    """Return the index to continue: that of the set in the directory where it is the one wanted, else a new one."""
+    """Return the index to continue: the stored one if it matches ``wanted``, else a new one."""
     stored = storage.read_index(directory)
-    if stored is None or not (stored.complete or stored.length):  # a run that died before its first chunk
+    if stored is None or not (stored.complete or stored.length):  # also a run that died before its first chunk
         storage.write_index(directory, wanted)
         return wanted
     reasons = differences(stored.provenance, wanted.provenance) + [
@@ -177,7 +180,7 @@ def _samples(
     shard: tuple[int, int],
     start: Cursor,
 ) -> Iterator[tuple[Recording, int, Cursor]]:
-    """Yield the samples after `start`: a recording, the sample's place in it, how far the set has come with it."""
+    """Yield the samples after `start`: a recording, the sample's position in it, and the cursor after it."""
     rank, world_size = shard
     source = xxhash.xxh3_128()
     steps, ran, found = None, False, start.taken > 0
@@ -186,7 +189,7 @@ def _samples(
         batches = iter(loader)
     try:
         for number in itertools.count():
-            # A loader that shuffles by the global random state must do so alike when the run is repeated.
+            # A loader that shuffles by the global random state must shuffle the same way when the run is repeated.
             with seeded(sampler.seed, number):
                 batch = next(batches, batches)
             if batch is batches:
@@ -198,7 +201,7 @@ def _samples(
             skip = start.taken if number == start.batch else 0
             if skip and source.hexdigest() != start.source:
                 raise CalibSetError(
-                    "sample_dataloader gives other data than when this set was begun: choose another path"
+                    "sample_dataloader yields different data than when this set was begun: choose another path"
                 )
             recording, steps = sampler.sample(model, batch, layer, call_kwargs, index=number, steps=steps)
             ran, found = True, found or len(recording) > 0

@@ -1,4 +1,4 @@
-"""Tensors that took long to make, kept for the next time below the Hugging Face cache's home."""
+"""A cache, below the Hugging Face home, for tensors that take long to compute."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ logger = logging.getLogger(__name__)
 
 
 def folder() -> Path:
-    """Return where samples that models made themselves are kept; it need not be there."""
+    """Return the cache folder for data that models generated themselves; it may not exist yet."""
     return Path(constants.HF_HOME) / "hfquant" / "self"
 
 
 def kept(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return what is kept under ``key``, else what ``make`` gives, kept from now on where the folder can be written.
+    """Return the tensors cached under ``key``; else call ``make`` and cache the result if the folder is writable.
 
-    Several processes may come at once: each writes a file of its own and renames it, so one is there whole or not.
+    Safe for concurrent processes: each writes its own temporary file and renames it, so readers never see a partial
+    file.
     """
     path = folder() / f"{key}.safetensors"
     if path.is_file():
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            logger.warning("%s is damaged (%s): its samples are made again", path, error)
+            logger.warning("%s is damaged (%s): generating its samples again", path, error)
     made = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +45,6 @@ def kept(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(partial)
-    except (OSError, SafetensorError) as error:  # a home that is read-only, or a full disk
-        logger.info("samples are not kept for the next time: %s", error)
+    except (OSError, SafetensorError) as error:  # a read-only home, or a full disk
+        logger.info("generated samples could not be cached: %s", error)
     return made

@@ -1,4 +1,4 @@
-"""Rows' values to model inputs: texts and chats to tokens, images to pixels, numbers to tensors."""
+"""Convert dataset values to model inputs: texts and chats to tokens, images to pixels, numbers to tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_LENGTH = 1 << 20  # tokenizers without a limit report 1e30
 
 
 class Reader(NamedTuple):
-    """What turns raw rows into model inputs."""
+    """The tokenizer or processor that converts raw rows to model inputs, and its limits."""
 
     tokenizer: Any = None
     processor: Any = None
@@ -37,15 +37,14 @@ def is_image(value: Any) -> bool:
 
 
 def from_texts(values: Iterable[Any], spec: StreamSpec, reader: Reader, column: str, size: int) -> Iterator[Any]:
-    """Turn texts, chats or lists of token ids into token batches; texts without a tokenizer into lists of prompts."""
+    """Convert texts, chats or token ids to token batches; without a tokenizer, texts become lists of prompts."""
     tokenizer, texts = reader.tokenizer, iter(values)
     first = next(texts)
     texts = chain([first], texts)
     if isinstance(first, str) and tokenizer is None:
         if reader.for_module:
             raise CalibrationError(
-                "calibration data: it is text, and there is no tokenizer; pass one as "
-                "{'dataset': ..., 'tokenizer': tokenizer}"
+                "calibration data: text needs a tokenizer; pass one as {'dataset': ..., 'tokenizer': tokenizer}"
             )
         yield from grouped(islice(texts, spec.samples), size)
         return
@@ -70,33 +69,34 @@ def is_chat(value: Any) -> bool:
 
 
 def _rendered(chats: Iterable[Any], tokenizer: Any, column: str) -> Iterator[str]:
-    """Yield chats as text, with the special tokens of the tokenizer's template."""
+    """Yield chats as text, including the special tokens of the tokenizer's template."""
     for chat in chats:
         if any(not {"role", "content"} <= turn.keys() for turn in chat):
             raise CalibrationError(
-                f"column {column!r} holds lists of dicts with keys {list(chat[0])}, which are no chats: those have "
-                "'role' and 'content'"
+                f"column {column!r} holds lists of dicts with keys {list(chat[0])}, which are not chats: every "
+                "message needs 'role' and 'content'"
             )
         if not getattr(tokenizer, "chat_template", None):
             lack = "there is no tokenizer" if tokenizer is None else "the tokenizer has no chat template"
             raise CalibrationError(
-                f"column {column!r} holds chats, and {lack}; render them to text, or pass one that has"
+                f"column {column!r} holds chats, but {lack}; render them to text, or "
+                "pass a tokenizer with a chat template"
             )
         yield tokenizer.apply_chat_template(chat, tokenize=False)
 
 
 def _token_ids(values: Iterable[Any], tokenizer: Any, seqlen: int | None, *, special: bool) -> Iterator[list[int]]:
-    """Yield the tokens of each text, whole or cut to ``seqlen``, with special tokens or without."""
+    """Yield the tokens of each text, in full or truncated to ``seqlen``, with or without special tokens."""
     cut = {} if seqlen is None else {"truncation": True, "max_length": seqlen}
     for value in values:
-        if isinstance(value, str):  # verbose=False: a text longer than the model's limit is no mistake here
+        if isinstance(value, str):  # verbose=False: a text over the model's limit is fine here
             yield tokenizer(value, add_special_tokens=special, verbose=False, **cut)["input_ids"]
         else:
             yield [int(token) for token in value][:seqlen]
 
 
 def _packed(documents: Iterable[list[int]], eos: int | None, seqlen: int) -> Iterator[list[int]]:
-    """Join documents, an end-of-text token after each, and cut the result to `seqlen`; the rest comes last."""
+    """Join documents, each followed by an end-of-text token, and split at `seqlen`; the remainder comes last."""
     held: list[int] = []
     for document in documents:
         if not document:
@@ -119,11 +119,13 @@ def _counted(items: Iterable[Any], samples: int | None) -> Iterator[Any]:
         count += 1
         yield item
     if samples is not None and count < samples:
-        logger.warning("the calibration data gives %s, not the %d asked for", counted(count, "sequence"), samples)
+        logger.warning(
+            "the calibration data yields only %s, but %d were requested", counted(count, "sequence"), samples
+        )
 
 
 def _token_batches(sequences: Iterable[list[int]], size: int) -> Iterator[Any]:
-    """Batch without padding: sequences of one length make a tensor, a batch of several lengths a list of them."""
+    """Batch without padding: sequences of equal length form one tensor; mixed lengths form a list of tensors."""
     for group in grouped(sequences, size):
         lengths = dict.fromkeys(map(len, group))
         tensors = [torch.tensor([ids for ids in group if len(ids) == length]) for length in lengths]
@@ -132,7 +134,7 @@ def _token_batches(sequences: Iterable[list[int]], size: int) -> Iterator[Any]:
 
 
 def images_batch(images: list[Any], processor: Any) -> Any:
-    """Return images as the processor makes them, {"pixel_values": ...}; without one as {"image": [...]}."""
+    """Return images as the processor's {"pixel_values": ...}, or as {"image": [...]} if there is no processor."""
     if processor is None:
         return {"image": images}
     processor = getattr(processor, "image_processor", processor)
@@ -140,14 +142,14 @@ def images_batch(images: list[Any], processor: Any) -> Any:
 
 
 def stacked(column: str, values: list[Any]) -> Any:
-    """Stack numbers and arrays of one shape to a tensor `[batch, ...]`, float64 as float32; all else stays a list."""
+    """Stack numbers and arrays of one shape into a tensor `[batch, ...]`, float64 as float32; keep other lists."""
     if isinstance(values[0], (str, Mapping)) or is_image(values[0]):
         return values
     try:
         tensor = torch.stack([v if isinstance(v, Tensor) else torch.from_numpy(np.asarray(v)) for v in values])
     except (ValueError, TypeError, RuntimeError) as error:
         raise CalibrationError(
-            f"column {column!r}: the rows make no tensor ({error}); they must have one shape, or batch_size be 1"
+            f"column {column!r}: the rows cannot be stacked ({error}); give them the same shape, or set batch_size=1"
         ) from None
     return tensor.float() if tensor.dtype is torch.float64 else tensor
 

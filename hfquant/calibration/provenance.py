@@ -1,4 +1,4 @@
-"""Where a calibration set comes from: enough to refuse to mix two, or to go on with the wrong one."""
+"""Provenance of a calibration set: enough to avoid mixing two sets or resuming the wrong one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = ("hfquant", "torch", "transformers", "diffusers", "safetensors", "zs
 _PROBES = 16
 _REDACTED = "(redacted)"
 _SECRET_NAMES = re.compile(r"secret|passw|api.?key|access.?key|private.?key|authorization|credential|cookie")
-# Tokens of the hub, of HTTP headers and in addresses.
+# Tokens of the Hugging Face Hub, in HTTP headers and in URLs.
 _SECRET_FORMS = re.compile(
     r"\bhf_\w{16,}|\b(?:bearer|basic) [\w.~+/=-]{8,}|(?<=//)[^\s/@]+:[^\s/@]+(?=@)", re.IGNORECASE
 )
@@ -30,8 +30,8 @@ def provenance(
 ) -> dict[str, Any]:
     """Describe a set that is about to be generated, as JSON, without secrets.
 
-    The model's entry holds a digest of a few values of each weight and of the scheduler's config, so a checkpoint under
-    the same name but with other weights is told apart.
+    The model's entry holds a digest of a few values of each weight and of the scheduler's config, so checkpoints with
+    the same name but different weights can be told apart.
     """
     parts = model.components if not isinstance(model, nn.Module) else {"": model}
     weights = xxhash.xxh3_128()
@@ -40,7 +40,7 @@ def provenance(
         if isinstance(part, nn.Module):
             update_with_weights(weights, part)
         elif isinstance(config := getattr(part, "config", None), Mapping):
-            # Keys with an underscore are diffusers' own bookkeeping, in no fixed order.
+            # Keys that start with an underscore are diffusers' own bookkeeping, in no fixed order.
             update(weights, {key: value for key, value in config.items() if not key.startswith("_")})
     return {
         "model": {
@@ -57,22 +57,22 @@ def provenance(
 
 
 def data_provenance(data: Any) -> dict[str, Any]:
-    """Describe calibration data as JSON, without secrets: what a source or a set says of itself, else its class.
+    """Describe calibration data as JSON, without secrets: the provenance of a source or set, else its class.
 
     Args:
-        data: batches, as :func:`~hfquant.calibration.calibration_batches` gives them.
+        data: batches, as returned by :func:`~hfquant.calibration.calibration_batches`.
     """
     known = getattr(getattr(data, "dataset", data), "provenance", None)
     if not isinstance(known, Mapping):
         return {"class": type(data).__name__} | ({"batches": len(data)} if hasattr(data, "__len__") else {})
-    # Of a calibration set, what was recorded; the model it was recorded from is the one that is quantized.
+    # For a calibration set, keep what was recorded; it was recorded from the model that is being quantized.
     return _described({key: value for key, value in known.items() if key not in ("model", "shard", "versions")})
 
 
 def without_secrets(value: Any) -> Any:
-    """Return a value with all that looks like a secret replaced, by its name or by its form, at any depth.
+    """Return a value with everything that looks like a secret, by name or by form, redacted at any depth.
 
-    Numbers under a name with "token" stay: they count or number tokens.
+    Numbers under a name that contains "token" are kept: they count or identify tokens.
     """
     if isinstance(value, Mapping):
         return {key: _REDACTED if _is_secret(key, item) else without_secrets(item) for key, item in value.items()}
@@ -88,13 +88,13 @@ def _is_secret(name: Any, value: Any) -> bool:
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Return what keeps a stored set from being the wanted one, in words. Versions do not count."""
+    """Describe the differences between a stored set's provenance and the wanted one. Versions are ignored."""
     keys = sorted((stored.keys() | wanted.keys()) - {"versions"})
     return [f"{k} is {stored.get(k)!r} there, {wanted.get(k)!r} here" for k in keys if stored.get(k) != wanted.get(k)]
 
 
 def _described(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments as JSON: a value itself where JSON can hold it, else its type and a digest."""
+    """Return arguments as JSON: the value itself if JSON can represent it, else its type and a digest."""
     described = {}
     for name, value in sorted(without_secrets(arguments).items()):
         try:

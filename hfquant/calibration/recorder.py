@@ -1,11 +1,10 @@
-"""Record what a layer is called with.
+"""Record the arguments of a layer's calls.
 
 A recorded call becomes a *structure*, plain JSON in which each tensor is replaced by a placeholder, plus a table of
-tensors keyed by a digest of their content. A tensor that comes back at every step (the text embedding, say) is kept
-once. The same pair is what a calibration set holds in memory and on disk, so both behave alike, and nothing in it needs
-pickle.
+tensors keyed by a digest of their content. A tensor that recurs at every step (the text embedding, say) is stored once.
+Calibration sets use the same representation in memory and on disk, so both behave alike, and nothing needs pickle.
 
-JSON scalars and arrays stand for themselves (lists); everything else is an object with one key, its tag:
+JSON scalars represent themselves, and JSON arrays represent lists; everything else is an object with one key, its tag:
 
     {"$tensor": [digest, dtype, shape]}    {"$tuple": [...]}        {"$dict": [[key, value], ...]}
     {"$array": {"$tensor": ...}}           {"$float": "nan"}        {"$dtype": "bfloat16"}    {"$device": "cuda:0"}
@@ -32,7 +31,7 @@ from hfquant.digests import content
 
 @dataclass
 class Recording:
-    """Recorded calls: one structure a call, and by digest the tensors that the structures refer to."""
+    """Recorded calls: one structure per call, and the tensors that the structures refer to, keyed by digest."""
 
     samples: list[Any] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -61,12 +60,12 @@ class Recording:
 
 
 def encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
-    """Return the JSON structure of a value, and add its tensors to the table.
+    """Return the JSON structure of a value and add its tensors to the table.
 
     Args:
-        value: tensors, arrays, None, Python scalars, strings, dtypes, devices; lists, tuples and mappings of them.
-        tensors: receives a copy of each tensor that is not there yet.
-        where: path of the value, for the error message.
+        value: tensors, arrays, None, Python scalars, strings, dtypes, devices, or lists, tuples and mappings of them.
+        tensors: receives a copy of each tensor that it does not hold yet.
+        where: path of the value, for error messages.
 
     Raises:
         TypeError: the value is none of these.
@@ -87,7 +86,7 @@ def encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
         return items if type(value) is list else {"$tuple": items}
     if isinstance(value, Mapping) and not is_dataclass(
         value
-    ):  # a model's output class is both, and would not come back
+    ):  # a model's output class is both and would not be restored
         items = [[encode(k, tensors, f"{where} key"), encode(v, tensors, f"{where}[{k!r}]")] for k, v in value.items()]
         return {"$dict": items}
     if isinstance(value, torch.dtype):
@@ -107,14 +106,14 @@ def _store(value: Tensor, tensors: dict[str, Tensor], where: str) -> list[Any]:
     digest.update(content(tensor))
     key = digest.hexdigest()
     if key not in tensors:
-        # The layer may go on to change its input in place; a view must not keep the whole alive. Where a size is 1 the
-        # stride may be anything, 0 of an expanded timestep, and a plain clone would keep it.
+        # Copy, because the layer may modify its input in place and a view would keep its whole storage alive. Copy into
+        # a new tensor, because clone() keeps unusual strides of size-1 dimensions, such as 0 for an expanded timestep.
         tensors[key] = torch.empty(shape, dtype=tensor.dtype).copy_(tensor)
     return [key, dtype, shape]
 
 
 def decode(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Rebuild what :func:`encode` took apart. Mappings come back as dicts, every tensor as a copy on the CPU.
+    """Rebuild a value from its :func:`encode` structure. Mappings become dicts; every tensor is a copy on the CPU.
 
     Raises:
         ValueError: the structure is malformed or does not fit the tensors.
@@ -152,10 +151,10 @@ def _tag(structure: dict[str, Any]) -> tuple[str, Any]:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """Return the dtype that torch calls ``name``.
+    """Return the torch dtype called ``name``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: torch has no such dtype.
     """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
@@ -164,13 +163,13 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def size_of(dtype: str, shape: list[int]) -> int:
-    """Return the bytes of a tensor.
+    """Return the size of a tensor in bytes.
 
     Raises:
-        ValueError: no such dtype or shape.
+        ValueError: invalid dtype or shape.
     """
     if any(type(size) is not int or size < 0 for size in shape):
-        raise ValueError(f"{shape} is no shape")
+        raise ValueError(f"{shape} is not a shape")
     return math.prod(shape) * dtype_of(dtype).itemsize
 
 
@@ -209,12 +208,12 @@ def placeholders(structure: Any, path: str = "") -> Iterator[tuple[str, str, lis
 
 
 def layout(structure: Any) -> dict[str, list[Any]]:
-    """Return the tensors of a sample: path of each to [dtype, shape]."""
+    """Return the tensors of a sample as a mapping from path to [dtype, shape]."""
     return {path: spec for _, path, spec in placeholders(structure)}
 
 
 class Target(NamedTuple):
-    """A layer whose calls are recorded, and the component of the model that it belongs to."""
+    """A layer whose calls are recorded, and the model component that contains it."""
 
     layer: nn.Module
     name: str
@@ -226,12 +225,12 @@ def find_layer(model: Any, calib_layer: nn.Module | str) -> Target:
 
     Args:
         model: A module, or a pipeline with `components`.
-        calib_layer: The module itself or its dotted name; in a pipeline the name starts with the component's, as in
-            "transformer" or "unet.mid_block.attentions.0". The empty name is the model itself.
+        calib_layer: The module itself or its dotted name. In a pipeline, the name starts with the component's name, as
+            in "transformer" or "unet.mid_block.attentions.0". The empty name is the model itself.
 
     Raises:
         TypeError: `model` is neither a module nor a pipeline.
-        ValueError: The layer is not there.
+        ValueError: There is no such layer.
     """
     if isinstance(model, nn.Module):
         parts = {"": model}
@@ -247,14 +246,14 @@ def find_layer(model: Any, calib_layer: nn.Module | str) -> Target:
                 return Target(module, name, part)
             names.append(name)
     if not isinstance(calib_layer, str):
-        raise ValueError(f"calib_layer, a {type(calib_layer).__name__}, is no part of this {type(model).__name__}")
+        raise ValueError(f"calib_layer, a {type(calib_layer).__name__}, is not part of this {type(model).__name__}")
     close = difflib.get_close_matches(calib_layer, names, n=3) or names[:3]
     raise ValueError(f"{type(model).__name__} has no layer {calib_layer!r}; did you mean one of {close}?")
 
 
 @contextmanager
 def record(target: Target, recording: Recording, keep: Callable[[], bool]) -> Iterator[None]:
-    """While open, appends the arguments of each call of the layer for which `keep()` is true.
+    """While open, append the arguments of each call of the layer for which `keep()` is true.
 
     A sample is a tuple of positional arguments or a dict of keyword arguments; a call with both is stored by name.
     """
@@ -263,7 +262,7 @@ def record(target: Target, recording: Recording, keep: Callable[[], bool]) -> It
         if keep():
             recording.add(_as_sample(module, target.name, args, kwargs), target.name or "model")
 
-    # First in line: other hooks will act again when the sample is fed back.
+    # Run first: other hooks will modify the inputs again when the sample is fed back.
     handle = target.layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
     try:
         yield

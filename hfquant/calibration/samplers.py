@@ -1,7 +1,7 @@
-"""Samplers run a pipeline or a model and decide which of its steps become calibration samples.
+"""Samplers run a pipeline or a model and choose the denoising steps that become calibration samples.
 
-A diffusion run feeds the denoiser inputs that change with the timestep, so calibration must see several timesteps of
-each run, and which ones matters: evenly spread (Q-Diffusion, arXiv 2302.04304), normally distributed (PTQ4DM, arXiv
+The inputs of a diffusion model's denoiser change with the timestep, so calibration must cover several timesteps of each
+run. The choice of timesteps matters: evenly spread (Q-Diffusion, arXiv 2302.04304), normally distributed (PTQ4DM, arXiv
 2211.15736), or the last ones.
 """
 
@@ -24,19 +24,19 @@ from hfquant.denoisers import is_pipeline, time_reader
 class BaseSampler:
     """Keep the last `timesteps` steps of each run, those nearest the clean image.
 
-    Subclasses override :meth:`select`. In a model that is run by itself, and in a part of a pipeline that takes no
+    Subclasses override :meth:`select`. For a model without a pipeline, and for pipeline components that take no
     timestep (a text encoder, the VAE), every call is kept.
 
     Args:
-        timesteps: steps kept of each run; a shorter run is kept whole, and so is every run when None.
-        seed: fixes both the noise of the runs and the choice of steps; batch i always runs under the same noise.
+        timesteps: steps to keep of each run; a run with fewer steps is kept whole, as are all runs if None.
+        seed: determines both the noise of the runs and the choice of steps; batch i always runs with the same noise.
     """
 
     def __init__(self, timesteps: int | None = 10, *, seed: int = 0) -> None:
         if timesteps is not None and (type(timesteps) is not int or timesteps < 1):
             raise ValueError(f"timesteps must be a positive integer or None, got {timesteps!r}")
         if type(seed) is not int or seed < 0:
-            raise ValueError(f"seed must be an integer from 0 on, got {seed!r}")
+            raise ValueError(f"seed must be a non-negative integer, got {seed!r}")
         self.timesteps = timesteps
         self.seed = seed
 
@@ -44,9 +44,10 @@ class BaseSampler:
         """Choose the steps to keep.
 
         Args:
-            steps: Steps of the run; step 0 starts from noise. A step is a stretch of calls with one timestep.
-            count: How many to choose, less than `steps`.
-            generator: Source of randomness, a new one for each run.
+            steps: Number of steps of the run; step 0 starts from noise. A step is a sequence of calls with one
+                timestep.
+            count: Number of steps to choose, less than `steps`.
+            generator: Source of randomness, new for each run.
 
         Returns:
             `count` distinct numbers from 0 to `steps - 1`.
@@ -63,21 +64,21 @@ class BaseSampler:
         index: int = 0,
         steps: int | None = None,
     ) -> tuple[Recording, int | None]:
-        """Run the model on one batch and record the calls of `calib_layer` in the steps chosen.
+        """Run the model on one batch and record the calls of `calib_layer` in the chosen steps.
 
         Args:
-            model: A diffusers pipeline or any torch module. It is run in eval mode without gradients; its modules'
-                modes, its hooks and the global random state are put back as they were.
-            batch: Keyword arguments as a mapping, positional arguments as a tuple, several of these or tensors in a
-                list (run one after the other), or the one positional argument: a tensor, a prompt, a list of prompts.
+            model: A diffusers pipeline or any torch module. It is run in eval mode without gradients; the modes of its
+                modules, its hooks and the global random state are restored afterwards.
+            batch: Keyword arguments as a mapping, positional arguments as a tuple, a list of these or of tensors (run
+                one after the other), or the single positional argument: a tensor, a prompt, a list of prompts.
             calib_layer: Layer to record, or its name.
-            call_kwargs: More keyword arguments for each call; the batch's own win.
-            index: Number of the batch, which the noise depends on.
-            steps: Steps that a run is expected to have; by default the scheduler's. A run that turns out to have
-                another number is done once more.
+            call_kwargs: Additional keyword arguments for each call; the batch's own take precedence.
+            index: Number of the batch, which determines its noise.
+            steps: Expected number of steps per run; by default the scheduler's. If a run has a different number, it is
+                repeated.
 
         Returns:
-            The recording and the number of steps that a run had (None where there is no timestep).
+            The recording, and the number of steps per run (None if there is no timestep).
         """
         target = find_layer(model, calib_layer)
         recording = Recording()
@@ -119,7 +120,7 @@ class BaseSampler:
         raise RuntimeError(f"the number of denoising steps changes from run to run of one batch (now {steps})")
 
     def _plan(self, model: Any, entropy: tuple[int, ...], steps: int | None) -> tuple[int, Sequence[int]]:
-        """Return how many steps the run that begins will have, and which of them to keep."""
+        """Return the expected number of steps of the run that is starting, and which of them to keep."""
         steps = steps or _scheduled_steps(model)
         count = steps if self.timesteps is None else min(self.timesteps, steps)
         if count == steps:
@@ -128,7 +129,7 @@ class BaseSampler:
 
 
 class UniformSampler(BaseSampler):
-    """Keep steps at a fixed interval over the whole run, from a random first one (Q-Diffusion, section 3.3)."""
+    """Keep steps at a fixed interval over the whole run, with a random start (Q-Diffusion, section 3.3)."""
 
     def select(self, steps: int, count: int, generator: torch.Generator) -> list[int]:
         """See :meth:`BaseSampler.select`."""
@@ -137,12 +138,12 @@ class UniformSampler(BaseSampler):
 
 
 class NormalSampler(BaseSampler):
-    """Keep steps drawn from a normal distribution over the diffusion time, PTQ4DM's DNTC (section 4.3).
+    """Keep steps drawn from a normal distribution over the diffusion time: DNTC of PTQ4DM (section 4.3).
 
     Args:
         mean: mean of the diffusion time as a fraction of the run, 0 = clean image, 1 = noise. PTQ4DM asks for at most
             0.5, since inputs near the clean image matter more.
-        timesteps: steps kept of each run, without repetition.
+        timesteps: steps to keep of each run, without repetition.
         std: standard deviation, in the same unit.
         seed: see :class:`BaseSampler`.
     """
@@ -159,7 +160,7 @@ class NormalSampler(BaseSampler):
     def select(self, steps: int, count: int, generator: torch.Generator) -> list[int]:
         """See :meth:`BaseSampler.select`."""
         time = torch.linspace(1, 0, steps, dtype=torch.float64)
-        # Log weights plus Gumbel noise: the largest `count` are a draw without replacement, and none underflows.
+        # Log weights plus Gumbel noise: the `count` largest are a draw without replacement, and none underflows.
         uniform = torch.rand(steps, generator=generator, dtype=torch.float64).clamp_min(1e-300)
         keys = -(((time - self.mean) / self.std) ** 2) / 2 - (-uniform.log()).log()
         return keys.topk(count).indices.tolist()
@@ -168,11 +169,11 @@ class NormalSampler(BaseSampler):
 class LanguageModelSampler(BaseSampler):
     """Run a transformers model over token batches and keep every call.
 
-    A batch is a mapping (input_ids, attention_mask, ...) or a tensor of token ids `[batch, length]`, int64. No
-    key-value cache is filled, and logits that nobody records are not computed.
+    A batch is a mapping (input_ids, attention_mask, ...) or a tensor of token ids `[batch, length]`, int64. The model
+    runs without a key-value cache, and logits that are not recorded are not computed.
 
     Args:
-        seed: seed of whatever is random in the model.
+        seed: seed for any randomness in the model.
     """
 
     def __init__(self, *, seed: int = 0) -> None:
@@ -188,11 +189,11 @@ class LanguageModelSampler(BaseSampler):
 
 
 class _Clock:
-    """Count the denoising steps of one run by the timestep that the denoiser is given.
+    """Count the denoising steps of one run by the timesteps that the denoiser receives.
 
     Args:
-        read_time: picks the timestep from a call's arguments; None for a component that takes none.
-        plan: called at the first step: the steps that the run should have, and those to keep.
+        read_time: extracts the timestep from a call's arguments; None for a component that takes none.
+        plan: called at the first step; returns the expected number of steps, and the steps to keep.
     """
 
     def __init__(
@@ -207,7 +208,7 @@ class _Clock:
         self.kept: Sequence[int] = ()
 
     def keeps(self) -> bool:
-        """Return whether calls are recorded now."""
+        """Return whether calls are being recorded now."""
         return self.read_time is None or self.step in self.kept
 
     @contextmanager
@@ -226,7 +227,7 @@ class _Clock:
         time = self.read_time(args, kwargs)
         if time is None:
             return
-        # Some models take a time for each token; the largest is the run's.
+        # Some models take one timestep per token; the largest is that of the run.
         now = float(time.max()) if isinstance(time, Tensor) else float(time)
         if self.step < 0:
             self.steps, self.kept = self.plan()
@@ -235,13 +236,13 @@ class _Clock:
 
 
 def _scheduled_steps(pipeline: Any) -> int:
-    """Return how many distinct timesteps the scheduler is set to: a guess, since image-to-image skips some of them."""
+    """Return the scheduler's number of distinct timesteps: an estimate, since image-to-image skips some of them."""
     timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
     return 1 if timesteps is None else len(torch.unique_consecutive(torch.as_tensor(timesteps)))
 
 
 def calls_of(batch: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Return the calls (args, kwargs) that a batch stands for."""
+    """Return the calls (args, kwargs) that a batch represents."""
     if isinstance(batch, list) and any(isinstance(item, (Mapping, tuple, list, Tensor)) for item in batch):
         return [call for sample in samples(batch) for call in calls_of(sample)]
     if isinstance(batch, Mapping):
@@ -250,7 +251,7 @@ def calls_of(batch: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
 
 
 def fresh_call(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of one call with generators of its own: each call draws the same, and leaves them be."""
+    """Return the arguments of one call with cloned generators, so each call draws the same and spares the originals."""
 
     def fresh(value: Any) -> Any:
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Generator):
@@ -262,7 +263,7 @@ def fresh_call(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Within it, torch's global generators start from a seed made of `entropy`; afterwards they are as before."""
+    """Seed torch's global generators from `entropy` for the duration of the context; restore their state afterwards."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed_of(*entropy))
@@ -271,7 +272,7 @@ def seeded(*entropy: int) -> Iterator[None]:
 
 @contextmanager
 def inference(model: Any) -> Iterator[None]:
-    """Eval mode, no gradients, no progress bar a run; put back afterwards."""
+    """Run in eval mode, without gradients or per-run progress bars; restore everything afterwards."""
     parts = (
         [model] if isinstance(model, nn.Module) else [p for p in model.components.values() if isinstance(p, nn.Module)]
     )

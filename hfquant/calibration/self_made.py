@@ -1,8 +1,8 @@
-"""Calibration data that a model makes itself: what may be asked for, and the drawing of tokens and noise.
+"""Self-generated calibration data: the user's request, and the sampling of tokens and noise.
 
-What a model was trained on shows in what it writes (arXiv 2410.17170), so tokens are drawn at temperature 1 from all of
-the distribution: a lower one, or a cut tail, would repeat a few phrases and leave out the rare tokens whose activations
-have to be covered. Each row has a random stream of its own, so a window depends on its seed and its number alone.
+A model's own output reflects its training data (arXiv 2410.17170), so tokens are sampled at temperature 1 from the full
+distribution. A lower temperature or a truncated tail would repeat a few phrases and leave out rare tokens, whose
+activations calibration must cover. Each row has its own random stream, so a window depends only on its seed and number.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor
 from hfquant.calibration.batches import CalibrationError
 
 SELF = "self"
-#: Windows kept for checking: of the same seed, and of the one after it.
+#: Windows held out for checks: this many from the same seed, and this many from the next seed.
 HELD_OUT = 2
 
 _Positive = Annotated[int, Field(gt=0)]
 
 
 class SelfSpec(BaseModel):
-    """What a model is to make: `"self"`, or `{"source": "self", ...}`.
+    """A request for self-generated data: `"self"`, or `{"source": "self", ...}`.
 
     Attributes:
         source: always "self".
-        seed: of every draw; equal seeds give equal data.
-        samples: windows of tokens, pictures or sounds, a pipeline's runs; None for the kind's own default.
-        seqlen: tokens a window, capped by the model's limit; None for 512, and where there are none.
+        seed: seed of every draw; equal seeds give equal data.
+        samples: number of token windows, images, sounds or pipeline runs; None for the default of the kind.
+        seqlen: tokens per window, capped by the model's limit; None for 512, or if the data has no tokens.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -44,10 +44,10 @@ class SelfSpec(BaseModel):
 
     @classmethod
     def of(cls, calibration: Any) -> SelfSpec | None:
-        """Return what ``calibration`` asks a model to make; None where it is data of another source.
+        """Return the request that ``calibration`` makes; None if it is data from another source.
 
         Raises:
-            CalibrationError: an unknown key or a wrong value beside ``"source": "self"``.
+            CalibrationError: an unknown key or an invalid value next to ``"source": "self"``.
         """
         if isinstance(calibration, str) and calibration == SELF:
             return cls()
@@ -59,26 +59,26 @@ class SelfSpec(BaseModel):
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise CalibrationError(
-                f"calibration[{key!r}]: {first['msg']}; beside 'source': 'self' there may be seed, samples and seqlen"
+                f"calibration[{key!r}]: {first['msg']}; 'source': 'self' only allows seed, samples and seqlen"
             ) from None
 
     def settled(self, samples: int, seqlen: int | None = None) -> SelfSpec:
-        """Return the same with what is really made in place of defaults and limits."""
+        """Return a copy with the actual values in place of defaults and limits."""
         return SelfSpec(seed=self.seed, samples=samples, seqlen=seqlen)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as a config stores it; :meth:`of` reads it back."""
+        """Return the form stored in a config; :meth:`of` reads it back."""
         return self.model_dump(exclude_none=True)
 
 
 @dataclass(frozen=True)
 class SelfMade(Iterable[Any]):
-    """Batches that a model made, to calibrate on and to check on.
+    """Batches that a model generated, for calibration and for checks.
 
     Attributes:
-        batches: to calibrate on; a sized iterable that starts anew.
-        held_out: other ones, of the same seed and of another.
-        spec: what was asked for, defaults filled in: enough to make them again.
+        batches: for calibration; a sized iterable that can be iterated repeatedly.
+        held_out: other batches, of the same seed and of another.
+        spec: the request with defaults filled in, enough to generate the batches again.
     """
 
     batches: Any
@@ -87,7 +87,7 @@ class SelfMade(Iterable[Any]):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What the data is, as JSON."""
+        """Description of the data, as JSON."""
         return self.spec.model_dump(exclude_none=True)
 
     def __len__(self) -> int:
@@ -98,26 +98,26 @@ class SelfMade(Iterable[Any]):
 
 
 def seed_of(*entropy: int) -> int:
-    """Return a seed of 64 bits made of several numbers."""
+    """Return a 64-bit seed derived from several numbers."""
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
 def generator(*entropy: int) -> torch.Generator:
-    """Return a random stream of its own for each ``entropy``."""
+    """Return a separate random stream for each ``entropy``."""
     return torch.Generator().manual_seed(seed_of(*entropy))
 
 
 def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw one token a row from softmax(logits), [rows, vocabulary] to [rows] int64, each by its own generator.
+    """Draw one token per row from softmax(logits), [rows, vocabulary] to [rows] int64, each with its own generator.
 
-    Of exponential waiting times with the probabilities as rates, the shortest is a token's with its probability.
+    Of exponential waiting times whose rates are the probabilities, each token's is the shortest with its probability.
     """
     waits = torch.stack([torch.empty(logits.shape[1]).exponential_(generator=g) for g in generators])
     return (logits.float().cpu().softmax(1) / waits).argmax(1)
 
 
 def random_ids(ordinary: Tensor, length: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw tokens evenly from ``ordinary`` [tokens], [rows, length] int64."""
+    """Draw tokens uniformly from ``ordinary`` [tokens], [rows, length] int64."""
     return torch.stack([ordinary[torch.randint(len(ordinary), (length,), generator=g)] for g in generators])
 
 
@@ -128,14 +128,14 @@ def fill_masks(
     generators: Sequence[torch.Generator],
     rounds: int = 8,
 ) -> Tensor:
-    """Fill masked tokens in a random order, a share of them a round, each round seeing what those before it filled.
+    """Fill masked tokens in random order, a fraction per round; each round sees the tokens filled in earlier rounds.
 
     Args:
-        ids: [rows, length] with the mask token where ``masked``.
-        masked: [length] bool, the same in all rows.
-        predict: ids to logits [rows, length, vocabulary].
-        generators: one a row.
-        rounds: calls of ``predict``.
+        ids: [rows, length], with the mask token where ``masked``.
+        masked: [length] bool, the same for all rows.
+        predict: maps ids to logits [rows, length, vocabulary].
+        generators: one per row.
+        rounds: number of calls of ``predict``.
     """
     ids = ids.clone()
     places = masked.nonzero()[:, 0]
@@ -149,15 +149,15 @@ def fill_masks(
 
 
 def pink_noise(shape: Sequence[int], axes: int, source: torch.Generator) -> Tensor:
-    """Return Gaussian noise of mean 0 and deviation 1 whose amplitude falls as 1 / frequency, float32 of ``shape``.
+    """Return Gaussian noise with mean 0 and std 1 whose amplitude falls as 1 / frequency, float32 of ``shape``.
 
-    So do the spectra of natural pictures and sounds (Field, Relations between the statistics of natural images and the
+    Natural images and sounds have such spectra (Field, Relations between the statistics of natural images and the
     response properties of cortical cells, J. Opt. Soc. Am. A 4, 1987); white noise has no edges and no shapes.
 
     Args:
-        shape: of the result.
-        axes: how many of the last dimensions are space or time.
-        source: of randomness.
+        shape: shape of the result.
+        axes: number of trailing dimensions that are space or time.
+        source: random generator.
     """
     sizes = tuple(shape[len(shape) - axes :])
     dims = tuple(range(-axes, 0))

@@ -1,18 +1,18 @@
-"""Calibration sets on disk: chunks of samples in safetensors, and the index that vouches for them.
+"""Calibration sets on disk: chunks of samples in safetensors, and an index that describes and verifies them.
 
     index.json                        what the set is, where it came from, and a checksum of every chunk
-    chunk-00000.safetensors[.zst]     the tensors of `chunk_size` samples, their structures in the metadata
+    chunk-00000.safetensors[.zst]     the tensors of `chunk_size` samples, with their structures in the metadata
     ...
 
-Every file is written under a temporary name, flushed to the disk and renamed, a chunk before the index that lists it.
-So whenever the writer is killed, the index describes a set that is whole as far as it goes; `cursor` says how far that
-is, and the next run continues from there.
+Every file is written under a temporary name, flushed to disk and renamed, and a chunk before the index that lists it.
+So the index always describes a consistent set, even if the writer is killed; `cursor` says how far the set has come,
+and the next run continues from there.
 
-Reading trusts nothing: files must be regular ones, not links or pipes; their names follow from the position in the
-index; sizes are compared before memory is taken, and checksums before anything is parsed; a sample holds the tensors
-that the index declares, and no more than a file of its size can stand for.
+Reading trusts nothing. Files must be regular ones, not links or pipes, and their names must follow from their position
+in the index. Sizes are compared before memory is allocated, and checksums before anything is parsed. A sample must hold
+exactly the tensors that the index declares, and no more than a file of its size can hold.
 
-Processes that share the work write a directory each, `shard-00000-of-00004` and so on, every one a set in itself.
+Processes that share the work each write their own directory, `shard-00000-of-00004` and so on; each is a complete set.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from hfquant.console import counted
 
 _FORMAT = "hfquant.calibration"
 _VERSION = 1
-# zstd turns 128 KiB of equal bytes into a block of 4; nothing expands further, so a larger claim is a lie.
+# zstd turns 128 KiB of equal bytes into a block of 4, its highest expansion, so a larger claimed size must be false.
 _MAX_EXPANSION = 1 << 15
 _PARALLEL_SIZE = 4 << 20
-# Stored under their own dtype. Others are stored as flat bytes; a sample's structure says what they are.
+# Dtypes that are stored as they are. Others are stored as flat bytes; a sample's structure holds their dtype and shape.
 _DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
@@ -57,16 +57,16 @@ _Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
 
 class Cursor(_Strict):
-    """How far a set has come: ``taken`` samples of batch ``batch`` are stored, all of those before, none after."""
+    """How far a set has come: all batches before ``batch`` are stored, and the first ``taken`` samples of that one."""
 
     batch: _Count = 0
     taken: _Count = 0
     source: str = ""
-    """Digest of all batches up to and including this one: a resumed run must be fed the same."""
+    """Digest of all batches up to and including this one: a resumed run must receive the same data."""
 
 
 class ChunkEntry(_Strict):
-    """What the index says of a chunk."""
+    """The index entry of a chunk."""
 
     file: str
     samples: Annotated[int, Field(gt=0)]
@@ -75,11 +75,11 @@ class ChunkEntry(_Strict):
     """Bytes before compression."""
     xxh3_128: _Digest
     layouts: list[tuple[_Count, _Count]]
-    """Run lengths over the samples: (number of the layout in the index, samples)."""
+    """Run lengths over the samples: (position of the layout in the index, number of samples)."""
 
 
 class Index(_Strict):
-    """index.json."""
+    """The content of index.json."""
 
     format: Literal["hfquant.calibration"] = "hfquant.calibration"
     version: Literal[1] = 1
@@ -90,13 +90,13 @@ class Index(_Strict):
     provenance: dict[str, Any]
     cursor: Cursor = Cursor()
     layouts: list[dict[str, tuple[str, list[_Count]]]] = []
-    """The distinct sets of tensors that samples are made of: path in the sample to (dtype, shape)."""
+    """The distinct sets of tensors found in samples: path in the sample to (dtype, shape)."""
     chunks: list[ChunkEntry] = []
 
 
 @dataclass(frozen=True)
 class ChunkFile:
-    """A chunk that is on disk."""
+    """A chunk on disk."""
 
     path: Path
     entry: ChunkEntry
@@ -109,8 +109,8 @@ class ChunkFile:
         """Read the chunk.
 
         Raises:
-            FileNotFoundError: it is not there.
-            CalibSetError: it is not what the index says, or cannot be read.
+            FileNotFoundError: there is no such file.
+            CalibSetError: it does not match the index, or cannot be read.
         """
         data, entry = read_file(self.path, self.entry.size), self.entry
         if xxhash.xxh3_128_hexdigest(data) != entry.xxh3_128:
@@ -123,26 +123,28 @@ class ChunkFile:
             for structure, expected in zip(recording.samples, declared, strict=True):
                 _check_sample(structure, expected, _MAX_EXPANSION * entry.size)
         except MemoryError as error:
-            raise CalibSetError(f"{self.path} needs {entry.raw_size} bytes, more than there is") from error
+            raise CalibSetError(
+                f"{self.path} needs {entry.raw_size} bytes of memory, more than is available"
+            ) from error
         except (zstandard.ZstdError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CalibSetError(f"{self.path} cannot be read: {error}") from error
         return recording
 
     def check_size(self) -> None:
-        """Compare the file's kind and size with the index, which costs no reading.
+        """Compare the file's type and size with the index, without reading the file.
 
         Raises:
-            FileNotFoundError: it is not there.
-            CalibSetError: it is not a regular file of the size that the index says.
+            FileNotFoundError: there is no such file.
+            CalibSetError: it is not a regular file of the size given in the index.
         """
         os.close(open_file(self.path, self.entry.size))
 
 
 def _check_sample(structure: Any, declared: dict[str, tuple[str, list[int]]], limit: int) -> None:
-    """Raise ValueError unless a sample's tensors are those declared, within ``limit`` bytes in all."""
+    """Raise ValueError unless a sample's tensors are the declared ones and take at most ``limit`` bytes in total."""
     found = list(placeholders(structure))
     if sum(size_of(*spec) for _, _, spec in found) > limit:
-        raise ValueError("a sample of it claims more memory than a file of its size can stand for")
+        raise ValueError("a sample claims more memory than a file of this size can hold")
     if {path: tuple(spec) for _, path, spec in found} != declared:
         raise ValueError(f"the tensors of a sample are not those that {INDEX} declares")
 
@@ -159,7 +161,7 @@ def _parse(raw: bytes) -> Recording:
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     samples = json.loads(header["__metadata__"]["samples"])
     if not isinstance(samples, list):
-        raise ValueError("its samples are no list")
+        raise ValueError("its samples are not a list")
     return Recording(samples, tensors)
 
 
@@ -172,10 +174,11 @@ def _serialize(chunk: Recording) -> bytes:
 
 
 def _compress(data: bytes) -> bytes:
-    # Level 2 takes half the time of 3, zstd's default, and dense floats come out smaller; after a ReLU they do not.
-    middle = data[len(data) // 2 :][: 1 << 18]  # a megabyte chooses no better, and takes as long as a small chunk
+    # Level 2 takes half the time of level 3, zstd's default, and compresses dense floats better, but not those after a
+    # ReLU.
+    middle = data[len(data) // 2 :][: 1 << 18]  # a megabyte would choose no better and take as long as a small chunk
     level = min(2, 3, key=lambda level: len(zstandard.compress(middle, level)))
-    # zstd gives the same bytes for any number of threads but none, so that must not depend on the machine.
+    # The output is the same for any number of threads except 0, so that choice must not depend on the machine.
     return zstandard.ZstdCompressor(level=level, threads=-1 if len(data) >= _PARALLEL_SIZE else 0).compress(data)
 
 
@@ -189,14 +192,14 @@ class Writer:
         self._layouts = {json.dumps(tensors): i for i, tensors in enumerate(index.layouts)}
 
     def add(self, recording: Recording, position: int, cursor: Cursor) -> None:
-        """Append one sample; ``cursor`` says how far the set has come with it."""
+        """Append one sample; ``cursor`` is the set's progress including this sample."""
         self._chunk.take(recording, position)
         if len(self._chunk) == self.index.chunk_size:
             self._flush(cursor)
             write_index(self.directory, self.index)
 
     def finish(self, cursor: Cursor) -> None:
-        """Write what is left and declare the set complete."""
+        """Write the remaining samples and mark the set complete."""
         if self._chunk.samples:
             self._flush(cursor)
         self.index.complete = True
@@ -228,7 +231,7 @@ class Writer:
 
 
 def chunk_files(directory: Path, index: Index) -> list[ChunkFile]:
-    """Return the chunks that an index lists, each checked for presence, kind and size."""
+    """Return the chunks that an index lists, after checking that each exists with the right type and size."""
     files = [ChunkFile(directory / entry.file, entry, index) for entry in index.chunks]
     for file in files:
         file.check_size()
@@ -236,10 +239,10 @@ def chunk_files(directory: Path, index: Index) -> list[ChunkFile]:
 
 
 def write_index(directory: Path, index: Index) -> None:
-    """Write index.json, with a checksum of itself."""
+    """Write index.json, including its own checksum."""
     body = index.model_dump(mode="json")
     write_whole(directory / INDEX, json.dumps(body | {"checksum": _checksum(body)}, indent=1).encode())
-    # A power cut that undoes a rename leaves an older index, which is as good; only the last one is waited for.
+    # A power cut that undoes a rename leaves an older index, which is equally valid; so only the last one is synced.
     if index.complete and os.name == "posix":
         handle = os.open(directory, os.O_RDONLY)
         try:
@@ -249,17 +252,17 @@ def write_index(directory: Path, index: Index) -> None:
 
 
 def read_index(directory: Path) -> Index | None:
-    """Read and check index.json; return None where there is neither an index nor a chunk.
+    """Read and check index.json; return None if there is neither an index nor a chunk.
 
     Raises:
-        CalibSetError: the index is damaged, not one of ours, from a newer version, or missing beside its chunks.
+        CalibSetError: the index is damaged, not an hfquant index, from a newer version, or missing next to its chunks.
     """
     path = directory / INDEX
     try:
         body = json.loads(read_file(path))
     except FileNotFoundError:
         if any(path.suffix != ".tmp" for path in directory.glob("chunk-*.safetensors*")):
-            raise CalibSetError(f"{path} is missing, yet there are chunks beside it") from None
+            raise CalibSetError(f"{path} is missing, but its folder has chunks") from None
         return None
     except NotADirectoryError:
         raise CalibSetError(f"{directory} is a file, not the directory of a calibration set") from None
@@ -288,7 +291,7 @@ def read_index(directory: Path) -> Index | None:
 
 
 def _check_index(index: Index) -> None:
-    """Raise ValueError where parts of an index contradict each other."""
+    """Raise ValueError if parts of an index contradict each other."""
     for tensors in index.layouts:
         for dtype, shape in tensors.values():
             size_of(dtype, shape)
@@ -310,10 +313,10 @@ def shard_name(rank: int, world_size: int) -> str:
 
 
 def shards(directory: Path) -> list[Path]:
-    """Return the directories in which several processes wrote their shares.
+    """Return the directories in which several processes wrote their shards.
 
     Raises:
-        CalibSetError: one is a link.
+        CalibSetError: one of them is a link.
     """
     found = sorted(p for p in directory.glob("shard-*") if re.fullmatch(r"shard-\d{5}-of-\d{5}", p.name) and p.is_dir())
     if link := next((path for path in found if path.is_symlink()), None):
@@ -322,7 +325,7 @@ def shards(directory: Path) -> list[Path]:
 
 
 def writers(directory: Path) -> set[int]:
-    """Return by how many processes the set was begun: one number, none, or several where runs were mixed."""
+    """Return the number of processes that began the set, as a set: empty if none, several if runs were mixed."""
     return {int(path.name[-5:]) for path in shards(directory)} | ({1} if (directory / INDEX).exists() else set())
 
 

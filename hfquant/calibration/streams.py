@@ -1,7 +1,7 @@
-"""Calibration data from wherever it lies to batches of model inputs.
+"""Turn calibration data from any source into batches of model inputs.
 
-Everything here is lazy and can be iterated again: each pass opens its source anew and, for one seed, gives the same
-batches. What is held at a time is one batch and one shuffle buffer, however long the source.
+Everything here is lazy and can be iterated repeatedly: each pass reopens its source and, for one seed, yields the same
+batches. Memory holds one batch and one shuffle buffer, however long the source is.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
 _COLUMNS = ("text", "prompt", "caption", "messages", "input_ids", "image", "latent", "latents")
 _PARAGRAPH_CHARS = 1 << 16
-#: Samples read beyond those asked for, to check a quantized model on.
+#: Samples to read beyond those requested, for checking the quantized model.
 CHECKS = 2
 
 _Positive = Annotated[int, Field(gt=0)]
@@ -54,23 +54,23 @@ def _check_dataset(value: Any) -> Any:
 
 
 class StreamSpec(BaseModel):
-    """A calibration stream as the user writes it: `{"dataset": ..., ...}`.
+    """A calibration stream as written by the user: `{"dataset": ..., ...}`.
 
     Attributes:
-        dataset: hub id, local file or folder, a `datasets` object, or a list of strings (of which, unless `samples` and
-            `seed` say otherwise, all are read in their order).
+        dataset: hub id, local file or folder, a `datasets` object, or a list of strings (all read, in order, unless
+            `samples` and `seed` say otherwise).
         name: configuration of a hub dataset.
         split: which split to read; by default "train", or the only one of a `DatasetDict`.
         column: column to read, or {argument of the model: column}. By default the first known name: text, prompt,
-            caption, messages, input_ids, image, latent (for a tokenizer messages comes first). Chats (lists of role and
-            content) are rendered by the tokenizer's template.
-        samples: sequences (text), or rows (all else), to read; None for all.
-        seqlen: tokens a sequence, capped by the tokenizer's limit.
-        seed: seed of the order; None reads the source in its own order.
-        batch_size: samples a batch.
+            caption, messages, input_ids, image, latent (with a tokenizer, messages comes right after text). Chats
+            (lists of role and content) are rendered with the tokenizer's template.
+        samples: number of sequences (text) or rows (anything else) to read; None for all.
+        seqlen: tokens per sequence, capped by the tokenizer's limit.
+        seed: seed of the shuffle; None keeps the order of the source.
+        batch_size: samples per batch.
         buffer_size: rows in the shuffle buffer of a stream.
-        pack: join texts with the end-of-text token and cut them to `seqlen`, instead of one text a sequence. By default
-            where the tokenizer has such a token and marks no beginning of its own (BERT's [CLS]).
+        pack: join texts with the end-of-text token and split them at `seqlen`, instead of one text per sequence. By
+            default if the tokenizer has such a token and no start token of its own (BERT's [CLS]).
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, strict=True)
@@ -92,9 +92,9 @@ class Batches(Iterable[Any]):
 
     Args:
         make: opens the source.
-        empty: what an error says of a source without any.
+        empty: error detail for a source that yields no batch.
         provenance: what the source is, as JSON.
-        after: opens it where the samples that are asked for have ended.
+        after: opens the source after the requested samples.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Batches(Iterable[Any]):
 
     @property
     def held_out(self) -> list[Any]:
-        """A few samples that are no part of the batches; none where the source has no more."""
+        """A few samples that are not part of the batches; empty if the source has no more."""
         return list(islice(self._after(), CHECKS))
 
     def __iter__(self) -> Iterator[Any]:
@@ -124,7 +124,7 @@ class Batches(Iterable[Any]):
 
 
 def is_source(data: Any) -> bool:
-    """Return whether data has yet to be turned into batches: a dict naming a dataset, a datasets object or a path."""
+    """Return whether data still has to be turned into batches: a dict naming a dataset, a datasets object or a path."""
     return isinstance(data, (Mapping, str, os.PathLike)) or _of_datasets(data)
 
 
@@ -136,31 +136,32 @@ def calibration_batches(
     model: Any = None,
     batch_size: int | None = None,
 ) -> Iterable[Any]:
-    """Turn what a user gives as calibration data into batches of model inputs.
+    """Turn the calibration data that a user passes into batches of model inputs.
 
     Args:
         calibration: one of
 
             - a dict, see :class:`StreamSpec`: `{"dataset": "wikitext.parquet", "column": "text", "samples": 128}`; it
               may also hold the `tokenizer` or `processor`;
-            - a `datasets` object, a path or a hub id, as if in such a dict;
+            - a `datasets` object, a path or a hub id, treated as `{"dataset": ...}`;
             - a list of strings;
             - a calibration set or its path;
-            - a DataLoader or any other iterable of model inputs that starts anew, given back as it is.
-        tokenizer: turns text into tokens; by default the processor's. Without one, text comes as lists of prompts.
-        processor: image processor; without one, images come as {"image": [...]}.
-        model: its position limit caps the length of sequences; a torch module takes no untokenized text.
-        batch_size: samples a batch where `calibration` does not say; 1 by default.
+            - a DataLoader or any other re-iterable collection of model inputs, returned unchanged.
+        tokenizer: turns text into tokens; by default the processor's. Without one, text is returned as lists of
+            prompts.
+        processor: image processor; without one, images are returned as {"image": [...]}.
+        model: its position limit caps the sequence length; a torch module does not accept untokenized text.
+        batch_size: samples per batch unless `calibration` sets it; 1 by default.
 
     Returns:
-        An iterable of, for text with a tokenizer, {"input_ids", "attention_mask"} int64 `[batch, length]` without any
-        padding; for text without, lists of strings; for images {"pixel_values"}; for latents and numbers a tensor
-        `[batch, ...]`; for several columns a dict of these; for a calibration set lists of samples.
+        An iterable. Text with a tokenizer: {"input_ids", "attention_mask"} int64 `[batch, length]` without padding.
+        Text without one: lists of strings. Images: {"pixel_values"}. Latents and numbers: a tensor `[batch, ...]`.
+        Several columns: a dict of these. A calibration set: lists of samples.
 
     Raises:
-        CalibrationError: a bad dict (the message names the key), a path that holds no finished set, a generator,
-            something that is no data at all, or, when iterated, no data.
-        FileNotFoundError: a local source that is not there.
+        CalibrationError: an invalid dict (the message names the key), a path without a finished set, a generator,
+            something that is not calibration data or, when iterated, no data.
+        FileNotFoundError: a local source that does not exist.
     """
     size = batch_size or 1
     if isinstance(calibration, (str, os.PathLike)) and holds_set(calibration):
@@ -170,7 +171,7 @@ def calibration_batches(
     if isinstance(calibration, (str, os.PathLike)) or _of_datasets(calibration) or are_texts(calibration):
         calibration = {"dataset": calibration}
     if isinstance(calibration, Mapping):
-        # All of a list, in the caller's order.
+        # Read the whole list, in the caller's order.
         given = {"samples": None, "seed": None} if are_texts(calibration.get("dataset")) else {}
         given.update(calibration)
         tokenizer, processor = given.pop("tokenizer", tokenizer), given.pop("processor", processor)
@@ -183,14 +184,14 @@ def calibration_batches(
     if isinstance(calibration, Sequence) and calibration and all(is_image(image) for image in calibration):
         images = {"dataset": counted(len(calibration), "image")}
         return Batches(lambda: (images_batch(g, processor) for g in grouped(calibration, size)), "no images", images)
-    CalibrationData(calibration)  # checks it
+    CalibrationData(calibration)  # validates it
     if isinstance(calibration, Sequence) and not calibration:
         raise CalibrationError("calibration data: the list is empty")
     return calibration
 
 
 def parse_spec(spec: Mapping[str, Any]) -> StreamSpec:
-    """Validate a stream as the user writes it.
+    """Validate a stream as written by the user.
 
     Raises:
         CalibrationError: the message names the key.
@@ -198,7 +199,7 @@ def parse_spec(spec: Mapping[str, Any]) -> StreamSpec:
     try:
         return StreamSpec.model_validate(spec)
     except ValidationError as error:
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # what was written is to blame first
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # report unknown keys first
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             allowed = [*StreamSpec.model_fields, "tokenizer", "processor"]
@@ -207,7 +208,7 @@ def parse_spec(spec: Mapping[str, Any]) -> StreamSpec:
 
 
 def _provenance(spec: StreamSpec) -> dict[str, Any]:
-    """Return what a card may say of a stream: of a local path its name alone, of an object what it knows of itself."""
+    """Describe a stream for a model card: only the name of a local path, for an object whatever it knows of itself."""
     source = spec.dataset
     if are_texts(source):
         name = counted(len(source), "text")
@@ -228,7 +229,9 @@ def _length_limit(tokenizer: Any, model: Any) -> int:
 def _stored(path: str | os.PathLike[str]) -> BaseCalibSet:
     stored = load_calibrate_set(path)
     if stored is None:
-        raise CalibrationError(f"{path} holds no finished calibration set: generate_calibrate_set finishes it")
+        raise CalibrationError(
+            f"{path} holds no finished calibration set: call generate_calibrate_set again to finish it"
+        )
     return stored
 
 
@@ -243,7 +246,7 @@ def _of_datasets(value: Any) -> bool:
 
 
 def are_texts(value: Any) -> bool:
-    """Return whether ``value`` is a list of strings, not empty."""
+    """Return whether ``value`` is a non-empty list of strings."""
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(text, str) for text in value)
 
 
@@ -269,12 +272,12 @@ def _from_spec(spec: StreamSpec, reader: Reader, size: int) -> Iterator[Any]:
 
     column = columns[""]
     if is_lines and reader.tokenizer is not None:
-        # Lines of a text file only make sense in order, so they are joined first and shuffled afterwards.
+        # Lines of a text file only make sense in order, so join them first and shuffle afterwards.
         values: Iterator[Any] = _paragraphs(row[column] for row in data)
         if spec.seed is not None:
             values = _shuffled(values, spec.buffer_size, spec.seed)
     else:
-        # A null is no value, and an empty line of a file of prompts no prompt.
+        # Skip nulls, and empty lines in a file of prompts.
         values = (row[column] for row in _rows(data, spec))
         values = (value for value in values if value is not None and not (is_lines and not value.strip()))
     first = next(values, None)
@@ -289,7 +292,7 @@ def _from_spec(spec: StreamSpec, reader: Reader, size: int) -> Iterator[Any]:
 
 
 def _after(spec: StreamSpec, reader: Reader) -> Iterator[Any]:
-    """Yield what a source has beyond the samples of a spec, one sample a batch."""
+    """Yield what a source holds beyond the samples of a spec, one sample per batch."""
     if spec.samples is not None:
         everything = spec.model_copy(update={"samples": None})
         yield from islice(_from_spec(everything, reader, 1), spec.samples, None)
@@ -311,7 +314,7 @@ def _open(spec: StreamSpec) -> tuple[Any, bool]:
                 f"{path}: unknown kind of file; known are {sorted(_BUILDERS)}, and folders of images"
             )
         if builder == "text":
-            options["chunksize"] = 1 << 20  # the default of 10 MB, decoded, is most of what calibration would hold
+            options["chunksize"] = 1 << 20  # the default of 10 MB, decoded, would dominate calibration's memory
         return datasets.load_dataset(builder, data_files=str(path), **options), builder == "text"
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -320,7 +323,7 @@ def _open(spec: StreamSpec) -> tuple[Any, bool]:
         return datasets.load_dataset(str(path), spec.name, **options), texts
     is_path = isinstance(source, os.PathLike) or path.is_absolute() or str(source).startswith(".")
     if is_path or path.suffix.lower() in _BUILDERS:
-        raise FileNotFoundError(f"calibration['dataset']: {source} is not there")
+        raise FileNotFoundError(f"calibration['dataset']: {source} does not exist")
     with hub_errors(str(source), "dataset"):
         return datasets.load_dataset(str(source), spec.name, **options), False
 
@@ -347,14 +350,14 @@ def _rows(data: Any, spec: StreamSpec) -> Iterator[Mapping[str, Any]]:
         return (data[i] for i in _spread(len(data), spec.seed))
     if spec.seed is None:
         return iter(data)
-    # The buffer of `datasets` holds rows before images are decoded; ours would hold the pixels. Releases that read ten
-    # shards at a time hold ten times the memory, and sleep for seconds when they close local Parquet files.
+    # The buffer of `datasets` holds rows before images are decoded; one of our own would hold pixels. Releases that
+    # read ten shards at a time need ten times the memory, and sleep for seconds when they close local Parquet files.
     options = {"max_buffer_input_shards": 1} if "max_buffer_input_shards" in signature(data.shuffle).parameters else {}
     return iter(data.shuffle(seed=spec.seed, buffer_size=spec.buffer_size, **options))
 
 
 def _spread(count: int, seed: int | None) -> Iterator[int]:
-    """Yield every number below `count` once, each few of them spread evenly (golden-ratio stride), without a table."""
+    """Yield every number below `count` once, without a table; consecutive ones spread evenly (golden-ratio stride)."""
     if seed is None or count < 3:
         yield from range(count)
         return
@@ -365,7 +368,7 @@ def _spread(count: int, seed: int | None) -> Iterator[int]:
 
 
 def _shuffled(items: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
-    """Shuffle with a bounded buffer: each item leaves at random as another comes in."""
+    """Shuffle with a bounded buffer: each new item replaces a random one, which is yielded."""
     draw = random.Random(seed)
     buffer: list[Any] = []
     for item in items:
@@ -380,7 +383,7 @@ def _shuffled(items: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Join lines up to the next empty one, or to `_PARAGRAPH_CHARS` characters."""
+    """Join lines up to the next empty line, or up to `_PARAGRAPH_CHARS` characters."""
     held: list[str] = []
     length = 0
     for line in lines:

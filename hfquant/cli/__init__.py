@@ -1,6 +1,6 @@
-"""The command line, a file a command.
+"""The command line, with one file per command.
 
-Each command imports what it needs when it runs, so that `--help` need not wait for torch.
+Each command imports what it needs when it runs, so that `--help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import typer
 from hfquant.cli.calibrate import calibrate
 from hfquant.cli.compare import compare
 from hfquant.cli.demo import demo
+from hfquant.cli.distill import distill
 from hfquant.cli.export import export
 from hfquant.cli.inspect import inspect
 from hfquant.cli.kernels import kernels
@@ -38,12 +39,12 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Take the options that stand before a command."""
+    """Handle the options that precede a command."""
 
 
-for command in (quantize, plan, calibrate, inspect, compare, report, export, kernels, demo):
+for command in (quantize, plan, calibrate, distill, inspect, compare, report, export, kernels, demo):
     app.command()(command)
 app.add_typer(recipe, name="recipe")

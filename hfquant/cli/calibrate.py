@@ -38,48 +38,50 @@ def calibrate(
     source: Annotated[
         str,
         typer.Option(
-            help="Data: a hub dataset, a local parquet, json, csv or text file, a folder; self: of its own making."
+            help="Data: a hub dataset, a local parquet, json, csv or text file, or a folder; self: the model makes it."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the calibration set; an unfinished one is continued.")],
+    out: Annotated[Path, typer.Option(help="Folder of the calibration set; an unfinished set is resumed.")],
     sampler: Annotated[
         SamplerName | None, typer.Option(help="Default: uniform for a pipeline, language for a model.")
     ] = None,
-    timesteps: Annotated[int | None, typer.Option(help="Steps kept of each run; default: 10.")] = None,
-    mean: Annotated[float | None, typer.Option(help="Normal sampler: mean time, 0 = image, 1 = noise.")] = None,
+    timesteps: Annotated[int | None, typer.Option(help="Steps to keep from each run; default: 10.")] = None,
+    mean: Annotated[
+        float | None, typer.Option(help="Normal sampler: mean diffusion time, 0 = image, 1 = noise.")
+    ] = None,
     std: Annotated[float | None, typer.Option(help="Normal sampler: standard deviation of the time.")] = None,
     layer: Annotated[
-        str | None, typer.Option(help="Layer to record; default: a pipeline's denoiser, the whole model.")
+        str | None, typer.Option(help="Layer to record; default: a pipeline's denoiser, or the whole model.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of the dataset; default: train, or the only one.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the dataset; default: train, or the only split.")] = None,
     column: Annotated[
         list[str] | None,
-        typer.Option(help="Column to read; ARGUMENT=COLUMN, repeated, for several; default: a usual name."),
+        typer.Option(help="Column to read; repeat ARGUMENT=COLUMN for several; default: text, prompt or similar."),
     ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
-            help="Sequences (text with a tokenizer) or rows to read, default: 128; of self windows or runs: 16, 8."
+            help="Sequences of text, or rows, to read (default: 128); with self, windows (16) or pipeline runs (8)."
         ),
     ] = None,
-    seqlen: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Rows a call of the model.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the order of the data, the noise and the choice of steps.")] = 0,
-    chunk_size: Annotated[int, typer.Option(help="Samples a stored chunk.")] = 400,
+    seqlen: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Rows per call of the model.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed for the order of the data, the noise and the choice of steps.")] = 0,
+    chunk_size: Annotated[int, typer.Option(help="Samples per stored chunk.")] = 400,
     compress: Annotated[bool, typer.Option(help="Compress chunks with zstd.")] = True,
     steps: Annotated[int | None, typer.Option(help="The pipeline's num_inference_steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="The pipeline's guidance_scale.")] = None,
     arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other argument of the call; JSON or a string.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other argument of the call, as JSON or a string.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype to load the model in, such as bfloat16.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device to run it on, such as cuda.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device to run the model on, such as cuda.")] = None,
     debug: Annotated[bool, typer.Option("--debug", envvar="HFQUANT_DEBUG", help="Show tracebacks.")] = False,
 ) -> None:
     """Record what a layer sees while the model runs over a dataset, as a calibration set on disk.
 
-    Repeat the same command to continue a run that was interrupted.
+    Repeat the same command to resume an interrupted run.
     """
     if sampler is not None:
         _check_sampler(sampler, timesteps=timesteps, mean=mean, std=std)
@@ -91,7 +93,7 @@ def calibrate(
         call["guidance_scale"] = guidance_scale
     made_itself = source == "self"
     if made_itself and (unread := _given({"name": name, "split": split, "column": column or None})):
-        raise typer.BadParameter("what a model makes itself has no such thing", param_hint=f"--{next(iter(unread))}")
+        raise typer.BadParameter("does not apply to --source self", param_hint=f"--{next(iter(unread))}")
     spec = {
         **{"dataset": source, "name": name, "split": split, "column": options.columns(column or ())},
         **{"samples": 128 if samples is None else samples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed},
@@ -169,7 +171,7 @@ def _print_summary(out: Path, made: BaseCalibSet) -> None:
     table.add_row("chunks", f"{len(chunks)}")
     table.add_row("size on disk", decimal(sum(chunk.entry.size for chunk in chunks)))
     tensors: dict[str, dict[str, None]] = {}
-    # Several processes write a folder each.
+    # With several processes, each writes its own folder.
     for folder in dict.fromkeys(chunk.path.parent for chunk in chunks):
         index = read_index(folder)
         for layout in index.layouts if index else ():

@@ -1,4 +1,4 @@
-"""`hfquant compare`: how far one model or pipeline is from another."""
+"""`hfquant compare`: how much one model or pipeline differs from another."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from hfquant.cli.output import console, print_json, print_table
 
 
 def compare(
-    reference: Annotated[str, typer.Argument(help="Folder or hub id to compare to.")],
-    other: Annotated[str, typer.Argument(help="Folder or hub id of what is compared, often quantized.")],
+    reference: Annotated[str, typer.Argument(help="Folder or hub id of the reference.")],
+    other: Annotated[str, typer.Argument(help="Folder or hub id to compare with it, usually quantized.")],
     data: Annotated[
-        str | None, typer.Option(help="Text or dataset to compare language models on; default: Python's own manual.")
+        str | None,
+        typer.Option(help="Text or dataset to compare language models on; default: Python's language reference."),
     ] = None,
     column: Annotated[list[str] | None, typer.Option(help="Column of the dataset.")] = None,
-    samples: Annotated[int, typer.Option(help="Windows of text, or images.")] = 16,
-    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
-    prompt: Annotated[list[str] | None, typer.Option(help="Prompt of a pipeline, repeated for several.")] = None,
+    samples: Annotated[int, typer.Option(help="Number of text windows or images.")] = 16,
+    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt for a pipeline; repeatable.")] = None,
     arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Argument of a pipeline's call; JSON or a string.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Argument of the pipeline call, as JSON or a string.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise of pipelines, and of the order of the data.")] = 0,
-    images: Annotated[Path | None, typer.Option(help="Folder to write the pairs of images to, as PNG.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed for the noise of pipelines and the order of the data.")] = 0,
+    images: Annotated[Path | None, typer.Option(help="Folder for the pairs of images, as PNG.")] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     as_json: options.AsJson = False,
@@ -34,8 +35,8 @@ def compare(
 ) -> None:
     """Compare two models on the same inputs, or two pipelines on the same prompts and the same noise.
 
-    Language models: perplexity, KL divergence, agreement of the first choice. Pipelines: PSNR and SSIM of the images;
-    LPIPS, CLIP score and FID where the weights that they need are at hand.
+    Language models: perplexity, KL divergence and top-1 agreement. Pipelines: PSNR and SSIM of the images; LPIPS, CLIP
+    score and FID if the weights that they need are available.
     """
     call = {key: options.parsed(value) for key, value in options.pairs("--arg", arg or ()).items()}
     with errors_in_one_line(debug):

@@ -12,12 +12,12 @@ from hfquant.cli.errors import errors_in_one_line
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for picture, report page and quantized pipelines.")] = Path(
-        "demo_out"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the image, the report page and the quantized pipelines.")
+    ] = Path("demo_out"),
     debug: options.Debug = False,
 ) -> None:
-    """Quantize a small diffusion pipeline that comes with hfquant, with data and without, and show what each costs."""
+    """Quantize a small diffusion pipeline that ships with hfquant, with and without data, and compare the results."""
     with errors_in_one_line(debug):
         try:
             import matplotlib  # noqa: F401

@@ -1,4 +1,4 @@
-"""What every command makes of bad input."""
+"""Error handling that all commands share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 @contextmanager
 def errors_in_one_line(debug: bool) -> Iterator[None]:
-    """Turn what bad input raises into one line on stderr and exit code 1; anything else is a bug, and shows as one."""
+    """Turn errors from bad input into one line on stderr and exit code 1; any other error is a bug and propagates."""
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""`hfquant export`: a quantized model in another program's format."""
+"""`hfquant export`: write a quantized model in another program's format."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from hfquant.cli.output import check_empty, staged
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a model that hfquant quantized.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; must not hold anything yet.")],
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a model quantized with hfquant.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must be empty or not exist yet.")],
     form: Annotated[
-        str, typer.Option("--format", help="compressed-tensors, or nunchaku-lite for a pipeline's component.")
+        str, typer.Option("--format", help="compressed-tensors, or nunchaku-lite for a pipeline component.")
     ] = "compressed-tensors",
-    component: Annotated[str | None, typer.Option(help="Of a pipeline; default: its main denoiser.")] = None,
+    component: Annotated[
+        str | None, typer.Option(help="Pipeline component to export; default: the main denoiser.")
+    ] = None,
     requantize: Annotated[
-        bool, typer.Option("--requantize", help="Round layers anew that the format cannot express as they are.")
+        bool, typer.Option("--requantize", help="Round layers again if the format cannot express them as they are.")
     ] = False,
     dtype: options.Dtype = None,
     debug: options.Debug = False,

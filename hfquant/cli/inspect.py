@@ -1,4 +1,4 @@
-"""`hfquant inspect`: what a quantized folder holds."""
+"""`hfquant inspect`: show the contents of a quantized folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hfquant.console import size
 
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of a quantized model or pipeline.")],
-    layers: Annotated[bool, typer.Option("--layers/--summary", help="Print every layer, or only sums.")] = True,
+    layers: Annotated[bool, typer.Option("--layers/--summary", help="Print every layer, or only totals.")] = True,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show the bits, bytes, formats and errors of every quantized layer, and what stayed in full precision and why."""
+    """Show the bits, bytes, formats and error of every quantized layer, and what stayed in full precision and why."""
     with errors_in_one_line(debug):
         from hfquant.report.stored import read_folder
 
@@ -32,7 +32,7 @@ def inspect(
             (f"{name}: {model.kind}", ""),
             [
                 ("layers", str(len(model.layers))),
-                ("bits a weight", f"{model.bits:.2f}, scales included"),
+                ("bits per weight", f"{model.bits:.2f}, scales included"),
                 ("size", f"{size(model.bytes)} of {size(model.full_bytes)} in full precision"),
             ],
         )

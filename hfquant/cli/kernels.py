@@ -1,4 +1,4 @@
-"""`hfquant kernels`: what this machine has to run quantized layers on, and how fast it is."""
+"""`hfquant kernels`: list the kernels that can run quantized layers on this machine, and time them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hfquant.nn.linear import QuantLinear
 
 _TOKEN, _CHANNEL = {"dynamic": True, "axis": -1}, {"axis": -1}
-#: Products by the name that people give them: what a layer's config says of its weights and its inputs.
+#: Products by their common name, each with the config of its weights and inputs.
 PRODUCTS: dict[str, dict[str, object]] = {
     "W8A8": {"weight_quant": {"type": "int8", **_CHANNEL}, "input_quant": {"type": "int8", **_TOKEN}},
     "W4A8": {"weight_quant": {"type": "int4", "group_size": 64}, "input_quant": {"type": "int8", **_TOKEN}},
@@ -35,19 +35,19 @@ SHAPES = ("1x1024x4096", "64x1152x4608", "256x1152x1152")
 
 
 def kernels(
-    device: Annotated[str | None, typer.Option(help="Device; default: cuda where there is one, else cpu.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device; default: cuda if available, else cpu.")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the model, such as bfloat16.")] = "float32",
     shape: Annotated[
         list[str] | None,
-        typer.Option(metavar="MxKxN", help="Tokens x inputs x outputs to time, repeated for several; default: three."),
+        typer.Option(metavar="MxKxN", help="Tokens x inputs x outputs to time; repeatable; default: three shapes."),
     ] = None,
-    timed: Annotated[bool, typer.Option("--time/--no-time", help="Time the shapes beside F.linear.")] = True,
+    timed: Annotated[bool, typer.Option("--time/--no-time", help="Time the shapes against F.linear.")] = True,
     debug: Annotated[bool, typer.Option("--debug", envvar="HFQUANT_DEBUG", help="Show tracebacks.")] = False,
 ) -> None:
-    """List the kernels that run quantized layers, which products each can compute here and why not, and time them.
+    """List the kernels, show which products each can compute on this machine or why it cannot, and time them.
 
-    W4A8: weights of 4 bits, inputs of 8; 16: inputs stay floats. Weights below 8 bits are in groups of 64.
-    HFQUANT_KERNEL=name forces a kernel on every layer, here too.
+    W4A8: 4-bit weights, 8-bit inputs; A16: float inputs. Weights below 8 bits use groups of 64. HFQUANT_KERNEL=name
+    forces one kernel for all layers, here too.
     """
     shapes = [_shape(text) for text in shape or SHAPES]
     import torch
@@ -95,7 +95,7 @@ def _print_kernels(console: Console, device: str) -> None:
     products = {name: _layer(name, 4096, 4096).product for name in PRODUCTS}
     title = f"Kernels for {device}, the preferred ones first"
     table = Table("kernel", *PRODUCTS, title=title, title_justify="left", box=None)
-    # Kernels of one kind say the same.
+    # Kernels of one kind give the same reasons.
     notes: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     for kernel in KERNELS.values():
         why = {name: obstacle(kernel, product, device) for name, product in products.items()}
@@ -128,7 +128,7 @@ def _print_times(
 
 
 def _times(device: torch.device, dtype: torch.dtype, tokens: int, inputs: int, outputs: int) -> list[str]:
-    """Return what the table says of one shape, a line a product after F.linear's."""
+    """Return the table's column for one shape: F.linear first, then one line per product."""
     import torch
 
     x = torch.randn(tokens, inputs, device=device, dtype=dtype)
@@ -142,7 +142,7 @@ def _times(device: torch.device, dtype: torch.dtype, tokens: int, inputs: int, o
 
 
 def _picked(product: Product, x: torch.Tensor, outputs: int) -> str:
-    """Return the name of the kernel for a product, "" where the one that is forced cannot compute it."""
+    """Return the name of the kernel for a product; "" if a forced kernel cannot compute it."""
     from hfquant.kernels.table import KERNELS, VARIABLE, obstacle, pick
 
     forced = KERNELS.get(os.environ.get(VARIABLE, ""))
@@ -152,7 +152,7 @@ def _picked(product: Product, x: torch.Tensor, outputs: int) -> str:
 
 
 def _filled(layer: QuantLinear, device: torch.device, dtype: torch.dtype) -> QuantLinear:
-    """Return the layer with random codes, and scales of a usual size."""
+    """Return the layer with random codes and scales of a typical size."""
     import torch
 
     layer = layer.to_empty(device=device).to(dtype)
@@ -169,11 +169,11 @@ def _filled(layer: QuantLinear, device: torch.device, dtype: torch.dtype) -> Qua
 
 
 def _seconds(calls: Sequence[Callable[[], object]], device: torch.device, budget: float = 0.3) -> list[float]:
-    """Return the median time of each call; rounds of all of them, so that what slows the machine slows each."""
+    """Return the median seconds of each call. Calls run in rounds, so a slowdown of the machine affects them all."""
     import torch
 
     def timed(call: Callable[[], object]) -> float:
-        call()  # so that none finds the caches as another left them
+        call()  # warm up: the caches hold what another call left
         start = time.perf_counter()
         call()
         if device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they mean together."""
+"""Options shared by several commands, and how they combine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Debug = Annotated[bool, typer.Option("--debug", envvar="HFQUANT_DEBUG", help="Show tracebacks.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Dtype = Annotated[str | None, typer.Option(help="Dtype to load the model in, such as bfloat16.")]
-Device = Annotated[str | None, typer.Option(help="Device to run it on, such as cuda.")]
+Device = Annotated[str | None, typer.Option(help="Device to run the model on, such as cuda.")]
 RecipeName = Annotated[
     str | None, typer.Option("--recipe", help="Name of a recipe (`hfquant recipe list`), or a YAML file.")
 ]
@@ -23,15 +23,15 @@ Preset = Annotated[str | None, typer.Option("--preset", help="Name of a preset, 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="JSON file with a config.")]
 Components = Annotated[
     list[str] | None,
-    typer.Option("--component", help="Of a pipeline, repeated for several; default: its denoisers."),
+    typer.Option("--component", help="Pipeline component to quantize; repeatable; default: the denoisers."),
 ]
 Skip = Annotated[
-    list[str] | None, typer.Option("--skip", help="Glob of layers to leave in full precision, repeated for several.")
+    list[str] | None, typer.Option("--skip", help="Glob of layers to leave in full precision; repeatable.")
 ]
 
 
 def pairs(option: str, values: Sequence[str]) -> dict[str, str]:
-    """Return KEY=VALUE words as a dict."""
+    """Parse KEY=VALUE words into a dict."""
     split = [value.partition("=") for value in values]
     for value, (key, equals, _) in zip(values, split, strict=True):
         if not (key and equals):
@@ -40,14 +40,14 @@ def pairs(option: str, values: Sequence[str]) -> dict[str, str]:
 
 
 def columns(values: Sequence[str]) -> str | dict[str, str] | None:
-    """Return the value of `--column`: one column, or those of several arguments."""
+    """Return the value of `--column`: one column, or a column for each of several arguments."""
     if len(values) == 1 and "=" not in values[0]:
         return values[0]
     return pairs("--column", values) or None
 
 
 def parsed(value: str) -> Any:
-    """Return a value given as JSON, or else the string."""
+    """Parse a value as JSON; return the string itself if it is not JSON."""
     try:
         return json.loads(value)
     except ValueError:
@@ -65,18 +65,18 @@ def chosen_recipe(
     call: Mapping[str, Any] | None = None,
     bits: float | None = None,
 ) -> Recipe:
-    """Return the recipe named, or one that says what the other options say.
+    """Return the named recipe, or one built from the other options.
 
     Args:
         loads: class of the model or pipeline.
-        components: to quantize, where no recipe says.
+        components: the components to quantize, if no recipe is named.
         recipe, preset, config, skip: as given on the command line.
-        calibration: a dataset as a stream has it; takes the place of the recipe's.
+        calibration: fields of a calibration stream; replaces the recipe's data.
         call: arguments of a pipeline's call, added to the recipe's.
-        bits: stored bits a weight, for each component to choose formats under.
+        bits: budget of stored bits per weight, for each component to choose its formats.
 
     Raises:
-        ConfigError: more than one of recipe, preset and config, or one that cannot be used.
+        ConfigError: more than one of recipe, preset and config is given, or the one given is invalid.
         FileNotFoundError: no such file.
     """
     from hfquant import recipes

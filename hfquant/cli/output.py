@@ -1,4 +1,4 @@
-"""What commands write: folders that appear whole or not at all, tables and JSON."""
+"""Output of commands: folders that are written completely or not at all, tables and JSON."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def check_empty(out: Path) -> None:
-    """Raise FileExistsError where a folder to be written has something in it already."""
+    """Raise FileExistsError if a folder to be written is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is not empty; choose another --out, or remove it first")
 
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """Give a folder beside `out` to write to, that takes its place at the end; where anything fails it is removed."""
+    """Yield a folder beside `out` to write to. It is renamed to `out` at the end, or removed if anything fails."""
     check_empty(out)
     partial = out.absolute().with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -38,19 +38,19 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def console() -> Console:
-    """Return a console that prints what it is given as it is."""
+    """Return a console that prints text verbatim."""
     from rich.console import Console
 
     return Console(markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(content: Any) -> None:
-    """Print one JSON document."""
+    """Print a JSON document."""
     typer.echo(json.dumps(content, indent=2))
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Print aligned columns: on a terminal folded to its width, elsewhere as wide as they are."""
+    """Print aligned columns, folded to the width of a terminal; elsewhere at full width."""
     from rich.table import Column, Table
 
     table = Table(*(Column(title, overflow="fold") for title in head), title=title, title_justify="left", box=None)

@@ -1,4 +1,4 @@
-"""`hfquant plan`: what quantizing would do, from configs alone."""
+"""`hfquant plan`: show what quantizing would do, from configs alone."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def plan(
     component: options.Components = None,
     skip: options.Skip = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the model in full precision; default: its config's, else bfloat16.")
+        str | None, typer.Option(help="Full-precision dtype of the model; default: its config's, else bfloat16.")
     ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Print every layer's plan too.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Print every layer's plan as well.")] = False,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Measure a block, and estimate calibration's time and memory from it.")
+        bool, typer.Option("--estimate", help="Estimate time and memory of calibration by measuring one block.")
     ] = False,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show what quantizing a model would do: layers, bytes before and after, what stays float. Reads no weights."""
+    """Show what quantizing a model would do: layers, bytes before and after, what stays in float. Reads no weights."""
     with errors_in_one_line(debug):
         from hfquant.api import plan as plan_model
         from hfquant.integrations.hub import floating
@@ -67,7 +67,9 @@ def plan(
         for line in _reasons(found_plan):
             console().print(f"- {name}: {line}")
         if (rule := wanted.components[name].rules().search) is not None:
-            budget = f"the bytes of {rule.budget}" if isinstance(rule.budget, str) else f"{rule.budget:g} bits a weight"
+            budget = (
+                f"the bytes of {rule.budget}" if isinstance(rule.budget, str) else f"{rule.budget:g} bits per weight"
+            )
             console().print(f"- {name}: not final: quantizing chooses each layer's format on the data, within {budget}")
         if name in costs:
             console().print(f"- {name}: {costs[name]}")
@@ -76,7 +78,7 @@ def plan(
 
 
 def _dtype(model: Any) -> torch.dtype:
-    """Return the dtype that a model's config says its weights have; bfloat16 where it says nothing."""
+    """Return the dtype of the weights according to the model's config; bfloat16 if the config does not say."""
     import torch
 
     found = getattr(model.config, "dtype", None)

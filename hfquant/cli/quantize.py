@@ -1,4 +1,4 @@
-"""`hfquant quantize`: from a model or pipeline to a quantized folder."""
+"""`hfquant quantize`: write a quantized model or pipeline to a folder."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from hfquant.console import log_shown, size
 
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a transformers model or a diffusers pipeline.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; must not hold anything yet.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must be empty or not exist yet.")],
     recipe: options.RecipeName = None,
     preset: options.Preset = None,
     config: options.ConfigFile = None,
     bits: Annotated[
         float | None,
-        typer.Option(help="Stored bits a weight: choose each layer's format under this budget, on the data."),
+        typer.Option(help="Budget in stored bits per weight: use the data to choose each layer's format within it."),
     ] = None,
     component: options.Components = None,
     skip: options.Skip = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Data: a hub dataset, or a local parquet, json, csv or text file, or a folder."),
+        typer.Option(help="Data: a hub dataset, a local parquet, json, csv or text file, or a folder."),
     ] = None,
     column: Annotated[
         list[str] | None,
-        typer.Option(help="Column to read; ARGUMENT=COLUMN, repeated, for several; default: a usual name."),
+        typer.Option(help="Column to read; repeat ARGUMENT=COLUMN for several; default: text, prompt or similar."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of the dataset; default: train, or the only one.")] = None,
-    samples: Annotated[int, typer.Option(help="Sequences or rows to read.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the order of the data.")] = 0,
+    split: Annotated[str | None, typer.Option(help="Split of the dataset; default: train, or the only split.")] = None,
+    samples: Annotated[int, typer.Option(help="Sequences of text, or rows, to read.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed for the order of the data.")] = 0,
     arg: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Argument of a pipeline's call, such as num_inference_steps=20."),
+        typer.Option(metavar="KEY=VALUE", help="Argument of the pipeline call, such as num_inference_steps=20."),
     ] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -54,8 +54,8 @@ def quantize(
 ) -> None:
     """Quantize a model or the denoisers of a pipeline, and save the result.
 
-    Without --recipe, --preset and --config it is the preset w8a8-dynamic, or w4-auto with --bits. Solved layers are
-    kept beside --out until it is written: repeat the same command to go on after an interruption.
+    Without --recipe, --preset and --config, the preset is w8a8-dynamic, or w4-auto with --bits. Solved layers are kept
+    beside --out until it is written: repeat the same command to resume after an interruption.
     """
     call = {key: options.parsed(value) for key, value in options.pairs("--arg", arg or ()).items()}
     stream = None
@@ -83,7 +83,7 @@ def quantize(
             with staged(out) as folder:
                 save(loaded, folder, affiner)
         except KeyboardInterrupt:
-            typer.echo(f"Interrupted: nothing was written to {out}. Repeat the command to go on.", err=True)
+            typer.echo(f"Interrupted: nothing was written to {out}. Run the same command again to resume.", err=True)
             raise typer.Exit(130) from None
         shutil.rmtree(resume, ignore_errors=True)
         summary = _summary(out, time.perf_counter() - start)
@@ -107,7 +107,7 @@ def _summary(out: Path, seconds: float) -> dict[str, Any]:
         "layers": sum(len(model.layers) for model in models.values()),
         "bytes": sum(model.bytes for model in models.values()),
         "bytes in full precision": sum(model.full_bytes for model in models.values()),
-        "bits a weight": {name: round(model.bits, 2) for name, model in models.items()},
+        "bits per weight": {name: round(model.bits, 2) for name, model in models.items()},
         "seconds": round(seconds, 1),
     }
 

@@ -17,7 +17,7 @@ recipe = typer.Typer(no_args_is_help=True, help="List, show, check and import re
 
 @recipe.command("list")
 def list_recipes(as_json: options.AsJson = False, debug: options.Debug = False) -> None:
-    """List the recipes that come with hfquant."""
+    """List the recipes that ship with hfquant."""
     with errors_in_one_line(debug):
         from hfquant import recipes
 
@@ -30,7 +30,7 @@ def list_recipes(as_json: options.AsJson = False, debug: options.Debug = False) 
 
 @recipe.command("show")
 def show(name: Annotated[str, typer.Argument(help="Name of a recipe.")], debug: options.Debug = False) -> None:
-    """Print a recipe's YAML, to start one's own from."""
+    """Print a recipe's YAML, as a starting point for your own."""
     with errors_in_one_line(debug):
         from hfquant import recipes
 
@@ -42,16 +42,16 @@ def show(name: Annotated[str, typer.Argument(help="Name of a recipe.")], debug: 
 def check(
     name: Annotated[str, typer.Argument(help="Name of a recipe, or a YAML file.")],
     model: Annotated[
-        str | None, typer.Argument(help="Folder or hub id to check it against; reads configs only.")
+        str | None, typer.Argument(help="Folder or hub id of a model to check it against; only configs are read.")
     ] = None,
     debug: options.Debug = False,
 ) -> None:
-    """Check a recipe, and with a model whether it fits: its class, its components, every glob, what comes of it."""
+    """Check a recipe and, given a model, whether it fits: class, components, every glob, and the resulting sizes."""
     with errors_in_one_line(debug):
         from hfquant import recipes
 
         found = recipes.load(name)
-        typer.echo(f"{found.title}: a good recipe")
+        typer.echo(f"{found.title}: valid recipe")
         if model is None:
             return
         from hfquant.integrations.skeleton import skeleton
@@ -66,16 +66,16 @@ def check(
 @recipe.command("import")
 def import_recipe(
     file: Annotated[Path, typer.Argument(help="YAML file of the SegQuant reference implementation.")],
-    out: Annotated[Path, typer.Option(help="Folder for the recipes, one an experiment of the file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the recipes, one per experiment in the file.")],
     experiment: Annotated[
-        list[str] | None, typer.Option(help="Experiment to convert, repeated for several; default: all.")
+        list[str] | None, typer.Option(help="Experiment to convert; repeatable; default: all.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="sd3, flux or sdxl; default: as the folders of the file say.")
+        str | None, typer.Option(help="sd3, flux or sdxl; default: by the folder that the file is in.")
     ] = None,
     debug: options.Debug = False,
 ) -> None:
-    """Convert a YAML file of the SegQuant reference implementation; what cannot be carried over is named."""
+    """Convert a YAML file of the SegQuant reference implementation, and list what cannot be converted."""
     with errors_in_one_line(debug):
         from hfquant.recipes import segquant
         from hfquant.schema import ConfigError

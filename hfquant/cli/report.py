@@ -1,4 +1,4 @@
-"""`hfquant report`: one page about a quantized folder."""
+"""`hfquant report`: write a page about a quantized folder."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from hfquant.cli.errors import errors_in_one_line
 
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a quantized model or pipeline.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Page to write.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
     reference: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id in full precision: adds quality, speed, and pictures or next tokens."),
+        typer.Option(help="Full-precision folder or hub id: adds quality, speed, and images or next tokens."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Text or dataset to compare language models on; default: Python's own manual.")
+        str | None,
+        typer.Option(help="Text or dataset to compare language models on; default: Python's language reference."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Windows of text, or images.")] = 8,
-    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
-    prompt: Annotated[list[str] | None, typer.Option(help="Prompt of a pipeline, repeated for several.")] = None,
+    samples: Annotated[int, typer.Option(help="Number of text windows or images.")] = 8,
+    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt for a pipeline; repeatable.")] = None,
     arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Argument of a pipeline's call; JSON or a string.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Argument of the pipeline call, as JSON or a string.")
     ] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     debug: options.Debug = False,
 ) -> None:
-    """Write one self-contained HTML page: sizes, every layer's error, what to mend, and how far from full precision."""
+    """Write one self-contained HTML page: sizes, every layer's error, what to fix, and how far from full precision."""
     call = {key: options.parsed(value) for key, value in options.pairs("--arg", arg or ()).items()}
     with errors_in_one_line(debug):
         from hfquant.report.gather import Inputs, gather

@@ -1,4 +1,4 @@
-"""Watch one forward of a model and read off what feeds each linear and what its output becomes."""
+"""Watch one forward pass of a model to find what feeds each linear and how its output is used."""
 
 from hfquant.dataflow.scaling import Source
 from hfquant.dataflow.source import obstacles_in_source

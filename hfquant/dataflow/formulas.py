@@ -1,4 +1,4 @@
-"""Recognize activations that a forward spells out: ``x * sigmoid(x)``, ``0.5 * x * (1 + tanh(...))`` and their kin."""
+"""Recognize activations that a forward spells out, such as ``x * sigmoid(x)`` or ``0.5 * x * (1 + tanh(...))``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SCALINGS = PRODUCTS | {"neg", "negative"}
 _SHIFTS = frozenset(("add", "sub", "subtract", "rsub"))
 _POWERS = frozenset(("pow", "square"))
 
-#: What a gate consists of, scalings and powers left out -> the activation that its product with ``x`` is.
+#: Steps of a gate, without scalings and powers -> the activation that results when it multiplies ``x``.
 _GATES = {
     frozenset({"sigmoid"}): "silu",
     frozenset({"sigmoid of a multiple"}): "quick_gelu",
@@ -25,14 +25,14 @@ _GATES = {
 
 
 class Formula(NamedTuple):
-    """A tensor that is a pointwise function of ``root`` and constants alone, made in ``steps``."""
+    """A tensor that is a pointwise function of ``root`` and constants only, computed in ``steps``."""
 
     root: Tensor
     steps: frozenset[str]
 
 
 class Formulas:
-    """Keep, for each tensor, the formula by which pointwise functions made it out of one other tensor."""
+    """Keep, for each tensor, the formula by which pointwise functions computed it from one other tensor."""
 
     def __init__(self) -> None:
         self._made: Any = WeakTensorKeyDictionary()
@@ -43,7 +43,7 @@ class Formulas:
             self._made[out] = self._of(x)
 
     def apply(self, kind: str, inputs: Sequence[Tensor], out: Tensor) -> str | None:
-        """Record that the pointwise function ``kind`` made ``out`` of ``inputs``.
+        """Record that the pointwise function ``kind`` computed ``out`` from ``inputs``.
 
         Returns:
             The activation whose formula this call completes, or None.
@@ -60,7 +60,7 @@ class Formulas:
                 activation = _GATES.get(gate.steps - {"scale", "power"})
                 if activation and x.steps <= {"scale"}:
                     return activation
-        if any(t is out for t in inputs):  # written in place: the tensor is no function of what it was
+        if any(t is out for t in inputs):  # written in place: it is not a function of its own old value
             return None
         steps = frozenset[str]().union(*(formula.steps for formula in full))
         self._made[out] = Formula(full[0].root, steps | _step(name, steps, len(full)))
@@ -73,7 +73,7 @@ class Formulas:
 def _step(name: str, steps: frozenset[str], operands: int) -> frozenset[str]:
     if name in _SCALINGS:
         return frozenset({"scale" if operands == 1 else "power"})
-    if name in _SHIFTS:  # the sum of x and its powers is a polynomial, whose constant term does not matter
+    if name in _SHIFTS:  # a sum of x and its powers is a polynomial; its constant term does not matter
         return frozenset({"shift" if operands == 1 else "power"})
     if name in _POWERS:
         return frozenset({"power"})

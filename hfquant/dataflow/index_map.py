@@ -1,7 +1,7 @@
-"""Plain functions on index maps and label maps (see :mod:`~hfquant.dataflow.tracker`) that keep stride 0.
+"""Functions on index maps and label maps (see :mod:`~hfquant.dataflow.tracker`) that preserve stride 0.
 
-A dimension with stride 0 is one that the map does not depend on. A map of a [2, 4096, 12288] tensor whose values depend
-on the last dimension alone holds 12288 numbers.
+A map does not depend on a dimension with stride 0. The map of a [2, 4096, 12288] tensor whose values depend only on the
+last dimension therefore stores just 12288 numbers.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from torch import Tensor
 
 
 def squash(index: Tensor) -> Tensor:
-    """Return the map with each dimension that it does not depend on cut to size 1."""
+    """Return the map with every dimension that it does not depend on reduced to size 1."""
     return index[tuple(slice(0, 1) if step == 0 else slice(None) for step in index.stride())]
 
 
 def values(index: Tensor) -> list[int]:
-    """Return the different numbers in a map, sorted."""
+    """Return the distinct numbers in a map, sorted."""
     return torch.unique(squash(index)).tolist()
 
 
 def count(index: Tensor) -> int:
-    """Return how many different numbers a map holds."""
+    """Return the number of distinct numbers in a map."""
     return len(torch.unique(squash(index)))
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Return whether two maps say the same and depend on the same dimensions."""
+    """Return whether two maps are equal and depend on the same dimensions."""
     return a is b or (a.shape == b.shape and squash(a).shape == squash(b).shape and torch.equal(squash(a), squash(b)))
 
 
 def groups(before: torch.Size, after: torch.Size) -> list[tuple[slice, slice]]:
-    """Return the dimensions of a reshape's input and output in groups of equal size, as small as can be."""
+    """Split the dimensions of a reshape's input and output into the smallest groups of equal size."""
     found: list[tuple[slice, slice]] = []
     i = j = 0
     while i < len(before) and j < len(after):
@@ -50,7 +50,7 @@ def groups(before: torch.Size, after: torch.Size) -> list[tuple[slice, slice]]:
 
 
 def reshape(index: Tensor, shape: torch.Size) -> Tensor:
-    """Reshape a map group by group of dimensions, so that groups that it does not depend on keep stride 0."""
+    """Reshape a map by groups of dimensions, so that groups that it does not depend on keep stride 0."""
     if not index.numel():
         return index.reshape(shape)
     keep, middle = [slice(None)] * index.ndim, list(shape)
@@ -62,9 +62,9 @@ def reshape(index: Tensor, shape: torch.Size) -> Tensor:
 
 
 def merged_dims(before: torch.Size, after: torch.Size) -> tuple[int, tuple[int, ...]]:
-    """Return the last dimension of ``after`` that a reshape merged out of several, and their sizes, or ``(0, ())``.
+    """Return the last dimension of ``after`` into which a reshape merged several, with their sizes, or ``(0, ())``.
 
-    A batch merged with what follows it is left out, unless nothing follows the result.
+    A batch merged with the dimensions after it does not count, unless no dimension follows the result.
     """
     if 0 in before:
         return 0, ()
@@ -77,9 +77,9 @@ def merged_dims(before: torch.Size, after: torch.Size) -> tuple[int, tuple[int, 
 
 
 def expand_row(index: Tensor, key: Any, shape: torch.Size) -> Tensor | None:
-    """Return ``index[key]``, of shape ``shape``, for a key of unknown values, or None where they matter.
+    """Return ``index[key]``, of shape ``shape``, for a key with unknown values, or None if the values matter.
 
-    They do not where the map depends on its last dimension alone and the key leaves that one whole.
+    They do not matter if the map depends only on its last dimension and the key leaves that dimension whole.
     """
     key = key if isinstance(key, tuple) else (key,)
     indexed = sum(i.ndim if isinstance(i, Tensor) and i.dtype == torch.bool else i is not None for i in key)
@@ -89,9 +89,9 @@ def expand_row(index: Tensor, key: Any, shape: torch.Size) -> Tensor | None:
 
 
 def cuts_of(hulls: Iterable[tuple[int, int]], size: int) -> frozenset[int]:
-    """Return where to cut ``range(size)`` so that no cut falls inside a hull: the ends of overlapping hulls' groups.
+    """Return where to cut ``range(size)`` without cutting a hull: at the ends of each group of overlapping hulls.
 
-    Interleaved pieces (per-head fused qkv, rotary halves) have overlapping hulls, so they stay together.
+    Interleaved pieces (per-head fused qkv, rotary halves) have overlapping hulls, so they are kept together.
     """
     cuts, end = set(), 0
     for low, high in sorted(hulls):

@@ -1,6 +1,6 @@
-"""Label maps: integer tensors that say of every element of a tensor which part it came from.
+"""Label maps: integer tensors that hold, for every element of a tensor, the part it came from.
 
-A label is the number of a :class:`Part` in a :class:`LabelTable`. Equal parts have equal numbers.
+A label is the number of a :class:`Part` in a :class:`LabelTable`. Equal parts share a number.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hfquant.enums import SegPattern
 
 
 class Join(NamedTuple):
-    """An operation that made a tensor out of parts."""
+    """An operation that joined parts into one tensor."""
 
     pattern: SegPattern
     how: str
@@ -26,19 +26,19 @@ class Join(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a tensor: which operand of which joins (by number) it is, and the activation that made it."""
+    """A part of a tensor: its operand number in each join (by number), and the activation that produced it."""
 
     operands: frozenset[tuple[int, int]] = frozenset()
     activation: str | None = None
 
 
 class Reading(NamedTuple):
-    """What a label map says of the features of a linear's input.
+    """What a label map says about the features of a linear's input.
 
     Attributes:
         cuts: where the features were joined.
         joins: the operations that joined them there.
-        activations: for each stretch between two cuts, the activation that made it.
+        activations: for each range between two cuts, the activation that produced it.
     """
 
     cuts: frozenset[int]
@@ -47,7 +47,7 @@ class Reading(NamedTuple):
 
 
 class LabelTable:
-    """The parts that the labels of one forward stand for."""
+    """The parts that the labels of one forward pass refer to."""
 
     def __init__(self) -> None:
         self.parts: list[Part] = [Part()]
@@ -55,7 +55,7 @@ class LabelTable:
         self._numbers: dict[Part, int] = {Part(): 0}
 
     def number(self, part: Part) -> int:
-        """Return the label of ``part``, a new one at need."""
+        """Return the label of ``part``, creating one if necessary."""
         number = self._numbers.setdefault(part, len(self.parts))
         if number == len(self.parts):
             self.parts.append(part)
@@ -71,7 +71,7 @@ class LabelTable:
         return len(self.joins) - 1
 
     def relabel(self, labels: Tensor | None, shape: torch.Size, change: Callable[[Part], Part]) -> Tensor:
-        """Return the labels of changed parts; no labels means one part, of which nothing is known."""
+        """Return the labels after changing each part; no labels means a single part about which nothing is known."""
         if labels is None:
             return torch.tensor(self.number(change(Part())), dtype=torch.int32).expand(shape)
         small = squash(labels)
@@ -80,7 +80,7 @@ class LabelTable:
         return fresh[inverse].view(small.shape).expand(shape)
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the labels of the common refinement of two labellings of one shape."""
+        """Return the labels of the common refinement of two labelings of the same shape."""
         keep = tuple(slice(0, 1) if s == t == 0 else slice(None) for s, t in zip(a.stride(), b.stride(), strict=True))
         total = len(self.parts)
         pairs = a[keep].long() * total + b[keep]
@@ -91,12 +91,12 @@ class LabelTable:
         return fresh[inverse].view(pairs.shape).expand(a.shape)
 
     def operand(self, join: int, i: int, part: Part) -> Part:
-        """Return a part as the i-th operand of a join; the heads it was merged from do not matter any more."""
+        """Return a part as the i-th operand of a join; the heads it was merged from no longer matter."""
         joined = [o for o in part.operands if self.joins[o[0]].pattern is not SegPattern.RESHAPE2LINEAR]
         return Part(frozenset([*joined, (join, i)]), part.activation)
 
     def read(self, labels: Tensor | None, size: int) -> Reading:
-        """Return what a label map says of the last dimension, which has ``size`` features."""
+        """Return what a label map says about the last dimension, which has ``size`` features."""
         if labels is None:
             return Reading(frozenset(), (), {(0, size): None})
         small = squash(labels)
@@ -110,7 +110,7 @@ class LabelTable:
                 label = int(row[low])
                 hulls[label] = (hulls.get(label, (low, high))[0], high)
             new = cuts_of(hulls.values(), size)
-            for cut in new:  # what the parts on both sides have in common did not part them
+            for cut in new:  # an operation that both sides share did not separate them
                 joins |= {join for join, _ in self.parts[row[cut - 1]].operands ^ self.parts[row[cut]].operands}
             cuts |= new
         activations: dict[tuple[int, int], str | None] = {}

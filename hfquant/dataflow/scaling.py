@@ -1,11 +1,10 @@
-"""Find what can be divided channel by channel while the linears that read it multiply, and nobody else notices.
+"""Find modules whose output can be divided per channel if the linears that read it multiply to compensate.
 
-A *source* is a module whose own parameters scale its output channels: a norm or any gain ``weight * x``, with its
-bias, or a linear by its rows. What it puts out is followed through views and through functions that commute with a
-positive factor a channel: ReLU, the product with a gate, the weighted sum over tokens that attention makes of values.
-Whatever else meets a channel rules it out: a function that is not listed here, a sum, an assignment, another use of the
-parameter, a tensor that outlives the forward. A source that is missed costs a division at run time, so nothing is
-guessed.
+A *source* is a module whose own parameters scale its output channels: a norm or any gain ``weight * x``, with its bias,
+or a linear through its rows. Its output is followed through views and through functions that commute with a positive
+per-channel factor: ReLU, the product with a gate, the weighted sum over tokens that attention computes from values.
+Anything else that touches a channel rules it out: a function not listed here, a sum, an assignment, another use of the
+parameter, a tensor that outlives the forward. A missed source costs only a division at run time, so nothing is guessed.
 """
 
 from __future__ import annotations
@@ -39,12 +38,13 @@ from hfquant.dataflow.twin import WeakTensorKeyDictionary, paused
 
 @dataclass(frozen=True)
 class Source:
-    """A module whose output channels can be divided while the linears that read them multiply.
+    """A module whose output channels can be divided if the linears that read them multiply to compensate.
 
     Attributes:
         module: its qualified name.
-        parameters: names of its parameters, each divided along its first dimension.
-        channels: for each input of the linears that read it, which of its outputs that is; None: all, in order.
+        parameters: names of its parameters, each to be divided along its first dimension.
+        channels: for each input channel of the linears that read it, the output channel it comes from; None: all, in
+            order.
     """
 
     module: str
@@ -54,13 +54,13 @@ class Source:
 
 @dataclass(eq=False)
 class _Origin:
-    """What is known of a source while the forward runs.
+    """What is known about a source while the forward runs.
 
     Attributes:
         module: its qualified name.
-        leaked: [channels] bool, those that something sees that cannot adapt.
-        parameters: names in ``module`` by the parameters' ids.
-        reads: linears that read it, each time with the channels.
+        leaked: [channels] bool, channels that reach something that cannot compensate.
+        parameters: the parameters' names in ``module``, by their ids.
+        reads: one (linear, channels) pair for each time a linear reads it.
     """
 
     module: str
@@ -71,14 +71,14 @@ class _Origin:
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """Which channels of a source a tensor holds: ``index`` has the tensor's shape, and stride 0 where all is alike."""
+    """Which channels of a source a tensor holds: ``index`` has its shape, and stride 0 along irrelevant dimensions."""
 
     origin: _Origin
     index: Tensor
 
 
 class _Step(NamedTuple):
-    """One call of a torch function that made ``out``."""
+    """One call of a torch function that computed ``out``."""
 
     name: str
     func: Callable[..., Any]
@@ -87,12 +87,12 @@ class _Step(NamedTuple):
     out: Tensor
 
     def get(self, position: int, name: str) -> Any:
-        """Return an argument; None where it is not given."""
+        """Return an argument, or None if it is not given."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(name)
 
 
 class ScaleWatch(TorchFunctionMode):
-    """See every torch function called while it is active and follow the outputs of sources.
+    """Observe every torch function call while active, and follow the outputs of sources.
 
     Args:
         twin: the model that will run.
@@ -103,7 +103,7 @@ class ScaleWatch(TorchFunctionMode):
         self._held: Any = WeakTensorKeyDictionary()
         self._casts: Any = WeakTensorKeyDictionary()  # a parameter in another dtype -> the parameter
         self._origins: dict[int, _Origin] = {}  # by the id of the gain, or of the linear's weight
-        self._uses: dict[int, set[int]] = {}  # of a parameter: the origins it belongs to, 0 for anything else
+        self._uses: dict[int, set[int]] = {}  # parameter -> the origins it belongs to, 0 for anything else
         self._calls: Counter[str] = Counter()
         self._owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
         for name, module in twin.named_modules():
@@ -130,7 +130,7 @@ class ScaleWatch(TorchFunctionMode):
         return result
 
     def sources(self) -> dict[str, Source]:
-        """Return, by linear, the source of its inputs, where that can be divided."""
+        """Return, by linear, the source of its inputs, if that source can be divided."""
         gains = {origin.module: gain for gain, origin in self._origins.items()}
         found: dict[str, Source] = {}
         for gain, origin in self._origins.items():
@@ -152,13 +152,13 @@ class ScaleWatch(TorchFunctionMode):
         return found
 
     def _param(self, t: Any) -> Tensor | None:
-        """Return the parameter that ``t`` is, perhaps in another dtype."""
+        """Return the parameter that ``t`` is, or is a cast of; None if neither."""
         if id(t) in self._owners:
             return cast(Tensor, t)
         return cast(Tensor | None, self._casts.get(t)) if isinstance(t, Tensor) else None
 
     def _lose(self, tensors: Iterable[Tensor]) -> None:
-        """Rule out what something sees that is not followed."""
+        """Rule out tensors that are used by something that cannot be followed."""
         for t in tensors:
             if (param := self._param(t)) is not None:
                 self._uses.setdefault(id(param), set()).add(0)
@@ -167,12 +167,12 @@ class ScaleWatch(TorchFunctionMode):
                 held.origin.leaked[squash(held.index).flatten().long()] = True
 
     def _keep(self) -> None:
-        """Rule out what is still there when the forward is over: in its result, in a cache, in an attribute."""
+        """Rule out what is still alive when the forward is over: in its result, in a cache, in an attribute."""
         with paused():
             self._lose(list(self._held.keys()))
 
     def _follow(self, step: _Step, known: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
-        """Carry over to the outputs what the inputs hold; return False where that cannot be said."""
+        """Propagate what the inputs hold to the outputs; return False if that is not possible."""
         if step.name in VIEWS:
             return self._view(step, known, outputs)
         if len(outputs) > 1:
@@ -227,7 +227,7 @@ class ScaleWatch(TorchFunctionMode):
         return self._begin(step.out, weight, bias)
 
     def _begin(self, out: Tensor, gain: Tensor, bias: Tensor | None = None) -> bool:
-        """Follow the output of a source; return False where its parameters are not those of one module alone."""
+        """Start following a source's output; return False unless all its parameters belong to one module alone."""
         param = self._param(gain)
         owners = [] if param is None else self._owners[id(param)]
         if param is None or len(owners) != 1 or param.shape[0] != out.shape[-1]:
@@ -242,7 +242,7 @@ class ScaleWatch(TorchFunctionMode):
         return bias is None or self._add(id(param), bias)
 
     def _add(self, gain: int, bias: Tensor) -> bool:
-        """Take a bias in among the parameters of an origin; return False where it is not of the same module alone."""
+        """Add a bias to the parameters of an origin; return False unless it belongs to the same module alone."""
         param, origin = self._param(bias), self._origins[gain]
         owners = self._owners.get(id(param), [])
         if param is None or [name for name, _, _ in owners] != [origin.module] or param.shape != origin.leaked.shape:
@@ -252,7 +252,7 @@ class ScaleWatch(TorchFunctionMode):
         return True
 
     def _product(self, step: _Step, known: Sequence[Tensor]) -> bool:
-        """Follow the last factor that is held; a factor that is a parameter begins a source of its own."""
+        """Follow the last factor that is held; a parameter as a factor starts a new source."""
         params = [t for t in known if self._param(t) is not None]
         if params:
             others = [t for t in tensors_in([*step.args, *step.kwargs.values()]) if t is not params[0]]
@@ -271,7 +271,7 @@ class ScaleWatch(TorchFunctionMode):
         return True
 
     def _shift(self, step: _Step) -> bool:
-        """Follow the sum of a gain's product and the bias of the same module."""
+        """Follow the sum of a gain's product and the same module's bias."""
         for x, bias in (step.args, step.args[::-1]) if len(step.args) == 2 and not step.kwargs else ():
             if isinstance(x, Tensor) and x in self._held and x.shape == step.out.shape and isinstance(bias, Tensor):
                 held = self._held[x]
@@ -283,7 +283,7 @@ class ScaleWatch(TorchFunctionMode):
         return False
 
     def _mix(self, step: _Step, known: Sequence[Tensor]) -> bool:
-        """Follow values through a sum over tokens, weighted alike for all channels of a head."""
+        """Follow values through a sum over tokens whose weights are the same for all channels of a head."""
         attention = step.name == "scaled_dot_product_attention"
         v = step.get(2, "value") if attention else step.get(1, "mat2" if step.name == "bmm" else "other")
         if not isinstance(v, Tensor) or v not in self._held or sum(t is v for t in known) > 1 or v.dim() < 2:
@@ -293,7 +293,7 @@ class ScaleWatch(TorchFunctionMode):
         if (index.shape[-2] > 1 and index.stride(-2)) or shape[-1] != v.shape[-1]:
             return False
         row = index[..., :1, :]
-        if attention and v.dim() > 2 and shape[-3] != v.shape[-3]:  # each head of values serves several of queries
+        if attention and v.dim() > 2 and shape[-3] != v.shape[-3]:  # each head of values serves several query heads
             row = row.repeat_interleave(shape[-3] // v.shape[-3], -3)
         try:
             row = row.expand(shape)
@@ -305,14 +305,14 @@ class ScaleWatch(TorchFunctionMode):
 
 
 def _sees_no_values(func: Callable[..., Any], name: str, result: Any, like: bool) -> bool:
-    """Return whether a call looks at shape, dtype or device alone; ``like``: of all its arguments but the first."""
+    """Return whether a call reads only shape, dtype or device; ``like``: of all its arguments but the first."""
     attribute = getattr(func, "__name__", "") == "__get__" and next(iter(tensors_in([result])), None) is None
     blind = name in BLIND or (name == "type" and isinstance(result, str))
     return attribute or blind or name.startswith("new_") or name.endswith("_like") or (like and name in LIKE)
 
 
 def _through(step: _Step, x: Tensor, index: Tensor, outputs: Sequence[Tensor]) -> list[Tensor] | None:
-    """Return the maps of a view's outputs, given that of its input ``x``; None where they cannot be known."""
+    """Return the maps of a view's outputs, given the map of its input ``x``; None if they cannot be determined."""
     if step.name in COPIES:
         return [index]
     if step.name in RESHAPES:

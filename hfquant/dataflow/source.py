@@ -1,7 +1,8 @@
-"""Find linears whose weight is used outside their own forward by reading source code, where nothing can be run.
+"""Find linears whose weight is used outside their own forward from source code, for models that cannot be run.
 
-This sees less than a run does (:mod:`hfquant.dataflow.weights`): the attribute ``self.name.weight`` in ``forward`` and
-in the methods of ``self`` that it calls. It takes a dtype for harmless where the same method mentions int8.
+This finds less than a run does (:mod:`hfquant.dataflow.weights`): only the attribute ``self.name.weight`` in
+``forward`` and in the methods of ``self`` that it calls. A use of the dtype counts as harmless if the same method
+mentions int8.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ class _Use(NamedTuple):
 
 
 def obstacles_in_source(model: nn.Module) -> dict[str, str]:
-    """Say of which linears of ``model`` the weight is used outside their own forward, as far as source code tells.
+    """Find the linears of ``model`` whose weight is used outside their own forward, as far as source code shows.
 
     Returns:
-        Linear -> reason, as in ``LinearTrace.obstacle``; linears of which nothing is known are left out.
+        Linear -> reason, as in ``LinearTrace.obstacle``; linears with no known obstacle are left out.
     """
     found = dict.fromkeys(sorted(fast_path_linears(model)), READ)
     linears = {id(model.get_submodule(name)): name for name in layers_in(model)}
     uses = {kind: _uses(kind) for kind in {type(m) for m in model.modules()}}
     for module in model.modules():
-        for use in sorted(uses[type(module)], reverse=True):  # of two reasons READ comes first
+        for use in sorted(uses[type(module)], reverse=True):  # READ takes precedence over CAST
             try:
                 target = module.get_submodule(use.path)
             except AttributeError:
@@ -45,7 +46,7 @@ def obstacles_in_source(model: nn.Module) -> dict[str, str]:
 
 
 def _uses(kind: type) -> frozenset[_Use]:
-    """Return the uses of other modules' weights in the forward of a class and in the methods it calls."""
+    """Return the uses of other modules' weights in the forward of a class and in the methods that it calls."""
     if kind.__module__.partition(".")[0] == "torch":
         return frozenset()
     found: set[_Use] = set()
@@ -71,18 +72,18 @@ def _uses(kind: type) -> frozenset[_Use]:
 def _parsed(kind: type, method: str) -> ast.AST | None:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(getattr(kind, method))))
-    except (AttributeError, OSError, TypeError, SyntaxError):  # no source, or none that stands alone
+    except (AttributeError, OSError, TypeError, SyntaxError):  # no source, or source that does not parse on its own
         return None
 
 
 def _only_asks(node: ast.AST) -> bool:
-    """Return whether an expression asks what a weight is, not for its numbers: ``isinstance(...)``, ``is None``."""
+    """Return whether an expression inspects a weight without reading its values: ``isinstance(...)``, ``is None``."""
     called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
     return isinstance(node, ast.Compare) or called in ("isinstance", "hasattr", "getattr", "type", "id")
 
 
 def _chain(node: ast.AST) -> list[str]:
-    """Return ``["a", "b"]`` for ``self.a.b``, and nothing for what is no attribute of ``self``."""
+    """Return ``["a", "b"]`` for ``self.a.b``, and an empty list for anything that is not an attribute of ``self``."""
     names: list[str] = []
     while isinstance(node, ast.Attribute):
         names.insert(0, node.attr)

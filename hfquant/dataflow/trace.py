@@ -1,12 +1,12 @@
 """Find the patterns around every linear of a model by watching one forward pass.
 
-The pass runs on fake tensors (shapes and dtypes, no numbers), so a model of any size, on the meta device too, is read
-in seconds without weights in memory; where a forward depends on numbers it is repeated on real ones. It runs on a copy
-(:mod:`hfquant.dataflow.twin`), so the model is left as it is. :mod:`hfquant.dataflow.tracker` follows the features,
-:mod:`hfquant.dataflow.weights` finds the linears that nothing can replace.
+The pass runs on fake tensors (shapes and dtypes, no values), so a model of any size, even on the meta device, is
+analyzed in seconds without weights in memory. If a forward depends on values, the pass is repeated on real tensors. It
+runs on a copy (:mod:`hfquant.dataflow.twin`), so the model itself is not modified. :mod:`hfquant.dataflow.tracker`
+follows the features, and :mod:`hfquant.dataflow.weights` finds the linears that cannot be replaced.
 
-What the reference implementation of SegQuant (arXiv 2507.14811) reads off torch.fx graphs of edited model files is read
-off the unmodified model here.
+The reference implementation of SegQuant (arXiv 2507.14811) finds these patterns in torch.fx graphs of edited model
+files; here, the model needs no edits.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
 
 @dataclass(frozen=True)
 class LinearTrace:
-    """What one watched forward says about one layer.
+    """What one watched forward pass shows about one layer.
 
     Attributes:
         name: qualified module name.
         order: execution order of its first call.
-        calls: how often it ran in the forward; 0 for one that is only reported for its ``obstacle``.
-        input_segments: sizes that partition ``in_features``; ``(in_features,)`` where nothing was joined.
-        output_segments: sizes that partition ``out_features``; ``(out_features,)`` where nothing was split.
-        activations: for each input segment the activation whose output (or gated product) it is, else None.
-        patterns: the patterns that gave that.
+        calls: how often it ran in the forward; 0 if it is only reported for its ``obstacle``.
+        input_segments: sizes that partition ``in_features``; ``(in_features,)`` if nothing was joined.
+        output_segments: sizes that partition ``out_features``; ``(out_features,)`` if nothing was split.
+        activations: for each input segment, the activation whose output (or gated product) it is, or None.
+        patterns: the patterns that produced these results.
         evidence: short reasons.
-        obstacle: why no other module can take its place, or None where one can.
-        source: the module before it that can be divided channel by channel while it and all others with the same source
-            multiply, or None.
-        rows: how many its matrix multiplied, in all calls.
+        obstacle: why no other module can replace it, or None if one can.
+        source: the preceding module that can be divided per channel if this layer and all others with the same source
+            multiply to compensate, or None.
+        rows: number of rows multiplied by its matrix, over all calls.
     """
 
     name: str
@@ -76,24 +76,24 @@ def trace(
     patterns: Collection[SegPattern] | None = None,
     codes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, LinearTrace]:
-    """Run ``model`` under watch and say what was found around each linear.
+    """Run ``model`` under observation and return what was found around each linear.
 
     Args:
-        model: any model that can run forward, on any device, meta included. It is left as it is.
-        example: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments. Values of tensors
-            are not needed (meta and fake tensors do) unless the forward branches on them.
+        model: any model that can run forward, on any device, including meta. It is not modified.
+        example: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments. Tensor values are
+            only needed if the forward branches on them; otherwise meta or fake tensors suffice.
         patterns: the patterns to look for; None for all.
         codes: for each linear that may be quantized, the dtype that its ``weight`` will have; None for int8 everywhere.
-            Where code depends on a weight's dtype, a second run shows whether it bears that dtype.
+            If code depends on a weight's dtype, a second run tests it with that dtype.
 
     Returns:
-        One :class:`LinearTrace` for each layer (:mod:`hfquant.nn.kinds`) that ran or cannot be replaced, in order of
-        execution. Where the calls of one linear disagree, its segments are the finest common refinement
-        (a cut is never wrong) and an activation is kept if all calls agree on it.
+        One :class:`LinearTrace` for each layer (:mod:`hfquant.nn.kinds`) that ran or cannot be replaced, in execution
+        order. If the calls of one linear differ, its segments are the common refinement (an extra cut is never wrong),
+        and an activation is kept only if all calls agree on it.
 
     Raises:
         ValueError: ``example`` is None.
-        PatternError: The forward ran neither on fake tensors nor on real ones.
+        PatternError: The forward failed on fake tensors and on real ones.
     """
     if example is None:
         raise ValueError("trace needs example inputs: a tensor, a tuple of positional or a dict of keyword arguments")
@@ -119,14 +119,14 @@ def trace(
 
 
 def failure(model: nn.Module, example: Any) -> str | None:
-    """Run ``model`` once as :func:`trace` does and say why it fails: the error and the innermost module that raised it.
+    """Run ``model`` once as :func:`trace` does and report a failure: the error and the innermost module that raised it.
 
     Args:
-        model: any model, with quantized layers in place or not. It is left as it is.
+        model: any model, with or without quantized layers. It is not modified.
         example: its inputs, as for :func:`trace`.
 
     Returns:
-        The reason in one line, or None where the model runs.
+        The reason in one line, or None if the model runs.
     """
     running: list[str] = []
 
@@ -145,12 +145,12 @@ def failure(model: nn.Module, example: Any) -> str | None:
 
 
 def _last(names: list[str], name: str) -> slice:
-    """Return the last ``name`` and what follows it: modules whose error the model itself caught."""
+    """Return the last ``name`` and everything after it: modules whose error the model itself caught."""
     return slice(len(names) - 1 - names[::-1].index(name), None)
 
 
 class _Watch(contextlib.ExitStack):
-    """Everything that watches one forward of a twin."""
+    """Everything that observes one forward of a twin."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class _Watch(contextlib.ExitStack):
 
 
 def _hook(twin: nn.Module, layers: Mapping[str, type[QuantLayer]], tracker: FeatureTracker) -> None:
-    """Tell ``tracker`` what goes into and comes out of each layer, and what each activation module makes."""
+    """Report to ``tracker`` the inputs and outputs of each layer, and the outputs of each activation module."""
     for name, module in twin.named_modules():
         if name in layers:
             see = _on_linear if issubclass(layers[name], QuantLinear) else _on_other
@@ -193,7 +193,7 @@ def _on_linear(tracker: FeatureTracker, name: str, module: nn.Module, args: Any,
 
 
 def _on_other(tracker: FeatureTracker, name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-    """Record the call alone: what is cut or joined along other dimensions than the last is not followed."""
+    """Record only the call: cuts and joins along dimensions other than the last are not followed."""
     tracker.call_other(name, size_of(module), first(args, kwargs), out)
 
 
@@ -203,7 +203,7 @@ def _on_activation(tracker: FeatureTracker, label: str, module: nn.Module, args:
 
 
 def _summarize(name: str, order: int, linear: nn.Module, calls: list[Call], obstacle: str | None) -> LinearTrace:
-    """Join what the calls of one linear say."""
+    """Combine the results of all calls of one linear."""
     in_features, out_features = size_of(linear)
     ins = _edges(frozenset[int]().union(*(c.input.cuts for c in calls)), in_features)
     out_cuts = [_out_cuts(c) for c in calls]
@@ -212,7 +212,7 @@ def _summarize(name: str, order: int, linear: nn.Module, calls: list[Call], obst
     inputs, outputs = tuple(b - a for a, b in ins), tuple(b - a for a, b in outs)
     joins = list(dict.fromkeys(j for c in calls for j in c.input.joins))
     splits = list(dict.fromkeys(cut for c in calls for s in _ends(c) for cut in s.cuts))
-    if any(not s.cuts for c in calls for s in _ends(c)):  # used whole as well: rotary embedding and the like
+    if any(not s.cuts for c in calls for s in _ends(c)):  # also used whole: rotary embedding and the like
         splits = splits if len(outputs) > 1 else []
     found = {j.pattern for j in joins} | ({pattern for pattern, _ in splits} if len(outputs) > 1 else set())
     if any(activations):
@@ -226,21 +226,21 @@ def _summarize(name: str, order: int, linear: nn.Module, calls: list[Call], obst
         evidence.append(f"input = {activations[0]}")
     if splits:
         how = ", ".join(dict.fromkeys(how for _, how in splits))
-        whole = "left whole, the pieces are not runs of features" if len(outputs) == 1 else _sizes(outputs)
+        whole = "not split, as the pieces are not contiguous features" if len(outputs) == 1 else _sizes(outputs)
         evidence.append(f"output -> {how}: {whole}")
     if len({(c.input.cuts, cuts) for c, cuts in zip(calls, out_cuts, strict=True)}) > 1:
-        evidence.append(f"its {len(calls)} calls differ: common refinement")
+        evidence.append(f"its {len(calls)} calls are cut differently: the cuts of all are used")
     ordered = tuple(p for p in SegPattern if p in found)
     return LinearTrace(name, order, len(calls), inputs, outputs, activations, ordered, tuple(evidence), obstacle)
 
 
 def _ends(call: Call) -> list[Slice]:
-    """Return the pieces in which a call's output was used by something that is not followed, or not at all."""
+    """Return the pieces of a call's output that were used by something that is not followed, or not used at all."""
     return [s for s in call.slices if s.used or not s.followed]
 
 
 def _out_cuts(call: Call) -> frozenset[int]:
-    """Return where the output was cut: between pieces that leave no feature out (picking a few is no split)."""
+    """Return where the output was cut. Between cuts, pieces use all features or none: picking a few is not a split."""
     pieces = [squash(s.index) for s in _ends(call) if s.index.numel()]
     hulls = [(int(p.min()), int(p.max()) + 1) for p in pieces]
     cuts = cuts_of(hulls, call.out_features)
@@ -248,7 +248,7 @@ def _out_cuts(call: Call) -> frozenset[int]:
         return cuts
     touched = torch.zeros(call.out_features, dtype=torch.bool)
     for p, (low, high) in zip(pieces, hulls, strict=True):
-        if p.numel() == high - low:  # a run
+        if p.numel() == high - low:  # contiguous
             touched[low:high] = True
         else:
             touched[p.flatten().long()] = True

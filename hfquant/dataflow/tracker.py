@@ -1,22 +1,23 @@
-"""Follow features through one forward pass: whose output they are, and what was joined to make an input.
+"""Follow features through one forward pass: which linear produced them, and what was joined to form an input.
 
-A tracked tensor has up to two *maps*: integer tensors of its own shape that say of every element
+A tracked tensor has up to two *maps*, integer tensors of its own shape that hold for every element
 
 - the *index map*: which output feature of which call of a linear it is (a view of ``arange(out_features)``), and
 - the *label map*: which part it came from: an operand of ``cat`` or ``stack``, a merged dimension, an activation.
 
-Maps go through the very views that the tensor goes through (``chunk``, ``view``, ``permute``, ``x[..., 1]``), so no
-operation's argument list is parsed here, and any order of views comes out right. Dimensions that a map does not depend
-on have stride 0, so maps are small whatever the size of the tensor.
+Maps go through the same views as the tensor itself (``chunk``, ``view``, ``permute``, ``x[..., 1]``), so no argument
+lists need to be parsed, and any sequence of views is handled correctly. Dimensions that a map does not depend on have
+stride 0, so maps stay small whatever the size of the tensor.
 
-Decisions, each with a test:
+Design decisions, each with a test:
 
-- Pointwise functions are looked through: they act on every feature alone, so cutting before or after them is the same.
-  Two tensors of the same features may meet in one (``x * sigmoid(x)``); the sum of two linears' outputs is neither's.
-- Labels survive normalization (it scales the features of a row, it does not mix them up), but not the addition of
-  another full-sized tensor: a residual stream is no longer the concatenation that it may have started as.
-- An activation survives a product (the gate of GEGLU or SwiGLU) and RMS normalization, not a sum.
-- What is not recognized ends the tracking. A wrong segment costs accuracy, a missed one costs only its gain.
+- Pointwise functions are transparent: they act on each feature independently, so cutting before or after them is the
+  same. Two tensors with the same features can be combined by one (``x * sigmoid(x)``); the sum of two linears' outputs
+  belongs to neither.
+- Labels survive normalization, which scales the features of a row without mixing them, but not the addition of another
+  full-sized tensor: a residual stream is no longer the concatenation that it may have started as.
+- An activation survives a product (the gate of GEGLU or SwiGLU) and RMS normalization, but not a sum.
+- Anything unrecognized ends the tracking. A wrong segment costs accuracy; a missed one only forgoes its benefit.
 """
 
 from __future__ import annotations
@@ -52,15 +53,15 @@ from hfquant.dataflow.labels import LabelTable, Part, Reading
 from hfquant.dataflow.twin import FakeTensor, WeakTensorKeyDictionary, paused, unset_fake_temporarily
 from hfquant.enums import SegPattern
 
-#: Index tensors up to this size keep their values when everything else is fake.
+#: Index tensors up to this size keep their values when all other tensors are fake.
 KNOWN_SIZE = 2**16
-#: Picks with an index for each element are followed up to this size: their maps are as large as they are.
+#: Gathers with one index per element are followed up to this size, since their maps are as large as their outputs.
 GATHER_SIZE = 2**22
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of a linear: what its input was made of, the uses of its output, and how many rows that has."""
+    """One call of a linear: the composition of its input, the uses of its output, and the number of output rows."""
 
     name: str
     input: Reading
@@ -71,13 +72,13 @@ class Call:
 
 @dataclass(eq=False)
 class Slice:
-    """The output features of one call that some tensor holds.
+    """Output features of one call, as held by some tensor.
 
     Attributes:
         index: the tensor's index map.
         cuts: the operations that cut it out of the output, with their patterns.
-        used: whether something used it that is not followed.
-        followed: whether another slice was made of it.
+        used: whether an operation that is not followed used it.
+        followed: whether another slice was derived from it.
     """
 
     call: Call
@@ -90,7 +91,7 @@ class Slice:
         self.call.slices.append(self)
 
     def follow(self, index: Tensor, *cuts: tuple[SegPattern, str]) -> Slice:
-        """Return the slice that a view or a pointwise function of this one holds."""
+        """Return the slice held by a view or a pointwise function of this one."""
         self.followed = True
         return Slice(self.call, index, self.cuts + cuts)
 
@@ -107,10 +108,10 @@ class Op(NamedTuple):
 
 
 class FeatureTracker(TorchFunctionMode):
-    """See every torch function called while it is active and keep the maps of the results.
+    """Observe every torch function call while active, and keep the maps of the results.
 
     Args:
-        patterns: what to follow; an operation that belongs to another pattern ends the tracking.
+        patterns: the patterns to follow; an operation that belongs to another pattern ends the tracking.
 
     Attributes:
         calls: the calls of linears, in order of execution.
@@ -131,13 +132,13 @@ class FeatureTracker(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
-        if name == "glu":  # splits and gates in one function: watch its two halves
+        if name == "glu":  # splits and gates in one function: replay it as two halves
             x, dim, *_ = [*args, *kwargs.values(), -1]
             with self:
                 half, gate = torch.chunk(x, 2, dim)
                 return half * torch.sigmoid(gate)
         if name.endswith("grouped_mm") and len(args) > 1 and isinstance(args[0], FakeTensor) and args[1].ndim == 3:
-            return args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1])  # its fake kernel knows aligned bf16 alone
+            return args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1])  # its fake kernel needs aligned bf16
         result = func(*args, **kwargs)
         outputs = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)]
         if outputs or name == "__setitem__":
@@ -152,7 +153,7 @@ class FeatureTracker(TorchFunctionMode):
         return result
 
     def call_linear(self, name: str, size: tuple[int, int], x: Tensor, out: Tensor) -> None:
-        """Record a call of a linear of ``size`` (in, out) that made ``out`` [..., out] from ``x`` [..., in]."""
+        """Record a call of a linear of ``size`` (in, out) that computed ``out`` [..., out] from ``x`` [..., in]."""
         in_features, out_features = size
         with paused():
             reading = self._table.read(self._labels.get(x), in_features)
@@ -163,7 +164,7 @@ class FeatureTracker(TorchFunctionMode):
                 self._slices[out] = Slice(call, index.expand(out.shape))
 
     def call_other(self, name: str, size: tuple[int, int], x: Tensor, out: Tensor) -> None:
-        """Record a call of another layer of ``size`` (in, out): the activation that made ``x``, and its rows."""
+        """Record a call of another layer of ``size`` (in, out): the activation that produced ``x``, and the rows."""
         in_features, out_features = size
         with paused():
             labels = self._labels.get(x)
@@ -173,7 +174,7 @@ class FeatureTracker(TorchFunctionMode):
             self.calls.append(Call(name, reading, out_features, out.numel() // out_features))
 
     def call_activation(self, name: str, out: Tensor) -> None:
-        """Record that an activation module called ``name`` made ``out``, unless the functions in it already said so."""
+        """Record that an activation module called ``name`` produced ``out``, unless its functions showed it."""
         with paused():
             labels = self._labels.get(out)
             if labels is None or not any(self._table.activations(labels)):
@@ -187,7 +188,7 @@ class FeatureTracker(TorchFunctionMode):
     def _keep_values(
         self, out: Tensor, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
-        """Compute an index tensor for real as well, so that what it picks can be followed."""
+        """Also compute an index tensor for real, so that indexing with it can be followed."""
         if isinstance(out, FakeTensor) and out.ndim == 1 and out.numel() <= KNOWN_SIZE:
             self.know(out, func(*args, **{**kwargs, "device": "cpu"}))
 
@@ -198,7 +199,7 @@ class FeatureTracker(TorchFunctionMode):
             )
 
     def _step(self, op: Op) -> None:
-        """Carry the maps of the inputs over to the outputs."""
+        """Propagate the maps of the inputs to the outputs."""
         if op.kind in VIEWS:
             return self._view(op)
         slices = {id(t): self._slices[t] for t in op.inputs if t in self._slices}
@@ -210,7 +211,7 @@ class FeatureTracker(TorchFunctionMode):
             labels = self._carry(op.kind, op.inputs[:1], op.outputs[0])
         elif pointwise:
             labels = self._carry(op.kind, op.inputs, op.outputs[0])
-        for t in op.outputs or op.inputs[:1]:  # __setitem__ has no output: it writes over its first input
+        for t in op.outputs or op.inputs[:1]:  # __setitem__ has no output; it writes to its first input
             self._known.pop(t, None)
             self._slices.pop(t, None)
             if labels is None:
@@ -224,7 +225,7 @@ class FeatureTracker(TorchFunctionMode):
         self._use(list(slices.values()), op.outputs[0] if pointwise else None)
 
     def _use(self, pieces: list[Slice], out: Tensor | None) -> None:
-        """Follow slices into ``out``, a pointwise function of them, or count them as used."""
+        """Follow slices into ``out``, a pointwise function of them, or mark them as used."""
         if pieces and out is not None and all(p.call is pieces[0].call for p in pieces):
             first, *others = pieces
             if all(same(first.index, p.index) for p in others):
@@ -237,14 +238,14 @@ class FeatureTracker(TorchFunctionMode):
             p.used = True
 
     def _view(self, op: Op) -> None:
-        """Put the maps of the first input through the same view."""
+        """Apply the same view to the maps of the first input."""
         x, out = op.inputs[0], op.outputs[0]
         piece, labels = self._slices.get(x), self._labels.get(x)
         if op.kind in COPIES:
             self._formulas.copy(x, out)
         if x in self._known:
             self._known.update(zip(op.outputs, self._through(op, self._known[x]) or (), strict=False))
-        if op.kind in RESHAPES and out.numel() != x.numel():  # other bits, not another shape
+        if op.kind in RESHAPES and out.numel() != x.numel():  # reinterprets the bits instead of the shape
             made, merged = None, None
         else:
             made = None if labels is None else self._through(op, labels)
@@ -264,7 +265,7 @@ class FeatureTracker(TorchFunctionMode):
             self._slices[t] = piece.follow(index, *cuts)
 
     def _through(self, op: Op, old: Tensor) -> list[Tensor] | None:
-        """Return the maps of the outputs of a view, given its input's; None where they cannot be known."""
+        """Return the maps of a view's outputs, given its input's map; None if they cannot be determined."""
         x, out = op.inputs[0], op.outputs[0]
         if op.kind in COPIES:
             return [old]
@@ -276,7 +277,7 @@ class FeatureTracker(TorchFunctionMode):
             return None
         args = [self._real(a, x, old) for a in op.args]
         kwargs = {k: self._real(a, x, old) for k, a in op.kwargs.items()}
-        if any(isinstance(t, FakeTensor) for t in tensors_in([*args, *kwargs.values()])):  # an index of unknown values
+        if any(isinstance(t, FakeTensor) for t in tensors_in([*args, *kwargs.values()])):  # index with unknown values
             row = None
             if op.kind == "__getitem__":
                 row = expand_row(old, op.args[1], out.shape)
@@ -291,14 +292,14 @@ class FeatureTracker(TorchFunctionMode):
         return made if [m.shape for m in made] == [t.shape for t in op.outputs] else None
 
     def _real(self, value: Any, x: Tensor, old: Tensor) -> Any:
-        """Return an argument with the map ``old`` in place of ``x``, and with numbers where an index has known ones."""
+        """Return an argument with the map ``old`` in place of ``x``, and the values of an index tensor if known."""
         if isinstance(value, (tuple, list)):
             real = [self._real(v, x, old) for v in value]
             return real if isinstance(value, list) else tuple(real)
         return old if value is x else self._known.get(value, value) if isinstance(value, Tensor) else value
 
     def _carry(self, kind: str, inputs: Sequence[Tensor], out: Tensor) -> Tensor | None:
-        """Return the labels of a pointwise function (or a norm) of ``inputs``. What is broadcast scales or shifts."""
+        """Return the labels after a pointwise function or norm of ``inputs``. Broadcast inputs only scale or shift."""
         if kind in ACTIVATIONS:
             labels = self._labels.get(inputs[0])
             if SegPattern.ACTIVATION2LINEAR not in self.patterns:
@@ -314,7 +315,7 @@ class FeatureTracker(TorchFunctionMode):
         return self._table.relabel(labels, out.shape, lambda part: replace(part, activation=None))
 
     def _join(self, op: Op) -> Tensor | None:
-        """Return the labels of a join: a part for each operand, or for each part of an operand joined before."""
+        """Return the labels of a join: one part per operand, or per part of an operand that was itself joined."""
         if JOINS[op.kind] not in self.patterns:
             return None
         out, stacked = op.outputs[0], op.kind == "stack"
@@ -334,12 +335,12 @@ class FeatureTracker(TorchFunctionMode):
         return torch.cat([p[keep] for p in pieces], dim).expand(out.shape)
 
     def _merge(self, op: Op, labels: Tensor | None) -> Tensor | None:
-        """Return the labels of a reshape that merges dimensions (heads, mostly): a part for each of the outermost."""
+        """Return the labels of a reshape that merges dimensions (heads, usually): one part per outermost index."""
         after = op.outputs[0].shape
         if SegPattern.RESHAPE2LINEAR not in self.patterns:
             return None
         dim, sizes = merged_dims(op.inputs[0].shape, after)
-        if not sizes or (labels is not None and labels.stride(dim)):  # joined along it by cat or stack: that says more
+        if not sizes or (labels is not None and labels.stride(dim)):  # joined along it by cat or stack: more specific
             return None
         join = self._table.join(SegPattern.RESHAPE2LINEAR, f"{op.kind} of {sizes}")
         numbers = [self._table.number(Part(frozenset({(join, i)}))) for i in range(sizes[0])]
@@ -358,6 +359,6 @@ def tensors_in(found: Iterable[Any]) -> Iterable[Tensor]:
 
 
 def _is_chunk(op: Op) -> bool:
-    """Return whether a split was asked for by the number of pieces (not by sizes or positions)."""
+    """Return whether a split was specified by the number of pieces (not by sizes or positions)."""
     given = op.kwargs.get("indices_or_sections", op.kwargs.get("sections", op.args[1] if len(op.args) > 1 else None))
     return op.kind in CHUNKS or (op.kind == "tensor_split" and isinstance(given, int))

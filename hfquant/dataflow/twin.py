@@ -1,8 +1,8 @@
-"""Run a copy of a model once without touching the model, on fake tensors where that is possible.
+"""Run a copy of a model once without modifying the model, on fake tensors if possible.
 
-The copy, called the twin, has the model's module tree. Its parameters are fake (shapes and dtypes, no numbers) or share
-the model's storage, so whatever a forward stores, caches or draws stays out of the model. This file gathers the private
-names of torch that :mod:`hfquant.dataflow` uses.
+The copy, called the twin, has the model's module tree. Its parameters are fake (shapes and dtypes, no values) or share
+the model's storage, so anything that a forward stores, caches or draws does not affect the model. All private names of
+torch that :mod:`hfquant.dataflow` uses are imported here.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ logger = logging.getLogger(__name__)
 
 Watch = TypeVar("Watch", bound=AbstractContextManager[Any])
 
-#: Logs every operation that has no fake kernel, as a warning.
+#: Logger that warns about every operation without a fake kernel.
 FAKE_TENSOR_LOG = "torch._subclasses.fake_tensor"
 
 _LruCache = type(functools.lru_cache(lambda: None))
 
 
 class PatternError(RuntimeError):
-    """The model's forward could not be watched; the cause says why."""
+    """The model's forward could not be observed; the cause says why."""
 
 
 def run_twin(
     model: nn.Module, example: Any, watch: Callable[[nn.Module], Watch], fakes: Sequence[bool] = (True, False)
 ) -> tuple[Watch, bool]:
-    """Run a twin of ``model`` on fake tensors or, where that fails, on real ones.
+    """Run a twin of ``model`` on fake tensors, or on real ones if that fails.
 
     Args:
-        model: any model that can run forward, on any device, meta included.
+        model: any model that can run forward, on any device, including meta.
         example: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
-        watch: makes the context manager that surrounds the forward, given the twin, which it may hook.
-        fakes: whether to use fake tensors, the choices in the order in which they are tried.
+        watch: given the twin, which it may hook, returns the context manager to run the forward in.
+        fakes: whether to use fake tensors; the choices are tried in order.
 
     Returns:
-        The context manager of the run that succeeded, and whether that was on fake tensors.
+        The context manager of the run that succeeded, and whether that run used fake tensors.
 
     Raises:
         PatternError: No run succeeded.
@@ -77,7 +77,7 @@ def run_twin(
         kind = "fake tensors" if fake else "real ones"
         try:
             return _run(model, example, watch, FakeTensorMode(allow_non_fake_inputs=True) if fake else None), fake
-        except Exception as error:  # whatever a model's own code raises, with no numbers to look at or with them
+        except Exception as error:  # a model's own code may raise anything, on fake tensors or real ones
             if fake is fakes[-1] or _needs_fakes(model, example):
                 how = f"runs neither on {earlier} nor on" if earlier else "does not run on"
                 raise PatternError(f"{name} {how} {kind}: {described(error)}") from error
@@ -93,19 +93,19 @@ def described(error: BaseException) -> str:
 
 
 def shapes_only(tensor: Tensor) -> bool:
-    """Return whether a tensor has a shape and a dtype but no numbers."""
+    """Return whether a tensor has a shape and a dtype but no values."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """Let torch functions run on real tensors and unseen by function modes."""
+    """Let torch functions run on real tensors, hidden from function modes."""
     with DisableTorchFunction(), unset_fake_temporarily():
         yield
 
 
 def _needs_fakes(model: nn.Module, example: Any) -> bool:
-    """Return whether tensors on the meta device leave nothing to run on; offloading hooks fetch theirs."""
+    """Return whether meta tensors make a real run impossible; offloading hooks load theirs."""
     return not has_hook(model) and any(t.is_meta for t in _tensors_of(model, example))
 
 
@@ -144,10 +144,10 @@ def _empty(t: Tensor) -> Tensor:
 
 
 def _twin(model: nn.Module, fake: bool) -> nn.Module:
-    """Return a copy of the module tree in eval mode, with fake tensors or with parameters that share storage."""
+    """Return a copy of the module tree in eval mode, with fake parameters or parameters that share storage."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for shared in (getattr(module, "config", None), *hooks_of(module)):  # not written to; hooks may hold weights
+        for shared in (getattr(module, "config", None), *hooks_of(module)):  # never written to; hooks may hold weights
             if not isinstance(shared, nn.Module):
                 memo[id(shared)] = shared
         for p in module.parameters(recurse=False):
@@ -160,9 +160,9 @@ def _twin(model: nn.Module, fake: bool) -> nn.Module:
 
 
 class _TensorCopies(TorchFunctionMode):
-    """Have ``deepcopy`` copy each tensor by a function: buffers, and whatever lists, dicts and objects hold.
+    """Make ``deepcopy`` copy tensors with a given function: buffers, and tensors in lists, dicts and objects.
 
-    Its own copies cannot be fake, and it refuses tensors that were computed (weight norm has some).
+    Its own copies cannot be fake, and it refuses tensors that are results of computations (weight norm has some).
     """
 
     def __init__(self, copied: Callable[[Tensor], Tensor]) -> None:
@@ -180,9 +180,9 @@ class _TensorCopies(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _no_trace_left() -> Iterator[None]:
-    """Keep torch from logging what it cannot fake, and empty each ``lru_cache`` that took in a fake tensor.
+    """Silence torch's log of operations it cannot fake, and clear each ``lru_cache`` that a fake tensor got into.
 
-    Such a cache (of position codes, say) would hand the fake to the next real forward.
+    Such a cache (of position encodings, say) would return the fake tensor in the next real forward.
     """
     log = logging.getLogger(FAKE_TENSOR_LOG)
     disabled, log.disabled = log.disabled, True
@@ -197,7 +197,7 @@ def _no_trace_left() -> Iterator[None]:
 
 
 def _holds_fake(holder: Any, depth: int = 4) -> bool:
-    """Return whether a fake tensor is reachable from a cache: through its links, and its results' tuples and lists."""
+    """Return whether a fake tensor is reachable from a cache, through its links or tuples and lists in its results."""
     inner = gc.get_referents(holder)
     if any(type(o) is FakeTensor for o in inner):
         return True

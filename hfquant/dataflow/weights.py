@@ -1,14 +1,15 @@
-"""Find the linears that nothing can replace, because code outside them depends on their weight.
+"""Find the linears that cannot be replaced, because code outside them depends on their weight.
 
-A quantized linear keeps codes of another dtype as its ``weight``. Two uses of the weight outside the linear's own
-forward break then:
+The ``weight`` of a quantized linear holds codes of another dtype. This breaks two uses of the weight outside the
+linear's own forward:
 
-- Its numbers are read: ``F.linear(x, other.weight)``, ``x @ linear.weight.T``, a fused kernel.
-- Its dtype makes tensors: ``x.to(linear.weight.dtype)``, ``x.type_as(linear.weight)``, ``linear.weight.new_zeros(3)``.
+- Its values are read: ``F.linear(x, other.weight)``, ``x @ linear.weight.T``, a fused kernel.
+- Its dtype is used to create tensors: ``x.to(linear.weight.dtype)``, ``x.type_as(linear.weight)``,
+  ``linear.weight.new_zeros(3)``.
 
-A dtype that is only compared is harmless, and much code does compare it (``if weight.dtype != torch.int8`` before a
-cast). So where a first run sees a weight's dtype being read, a second run answers with the dtype of the codes and
-watches which casts really happen. The casts are put right as they happen, so one run finds all of them.
+A dtype that is merely compared is harmless, and such comparisons are common (``if weight.dtype != torch.int8`` before a
+cast). So if a first run sees a weight's dtype being read, a second run returns the dtype of the codes instead and
+observes which casts really happen. It corrects the casts as they happen, so a single run finds all of them.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ logger = logging.getLogger(__name__)
 
 READ = "its weight is read outside its own forward"
 CAST = "code outside it casts to the dtype of its weight"
-UNCLEAR = "code outside it reads the dtype of its weight and may not run with that of codes"
+UNCLEAR = "code outside it reads the dtype of its weight and may fail on the dtype of codes"
 
 
 class WeightWatch(TorchFunctionMode):
-    """See every use of a linear's weight outside its own forward.
+    """Observe every use of a linear's weight outside its own forward.
 
     Args:
         twin: the model that will run; hooks are put on the modules that own a layer's weight.
-        layers: the names of what can be quantized in it.
-        codes: for each linear that may be quantized, the dtype that its weight will have then.
-        answer: answer questions for a weight's dtype with the dtype of its codes.
+        layers: names of the layers in it that can be quantized.
+        codes: for each linear that may be quantized, the dtype that its weight will then have.
+        answer: return the dtype of the codes when a weight's dtype is read.
 
     Attributes:
-        codes: the given dtypes, where they differ from what the weight has.
+        codes: the given dtypes that differ from the weights' current ones.
         obstacles: linear -> why it cannot be replaced.
         asked: the linears whose dtype was read, with the functions that read it.
     """
@@ -83,13 +84,13 @@ class WeightWatch(TorchFunctionMode):
         return result
 
     def _strangers(self, value: Any) -> list[str]:
-        """Return the linears whose weight ``value`` is, unless a module that owns it runs."""
+        """Return the linears whose weight ``value`` is, unless one of its owners is running."""
         names, owners = self._owners.get(id(value), ((), ()))
         return [] if any(module in owners for module in self._running) else list(names)
 
     def _use(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         values = [*args, *kwargs.values()]
-        makes = name.startswith("new_") or name.endswith("_like")  # reads shape and dtype alone
+        makes = name.startswith("new_") or name.endswith("_like")  # reads only shape and dtype
         for i, value in enumerate(values):
             for weight in value if isinstance(value, (list, tuple)) else (value,):
                 for linear in self._strangers(weight) if isinstance(weight, Tensor) else ():
@@ -99,7 +100,7 @@ class WeightWatch(TorchFunctionMode):
                         self.obstacles.setdefault(linear, CAST)
 
     def _ask(self, names: Sequence[str], name: str, truth: Any) -> Any:
-        """Answer a question for a weight's dtype (or whether that is a float)."""
+        """Return a weight's dtype (or whether it is floating point) as the code that reads it should see it."""
         planned = [n for n in names if n in self.codes]
         for linear in planned:
             self.asked.setdefault(linear, set()).add(_caller())
@@ -109,12 +110,12 @@ class WeightWatch(TorchFunctionMode):
         return codes if name == "dtype" else codes.is_floating_point
 
     def _true_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the weight's own dtype for the dtype of codes, after noting whose it is."""
+        """Replace the dtype of codes with the weight's own, after recording which linears it belongs to."""
         asked = [n for n in self.asked if self.codes[n] == dtype]
         if not asked:
             return dtype
         caller = _caller()
-        # Code that reads a dtype and casts to it is one function, mostly; a dtype from elsewhere may be anyone's.
+        # The code that reads a dtype and casts to it is usually one function; otherwise, the dtype may be any linear's.
         culprits = [n for n in asked if caller in self.asked[n]] or asked
         for linear in culprits:
             self.obstacles.setdefault(linear, CAST)
@@ -122,13 +123,13 @@ class WeightWatch(TorchFunctionMode):
 
 
 def find_obstacles(model: nn.Module, example: Any, first: WeightWatch, fake: bool) -> dict[str, str]:
-    """Say why linears of ``model`` cannot be replaced.
+    """Find the linears of ``model`` that cannot be replaced, and why.
 
     Args:
         model: the model.
         example: its inputs, as in :func:`~hfquant.dataflow.twin.run_twin`.
-        first: what a run of the model showed.
-        fake: whether that run was on fake tensors.
+        first: the result of a first run of the model.
+        fake: whether that run used fake tensors.
 
     Returns:
         Linear -> reason. Linears that can be replaced are left out.
@@ -140,7 +141,7 @@ def find_obstacles(model: nn.Module, example: Any, first: WeightWatch, fake: boo
         try:
             second, _ = run_twin(model, example, lambda twin: WeightWatch(twin, layers, asked, answer=True), [fake])
         except PatternError as error:
-            logger.info("where weights have the dtype of codes, %s", error)
+            logger.info("with weights in the dtype of their codes, %s", error)
             return {**dict.fromkeys(asked, UNCLEAR), **found}
         found = {**second.obstacles, **found}
     return found
@@ -161,7 +162,7 @@ def _owners(model: nn.Module, layers: Collection[str]) -> dict[int, tuple[list[s
 
 
 def fast_path_linears(model: nn.Module) -> set[str]:
-    """Return the linears whose weights ``nn.TransformerEncoderLayer`` hands to a fused kernel when not watched."""
+    """Return the linears whose weights ``nn.TransformerEncoderLayer`` passes to a fused kernel when not observed."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer)]
     return {
         f"{name}.{child}" if name else child
@@ -172,7 +173,7 @@ def fast_path_linears(model: nn.Module) -> set[str]:
 
 
 def _caller() -> CodeType:
-    """Return the code outside torch and this file that led to the torch function being watched."""
+    """Return the code outside torch and this package that called the observed torch function."""
     frame = sys._getframe(1)
     while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(("torch.", "hfquant.dataflow.")):
         frame = frame.f_back

@@ -1,7 +1,7 @@
 """`python -m hfquant.demo`: what calibration and the affiner do for the embedded denoiser.
 
-For each row: quantize, save, load again from disk, draw from the same noise as full precision, compare. It writes the
-pipelines, a picture and the report page of the best of them to a folder.
+For each row: quantize, save, reload from disk, generate from the same noise as full precision, and compare. It writes
+the pipelines, an image grid and the report page of the best row to a folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hfquant.demo.show import best_of, draw_grid, table, write_page
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `python -m hfquant.demo`."""
+    """Run the command line of `python -m hfquant.demo`."""
     parser = argparse.ArgumentParser(prog="python -m hfquant.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for pipelines, picture and page")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
@@ -36,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if unknown := [name for name in args.presets if not is_known(name)]:
-        parser.error(f"unknown presets {', '.join(unknown)}; there are {', '.join(PRESETS)}")
+        parser.error(f"unknown presets {', '.join(unknown)}; available: {', '.join(PRESETS)}")
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
-    diffusers.utils.logging.disable_progress_bar()  # one bar for each load would bury ours
+    diffusers.utils.logging.disable_progress_bar()  # one bar per load would drown out ours
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is too small to share out, and threads that wait would count as CPU time
+    torch.set_num_threads(1)  # the model is too small to parallelize, and waiting threads would count as CPU time
     try:
         run(args.out, args.presets, args.steps)
     finally:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(out: Path, rows: Sequence[str], steps: int) -> None:
-    """Make, measure and show the rows, full precision first."""
+    """Create, measure and show the rows, full precision first."""
     console = Console(highlight=False, soft_wrap=True)
     labels = list(range(10)) * 3
     out.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def run(out: Path, rows: Sequence[str], steps: int) -> None:
     noisy = " ~: noisy, the machine is busy." if any(speed.noisy for speed in measured) else ""
     console.print(
         f"\n{len(labels)} images of 8x8 pixels, {steps} steps, equal noise; calibrated on other noise.\n"
-        "bits: all tensors of the linears in bits a weight. MB: the denoiser on disk, with its affiner.\n"
+        "bits: all tensors of the linears in bits per weight. MB: the denoiser on disk, with its affiner.\n"
         "PSNR: against the images of full precision. read right: by a classifier of real digits.\n"
         f"speed: CPU time of full precision over the row's, one thread, median of interleaved repeats.{noisy}\n\n"
         f"Picture  {picture}\nReport   {page} ({best.name})\n\n"

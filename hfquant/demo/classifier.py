@@ -1,7 +1,7 @@
-"""The judge of the demo: real handwritten digits, and a classifier trained on them that reads generated ones.
+"""The judge of the demo: real handwritten digits, and a classifier trained on them that reads generated digits.
 
-The data are scikit-learn's digits, 1,797 images of 8x8 pixels. One fixed split serves the denoiser and the judge:
-both are trained on its first part only, the rest says how far the judge can be trusted.
+The data is scikit-learn's digits, 1,797 images of 8x8 pixels. The denoiser and the judge share one fixed split: both
+are trained only on the training part, and the held-out part shows how far the judge can be trusted.
 """
 
 from functools import lru_cache
@@ -15,10 +15,10 @@ from sklearn.svm import SVC
 
 @lru_cache(maxsize=1)
 def digits_split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Real digits as (train images, held-out images, train labels, held-out labels).
+    """Return real digits as (train images, held-out images, train labels, held-out labels).
 
-    Images are `[N, 8, 8]` float32 in [0, 1], labels `[N]` int64; 1,437 of them to train on, 360 held out, every class
-    in proportion.
+    Images are `[N, 8, 8]` float32 in [0, 1], labels `[N]` int64; 1,437 for training and 360 held out, stratified by
+    class.
     """
     digits = load_digits()
     images = (digits.images / 16).astype(np.float32)
@@ -27,20 +27,20 @@ def digits_split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=1)
 def classifier() -> SVC:
-    """A support vector machine with an RBF kernel, fitted on the training part of the real digits."""
+    """Return a support vector machine with an RBF kernel, fitted on the training part of the real digits."""
     train, _, labels, _ = digits_split()
     return SVC(C=10).fit(train.reshape(len(train), -1), labels)
 
 
 def agreement(images: np.ndarray | torch.Tensor, labels: np.ndarray | torch.Tensor | list[int]) -> float:
-    """Share of images, from 0 to 1, that the classifier reads as the class that was asked for.
+    """Return the share of images, from 0 to 1, that the classifier reads as the requested class.
 
     Args:
         images: `[N, 8, 8]`, `[N, 8, 8, 1]` or `[N, 1, 8, 8]`, float in [0, 1].
         labels: `[N]` digits.
 
     Raises:
-        ValueError: The images do not have 64 pixels, or are not as many as the labels.
+        ValueError: The images do not have 64 pixels, or their number differs from that of the labels.
     """
     pixels = np.asarray(images, dtype=np.float32).reshape(len(images), -1)
     wanted = np.asarray(labels)

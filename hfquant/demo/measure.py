@@ -1,4 +1,4 @@
-"""What is measured of a row: bits, bytes, pictures against full precision, CPU time against full precision."""
+"""Measurements of a row: bits, bytes, and images and CPU time compared with full precision."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from hfquant.demo.classifier import agreement
 
 SEED = 0
 
-#: Spread of a speed, as a share of it, from which on it is called noisy.
+#: Relative spread above which a speed is called noisy.
 NOISY = 0.2
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How many times as fast as full precision a row is.
+    """Speed of a row as a multiple of full precision.
 
     Attributes:
         ratio: median over the repeats.
-        spread: between the quartiles of the repeats.
-        seconds: median CPU seconds of a run, in full precision and of the row.
+        spread: interquartile range of the repeats.
+        seconds: median CPU seconds per run, of full precision and of the row.
     """
 
     ratio: float
@@ -37,13 +37,13 @@ class Speed:
 
     @property
     def noisy(self) -> bool:
-        """Whether the repeats differ so much that the median says little."""
+        """Whether the repeats differ so much that the median means little."""
         return self.spread > NOISY * self.ratio
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table, without its speed. `images` are `[N, 8, 8]` float32 in [0, 1], what the row drew."""
+    """One row of the table, without its speed. `images` are the generated images, `[N, 8, 8]` float32 in [0, 1]."""
 
     name: str
     bits: float
@@ -56,13 +56,13 @@ class Result:
 def measure(
     name: str, pipe: DigitsPipeline, folder: Path, labels: list[int], steps: int, reference: np.ndarray | None
 ) -> Result:
-    """Draw with a pipeline, always from the same noise, and compare with what full precision drew.
+    """Generate with a pipeline, always from the same noise, and compare with the images of full precision.
 
     Args:
-        name: of the row.
+        name: name of the row.
         pipe: as loaded from `folder`.
-        folder: that the row was saved to.
-        labels: digits to draw.
+        folder: folder that the row was saved to.
+        labels: digits to generate.
         steps: denoising steps.
         reference: `[N, 8, 8]`, the images of full precision; None for full precision itself.
     """
@@ -82,20 +82,20 @@ def measure(
 
 
 def bits_per_weight(model: nn.Module) -> float:
-    """Bytes of all tensors of the linears (scales and biases too) in bits a weight."""
+    """Return the size of all tensors of the linears (including scales and biases) in bits per weight."""
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     stored = sum(t.nbytes for m in linears for t in m.state_dict().values())
     return 8 * stored / sum(m.in_features * m.out_features for m in linears)
 
 
 def psnr(images: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB over all pixels of all images, data range 1."""
+    """Return the peak signal-to-noise ratio in dB over all pixels of all images, with a data range of 1."""
     error = float(np.mean((images.astype(np.float64) - reference) ** 2))
     return 10 * float(np.log10(1 / error)) if error else float("inf")
 
 
 def drawing(pipe: DigitsPipeline, steps: int) -> Callable[[], object]:
-    """Return the run that a pipeline's speed is measured on: each digit once, in so many steps."""
+    """Return the run that measures a pipeline's speed: each digit once, with the given number of steps."""
     pipe.set_progress_bar_config(disable=True)
     return lambda: pipe(
         list(range(10)), num_inference_steps=steps, generator=torch.Generator().manual_seed(SEED), output_type="np"
@@ -103,15 +103,15 @@ def drawing(pipe: DigitsPipeline, steps: int) -> Callable[[], object]:
 
 
 def speeds(reference: Callable[[], object], runs: Sequence[Callable[[], object]], repeats: int = 5) -> list[Speed]:
-    """Measure how many times as fast as a reference each of several runs is.
+    """Measure how many times as fast as a reference each run is.
 
-    All take turns, so that a machine that slows down slows all alike, and each repeat gives a ratio of its own. It is
-    CPU time of all threads that counts: what else the machine does adds little to it.
+    All runs take turns, so a machine that slows down slows them all alike, and each repeat has its own ratio. CPU time
+    of all threads is measured, which other load on the machine barely affects.
 
     Args:
-        reference: what the others are compared to.
-        runs: each has run before.
-        repeats: turns.
+        reference: run to compare with.
+        runs: runs to measure, each already run once.
+        repeats: number of turns.
     """
     turns = [[_cpu_seconds(run) for run in (reference, *runs)] for _ in range(repeats)]
     found = []

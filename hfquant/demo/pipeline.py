@@ -1,7 +1,7 @@
 """A small class-conditional diffusion pipeline in pixel space, for a DiT and any noise-predicting scheduler.
 
-diffusers' own `DiTPipeline` needs an autoencoder, which images of a few pixels have no use for. Only diffusers and
-torch are imported here, so the file also serves as a custom pipeline of diffusers by itself:
+diffusers' own `DiTPipeline` needs an autoencoder, which images of a few pixels have no use for. This file imports only
+diffusers and torch, so it also works by itself as a diffusers custom pipeline:
 `DiffusionPipeline.from_pretrained(folder, custom_pipeline=".../hfquant/demo", trust_remote_code=True)`.
 """
 
@@ -17,11 +17,11 @@ from diffusers.utils.torch_utils import randn_tensor
 class DigitsPipeline(DiffusionPipeline):
     """Class-conditional image generation with a DiT that works on pixels.
 
-    The denoiser predicts the noise (epsilon) in images scaled to [-1, 1]; class `num_embeds_ada_norm`, one past the
+    The denoiser predicts the noise (epsilon) in images scaled to [-1, 1]. Class `num_embeds_ada_norm`, one past the
     last real class, is the null class of classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
 
     Args:
-        transformer: The denoiser, `[B, C, H, W]` noisy images to `[B, C, H, W]` noise.
+        transformer: The denoiser, maps `[B, C, H, W]` noisy images to `[B, C, H, W]` noise.
         scheduler: Any diffusers scheduler for noise prediction on a beta schedule (DDPM, DDIM, DPM-Solver++, Euler,
             ...). Swap it with `pipe.scheduler = X.from_config(pipe.scheduler.config)`.
     """
@@ -44,23 +44,24 @@ class DigitsPipeline(DiffusionPipeline):
         return_dict: bool = True,
         eta: float = 0.0,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Samples one image for each class label.
+        """Sample one image for each class label.
 
         Args:
-            class_labels: The B classes to draw, integers in `[0, num_embeds_ada_norm)`.
+            class_labels: The B classes to generate, integers in `[0, num_embeds_ada_norm)`.
             num_inference_steps: Denoising steps of the scheduler.
-            guidance_scale: Weight w of classifier-free guidance, `eps = eps_null + w (eps_class - eps_null)`. Above 1
-                each step runs one batch of 2B: the B asked classes, then the null class; at 1 and below it is off.
+            guidance_scale: Weight w of classifier-free guidance, `eps = eps_null + w (eps_class - eps_null)`. Above 1,
+                each step runs one batch of 2B: the B requested classes, then the null class. Guidance is off at 1 and
+                below.
             generator: Source of the initial noise and of the noise of stochastic schedulers.
-            latents: Initial Gaussian noise of unit variance, `[B, C, H, W]`; drawn from `generator` when None.
+            latents: Initial Gaussian noise of unit variance, `[B, C, H, W]`; drawn from `generator` if None.
             output_type: "pil" for a list of B images, "np" for `[B, H, W, C]`, "pt" for `[B, C, H, W]`; arrays and
                 tensors are float32 in [0, 1].
             return_dict: Whether to wrap the images in an `ImagePipelineOutput` instead of a tuple.
-            eta: Share of noise added back by DDIM and its kin; schedulers that have no such argument ignore it.
+            eta: Share of noise added back by DDIM and similar schedulers; others ignore it.
 
         Raises:
-            ValueError: A label, the latents' shape or the output type is wrong, or the scheduler's config says that
-                it does not take noise predictions on a beta schedule.
+            ValueError: A label, the latents' shape or the output type is wrong, or according to its config the
+                scheduler does not take noise predictions on a beta schedule.
         """
         config = self.transformer.config
         device = self._execution_device
@@ -93,7 +94,7 @@ class DigitsPipeline(DiffusionPipeline):
     def _noise(
         self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, guidance_scale: float
     ) -> torch.Tensor:
-        """Predict the noise in ``latents``; with guidance ``labels`` has the null class for each of them as well."""
+        """Predict the noise in ``latents``; with guidance, ``labels`` also has the null class once per latent."""
         guided = guidance_scale > 1
         model_input = self.scheduler.scale_model_input(latents, t).to(self.transformer.dtype)
         if guided:
@@ -117,7 +118,7 @@ class DigitsPipeline(DiffusionPipeline):
             raise ValueError(f"latents must have shape {list(shape)}, got {list(latents.shape)}.")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f'output_type must be "pil", "np" or "pt", got {output_type!r}.')
-        # Flow matching, EDM and v-prediction schedulers would run as well, and return noise.
+        # Flow matching, EDM and v-prediction schedulers would run without error, but produce noise.
         scheduler = self.scheduler.config
         if scheduler.get("prediction_type") != "epsilon" or "beta_schedule" not in scheduler:
             raise ValueError(

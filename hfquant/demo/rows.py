@@ -1,4 +1,4 @@
-"""The rows of the demo: presets, with data and without, made from the embedded pipeline and written to folders."""
+"""The rows of the demo: presets with and without data, built from the embedded pipeline and saved to folders."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ DEFAULT_ROWS = (
 
 
 def is_known(row: str) -> bool:
-    """Return whether a row has a config: its name, or its name before `+affiner`."""
+    """Return whether a row has a config, by its name or the part before `+affiner`."""
     return row.removesuffix(AFFINER) in PRESETS
 
 
 def data_of(row: str) -> str:
-    """Return in a word what a row learns from pictures: "none", "calibrated" or "affiner"."""
+    """Return how a row uses data: "none", "calibrated" or "affiner"."""
     if row.endswith(AFFINER):
         return "affiner"
     return "calibrated" if row in PRESETS and HfQuantConfig(PRESETS[row]).needs_data else "none"
 
 
 def folder_of(row: str, out: Path) -> Path:
-    """Return the folder that a row is written to."""
+    """Return the folder that a row is saved to."""
     return out / row.replace(" ", "-")
 
 
 def write_row(row: str, out: Path, steps: int) -> None:
-    """Quantize the embedded pipeline as a row says, and save it.
+    """Quantize the embedded pipeline as the row specifies and save it.
 
     Args:
-        row: `FULL_PRECISION`, a preset's name, or one followed by `+affiner`.
-        out: folder of all rows.
-        steps: denoising steps that an affiner corrects.
+        row: `FULL_PRECISION`, a preset's name, or a preset's name followed by `+affiner`.
+        out: parent folder of all rows.
+        steps: number of denoising steps that the affiner corrects.
     """
     if row == FULL_PRECISION:
         load_digits_pipeline().save_pretrained(folder_of(row, out))
@@ -66,7 +66,7 @@ def write_row(row: str, out: Path, steps: int) -> None:
 
 
 def read_row(row: str, out: Path) -> DigitsPipeline:
-    """Load a row from its folder, its affiner attached where it has one."""
+    """Load a row from its folder and attach its affiner if it has one."""
     folder = folder_of(row, out)
     pipe = DigitsPipeline.from_pretrained(folder)
     if row.endswith(AFFINER):
@@ -75,7 +75,7 @@ def read_row(row: str, out: Path) -> DigitsPipeline:
 
 
 def load_quantized(name: str) -> DigitsPipeline:
-    """The embedded pipeline with its denoiser quantized: while loading, or after it where the config needs data."""
+    """Return the embedded pipeline with a quantized denoiser, quantized after loading only if the config needs data."""
     config = HfQuantConfig(PRESETS[name])
     if not config.needs_data:
         return load_digits_pipeline(
@@ -87,9 +87,9 @@ def load_quantized(name: str) -> DigitsPipeline:
 
 
 def record_inputs(pipe: DigitsPipeline, steps: int = 8) -> list[dict[str, Any]]:
-    """What the denoiser is given while it draws each digit twice, one dict of keyword arguments a step.
+    """Return the denoiser's inputs while it generates each digit twice, one dict of keyword arguments per step.
 
-    The noise is not the one that rows are judged on.
+    The noise differs from the noise on which rows are judged.
     """
     batches: list[dict[str, Any]] = []
 

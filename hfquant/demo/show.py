@@ -1,4 +1,4 @@
-"""What the demo shows: a table, a picture, and the report page of its best row."""
+"""The output of the demo: a table, an image grid, and the report page of the best row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hfquant.report.stored import read_folder
 
 
 def table(results: Sequence[Result], measured: Sequence[Speed]) -> Table:
-    """Return the rows as a table for the console; the first is full precision, which has no speed of its own."""
+    """Return the rows as a console table; the first is full precision, which has no speed of its own."""
     shown = Table("preset", "data", box=None, pad_edge=False)
     for head in ("bits", "MB", "PSNR, dB", "read right", "speed"):
         shown.add_column(head, justify="right", no_wrap=True)
@@ -39,7 +39,7 @@ def table(results: Sequence[Result], measured: Sequence[Speed]) -> Table:
 
 
 def draw_grid(results: Sequence[Result], labels: list[int], path: Path) -> None:
-    """Writes a PNG: a row for each result, a column for each digit, the first image drawn of it."""
+    """Write a PNG with a row for each result and a column for each digit, showing the first image of that digit."""
     columns = sorted(set(labels))
     figure = Figure(figsize=(7, 0.66 * len(results) + 0.3), layout="constrained")
     axes = figure.subplots(len(results), len(columns), squeeze=False)
@@ -55,13 +55,13 @@ def draw_grid(results: Sequence[Result], labels: list[int], path: Path) -> None:
 
 
 def best_of(results: Sequence[Result]) -> Result:
-    """Return the row that the page is about: of those that learned most from data, the one nearest full precision."""
+    """Return the row for the report page: of the rows that use the most data, the one closest to full precision."""
     learned = ("none", "calibrated", "affiner")
     return max(results, key=lambda result: (learned.index(data_of(result.name)), result.psnr))
 
 
 def write_page(result: Result, speed: Speed, full: Result, labels: list[int], out: Path) -> Path:
-    """Write the report page of a row, with a pair of pictures a digit, and return where it is."""
+    """Write the report page of a row, with one pair of images per digit, and return its path."""
     folder = folder_of(result.name, out)
     affiner = folder / "affiner"
     first = [labels.index(digit) for digit in sorted(set(labels))]

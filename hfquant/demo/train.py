@@ -22,8 +22,8 @@ from hfquant.demo.pipeline import DigitsPipeline
 
 NUM_CLASSES = 10
 LABEL_DROPOUT = 0.1
-# The noise schedule of latent diffusion models. Neighbouring pixels of an 8x8 image say little about each other, so
-# under the linear schedule used for 256x256 images nothing is left of the digit long before the last step.
+# The noise schedule of latent diffusion models. Neighboring pixels of an 8x8 image reveal little about each other, so
+# with the linear schedule used for 256x256 images, nothing is left of the digit long before the last step.
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
@@ -67,7 +67,8 @@ def train(steps: int, batch_size: int, lr: float) -> DiTTransformer2DModel:
     average_loss = 1.0
     for _ in progress:
         pick = torch.randint(len(data), (batch_size,))
-        # One timestep from each of batch_size equal intervals: distributed as independent draws, with less variance.
+        # One timestep from each of batch_size equal intervals: distributed like independent draws, but with less
+        # variance.
         t = ((torch.arange(batch_size) + torch.rand(batch_size)) / batch_size * 1000).long().clamp(max=999)
         label = torch.where(torch.rand(batch_size) < LABEL_DROPOUT, NUM_CLASSES, classes[pick])
         noise = torch.randn(batch_size, *data.shape[1:])
@@ -85,7 +86,7 @@ def train(steps: int, batch_size: int, lr: float) -> DiTTransformer2DModel:
 
 
 def main() -> None:
-    """Train, save in float16, reload, and print how often the classifier reads the digit that was asked for."""
+    """Train, save in float16, reload, and print how often the classifier reads the requested digit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("hfquant/demo/digits"))
     parser.add_argument("--steps", type=int, default=6000)
@@ -97,7 +98,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     transformer = train(args.steps, args.batch_size, args.lr)
     scheduler = DPMSolverMultistepScheduler(**NOISE)
-    # float16 halves the size of the file, which is loaded back as float32.
+    # float16 halves the file size; the weights are loaded as float32.
     DigitsPipeline(transformer.half(), scheduler).save_pretrained(args.out)
 
     pipe = DigitsPipeline.from_pretrained(args.out)

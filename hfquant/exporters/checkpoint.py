@@ -1,4 +1,4 @@
-"""The files of an exported checkpoint: what was converted, beside all that stays in floats."""
+"""Files of an exported checkpoint: the converted layers, plus everything that stays in float."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from hfquant.nn.linear import QuantLinear
 
 
 class ExportError(ValueError):
-    """A model that a format cannot express. The message names the layers and what to do."""
+    """A model that a format cannot express. The message names the layers and suggests what to do."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A model's quantized linears as another format has them.
+    """A model's quantized linears, converted to another format.
 
     Attributes:
-        tensors: of the quantized linears, by full name.
-        quantization_config: what that format puts into config.json.
-        of_experts: of quantized experts, by their names in the checkpoint, which no module of the model has.
+        tensors: tensors of the quantized linears, by full name.
+        quantization_config: the format's section of config.json.
+        of_experts: tensors of quantized experts, by their names in the checkpoint, which match no module of the model.
     """
 
     tensors: Mapping[str, Tensor]
@@ -42,15 +42,15 @@ class Converted:
 
 
 def refuse(problems: Mapping[str, str], format: str, requantized: bool) -> None:
-    """Raise where there are problems, by layer.
+    """Raise if there are any problems, listing the layers.
 
     Args:
-        problems: layer's name -> what the format lacks.
-        format: its name.
-        requantized: whether that was tried already.
+        problems: layer name -> what the format lacks.
+        format: name of the format.
+        requantized: whether requantizing was already tried.
 
     Raises:
-        ExportError: the layers, under each reason.
+        ExportError: lists the layers under each reason.
     """
     if not problems:
         return
@@ -59,29 +59,29 @@ def refuse(problems: Mapping[str, str], format: str, requantized: bool) -> None:
         reasons.setdefault(why, []).append(name)
     lines = [f"  {why}: {', '.join(map(repr, names))}" for why, names in reasons.items()]
     advice = (
-        "quantize these layers otherwise, or leave them out"
+        "quantize these layers differently, or exclude them"
         if requantized
-        else 'quantize these layers otherwise (smoothing with opt: {"fold": True}), or pass requantize=True to round '
-        "them anew on a plain grid"
+        else 'quantize these layers differently (smoothing with opt: {"fold": True}), or pass requantize=True to round '
+        "them again on a plain grid"
     )
     what = counted(len(problems), "layer")
     raise ExportError(f"{format} cannot express {what}:\n" + "\n".join(lines) + f"\n{advice}")
 
 
 def must_be_of(model: nn.Module, wanted: str, format: str) -> None:
-    """Raise ExportError where ``model`` is not of the library that reads ``format``."""
+    """Raise ExportError unless ``model`` belongs to the library that reads ``format``."""
     if library(model) != wanted:
-        raise ExportError(f"{format} is a format of {wanted} models, and {type(model).__name__} is none")
+        raise ExportError(f"{format} is a format for {wanted} models, and {type(model).__name__} is not one")
 
 
 def write(model: nn.Module, converted: Converted, folder: Path, max_shard_size: int | str) -> None:
-    """Write config and weights; the folder appears once all is there.
+    """Write config and weights; the folder appears only once it is complete.
 
     Args:
-        model: of transformers or diffusers.
+        model: a model of transformers or diffusers.
         converted: its quantized linears.
-        folder: does not exist, or is empty.
-        max_shard_size: bytes of a file at most.
+        folder: must not exist, or be empty.
+        max_shard_size: maximum size of a file, in bytes or like "5GB".
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -105,7 +105,7 @@ def write(model: nn.Module, converted: Converted, folder: Path, max_shard_size: 
 
 
 def float_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of all but the quantized linears and experts, each tied one once."""
+    """Return all tensors except those of quantized linears and experts, each tied tensor only once."""
     tied: Collection[str] = getattr(model, "all_tied_weights_keys", None) or ()
     found: dict[str, Tensor] = {}
     for key in model.state_dict():
@@ -115,7 +115,7 @@ def float_tensors(model: nn.Module) -> dict[str, Tensor]:
             continue
         if isinstance(module, QuantExperts) and name in module.specs() and not name.endswith("_bias"):
             continue
-        # Offloaded weights are fetched for the moment.
+        # Fetch offloaded weights temporarily.
         with align_module_device(module):
             found[key] = getattr(module, name).detach().cpu()
     return found

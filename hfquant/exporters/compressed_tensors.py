@@ -1,13 +1,15 @@
-"""compressed-tensors, as transformers reads it without hfquant.
+"""Export to compressed-tensors, as read by transformers without hfquant.
 
-A group of layers has one scheme: number of bits, symmetric or not, for weights one scale a channel or a group of input
-channels, for inputs one scale a token or a tensor. Codes and zero points are signed: ``(code - zero_point) * scale``.
+All layers of a config group share one scheme: bit width, symmetric or not, scales per channel or per group of input
+channels for weights, and per token or per tensor for inputs. Codes and zero points are signed; a weight is
+``(code - zero_point) * scale``.
 
-Weights of integers with float inputs are "pack-quantized": each row a stream of unsigned codes, low bits first, padded
-to whole int32. Where the inputs are quantized too they are "int-quantized", a byte a code; FP8 is "float-quantized", or
-"naive-quantized" with float inputs. That is what compressed-tensors itself chooses for each (but see :func:`storage`).
+Integer weights with float inputs are stored "pack-quantized": each row is a stream of unsigned codes, low bits first,
+padded to whole int32. If the inputs are quantized too, the format is "int-quantized", one byte per code. FP8 is
+"float-quantized", or "naive-quantized" with float inputs. compressed-tensors itself makes the same choices (but see
+:func:`storage`).
 
-Fused experts become one linear each, under the names of their published checkpoints (:mod:`hfquant.exporters.experts`).
+Fused experts become one linear each, named as in their published checkpoints (:mod:`hfquant.exporters.experts`).
 """
 
 from __future__ import annotations
@@ -35,15 +37,15 @@ from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_linears
 
-#: Number formats that it has as well, by our names.
+#: Number formats that compressed-tensors also has, by hfquant's names.
 _TYPES = {**{f"int{bits}": "int" for bits in range(2, 9)}, "fp8e4m3": "float"}
 
 
 def convert(model: Any, requantize: bool) -> Converted:
-    """Return the quantized linears and experts of ``model`` (transformers) as compressed-tensors stores them.
+    """Convert the quantized linears and experts of ``model`` (transformers) to compressed-tensors.
 
     Raises:
-        ExportError: the model is of another library, or layers cannot be expressed.
+        ExportError: the model is from another library, or some layers cannot be expressed.
     """
     must_be_of(model, "transformers", "compressed-tensors")
     experts = {name: m for name, m in model.named_modules() if isinstance(m, QuantExperts)}
@@ -52,12 +54,12 @@ def convert(model: Any, requantize: bool) -> Converted:
     linears = stored_linears(model, {name: module.layout for name, module in experts.items()}, sizes)
     plans, problems = _plans_of_linears(model, requantize)
     expert_plans, more = _plans_of_experts(own_plans, linears, requantize)
-    empty = "transformers would leave these experts empty, in whose place it has lists of linears"
+    empty = "on loading, transformers replaces these experts with lists of linears and leaves them empty"
     more |= {n: empty for n, m in model.named_modules() if replaced_when_quantized(m, "compressed-tensors")}
     refuse(problems | more, "compressed-tensors", requantize)
     scaled = {name: plan for name, plan in plans.items() if plan.config.weight_quant.format.has_scale}
     if not scaled and not expert_plans:
-        raise ExportError("no layer has a scale: hfquant.dequantize(model), then save it as it is")
+        raise ExportError("no layer has a scale: call hfquant.dequantize(model) and save the float model")
     alone = len({json.dumps(arguments(plan)) for plan in scaled.values()}) == 1
     tensors: dict[str, Tensor] = {}
     groups: dict[str, list[str]] = {}
@@ -88,7 +90,7 @@ def _named(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _plans_of_linears(model: nn.Module, requantize: bool) -> tuple[dict[str, LayerPlan], dict[str, str]]:
-    """Return what each quantized layer is exported as, and what keeps layers from it."""
+    """Return the plan to export each quantized layer with, and the problems of layers that cannot be exported."""
     plans, problems = {}, {}
     for name, layer in quant_linears(model).items():
         why = obstacle(layer.plan)
@@ -101,12 +103,12 @@ def _plans_of_linears(model: nn.Module, requantize: bool) -> tuple[dict[str, Lay
 def _plans_of_experts(
     plans: Mapping[str, LayerPlan], linears: Mapping[str, list[StoredLinear]], requantize: bool
 ) -> tuple[dict[str, LayerPlan], dict[str, str]]:
-    """Return the same for the quantized parameters of experts, all of which have one scheme.
+    """Do the same for the quantized parameters of experts, all of which must share one scheme.
 
     Args:
-        plans: of the model.
-        linears: what each is in a checkpoint.
-        requantize: whether they may be rounded anew.
+        plans: plans of the expert parameters in the model.
+        linears: the checkpoint linears that each parameter corresponds to.
+        requantize: whether they may be requantized.
     """
     read = {name: as_read(plan) for name, plan in plans.items()}
     problems = _obstacles_of_experts(read, linears)
@@ -122,20 +124,22 @@ def _obstacles_of_experts(plans: Mapping[str, LayerPlan], linears: Mapping[str, 
     for name, plan in plans.items():
         weight = plan.config.weight_quant
         if not linears[name]:
-            found[name] = "checkpoints of its class keep experts fused, and there are codes for linears alone"
+            found[name] = "checkpoints of its class store experts fused, but the format has codes for linears only"
         elif why := obstacle(plan):
             found[name] = why
         elif not weight.format.has_scale:
-            found[name] = f"transformers passes over experts of {weight.type}, which have no scale"
+            found[name] = f"transformers ignores {weight.type} experts, which have no scale"
         elif not weight.symmetric:
-            found[name] = "transformers passes over the zero points of experts"
+            found[name] = "transformers ignores the zero points of experts"
         elif first not in found and arguments(plan) != arguments(plans[first]):
-            found[name] = f"transformers reads all experts by one scheme, and it has not that of {first!r}"
+            found[name] = (
+                f"its scheme differs from that of {first!r}, but transformers reads all experts with one scheme"
+            )
     return found
 
 
 def obstacle(plan: LayerPlan) -> str | None:
-    """Return what of a layer's plan compressed-tensors has no means for; None where it can express it all."""
+    """Return the part of a layer's plan that compressed-tensors cannot express; None if it can express all of it."""
     weight, inputs = plan.config.weight_quant, plan.config.input_quant
     if not isinstance(plan.transform, Identity):
         stored = plan.transform.tensors(plan.in_features, plan.row_groups)
@@ -143,18 +147,18 @@ def obstacle(plan: LayerPlan) -> str | None:
     if any(plan.dual):
         return "its inputs have a second scale for negative values"
     if len(plan.input_segments) > 1 and inputs is not None and inputs.format.has_scale:
-        return "segments of its input have scales of their own"
+        return "its input segments have separate scales"
     if len(set(plan.columns)) > 1:
-        return f"its groups of columns are not of one size ({plan.columns[0]} and {plan.columns[-1]})"
+        return f"its groups of columns differ in size ({plan.columns[0]} and {plan.columns[-1]})"
     if weight.format.has_scale and weight.type not in _TYPES:
-        return f"no {weight.type} weights (there are {', '.join(_TYPES)})"
+        return f"{weight.type} weights are not supported, only {', '.join(_TYPES)}"
     if inputs is not None and (inputs.type not in _TYPES or not weight.format.has_scale):
-        return f"no {inputs.type} inputs beside {weight.type} weights"
+        return f"{inputs.type} inputs are not supported with {weight.type} weights"
     return None
 
 
 def arguments(plan: LayerPlan) -> dict[str, Any]:
-    """Return what a config group says of such layers, storage aside."""
+    """Return the config group of such layers, without the storage format."""
     weight, inputs = plan.config.weight_quant, plan.config.input_quant
     grouped = len(plan.columns) > 1 or plan.columns[0] == plan.config.group_size
     weights = {
@@ -172,7 +176,7 @@ def arguments(plan: LayerPlan) -> dict[str, Any]:
 
 
 def _scheme(plan: LayerPlan, alone: bool) -> str:
-    """Return what a config group says of such layers, as JSON."""
+    """Return the config group of such layers, as JSON."""
     return json.dumps({**arguments(plan), "format": storage(plan, alone)})
 
 
@@ -181,14 +185,14 @@ def _number(form: NumberFormat) -> dict[str, Any]:
 
 
 def storage(plan: LayerPlan, alone: bool) -> str:
-    """Return the name of the way in which a layer's codes are stored.
+    """Return the name of the storage format of a layer's codes.
 
-    transformers cannot hold packed zero points (llm-compressor's issue 1618); what gets it around that, dequantizing
-    while loading, needs one scheme for all layers. Beside others such layers are stored a byte a code.
+    transformers cannot hold packed zero points (llm-compressor's issue 1618). The workaround, dequantizing on load,
+    needs one scheme for all layers. If there are other schemes, such layers are stored with one byte per code.
 
     Args:
-        plan: of the layer.
-        alone: whether all layers but experts have one scheme.
+        plan: plan of the layer.
+        alone: whether all layers except experts share one scheme.
     """
     quant = plan.config.weight_quant
     if plan.config.input_quant is not None:
@@ -199,27 +203,27 @@ def storage(plan: LayerPlan, alone: bool) -> str:
 def layer_tensors(
     layer: QuantLinear, storage: str, dtype: torch.dtype, rows: slice | Tensor = slice(None)
 ) -> dict[str, Tensor]:
-    """Return the tensors of a layer that :func:`obstacle` has nothing against, by the names they are stored under.
+    """Return the tensors of a layer that passes :func:`obstacle`, by the names they are stored under.
 
     Args:
-        layer: of the model.
+        layer: a layer of the model.
         storage: see :func:`storage`.
-        dtype: of the weight where it is a float without a scale.
-        rows: which of its outputs are stored, of a layer without a bias.
+        dtype: dtype of a weight that is a float without a scale.
+        rows: which of its outputs to store, for a layer without a bias.
     """
     form, codes, grid = layer.format, layer.codes(rows), layer.grid(rows)
     bias = {} if layer.bias is None else {"bias": layer.bias.detach()}
-    if grid.scale is None:  # a mere cast: a float weight like any other
+    if grid.scale is None:  # just a cast: store a float weight like any other
         return {"weight": form.values(codes).to(dtype), **bias}
     zero_point = grid.zero_point
     if storage == "pack-quantized":
         shape = torch.tensor(codes.shape)
         stored = {"weight_packed": to_words(codes, form), "weight_shape": shape}
         if zero_point is not None:
-            # Along the rows, several of a column in an int32.
+            # Packed along the rows: an int32 holds several codes of one column.
             zero_point = to_words(zero_point.T, form).T
     else:
-        # Unsigned bytes of FP8 are its floats.
+        # FP8 codes are unsigned bytes; store the floats that they represent.
         stored = {"weight": codes if form.is_integer else form.values(codes).to(torch.float8_e4m3fn)}
     stored["weight_scale"] = grid.scale
     if zero_point is not None:
@@ -232,18 +236,18 @@ def layer_tensors(
 def quantization_config(
     model: nn.Module, groups: Mapping[str, list[str]], experts: str | None = None, linears: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return config.json's section.
+    """Return the quantization section of config.json.
 
     Args:
-        model: with its quantized linears.
+        model: the model with its quantized linears.
         groups: scheme as JSON -> names of its layers.
-        experts: the scheme of experts; None where there are none.
-        linears: of experts, by their names in the checkpoint.
+        experts: the scheme of experts; None if there are none.
+        linears: linears of experts, by their names in the checkpoint.
     """
     prefix = getattr(model, "base_model_prefix", "")
     quantized = {name for names in groups.values() for name in names}
     left = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in quantized]
-    # First, since transformers takes the first group whose patterns say "experts" for that of all experts.
+    # Experts first: transformers takes the first group whose patterns contain "experts" as the one for all experts.
     targets = {} if experts is None else {experts: _patterns_of_experts(linears, prefix)}
     for scheme, names in groups.items():
         targets.setdefault(scheme, []).extend(_pattern(name, prefix) for name in names)
@@ -254,8 +258,9 @@ def quantization_config(
         config_groups[f"group_{i}"] = {"targets": ["Linear"] if all_linears else names, **json.loads(scheme)}
     formats = {found["format"] for found in config_groups.values()}
     of_linears = {json.loads(scheme)["format"] for scheme in groups}
-    # transformers would keep packed layers as they are until the first forward; but it cannot hold packed zero points,
-    # and many models initialize a `weight` that packed layers have not. It takes one scheme for that of all linears.
+    # By default, transformers keeps packed layers packed until the first forward. But it cannot hold packed zero
+    # points, and many models initialize a `weight` that packed layers lack. Dequantizing on load avoids both, but
+    # applies one scheme to all linears.
     loading = {"dequantize": True} if of_linears <= {"pack-quantized"} and not several else {}
     return {
         **loading,
@@ -268,9 +273,9 @@ def quantization_config(
 
 
 def _routers(model: nn.Module) -> list[str]:
-    """Return what a checkpoint calls modules that multiply with a matrix of their own, but are no linears.
+    """Return the checkpoint names of modules that multiply with their own matrix but are not linears.
 
-    Routers are such; other programs have linears in their place.
+    Routers are an example; other programs use linears in their place.
     """
     found = {}
     for name, module in model.named_modules():
@@ -281,21 +286,21 @@ def _routers(model: nn.Module) -> list[str]:
 
 
 def _patterns_of_experts(names: Sequence[str], prefix: str) -> list[str]:
-    """Return what matches linears of experts by name, one pattern for all of a layer.
+    """Return patterns that match linears of experts by name, one pattern for all experts of a layer.
 
-    What follows an expert's number is left open: vLLM asks for the scheme of ``gate_proj`` where the checkpoint has
-    ``w1``.
+    The patterns match anything after an expert's number: vLLM asks for the scheme of ``gate_proj`` where the checkpoint
+    has ``w1``.
     """
     layers = dict.fromkeys(re.sub(r"(.*)\.\d+\..*", r"\1", name) for name in names)
     return [_pattern(layer, prefix, r"\.\d+\..*") for layer in layers]
 
 
 def _pattern(name: str, prefix: str, end: str = "") -> str:
-    """Return what matches a layer by name; where the model has a base model, in that alone too (AutoModel).
+    """Return a pattern for a layer's name; it also matches in the base model on its own (AutoModel), if there is one.
 
     Args:
-        name: of the layer.
-        prefix: of the base model.
+        name: name of the layer.
+        prefix: prefix of the base model.
         end: a regular expression for what follows the name.
     """
     start = f"{prefix}."

@@ -1,8 +1,8 @@
-"""Mixtures of experts in checkpoints that have one linear an expert, as most published ones do.
+"""Mixtures of experts in checkpoints with one linear per expert, the form of most published ones.
 
-transformers dequantizes them while it loads them, before it fuses them into 3-D parameters, so that they run in floats.
-How it does so decides what can be exported (transformers 5.23): all of them by one scheme, from packed integers without
-zero points or from FP8.
+transformers dequantizes these linears on load, before it fuses them into 3-D parameters, so they run in float. The way
+it does this determines what can be exported (transformers 5.23): one scheme for all experts, with packed integers
+without zero points, or with FP8.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 def as_read(plan: LayerPlan) -> LayerPlan:
-    """Return a plan with the inputs as programs have them for the experts of a checkpoint.
+    """Return a plan with the input quantization that other programs apply to the experts of a checkpoint.
 
-    Beside packed integers they are floats. FP8 experts have one scale a token, which transformers passes over.
+    With packed integers, inputs are floats. FP8 experts have per-token scales, which transformers ignores.
     """
     if not plan.config.weight_quant.format.is_integer:
         return plan.by_token()
@@ -32,7 +32,7 @@ def as_read(plan: LayerPlan) -> LayerPlan:
 
 
 def alike(plans: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
-    """Return plain plans (see :func:`plain`) without zero points, and with groups that divide the inputs of all."""
+    """Return plain plans (see :func:`plain`) without zero points, whose group size divides the inputs of all."""
     common = math.gcd(*(plan.in_features for plan in plans.values()))
     found = {}
     for name, plan in plans.items():
@@ -43,13 +43,13 @@ def alike(plans: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
 
 
 def expert_layers(name: str, module: QuantExperts, projection: str, plan: LayerPlan) -> Iterator[QuantLinear]:
-    """Yield each expert of a projection as a linear; log the cost where they are rounded anew.
+    """Yield each expert of a projection as a linear; log the cost if they are requantized.
 
     Args:
-        name: of the parameter, for messages.
-        module: its weights are at hand, not offloaded.
-        projection: quantized.
-        plan: what each is to be: :func:`as_read` of its own, or a plain one.
+        name: name of the parameter, for messages.
+        module: its weights must be in memory, not offloaded.
+        projection: a quantized projection.
+        plan: the plan of each expert: :func:`as_read` of its own, or a plain one.
     """
     own = as_read(module.plans[projection])
     errors: list[float] = []
@@ -62,14 +62,16 @@ def expert_layers(name: str, module: QuantExperts, projection: str, plan: LayerP
         yield layer
     if errors:
         least = min(errors)
-        logger.warning("experts %r: rounded anew for the export, %.1f dB or more to the weights they had", name, least)
+        logger.warning(
+            "experts %r: requantized for the export, SQNR at least %.1f dB against the previous weights", name, least
+        )
 
 
 def log_inputs(plans: Mapping[str, LayerPlan]) -> None:
-    """Say once where experts whose inputs are quantized here have floats in the export.
+    """Log once if experts with quantized inputs have float inputs in the export.
 
     Args:
-        plans: of the quantized parameters of experts, by name.
+        plans: plans of the quantized parameters of experts, by name.
     """
     quantized = [name for name, plan in plans.items() if plan.config.input_quant is not None]
     if quantized:

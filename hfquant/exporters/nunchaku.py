@@ -1,10 +1,10 @@
-"""SVDQuant in INT4 as diffusers' "nunchaku_lite" loads it.
+"""Export INT4 SVDQuant as loaded by diffusers' "nunchaku_lite".
 
-``Y = (Q(X / s) Q(R)^T) + (X down^T) up^T + bias`` with codes of R in groups of 64 along the input, as here; the kernels
-quantize activations themselves, to INT4 with a scale for each token and 64 channels.
+``Y = (Q(X / s) Q(R)^T) + (X down^T) up^T + bias`` with codes of R in groups of 64 along the input, as in hfquant. The
+kernels quantize activations themselves, to INT4 with one scale per token and 64 channels.
 
 Tensors are stored in the order in which the 32 lanes of a warp load them as operands of the tensor cores' ``mma``
-instructions (PTX ISA, "Matrix Fragments for mma.m16n8k64" and "mma.m16n8k16"), for tiles of 128 output channels.
+instructions (PTX ISA, "Matrix Fragments for mma.m16n8k64" and "mma.m16n8k16"), in tiles of 128 output channels.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from hfquant.nn.experts import QuantExperts
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_linears
 
-#: The one format of its SVDQuant weights and activations, and their group.
+#: The only format of its SVDQuant weights and activations, and their group size.
 _FORMAT, _GROUP = "int4", 64
-#: Channels of a tile; both sizes of a weight must be multiples.
+#: Channels per tile; both dimensions of a weight must be multiples.
 _TILE = 128
-#: The rank must be a multiple.
+#: The rank must be a multiple of this.
 _RANK = 16
 
 
 def convert(model: Any, requantize: bool) -> Converted:
-    """Return the quantized linears of ``model`` (diffusers) in the layout of nunchaku's kernels.
+    """Convert the quantized linears of ``model`` (diffusers) to the layout of nunchaku's kernels.
 
-    All have the rank of the largest low-rank branch; smaller ones, and layers without, are filled up with zeros.
+    All get the rank of the largest low-rank branch; smaller branches, and layers without one, are padded with zeros.
 
     Raises:
-        ExportError: the model is of another library, or layers cannot be expressed.
+        ExportError: the model is from another library, or some layers cannot be expressed.
     """
     must_be_of(model, "diffusers", "nunchaku-lite")
     layers, problems = quant_linears(model), {}
@@ -48,7 +48,7 @@ def convert(model: Any, requantize: bool) -> Converted:
             why = obstacle(_grouped(layer.plan))
         if why := no_linear(layer) or why:
             problems[name] = why
-    fused = "it is no linear but fused experts"
+    fused = "it is not a linear but fused experts"
     problems |= {name: fused for name, module in model.named_modules() if isinstance(module, QuantExperts)}
     refuse(problems, "nunchaku-lite", requantize)
     dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
@@ -66,7 +66,7 @@ def convert(model: Any, requantize: bool) -> Converted:
 
 
 def obstacle(plan: LayerPlan) -> str | None:
-    """Return what keeps a layer from running on nunchaku's kernels; None for nothing."""
+    """Return what keeps a layer from running on nunchaku's kernels; None if nothing does."""
     weight, inputs = plan.config.weight_quant, plan.config.input_quant
     if inputs is None or inputs.type != _FORMAT or not inputs.dynamic:
         return f"its inputs are not dynamic {_FORMAT}"
@@ -77,12 +77,12 @@ def obstacle(plan: LayerPlan) -> str | None:
     if plan.transform.rotation:
         return "its inputs are rotated at run time"
     if len(plan.row_groups) > 1:
-        return "segments of its output have transforms of their own (with seglinear: False they have one)"
+        return "its output segments have separate transforms (seglinear: False gives them a single one)"
     return None
 
 
 def _grouped(plan: LayerPlan) -> LayerPlan:
-    """Return a plain plan with the weights that the kernels take; the inputs stay what they are."""
+    """Return a plain plan with weights in the kernels' format; the number format of the inputs does not change."""
     plan = plain(plan)
     weight = plan.config.weight_quant.model_copy(update={"group_size": _GROUP, "symmetric": True})
     return LayerPlan(
@@ -97,12 +97,12 @@ def _rank(plan: LayerPlan) -> int:
 
 
 def layer_tensors(layer: QuantLinear, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors of a layer that :func:`obstacle` has nothing against, by the names of diffusers' module.
+    """Return the tensors of a layer that passes :func:`obstacle`, by their names in diffusers' module.
 
     Args:
-        layer: its sizes are multiples of 128.
-        rank: of the low-rank branch, a multiple of 16; the layer's own is at most that.
-        dtype: of all but the codes, float16 or bfloat16.
+        layer: its dimensions are multiples of 128.
+        rank: rank of the low-rank branch, a multiple of 16 and at least that of the layer's own branch.
+        dtype: dtype of everything but the codes, float16 or bfloat16.
     """
     transform, buffers = layer.plan.transform, layer._buffers
     scale = layer.grid().scale
@@ -125,22 +125,22 @@ def layer_tensors(layer: QuantLinear, rank: int, dtype: torch.dtype) -> dict[str
 
 
 def fragments_of_codes(codes: Tensor, form: NumberFormat) -> Tensor:
-    """Return INT4 codes [out, in] as int8 [out, in / 2]: operands of two ``m16n8k64`` side by side, 16 bytes a lane.
+    """Return INT4 codes [out, in] as int8 [out, in / 2]: operands of two adjacent ``m16n8k64``, 16 bytes per lane.
 
-    A tile is 128 rows by 64 columns, in 8 strips of 16 rows. Lane ``4 r + c`` of a strip holds rows r and r + 8, of
-    each the columns 8 c to 8 c + 7 and those 32 further.
+    A tile is 128 rows by 64 columns, in 8 strips of 16 rows. Lane ``4 r + c`` of a strip holds, of rows r and r + 8,
+    the columns 8 c to 8 c + 7 and the same columns plus 32.
     """
     rows, columns = codes.shape
     tiles = codes.view(rows // _TILE, 8, 2, 8, columns // 64, 2, 4, 8)
-    # tile of rows, strip, half of it, r | tile of columns, half of it, c, element
+    # tile of rows, strip, half of strip, r | tile of columns, half of tile, c, element
     lanes = tiles.permute(0, 4, 1, 3, 6, 2, 5, 7).contiguous()
     return form.pack(lanes).view(rows, columns // 2)
 
 
 def fragments_of_scales(scale: Tensor) -> Tensor:
-    """Return scales [out, G] as [G, out] (by name: the order is tile, group, lane).
+    """Return scales [out, G] as [G, out] (nominally: the actual order is tile, group, lane).
 
-    Lane ``4 s + c`` has the four channels that its sums are of: 16 s + 2 c, the next, and those 8 further.
+    Lane ``4 s + c`` holds the four channels that it accumulates: 16 s + 2 c, the next one, and both plus 8.
     """
     rows, groups = scale.shape
     tiles = scale.view(rows // _TILE, 8, 2, 4, 2, groups)
@@ -148,19 +148,19 @@ def fragments_of_scales(scale: Tensor) -> Tensor:
 
 
 def fragments_of_vector(values: Tensor) -> Tensor:
-    """Return one value a channel in the order of :func:`fragments_of_scales`."""
+    """Return one value per channel in the order of :func:`fragments_of_scales`."""
     return fragments_of_scales(values[:, None]).view(-1)
 
 
 def fragments_of_matrix(factor: Tensor, channels: int) -> Tensor:
-    """Return a low-rank factor as [channels, rank]: operands of two ``m16n8k16`` side by side, 8 numbers a lane.
+    """Return a low-rank factor as [channels, rank]: operands of two adjacent ``m16n8k16``, 8 numbers per lane.
 
-    A fragment is 16 by 16. Lane ``4 r + c`` holds rows r and r + 8, of each the columns 2 c, 2 c + 1 and those 8
-    further.
+    A fragment is 16 by 16. Lane ``4 r + c`` holds, of rows r and r + 8, the columns 2 c and 2 c + 1 and the same
+    columns plus 8.
 
     Args:
         factor: ``down`` [rank, in] or ``up`` [out, rank].
-        channels: the dimension that is not the rank; fragments go along the rank first.
+        channels: the dimension that is not the rank; fragments are ordered along the rank first.
     """
     rows, columns = factor.shape
     fragments = factor.view(rows // 16, 2, 8, columns // 16, 2, 4, 2)

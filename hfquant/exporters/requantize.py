@@ -1,4 +1,4 @@
-"""Round layers anew on a plain grid: what is left of a layer in a format that cannot express it."""
+"""Requantize layers on a plain grid, for formats that cannot express them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _NARROWEST = 16
 
 
 def no_linear(layer: QuantLayer) -> str | None:
-    """Return what a layer is that no other format has codes for; None for a linear."""
-    return None if type(layer) is QuantLinear else f"it is no linear but a {layer._get_name()}"
+    """Return the kind of a layer that other formats have no codes for; None for a linear."""
+    return None if type(layer) is QuantLinear else f"it is not a linear but a {layer._get_name()}"
 
 
 def plain(plan: LayerPlan, divided: int | None = None) -> LayerPlan:
-    """Return the plan with the same bits and nothing else: one segment, no transform, equal groups, dynamic scales.
+    """Return a plan with the same bit widths and nothing else: one segment, no transform, equal groups, dynamic scales.
 
     Args:
-        plan: of a layer.
-        divided: what its groups have to divide; None: its inputs.
+        plan: plan of a layer.
+        divided: number of columns that the group size must divide; None: the layer's inputs.
     """
     plan = replace(
         plan.plain().by_token(),
@@ -48,30 +48,31 @@ def plain(plan: LayerPlan, divided: int | None = None) -> LayerPlan:
 
 
 def _equal_groups(columns: int, group: int) -> int | None:
-    """Return the largest size of at most ``group`` that divides ``columns``; None for one group a row."""
+    """Return the largest size of at most ``group`` that divides ``columns``; None for one group per row."""
     size = max(d for d in range(1, min(group, columns) + 1) if columns % d == 0)
     return size if size >= _NARROWEST else None
 
 
 def requantized(name: str, layer: QuantLinear, plan: LayerPlan) -> QuantLinear:
-    """Return a layer as :func:`rounded_anew` makes it; log what that costs."""
+    """Return a layer as requantized by :func:`rounded_anew`, and log the loss."""
     new, sqnr = rounded_anew(name, layer, plan)
     if sqnr is None:
-        logger.warning("layer %r: in the export its inputs have one scale a token, computed at run time", name)
+        logger.warning("layer %r: its inputs use dynamic per-token scales in the export", name)
     else:
-        logger.warning("layer %r: rounded anew for the export, %.1f dB to the weight that it had", name, sqnr)
+        logger.warning("layer %r: requantized for the export, SQNR %.1f dB against the previous weight", name, sqnr)
     return new
 
 
 def rounded_anew(name: str, layer: QuantLinear, plan: LayerPlan) -> tuple[QuantLinear, float | None]:
-    """Return a layer with the effective weight of ``layer`` by ``plan``, and its SQNR in dB.
+    """Return a layer with the effective weight of ``layer`` under ``plan``, and its SQNR in dB.
 
-    Codes stay where only the inputs are quantized otherwise, which is None; else the weight is rounded to nearest.
+    If only the input quantization changes, the codes are kept and the SQNR is None; otherwise, the weight is rounded to
+    nearest.
 
     Args:
-        name: for messages.
-        layer: stays as it is.
-        plan: needs no data (see :func:`plain`).
+        name: layer name, for messages.
+        layer: the layer; it is not modified.
+        plan: a plan that needs no data (see :func:`plain`).
     """
     bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
     old = layer.plan

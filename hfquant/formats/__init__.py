@@ -1,4 +1,4 @@
-"""Number formats and the grids made of them. A format is one file and one line of :data:`FORMATS`."""
+"""Number formats and quantization grids. To add a format, add one file and one line to :data:`FORMATS`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
     "sum_columns",
 ]
 
-#: Every number format by its name in configs.
+#: All number formats, by their name in configs.
 FORMATS: dict[str, NumberFormat] = {
     "int2": IntegerFormat("int2", 2, torch.int8),
     "int3": IntegerFormat("int3", 3, torch.int8),
@@ -45,12 +45,12 @@ FORMATS: dict[str, NumberFormat] = {
 
 
 def number_format(name: str) -> NumberFormat:
-    """Return the format of that name.
+    """Return the format with the given name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such format.
     """
     try:
         return FORMATS[name]
     except KeyError:
-        raise ConfigError(f"unknown number format {name!r}; there are {', '.join(FORMATS)}") from None
+        raise ConfigError(f"unknown number format {name!r}; available: {', '.join(FORMATS)}") from None

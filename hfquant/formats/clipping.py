@@ -1,10 +1,10 @@
-"""The grid with the least squared error, which ``clip="mse"`` takes.
+"""The grid with the least squared error, used by ``clip="mse"``.
 
-A smaller scale clips the largest weights of a block and has finer steps for the others; a slightly larger one may meet
-more of them. For a given scale the zero point decides only how much is clipped at either end, so the best one is near
-the one that clips both ends alike (NeUQI, arXiv 2505.17595, searches the two together as well). So scales are tried
-from coarse to fine, each with that zero point, and then the neighbors of the best pair. All sums are elementwise, which
-makes the result the same on every CPU.
+A smaller scale clips the largest weights of a block but represents the others in finer steps; a slightly larger one may
+land closer to more of them. For a given scale, the zero point only decides how much is clipped at each end, so the best
+one is near the one that clips both ends equally (NeUQI, arXiv 2505.17595, also searches both together). The search
+therefore tries scales from coarse to fine, each with that zero point, and then the neighbors of the best pair. All sums
+are elementwise, so results are the same on every CPU.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hfquant.formats.grid import Grid
 
-#: How far below the scale that reaches all weights those lie that are tried first, in the steps of ``Grid.smaller``.
+#: First scales to try, as steps of ``Grid.smaller`` below the scale that covers all weights.
 COARSE = (-4, 0, 4, 8, 12, 16, 20, 28, 36)
-#: Moves from the best so far, in turns: (steps, zero point).
+#: Moves from the current best, tried in order: (steps, zero point).
 FINE = ((-2, 0), (2, 0), (0, -1), (0, 1), (-1, 0), (1, 0))
-#: Blocks with a larger scale than this keep it: half a step beyond their largest weight might leave float32.
+#: Blocks with a larger scale keep it, since half a step beyond their largest weight might overflow float32.
 HUGE_SCALE = 2.0**100
-#: Weights that all candidates are tried on at once: they stay within a core's second-level cache.
+#: Number of weights on which all candidates are tried at once; these fit in a core's L2 cache.
 CHUNK = 1 << 17
 
 
@@ -36,17 +36,17 @@ def least_error(
     importance: Tensor | None = None,
     over_rows: Callable[[Tensor], Tensor] | None = None,
 ) -> Grid:
-    """Return the grid with the least weighted squared error, as far as the search finds it; never above ``widest``'s.
+    """Return the grid with the least weighted squared error that the search finds, never worse than ``widest``.
 
-    The square of a weight's error is weighted by the root of its magnitude, since large weights tend to meet large
-    inputs.
+    Each weight's squared error is weighted by the square root of the weight's magnitude, since large weights tend to
+    meet large inputs.
 
     Args:
         weight: [out, in], any float dtype.
-        widest: the grid that reaches the largest weights.
+        widest: the grid that covers the largest weights.
         center: [out, G] float32, middle of each block's range.
-        importance: [in], weight of each column's squared error on top.
-        over_rows: sums losses [out, G] over the rows that share a scale, where some do.
+        importance: [in], additional weight of each column's squared error.
+        over_rows: sums losses [out, G] over rows that share a scale; None if none do.
     """
     count = len(weight) if over_rows else max(CHUNK // weight.shape[1], 1)
     found = []
@@ -66,7 +66,7 @@ def least_error(
 
 
 def _runs(grid: Grid) -> list[tuple[slice, tuple[int, int, int], Grid]]:
-    """Return runs of blocks of equal size: which they are, (first column, count, size), and their part of the grid."""
+    """Return runs of equal-sized blocks: their slice, (first column, count, size), and their part of the grid."""
     runs = [(size, len(list(run))) for size, run in groupby(grid.columns)]
     firsts = accumulate((count for _, count in runs), initial=0)
     columns = accumulate((size * count for size, count in runs), initial=0)
@@ -77,7 +77,7 @@ def _runs(grid: Grid) -> list[tuple[slice, tuple[int, int, int], Grid]]:
 
 
 def _blocks(values: Tensor, columns: tuple[int, int, int]) -> Tensor:
-    """Return a run of column blocks of ``values`` [rows, in] as [size, rows, count], over which scales broadcast."""
+    """Return a run of column blocks of ``values`` [rows, in] as [size, rows, count], so that scales broadcast."""
     column, count, size = columns
     return values[:, column : column + count * size].unflatten(1, (count, size)).permute(2, 0, 1).contiguous()
 
@@ -85,26 +85,26 @@ def _blocks(values: Tensor, columns: tuple[int, int, int]) -> Tensor:
 def _search(
     w: Tensor, weights: Tensor, widest: Grid, center: Tensor, over_rows: Callable[[Tensor], Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Return steps and zero points (symmetric: zeros) of the best grid of blocks [size, rows, G], [rows, G] each."""
+    """Return steps and zero points (0 if symmetric) of the best grid for blocks [size, rows, G], [rows, G] each."""
     form, asymmetric = widest.format, widest.zero_point is not None
     lowest, highest = -(2 ** (form.bits - 1)), 2 ** (form.bits - 1) - 1
     widest_scale = widest.scale
     assert widest_scale is not None
-    # Weights and errors are counted in steps of the widest grid: squares of float32 extremes would leave float32.
+    # Weights and errors are in units of the widest grid's step, because squares of float32 extremes would overflow.
     counted = w / widest_scale
     best_steps = torch.zeros_like(widest_scale, dtype=torch.int32)
     best_zero = torch.zeros_like(widest_scale) if widest.zero_point is None else widest.zero_point.float()
     least = torch.full_like(widest_scale, torch.inf)
 
     def consider(steps: Tensor, zero: Tensor | None) -> None:
-        """Take the grid that is ``steps`` smaller where it is better; its default zero point is the central one."""
+        """Adopt the grid that is ``steps`` smaller if it is better; without ``zero``, use the centered zero point."""
         nonlocal least, best_steps, best_zero
         scale = widest.smaller(steps).scale
         assert scale is not None
         share = scale / widest_scale
         if zero is None:
             zero = form.centered(center, scale)
-        # Zero points are integers, so they may be added before rounding.
+        # Zero points are integers, so they can be added before rounding.
         x = (counted * share.reciprocal()).add_(zero)
         error = (x.round().clamp_(lowest, highest) if asymmetric else form.snap(x)).sub_(x).square_()
         loss = _sum(error.mul_(weights)) * share.square_()
@@ -125,12 +125,12 @@ def _search(
 
 
 def _root(values: Tensor) -> Tensor:
-    """Return square roots, in place, the same on every CPU: ``torch.sqrt`` rounds as the math library of each does."""
+    """Return square roots, in place and identical on every CPU; ``torch.sqrt`` depends on the CPU's math library."""
     return values.rsqrt_().reciprocal_()
 
 
 def _sum(values: Tensor) -> Tensor:
-    """Return the sum over the first dimension, added pairwise in an order that depends on its size alone, in place."""
+    """Return the sum over the first dimension, computed pairwise and in place, in an order set only by its size."""
     count = len(values)
     while count > 1:
         half, odd = divmod(count, 2)

@@ -1,4 +1,4 @@
-"""Reductions over blocks of columns (quantization groups, input segments) and their inverse."""
+"""Reductions over blocks of columns (quantization groups or input segments), and their inverse."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def split_columns(sizes: Sequence[int], group: int | None) -> tuple[int, ...]:
-    """Cut segments into groups: (4304,) by 64 gives 67 groups of 64 and one of 16; None leaves them whole."""
+    """Split segments into groups: (4304,) by 64 gives 67 groups of 64 and one of 16; None keeps segments whole."""
     if not group:
         return tuple(sizes)
     return tuple(
@@ -24,7 +24,7 @@ def _runs(sizes: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def expand_columns(values: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Repeat one value a block over its columns: [..., G] -> [..., sum(sizes)], without a copy when G = 1."""
+    """Repeat one value per block over its columns: [..., G] -> [..., sum(sizes)], without a copy if G = 1."""
     if len(sizes) == 1:
         return values.expand(*values.shape[:-1], sizes[0])
     runs = _runs(sizes)
@@ -43,9 +43,9 @@ def _reduce(x: Tensor, sizes: Sequence[int], reduction: Callable[[Tensor], Tenso
 
 
 def range_columns(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the smallest and the largest value of each block: [..., K] -> two [..., G] float32."""
+    """Return the smallest and largest value of each block: [..., K] -> two [..., G] float32."""
     x = x.float()
-    # amin and amax are ten times faster than torch's aminmax along a dimension.
+    # Along a dimension, amin and amax are ten times faster than torch's aminmax.
     return _reduce(x, sizes, lambda b: b.amin(-1)), _reduce(x, sizes, lambda b: b.amax(-1))
 
 

@@ -1,4 +1,4 @@
-"""Floating formats: FP8 with a scale, FP16 and BF16 as plain casts. FP8 as in the OCP specification."""
+"""Float formats: FP8 with a scale, as in the OCP specification; FP16 and BF16 as plain casts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hfquant.formats.base import NumberFormat
 
 @dataclass(frozen=True)
 class FloatFormat(NumberFormat):
-    """A float format that torch has a dtype for; codes are its bits, saturated where a cast would overflow.
+    """A float format with a torch dtype. Codes are its bits; values that a cast would overflow saturate.
 
-    On disk FP8 codes are uint8, so that they are never taken for INT8.
+    FP8 codes are uint8 on disk so that they are never mistaken for INT8.
     """
 
     dtype: torch.dtype
@@ -27,7 +27,7 @@ class FloatFormat(NumberFormat):
 
     @property
     def disk_dtype(self) -> torch.dtype:
-        """Unsigned bytes for FP8, or it could be taken for INT8."""
+        """Unsigned bytes for FP8, which could otherwise be mistaken for INT8."""
         return torch.uint8 if self.code_dtype == torch.int8 else self.code_dtype
 
     @property
@@ -44,15 +44,15 @@ class FloatFormat(NumberFormat):
         return self._cast(x, scale).view(self.code_dtype)
 
     def values(self, codes: Tensor, zero_point: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the floats that the bits spell."""
+        """Return the floats encoded by the bits."""
         return codes.view(self.dtype).to(dtype)
 
     def snap(self, x: Tensor, zero_point: Tensor | None = None) -> Tensor:
-        """Return the nearest floats of the format."""
+        """Return the nearest values of the format."""
         return x.clamp(-self.qmax, self.qmax).to(self.dtype).float()
 
     def spacing(self, x: Tensor) -> Tensor:
-        """Return a power of two: a unit in the last place."""
+        """Return one unit in the last place (ULP), a power of two."""
         limits = torch.finfo(self.dtype)
         binade = torch.frexp(x.abs().clamp(limits.smallest_normal, limits.max)).exponent - 1
         return torch.ldexp(torch.full_like(x, limits.eps), binade)
@@ -65,7 +65,7 @@ class FloatFormat(NumberFormat):
 
 @dataclass(frozen=True)
 class CastFormat(FloatFormat):
-    """FP16 and BF16: a cast without a scale."""
+    """FP16 and BF16: a plain cast without a scale."""
 
     has_scale: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""The grid that weight codes are counted on: how it is fitted to a weight, and the way to codes and back."""
+"""Quantization grids of weights: fitting one to a weight, and converting to codes and back."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Grid:
     """Scales and zero points of a weight matrix [out, in].
 
     Attributes:
-        format: of the codes.
-        columns: sizes of the G blocks of columns (groups or input segments) that have a scale of their own.
+        format: number format of the codes.
+        columns: sizes of the G column blocks (groups or input segments) with their own scale.
         scale: [out, G] float32; None for a format without a scale.
-        zero_point: [out, G] integer; None where symmetric.
-        scale_codes, scale_row: [out, G] uint8 and [out, 1] float32, what scales in two levels are made of; else None.
+        zero_point: [out, G] integer; None if symmetric.
+        scale_codes, scale_row: [out, G] uint8 and [out, 1] float32, the parts of two-level scales; otherwise None.
     """
 
     format: NumberFormat
@@ -39,12 +39,12 @@ class Grid:
     def two_level(
         cls, form: NumberFormat, columns: tuple[int, ...], codes: Tensor, row: Tensor, zero_point: Tensor | None = None
     ) -> Grid:
-        """Return the grid of scales ``values(codes) * row``."""
+        """Return the grid with scales ``values(codes) * row``."""
         return cls(form, columns, scales.values(codes) * row, zero_point, codes, row)
 
     @classmethod
     def from_tensors(cls, form: NumberFormat, columns: tuple[int, ...], tensors: Mapping[str, Tensor | None]) -> Grid:
-        """Return the grid of a layer's stored tensors, the inverse of :meth:`tensors`."""
+        """Return the grid from a layer's stored tensors, the inverse of :meth:`tensors`."""
         zero_point = tensors.get("weight_zero_point")
         if zero_point is not None:
             zero_point = form.unpack(zero_point, len(columns))
@@ -54,7 +54,7 @@ class Grid:
         return cls.two_level(form, columns, scale, row, zero_point)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a layer stores of the grid, by name."""
+        """Return the grid's tensors as a layer stores them, by name."""
         zero_point = None if self.zero_point is None else self.format.pack(self.zero_point)
         stored = {
             "weight_scale": self.scale if self.scale_codes is None else self.scale_codes,
@@ -68,38 +68,39 @@ class Grid:
         return self.format.quantize(self._grouped(weight), *self._per_column()).view(weight.shape)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """Return the float32 weight [out, in] of unpacked codes [out, in]."""
+        """Return the float32 weight [out, in] for unpacked codes [out, in]."""
         return self.format.dequantize(self._grouped(codes), *self._per_column()).view(codes.shape)
 
     def round(self, weight: Tensor) -> Tensor:
-        """Return ``dequantize(quantize(weight))`` without the codes in between."""
+        """Return ``dequantize(quantize(weight))`` without computing codes."""
         return self.format.round(self._grouped(weight), *self._per_column()).view(weight.shape)
 
     def spacing(self, weight: Tensor) -> Tensor:
-        """Return how far apart the grid's values are around each weight, [out, in] float32; it must have scales."""
+        """Return the distance between grid values around each weight, [out, in] float32; the grid must have scales."""
         scale, _ = self._per_column()
         assert scale is not None
         return (self.format.spacing(self._grouped(weight) / scale) * scale).view(weight.shape)
 
-    def quantize_by_chance(self, weight: Tensor, draw: Tensor) -> Tensor:
-        """Return codes [out, in] of one of the two values of the grid that each weight lies between.
+    def quantize_stochastic(self, weight: Tensor, draw: Tensor) -> Tensor:
+        """Return codes [out, in] that round each weight up or down to a neighboring grid value at random.
 
-        Over uniform draws it is the weight on average; one that is on the grid stays there. The grid must have scales.
+        Averaged over uniform draws, the result equals the weight; a weight on the grid stays unchanged. The grid must
+        have scales.
 
         Args:
             weight: [out, in] float32.
-            draw: [out, in], in [0, 1): the upper value is taken where it is below the weight's distance from the lower
-                one in steps.
+            draw: [out, in], in [0, 1): a weight is rounded up if this is less than its distance from the lower value,
+                in steps.
         """
         step = self.spacing(weight)
         return self.quantize(torch.ceil(weight / step - draw) * step)
 
     def where(self, rows: Tensor, other: Grid) -> Grid:
-        """Return this grid, with ``other``'s rows where ``rows`` [out] bool says so."""
+        """Return this grid with the rows of ``other`` wherever ``rows`` [out] bool is True."""
         return self._with(other, lambda ours, theirs: torch.where(rows[:, None], theirs, ours))
 
     def with_column(self, group: int, part: Grid) -> None:
-        """Take the scale and zero point of one block of columns over from a grid of that block alone, in place."""
+        """Overwrite the scale and zero point of one column block, in place, with those of a grid of only that block."""
 
         def put(ours: Tensor, theirs: Tensor) -> Tensor:
             ours[:, group] = theirs[:, 0]
@@ -108,7 +109,7 @@ class Grid:
         self._with(replace(part, scale_row=None), put)
 
     def clone(self) -> Grid:
-        """Return a copy whose tensors can be written to."""
+        """Return a copy with writable tensors."""
         return self._with(self, lambda ours, _: ours.clone())
 
     def _with(self, other: Grid, join: Callable[[Tensor, Tensor], Tensor]) -> Grid:
@@ -120,19 +121,19 @@ class Grid:
         return replace(self, **joined)
 
     def part(self, rows: slice) -> Grid:
-        """Return the grid of some rows."""
+        """Return the grid of the given rows."""
         return self._with(self, lambda ours, _: ours[rows])
 
     def groups(self, which: slice) -> Grid:
-        """Return the grid of some neighboring blocks of columns."""
+        """Return the grid of the given adjacent column blocks."""
         part = self._with(replace(self, scale_row=None), lambda ours, _: ours[:, which])
         return replace(part, columns=self.columns[which], scale_row=self.scale_row)
 
     def smaller(self, steps: Tensor, zero_point: Tensor | None = None) -> Grid:
-        """Return the grid of scales that are ``steps`` [out, G] smaller, within what can be stored.
+        """Return the grid with scales ``steps`` [out, G] smaller, limited to what can be stored.
 
-        A step is one of the byte of scales in two levels (1/64 to 1/32 of a scale), else 1/64 of the scale.
-        ``zero_point`` [out, G] replaces the present one where there is one.
+        For two-level scales, a step is one unit of the byte (1/64 to 1/32 of the scale); otherwise it is 1/64 of the
+        scale. ``zero_point`` [out, G] replaces the current zero point, if there is one.
         """
         if zero_point is None or self.zero_point is None:
             zero_point = self.zero_point
@@ -145,13 +146,13 @@ class Grid:
         return replace(self, scale=(self.scale * (1 - steps / 64)).clamp(min=MIN_SCALE), zero_point=zero_point)
 
     def column(self, group: int) -> tuple[Tensor, Tensor | None]:
-        """Return scale and zero point of one block of columns, [out] each."""
+        """Return scale and zero point of one column block, [out] each."""
         assert self.scale is not None
         zero_point = None if self.zero_point is None else self.zero_point[:, group].contiguous()
         return self.scale[:, group].contiguous(), zero_point
 
     def _grouped(self, values: Tensor) -> Tensor:
-        """Return [..., in] as [..., G, in / G] where all blocks are equal: then scales broadcast without a copy."""
+        """Return [..., in] as [..., G, in / G] if all blocks are equal in size, so scales broadcast without a copy."""
         return values.unflatten(-1, (len(self.columns), self.columns[0])) if len(set(self.columns)) == 1 else values
 
     def _per_column(self) -> tuple[Tensor | None, Tensor | None]:
@@ -159,7 +160,7 @@ class Grid:
 
 
 def _per_column(values: Tensor | None, columns: Sequence[int]) -> Tensor | None:
-    """Return one value a block [..., G] in a shape that broadcasts over columns, grouped where all are equal."""
+    """Return per-block values [..., G] in a shape that broadcasts over columns, grouped if all sizes are equal."""
     if values is None:
         return None
     return values.unsqueeze(-1) if len(set(columns)) == 1 else expand_columns(values, columns)
@@ -167,15 +168,16 @@ def _per_column(values: Tensor | None, columns: Sequence[int]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class GridRule:
-    """How the grid of a weight matrix is found.
+    """How to fit the grid of a weight matrix.
 
     Attributes:
-        format: of the codes.
-        columns: sizes of the blocks of columns that have a scale of their own, summing to in.
-        rows: sizes of the blocks of rows that share a scale (one scale a tensor); None: a scale for each row.
-        symmetric: without zero points.
-        clip: "amax" reaches the largest weight; "mse" takes the scale and zero point with the least squared error.
-        two_level: scales are stored as a byte a group times a float32 a row (see :mod:`hfquant.formats.scales`).
+        format: number format of the codes.
+        columns: sizes of the column blocks with their own scale, summing to in.
+        rows: sizes of the row blocks that share a scale (one scale per tensor); None for one scale per row.
+        symmetric: whether there are no zero points.
+        clip: "amax" covers the largest weight; "mse" picks the scale and zero point with the least squared error.
+        two_level: scales are stored as one byte per group times one float32 per row (see
+            :mod:`hfquant.formats.scales`).
     """
 
     format: NumberFormat
@@ -191,7 +193,7 @@ class GridRule:
         Args:
             weight: the matrix.
             importance: [in], weight of each column's squared error under "mse" (the Hessian's diagonal).
-            scale_row: [out, 1] float32, the rows' share of scales in two levels, where it is settled already.
+            scale_row: [out, 1] float32, the row factors of two-level scales, if they are already known.
         """
         if not self.format.has_scale:
             return Grid(self.format, self.columns, None)
@@ -206,7 +208,7 @@ class GridRule:
         return least_error(weight, grid, low / 2 + high / 2, importance, over_rows)
 
     def _reaching(self, low: Tensor, high: Tensor, scale_row: Tensor | None = None) -> Grid:
-        """Return the grid that reaches ``low`` and ``high`` [out, G]."""
+        """Return the grid that covers ``low`` and ``high`` [out, G]."""
         form, amax = self.format, torch.maximum(-low, high)
         scale = form.scale_from_amax(amax) if self.symmetric else form.scale_from_range(low, high)
         grid = Grid(form, self.columns, scale)

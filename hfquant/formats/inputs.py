@@ -1,8 +1,8 @@
-"""Activations to codes: one scale a tensor or a token, a segment at a time, single or dual.
+"""Quantization of activations, per tensor or per token, separately for each segment, with single or dual scales.
 
-DualScale (SegQuant, arXiv 2507.14811): after SiLU, GELU and kin the negative side is small, so it gets a finer scale
-``s- = s+ / 2^e``. With e an integer both sides stay one integer code, ``x ~ s- * ((Q+ << e) + Q-)``, and one product
-serves.
+DualScale (SegQuant, arXiv 2507.14811): after SiLU, GELU and similar functions the negative side is small, so it gets a
+finer scale ``s- = s+ / 2^e``. With an integer e, both sides fit in one integer code, ``x ~ s- * ((Q+ << e) + Q-)``, and
+a single product suffices.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class InputRule:
     """How a linear's input is quantized.
 
     Attributes:
-        format: of the codes.
-        dynamic: scales come from the data at run time, not from calibration.
-        per_token: one scale a token (dynamic only); else one for the tensor.
-        segments: column sizes that have a scale of their own.
-        dual: for each segment, whether its negative side has its own scale.
+        format: number format of the codes.
+        dynamic: compute scales from the data at run time instead of by calibration.
+        per_token: use one scale per token (dynamic only) instead of one per tensor.
+        segments: sizes of the column segments with their own scale.
+        dual: for each segment, whether the negative side has its own scale.
     """
 
     format: NumberFormat
@@ -41,13 +41,13 @@ class InputRule:
         return self.format.has_scale and not self.dynamic
 
     def scales(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scales of the positive and the negative side for ranges of each segment.
+        """Return the scales of the positive and negative sides for the range of each segment.
 
         Args:
             low, high: smallest and largest value, [..., segments].
 
         Returns:
-            Two [..., segments] float32, equal where a segment is not dual or e = 0.
+            Two [..., segments] float32, equal if a segment is not dual or e = 0.
         """
         scale = self.format.scale_from_amax(torch.maximum(-low, high))
         if not any(self.dual):
@@ -68,7 +68,7 @@ class InputRule:
 
         Returns:
             values [..., in] float32, the codes as numbers (integers of at most 16 bits, or floats of the format), and
-            their scale [..., segments] or [segments] (None for a format without): ``x ~ values * scale``.
+            their scale [..., segments] or [segments] (None for a format without one): ``x ~ values * scale``.
         """
         if not self.format.has_scale:
             return self.format.round(x, None), None
@@ -87,16 +87,16 @@ class InputRule:
         return torch.where(x < 0, fine, fine * (positive / negative)), scale_neg
 
     def _spoiled(self, values: Tensor, x: Tensor) -> Tensor:
-        """Return ``values``, NaN where ``x`` is infinite or NaN: a static scale would saturate it to a number."""
+        """Return ``values`` with NaN where ``x`` is infinite or NaN; a static scale would saturate it to a number."""
         return values if self.dynamic else values.add_(x * 0)
 
 
 def dual_exponent(low: Tensor, high: Tensor, number_format: NumberFormat) -> Tensor:
-    """Return ``e = floor(log2(s+ / s-))`` clamped to what the format has room for; 0: a single scale serves.
+    """Return ``e = floor(log2(s+ / s-))``, clamped to what the format has room for; 0 means a single scale.
 
     Args:
-        low, high: smallest and largest value, any equal shape.
-        number_format: of the activations.
+        low, high: smallest and largest value, of any common shape.
+        number_format: format of the activations.
 
     Returns:
         float32 of the same shape. ``s+ / 2^e`` is never below ``-low / qmax``.
@@ -111,7 +111,7 @@ def dual_exponent(low: Tensor, high: Tensor, number_format: NumberFormat) -> Ten
 
 
 def segment_of(columns: Sequence[int], segments: Sequence[int]) -> list[int]:
-    """Return the index of the input segment that each block of columns lies in."""
+    """Return the index of the input segment that contains each column block."""
     found, end, segment = [], segments[0], 0
     start = 0
     for size in columns:

@@ -1,7 +1,7 @@
-"""Codes of fewer than 8 bits to bytes and back.
+"""Packing of codes below 8 bits into bytes, and unpacking.
 
-Each row is a little-endian bit stream: code ``j`` takes bits ``[j * b, (j + 1) * b)`` of the row, low bits first, as
-an unsigned b-bit pattern of its two's complement; rows are padded with zero bits to whole bytes.
+Each row is a little-endian bit stream: code ``j`` occupies bits ``[j * b, (j + 1) * b)`` of the row, low bits first, as
+an unsigned b-bit pattern of its two's complement. Rows are padded with zero bits to whole bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 
 def packed_width(columns: int, bits: int) -> int:
-    """Bytes that a row of ``columns`` codes of ``bits`` bits takes: ceil(columns * bits / 8)."""
+    """Return the number of bytes for a row of ``columns`` codes of ``bits`` bits: ceil(columns * bits / 8)."""
     return -(-columns * bits // 8)
 
 
@@ -22,7 +22,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack int8 codes [..., K] into int8 bytes [..., ceil(K * bits / 8)].
 
     Raises:
-        ValueError: ``codes`` are not int8, or ``bits`` is not from 2 to 7.
+        ValueError: ``codes`` are not int8, or ``bits`` is not between 2 and 7.
     """
     _check(codes, bits)
     columns, per_block = codes.shape[-1], lcm(bits, 8) // bits
@@ -37,7 +37,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of :func:`pack`: int8 bytes [..., ceil(columns * bits / 8)] to int8 codes [..., columns].
+    """Unpack int8 bytes [..., ceil(columns * bits / 8)] into int8 codes [..., columns], the inverse of :func:`pack`.
 
     Raises:
         ValueError: wrong dtype, ``bits`` or width.
@@ -45,7 +45,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     _check(packed, bits)
     if packed.shape[-1] != packed_width(columns, bits):
         raise ValueError(
-            f"{columns} codes of {bits} bits take {packed_width(columns, bits)} bytes a row, got {packed.shape[-1]}"
+            f"{columns} codes of {bits} bits take {packed_width(columns, bits)} bytes per row, got {packed.shape[-1]}"
         )
     per_block = lcm(bits, 8) // bits
     bytes_per_block = per_block * bits // 8
@@ -55,7 +55,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         byte, shift = divmod(j * bits, 8)
         low, free = blocks[..., byte], 8 - bits
         if shift + bits <= 8:
-            # Up to the byte's top and back down: the arithmetic shift extends the sign.
+            # Shift up to the byte's top and back down: the arithmetic right shift extends the sign.
             codes[..., j] = (low << (free - shift)) >> free
         else:
             low = (low >> shift) & (2 ** (8 - shift) - 1)

@@ -1,4 +1,4 @@
-"""What a number format promises: its error on values that it was made for."""
+"""The error to expect from a number format on the kind of values it is designed for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hfquant.formats.base import NumberFormat
 
 @cache
 def bell_error(form: NumberFormat) -> float:
-    """Return the relative error, in L2, of values on a bell curve cut at 3.5 standard deviations, one scale for all."""
+    """Return the relative L2 error on a normal distribution cut at 3.5 standard deviations, with a single scale."""
     bell = torch.special.ndtri(torch.linspace(0, 1, 4099)[1:-1])
     scale = form.scale_from_amax(bell.abs().max()) if form.has_scale else None
     return float((form.round(bell, scale) - bell).norm() / bell.norm())

@@ -1,18 +1,18 @@
-"""Inputs and weights in blocks of channels, each times a Hadamard matrix, before they are quantized."""
+"""Hadamard rotation of inputs and weights, in blocks of channels, before quantization."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-#: The largest blocks.
+#: Largest block size.
 MOST_ROTATED = 4096
 
 
 def rotated(x: Tensor, size: int) -> Tensor:
-    """Return ``x`` [..., in] with blocks of ``size`` channels rotated, the rest in blocks of smaller powers of two.
+    """Return ``x`` [..., in] rotated in blocks of ``size`` channels, and the rest in blocks of smaller powers of two.
 
-    Its own inverse: the matrix is symmetric. A size of 0 rotates nothing.
+    The function is its own inverse, since the matrix is symmetric. A size of 0 rotates nothing.
     """
     if not size:
         return x
@@ -28,7 +28,7 @@ def rotated(x: Tensor, size: int) -> Tensor:
 
 
 def hadamard(size: int) -> Tensor:
-    """Return Sylvester's Hadamard matrix of ``size``, a power of two, made orthogonal; [size, size] float32."""
+    """Return Sylvester's Hadamard matrix of ``size``, a power of two, scaled to be orthogonal; [size, size] float32."""
     matrix = torch.ones(1, 1, device="cpu")
     pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cpu")
     while len(matrix) < size:
@@ -40,11 +40,11 @@ _known: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
 
 def _matrix(size: int, like: Tensor) -> Tensor:
-    """Return the matrix on the device and in the dtype of another tensor, made once for each."""
+    """Return the matrix with the device and dtype of another tensor, cached for each pair."""
     if torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter):
-        return hadamard(size).to(like)  # what is traced must not outlive its trace
+        return hadamard(size).to(like)  # a traced tensor must not outlive its trace
     key = size, like.device, like.dtype
     if key not in _known:
-        with torch.inference_mode(False):  # a tensor of that mode could not be saved for a backward later
+        with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
             _known[key] = hadamard(size).to(like)
     return _known[key]

@@ -1,9 +1,10 @@
-"""Group scales in two levels: one byte a group times one float32 a row.
+"""Two-level group scales: one byte per group times one float32 per row.
 
-The byte is an unsigned float of 3 exponent and 5 mantissa bits, ``2^(e - 7) (1 + m / 32)``. On weights of SmolLM2 in
-INT4 groups of 64 it costs 0.03 to 0.14 % of squared error over float32 scales, also in rows where one group is a
-hundred times as large as the others. Bytes of FP8 E4M3 cost 6 to 10 %; steps of equal size (k / 255 of the row's
-largest) cost nothing in even rows, but 1.5 to 4 % in such. Decoding is a shift and an add on float32's own bits.
+The byte is an unsigned float with 3 exponent and 5 mantissa bits, ``2^(e - 7) (1 + m / 32)``. On SmolLM2's weights in
+INT4 with groups of 64, it adds 0.03 to 0.14 % squared error over float32 scales, even in rows where one group is a
+hundred times as large as the others. FP8 E4M3 bytes add 6 to 10 %; uniform steps (k / 255 of the row's largest scale)
+add nothing in even rows, but 1.5 to 4 % in rows with such a group. Decoding is a shift and an add on the bits of the
+float32.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from hfquant.formats.base import MIN_SCALE
 _MANTISSA = 5
 _SHIFT = 23 - _MANTISSA
 _OFFSET = (127 - 7) << 23
-#: What the largest byte stands for.
+#: Value of the largest byte.
 LARGEST = 2.0 - 2.0**-_MANTISSA
 
 
 def values(codes: Tensor) -> Tensor:
-    """Return what bytes stand for, float32 in [2^-7, 2); of any shape."""
+    """Return the values of bytes of any shape, float32 in [2^-7, 2)."""
     return ((codes.to(torch.int32) << _SHIFT) + _OFFSET).view(torch.float32)
 
 
 def row_scale(scale: Tensor, used: Tensor) -> Tensor:
-    """Return the float32 scale of each row, [out, 1], with which its largest group's scale is representable.
+    """Return the float32 scale of each row, [out, 1], at which the scale of its largest group is representable.
 
     Args:
         scale: [out, G] float32, positive.
-        used: [out, G] bool, the groups that hold anything but zeros.
+        used: [out, G] bool, the groups with any nonzero weight.
     """
     largest = torch.where(used, scale, torch.zeros_like(scale)).amax(-1, keepdim=True)
     largest = torch.where(largest == 0, torch.ones_like(largest), largest)
@@ -45,7 +46,7 @@ def encode(scale: Tensor, row: Tensor) -> Tensor:
         row: [out, 1] float32, from :func:`row_scale`.
 
     Returns:
-        [out, G] uint8. ``values(bytes) * row`` is within 1/64 of ``scale`` down to 1/256 of the row's largest.
+        [out, G] uint8. ``values(bytes) * row`` is within 1/64 of ``scale`` down to about 1/256 of the row's largest.
     """
     bits = (scale / row).view(torch.int32) - _OFFSET
     return ((bits + (1 << (_SHIFT - 1))) >> _SHIFT).clamp(0, 255).to(torch.uint8)

@@ -1,7 +1,7 @@
-"""Codes in int32 words, as compressed-tensors, GPTQ and AWQ store them: unsigned, low bits first.
+"""Codes in int32 words as compressed-tensors, GPTQ and AWQ store them: unsigned, low bits first.
 
-A row is the same stream of bits as ours (:mod:`hfquant.formats.packing`) but for the top bit of each code, since they
-store ``code + 2^(b-1)``, and for its padding to whole words.
+A row is the same bit stream as ours (:mod:`hfquant.formats.packing`), except that the top bit of each code is flipped,
+since these formats store ``code + 2^(b-1)``, and that rows are padded to whole words.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from hfquant.formats.base import NumberFormat
 
 
 def to_words(codes: Tensor, form: NumberFormat) -> Tensor:
-    """Return signed codes [rows, K] int8 as int32 [rows, ceil(K b / 32)], padded with zeros.
+    """Return signed codes [rows, K] int8 as int32 [rows, ceil(K b / 32)], zero-padded.
 
     Args:
-        codes: any strides.
+        codes: with any strides.
         form: an integer format of at most 8 bits.
     """
     packed = form.pack(_turned(codes, form))
-    # Flat, since a single row may be contiguous with any stride.
+    # Flattened, since a single row may count as contiguous with any stride.
     return pad(packed, (0, -packed.shape[-1] % 4)).flatten().view(torch.int32).unflatten(0, (len(codes), -1))
 
 
 def from_words(words: Tensor, form: NumberFormat, columns: int) -> Tensor:
-    """Return the inverse of :func:`to_words`: int32 [rows, ceil(columns b / 32)] to signed codes [rows, columns] int8.
+    """Invert :func:`to_words`: int32 [rows, ceil(columns b / 32)] to signed codes [rows, columns] int8.
 
     Raises:
         ValueError: wrong dtype, rank or width.
@@ -34,7 +34,7 @@ def from_words(words: Tensor, form: NumberFormat, columns: int) -> Tensor:
     width = -(-columns * form.bits // 32)
     if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != width:
         raise ValueError(
-            f"{columns} codes of {form.bits} bits take {width} int32 words a row, "
+            f"{columns} codes of {form.bits} bits take {width} int32 words per row, "
             f"got {tuple(words.shape)} of {words.dtype}"
         )
     packed = words.flatten().view(torch.int8).unflatten(0, (len(words), -1))[:, : form.packed_width(columns)]
@@ -42,5 +42,5 @@ def from_words(words: Tensor, form: NumberFormat, columns: int) -> Tensor:
 
 
 def _turned(codes: Tensor, form: NumberFormat) -> Tensor:
-    # Adding or subtracting 2^(b-1) turns the top bit of b over; those above it are the sign's.
+    # Adding or subtracting 2^(b-1) flips the top bit of b; the bits above it belong to the sign.
     return codes ^ -(1 << (form.bits - 1))

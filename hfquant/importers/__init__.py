@@ -1,4 +1,4 @@
-"""Quantized checkpoints of other programs into ours. A format is one file and one line of :data:`FORMATS`."""
+"""Import quantized checkpoints of other programs. A new format takes a file and a line of :data:`FORMATS`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "import_checkpoint"]
 
-#: ``quant_method`` -> what takes the tensors of quantized linears out of a checkpoint's, and yields the linears.
+#: ``quant_method`` -> function that takes the tensors of quantized linears out of a checkpoint and yields the linears.
 FORMATS: dict[str, Callable[[Mapping[str, Any], dict[str, Tensor]], Iterator[tuple[str, ImportedLayer]]]] = {
     "gptq": gptq.take_layers,
     "awq": awq.take_layers,
@@ -34,21 +34,21 @@ FORMATS: dict[str, Callable[[Mapping[str, Any], dict[str, Tensor]], Iterator[tup
 
 
 def import_checkpoint(dir: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """Load a checkpoint that GPTQ, AWQ or compressed-tensors quantized, as a model quantized by hfquant.
+    """Load a checkpoint quantized with GPTQ, AWQ or compressed-tensors as a model quantized by hfquant.
 
-    Codes and zero points are exactly those of the checkpoint, scales too (as float32). The model runs on hfquant's
-    kernels, and ``save_pretrained`` writes an hfquant checkpoint. Experts that the checkpoint has one by one are fused
-    as the model's class has them.
+    Codes and zero points are exactly those of the checkpoint, as are the scales (in float32). The model runs on
+    hfquant's kernels, and ``save_pretrained`` writes an hfquant checkpoint. Experts stored one by one are fused as in
+    the model's class.
 
     Args:
-        dir: folder with config.json and safetensors: GPTQ (any order of columns whose groups stay together, zero points
-            by either convention), AWQ ("gemm"), or compressed-tensors "pack-quantized"; weights of 4 or 8 bits.
-        dtype: of what is not quantized; "auto" is that of the checkpoint.
+        dir: folder with config.json and safetensors: GPTQ (any column order that keeps groups contiguous, either
+            zero-point convention), AWQ ("gemm"), or compressed-tensors "pack-quantized"; 4- or 8-bit weights.
+        dtype: dtype of everything that is not quantized; "auto" is that of the checkpoint.
 
     Raises:
-        FileNotFoundError: the folder, its config or its safetensors are not there.
-        CheckpointError: the checkpoint is not quantized, is quantized in a way that cannot be held exactly, is damaged
-            or does not fit its model; the message names format, layer or tensor.
+        FileNotFoundError: the folder, its config or its safetensors do not exist.
+        CheckpointError: the checkpoint is not quantized, cannot be represented exactly, is damaged, or does not fit its
+            model; the message names the format, layer or tensor.
     """
     import transformers
 
@@ -56,14 +56,14 @@ def import_checkpoint(dir: str | os.PathLike[str], dtype: torch.dtype | str = "a
     section = quantization_section(folder)
     method = section.get("quant_method")
     if method not in FORMATS:
-        raise CheckpointError(f"{folder} is quantized by {method!r}; what can be imported is {', '.join(FORMATS)}")
+        raise CheckpointError(f"{folder} is quantized by {method!r}; only {', '.join(FORMATS)} can be imported")
     config = transformers.AutoConfig.from_pretrained(folder)
     wanted = (config.architectures or [""])[0]
     architecture: Any = getattr(transformers, wanted, None)
     if architecture is None:
         raise CheckpointError(f"{folder}/config.json: architectures names {wanted!r}, which transformers does not have")
     tensors = checkpoint_tensors(folder)
-    # One layer at a time: unpacked, a model would take twice the memory and more.
+    # Convert layer by layer: a fully unpacked model would take more than twice the memory.
     converted: dict[str, Tensor] = {}
     kinds: dict[str, LayerKind] = {}
     for name, layer in FORMATS[method](section, tensors):
@@ -102,7 +102,7 @@ def _linear(model: nn.Module, name: str, kind: LayerKind) -> nn.Linear:
         linear = None
     if type(linear) is not nn.Linear:
         found = "nothing" if linear is None else f"a {type(linear).__name__}"
-        raise CheckpointError(f"layer {name!r} is no nn.Linear in {type(model).__name__}, which has {found} there")
+        raise CheckpointError(f"layer {name!r}: expected an nn.Linear in {type(model).__name__}, found {found}")
     if (linear.out_features, linear.in_features) != kind.shape:
         raise CheckpointError(
             f"layer {name!r}: expected {linear.in_features} inputs and {linear.out_features} outputs, "
@@ -112,14 +112,14 @@ def _linear(model: nn.Module, name: str, kind: LayerKind) -> nn.Linear:
 
 
 def _drop_zero_bias(name: str, linear: nn.Linear, tensors: dict[str, Tensor]) -> None:
-    """GPTQ's programs write a bias of zeros for linears that have none."""
+    """Drop the all-zero bias that GPTQ programs write for linears that have none."""
     bias = tensors.get(f"{name}.bias")
     if linear.bias is None and bias is not None and not bias.any():
         del tensors[f"{name}.bias"]
 
 
 def _config(model: nn.Module, kinds: Mapping[str, LayerKind]) -> HfQuantConfig:
-    """Return a config whose default is what most layers are, with an entry for each other one."""
+    """Return a config whose default is the most common kind of layer, with an entry for every other layer."""
     usual = Counter(kind.weight_quant for kind in kinds.values()).most_common(1)[0][0]
     rest = {"real_quant": True, "seglinear": False, "opt": {"type": "default"}, "calib": {"type": "amax"}}
     rules: dict[str, Any] = {"default": {**rest, "input_quant": None, "weight_quant": dict(usual)}}

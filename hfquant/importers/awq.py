@@ -1,7 +1,7 @@
-"""Checkpoints of AWQ in the layout of its "gemm" kernel (AutoAWQ, LLM-AWQ's successor).
+"""AWQ checkpoints in the layout of its "gemm" kernel (AutoAWQ, LLM-AWQ's successor).
 
-Of each linear: ``qweight`` int32 [in, out / 8], ``qzeros`` int32 [G, out / 8] and ``scales`` [G, out]. Words go along
-the output, and the eight codes of a word, low bits first, are of the columns 0, 2, 4, 6, 1, 3, 5, 7.
+Each linear has ``qweight`` int32 [in, out / 8], ``qzeros`` int32 [G, out / 8] and ``scales`` [G, out]. Words run along
+the output; the eight codes of a word, low bits first, belong to columns 0, 2, 4, 6, 1, 3, 5, 7.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hfquant.importers.layers import ImportedLayer, checked, group_size, number_
 from hfquant.integrations.checkpoint import CheckpointError
 
 _KEYS = {"qweight": torch.int32, "qzeros": torch.int32, "scales": None}
-#: At which place of its word each of eight columns is.
+#: Position within a word of each of its eight columns.
 _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
@@ -26,17 +26,17 @@ def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> Itera
 
     Args:
         section: the checkpoint's quantization config.
-        tensors: of the whole checkpoint.
+        tensors: tensors of the whole checkpoint.
 
     Raises:
-        CheckpointError: what the checkpoint holds is not known, or not complete.
+        CheckpointError: the checkpoint's content is unrecognized or incomplete.
     """
     version = str(option(section, "version", "format", default="gemm")).lower()
     if version != "gemm":
-        raise CheckpointError(f"AWQ's version {version!r} stores codes otherwise; what can be imported is 'gemm'")
+        raise CheckpointError(f"AWQ version {version!r} cannot be imported, only 'gemm'")
     bits = option(section, "bits", "w_bit")
     if bits != 4:
-        raise CheckpointError(f"AWQ of {bits!r} bits cannot be imported, only of 4")
+        raise CheckpointError(f"AWQ with {bits!r} bits cannot be imported, only with 4")
     form = number_format(bits)
     group = group_size(option(section, "group_size", "q_group_size"))
     for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
@@ -47,6 +47,6 @@ def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> Itera
 
 
 def _columns(name: str, packed: Tensor, form: NumberFormat, columns: int) -> Tensor:
-    """Return signed codes [rows, columns] of words whose codes are interleaved."""
+    """Return signed codes [rows, columns] from words with interleaved codes."""
     codes = words(name, packed, form, columns)
     return codes.unflatten(-1, (-1, len(_PLACES)))[..., _PLACES].flatten(-2)

@@ -14,11 +14,11 @@ from hfquant.integrations.checkpoint import CheckpointError
 
 
 def quantization_section(folder: Path) -> Mapping[str, Any]:
-    """Return what a checkpoint says of its quantization: in config.json, or in the file that older programs wrote.
+    """Return a checkpoint's quantization config: from config.json, or from the separate file of older programs.
 
     Raises:
         FileNotFoundError: there is no config.json.
-        CheckpointError: it is damaged, or the checkpoint is not quantized.
+        CheckpointError: the file is damaged, or the checkpoint is not quantized.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: expected the folder of a checkpoint")
@@ -42,10 +42,10 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint by name: of the files that its index lists, or of all safetensors in it.
+    """Return all tensors of a checkpoint by name: from the files in its index, or else from all its safetensors files.
 
     Raises:
-        FileNotFoundError: there are none, or one that the index lists is missing.
+        FileNotFoundError: there are none, or a file in the index is missing.
         CheckpointError: a file is damaged, or the index names one outside the folder.
     """
     index = folder / "model.safetensors.index.json"

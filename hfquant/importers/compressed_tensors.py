@@ -1,7 +1,7 @@
-"""Checkpoints of compressed-tensors (llm-compressor), "pack-quantized".
+"""compressed-tensors checkpoints (llm-compressor) in the "pack-quantized" format.
 
-Of each linear: ``weight_packed`` int32 [out, in b / 32], ``weight_scale`` [out, G] or [1], ``weight_shape``, and where
-it is asymmetric ``weight_zero_point`` int32 [out b / 32, G], words along the output.
+Each linear has ``weight_packed`` int32 [out, in b / 32] for b bits, ``weight_scale`` [out, G] or [1], ``weight_shape``
+and, if asymmetric, ``weight_zero_point`` int32 [out b / 32, G] with words along the output.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> Itera
 
     Args:
         section: the checkpoint's quantization config.
-        tensors: of the whole checkpoint.
+        tensors: tensors of the whole checkpoint.
 
     Raises:
-        CheckpointError: what the checkpoint holds is not known, or not complete.
+        CheckpointError: the checkpoint's content is unrecognized or incomplete.
     """
     forms = [number_format(bits) for bits in sorted(_bits(section))]
     for name in [key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")]:
@@ -54,7 +54,7 @@ def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> Itera
 
 
 def _bits(section: Mapping[str, Any]) -> set[Any]:
-    """Return the numbers of bits that the config groups have, all of which must be of weights alone."""
+    """Return the bit widths of the config groups, all of which must be weight-only."""
     groups = section.get("config_groups")
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         raise CheckpointError("the checkpoint's quantization config has no config_groups")

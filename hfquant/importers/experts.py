@@ -1,4 +1,4 @@
-"""Mixtures of experts whose checkpoints have one linear an expert: stacked as fused experts are here."""
+"""Mixtures of experts from checkpoints with one linear per expert, stacked as hfquant's fused experts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hfquant.nn.experts import tensor_name
 
 
 def expert_sizes(model: Any) -> dict[str, tuple[int, int, int]]:
-    """Return experts, outputs and inputs of each parameter of experts in a float model, by name."""
+    """Return (experts, outputs, inputs) of each expert parameter in a float model, by name."""
     found = {}
     for name, layout in experts_of(model).items():
         for projection in layout.projections:
@@ -27,18 +27,18 @@ def expert_sizes(model: Any) -> dict[str, tuple[int, int, int]]:
 
 
 def fuse(model: Any, kinds: dict[str, LayerKind], tensors: dict[str, Tensor]) -> dict[str, LayerKind]:
-    """Replace the linears of experts by what stands for them in our checkpoints.
+    """Replace the linears of experts with their form in hfquant checkpoints.
 
     Args:
-        model: of transformers, float, perhaps on the meta device.
-        kinds: of the imported linears, by their names in the checkpoint; those of experts are taken out.
-        tensors: of the imported linears, as our checkpoints have them; changed likewise.
+        model: a float transformers model, possibly on the meta device.
+        kinds: kinds of the imported linears, by their names in the checkpoint; those of experts are removed.
+        tensors: tensors of the imported linears, as in hfquant checkpoints; modified accordingly.
 
     Returns:
-        Name of a parameter of experts -> what each of its matrices is.
+        Name of an expert parameter -> the kind of each of its matrices.
 
     Raises:
-        CheckpointError: not all experts of a parameter are there, or they are not of one kind.
+        CheckpointError: some experts of a parameter are missing, or they are of different kinds.
     """
     sizes = expert_sizes(model)
     found = {}
@@ -56,14 +56,14 @@ def fuse(model: Any, kinds: dict[str, LayerKind], tensors: dict[str, Tensor]) ->
 def _common_kind(
     parameter: str, size: tuple[int, int, int], linears: Sequence[StoredLinear], kinds: dict[str, LayerKind]
 ) -> LayerKind:
-    """Take the kinds of a parameter's linears, and return that of an expert: with zero points where any has some."""
+    """Remove the kinds of a parameter's linears and return the common one, with zero points if any linear has them."""
     sections: dict[str, dict[str, Any]] = {}
     for linear in linears:
         kind = kinds.pop(linear.name, None)
         if kind is None:
             raise CheckpointError(
-                f"experts {parameter!r}: {linear.name!r} is not quantized, and others of them are; "
-                "the experts of one parameter have one format"
+                f"experts {parameter!r}: {linear.name!r} is not quantized, but others are; "
+                "the experts of one parameter must have the same format"
             )
         if kind.shape != (len(linear.rows), size[2]):
             raise CheckpointError(
@@ -76,8 +76,8 @@ def _common_kind(
     for name, section in sections.items():
         if section | {"symmetric": symmetric} != first:
             raise CheckpointError(
-                f"experts {parameter!r}: {name!r} has another format than {linears[0].name!r}; "
-                "the experts of one parameter have one format"
+                f"experts {parameter!r}: {name!r} and {linears[0].name!r} have different formats; "
+                "the experts of one parameter must have the same format"
             )
     return LayerKind(size[1:], tuple(first.items()))
 
@@ -85,7 +85,7 @@ def _common_kind(
 def _stacked(
     experts: int, linears: Sequence[StoredLinear], kind: LayerKind, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Take the tensors of a parameter's linears, and return them joined, [experts, out, ...], codes with a 1 before."""
+    """Take the tensors of a parameter's linears and return them joined, [experts, out, ...]; codes get a leading 1."""
     section = dict(kind.weight_quant)
     keys = ["weight", "weight_scale"] + ([] if section["symmetric"] else ["weight_zero_point"])
     joined: dict[str, Tensor] = {}

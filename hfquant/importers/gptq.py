@@ -1,8 +1,8 @@
-"""Checkpoints of GPTQ (AutoGPTQ, GPTQModel).
+"""GPTQ checkpoints (AutoGPTQ, GPTQModel).
 
-Of each linear: ``qweight`` int32 [in b / 32, out], words along the input; ``qzeros`` int32 [G, out b / 32], words along
-the output; ``scales`` [G, out]; ``g_idx`` int32 [in], each column's group. ``checkpoint_format`` "gptq" stores zero
-points minus 1, "gptq_v2" as they are.
+Each linear has ``qweight`` int32 [in b / 32, out] for b bits, with words along the input; ``qzeros`` int32
+[G, out b / 32], with words along the output; ``scales`` [G, out]; ``g_idx`` int32 [in], the group of each column.
+``checkpoint_format`` "gptq" stores zero points minus 1; "gptq_v2" stores them unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hfquant.importers.layers import (
 )
 from hfquant.integrations.checkpoint import CheckpointError
 
-#: ``checkpoint_format`` -> what its stored zero points lack.
+#: ``checkpoint_format`` -> what to add to its stored zero points.
 _ZERO_OFFSET = {"gptq": 1, "gptq_v2": 0}
 _KEYS = {"qweight": torch.int32, "qzeros": torch.int32, "scales": None}
 
@@ -35,22 +35,25 @@ def take_layers(section: Mapping[str, Any], tensors: dict[str, Tensor]) -> Itera
 
     Args:
         section: the checkpoint's quantization config.
-        tensors: of the whole checkpoint.
+        tensors: tensors of the whole checkpoint.
 
     Raises:
-        CheckpointError: what the checkpoint holds is not known, not complete, or cannot be held exactly.
+        CheckpointError: the checkpoint's content is unrecognized, incomplete, or cannot be represented exactly.
     """
     form = number_format(section.get("bits"))
     group = group_size(section.get("group_size"))
     convention = str(option(section, "checkpoint_format", "format", default="gptq")).lower()
     if convention not in _ZERO_OFFSET:
-        raise CheckpointError(f"GPTQ's checkpoint_format {convention!r} is none of {', '.join(_ZERO_OFFSET)}")
+        raise CheckpointError(f"GPTQ's checkpoint_format {convention!r} is not one of {', '.join(_ZERO_OFFSET)}")
     if option(section, "pack_dtype", default="int32") != "int32":
         raise CheckpointError(f"GPTQ's pack_dtype is {section['pack_dtype']!r}, not 'int32'")
-    # Patterns that start with "-:" leave layers out, the others change their bits or groups.
+    # Patterns that start with "-:" exclude layers; the others change the bits or groups of layers.
     if other := [p for p in section.get("dynamic") or () if not str(p).startswith("-")]:
-        raise CheckpointError(f"GPTQ's dynamic overrides some layers ({other[0]!r}): only one setting for all is read")
-    # One code of so many more in each place of a word; GPTQModel adds to whole words as well, carries included.
+        raise CheckpointError(
+            f"GPTQ's dynamic overrides the settings of some layers ({other[0]!r}): only one setting for all layers "
+            "can be imported"
+        )
+    # The offset in every position of a word; like GPTQModel, add it to whole words, carries included.
     offset = _ZERO_OFFSET[convention] * sum(1 << shift for shift in range(0, 32, form.bits))
     for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
         found = take(tensors, name, _KEYS)

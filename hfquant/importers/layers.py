@@ -1,4 +1,4 @@
-"""A quantized linear of another program's checkpoint, in our conventions."""
+"""A quantized linear from another program's checkpoint, in hfquant's conventions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hfquant.integrations.checkpoint import CheckpointError
 
 
 class LayerKind(NamedTuple):
-    """What a layer is, its tensors aside.
+    """The kind of a layer: everything but its tensors.
 
     Attributes:
-        shape: of the weight, [out, in].
+        shape: shape of the weight, [out, in].
         weight_quant: the config section of such a layer, as pairs.
     """
 
@@ -28,14 +28,14 @@ class LayerKind(NamedTuple):
 
 @dataclass(frozen=True)
 class ImportedLayer:
-    """``W = (codes - zero_point) * scale``, with a scale for each group of input channels.
+    """``W = (codes - zero_point) * scale``, with one scale per group of input channels.
 
     Attributes:
         bits: 4 or 8.
-        group: input channels that share a scale; the last group may have fewer. None: one scale a row.
+        group: input channels that share a scale; the last group may have fewer. None: one scale per row.
         codes: [out, in] int8, signed.
         scale: [out, G], any float dtype.
-        zero_point: [out, G] int8, signed; None where it is 0 throughout.
+        zero_point: [out, G] int8, signed; None if all are 0.
     """
 
     bits: int
@@ -50,34 +50,34 @@ class ImportedLayer:
         return number_format(self.bits)
 
     def kind(self) -> LayerKind:
-        """Return what its plan needs to know of the layer."""
+        """Return what a plan needs to know about the layer."""
         section = {"type": self.form.name, "symmetric": self.zero_point is None, "axis": -1}
         section |= {"group_size": self.group, "scale": "float32"}
         return LayerKind(tuple(self.codes.shape), tuple(section.items()))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors as our checkpoints have them."""
+        """Return the tensors as stored in hfquant checkpoints."""
         columns = split_columns((self.codes.shape[1],), self.group)
         grid = Grid(self.form, columns, self.scale.float(), self.zero_point)
         return {"weight": self.form.pack(self.codes).unsqueeze(0).contiguous(), **grid.tensors()}
 
 
 def number_format(bits: Any) -> NumberFormat:
-    """Return the integer format of so many bits.
+    """Return the integer format of the given bit width.
 
     Raises:
-        CheckpointError: there is none that can be imported.
+        CheckpointError: this bit width cannot be imported.
     """
     if bits not in (4, 8):
-        raise CheckpointError(f"weights of {bits!r} bits cannot be imported; there are 4 and 8")
+        raise CheckpointError(f"weights of {bits!r} bits cannot be imported, only 4 and 8")
     return FORMATS[f"int{bits}"]
 
 
 def checked(name: str, layer: ImportedLayer) -> ImportedLayer:
-    """Return the layer with scales that are float32 and not 0, and without zero points that are all 0.
+    """Return the layer with nonzero float32 scales, and without zero points if all of them are 0.
 
     Raises:
-        CheckpointError: shapes do not fit each other, or a scale is negative or not finite.
+        CheckpointError: shapes do not match, or a scale is negative or not finite.
     """
     rows, columns = layer.codes.shape
     sizes = split_columns((columns,), layer.group)
@@ -91,7 +91,7 @@ def checked(name: str, layer: ImportedLayer) -> ImportedLayer:
         raise CheckpointError(f"layer {name!r}: scales must be finite and positive")
     codes, nothing = layer.codes, scale == 0
     if nothing.any():
-        # Half precision has lost the scale: whatever the codes, the weights are 0.
+        # The scale was lost in half precision: the weights are 0, whatever the codes.
         zeros = torch.zeros_like(scale, dtype=torch.int8) if zero_point is None else zero_point
         codes = torch.where(expand_columns(nothing, sizes), expand_columns(zeros, sizes), codes)
         scale = torch.where(nothing, torch.ones_like(scale), scale)
@@ -103,24 +103,24 @@ def checked(name: str, layer: ImportedLayer) -> ImportedLayer:
 def in_order(name: str, groups: Tensor, group: int | None, values: Tensor) -> Tensor:
     """Return scales or zero points in the order of the columns.
 
-    GPTQ with act_order may quantize groups in another order than that of the columns, or make them of columns from all
-    over the row; those have no place here.
+    With act_order, GPTQ may quantize groups in a different order than the columns', or form groups from columns all
+    over the row. The latter are not supported here.
 
     Args:
-        name: of the layer.
-        groups: ``g_idx``, the number of each column's group, [in].
-        group: columns of a group; None for one group.
+        name: name of the layer.
+        groups: ``g_idx``, the group number of each column, [in].
+        group: columns per group; None for a single group.
         values: [out, G].
 
     Raises:
-        CheckpointError: a group's columns do not lie together.
+        CheckpointError: the columns of a group are not contiguous.
     """
     size = group or len(groups)
     order = groups[::size].long()
     if not torch.equal(order.repeat_interleave(size)[: len(groups)], groups.long()):
         raise CheckpointError(
-            f"layer {name!r}: act_order (desc_act) has made groups of columns that do not lie together (g_idx); "
-            "that cannot be held exactly: take a checkpoint quantized with desc_act=False"
+            f"layer {name!r}: act_order (desc_act) made groups of non-adjacent columns (g_idx), which cannot be "
+            "represented exactly: use a checkpoint quantized with desc_act=False"
         )
     if order.min() < 0 or order.max() >= values.shape[1]:
         raise CheckpointError(f"layer {name!r}: g_idx names groups that have no scale")
@@ -131,12 +131,12 @@ def take(tensors: dict[str, Tensor], name: str, keys: Mapping[str, torch.dtype |
     """Remove a layer's tensors from those of a checkpoint and return them.
 
     Args:
-        tensors: of the checkpoint, by full name.
-        name: of the layer.
-        keys: of its tensors, and the dtype of each; None for any float.
+        tensors: tensors of the checkpoint, by full name.
+        name: name of the layer.
+        keys: names of its tensors with their dtypes; None for any float.
 
     Raises:
-        CheckpointError: one is missing, or is of another dtype.
+        CheckpointError: a tensor is missing or has another dtype.
     """
     found = {}
     for key, dtype in keys.items():
@@ -150,7 +150,7 @@ def take(tensors: dict[str, Tensor], name: str, keys: Mapping[str, torch.dtype |
 
 
 def words(name: str, tensor: Tensor, form: NumberFormat, columns: int) -> Tensor:
-    """Return signed codes [rows, columns] of int32 words [rows, ...]; see :mod:`hfquant.formats.words`.
+    """Return signed codes [rows, columns] from int32 words [rows, ...]; see :mod:`hfquant.formats.words`.
 
     Raises:
         CheckpointError: the tensor, called ``name``, is too wide or too narrow.
@@ -162,18 +162,18 @@ def words(name: str, tensor: Tensor, form: NumberFormat, columns: int) -> Tensor
 
 
 def option(section: Mapping[str, Any], *names: str, default: Any = None) -> Any:
-    """Return the first of several spellings of an option that a quantization config has."""
+    """Return an option of a quantization config under the first of several spellings that is set."""
     return next((section[name] for name in names if section.get(name) is not None), default)
 
 
 def group_size(value: Any) -> int | None:
-    """Return the group size of a config, where -1 is one group a row.
+    """Return the group size of a config, in which -1 means one group per row.
 
     Raises:
-        CheckpointError: it is no positive number.
+        CheckpointError: it is not a positive number.
     """
     if value == -1:
         return None
     if type(value) is not int or value < 1:
-        raise CheckpointError(f"group_size={value!r} in the checkpoint's quantization config is no group size")
+        raise CheckpointError(f"group_size={value!r} in the checkpoint's quantization config is not a valid group size")
     return value

@@ -1,7 +1,8 @@
-"""Where hfquant meets transformers and diffusers. Importing :mod:`hfquant` registers with those that are installed."""
+"""Integration with transformers and diffusers. Importing :mod:`hfquant` registers it with those that are installed."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -19,8 +20,8 @@ from hfquant.run import Settings
 
 
 def library(model: Any) -> str | None:
-    """Return "transformers" or "diffusers" where ``model`` is a model of theirs, else None."""
-    # A model of a library exists only once that library is imported, so nothing is imported for the question.
+    """Return "transformers" or "diffusers" if ``model`` is a model of that library, else None."""
+    # A library's models exist only once the library is imported, so this check imports nothing.
     for name, module, base in (
         ("transformers", "transformers.modeling_utils", "PreTrainedModel"),
         ("diffusers", "diffusers.models.modeling_utils", "ModelMixin"),
@@ -31,12 +32,12 @@ def library(model: Any) -> str | None:
 
 
 def model_facts(model: nn.Module) -> ModelFacts:
-    """Return what the model's library knows of it; nothing for other modules."""
+    """Return what the model's library knows about it; nothing for other modules."""
     return facts_of(model) if library(model) else ModelFacts()
 
 
 def batches_for(model: nn.Module, data: Any, config: HfQuantConfig) -> Any:
-    """Return the calibration data of a config as batches of ``model``'s inputs; None where it needs none."""
+    """Return the calibration data of a config as batches of ``model``'s inputs; None if it needs none."""
     from hfquant.calibration.self_made import SelfSpec
 
     data = config.calibration if data is None else data
@@ -45,9 +46,9 @@ def batches_for(model: nn.Module, data: Any, config: HfQuantConfig) -> Any:
 
 
 def batches_of(model: nn.Module, data: Any) -> Any:
-    """Return data as batches of ``model``'s inputs: a dataset, file or texts are turned into them.
+    """Return data as batches of ``model``'s inputs, converting datasets, files and texts.
 
-    Where there is none, or "self", a model of transformers makes its own.
+    If there is no data, or it is "self", a transformers model generates its own.
     """
     from hfquant.calibration.self_made import SelfSpec
     from hfquant.calibration.streams import calibration_batches
@@ -55,7 +56,8 @@ def batches_of(model: nn.Module, data: Any) -> Any:
 
     made_itself = data is None or SelfSpec.of(data) is not None
     if not made_itself and not is_raw(data):
-        return data
+        # A path that is not raw data is that of a calibration set.
+        return calibration_batches(data) if isinstance(data, (str, os.PathLike)) else data
     match library(model):
         case "transformers":
             return transformers_batches(model, data)
@@ -63,8 +65,8 @@ def batches_of(model: nn.Module, data: Any) -> Any:
             return diffusers_batches(data)
         case _ if made_itself:
             raise CalibrationError(
-                f"{type(model).__name__} needs calibration data, and only models of transformers and "
-                "pipelines of diffusers make their own: pass batches of its inputs"
+                f"{type(model).__name__} needs calibration data, and only transformers models and "
+                "diffusers pipelines can generate their own: pass batches of its inputs"
             )
         case _:
             return calibration_batches(data)
@@ -73,10 +75,10 @@ def batches_of(model: nn.Module, data: Any) -> Any:
 def quantize_model(
     model: nn.Module, loader: Any, config: HfQuantConfig, settings: Settings | None = None
 ) -> Callable[[], None]:
-    """Quantize ``model`` in place, and set on a library's model what saving and reloading it needs.
+    """Quantize ``model`` in place and, for a library's model, attach what saving and reloading needs.
 
     Returns:
-        A function that undoes it.
+        A function that undoes this.
 
     Raises:
         ValueError: ``model`` has adapters.
@@ -84,17 +86,17 @@ def quantize_model(
     if adapters := getattr(model, "peft_config", None):
         raise ValueError(
             f"{type(model).__name__} has adapters ({', '.join(adapters)}), whose own linears would be quantized as "
-            "well: merge or unload them, or quantize first and load them then"
+            "well: merge or unload them, or quantize first and load them afterwards"
         )
     return quantize_attached(model, loader, config, model_facts(model), attach, settings)
 
 
 def attach(model: nn.Module, config: HfQuantConfig) -> None:
-    """Set on a quantized Hugging Face model what saving and reloading it needs; other models are left alone.
+    """Attach to a quantized Hugging Face model what saving and reloading needs; leave other models alone.
 
     Args:
-        model: quantized in place already.
-        config: the model's own, plan included.
+        model: already quantized in place.
+        config: the model's own copy, including its plan.
     """
     match library(model):
         case "transformers":
@@ -107,27 +109,27 @@ def attach(model: nn.Module, config: HfQuantConfig) -> None:
             attach_diffusers(model, config)
 
 
-# These modules register themselves at their end, and importing one is all that is done for it: where it is itself
-# what imports its library, it is half executed when the library calls for it.
+# These modules register themselves at their end, so importing them is enough. If such a module is itself what imports
+# its library, it is only partly executed when the library asks for it.
 def register_transformers() -> None:
-    """Make "hfquant" known to transformers, where it is installed; safe to call again."""
+    """Register "hfquant" with transformers, if installed; safe to call repeatedly."""
     if find_spec("transformers") is not None:
         import_module("hfquant.integrations.transformers")
 
 
 def register_diffusers() -> None:
-    """Make "hfquant" known to diffusers, where it is installed; safe to call again."""
+    """Register "hfquant" with diffusers, if installed; safe to call repeatedly."""
     if find_spec("diffusers") is not None:
         import_module("hfquant.integrations.diffusers")
 
 
 def register_peft() -> None:
-    """Make quantized linears known to peft's LoRA. Called once peft is imported."""
+    """Register quantized linears with peft's LoRA. Called once peft is imported."""
     import_module("hfquant.integrations.adapters")
 
 
 def register_diffusers_lora() -> None:
-    """Make quantized linears known to diffusers' LoRA loaders. Called once these are imported."""
+    """Register quantized linears with diffusers' LoRA loaders. Called once these are imported."""
     from hfquant.integrations.compat import register_lora_base
     from hfquant.nn.linear import QuantLinear
 

@@ -1,7 +1,7 @@
-"""LoRA on quantized layers as peft runs it: merging on the layer's own recipe, DoRA, and what is refused.
+"""LoRA on quantized layers with peft: merging with the layer's own recipe, DoRA, and unsupported cases.
 
-Running and training an adapter need nothing of this, since the op has a gradient. But peft takes a
-:class:`~hfquant.QuantLinear` for a plain linear (a quantized convolution or embedding for a plain one) and would add
+Running and training an adapter need none of this, since the op has a gradient. But peft treats a
+:class:`~hfquant.QuantLinear` as a plain linear (and a quantized convolution or embedding as a plain one) and would add
 floats to its codes. Imported once peft is.
 """
 
@@ -29,34 +29,34 @@ from hfquant.solver import requantize
 
 logger = logging.getLogger(__name__)
 
-#: ``init_lora_weights`` that leave the base weight as it is; the others move a part of it into the adapter.
+#: ``init_lora_weights`` values that keep the base weight; the others move a part of it into the adapter.
 INITIAL = (True, False, "gaussian", "eva", "orthogonal")
 
 
 class OnCodes:
-    """LoRA on a :class:`QuantLayer`; the subclasses are of peft's own layers.
+    """LoRA on a :class:`QuantLayer`; the subclasses add peft's own layers.
 
-    To merge, the layer is dequantized, peft adds to it what it would add to a float layer, and the sum is rounded on
-    the layer's recipe (:func:`~hfquant.solver.requantize`). Unmerging puts the tensors of before back.
+    To merge, the layer is dequantized, peft adds to it what it would add to a float layer, and the sum is requantized
+    with the layer's recipe (:func:`~hfquant.solver.requantize`). Unmerging restores the previous tensors.
     """
 
     base_layer: Any
     merged_adapters: list[str]
     merged: bool
-    #: By adapter, its rank.
+    #: Rank by adapter.
     r: dict[str, int]
     active_adapters: list[str]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, target_name: str = "", **kwargs: Any) -> None:
         #: The layer's name in its model.
         self.target_name = target_name
-        #: The base layer's tensors from before anything was merged; empty while nothing is.
+        #: The base layer's tensors before merging; empty while nothing is merged.
         self.unmerged: dict[str, Any] = {}
         super().__init__(base_layer, adapter_name, target_name=target_name, **kwargs)  # type: ignore[call-arg]
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
-        """The kinds of LoRA that work on codes, by the options that ask for them."""
+        """The kinds of LoRA that work on codes, by the options that request them."""
         plain: tuple[str, ...] = ()
         return {plain: None}
 
@@ -64,18 +64,18 @@ class OnCodes:
         """Add an adapter.
 
         Raises:
-            ValueError: its initial values are a part of the base weight, which would have to change, or it asks for
-                DoRA where only linears have it.
+            ValueError: its initialization takes a part of the base weight, which would have to change, or it requests
+                DoRA on a layer other than a linear.
         """
         initial, quantized = config.init_lora_weights, isinstance(self.base_layer, QuantLayer)
         if quantized and initial not in INITIAL:
             raise ValueError(
                 f"{self.target_name}: init_lora_weights={initial!r} moves a part of the base weight into the adapter, "
-                f"which a quantized weight cannot give; choose one of {', '.join(map(repr, INITIAL))}"
+                f"which needs a float base weight; choose one of {', '.join(map(repr, INITIAL))}"
             )
         if quantized and config.use_dora and ("use_dora",) not in self.lora_variants:
             raise ValueError(
-                f"{self.target_name}: DoRA works on quantized linears alone, and this is a "
+                f"{self.target_name}: DoRA only works on quantized linears, and this is a "
                 f"{type(self.base_layer).__name__}; take it out of target_modules, or set use_dora=False"
             )
         reads_weight = config.use_dora or initial == "orthogonal"
@@ -83,32 +83,32 @@ class OnCodes:
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[misc]
 
     def check_mergeable(self) -> None:
-        """Raise where merging would change the codes of another layer, or be lost when the model is saved.
+        """Raise if merging would change another layer's codes, or be lost when the model is saved.
 
         Raises:
-            ValueError: the layer has its codes together with another one.
+            ValueError: the layer shares its codes with another one.
         """
         layer = self.base_layer
         if isinstance(layer, QuantLayer) and (layer.plan.tied or layer.lends):
             other = f"{layer.plan.tied!r}" if layer.plan.tied else "a layer that is tied to it"
             raise ValueError(
-                f"{self.target_name}: it has one set of codes together with {other}, so nothing can be merged into it "
-                "alone; leave the adapter unmerged, or untie the two before the model is quantized"
+                f"{self.target_name}: it shares its codes with {other}, so nothing can be merged into it alone; leave "
+                "the adapter unmerged, or untie the two layers before quantizing the model"
             )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters (default: the active ones) into the codes, and log what rounding costs.
+        """Merge adapters (default: the active ones) into the codes, and log the rounding error.
 
-        Adapters that are merged already are merged again together with them, so that nothing is rounded twice.
+        Adapters that are already merged are merged again together with the new ones, so nothing is rounded twice.
 
         Raises:
             ValueError: the sum has NaN or Inf, the base weight is offloaded, or another layer shares the codes. The
-                layer is as it was then.
+                layer is then unchanged.
         """
         layer = self.base_layer
         peft: Any = super()
         if not isinstance(layer, QuantLayer):
-            # peft takes merged adapters out of the floats and puts them back while it merges others (DoRA).
+            # To merge others (DoRA), peft removes merged adapters from the floats and adds them back.
             peft.merge(safe_merge, adapter_names)
             return
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
@@ -142,7 +142,7 @@ class OnCodes:
         )
 
     def unmerge(self) -> None:
-        """Put the base layer's tensors back as they were before anything was merged, to the bit."""
+        """Restore the base layer's tensors from before merging, bit for bit."""
         if not isinstance(self.base_layer, QuantLayer) or not self.merged:
             super().unmerge()  # type: ignore[misc]
             return
@@ -151,7 +151,7 @@ class OnCodes:
 
     @contextmanager
     def _on_floats(self, tensors: Mapping[str, Any]) -> Iterator[Any]:
-        """Have a float layer in the place of the base layer, with the float32 weight that ``tensors`` stand for."""
+        """Temporarily replace the base layer by a float one with the float32 weight that ``tensors`` represent."""
         layer = self.base_layer
         floats: Any = type(layer).from_tensors(layer.plan, tensors, tensors.get("bias"), layer._float)
         floats = floats.to_float(torch.float32)
@@ -165,11 +165,11 @@ class OnCodes:
 
 
 class LoraQuantLinear(OnCodes, Linear):
-    """LoRA, and DoRA, on a :class:`QuantLinear`, GPT-2's ``Conv1D`` among them."""
+    """LoRA and DoRA on a :class:`QuantLinear`, including GPT-2's ``Conv1D``."""
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
-        """The kinds of LoRA that work on codes, by the options that ask for them."""
+        """The kinds of LoRA that work on codes, by the options that request them."""
         return {**super().lora_variants, ("use_dora",): QuantDora}
 
     @property
@@ -179,7 +179,7 @@ class LoraQuantLinear(OnCodes, Linear):
 
     @fan_in_fan_out.setter
     def fan_in_fan_out(self, value: bool) -> None:
-        """Leave it to the layer: a config says it of all layers at once."""
+        """Ignore the value: a config has one for all layers, but it depends on the layer."""
 
 
 class LoraQuantConv1d(OnCodes, Conv1d):
@@ -199,18 +199,18 @@ class LoraQuantEmbedding(OnCodes, Embedding):
 
 
 class Floats(NamedTuple):
-    """What DoRA reads of a linear."""
+    """What DoRA reads from a linear."""
 
     weight: Tensor
     bias: Tensor | None
 
 
 class QuantDora(DoraLinearVariant):
-    """DoRA (arXiv 2402.09353) over codes: the norms of its columns are those of the dequantized weight."""
+    """DoRA (arXiv 2402.09353) on codes; the column norms are those of the dequantized weight."""
 
     @staticmethod
     def forward(module: LoraQuantLinear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """Return ``result`` plus what the adapter adds for the input ``x``."""
+        """Return ``result`` plus the adapter's contribution for the input ``x``."""
         layer, dropout = module.base_layer, module.lora_dropout[active_adapter]
         if not isinstance(layer, QuantLinear):
             result = DoraLinearVariant.forward(module, active_adapter, x, result, **kwargs)
@@ -218,7 +218,7 @@ class QuantDora(DoraLinearVariant):
         base_result = result
         if module.training and not isinstance(dropout, nn.Identity):
             x = dropout(x)
-            # By the codes: the float weight would be kept for the backward pass.
+            # Run on the codes: the float weight would be kept for the backward pass.
             base_result = layer(x)
         added: Tensor = module.lora_magnitude_vector[active_adapter](
             x,
@@ -233,29 +233,29 @@ class QuantDora(DoraLinearVariant):
 
 
 def lora_convolution(target: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """Return LoRA on a quantized convolution, by its number of dimensions."""
+    """Return LoRA on a quantized convolution, chosen by its number of dimensions."""
     kinds: dict[type, type[nn.Module]]
     kinds = {nn.Conv1d: LoraQuantConv1d, nn.Conv2d: LoraQuantConv2d, nn.Conv3d: LoraQuantConv3d}
     return next(lora for kind, lora in kinds.items() if isinstance(target, kind))(target, *args, **kwargs)
 
 
 def refuse_experts(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:
-    """Raise: peft would add a float delta to the codes of all experts at each forward.
+    """Raise, because peft would add a float delta to the codes of all experts in every forward.
 
     Raises:
         ValueError: always, naming the parameter.
     """
     raise ValueError(
-        f"{kwargs.get('target_name')}: adapter {adapter_name!r} targets the parameter of quantized experts, whose "
-        "codes take none; leave it out of target_parameters, or keep these experts in float (modules_to_not_convert)"
+        f"{kwargs.get('target_name')}: adapter {adapter_name!r} targets the parameter of quantized experts, which do "
+        "not support adapters; leave it out of target_parameters, or keep the experts in float (modules_to_not_convert)"
     )
 
 
 def check_mergeable(model: nn.Module) -> None:
-    """Raise before anything is merged where one of the layers with an active adapter cannot be.
+    """Raise before merging anything if a layer with an active adapter cannot be merged.
 
     Raises:
-        ValueError: naming the layer.
+        ValueError: names the layer.
     """
     for module in model.modules():
         if isinstance(module, OnCodes) and any(name in module.r for name in module.active_adapters):
@@ -273,7 +273,7 @@ def _put(layer: QuantLayer, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _share(found: Tensor, change: Tensor) -> float:
-    """Return how much of ``change`` there is in ``found``: 1 where they differ by noise that has nothing of it."""
+    """Return the fraction of ``change`` contained in ``found``: 1 if they differ only by uncorrelated noise."""
     return float((found.double() * change.double()).sum() / change.double().square().sum())
 
 

@@ -1,4 +1,4 @@
-"""Quantize a model and attach to it what saving and reloading needs, in one transaction."""
+"""Quantize a model and attach what saving and reloading needs, in one transaction."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def quantize_attached(
 ) -> Callable[[], None]:
     """Quantize ``model`` in place and attach its own config to it.
 
-    One transaction: where anything fails, or is interrupted, the model is as it was.
+    This is one transaction: if anything fails or is interrupted, the model is restored.
 
     Args:
-        model: of either library, or of none.
-        loader: batches for calibration; may be None where the config needs none.
-        config: the user's.
-        facts: what is known of the model.
-        attach: sets on the model what saving and reloading it needs.
-        settings: what else the caller asks for; default: what the config says.
+        model: a model of either library, or of neither.
+        loader: batches for calibration; may be None if the config needs none.
+        config: the user's config.
+        facts: what is known about the model.
+        attach: attaches to the model what saving and reloading needs.
+        settings: further settings from the caller; default: those of the config.
 
     Returns:
-        A function that undoes it.
+        A function that undoes this.
     """
     if settings is None:
         not_convert = config.modules_to_not_convert or ()
@@ -68,9 +68,9 @@ def quantize_attached(
 
 
 def _searched(model: nn.Module, loader: Any, config: HfQuantConfig, facts: ModelFacts) -> QuantRules:
-    """Return the rules by which layers are quantized: those of a search where the config asks for one.
+    """Return the rules for quantizing layers: those found by a search if the config requests one.
 
-    The model's own config keeps the search; what it found is each layer's plan.
+    The model's own config keeps the search; its results are the plans of the layers.
     """
     rule = config.rules.search
     if rule is None or loader is None or quant_modules(model):
@@ -79,12 +79,12 @@ def _searched(model: nn.Module, loader: Any, config: HfQuantConfig, facts: Model
         with group.together():
             not_convert = config.modules_to_not_convert or ()
             found = search(model, loader, rule.budget, rule.choices, config.rules, facts, not_convert)
-        # Each saw data of its own; what the first found holds for all.
+        # Each process saw its own data; use the first one's result for all.
         return QuantRules(group.gather(found.config)[0])
 
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:
-    """Return a function that puts the attributes of a model and of its configs back as they are now."""
+    """Return a function that restores the current attributes of a model and its configs."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     before = [(o, dict(vars(o))) for o in (model, config, text) if hasattr(o, "__dict__")]
@@ -98,6 +98,6 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
 
 
 def own_config(config: HfQuantConfig, plan: Plan, facts: ModelFacts, made: SelfSpec | None = None) -> HfQuantConfig:
-    """Return a model's own copy of ``config``, with each layer's plan where it differs from the config's own rule."""
+    """Return a model's own copy of ``config``, with each layer's plan where it differs from the config's rule."""
     found = {n: p.differences(config.rules.resolve(*facts.aliases(n))) for n, p in plan.layers.items()}
     return config.for_model({n: difference for n, difference in found.items() if difference}, plan.skipped, made)

@@ -1,9 +1,10 @@
-"""What both libraries' checkpoints share: codes on disk, empty modules to load into, completeness, values.
+"""Code shared by both libraries' checkpoints: codes on disk, empty modules to load into, checks of names and values.
 
-A model loaded without hfquant imported must fail, not run on garbage. diffusers refuses a method that it does not know.
-transformers merely logs it and goes on; config.json stops it (:data:`hfquant.integrations.compat.NEEDS_HFQUANT`), and
-behind that the weights: it takes any tensor named ``weight`` of the right shape, so codes have a leading dimension of 1
-on disk, one more than the weight of the float module has.
+A model loaded without importing hfquant must fail instead of running on garbage. diffusers rejects unknown quantization
+methods. transformers only logs them and continues; config.json stops it
+(:data:`hfquant.integrations.compat.NEEDS_HFQUANT`). The weights are a second safeguard: transformers accepts any tensor
+named ``weight`` with the right shape, so codes on disk have a leading dimension of 1, one more than the float module's
+weight.
 """
 
 from __future__ import annotations
@@ -33,22 +34,22 @@ from hfquant.solver import solve
 
 
 class CheckpointError(ValueError):
-    """A quantized checkpoint that does not fit its config. The message names the tensors."""
+    """A quantized checkpoint that does not match its config. The message names the tensors."""
 
 
 def stored_plans(
     model: nn.Module, config: HfQuantConfig, facts: ModelFacts, stored_names: Collection[str] | None = None
 ) -> dict[str, LayerPlan]:
-    """Return the plan of each quantized layer, or parameter of experts, of ``model`` by its checkpoint's config.
+    """Return the plan of each quantized layer or expert parameter of ``model``, from its checkpoint's config.
 
     Args:
-        model: the model to load into, still float, perhaps on the meta device.
-        config: as read from the checkpoint's config.json.
-        facts: of the model.
-        stored_names: of the checkpoint's tensors; a layer with none among them is left out. None: all must be there.
+        model: the model to load into, still float, possibly on the meta device.
+        config: the config from the checkpoint's config.json.
+        facts: facts about the model.
+        stored_names: names of the checkpoint's tensors; layers without any are left out. None: all must be present.
 
     Raises:
-        ConfigError: the stored plan does not fit the model.
+        ConfigError: the stored plan does not match the model.
     """
     plans = {}
     layers = {name: (model.get_submodule(name), ".weight") for name in layers_in(model)}
@@ -75,29 +76,29 @@ def stored_plans(
 def install_empty(
     model: nn.Module, plans: Mapping[str, LayerPlan], layouts: Mapping[str, ExpertsLayout], on_disk: bool
 ) -> dict[str, nn.Module]:
-    """Replace float layers, and modules of experts, by empty quantized ones on the meta device.
+    """Replace float layers and expert modules with empty quantized ones on the meta device.
 
     Args:
-        model: changed in place.
+        model: modified in place.
         plans: name -> plan.
-        layouts: name of a module of experts -> how it keeps them.
-        on_disk: whether the codes take the form they have on disk, so that a loader's own checks are exact.
+        layouts: name of an expert module -> how it stores its experts.
+        on_disk: whether codes have their on-disk shape, so that a loader's own checks are exact.
 
     Returns:
-        What they replaced, by name.
+        The replaced modules, by name.
     """
     replaced: dict[str, nn.Module] = {}
     replacements: dict[nn.Module, nn.Module] = {}
     for name, layer in _empty_modules(model, plans, layouts):
         for key in layer.code_names if on_disk else ():
             setattr(layer, key, nn.Parameter(layer.codes_on_disk(key), requires_grad=False))
-        # transformers initializes what is not marked, modules and tensors that stay on disk alike, and codes have no
-        # random initialization. A tensor that is missing is replaced by one without the mark.
+        # transformers initializes everything unmarked, including modules and tensors that stay on disk, and codes have
+        # no random initialization. A missing tensor is replaced by one without the mark.
         if isinstance(layer, QuantLayer) and layer.plan.tied:
             layer.borrow(None)  # until :func:`finish_loading`
         for marked in (layer, *layer.parameters(), *layer.buffers()):
             mark_initialized(marked)
-        # Classes may initialize a layer where they do the module that holds it, by shapes that codes have not got.
+        # Some classes initialize a layer along with the module that holds it, using shapes that codes do not have.
         holder = model.get_submodule(name.rpartition(".")[0])
         if not (holder._parameters or holder._buffers):
             mark_initialized(holder)
@@ -110,7 +111,7 @@ def install_empty(
 def _empty_modules(
     model: nn.Module, plans: Mapping[str, LayerPlan], layouts: Mapping[str, ExpertsLayout]
 ) -> Iterator[tuple[str, QuantLayer | QuantExperts]]:
-    """Yield names of what is to be replaced, each with its replacement."""
+    """Yield the names of the modules to replace, each with its replacement."""
     parameters: set[str] = set()
     for name, layout in layouts.items():
         experts = QuantExperts(model.get_submodule(name), layout)
@@ -129,7 +130,7 @@ def _empty_modules(
 
 
 def tensor_names(files: Iterable[str | Path]) -> set[str]:
-    """Return the names of the tensors in safetensors files; others are passed over.
+    """Return the names of the tensors in safetensors files; ignore other files.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -146,14 +147,14 @@ def tensor_names(files: Iterable[str | Path]) -> set[str]:
 
 
 def check_names(model: nn.Module, names: Iterable[str]) -> None:
-    """Check that a checkpoint has no tensor of a quantized layer that the linear's plan does not explain.
+    """Check that the plans of quantized layers account for all of their tensors in a checkpoint.
 
     Args:
-        model: with its QuantLinears in place.
-        names: of the checkpoint's tensors, as the model spells them.
+        model: the model with its quantized layers in place.
+        names: names of the checkpoint's tensors, as spelled in the model.
 
     Raises:
-        CheckpointError: naming the tensors.
+        CheckpointError: names the tensors.
     """
     layers = quant_modules(model)
     left = []
@@ -170,16 +171,16 @@ def check_names(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def check_loaded(model: nn.Module, on_disk: bool) -> None:
-    """Check that every tensor of every quantized layer came from the checkpoint, with the shape and dtype of its plan.
+    """Check that every tensor of each quantized layer came from the checkpoint, with the shape and dtype of its plan.
 
     transformers fills missing tensors with garbage and casts to the dtype it expects.
 
     Args:
-        model: as loaded by transformers.
-        on_disk: whether codes still have the form that they have on disk.
+        model: the model as loaded by transformers.
+        on_disk: whether codes still have their on-disk shape.
 
     Raises:
-        CheckpointError: naming the tensors.
+        CheckpointError: names the tensors.
     """
     missing: list[str] = []
     for name, layer in quant_modules(model).items():
@@ -203,10 +204,10 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
 def check_values(name: str, layer: QuantLayer | QuantExperts) -> None:
     """Check that a loaded layer's scales are finite and positive, and its other floats finite.
 
-    Codes, zero points and the bytes of scales in two levels have no value that is out of range.
+    Codes, zero points and the bytes of two-level scales have no out-of-range values.
 
     Raises:
-        CheckpointError: naming the tensor.
+        CheckpointError: names the tensor.
     """
     for key, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
         if tensor.is_meta:
@@ -220,7 +221,7 @@ def check_values(name: str, layer: QuantLayer | QuantExperts) -> None:
 
 
 def missing_tensors(names: Sequence[str]) -> CheckpointError:
-    """Return the error that says which tensors of quantized layers a checkpoint lacks."""
+    """Return the error for tensors of quantized layers that a checkpoint lacks."""
     return CheckpointError(f"the checkpoint lacks {_listed(names)} of quantized layers")
 
 
@@ -230,7 +231,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def finish_loading(model: nn.Module) -> None:
-    """Bring codes to their form in memory, check values, freeze parameters, and log how real execution runs.
+    """Give codes their in-memory shape, check values, freeze parameters, and tie layers.
 
     Raises:
         CheckpointError: a value is out of range.
@@ -238,7 +239,7 @@ def finish_loading(model: nn.Module) -> None:
     for name, layer in quant_modules(model).items():
         for key in layer.code_names:
             codes = layer.get_parameter(key)
-            # Offloaded weights stay as they are on disk; forward takes both forms.
+            # Offloaded weights keep their on-disk shape; forward accepts both.
             if codes.device.type != "meta" and codes.dim() > len(layer.specs()[key].shape):
                 layer.set_tensor(key, codes.data)
         check_values(name, layer)
@@ -248,27 +249,27 @@ def finish_loading(model: nn.Module) -> None:
 
 
 def experts_shape(layer: QuantExperts, parameter: str) -> tuple[int, int, int]:
-    """Return the shape of a float parameter of experts, as the class keeps it."""
+    """Return the shape of a float expert parameter, as stored by the class."""
     plan = layer.plans[parameter]
     sizes = (plan.in_features, plan.out_features) if layer.layout.transposed else (plan.out_features, plan.in_features)
     return (layer.expert_count, *sizes)
 
 
 def quantized_experts(name: str, layer: QuantExperts, plan: LayerPlan, weights: Tensor) -> dict[str, Tensor]:
-    """Quantize a float parameter of experts without data.
+    """Quantize a float expert parameter without data.
 
     Args:
-        name: of the parameter.
-        layer: where it goes.
-        plan: of each expert.
-        weights: float, [experts, out, in] or as the class keeps it.
+        name: name of the parameter.
+        layer: the module to quantize it for.
+        plan: plan of each expert.
+        weights: float, [experts, out, in] or as stored by the class.
 
     Returns:
         The tensors of a QuantLinear, stacked.
 
     Raises:
-        CheckpointError: ``weights`` have another shape than the plan.
-        ValueError: they have NaN or Inf.
+        CheckpointError: the shape of ``weights`` does not match the plan.
+        ValueError: ``weights`` has NaN or Inf.
     """
     matrices = weights.transpose(-1, -2) if layer.layout.transposed else weights
     expected = (layer.expert_count, plan.out_features, plan.in_features)
@@ -279,22 +280,24 @@ def quantized_experts(name: str, layer: QuantExperts, plan: LayerPlan, weights: 
 
 
 def needs_no_data(plan: Plan) -> None:
-    """Raise where a layer's merged config needs data although no entry of the config does by itself."""
+    """Raise if a layer's merged config needs data although no single entry of the config does."""
     from hfquant.calibration.batches import CalibrationError
 
     needing = next((name for name, layer in plan.layers.items() if layer.config.needs_data), None)
     if needing is not None:
-        raise CalibrationError(f"layer {needing!r} needs calibration data, which quantizing while loading has not got")
+        raise CalibrationError(
+            f"layer {needing!r} needs calibration data, which is missing when quantizing while loading"
+        )
 
 
 def codes_on_disk(
     state_dict: Mapping[str, Tensor], forms: Mapping[str, tuple[tuple[int, ...], torch.dtype] | None]
 ) -> dict[str, Tensor]:
-    """Return ``state_dict`` with the codes of quantized layers as they are stored, and tied ones once.
+    """Return ``state_dict`` with codes of quantized layers in their stored form, and tied ones only once.
 
     Args:
-        state_dict: of the model.
-        forms: as :func:`disk_forms` gives them.
+        state_dict: state dict of the model.
+        forms: the result of :func:`disk_forms`.
     """
     stored = {}
     for key, tensor in state_dict.items():
@@ -305,7 +308,7 @@ def codes_on_disk(
 
 
 def disk_forms(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
-    """Return shape and dtype on disk of each quantized layer's codes, by their name; None for what tied ones share."""
+    """Return the on-disk shape and dtype of each layer's codes, by name; None for tensors that tied layers share."""
     forms: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {}
     for name, layer in quant_modules(model).items():
         on_disk = layer.specs(on_disk=True)

@@ -1,6 +1,6 @@
-"""The names of transformers, diffusers and accelerate that are not public and that this package needs, in one place.
+"""Private names of transformers, diffusers and accelerate that this package needs, in one place.
 
-``tests/smoke/test_compat.py`` checks each against the installed versions, the oldest allowed among them.
+``tests/smoke/test_compat.py`` checks each against the installed versions, including the oldest allowed ones.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ __all__ = [
 ]
 
 
-#: The implementation of experts that config.json of a quantized transformers model asks for.
+#: Experts implementation named in the config.json of a quantized transformers model.
 #:
-#: transformers merely warns of a quantization method that it does not know and goes on, but at an implementation that
-#: is not registered it stops, before any weight is read, and says its name. So who has not imported hfquant is told
-#: what to do. It asks models without experts as well.
+#: transformers only warns about an unknown quantization method and continues. But it stops at an implementation that is
+#: not registered, before it reads any weight, and shows its name. So users who have not imported hfquant are told what
+#: to do. This also works for models without experts.
 NEEDS_HFQUANT = "hfquant: pip install hfquant, and import hfquant before loading"
 
 
@@ -78,7 +78,7 @@ def declares_experts(module: nn.Module) -> bool:
 
 
 def apply_gate(kind: type, experts: nn.Module, gate_up: Any) -> Any:
-    """Return what class ``kind`` of transformers makes of both halves, with the attributes of ``experts``."""
+    """Apply the gate of a transformers class ``kind`` to both halves, with the attributes of ``experts``."""
     return kind._apply_gate(experts, gate_up)  # type: ignore[attr-defined]
 
 
@@ -88,14 +88,14 @@ def mark_initialized(holder: Any) -> None:
 
 
 def is_marked_initialized(tensor: Any) -> bool:
-    """Return whether transformers has loaded a tensor, or was told that it is initialized."""
+    """Return whether transformers has loaded a tensor or was told that it is initialized."""
     return bool(getattr(tensor, "_is_hf_initialized", False))
 
 
 def set_quantized(model: PreTrainedModel, quantized: bool) -> None:
-    """Say in a transformers model's config whether it is quantized, and that its checkpoints need hfquant."""
+    """Record in a transformers model's config whether it is quantized, and so needs hfquant to load its checkpoints."""
     model.config._is_quantized = quantized
-    # What a config takes from its file under this name it keeps under another, so what is set here only gets saved.
+    # A config that is loaded stores this field under another name, so a value set here only affects what is saved.
     if quantized:
         model.config.experts_implementation = NEEDS_HFQUANT
     else:
@@ -103,34 +103,34 @@ def set_quantized(model: PreTrainedModel, quantized: bool) -> None:
 
 
 def drop_needs_hfquant(config: Any) -> None:
-    """Leave the choice of experts to the library, in a config read from a quantized checkpoint or a model's own."""
+    """Let the library choose how to run experts, for a config from a quantized checkpoint or from a model."""
     if config._experts_implementation == NEEDS_HFQUANT:
         config._experts_implementation = None
     vars(config).pop("experts_implementation", None)
 
 
 def allow_needs_hfquant() -> None:
-    """Let float models be made from the config of a quantized one; their experts run as by default."""
+    """Allow float models to be created from the config of a quantized one; their experts run as by default."""
     ALL_EXPERTS_FUNCTIONS.register(NEEDS_HFQUANT, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
 
 
 def set_quantization_config(model: Any, config: Any) -> None:
-    """Put a quantization config into a diffusers model's config, which is frozen, or take it out (None)."""
+    """Set a quantization config in a diffusers model's frozen config, or remove it (None)."""
     from diffusers.configuration_utils import FrozenDict
 
     old = model.config
     items = {k: v for k, v in old.items() if k != "quantization_config"}
     new = FrozenDict(items if config is None else items | {"quantization_config": config})
-    # An IP-Adapter changes an attribute of the config and not the item: the model reads the attribute.
+    # An IP-Adapter changes an attribute of the config but not the item; the model reads the attribute.
     for key in items.keys() & vars(old).keys():
         setattr(new, key, vars(old)[key])
     model._internal_dict = new
 
 
 def save_as_named(model: PreTrainedModel) -> None:
-    """Have transformers save a model's tensors under the model's own names; plain renamings stay.
+    """Make transformers save a model's tensors under the model's own names; keep plain renamings.
 
-    Some architectures' original checkpoints have linears fused or split otherwise, which cannot be done to codes.
+    Some architectures' original checkpoints fuse or split linears differently, which cannot be done to codes.
     """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
@@ -140,20 +140,20 @@ def save_as_named(model: PreTrainedModel) -> None:
 
 
 def names_in_model(model: PreTrainedModel, keys: Sequence[str]) -> dict[str, str]:
-    """Return what transformers calls each of a checkpoint's tensors once it is in ``model``."""
+    """Return transformers' names in ``model`` for each of a checkpoint's tensors."""
     renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
     own = model.state_dict()
     return {key: rename_source_key(key, renamings, [], model.base_model_prefix, own)[0] for key in keys}
 
 
 def register_lora_layers(layers: Mapping[type[nn.Module], Callable[..., nn.Module]]) -> None:
-    """Have peft wrap modules of these classes for LoRA in what the functions return, as it wraps its own kinds.
+    """Make peft wrap modules of these classes for LoRA with the given functions, like its own kinds of layers.
 
-    ``LoraConfig._register_custom_module`` does this for one config. It is called here for every config that is used:
-    diffusers makes its own, where nobody else could call it.
+    ``LoraConfig._register_custom_module`` does this for one config. It is called here for every config that is used,
+    since diffusers creates its own, out of reach of other code.
 
     Args:
-        layers: class of the base layer -> a class of peft's layers, or a function that is called like one.
+        layers: class of the base layer -> a class of peft's layers, or a function with the same signature.
     """
     from peft.tuners.lora.model import LoraModel
 
@@ -167,7 +167,7 @@ def register_lora_layers(layers: Mapping[type[nn.Module], Callable[..., nn.Modul
 
 
 def check_before_merging(check: Callable[[nn.Module], None]) -> None:
-    """Have peft call ``check`` with a model before it merges any LoRA into it."""
+    """Make peft call ``check`` with a model before it merges any LoRA into it."""
     from peft.tuners.lora.model import LoraModel
 
     allowed = LoraModel._check_merge_allowed
@@ -180,9 +180,9 @@ def check_before_merging(check: Callable[[nn.Module], None]) -> None:
 
 
 def accept_no_dtype() -> None:
-    """Have ``to(dtype=None)`` of a quantized diffusers model change nothing; ``save_lora_adapter`` calls it.
+    """Make ``to(dtype=None)`` of a quantized diffusers model a no-op; ``save_lora_adapter`` calls it.
 
-    diffusers refuses it as it does a cast to a dtype.
+    diffusers rejects it like a cast to a dtype.
     """
     from diffusers.models.modeling_utils import ModelMixin
 
@@ -196,15 +196,15 @@ def accept_no_dtype() -> None:
 
 
 def register_lora_base(kind: type[nn.Linear], floats: Callable[[Any], Tensor]) -> None:
-    """Have diffusers' LoRA loader of FLUX see modules of class ``kind`` as it sees those of its own quantizers.
+    """Make diffusers' LoRA loader of FLUX treat modules of class ``kind`` like those of its own quantizers.
 
-    It compares an adapter's shape with the module's, expands the module where the adapter takes more features and the
-    adapter where it takes fewer. Other quantizers' modules it knows by the names of classes; of all others it takes the
-    shape of ``weight`` for that of the matrix.
+    The loader compares an adapter's shape with the module's. It expands the module if the adapter takes more features,
+    and the adapter if it takes fewer. It recognizes other quantizers' modules by class name; for all others it assumes
+    that the matrix has the shape of ``weight``.
 
     Args:
-        kind: a class of linears whose ``weight`` is of another shape.
-        floats: returns the matrix of one.
+        kind: a class of linears whose ``weight`` has a different shape.
+        floats: returns the matrix of such a linear.
     """
     from diffusers.loaders import lora_pipeline
 
@@ -239,13 +239,13 @@ def register_lora_base(kind: type[nn.Linear], floats: Callable[[Any], Tensor]) -
 
 
 def stored_names(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors under the names that transformers' ``save_pretrained`` gives them."""
+    """Return tensors under the names that transformers' ``save_pretrained`` uses."""
     return dict(revert_weight_conversion(model, dict(state_dict)))
 
 
 def published_names(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors under the names, and in the parts, that published checkpoints of the model's class have them."""
-    # What a model has been loaded by, or is to be saved by (:func:`save_as_named`), stands before the class's own.
+    """Return tensors named and split as in published checkpoints of the model's class."""
+    # Conversions from loading the model, or from :func:`save_as_named`, would take precedence over the class's own.
     own = vars(model).pop("_weight_conversions", None)
     try:
         return stored_names(model, state_dict)
@@ -255,6 +255,6 @@ def published_names(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) ->
 
 
 def replaced_when_quantized(module: nn.Module, method: str) -> bool:
-    """Return whether transformers has another module in this one's place in checkpoints quantized by ``method``."""
+    """Return whether transformers replaces this module in checkpoints quantized with ``method``."""
     patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
     return patch is not None and method in patch["quantization_methods"]

@@ -1,4 +1,4 @@
-"""HfQuantConfig: a quantization config as transformers and diffusers carry it, in memory and in config.json."""
+"""HfQuantConfig: a quantization config for transformers and diffusers, in memory and in config.json."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hfquant.config import ConfigError, QuantRules
 if TYPE_CHECKING:
     _BASES: Any = object
 else:
-    # transformers registers only subclasses of its mixin, where it is installed. diffusers asks for none of its own,
-    # and importing it takes seconds that those who use transformers alone should not spend.
+    # transformers, where installed, only registers subclasses of its mixin. diffusers does not require its own, and
+    # importing it takes seconds that users of transformers alone should not spend.
     _BASES = ()
     with suppress(ImportError):
         from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -25,7 +25,7 @@ else:
         _BASES += (QuantizationConfigMixin,)
 
 METHOD = "hfquant"
-#: Of what a checkpoint holds; raised when a reader of this version could not read what a later one writes.
+#: Version of the checkpoint format; raised when readers of this version could not read what a later one writes.
 FORMAT_VERSION = 2
 
 
@@ -42,17 +42,17 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         config: a dict (docs/config.md), the name of a preset (:data:`hfquant.PRESETS`), or None for
             "w8a8-dynamic".
         calibration: data for configs that need it (static activations, SMOOTH, SVD, GPTQ): a list of strings, a
-            ``DataLoader`` or any re-iterable of model inputs. Never stored; let go once used. "self", or a dict
-            ``{"source": "self", "seed": 0, "samples": 16, "seqlen": 512}``, has the model make its own, which is also
-            what happens without data; it is stored.
-        modules_to_not_convert: names (whole, a path component, or globs) to leave alone, beside the defaults
+            ``DataLoader`` or any re-iterable of model inputs. Never stored, and released after use. With "self", or a
+            dict ``{"source": "self", "seed": 0, "samples": 16, "seqlen": 512}``, the model generates its own data, as
+            it does if no data is given; this form is stored.
+        modules_to_not_convert: names (whole, a path component, or globs) to leave alone, in addition to the defaults
             (output heads, tied weights, the model's ``_keep_in_fp32_modules``).
-        per_layer_mode: solve layer by layer, each seeing the quantized layers before it.
-        guard: after quantizing with data, check each layer and put one that is far off back to a safer format
+        per_layer_mode: solve layer by layer, so that each sees the quantized layers before it.
+        guard: after quantizing with data, check each layer and move any with a large error to a safer format
             (:mod:`hfquant.guard`).
 
     Raises:
-        ConfigError: unknown key, wrong value, impossible combination.
+        ConfigError: unknown key, wrong value, or invalid combination.
     """
 
     def __init__(
@@ -71,20 +71,21 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
                 raise ConfigError(f"{key}: expected True or False, got {value!r}")
         self.quant_method = QuantMethod.HFQUANT
         self.rules = rules.parse("w8a8-dynamic" if config is None else config)
-        SelfSpec.of(calibration)  # checks it
+        SelfSpec.of(calibration)  # validates it
         self.calibration = calibration
         self.modules_to_not_convert = list(names) or None
         self.per_layer_mode, self.guard = per_layer_mode, guard
-        #: What the plan decided for each layer beyond the rules; filled in a model's own copy only.
+        #: What the plan decided for each layer beyond the rules; only set in a model's own copy.
         self.layers: dict[str, dict[str, Any]] = {}
-        #: Exact names of the linears that were left in full precision, and why; likewise.
+        #: Exact names of the linears that stay in full precision, and why; only set in a model's own copy.
         self.skipped: dict[str, str] = {}
-        #: What the calibration data was, as JSON; likewise, and empty where the config needs none.
+        #: Description of the calibration data, as JSON; only set in a model's own copy, and empty if the config needs
+        #: none.
         self.provenance: dict[str, Any] = {}
 
     @classmethod
     def of(cls, config: Any) -> HfQuantConfig:
-        """Return ``config`` itself, or one made of a dict, a preset's name, or None (the reference's dict)."""
+        """Return ``config`` itself, or one made from a dict, a preset's name, or None (the reference's defaults)."""
         if isinstance(config, cls):
             return config
         if config is None or isinstance(config, (str, Mapping)):
@@ -101,12 +102,12 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
     def for_model(
         self, layers: Mapping[str, dict[str, Any]], skipped: Mapping[str, str], made: SelfSpec | None = None
     ) -> HfQuantConfig:
-        """Return a model's own copy: with its plan, its skipped linears and why, and without the data.
+        """Return a model's own copy: with its plan and its skipped linears, and without the data.
 
         Args:
-            layers: what the plan decided for each.
-            skipped: the linears left in full precision, and why.
-            made: the data that the model made itself, if it did.
+            layers: what the plan decided for each layer.
+            skipped: the linears that stay in full precision, and why.
+            made: the data that the model generated itself, if any.
         """
         own = copy.deepcopy(self)
         own.calibration = None if made is None else made.to_dict()
@@ -114,7 +115,7 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         return own
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what config.json stores: enough to build every module without data, nothing of the user's objects."""
+        """Return the form stored in config.json: enough to build every module without data, without user objects."""
         made = SelfSpec.of(self.calibration)
         return {
             "quant_method": METHOD,
@@ -133,7 +134,7 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
     def from_dict(
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> HfQuantConfig | tuple[HfQuantConfig, dict[str, Any]]:
-        """Return the inverse of :meth:`to_dict`; ``calibration`` may be given beside the stored keys.
+        """Return the inverse of :meth:`to_dict`; ``calibration`` may be passed in addition to the stored keys.
 
         Raises:
             ConfigError: unknown keys, or a format version this hfquant cannot read.
@@ -157,9 +158,9 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
             allowed = ", ".join((*_ARGUMENTS, "layers", "skipped", "provenance"))
             raise ConfigError(f"unknown keys {sorted(unknown)}; allowed are {allowed}")
         if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
-            raise ConfigError("layers: expected a dict of dicts, one a layer")
+            raise ConfigError("layers: expected a dict of dicts, one per layer")
         if not isinstance(skipped, dict) or not all(isinstance(v, str) for v in skipped.values()):
-            raise ConfigError("skipped: expected a dict of reasons, one a linear")
+            raise ConfigError("skipped: expected a dict of reasons, one per linear")
         if not isinstance(provenance, dict):
             raise ConfigError("provenance: expected a dict")
         config = cls(**values)
@@ -168,7 +169,7 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         return (config, unused) if return_unused_kwargs else config
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return the same as :meth:`to_dict`: there are no defaults worth leaving out."""
+        """Return the same as :meth:`to_dict`, since no defaults are worth omitting."""
         return self.to_dict()
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -176,7 +177,7 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HfQuantConfig:
-        # transformers deep-copies configs; the data may be large, or not copyable at all.
+        # transformers deep-copies configs; the data may be large, or impossible to copy.
         new = copy.copy(self)
         memo[id(self)] = new
         new.rules = QuantRules(self.rules.raw)
@@ -186,7 +187,7 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         return new
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        # For dict(config). The libraries' own copies every attribute, the data as well.
+        # For dict(config). The libraries' own version would copy every attribute, including the data.
         yield from self.to_dict().items()
 
     def __eq__(self, other: object) -> bool:

@@ -1,4 +1,4 @@
-"""From ``HfQuantConfig(calibration=...)``, or from nothing, to batches of model inputs."""
+"""Turn ``HfQuantConfig(calibration=...)``, or no data at all, into batches of model inputs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hfquant.calibration.streams import are_texts, calibration_batches, holds_se
 
 
 def transformers_batches(model: Any, calibration: Any) -> Any:
-    """Return batches for a transformers model; the tokenizer is the one given or the one saved with the model.
+    """Return batches for a transformers model, with the given tokenizer or the one saved with the model.
 
     Args:
-        model: just loaded; ``name_or_path`` is where a tokenizer or image processor is looked for.
-        calibration: what :func:`~hfquant.calibration.calibration_batches` takes, what the model is to make itself
-            (:class:`~hfquant.calibration.self_made.SelfSpec`), or None: it makes what it does by default.
+        model: a loaded model; ``name_or_path`` is where to look for a tokenizer or image processor.
+        calibration: anything that :func:`~hfquant.calibration.calibration_batches` accepts, a request for
+            self-generated data (:class:`~hfquant.calibration.self_made.SelfSpec`), or None for the default request.
 
     Raises:
-        CalibrationError: the data is text and no tokenizer is at hand, or the model cannot make its own.
+        CalibrationError: the data is text without a tokenizer, or the model cannot generate its own.
     """
     spec = SelfSpec() if calibration is None else SelfSpec.of(calibration)
     if spec is not None:
@@ -45,8 +45,8 @@ def diffusers_batches(calibration: Any) -> Any:
     """Return batches for a denoiser: recorded inputs or a calibration set, never a dataset.
 
     Raises:
-        CalibrationError: the data are prompts or a dataset, which only the whole pipeline can turn into inputs, or it
-            is to make its own.
+        CalibrationError: the data consists of prompts or a dataset, which only the whole pipeline can turn into inputs,
+            or is to be self-generated.
     """
     if calibration is None or SelfSpec.of(calibration) is not None:
         raise _cannot_make_its_own()
@@ -59,14 +59,14 @@ def diffusers_batches(calibration: Any) -> Any:
 
 
 def is_raw(calibration: Any) -> bool:
-    """Return whether the data has to be tokenized or otherwise processed: a dataset or a list of strings."""
+    """Return whether the data still needs tokenizing or other processing: a dataset or a list of strings."""
     if isinstance(calibration, (str, os.PathLike)):
         return not holds_set(calibration)
     return is_source(calibration) or are_texts(calibration)
 
 
 def tokenizer_of(model: Any) -> Any:
-    """Return the tokenizer saved with a transformers model; None where there is none."""
+    """Return the tokenizer saved with a transformers model; None if there is none."""
     return _saved_with(model)[0]
 
 
@@ -77,15 +77,16 @@ def _saved_with(model: Any) -> tuple[Any, Any]:
     for loader in (AutoTokenizer, AutoImageProcessor):
         try:
             found.append(loader.from_pretrained(model.name_or_path))
-        except (OSError, ValueError, KeyError, TypeError, ImportError):  # the ways transformers says there is none
+        except (OSError, ValueError, KeyError, TypeError, ImportError):  # transformers' ways of saying there is none
             found.append(None)
     return found[0] if _has_words(found[0]) else None, found[1]
 
 
 def _has_words(tokenizer: Any) -> bool:
-    """Return whether a tokenizer knows more than special tokens.
+    """Return whether a tokenizer has more than special tokens.
 
-    For a folder without one, transformers makes an empty one of the model's kind: every text would be unknown tokens.
+    For a folder without a tokenizer, transformers creates an empty one of the model's kind, which maps all text to
+    unknown tokens.
     """
     try:
         tokenizer("a")
@@ -105,7 +106,7 @@ def _extractor_of(model: Any) -> Any:
 
 
 def check_component_data(config: Any) -> None:
-    """Raise CalibrationError where a pipeline's component needs calibration data and was given none."""
+    """Raise CalibrationError if a pipeline's component needs calibration data but was given none."""
     if config.needs_data and (config.calibration is None or SelfSpec.of(config.calibration) is not None):
         raise _cannot_make_its_own()
 

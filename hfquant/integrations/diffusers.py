@@ -68,26 +68,27 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.plan: Plan | None = None
-        #: Of the quantized linears, for saving.
+        #: On-disk form of the quantized linears' codes, for saving.
         self.disk_forms: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {}
         self._stored_names: set[str] = set()
         self._files: list[str] = []
-        #: While loading: where tensors go, and the bytes of them all beside those of as many in the model's dtype.
+        #: While loading: the device map, the model's dtype, and the factor that :meth:`get_cuda_warm_up_factor`
+        #: returns.
         self._device_map: dict[str, Any] = {}
         self._dtype: torch.dtype | None = None
         self._warm_up_factor = 4
-        #: While a device map is inferred: put the linears back.
+        #: While a device map is inferred: puts the linears back.
         self._put_back: Callable[[], None] | None = None
 
     def validate_environment(
         self, *args: Any, device_map: Any = None, torch_dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
-        """Refuse, before any weight is read, a config that needs data and has none.
+        """Reject, before any weight is read, a config that needs data but has none.
 
-        diffusers calls it again once the device map is final.
+        diffusers calls this again once the device map is final.
 
         Raises:
-            CalibrationError: the config needs data and carries none.
+            CalibrationError: the config needs data but has none.
         """
         if not self.pre_quantized:
             check_component_data(self.quantization_config)
@@ -99,22 +100,22 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             self._put_back = None
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
-        """Leave room on each device to quantize the largest linear."""
+        """Reserve memory on each device for quantizing the largest linear."""
         return without_working_memory(max_memory, self.plan)
 
     def get_special_dtypes_update(self, model: ModelMixin, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """Return the dtypes of scales, which a device map must count as they are."""
+        """Return the dtypes of scales, which a device map must count at their true size."""
         return exact_floats(model)
 
     def get_cuda_warm_up_factor(self) -> int:
-        """Return by what to divide the count of all elements to reserve half of their bytes, in the model's dtype."""
+        """Return the divisor of the element count that reserves half of the model's bytes, in the model's dtype."""
         return self._warm_up_factor
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """Check that each tensor that a sharded checkpoint's index lists is in a shard; diffusers does not.
+        """Check that every tensor in a sharded checkpoint's index is in a shard, which diffusers does not check.
 
         Raises:
-            CheckpointError: naming the tensors.
+            CheckpointError: names the tensors.
         """
         self._stored_names = set(loaded_keys)
         self._files = [file for file in checkpoint_files or () if str(file).endswith(".safetensors")]
@@ -131,23 +132,23 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             install_empty(model, stored_plans(model, config, facts), facts.experts, on_disk=True)
             check_names(model, self._stored_names)
         elif not config.needs_data:
-            # The linears stay until their weights arrive: the loader checks float shapes against the model.
+            # Keep the linears until their weights arrive: the loader checks float shapes against the model.
             self.plan = plan_layers(model, config.rules, config.modules_to_not_convert or (), facts=facts)
             needs_no_data(self.plan)
             warn_if_empty(model, self.plan)
             if isinstance(device_map, str):
-                # A device map is inferred from the sizes that the tensors are going to have.
+                # A device map is inferred from the sizes that the tensors will have.
                 replaced = install_empty(model, self.plan.layers, facts.experts, on_disk=False)
                 self._put_back = partial(put_back, model, replaced)
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
-        """Raise where the checkpoint lacks a tensor of a linear that is quantized, or is to be."""
+        """Raise if the checkpoint lacks a tensor of a linear that is, or will be, quantized."""
         lacking = sorted(k for k in missing_keys if self._is_quantized(model, k))
         if lacking:
             raise missing_tensors(lacking)
         for name, layer in quant_modules(model).items():
             if device_for(name, self._device_map) == "disk":
-                # diffusers offloads parameters alone and leaves buffers without memory: _read_buffers will fill it.
+                # diffusers only offloads parameters and leaves buffers without memory: _read_buffers will fill it.
                 for key, buffer in layer._buffers.items():
                     layer._buffers[key] = None if buffer is None else torch.empty_like(buffer, device="cpu")
         elements = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
@@ -156,9 +157,10 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         return missing_keys
 
     def _read_buffers(self, model: ModelMixin) -> None:
-        """Read the buffers of quantized linears from the checkpoint's files, as they are stored.
+        """Read the buffers of quantized linears from the checkpoint's files, exactly as stored.
 
-        What diffusers puts on disk on the way, for good or while it loads the rest, it rounds to the model's dtype.
+        Everything that diffusers offloads to disk, permanently or only while loading, gets rounded to the model's
+        dtype.
         """
         layers = quant_modules(model)
         for file in self._files:
@@ -180,20 +182,20 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: ModelMixin, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
-        """Claim float weights that are to be quantized, and every tensor of a quantized linear."""
+        """Claim float weights to be quantized, and every tensor of a quantized linear."""
         name, _, tensor = param_name.rpartition(".")
         if self.plan is not None:
             return (tensor == "weight" and name in self.plan.layers) or param_name in self.plan.layers
         module = model.get_submodule(name)
-        # The float tensors of experts are diffusers' own business.
+        # diffusers handles the float tensors of experts itself.
         claimed = isinstance(module, QuantLayer) or (isinstance(module, QuantExperts) and tensor in module.specs())
         return self.pre_quantized and claimed
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
-        """Refuse: codes have one exact shape.
+        """Reject the tensor: codes have one exact shape.
 
         Raises:
-            CheckpointError: another shape.
+            CheckpointError: always, since the shapes differ.
         """
         raise CheckpointError(
             f"{param_name}: expected shape {tuple(current_param.shape)}, got {tuple(loaded_param.shape)}"
@@ -209,7 +211,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         unexpected_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Quantize a float weight, or put a stored tensor in its place."""
+        """Quantize a float weight, or install a stored tensor."""
         name, _, tensor = param_name.rpartition(".")
         module = model.get_submodule(name)
         if self.plan is not None and param_name in self.plan.layers:
@@ -220,17 +222,17 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             assert kind is not None
             solved = solve(name, kind.matrix(param_value.to(target_device)), self.plan.layers[name], None)
             layer = kind.from_tensors(solved.plan, solved.tensors, None, module)
-            layer.bias = module._parameters.get("bias")  # on meta where it is yet to come, perhaps from another shard
+            layer.bias = module._parameters.get("bias")  # on meta if it is still to come, perhaps from another shard
             replace_modules(model, {module: layer})
             return
         assert isinstance(module, (QuantLayer, QuantExperts))
-        # diffusers has cast param_value to the model's dtype; scales must stay as they are stored.
+        # diffusers has cast param_value to the model's dtype; scales must keep their stored values.
         stored = state_dict[param_name]
         value = param_value if tensor in module._model_floats and stored.is_floating_point() else stored
         self._put(module, name, tensor, value.to(target_device))
 
     def _hold_experts(self, model: ModelMixin, module: nn.Module, key: str, weights: Tensor) -> None:
-        """Have the codes of a float parameter of experts, ``key``, in its place."""
+        """Replace the float expert parameter ``key`` by its codes."""
         assert self.plan is not None
         if not isinstance(module, QuantExperts):
             layout = layout_of(module)
@@ -269,7 +271,8 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             attach(model, own_config(config, plan, facts))
             if plan.layers:
                 log_share(model, facts.uncounted)
-        # from_pretrained makes this object model.hf_quantizer next: it must not keep the user's config and its data.
+        # from_pretrained makes this object model.hf_quantizer next, so it must not keep the user's config with its
+        # data.
         stored = model.config.get("quantization_config")
         if stored is not None:
             self.quantization_config = stored
@@ -279,10 +282,10 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the tensors as they are stored.
+        """Return the tensors in their stored form.
 
         Raises:
-            ValueError: asked for a pickle, or of a model that is offloaded.
+            ValueError: a pickle is requested, or the model is offloaded.
         """
         if not safe_serialization:
             raise ValueError("quantized models are saved as safetensors only; leave safe_serialization=True")
@@ -300,28 +303,28 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
 
     @property
     def supports_parallel_loading(self) -> bool:
-        """Return True only for quantized checkpoints: quantizing many weights at once would hold them all."""
+        """Return True only for quantized checkpoints: quantizing many weights at once would hold all of them."""
         return self.pre_quantized
 
     @property
     def is_serializable(self) -> bool:
-        """Return True: as safetensors."""
+        """Return True: models are saved as safetensors."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Return True: adapters train, on a gradient that passes the rounding by; codes themselves do not."""
+        """Return True: adapters can be trained, with a gradient that bypasses the rounding; codes cannot."""
         return True
 
 
 def attach(model: ModelMixin, config: HfQuantConfig) -> None:
-    """Make ``model`` one that diffusers knows as quantized by ``config`` (its own copy).
+    """Mark ``model`` as quantized by ``config`` (its own copy) for diffusers.
 
     Raises:
-        ValueError: it is made of several models, each with a config of its own.
+        ValueError: it consists of several models, each with its own config.
     """
     if not hasattr(model, "config"):
-        raise ValueError(f"{type(model).__name__} has no config: quantize the models that it is made of, one by one")
+        raise ValueError(f"{type(model).__name__} has no config: quantize its component models one by one")
     model.hf_quantizer = HfQuantDiffusersQuantizer(config, pre_quantized=True)
     model.hf_quantizer.disk_forms = disk_forms(model)
     model.is_quantized = True
@@ -329,6 +332,6 @@ def attach(model: ModelMixin, config: HfQuantConfig) -> None:
     set_quantization_config(model, config)
 
 
-# diffusers has no public registration.
+# diffusers has no public registration API.
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HfQuantConfig
 auto.AUTO_QUANTIZER_MAPPING[METHOD] = HfQuantDiffusersQuantizer

@@ -1,11 +1,11 @@
-"""How the libraries' classes keep and run the experts that they fuse into 3-D parameters.
+"""How the libraries' classes store and run experts that they fuse into 3-D parameters.
 
-Most classes of transformers declare it (``use_experts_implementation``): whether there is a gate, which dimension comes
-first. Those that declare nothing are a line of :data:`LAYOUTS`. Classes whose experts are plain linears (diffusers'
+Most transformers classes declare their layout (``use_experts_implementation``): whether there is a gate, and which
+dimension comes first. The others are listed in :data:`LAYOUTS`. Classes whose experts are plain linears (diffusers'
 HiDream) need nothing.
 
-Most checkpoints have one linear an expert all the same: transformers fuses them while it loads, and takes them apart
-when it saves (:func:`stored_linears`).
+Still, most checkpoints have one linear per expert: transformers fuses them on load and splits them on save
+(:func:`stored_linears`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hfquant.integrations.compat import apply_gate, declares_experts, published_
 
 
 def _declared(experts: Any, number: int, rows: Tensor) -> Tensor:
-    """One expert of a class of transformers that declares its layout."""
+    """Run one expert of a transformers class that declares its layout."""
     if experts.has_gate:
         hidden = apply_gate(experts.original, experts, experts.project("gate_up_proj", number, rows))
     else:
@@ -33,20 +33,20 @@ def _declared(experts: Any, number: int, rows: Tensor) -> Tensor:
 
 
 def _own_gate(experts: Experts, number: int, rows: Tensor) -> Tensor:
-    """One expert of a class that has a function for its gate."""
+    """Run one expert of a class that has its own gate function."""
     gated = apply_gate(experts.original, experts, experts.project("gate_up_proj", number, rows))
     return experts.project("down_proj", number, gated)
 
 
 def _act_fn(experts: Any, number: int, rows: Tensor) -> Tensor:
-    """``down(up * act_fn(gate))``."""
+    """Compute ``down(up * act_fn(gate))``."""
     gate, up = experts.project("gate_up_proj", number, rows).chunk(2, dim=-1)
     out: Tensor = experts.project("down_proj", number, up * experts.act_fn(gate))
     return out
 
 
 def _silu(experts: Experts, number: int, rows: Tensor) -> Tensor:
-    """``down(silu(gate) * up)``."""
+    """Compute ``down(silu(gate) * up)``."""
     gate, up = experts.project("gate_up_proj", number, rows).chunk(2, dim=-1)
     return experts.project("down_proj", number, F.silu(gate) * up)
 
@@ -57,7 +57,7 @@ def _one_matrix(experts: Experts, number: int, rows: Tensor) -> Tensor:
 
 _GATED = ("gate_up_proj", "down_proj")
 
-#: (package, class) -> its layout, for classes that declare none.
+#: (package, class) -> its layout, for classes that do not declare one.
 LAYOUTS: dict[tuple[str, str], ExpertsLayout] = {
     ("transformers", "JetMoeParallelExperts"): ExpertsLayout(("weight",), route_sorted, _one_matrix),
     ("transformers", "Llama4TextExperts"): ExpertsLayout(_GATED, route_all, _act_fn, transposed=True),
@@ -67,13 +67,13 @@ LAYOUTS: dict[tuple[str, str], ExpertsLayout] = {
 
 
 def experts_of(model: nn.Module) -> dict[str, ExpertsLayout]:
-    """Return, by name, how each module of fused experts in ``model`` keeps them."""
+    """Return, by name, the layout of each module of fused experts in ``model``."""
     found = ((name, layout_of(module)) for name, module in model.named_modules())
     return {name: layout for name, layout in found if layout is not None}
 
 
 def layout_of(module: Any) -> ExpertsLayout | None:
-    """Return how a float module keeps its experts; None where it has none that are fused, or an unknown layout."""
+    """Return the layout of a float module's experts; None if it has no fused experts, or the layout is unknown."""
     kind = type(module)
     if declares_experts(module):
         projections = _GATED if module.has_gate else ("up_proj", "down_proj")
@@ -82,18 +82,18 @@ def layout_of(module: Any) -> ExpertsLayout | None:
 
 
 def holds_experts(model: nn.Module, name: str) -> bool:
-    """Return whether an entry of a plan is a parameter that holds experts, not a layer."""
+    """Return whether a plan entry is an expert parameter rather than a layer."""
     parent, _, own = name.rpartition(".")
     return own in model.get_submodule(parent)._parameters
 
 
 class StoredLinear(NamedTuple):
-    """A linear of a published checkpoint that the model has within a 3-D parameter.
+    """A linear of a published checkpoint that is part of a 3-D parameter in the model.
 
     Attributes:
-        name: in the checkpoint.
-        expert: its number.
-        rows: which of that expert's matrix [out, in] it has, in its order.
+        name: name in the checkpoint.
+        expert: number of its expert.
+        rows: rows of that expert's matrix [out, in] that it holds, in its order.
     """
 
     name: str
@@ -104,14 +104,14 @@ class StoredLinear(NamedTuple):
 def stored_linears(
     model: Any, layouts: Mapping[str, ExpertsLayout], sizes: Mapping[str, tuple[int, int]]
 ) -> dict[str, list[StoredLinear]]:
-    """Return what parameters of experts are in published checkpoints of the class; nothing where those keep them fused.
+    """Return the linears that expert parameters become in published checkpoints; none if these keep experts fused.
 
-    transformers itself is asked: numbers of rows go through its conversion in place of weights.
+    The result comes from transformers itself: row numbers go through its conversion in place of weights.
 
     Args:
-        model: of transformers.
-        layouts: of its modules of experts, by name.
-        sizes: name of a parameter -> how many experts it has, and how many rows (outputs) each.
+        model: a transformers model.
+        layouts: layouts of its expert modules, by name.
+        sizes: name of a parameter -> number of its experts, and number of rows (outputs) of each.
     """
     numbers: dict[str, Tensor] = {}
     starts: list[int] = []

@@ -1,4 +1,4 @@
-"""What transformers and diffusers know of a model that the core does not: what to skip, names, inputs."""
+"""What transformers and diffusers know about a model but the core does not: what to skip, names, inputs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from hfquant.planner import ModelFacts, matches
 
 
 def facts_of(model: nn.Module) -> ModelFacts:
-    """Return what is known of ``model``; of a module of neither library, nothing.
+    """Return what is known about ``model``; nothing for a module of neither library.
 
-    Left in full precision unless asked for: tied weights (also those that are tied only once loaded) and the model's
-    ``_keep_in_fp32_modules``, the routers of experts; unless included: output heads.
+    These stay in full precision unless requested: tied weights (including those tied only after loading), the model's
+    ``_keep_in_fp32_modules`` and the routers of experts. Output heads do so unless they are included.
     """
     keep = keep_in_fp32(model)
     skips = {
@@ -50,7 +50,7 @@ def facts_of(model: nn.Module) -> ModelFacts:
 
 
 def _routers(model: nn.Module, experts: Mapping[str, ExpertsLayout]) -> list[str]:
-    """Return the linears beside fused experts with an output for each: small, and an error sends rows elsewhere."""
+    """Return linears next to fused experts with one output per expert: they are small, and an error misroutes rows."""
     found = []
     for name, layout in experts.items():
         count = len(model.get_submodule(name).get_parameter(layout.projections[0]))

@@ -1,4 +1,4 @@
-"""A pipeline or a model by its name alone, whichever of the two is there."""
+"""Load a pipeline or a model by name, whichever of the two it is."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Any:
     """Load a diffusers pipeline, or a transformers model by the class that saved it.
 
     Args:
-        name: local folder or hub id. With a model_index.json it is a pipeline, those of :mod:`hfquant.demo` included.
-        dtype: floating dtype by name ("bfloat16"); default: the library's.
-        device: where to put it; default: where the library does.
+        name: local folder or hub id. If it has a model_index.json, it is a pipeline, including those of
+            :mod:`hfquant.demo`.
+        dtype: floating-point dtype by name ("bfloat16"); default: the library's.
+        device: device to move it to; default: the library's.
 
     Returns:
         The pipeline, or the model in eval mode.
 
     Raises:
-        FileNotFoundError: no such folder, or it holds neither a pipeline nor a model.
+        FileNotFoundError: no such folder, or one without a pipeline or a model.
         ValueError: an unknown dtype, or a pipeline class that diffusers lacks.
-        OSError: the hub does not give it; the message says why (:mod:`hfquant.hub_errors`).
+        OSError: the hub cannot provide it; the message says why (:mod:`hfquant.hub_errors`).
         CheckpointError: a safetensors file is damaged.
     """
     try:
@@ -67,11 +68,11 @@ def _load(name: str, dtype: str | None, device: str | None) -> Any:
 
 
 def is_pipeline_name(name: str) -> bool:
-    """Return whether a folder or hub repository holds a pipeline; of a repository one small file is fetched.
+    """Return whether a folder or hub repository holds a pipeline; fetches one small file of a repository.
 
     Raises:
-        FileNotFoundError: no such folder, or it holds neither a pipeline nor a model.
-        OSError: as huggingface_hub's client has it.
+        FileNotFoundError: no such folder, or one without a pipeline or a model.
+        OSError: any error of huggingface_hub's client.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -87,7 +88,7 @@ def is_pipeline_name(name: str) -> bool:
 
     try:
         hf_hub_download(name, PIPELINE_FILE)
-    except LocalEntryNotFoundError:  # the hub cannot be asked
+    except LocalEntryNotFoundError:  # the hub cannot be reached
         if not isinstance(try_to_load_from_cache(name, MODEL_FILE), str):
             raise
         return False
@@ -112,12 +113,12 @@ def _model_class(name: str) -> Any:
 
 
 def floating(name: str) -> torch.dtype:
-    """Return a floating dtype by its name.
+    """Return a floating-point dtype by its name.
 
     Raises:
-        ValueError: there is no such.
+        ValueError: there is no such dtype.
     """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype: {name!r} is no floating dtype of torch, such as float32 or bfloat16.")
+        raise ValueError(f"dtype: {name!r} is not a floating-point dtype of torch, such as float32 or bfloat16.")
     return dtype

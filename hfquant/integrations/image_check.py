@@ -1,4 +1,4 @@
-"""The guard of a pipeline: one image in full precision and one quantized, from equal noise."""
+"""The guard of a pipeline: compare one image in full precision with one quantized, from the same noise."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from hfquant.calibration.samplers import calls_of, fresh_call, inference, seeded
 
 logger = logging.getLogger(__name__)
 
-#: Below it an image has little to do with the other, dB.
+#: PSNR in dB below which two images have little in common.
 LEAST_PSNR = 15.0
 
 
 def picture(pipe: Any, batch: Any, arguments: Mapping[str, Any]) -> Tensor | None:
-    """Return what a pipeline draws in its first call of a batch, decoded, from fixed noise; None if it cannot.
+    """Return a pipeline's decoded output for its first call of a batch, from fixed noise; None if it fails.
 
     Args:
         pipe: a pipeline.
-        batch: as for :func:`~hfquant.generate_calibrate_set`.
-        arguments: of every call; what they say of the output's type does not count.
+        batch: a batch, as for :func:`~hfquant.generate_calibrate_set`.
+        arguments: arguments of every call; an output type among them is ignored.
     """
     args, kwargs = calls_of(batch)[0]
     kwargs = fresh_call({**arguments, **kwargs})
@@ -35,8 +35,8 @@ def picture(pipe: Any, batch: Any, arguments: Mapping[str, Any]) -> Tensor | Non
     try:
         with seeded(0), inference(pipe):
             output = pipe(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001 (a pipeline without its decoder records just as well)
-        logger.info("%s draws no image to check (%s: %s)", type(pipe).__name__, type(error).__name__, error)
+    except Exception as error:  # noqa: BLE001 (a pipeline without its decoder can still record)
+        logger.info("%s cannot generate an image to check (%s: %s)", type(pipe).__name__, type(error).__name__, error)
         return None
     found = next((v for n in ("images", "frames") if (v := getattr(output, n, None)) is not None), output)
     found = found[0] if isinstance(found, tuple) else found
@@ -46,15 +46,15 @@ def picture(pipe: Any, batch: Any, arguments: Mapping[str, Any]) -> Tensor | Non
 
 
 def compare(name: str, right: Tensor | None, drawn: Tensor | None) -> float | None:
-    """Log how near a quantized pipeline's image is to that of full precision, as a warning where it is far off.
+    """Log how close a quantized pipeline's image is to the full-precision one, as a warning if it is far off.
 
     Args:
-        name: of the pipeline.
-        right: in full precision; None where there is none.
-        drawn: quantized.
+        name: name of the pipeline.
+        right: the full-precision image; None if there is none.
+        drawn: the image of the quantized pipeline.
 
     Returns:
-        The peak signal to noise ratio in dB; None where there is nothing to compare.
+        The peak signal-to-noise ratio in dB; None if there is nothing to compare.
     """
     if right is None or drawn is None or right.shape != drawn.shape:
         return None
@@ -64,12 +64,12 @@ def compare(name: str, right: Tensor | None, drawn: Tensor | None) -> float | No
         return None
     spread = float(right.max() - right.min())
     if spread and float(drawn.max() - drawn.min()) < 1e-3 * spread:
-        kind = "black" if float(drawn.abs().max()) < 1e-3 * spread else "of one colour"
+        kind = "black" if float(drawn.abs().max()) < 1e-3 * spread else "of one color"
         logger.warning("%s: its image is %s once quantized", name, kind)
     error = float((right - drawn).square().mean())
     ratio = 10 * math.log10(spread**2 / error) if error and spread else math.inf
     if ratio < LEAST_PSNR:
-        logger.warning("%s: its image is at %.1f dB to full precision once quantized", name, ratio)
+        logger.warning("%s: PSNR of the quantized pipeline's image against full precision: %.1f dB", name, ratio)
     else:
-        logger.info("%s: its image is at %.1f dB to full precision once quantized", name, ratio)
+        logger.info("%s: PSNR of the quantized pipeline's image against full precision: %.1f dB", name, ratio)
     return ratio

@@ -1,4 +1,4 @@
-"""Where the tensors of a quantized model go: the sizes that a device map is inferred from, and linears kept on disk."""
+"""Placement of a quantized model's tensors: sizes for inferring a device map, and linears kept on disk."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ from hfquant.planner import Plan
 from hfquant.replacing import replace_modules
 from hfquant.solver import solve
 
-#: How many float32 copies of a weight quantizing it takes at once.
+#: Number of float32 copies of a weight that quantizing it needs at once.
 COPIES = 3
 
 
 def device_for(name: str, device_map: Mapping[str, Any]) -> Any:
-    """Return where a device map puts a module or tensor; None where it says nothing of it."""
+    """Return the device of a module or tensor in a device map; None if the map does not include it."""
     while name and name not in device_map:
         name = name.rpartition(".")[0]
     return device_map.get(name)
 
 
 def put_back(model: nn.Module, linears: Mapping[str, nn.Module], device_map: Mapping[str, Any] | None = None) -> None:
-    """Put linears back in the place of the empty QuantLinears that they were replaced by.
+    """Put linears back in place of the empty QuantLinears that replaced them.
 
     Args:
-        model: changed in place.
+        model: modified in place.
         linears: name -> the original.
-        device_map: only of those that it sends to disk; default: of all.
+        device_map: put back only those that it sends to disk; default: all.
     """
     back = [name for name in linears if device_map is None or device_for(name, device_map) == "disk"]
     replace_modules(model, {model.get_submodule(name): linears[name] for name in back})
 
 
 def without_working_memory(max_memory: Mapping[Any, Any], plan: Plan | None) -> dict[Any, Any]:
-    """Return what a device map may fill of each device where its largest linear is to be quantized on it as well."""
+    """Return the memory that a device map may fill on each device, leaving room to quantize the largest linear."""
     sizes = [4 * layer.in_features * layer.out_features for layer in plan.layers.values()] if plan else []
     needed = COPIES * max(sizes, default=0)
     return {device: max(0, size - needed) for device, size in max_memory.items()}
 
 
 def tensor_bytes(model: nn.Module, plan: Plan | None = None) -> int:
-    """Return the bytes that a model's parameters and buffers take, with the linears of ``plan`` quantized."""
+    """Return the total bytes of a model's parameters and buffers, with the linears of ``plan`` quantized."""
     layers = plan.layers if plan else {}
     total = 0
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -69,7 +69,7 @@ def tensor_bytes(model: nn.Module, plan: Plan | None = None) -> int:
 
 
 def exact_floats(model: nn.Module) -> dict[str, torch.dtype]:
-    """Return the dtype of each float tensor of the quantized linears that keeps its own in a model of any dtype."""
+    """Return the dtypes of the quantized linears' float tensors that do not follow the model's dtype."""
     return {
         f"{name}.{key}": spec.dtype
         for name, layer in quant_modules(model).items()
@@ -79,10 +79,10 @@ def exact_floats(model: nn.Module) -> dict[str, torch.dtype]:
 
 
 def check_offload_folder(model: nn.Module, experts: Collection[nn.Module] = ()) -> None:
-    """Raise where linears are read from a checkpoint's own files, so that there is no folder to write codes to.
+    """Raise if linears are read directly from a checkpoint's files, so that there is no folder for their codes.
 
     Args:
-        model: whose linears are to be quantized.
+        model: the model whose linears are to be quantized.
         experts: modules of fused experts that are to be quantized as well.
 
     Raises:
@@ -102,9 +102,9 @@ def check_offload_folder(model: nn.Module, experts: Collection[nn.Module] = ()) 
 
 
 def quantize_left(model: nn.Module, plan: Plan) -> None:
-    """Quantize what loading has left in float, one module at a time; of those on disk the codes go there.
+    """Quantize what loading has left in float, one module at a time; the codes of modules on disk go to disk.
 
-    Left are linears and fused experts that are offloaded to disk, tied linears, and some that come fused with others.
+    These modules are linears and fused experts offloaded to disk, tied linears, and some that arrive fused with others.
 
     Raises:
         ValueError: a weight has NaN or Inf, or there is no folder for the codes.
@@ -144,7 +144,7 @@ def quantize_left(model: nn.Module, plan: Plan) -> None:
 
 
 def _put_in(model: nn.Module, module: nn.Module, quantized: nn.Module) -> None:
-    """Put a quantized module in the place of a float one, on disk too."""
+    """Replace a float module by a quantized one, on disk too."""
     for tensor in [*quantized.parameters(), *quantized.buffers()]:
         mark_initialized(tensor)
     replace_modules(model, {module: quantized})

@@ -1,7 +1,7 @@
-"""What models of transformers make themselves to be calibrated on: text that they write, filled masks, noise.
+"""Self-generated calibration data of transformers models: text that they write, filled masks, noise.
 
-A model's kind is read off what it can do and what its forward takes, never off its name. Beside text, inputs have the
-shapes of :mod:`hfquant.integrations.examples` and noise for their values.
+A model's kind is determined by its capabilities and its forward's parameters, never by its name. Inputs other than text
+have the shapes of :mod:`hfquant.integrations.examples`, filled with noise.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from hfquant.integrations.words import Words, vocabulary
 logger = logging.getLogger(__name__)
 
 WINDOWS, WINDOW, BATCH = 16, 512, 4
-#: Most tokens that a decoder writes to what its encoder reads.
+#: Maximum number of tokens that a decoder writes in response to its encoder's input.
 ANSWER = 128
-#: Nothing ends a window.
+#: End-of-text token that never occurs, so that nothing ends a window.
 _NO_TOKEN = 1 << 30
 _SPECIAL = ("_token_id", "_token_index", "_patch_id")
 _TEXT = {"input_ids", "decoder_input_ids", "attention_mask", "token_type_ids"}
 
 
 class Reader(NamedTuple):
-    """What is saved with a model to turn text, pictures and sounds into its inputs; None where there is none."""
+    """Saved processors that turn text, images and audio into a model's inputs; None for each that is missing."""
 
     tokenizer: Any = None
     images: Any = None
@@ -54,28 +54,33 @@ class Reader(NamedTuple):
 
 
 def self_made(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
-    """Have a transformers model make its own calibration data.
+    """Make a transformers model generate its own calibration data.
 
-    Under `accelerate launch` the first process makes it for all.
+    Under `accelerate launch`, the first process generates it for all.
 
     Args:
-        model: in full precision.
-        spec: what it is to make.
-        reader: what is saved with it.
-        asked: whether the user asked for it, or gave no data.
+        model: the model in full precision.
+        spec: what to generate.
+        reader: the processors saved with the model.
+        asked: True if the user requested it, False if the user gave no data.
 
     Raises:
-        CalibrationError: it cannot be known what the model's forward takes.
+        CalibrationError: the inputs of the model's forward cannot be determined, or it fails on them.
     """
     shapes = example_inputs(model)
     if shapes is None:
-        raise _cannot(model, "it is not known what its forward takes")
+        raise _cannot(model, "the inputs of its forward are unknown")
     with processes() as group:
         made = None
         with group.together():
             if group.main:
-                with evaluating(model):
-                    made = _made(model, shapes, spec, reader, asked)
+                try:
+                    with evaluating(model):
+                        made = _made(model, shapes, spec, reader, asked)
+                except CalibrationError:
+                    raise
+                except Exception as error:  # whatever the model's own code raises
+                    raise _cannot(model, f"{type(error).__name__}: {error}") from error
         found = group.gather(made)[0]
     assert found is not None
     return found
@@ -88,11 +93,11 @@ def _made(model: Any, shapes: dict[str, Any], spec: SelfSpec, reader: Reader, as
     try:
         forward(model, noise.batches[0], options_for(model, ()))
     except Exception as error:
-        raise _cannot(model, f"with noise its forward raises {type(error).__name__}: {error}") from error
+        raise _cannot(model, f"its forward fails on noise with {type(error).__name__}: {error}") from error
     if "input_ids" not in shapes or not _can_write(model) or _has_encoder(model):
         _say(model, f"{counted(noise.spec.samples or 0, 'sample')} of noise", "", asked)
         return noise
-    # A language model that sees or hears: its own text as well as noise among it.
+    # A language model with image or audio inputs: calibrate on its own text and on noise.
     text = _text(model, spec, reader, asked)
     return SelfMade([*text.batches, *noise.batches], [*text.held_out, *noise.held_out], text.spec)
 
@@ -111,7 +116,7 @@ def _text(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
     assert spec.samples is not None
     assert spec.seqlen is not None
     length = spec.seqlen
-    # Windows of the same seed and of another are kept out, to check what the others decide.
+    # Hold out windows of the same seed and of another, to check what the others decide.
     rows = [(spec.seed, i) for i in range(spec.samples + HELD_OUT)] + [(spec.seed + 1, i) for i in range(HELD_OUT)]
     generators = [generator(*row) for row in rows]
     prompts = [words.prompt(i, g) for (_, i), g in zip(rows, generators, strict=True)]
@@ -135,7 +140,7 @@ def _text(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
 
     cost = _cost(model, len(rows), min(ANSWER, length) if both else length) if writes else ""
     _say(model, f"{spec.samples} windows of {length} tokens", cost, asked)
-    # Weights that are offloaded are not in the digest, which could be that of another model.
+    # The digest does not cover offloaded weights, so it could be that of another model.
     offloaded = any(parameter.is_meta for parameter in model.parameters())
     made = make() if offloaded else kept(digest.hexdigest(), make)
     batches = list(_split({k: v[: spec.samples] for k, v in made.items()}))
@@ -160,7 +165,7 @@ def _split(made: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def _read(model: Any, words: Words, length: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """Return texts for an encoder: random tokens, or every other one filled by the model where it fills masks."""
+    """Return texts for an encoder: random tokens; a model that fills masks writes every other text itself."""
     ids = random_ids(words.ordinary, length, generators)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if words.mask is None or head is None or _can_write(model):
@@ -178,7 +183,7 @@ def _read(model: Any, words: Words, length: int, generators: Sequence[torch.Gene
 
 
 def _only(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return logits with all but some tokens impossible."""
+    """Return logits that rule out all but the given tokens."""
     allowed = torch.full((logits.shape[-1],), -torch.inf, device=logits.device)
     allowed[tokens.to(logits.device)] = 0
     return logits.float() + allowed
@@ -192,17 +197,17 @@ def _written(
     words: Words,
     read: Tensor | None = None,
 ) -> Tensor:
-    """Have a model write to prompts of any lengths at once, [rows, length] int64.
+    """Make a model continue prompts of different lengths in one batch, [rows, length] int64.
 
-    A text may end within a window: the model goes on to the next, as in packed training data.
+    A text may end within a window; the model then starts the next, as in packed training data.
 
     Args:
-        model: that generates.
-        prompts: of each row, at least a token.
-        length: tokens a row.
-        generators: one a row.
-        words: of the model.
-        read: what the encoder of a model that has one reads, its main input.
+        model: a model that generates.
+        prompts: prompt of each row, at least one token.
+        length: tokens per row.
+        generators: one per row.
+        words: tokens of the model.
+        read: the encoder's input (the main input), for a model with an encoder.
     """
     from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 
@@ -210,7 +215,8 @@ def _written(
 
     def choose(ids: Tensor, scores: Tensor) -> Tensor:
         at = ids.shape[1]
-        # Each row draws at each place, also where its prompt has the word: no row depends on the others' prompts.
+        # Each row draws at every position, even where its prompt sets the token, so no row depends on the others'
+        # prompts.
         drawn = draw(scores, generators).tolist()
         chosen = [prompt[at] if at < len(prompt) else token for prompt, token in zip(prompts, drawn, strict=True)]
         forced = torch.full_like(scores, -torch.inf)
@@ -226,32 +232,35 @@ def _written(
     inputs: dict[str, Any] = {"inputs": first, "attention_mask": torch.ones_like(first)}
     if read is not None:
         inputs = {"inputs": read.to(device_of(model)), "decoder_input_ids": first}
-    # Some classes have a `generate` of their own, for longer sounds, say.
+    # Some classes have their own `generate`, for longer audio, say.
     try:
         made = GenerationMixin.generate(
             model, **inputs, generation_config=settings, logits_processor=LogitsProcessorList([choose])
         )
-    except Exception as error:  # noqa: BLE001 (each architecture has its own ways to generate)
+    except Exception as error:  # noqa: BLE001 (each architecture generates in its own way)
         name = type(model).__name__
-        logger.warning("%s cannot write (%s: %s): random tokens take the place", name, type(error).__name__, error)
+        logger.warning(
+            "%s cannot generate text (%s: %s): using random tokens instead", name, type(error).__name__, error
+        )
         return random_ids(words.ordinary, length, generators)
     return made[:, :length].cpu()
 
 
 def _cost(model: Any, rows: int, steps: int) -> str:
-    """Return how long the model will take to write, from the time of one step."""
+    """Return an estimate of the generation time, from the time of one step."""
     ids = torch.zeros(rows, 1, dtype=torch.long)
     start = time.perf_counter()
-    forward(model, {"input_ids": ids} | ({"decoder_input_ids": ids} if _has_encoder(model) else {}))
-    return f", about {steps * (time.perf_counter() - start):.0f} s to make unless they are kept from before"
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if _has_encoder(model) else {})
+    forward(model, inputs, options_for(model, ()))
+    return f", about {steps * (time.perf_counter() - start):.0f} s to generate unless cached"
 
 
 def _say(model: Any, what: str, cost: str, asked: bool) -> None:
     why = "calibration='self'" if asked else "no calibration data was given"
-    yours = "" if asked else "; to use yours pass HfQuantConfig(..., calibration=...) or a loader"
+    yours = "" if asked else "; to use your own, pass HfQuantConfig(..., calibration=...) or a loader"
     level = logging.INFO if asked else logging.WARNING
     name = type(model).__name__
-    logger.log(level, "%s: %s, so it is calibrated on %s of its own making%s%s", name, why, what, cost, yours)
+    logger.log(level, "%s: %s, so it is calibrated on %s that it generates%s%s", name, why, what, cost, yours)
 
 
 # ------------------------------------------------------------------------------------------------------------ noise
@@ -268,7 +277,7 @@ def _noise(model: nn.Module, shapes: dict[str, Any], spec: SelfSpec, reader: Rea
 
 
 def _filled(model: Any, shapes: dict[str, Any], reader: Reader, source: torch.Generator) -> dict[str, Any]:
-    """Return example inputs with noise for values: pictures, sounds and tokens."""
+    """Return example inputs with noise for values: images, audio and tokens."""
     made = dict(shapes)
     for name, value in shapes.items():
         if not isinstance(value, Tensor):
@@ -277,7 +286,7 @@ def _filled(model: Any, shapes: dict[str, Any], reader: Reader, source: torch.Ge
             made[name] = _pictures(value, reader.images, source)
         elif name == "input_features":
             made[name] = _features(value, reader.sounds, source)
-        elif value.is_floating_point() and value.dim() > 1:
+        elif value.is_floating_point() and value.dim() > 1 and value.numel():
             made[name] = pink_noise(value.shape, 1, source).to(value)
         elif name in ("input_ids", "decoder_input_ids"):
             made[name] = _tokens(model, value, source)
@@ -290,8 +299,8 @@ def _filled(model: Any, shapes: dict[str, Any], reader: Reader, source: torch.Ge
 
 
 def _pictures(like: Tensor, processor: Any, source: torch.Generator) -> Tensor:
-    """Return pictures as a processor makes them: values around a half, shifted and scaled by its statistics."""
-    if like.dim() < 4:  # patches in a row
+    """Return images as a processor would: values around 0.5, shifted and scaled by its statistics."""
+    if like.dim() < 4:  # a row of patches
         return torch.randn(like.shape, generator=source).to(like)
     levels = (0.5 + 0.25 * pink_noise(like.shape, 2, source)).clamp(0, 1)
     processor = getattr(processor, "image_processor", processor)
@@ -305,7 +314,7 @@ def _pictures(like: Tensor, processor: Any, source: torch.Generator) -> Tensor:
 
 
 def _features(like: Tensor, extractor: Any, source: torch.Generator) -> Tensor:
-    """Return the features of pink noise as sound, by the model's extractor; else noise along time in their range."""
+    """Return the extractor's features of pink-noise audio, or else noise along time in their range."""
     rate = getattr(extractor, "sampling_rate", None)
     if rate:
         sounds = 0.1 * pink_noise((len(like), 10 * rate), 1, source)
@@ -316,7 +325,7 @@ def _features(like: Tensor, extractor: Any, source: torch.Generator) -> Tensor:
 
 
 def _tokens(model: Any, like: Tensor, source: torch.Generator) -> Tensor:
-    """Return random tokens; those that stand for pictures, or end a text, are left where they are."""
+    """Return random tokens; tokens that represent images or end a text are left unchanged."""
     fields = model.config.to_dict().items()
     special = torch.tensor([v for k, v in fields if k.endswith(_SPECIAL) and isinstance(v, int)], dtype=like.dtype)
     random = torch.randint(vocabulary(model), like.shape, generator=source).to(like)

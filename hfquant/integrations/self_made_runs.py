@@ -1,6 +1,6 @@
-"""What a pipeline of diffusers makes itself to be calibrated on: runs on prompts, classes and pictures of its own.
+"""Self-generated calibration data of diffusers pipelines: runs on built-in prompts, classes and images.
 
-What a pipeline needs is read off its call's parameters. Nothing of diffusers is imported.
+The inputs that a pipeline needs are derived from its call's parameters. This module imports nothing from diffusers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hfquant.digests import digest_of
 
 logger = logging.getLogger(__name__)
 
-#: People, animals, places, things, drawings, writing, little and much said; and nothing, as guidance asks for.
+#: People, animals, places, things, drawings, lettering, in few words and many; and an empty prompt, as for guidance.
 PROMPTS = (
     "a photograph of an old fisherman mending a net on a stone pier, morning light",
     "two cats asleep on a red sofa",
@@ -37,16 +37,16 @@ PROMPTS = (
     'a wooden sign that says "open"',
     "a simple line drawing of a bicycle on white paper",
 )
-#: Most steps of a run where the caller does not say: each timestep is sampled alike, so more of them add little.
+#: Maximum steps per run unless the caller sets them: timesteps are sampled evenly, so more steps add little.
 STEPS = 20
-#: Calls recorded of one more run, to check the result on.
+#: Calls recorded from one more run, for checking the result.
 CHECKS = 2
 _PICTURES = ("image", "control_image", "mask_image")
 _CLASSES = ("class_labels", "class_label")
 
 
 def own_calls(pipe: Any, count: int, seed: int, given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return arguments for runs of a pipeline, beside those that are given for every run."""
+    """Return arguments for runs of a pipeline, in addition to those given for every run."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     calls: list[dict[str, Any]] = []
     for i in range(count):
@@ -93,27 +93,27 @@ def self_made_runs(
     arguments: Mapping[str, Any],
     asked: bool,
 ) -> dict[str, SelfMade]:
-    """Have a pipeline run by itself, and return what each of some components was called with.
+    """Run a pipeline on generated inputs and return the recorded inputs of some of its components.
 
     Args:
-        pipe: in full precision.
-        spec: what it is to make; `samples` counts runs.
-        names: of the components, or of the models within (dotted).
-        sampler: which timesteps to keep; default: :class:`~hfquant.UniformSampler` with the spec's seed.
-        dump_path: folder to keep the recorded inputs in; default: below the Hugging Face cache's home.
-        batch_size: recorded calls a batch.
-        arguments: of every run.
-        asked: whether the user asked for it, or gave no data.
+        pipe: the pipeline in full precision.
+        spec: what to generate; `samples` is the number of runs.
+        names: names of the components, or of models within them (dotted).
+        sampler: chooses the timesteps to keep; default: :class:`~hfquant.UniformSampler` with the spec's seed.
+        dump_path: folder for the recorded inputs; default: a folder below the Hugging Face cache's home.
+        batch_size: recorded calls per batch.
+        arguments: arguments of every run.
+        asked: True if the user requested it, False if the user gave no data.
 
     Raises:
-        CalibrationError: the pipeline cannot run on what is made for it.
+        CalibrationError: the pipeline cannot run on the generated inputs.
     """
     spec = spec.settled(spec.samples or len(PROMPTS))
     assert spec.samples is not None
     arguments = dict(arguments)
     parameters = inspect.signature(type(pipe).__call__).parameters
     if "vae" in pipe.components and "vae" not in names and "output_type" in parameters:
-        arguments.setdefault("output_type", "latent")  # nothing of the decoder is recorded
+        arguments.setdefault("output_type", "latent")  # the decoder is not recorded
     calls = own_calls(pipe, spec.samples + 1, spec.seed, arguments)
     _say(pipe, calls[:-1], names, arguments, asked)
     made = {}
@@ -126,7 +126,7 @@ def self_made_runs(
             )
         except Exception as error:
             raise CalibrationError(
-                f"{type(pipe).__name__} cannot run on prompts of its own ({type(error).__name__}: {error}): pass "
+                f"{type(pipe).__name__} cannot run on built-in inputs ({type(error).__name__}: {error}): pass "
                 "prompts, call arguments or a dataset as data"
             ) from error
         checks = [other[i] for i in range(min(CHECKS, len(other)))]
@@ -142,17 +142,17 @@ def _recorded(
     dump_path: str | os.PathLike[str] | None,
     arguments: Mapping[str, Any],
 ) -> BaseCalibSet:
-    """Record in a folder that the same pipeline, calls and versions find again; in memory where it cannot be had."""
+    """Record to a folder that the same pipeline, calls and versions find again, or in memory if it is not usable."""
     if dump_path is not None:
         return generate_calibrate_set(pipe, sampler, calls, name, Path(dump_path) / name, **arguments)
     origin = provenance(pipe, find_layer(pipe, name), sampler, arguments, (0, 1))
     place = folder() / digest_of(origin, list(calls))
     try:
         return generate_calibrate_set(pipe, sampler, calls, name, place, **arguments)
-    except (OSError, RuntimeError) as error:  # a home that is read-only, a full disk; another process writes the same
+    except (OSError, RuntimeError) as error:  # a read-only home, a full disk, or another process is writing
         if os.access(place, os.W_OK) and "another process" not in str(error):
             raise
-        logger.info("recorded inputs are not kept for the next time: %s", error)
+        logger.info("recorded inputs could not be cached: %s", error)
         return generate_calibrate_set(pipe, sampler, calls, name, **arguments)
 
 
@@ -160,14 +160,14 @@ def _say(
     pipe: Any, calls: Sequence[Mapping[str, Any]], names: Sequence[str], arguments: Mapping[str, Any], asked: bool
 ) -> None:
     why = "data='self'" if asked else "no calibration data was given"
-    yours = "" if asked else "; to use yours pass prompts, call arguments or a dataset"
+    yours = "" if asked else "; to use your own, pass prompts, call arguments or a dataset"
     steps = arguments.get("num_inference_steps", calls[0].get("num_inference_steps"))
     runs = counted(len(calls), "run") + (f" of {counted(steps, 'step')}" if steps else "")
     level = logging.INFO if asked else logging.WARNING
     logger.log(
         level,
-        "%s: %s, so %s calibrated on %s that it makes by itself for each, and one more to check, unless they are kept "
-        "from before%s",
+        "%s: %s, so %s calibrated on %s that the pipeline generates for each component, plus one to check the result, "
+        "unless cached%s",
         type(pipe).__name__,
         why,
         " and ".join(names) + (" is" if len(names) == 1 else " are"),

@@ -1,4 +1,4 @@
-"""Models on the meta device, from their configs alone: what a dry run plans."""
+"""Models on the meta device, built from their configs alone, for planning a dry run."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from hfquant.denoisers import DENOISERS
 from hfquant.hub_errors import hub_errors
 from hfquant.integrations.hub import MODEL_FILE, PIPELINE_FILE, is_pipeline_name
 
-#: The name of the only component of what is no pipeline.
+#: Name of the single component of anything that is not a pipeline.
 MODEL = "model"
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What a folder or a hub repository holds, without weights.
+    """The content of a folder or hub repository, without weights.
 
     Attributes:
         kind: class of the pipeline or of the model.
-        models: component name -> model in eval mode on the meta device; what is no pipeline has one, "model".
+        models: component name -> model in eval mode on the meta device; a single model is called "model".
     """
 
     kind: str
@@ -37,20 +37,20 @@ class Skeleton:
 
     @property
     def denoisers(self) -> list[str]:
-        """Names of the components that run at each step; what is no pipeline is quantized whole."""
+        """Names of the components that run at every step; a single model is quantized as a whole."""
         return [name for name in DENOISERS if name in self.models] if self.is_pipeline else [MODEL]
 
 
 def skeleton(name: str) -> Skeleton:
-    """Read a folder or a hub repository, of which only configs are fetched.
+    """Read a folder or a hub repository; fetch only configs.
 
     Args:
-        name: local folder or hub id. With a model_index.json it is a pipeline.
+        name: local folder or hub id. If it has a model_index.json, it is a pipeline.
 
     Raises:
-        FileNotFoundError: no such folder, or it holds neither a pipeline nor a model.
+        FileNotFoundError: no such folder, or one without a pipeline or a model.
         ValueError: a class that the libraries lack.
-        OSError: the hub does not give it; the message says why (:mod:`hfquant.hub_errors`).
+        OSError: the hub cannot provide it; the message says why (:mod:`hfquant.hub_errors`).
     """
     with hub_errors(name):
         return _skeleton(name)
@@ -65,7 +65,7 @@ def _skeleton(name: str) -> Skeleton:
     found: dict[str, nn.Module] = {}
     for component, entry in index.items():
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
-            continue  # not a component, or one that is switched off
+            continue  # not a component, or a disabled one
         library, class_name = entry
         if library == "transformers" and _is_model(class_name):
             found[component] = _transformers_model(name, component)

@@ -70,22 +70,22 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         self.failure: Exception | None = None
         #: Tied quantized weights, taken out of the model's list while it is loaded.
         self.ties: dict[str, str] = {}
-        #: Names of the tensors whose dtype is the format's and not the model's.
+        #: Names of the tensors whose dtype is set by the format, not by the model.
         self.exact: set[str] = set()
-        #: While loading: put back the linears that a device map sends to disk.
+        #: While loading: puts back the linears that a device map sends to disk.
         self._put_back: Callable[[Mapping[str, Any]], None] | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Keep the linears in float that a device map sends to disk; called again where the map was inferred."""
+        """Keep linears that a device map sends to disk in float; called again if the map was inferred."""
         if self._put_back is not None and isinstance(device_map, dict):
             self._put_back(device_map)
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
-        """Leave room on each device to quantize the largest linear."""
+        """Reserve memory on each device for quantizing the largest linear."""
         return without_working_memory(max_memory, self.plan)
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Return the config that the model is made from: transformers has found hfquant, so it needs no telling."""
+        """Return the config to build the model from; since hfquant is registered, drop the reminder to import it."""
         drop_needs_hfquant(config)
         return config
 
@@ -114,20 +114,21 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             self.plan = plan_layers(model, config.rules, config.modules_to_not_convert or (), facts=facts)
             needs_no_data(self.plan)
             warn_if_empty(model, self.plan)
-            # A tied weight arrives under another name, or not at all: such linears are quantized after loading.
+            # A tied weight arrives under another name or not at all, so such linears are quantized after loading.
             tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
             arriving = {name: plan for name, plan in self.plan.layers.items() if name not in tied}
             linears = install_empty(model, arriving, facts.experts, on_disk=False)
-            # Of what goes to disk transformers reads the checkpoint's own file later on: it must hold floats.
+            # transformers later reads offloaded tensors from the checkpoint's own file, so these linears must stay
+            # float.
             self._put_back = partial(put_back, model, linears)
             if isinstance(device_map, dict):
                 self._put_back(device_map)
 
     def _forget_ties(self, model: PreTrainedModel) -> None:
-        """Take ties of quantized layers out of the model's list until :meth:`_recall_ties`.
+        """Remove ties of quantized layers from the model's list until :meth:`_recall_ties`.
 
-        transformers would fit a head's bias to the first dimension of its weight, which codes on disk have not got, and
-        knows nothing of scales.
+        transformers would fit a head's bias to the first dimension of its weight, which on-disk codes do not have, and
+        knows nothing about scales.
         """
         tied = model.all_tied_weights_keys
         self.ties = {k: v for k, v in tied.items() if isinstance(model.get_submodule(k.rpartition(".")[0]), QuantLayer)}
@@ -148,10 +149,10 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         model.all_tied_weights_keys = model.all_tied_weights_keys | kept
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Return whether a checkpoint tensor is a float weight to be quantized as it arrives.
+        """Return whether a checkpoint tensor is a float weight to be quantized on arrival.
 
-        Of a quantized checkpoint transformers asks this only where a tensor's shape is not the model's; the answer
-        says who complains, and :func:`check_loaded` does so naming the tensor.
+        For a quantized checkpoint, transformers only calls this if a tensor's shape differs from the model's. The
+        answer decides who raises the error: :func:`check_loaded` does, naming the tensor.
         """
         name, _, tensor = param_name.rpartition(".")
         if self.pre_quantized:
@@ -162,13 +163,13 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         return tensor == "weight" and isinstance(module, QuantLayer)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """No cast for codes and scales: one of the wrong dtype must be seen."""
+        """Skip the cast for codes and scales, so that a wrong dtype is detected."""
         if self.exact.issuperset(getattr(converter, "target_patterns", ("",))):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Merge, split and transpose nothing of a quantized checkpoint: it has the model's own tensors."""
+        """Disable merging, splitting and transposing for a quantized checkpoint: it has the model's own tensors."""
         updated = super().update_weight_conversions(weight_conversions, model)
         if self.pre_quantized:
             return [c for c in updated if not isinstance(c, WeightConverter)]
@@ -203,11 +204,12 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors as they are stored."""
+        """Return the tensors in their stored form."""
         state_dict = model.state_dict()
         forms = disk_forms(model)
         for key, form in forms.items():
-            # transformers reads an offloaded tensor itself, in whatever shape it has: on disk the right one.
+            # transformers reads offloaded tensors itself, in their current shape; replace those without their on-disk
+            # shape.
             if form is not None and state_dict[key].is_meta and hasattr(model, "hf_device_map"):
                 codes = load_offloaded_parameter(model, key)
                 if codes.dim() < len(form[0]):
@@ -215,7 +217,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         return codes_on_disk(state_dict, forms), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
-        # transformers passes config.dtype, which is a string once the model has been saved.
+        # transformers passes config.dtype, which is a string after the model has been saved.
         wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         tags = tags_of(model)
         model = dequantized(model, wanted)
@@ -224,17 +226,17 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Return True: as safetensors."""
+        """Return True: models are saved as safetensors."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Return True: adapters train, on a gradient that passes the rounding by; codes themselves do not."""
+        """Return True: adapters can be trained, with a gradient that bypasses the rounding; codes cannot."""
         return True
 
 
 class _TransposeFloats(Transpose):
-    """Transposes what a checkpoint has the other way round than the float model; codes have other shapes than both."""
+    """Transpose what a checkpoint stores transposed relative to the float model; the shapes of codes match neither."""
 
     def convert(self, *args: Any, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
         found: dict[str, Tensor] = super().convert(*args, model=_FloatShapes(model), **kwargs)
@@ -242,7 +244,7 @@ class _TransposeFloats(Transpose):
 
 
 class _FloatShapes:
-    """Stands for a model where the shape of a parameter is asked for: of codes, that of the float weight."""
+    """Stand in for a model when a parameter's shape is read: for codes, return the float weight's shape."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -258,7 +260,7 @@ class _FloatShapes:
 
 
 def _transposing_floats(converter: WeightConverter) -> WeightConverter:
-    """Return a converter whose transpositions by shape go by those of the float model."""
+    """Return a converter whose shape-dependent transpositions use the shapes of the float model."""
     if not any(isinstance(op, Transpose) and op.check_dims for op in converter.operations):
         return converter
     changed = copy.copy(converter)
@@ -270,15 +272,15 @@ def _transposing_floats(converter: WeightConverter) -> WeightConverter:
 
 
 class QuantizeWeight(ConversionOps):
-    """One float weight of a checkpoint to the tensors of its quantized layer (already in the model, on meta)."""
+    """Convert a float weight of a checkpoint to the tensors of its quantized layer (already in the model, on meta)."""
 
     def __init__(self, quantizer: HfQuantTransformersQuantizer) -> None:
         self.quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> dict[str, Tensor]:
-        """``{"x.weight": float}`` to ``{"x.weight": codes, "x.weight_scale": ...}``, parameters of experts likewise.
+        """Turn ``{"x.weight": float}`` into ``{"x.weight": codes, "x.weight_scale": ...}``, also for experts.
 
-        Several come at once where the checkpoint has them fused; of these, linears that stay float pass through.
+        Several arrive together if the checkpoint fuses them; linears among them that stay float pass through.
         """
         assert model is not None
         converted: dict[str, Tensor] = {}
@@ -294,9 +296,10 @@ class QuantizeWeight(ConversionOps):
                     converted.update(_quantized(key, layer, weight))
                     continue
             except ValueError as error:
-                # transformers turns an exception into a line of its report; it is raised once loading has ended.
+                # transformers turns exceptions into lines of its report, so store this one and raise it when loading
+                # has ended.
                 self.quantizer.failure = error
-            # Placeholders keep that report from calling the rest missing.
+            # Placeholders keep that report from listing the rest as missing.
             for other, (shape, kind) in layer.specs().items():
                 if other == tensor or other not in layer._parameters:
                     converted[f"{name}.{other}"] = torch.zeros((), dtype=kind or weight.dtype).expand(shape)
@@ -304,7 +307,7 @@ class QuantizeWeight(ConversionOps):
 
 
 def _quantized(key: str, layer: QuantLayer | QuantExperts, weight: Tensor) -> dict[str, Tensor]:
-    """Return the quantized tensors that a float tensor ``key`` of a checkpoint becomes, by their names there."""
+    """Return the quantized tensors for a checkpoint's float tensor ``key``, by checkpoint name."""
     name, _, tensor = key.rpartition(".")
     if isinstance(layer, QuantExperts):
         stacks = quantized_experts(key, layer, layer.plans[tensor], weight)
@@ -317,7 +320,7 @@ def _quantized(key: str, layer: QuantLayer | QuantExperts, weight: Tensor) -> di
 
 
 def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
-    """Make ``model`` one that transformers knows as quantized by ``config`` (its own copy)."""
+    """Mark ``model`` as quantized by ``config`` (its own copy) for transformers."""
     model.hf_quantizer = HfQuantTransformersQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = config.quant_method
@@ -329,17 +332,17 @@ def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """A quantized head is no longer tied to the embedding, and a later ``tie_weights()`` must not tie it again."""
+    """Untie a quantized head from the embedding, so that a later ``tie_weights()`` does not tie it again."""
     tied = model.all_tied_weights_keys
     kept = {key: other for key, other in tied.items() if _still_tied(model, key, other)}
-    # Where other weights stay tied (an encoder's and a decoder's embedding) the switch must stay on.
+    # If other weights stay tied (an encoder's and a decoder's embedding), the switch must stay on.
     if len(kept) < len(tied) and not kept:
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = kept
 
 
 def _still_tied(model: PreTrainedModel, *keys: str) -> bool:
-    """Return whether tensors that were tied still are: quantizing a layer may have given it one of its own."""
+    """Return whether tied tensors still are tied: quantizing a layer may have given it its own tensor."""
     if not any(isinstance(model.get_submodule(key.rpartition(".")[0]), QuantLayer) for key in keys):
         return True
     one, other = (model.get_parameter(key) for key in keys)
@@ -347,15 +350,15 @@ def _still_tied(model: PreTrainedModel, *keys: str) -> bool:
 
 
 def _is_own(model: PreTrainedModel) -> bool:
-    """Return whether the checkpoint was saved by ``model``'s own class; it must be complete then."""
+    """Return whether the checkpoint was saved by ``model``'s own class; if so, it must be complete."""
     return type(model).__name__ in (model.config.architectures or ())
 
 
 def _stored_names(model: PreTrainedModel, checkpoint_files: list[str] | None) -> dict[str, str] | None:
-    """Return the names of the checkpoint's tensors: as stored, and as in ``model``. None where there are no files.
+    """Return the names of the checkpoint's tensors: as stored -> as in ``model``. None if there are no files.
 
-    Another class's checkpoint has nothing for a task's head (and one without a pooler nothing for the pooler): such
-    linears stay float, for transformers to initialize and warn about.
+    The checkpoint of another class has no tensors for a task head (or, without a pooler, for the pooler). Such linears
+    stay float, for transformers to initialize and warn about.
     """
     if not checkpoint_files:
         return None

@@ -1,4 +1,4 @@
-"""The tokens that a model of transformers writes and reads, and how its texts begin."""
+"""The tokens that a transformers model writes and reads, and how its texts begin."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Words:
     """The tokens of a model and how its texts begin.
 
     Attributes:
-        ordinary: tokens that are no special ones, [tokens] int64.
+        ordinary: tokens that are not special, [tokens] int64.
         frame: special tokens before and after a text.
-        mask: the token that stands for one to be filled; None without.
-        start: the token that a decoder beside an encoder begins with.
-        limit: most tokens of a text.
+        mask: the mask token; None if there is none.
+        start: the token that the decoder of an encoder-decoder model starts with.
+        limit: maximum tokens of a text.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -45,15 +45,15 @@ class Words:
         self._bos = [bos] if isinstance(bos, int) and 0 <= bos < size else []
 
     def prompt(self, number: int, source: torch.Generator) -> list[int]:
-        """Return how the window of a number begins: with a random token, after those that begin each text.
+        """Return the start of a window by its number: usually the tokens that begin each text, then a random token.
 
-        One in four begins as a text does and one as a chat does, where the model knows a beginning and chats.
+        One in four starts like a text, and one in four like a chat, if the model knows how these start.
         """
         begun = {1: self._chat, 3: self._bos}.get(number % 4)
         return begun or [*self.frame[0], int(random_ids(self.ordinary, 1, [source]))]
 
     def framed(self, ids: Tensor) -> Tensor:
-        """Return texts [rows, length] with the special tokens around them, of the same length."""
+        """Return texts [rows, length] with special tokens around them, at the same length."""
         before, after = self.frame
         inner = ids[:, len(before) : ids.shape[1] - len(after)]
         sides = [torch.tensor(side, dtype=torch.long).expand(len(ids), -1) for side in self.frame]
@@ -61,7 +61,7 @@ class Words:
 
 
 def vocabulary(model: Any) -> int:
-    """Return how many tokens a model has."""
+    """Return the size of a model's vocabulary."""
     return int(_text_config(model).vocab_size)
 
 
@@ -70,7 +70,7 @@ def _text_config(model: Any) -> Any:
 
 
 def _positions(model: Any, config: Any) -> int | None:
-    """Return how many tokens have a position; RoBERTa and its kin count from the padding token's on."""
+    """Return the number of token positions; RoBERTa and its kin count from after the padding token."""
     most: int | None = getattr(config, "max_position_embeddings", None)
     tables = (m for n, m in model.named_modules() if "position_embed" in n and isinstance(m, nn.Embedding))
     unused = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
@@ -84,13 +84,13 @@ def _frame(tokenizer: Any, special: set[int]) -> tuple[list[int], list[int]]:
 
 
 def _chat_start(tokenizer: Any) -> list[int]:
-    """Return a chat's tokens up to what the user says, which the model then writes, and its own answer."""
+    """Return a chat's tokens up to the user's message, which the model then writes along with its answer."""
     if not getattr(tokenizer, "chat_template", None):
         return []
     words = "what the user says"
     try:
         chat = tokenizer.apply_chat_template([{"role": "user", "content": words}], tokenize=False)
-    except Exception as error:  # noqa: BLE001 (a template is a program of the model's author)
+    except Exception as error:  # noqa: BLE001 (a template is code by the model's author)
         logger.debug("the chat template does not take a user's message: %s", error)
         return []
     before, found, _ = chat.partition(words)

@@ -1,1 +1,1 @@
-"""Products on codes and scales: the op that runs a quantized layer, the table of kernels, and the kernels."""
+"""Matrix products on quantized codes: the op behind a quantized layer, the kernel table and the kernels."""

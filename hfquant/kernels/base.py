@@ -1,4 +1,4 @@
-"""What a kernel has to say of itself, and what it is given: a product, and the tensors of the product."""
+"""The kernel interface: what a kernel declares, and what it receives (a product and its tensors)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from hfquant.formats.rotation import MOST_ROTATED, rotated
 
 @dataclass(frozen=True)
 class Product:
-    """A product of a quantized input and a quantized weight, apart from its tensors.
+    """Description of a product of an input and a quantized weight, without the tensors.
 
     Attributes:
-        weight: format of the weight's codes.
-        columns: sizes of the blocks of columns that have a weight scale of their own, summing to in.
-        segments: sizes of the input segments; no block of columns straddles two.
-        input: how the input is quantized; None where it is not.
+        weight: format of the weight codes.
+        columns: sizes of the column blocks, each with its own weight scale; they sum to in.
+        segments: sizes of the input segments; no column block straddles two.
+        input: how the input is quantized; None if it is not.
         symmetric: whether the weight has no zero points.
-        rotation: size of the blocks of the divided input's channels that are rotated; 0 for none.
+        rotation: size of the blocks of input channels that are rotated, after the division; 0 for none.
         in_features: columns of the weight.
-        unrotated: the product of an input that is rotated already.
-        key: the product as text (JSON), what the op takes: a traced graph then says what it computes.
+        unrotated: the same product for an input that is already rotated.
+        key: the product as text (JSON), passed to the op so that a traced graph shows what it computes.
     """
 
     weight: NumberFormat
@@ -43,7 +43,7 @@ class Product:
     key: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        # Plain attributes: read at each call, and torch.compile cannot follow a property that caches.
+        # Plain attributes: they are read at each call, and torch.compile cannot trace a cached property.
         object.__setattr__(self, "in_features", sum(self.segments))
         object.__setattr__(self, "key", self._key())
         object.__setattr__(self, "unrotated", replace(self, rotation=0) if self.rotation else self)
@@ -67,18 +67,18 @@ class Product:
 
 @cache
 def product_of(key: str) -> Product:
-    """Return the product that :attr:`Product.key` names; equal texts give one object.
+    """Return the product described by a :attr:`Product.key`; equal keys return the same object.
 
     Raises:
-        ValueError: the text is not a product's.
+        ValueError: the text does not describe a product.
     """
     try:
         spec = json.loads(key)
         segments = tuple(int(s) for s in spec["segments"])
         runs = [(int(size), int(count)) for size, count in spec["columns"]]
-        # Looked at before columns are spread out: a wrong count could be of any size.
+        # Checked before the runs are expanded: a wrong count could be arbitrarily large.
         if min(*segments, *chain(*runs)) < 1 or sum(size * count for size, count in runs) != sum(segments):
-            raise ValueError("columns and segments do not fit")
+            raise ValueError("columns and segments do not match")
         columns = tuple(chain.from_iterable([size] * count for size, count in runs))
         if not set(accumulate(segments)) <= set(accumulate(columns)):
             raise ValueError("a block of columns straddles two segments")
@@ -86,7 +86,7 @@ def product_of(key: str) -> Product:
         if "input" in spec:
             dual = tuple(bool(d) for d in spec.get("dual", [False] * len(segments)))
             if len(dual) != len(segments):
-                raise ValueError("dual and segments do not fit")
+                raise ValueError("dual and segments do not match")
             form = number_format(spec["input"])
             rule = InputRule(form, bool(spec["dynamic"]), bool(spec["per_token"]), segments, dual)
         rotation = int(spec.get("rotation", 0))
@@ -105,8 +105,8 @@ class Operands(NamedTuple):
         weight: packed codes, [out, ...].
         scale, scale_row, zero_point: of the weight, as stored.
         input_scale, input_scale_neg: [segments] float32; static inputs only.
-        divisor: [in] float32, what the input is divided by before it is quantized.
-        down, up: [r, in] and [out, r], the float branch that acts on the raw input.
+        divisor: [in] float32, the smoothing vector by which the input is divided before it is quantized.
+        down, up: [r, in] and [out, r], the low-rank branch, which acts on the raw input.
         bias: [out].
     """
 
@@ -122,13 +122,13 @@ class Operands(NamedTuple):
     bias: Tensor | None = None
 
     def rows(self, rows: slice) -> Operands:
-        """Return the operands of some output rows."""
+        """Return the operands for a slice of output rows."""
         per_row = ("weight", "scale", "scale_row", "zero_point", "up", "bias")
         parts = {name: tensor[rows] for name in per_row if (tensor := getattr(self, name)) is not None}
         return self._replace(**parts)
 
     def grid(self, product: Product) -> Grid:
-        """Return the grid of the weight's codes."""
+        """Return the grid of the weight codes."""
         stored = {
             "weight_scale": self.scale,
             "weight_scale_row": self.scale_row,
@@ -137,11 +137,11 @@ class Operands(NamedTuple):
         return Grid.from_tensors(product.weight, product.columns, stored)
 
     def codes(self, product: Product) -> Tensor:
-        """Return the weight's unpacked codes [out, in]."""
+        """Return the unpacked weight codes [out, in]."""
         return product.weight.unpack(self.weight, product.in_features)
 
     def quantized_input(self, x: Tensor, product: Product) -> tuple[Tensor, Tensor | None]:
-        """Return the values of the codes of ``x`` [..., in] float32, and their scale; see ``InputRule.quantize``."""
+        """Return the code values of ``x`` [..., in] float32 and their scale; see ``InputRule.quantize``."""
         if self.divisor is not None:
             x = x / self.divisor
         x = rotated(x, product.rotation)
@@ -150,7 +150,7 @@ class Operands(NamedTuple):
         return product.input.quantize(x, self.input_scale, self.input_scale_neg)
 
     def added(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the product ``y`` [..., out] float32 plus the float branch of ``x`` [..., in] and the bias."""
+        """Return the product ``y`` [..., out] float32 plus the low-rank branch of ``x`` [..., in] and the bias."""
         if self.down is not None and self.up is not None:
             y = y + (x @ self.down.float().T) @ self.up.float().T
         return y if self.bias is None else y + self.bias.float()
@@ -160,14 +160,14 @@ Run = Callable[[Tensor, Operands, Product], Tensor]
 
 
 def over_tokens(run: Run) -> Run:
-    """Return a kernel's ``run`` that takes [tokens, in] as one that takes [..., in]."""
+    """Wrap a kernel's ``run`` that takes [tokens, in] so that it takes [..., in]."""
 
     @wraps(run)
     def flattened(x: Tensor, operands: Operands, product: Product) -> Tensor:
         if x.dim() == 2:
             return run(x, operands, product)
         y = run(x.reshape(-1, product.in_features), operands, product)
-        # Nobody else has y, and what autograd takes for a view cannot be added to in place, as Falcon does.
+        # Not a regular view: autograd rejects in-place additions to those (Falcon does one). Nothing else references y.
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     return flattened
@@ -175,16 +175,16 @@ def over_tokens(run: Run) -> Run:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way to compute a product. A new one is one file and one line in :mod:`hfquant.kernels`.
+    """A way to compute a product. To add one, write one file and add one line to :mod:`hfquant.kernels.table`.
 
     Attributes:
-        name: what ``HFQUANT_KERNEL`` and ``hfquant kernels`` call it.
-        device: type of the devices that it runs on; "" for any.
-        missing: returns what this machine lacks to run it, "" where nothing.
-        refuses: returns why it cannot compute a product exactly, "" where it can.
-        pays: whether it is to be preferred to the kernels after it, for a number of tokens and of output rows.
-        run: computes [..., in] of any float dtype, with at least one token, to [..., out] of the same dtype.
-        rotates: whether ``run`` rotates inputs where the product says so; else it gets them divided and rotated.
+        name: its name in ``HFQUANT_KERNEL`` and ``hfquant kernels``.
+        device: device type it runs on; "" for any.
+        missing: returns what this machine lacks to run it, "" if nothing.
+        refuses: returns why it cannot compute a product exactly, "" if it can.
+        pays: whether to prefer it to the kernels after it, for an input dtype and numbers of tokens and output rows.
+        run: maps [..., in] of any float dtype, with at least one token, to [..., out] of the same dtype.
+        rotates: whether ``run`` applies the product's rotation; if not, it receives inputs already divided and rotated.
     """
 
     name: str

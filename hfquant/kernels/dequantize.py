@@ -1,6 +1,6 @@
-"""The product in floats: blocks of the weight are dequantized and multiplied, so it is never there whole.
+"""Float product with the weight dequantized block by block, so that the whole weight never exists in float.
 
-It computes every product on every device; in fake quantization it is the only kernel, otherwise the last resort.
+It computes every product on every device. In fake quantization it is the only kernel; otherwise it is the last resort.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from hfquant.formats import expand_columns
 from hfquant.formats.rotation import rotated
 from hfquant.kernels.base import Kernel, Operands, Product, over_tokens
 
-#: Weights in a block: 2 MB of float32, within a core's second-level cache.
+#: Weights per block: 2 MB of float32, within a core's L2 cache.
 BLOCK = 1 << 19
 
 
 def blocks(operands: Operands, product: Product) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of rows and their float32 weight [rows, in] (transformed, without the float branch)."""
+    """Yield row slices and their float32 weights [rows, in] (transformed, without the low-rank branch)."""
     out = len(operands.weight)
     count = max(BLOCK // product.in_features, 16)
     for start in range(0, out, count):
@@ -45,9 +45,9 @@ def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
 
 
 def gradient(grad: Tensor, operands: Operands, product: Product) -> Tensor:
-    """Return the gradient of the input, [tokens, in], for that of the output, [tokens, out].
+    """Return the input gradient [tokens, in] for an output gradient [tokens, out].
 
-    Activations' rounding counts as the identity (straight through), so it is the product with the effective weight.
+    Rounding of activations counts as the identity (straight-through), so this is the product with the effective weight.
     """
     g = grad.float()
     total = g.new_zeros(len(g), product.in_features)

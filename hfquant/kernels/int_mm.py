@@ -1,7 +1,7 @@
-"""``torch._int_mm``, int8 times int8 to int32: on CPUs with VNNI, where it is fast, and on CUDA without Triton.
+"""``torch._int_mm``, int8 x int8 to int32: on CPUs with VNNI, where it is fast, and on CUDA without Triton.
 
-The rest is torch's own ops: the input is quantized by ``InputRule``, the sums are scaled after. So it is the kernel of
-machines that have no compiler for a faster one. Without VNNI ``_int_mm`` is right too, and 20 to 50 times slower than
+Everything else uses torch ops: ``InputRule`` quantizes the input, and the sums are scaled afterwards. It is the kernel
+for machines without a compiler for a faster one. Without VNNI ``_int_mm`` is still correct, but 20x to 50x slower than
 float32.
 """
 
@@ -13,12 +13,12 @@ from torch.nn.functional import pad
 
 from hfquant.kernels.base import Kernel, Operands, Product, over_tokens
 
-#: Sums at a time on the CPU: 1 MB of int32, within a core's second-level cache until they are scaled.
+#: Sums computed at a time on the CPU: 1 MB of int32, which stays in a core's L2 cache until it is scaled.
 BLOCK = 1 << 18
 
 
 def refuses(product: Product) -> str:
-    """Return why the product is not one of int8 by int8 with one scale a row and segment; "" where it is."""
+    """Return why the product is not int8 x int8 with one weight scale per row and segment; "" if it is."""
     rule, form = product.input, product.weight
     if rule is None:
         return "the input is not quantized"
@@ -27,31 +27,31 @@ def refuses(product: Product) -> str:
     if not rule.format.is_integer or rule.format.bits > 8:
         return f"the input is {rule.format.name}, not integers of up to 8 bits"
     if any(rule.dual):
-        return "the input has dual scale, codes of 16 bits"
+        return "the input has dual scales, whose codes have 16 bits"
     if product.columns != product.segments:
-        return "the weight has several scales a row and segment"
+        return "the weight has several scales per row and segment"
     if min(product.segments) == 1:
-        # Seen with torch 2.13 on a CPU with VNNI: the transpose of a contiguous [N, 1] is read with a wrong stride.
+        # Seen with torch 2.13 on a CPU with VNNI: it reads the transpose of a contiguous [N, 1] with a wrong stride.
         return "torch._int_mm is wrong for one column"
-    # Less a zero point, a code takes 9 bits.
+    # A code minus its zero point takes 9 bits.
     if product.in_features * 128 * 255 >= 2**31:
         return f"sums over {product.in_features} columns may not fit 32 bits"
     return ""
 
 
 def refuses_on_cuda(product: Product) -> str:
-    """Return :func:`refuses`, or that the columns are not a multiple of 8, as cuBLAS wants them."""
+    """Return the reason from :func:`refuses`, or that a segment is not a multiple of 8 columns, as cuBLAS requires."""
     uneven = next((size for size in product.segments if size % 8), 0)
-    return refuses(product) or (f"{uneven} columns are no multiple of 8" if uneven else "")
+    return refuses(product) or (f"{uneven} columns are not a multiple of 8" if uneven else "")
 
 
 def missing_on_cpu() -> str:
-    """Return what this CPU lacks; "" where nothing."""
+    """Return what this CPU lacks; "" if nothing."""
     return "" if torch.cpu._is_vnni_supported() else "this CPU has no VNNI"
 
 
 def missing_on_cuda() -> str:
-    """Return what this machine lacks; "" where nothing."""
+    """Return what this machine lacks; "" if nothing."""
     return "" if torch.cuda.is_available() else "there is no CUDA device"
 
 
@@ -60,12 +60,12 @@ def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
     """Return ``x`` [tokens, in] times the weight, [tokens, out].
 
     Raises:
-        ValueError: on CUDA, the output's features are no multiple of 8 (only where this kernel is forced).
+        ValueError: on CUDA, the number of output features is not a multiple of 8 (only if this kernel is forced).
     """
     raw = x.float()
     values, scale = operands.quantized_input(raw, product)
     assert scale is not None
-    # A token with a NaN has no codes; its scale makes NaN of whatever they are.
+    # A token with a NaN has no valid codes: propagate the NaN to its scale, so that its output is NaN.
     scale = scale + values.sum(-1, keepdim=True) * 0
     codes, out = values.to(torch.int8), len(operands.weight)
     if x.is_cuda:
@@ -79,7 +79,7 @@ def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
 
 
 def _scaled(codes: Tensor, scale: Tensor, raw: Tensor, operands: Operands, product: Product) -> Tensor:
-    """Return the output, float32: int32 sums of each segment, less the zero point's share, scaled, all else added."""
+    """Return the float32 output: int32 sums per segment, corrected for zero points and scaled, plus branch and bias."""
     grid = operands.grid(product)
     assert grid.scale is not None
     multiply = _sums_on_cuda if codes.is_cuda else torch._int_mm
@@ -96,8 +96,8 @@ def _scaled(codes: Tensor, scale: Tensor, raw: Tensor, operands: Operands, produ
 def _sums_on_cuda(codes: Tensor, weight: Tensor) -> Tensor:
     """Return ``codes`` [tokens, in] times ``weight`` [in, out], int32."""
     if weight.shape[1] % 8:
-        raise ValueError(f"int_mm on CUDA: {weight.shape[1]} output features are no multiple of 8")
-    # It takes more than 16 rows.
+        raise ValueError(f"int_mm on CUDA: {weight.shape[1]} output features are not a multiple of 8")
+    # On CUDA ``_int_mm`` requires more than 16 rows.
     few = max(17 - len(codes), 0)
     return torch._int_mm(pad(codes, (0, 0, 0, few)) if few else codes, weight)[: len(codes)]
 

@@ -1,7 +1,7 @@
 """``torch.ops.hfquant.linear``: the op that runs a quantized layer, traced, exported and differentiated as one node.
 
-Outside of a trace, and where no gradient is asked for, :func:`linear` calls the kernel itself: the dispatcher and the
-text that names the product would cost as much as a small layer.
+Outside a trace, and if no gradient is needed, :func:`linear` calls the kernel directly: the dispatcher and the text key
+of the product would cost as much as a small layer.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def linear(x: Tensor, operands: Operands, product: Product, real: bool) -> Tenso
     Args:
         x: the input.
         operands: tensors of the product.
-        product: what is computed.
-        real: run on the codes where a kernel pays; else on dequantized floats.
+        product: what to compute.
+        real: whether to run on the codes if a kernel pays; otherwise run on the dequantized weight.
 
     Raises:
-        ValueError, TypeError: an operand's shape or dtype is not the product's; a forced kernel cannot compute it.
+        ValueError, TypeError: an operand has a wrong shape or dtype; a forced kernel cannot compute the product.
     """
     direct = type(x) in (Tensor, Parameter) and not x.is_meta and not torch.compiler.is_compiling()
     if direct and not (x.requires_grad and torch.is_grad_enabled()):
@@ -48,7 +48,7 @@ def _run(x: Tensor, operands: Operands, product: Product, real: bool) -> Tensor:
     out, size = operands.weight.shape[0], x.numel()
     if not size:
         return x.new_zeros(*x.shape[:-1], out)
-    device = "cpu" if x.is_cpu else x.device.type  # the first takes a tenth of the time
+    device = "cpu" if x.is_cpu else x.device.type  # is_cpu takes a tenth of the time
     kernel = pick(product, device, x.dtype, size // product.in_features, out) if real else dequantize.KERNEL
     run = _rotated(kernel.run) if product.rotation and not kernel.rotates else kernel.run
     if device != "meta" and torch.is_autocast_enabled(device):
@@ -58,7 +58,7 @@ def _run(x: Tensor, operands: Operands, product: Product, real: bool) -> Tensor:
 
 
 def _rotated(run: Run) -> Run:
-    """Return ``run`` of the input as it is after division and rotation."""
+    """Wrap ``run`` so that it receives the input already divided and rotated."""
 
     def of_raw(x: Tensor, operands: Operands, product: Product) -> Tensor:
         divided = x.float() if operands.divisor is None else x.float() / operands.divisor
@@ -80,7 +80,7 @@ def _op(x: Tensor, *arguments: Any) -> Tensor:
 def _fake(x: Tensor, *arguments: Any) -> Tensor:
     *tensors, key, _ = arguments
     operands = Operands(*tensors)
-    # Here too: a weight on the meta device and an input that is not come here, and nothing would be computed.
+    # Checked here too: a meta weight with a real input is dispatched here, and nothing would be computed.
     check(x, operands, product_of(key))
     return x.new_empty(*x.shape[:-1], operands.weight.shape[0])
 
@@ -123,7 +123,7 @@ torch.library.register_autograd("hfquant::linear", _backward, setup_context=_set
 
 
 def check(x: Tensor, operands: Operands, product: Product) -> None:
-    """Raise where tensors are not the product's: a kernel may trust shapes and dtypes.
+    """Check that the tensors match the product, so that kernels can rely on shapes and dtypes.
 
     Raises:
         TypeError: a dtype is wrong.

@@ -1,7 +1,8 @@
-"""The integer-exact product every faster kernel is checked against.
+"""Integer-exact reference product that every faster kernel is checked against.
 
-Codes are multiplied, summed and scaled in float64, and rounded to float32 once, at the end. Sums of products of integer
-codes of up to 16 bits are exact up to K = 2^21 terms, those of FP8 E4M3 values up to 2^17; no intermediate overflows.
+Codes are multiplied, summed and scaled in float64; the result is rounded to float32 once, at the end. Sums of products
+of integer codes of up to 16 bits are exact up to K = 2^21 terms, and of FP8 E4M3 values up to 2^17. No intermediate
+overflows.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ def scaled_matmul(x: Tensor, x_scale: Tensor | None, codes: Tensor, grid: Grid, 
     """Return ``Y = sum_g s_x s_w[:, g] (X_g W_g^T - z_g rowsum(X_g))`` over column blocks g.
 
     Args:
-        x: [..., in] float32, values of activation codes (or plain activations, weight-only).
-        x_scale: [..., segments] or [segments] float32, or None (weight-only, formats without a scale).
-        codes: [out, in], unpacked codes of the weight.
-        grid: of the weight; each of its column blocks lies within one segment.
+        x: [..., in] float32, the values of activation codes; for weight-only products the activations themselves.
+        x_scale: [..., segments] or [segments] float32, or None (weight-only products, formats without a scale).
+        codes: [out, in], unpacked weight codes.
+        grid: grid of the weight; each column block lies within one input segment.
         segments: sizes of the input segments.
 
     Returns:

@@ -1,8 +1,8 @@
-"""``torch._scaled_mm``, FP8 times FP8, on CUDA devices that multiply FP8 (compute capability 8.9 and above).
+"""``torch._scaled_mm``, FP8 x FP8, on CUDA devices that multiply FP8 (compute capability 8.9 and above).
 
-The codes are multiplied without scales into float32, one input segment at a time, and scaled after: so it is one way
-for scales of a tensor, a token and a row, and nothing depends on which of these a version of cuBLAS takes. The sums are
-as precise as the device's tensor cores make them (``use_fast_accum`` is off).
+Codes are multiplied without scales into float32, one input segment at a time, and scaled afterwards. One code path thus
+serves per-tensor, per-token and per-row scales, whichever of them the cuBLAS version supports. The sums are as precise
+as the device's tensor cores (``use_fast_accum`` is off).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from hfquant.formats import FloatFormat
 from hfquant.kernels.base import Kernel, Operands, Product, over_tokens
 from hfquant.kernels.triton import host, quantize
 
-#: What cuBLAS wants columns and output features to be a multiple of.
+#: cuBLAS requires columns and output features to be multiples of this.
 MULTIPLE = 16
 
 
 def missing() -> str:
-    """Return what this machine lacks; "" where nothing."""
+    """Return what this machine lacks; "" if nothing."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if torch.version.hip is not None:
@@ -31,7 +31,7 @@ def missing() -> str:
 
 
 def refuses(product: Product) -> str:
-    """Return why the product is not one of FP8 by FP8 with one scale a row and segment; "" where it is."""
+    """Return why the product is not FP8 x FP8 with one weight scale per row and segment; "" if it is."""
     rule, form = product.input, product.weight
     if rule is None:
         return "the input is not quantized"
@@ -41,7 +41,7 @@ def refuses(product: Product) -> str:
     if form.name == rule.format.name == "fp8e5m2":
         return "cuBLAS does not multiply E5M2 by E5M2"
     if product.columns != product.segments:
-        return "the weight has several scales a row and segment"
+        return "the weight has several scales per row and segment"
     if any(size % MULTIPLE for size in product.segments):
         return f"segments {list(product.segments)} are not all multiples of {MULTIPLE}"
     return ""
@@ -52,11 +52,11 @@ def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
     """Return ``x`` [tokens, in] times the weight, [tokens, out].
 
     Raises:
-        ValueError: on CUDA, the output's features are no multiple of 16 (only where this kernel is forced).
+        ValueError: on CUDA, the number of output features is not a multiple of 16 (only if this kernel is forced).
     """
     weight, out = operands.weight, len(operands.weight)
     if x.is_cuda and out % MULTIPLE:
-        raise ValueError(f"scaled_mm: {out} output features are no multiple of {MULTIPLE}")
+        raise ValueError(f"scaled_mm: {out} output features are not a multiple of {MULTIPLE}")
     codes, scale = _quantized(x, operands, product)
     form, row = product.weight, operands.grid(product).scale
     assert isinstance(form, FloatFormat)
@@ -73,7 +73,7 @@ def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
 
 
 def _quantized(x: Tensor, operands: Operands, product: Product) -> tuple[Tensor, Tensor]:
-    """Return codes [tokens, in] of an FP8 dtype, and their scale [tokens, segments] or [segments] float32."""
+    """Return codes [tokens, in] in an FP8 dtype and their scale, [tokens, segments] or [segments] float32."""
     rule = product.input
     assert rule is not None
     assert isinstance(rule.format, FloatFormat)

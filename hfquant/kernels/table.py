@@ -1,4 +1,4 @@
-"""The table of kernels and the choice among them: the first that the machine has, that is exact and that pays."""
+"""Kernel table and dispatch: the first kernel that this machine can run, that is exact and that pays."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ VARIABLE = "HFQUANT_KERNEL"
 
 
 def pick(product: Product, device: str, dtype: torch.dtype, tokens: int, out: int) -> Kernel:
-    """Return the kernel for a product of ``tokens`` rows of ``dtype`` with ``out`` rows of weight.
+    """Return the kernel for a product of ``tokens`` input rows of ``dtype`` and ``out`` weight rows.
 
     Raises:
-        ValueError: ``HFQUANT_KERNEL`` is not the name of a kernel, or of one that cannot run here or compute this.
+        ValueError: ``HFQUANT_KERNEL`` names no kernel, or one that cannot run here or cannot compute the product.
     """
     return _pick(product.key, device, dtype, tokens, out, os.environ.get(VARIABLE, ""))
 
@@ -51,7 +51,7 @@ def _pick(key: str, device: str, dtype: torch.dtype, tokens: int, out: int, forc
 
 
 def obstacle(kernel: Kernel, product: Product, device: str) -> str:
-    """Return why ``kernel`` cannot compute a product on a type of device of this machine; "" where it can."""
+    """Return why ``kernel`` cannot compute a product on a device type of this machine; "" if it can."""
     if kernel.device not in ("", device):
         return f"it runs on {kernel.device}, not {device}"
     return kernel.missing() or kernel.refuses(product)
@@ -59,7 +59,7 @@ def obstacle(kernel: Kernel, product: Product, device: str) -> str:
 
 def _forced(product: Product, device: str, name: str) -> Kernel:
     if name not in KERNELS:
-        raise ValueError(f"{VARIABLE}={name}: unknown kernel; there are {', '.join(KERNELS)}")
+        raise ValueError(f"{VARIABLE}={name}: unknown kernel; available: {', '.join(KERNELS)}")
     kernel = KERNELS[name]
     if why := obstacle(kernel, product, device):
         raise ValueError(f"{VARIABLE}={name} cannot compute {product.key} here: {why}")

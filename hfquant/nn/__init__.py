@@ -1,1 +1,1 @@
-"""The modules that quantized layers become."""
+"""Quantized modules, the replacements for float layers."""

@@ -1,4 +1,4 @@
-"""What the guard (:mod:`hfquant.guard`) asks of a quantized layer, so that it need not know which kind it has."""
+"""The interface through which the guard (:mod:`hfquant.guard`) checks a quantized layer of any kind."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
     from hfquant.nn.layer import QuantLayer
 
 See = Callable[[str, Tensor, Tensor], Tensor | None]
-"""Is told of a product: which of a module's parts made it, of what, and the output; may return another output."""
+"""Called with each product's part name, input and output; may return a replacement for the output."""
 
 
 class Checked(nn.Module):
-    """The side of a :class:`~hfquant.nn.layer.QuantLayer` that is compared with its float one, as linears have it.
+    """The methods that compare a :class:`~hfquant.nn.layer.QuantLayer` with its float layer, as linears implement them.
 
-    :class:`~hfquant.nn.experts.QuantExperts`, which has many matrices, has :meth:`parts`, :meth:`listen` and
-    :meth:`with_parts` of its own; its parts have the rest.
+    :class:`~hfquant.nn.experts.QuantExperts`, which has many matrices, has its own :meth:`parts`, :meth:`listen` and
+    :meth:`with_parts`; the other methods are those of its parts.
     """
 
     def parts(self) -> dict[str, QuantLayer]:
-        """Return the layers of one matrix that this is made of, by name: "" for itself."""
+        """Return the single-matrix layers of this module by name; "" names the module itself."""
         return {"": cast("QuantLayer", self)}
 
     def listen(self, see: See) -> RemovableHandle:
-        """Have ``see`` called with each input that is multiplied and its output, until the handle is removed."""
+        """Call ``see`` with each input that is multiplied and its output until the handle is removed."""
         return self.register_forward_hook(lambda m, args, kwargs, y: see("", first(args, kwargs), y), with_kwargs=True)
 
     def float_output(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        """Return what the float layer gives for an input that :meth:`listen` saw, in float32."""
+        """Return the float layer's output, in float32, for an input seen by :meth:`listen`."""
         return F.linear(x.float(), matrix.float(), None if bias is None else bias.float())
 
     def output_rows(self, y: Tensor) -> Tensor:
@@ -42,14 +42,14 @@ class Checked(nn.Module):
         return y.reshape(-1, y.shape[-1])
 
     def input_rows(self, x: Tensor, index: Tensor) -> Tensor:
-        """Return what :meth:`multiply` makes rows ``index`` of the output of, from the input."""
+        """Return the part of the input from which :meth:`multiply` computes rows ``index`` of the output."""
         return x.reshape(-1, x.shape[-1])[index]
 
     def with_parts(self, parts: Mapping[str, QuantLayer | None], original: nn.Module) -> nn.Module:
-        """Return what this becomes with other :meth:`parts`.
+        """Return the replacement for this module with other :meth:`parts`.
 
         Args:
-            parts: by name; None for float.
+            parts: layers by name; None for float.
             original: the float module.
         """
         return parts[""] or original

@@ -1,8 +1,8 @@
-"""Convolutions: linears on unfolded rows, columns ordered [kernel positions, input channels].
+"""Convolutions: linears on unfolded rows, with columns ordered [kernel positions, input channels].
 
-Those with quantized inputs unfold tile by tile into the product that linears run on. Weight-only ones do so where that
-is faster (:meth:`QuantConv._unfolds`), else they dequantize block by block into torch's convolution. Groups, and
-transposed convolutions, stay in float.
+With quantized inputs, they are unfolded tile by tile and multiplied as linears are. Weight-only convolutions do the
+same if it is faster (:meth:`QuantConv._unfolds`); otherwise their weight is dequantized block by block and passed to
+torch's convolution. Grouped and transposed convolutions stay in float.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
     from hfquant.layer_plan import LayerPlan
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-#: Values of unfolded rows that are there at once: 32 MB of float32.
+#: Maximum number of unfolded values in memory at once: 32 MB of float32.
 TILE = 1 << 23
-#: Values of dequantized weights that are there at once, likewise.
+#: Maximum number of dequantized weights in memory at once, also 32 MB.
 BLOCK = 1 << 23
-#: Output channels from which on unfolding an input into a weight-only product pays.
+#: Minimum number of output channels for which unfolding a weight-only convolution pays off.
 FEWEST = 192
-#: Rows of one input that calibration looks at, at most, and values in them (128 MB of float32).
+#: Maximum number of rows that calibration samples from one input, and of values in them (128 MB of float32).
 ROWS, VALUES = 4096, 1 << 25
 
 
 class QuantConv(QuantLayer):
-    """A quantized convolution. Its class is made for each class of float ones, which it is a subclass of.
+    """A quantized convolution; each float class gets its own quantized subclass.
 
-    What such a class does before it convolves (pad with earlier frames, cut into chunks) it goes on doing: torch's own
-    ``_conv_forward`` is what is replaced.
+    Whatever the float class does before it convolves (pad with earlier frames, split into chunks) still happens: only
+    torch's ``_conv_forward`` is replaced.
     """
 
     in_channels: int
@@ -58,22 +58,22 @@ class QuantConv(QuantLayer):
 
     @staticmethod
     def takes(module: nn.Module) -> bool:
-        """Return whether ``module`` is a convolution of one, two or three dimensions."""
+        """Return whether ``module`` is a 1-D, 2-D or 3-D convolution."""
         return isinstance(module, CONVS)
 
     @staticmethod
     def refuses(module: nn.Module) -> str:
-        """Return why it stays in float: groups, or a subclass that does not leave its weight to torch."""
+        """Return why it stays in float: it has groups, or its class accesses the weight outside torch's own code."""
         assert isinstance(module, CONVS)
         if module.groups != 1:
             return f"a convolution in {module.groups} groups"
         if not _leaves_its_weight_alone(cast(Any, type(module))):
-            return f"a convolution whose class, {type(module).__name__}, uses the weight by itself"
+            return f"a convolution whose class, {type(module).__name__}, uses the weight directly"
         return ""
 
     @staticmethod
     def optional(module: nn.Module) -> str:
-        """Return "edge_convs" for one between a model and its images or latents: small, and hard to quantize."""
+        """Return "edge_convs" for small convolutions next to images or latents, which are hard to quantize."""
         assert isinstance(module, CONVS)
         few, many = sorted((module.in_channels, module.out_channels))
         patches = module.kernel_size == module.stride and math.prod(module.kernel_size) > 1
@@ -81,10 +81,10 @@ class QuantConv(QuantLayer):
 
     @staticmethod
     def fitted(config: LayerConfig) -> LayerConfig:
-        """Return the config with one scale a row in place of a dynamic one a tensor: no tile knows all the rows.
+        """Return the config with dynamic scales per row instead of per tensor, since no tile sees all the rows.
 
-        Nor is the input cut: parts of a row are positions of the kernel, each with all channels. And channels are not
-        mixed, which would be done again at each position.
+        The input is not split into segments either, because parts of a row are kernel positions, each with all
+        channels. And channels are not mixed, since that would be repeated at each position.
         """
         quant, transform = config.input_quant, config.opt.unmixed()
         if quant is not None:
@@ -100,12 +100,12 @@ class QuantConv(QuantLayer):
     def float_weight(matrix: Tensor, shape: torch.Size) -> Tensor:
         """Return [out, kernel positions * in] as [out, in, *kernel]."""
         out, channels, *kernel = shape
-        # Through one dimension: strides of dimensions of 1 make torch take a weight for a channels-last one.
+        # Via one dimension: with the strides of size-1 dimensions, torch would take the weight for channels-last.
         return matrix.view(out, *kernel, channels).movedim(-1, 1).reshape(-1).view(shape)
 
     @staticmethod
     def watch(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
-        """Have ``see`` called with what is convolved, which a subclass may have made of the module's input."""
+        """Call ``see`` with the convolution's own input, which a subclass may derive from the module's input."""
         convolve = cast(Any, module)._conv_forward
 
         def watched(input: Tensor, *args: Any) -> Tensor:
@@ -116,7 +116,7 @@ class QuantConv(QuantLayer):
 
     @staticmethod
     def rows(module: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return unfolded rows [rows, in], drawn by chance where there are many, and the ranges of the others."""
+        """Return unfolded rows [rows, in], a random sample if there are many, and bounds on the rows left out."""
         conv = cast(QuantConv, module)
         padded = _padded(conv, _batched(conv, x))
         seen = windows(padded, conv.kernel_size, conv.stride, conv.dilation)
@@ -127,7 +127,7 @@ class QuantConv(QuantLayer):
 
     @classmethod
     def replacing(cls, module: nn.Module, plan: LayerPlan) -> Self:
-        """Return an empty layer on the meta device to take the place of a float module, and to know its way back."""
+        """Return an empty layer on the meta device that replaces a float module and can be converted back to it."""
         layer = cast(Self, object.__new__(quantized_class(cast(Any, type(module)))))
         weight = module.get_parameter("weight")
         QuantLayer.__init__(layer, plan, cast(Any, module).bias is not None, "meta", weight.dtype)
@@ -137,7 +137,7 @@ class QuantConv(QuantLayer):
         return layer
 
     def listen(self, see: See) -> RemovableHandle:
-        """Have ``see`` called with what is convolved, which a subclass may have made of the module's input."""
+        """Call ``see`` with the convolution's own input, which a subclass may derive from the module's input."""
         convolve = self._conv_forward
 
         def watched(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -148,22 +148,22 @@ class QuantConv(QuantLayer):
         return overridden(self, "_conv_forward", watched)
 
     def float_output(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        """Return what the float convolution gives for an input that :meth:`listen` saw, in float32."""
+        """Return the float convolution's output, in float32, for an input seen by :meth:`listen`."""
         weight = self.float_weight(matrix.float(), self.float_shape)
         return self._convolve(x.float(), weight, None if bias is None else bias.float())
 
     def output_rows(self, y: Tensor) -> Tensor:
-        """Return an output [batch, out, *spatial], or one without a batch, as rows [positions, out]."""
+        """Return an output [batch, out, *spatial], or one without a batch dimension, as rows [positions, out]."""
         return y.movedim(-1 - len(self.kernel_size), -1).reshape(-1, self.plan.out_features)
 
     def input_rows(self, x: Tensor, index: Tensor) -> Tensor:
-        """Return the windows of an input from which rows ``index`` of the output were made, [n, in]."""
+        """Return the input windows from which rows ``index`` of the output were computed, [n, in]."""
         padded = _padded(self, _batched(self, x))
         seen = windows(padded, self.kernel_size, self.stride, self.dilation)
         return seen[torch.unravel_index(index, seen.shape[: 1 + len(self.kernel_size)])].flatten(1)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Its class is found by the float one's, since no module holds it."""
+        """Pickle by the float class, since the generated class is not an attribute of any module."""
         return _new, (type(self._float),), vars(self)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -177,16 +177,16 @@ class QuantConv(QuantLayer):
         return y if x is input else y.squeeze(0)
 
     def _is_plain(self) -> bool:
-        """Return whether the transform's action on the input can be said of the weight."""
+        """Return whether the transform's effect on the input can be expressed in the weight."""
         kind = type(self._transform)
         return kind.input is Transform.input and kind.output is Transform.output
 
     def _unfolds(self, x: Tensor) -> bool:
-        """Return whether ``x`` is unfolded and multiplied: where it has to be, and where that is faster.
+        """Return whether to unfold ``x`` and multiply: if this is required, or faster.
 
-        It is in half precision on a CPU, by kernels that widen the codes as they read them: torch's own convolutions
-        take longer for it than for float32 (docs/measured.md). Not where a gradient is wanted, since all rows would be
-        kept for it.
+        It is faster in half precision on a CPU with kernels that widen the codes as they read them, because torch's own
+        convolutions are slower in half precision than in float32 (docs/measured.md). It is avoided if a gradient is
+        needed, since all rows would have to be kept for it.
         """
         if self.product.input is not None or not self._is_plain():
             return True
@@ -223,7 +223,7 @@ class QuantConv(QuantLayer):
             yield self.float_weight(matrix.to(dtype), shape), bias
 
     def _unfolded(self, x: Tensor) -> Tensor:
-        """Multiply unfolded rows, a tile of the output at a time."""
+        """Multiply unfolded rows, one tile of the output at a time."""
         padded = channels_last(_padded(self, x)).movedim(-1, 1)
         seen = windows(padded, self.kernel_size, self.stride, self.dilation)
         sizes = seen.shape[: 1 + len(self.kernel_size)]
@@ -242,10 +242,10 @@ class QuantConv(QuantLayer):
 
 @cache
 def quantized_class(float_class: Any) -> type[QuantConv]:
-    """Return the class of the quantized convolutions that were of ``float_class``."""
+    """Return the class of quantized convolutions that replace those of ``float_class``."""
 
     def new(cls: type, *args: Any, **kwargs: Any) -> nn.Module:
-        """Make a float module: an adapter builds its own convolutions by ``type(base_layer)``."""
+        """Create a float module, because adapters build their own convolutions with ``type(base_layer)``."""
         return float_class(*args, **kwargs)
 
     name = f"Quant{float_class.__name__}"
@@ -258,7 +258,7 @@ def _new(float_class: Any) -> QuantConv:
 
 @cache
 def _leaves_its_weight_alone(kind: Any) -> bool:
-    """Return whether a subclass adds to torch's convolution only what goes before and after it."""
+    """Return whether a subclass only adds code before and after torch's convolution."""
     for base in kind.__mro__[: next(i for i, base in enumerate(kind.__mro__) if base in CONVS)]:
         if "_conv_forward" in vars(base) or "weight" in vars(base):
             return False
@@ -271,25 +271,25 @@ def _leaves_its_weight_alone(kind: Any) -> bool:
 
 
 def _names(code: CodeType) -> set[str]:
-    """Return the attributes and globals that a function names, and those within it."""
+    """Return the attributes and globals used by a function and its inner functions."""
     return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 def _batched(conv: Any, x: Tensor) -> Tensor:
-    """Return an input of ``conv`` [channels, *spatial] with a dimension before it, where it has none."""
+    """Return an input of ``conv`` with a batch dimension, adding one if it is missing."""
     return x if x.dim() == 2 + len(conv.kernel_size) else x.unsqueeze(0)
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Return whether torch's convolution would give channels last for ``x`` [batch, channels, *spatial]."""
+    """Return whether torch's convolution would return channels-last for ``x`` [batch, channels, *spatial]."""
     if x.dim() == 3 or x.shape[1] == 1 or x.is_contiguous():
         return False
     return x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 
 
 def _padded(conv: Any, x: Tensor) -> Tensor:
-    """Return ``x`` [batch, channels, *spatial] padded as ``conv`` pads it."""
-    # "same" is worked out by torch; sizes may have been set since.
+    """Return ``x`` [batch, channels, *spatial] with the padding of ``conv``."""
+    # torch computes the sizes for "same"; explicit sizes may have been changed since construction.
     given = conv.padding
     sizes = conv._reversed_padding_repeated_twice if isinstance(given, str) else [p for p in given[::-1] for _ in "lr"]
     if not any(sizes):

@@ -9,11 +9,11 @@ from hfquant.nn.linear import QuantLinear
 
 
 class QuantConv1D(QuantLinear):
-    """A quantized ``Conv1D`` of transformers. It runs as a linear, and is a ``Conv1D`` again in float."""
+    """A quantized ``Conv1D`` of transformers. It runs as a linear and converts back to a ``Conv1D``."""
 
     @staticmethod
     def takes(module: nn.Module) -> bool:
-        """Return whether ``module`` is a ``Conv1D``, by its name and what it stores; ``nn.Conv1d`` has another name."""
+        """Return whether ``module`` is a ``Conv1D`` by class name and tensors; ``nn.Conv1d`` does not match."""
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
         sizes = getattr(module, "nx", None), getattr(module, "nf", None)
         if type(module).__name__ != "Conv1D" or weight is None or bias is None:
@@ -22,7 +22,7 @@ class QuantConv1D(QuantLinear):
 
     @staticmethod
     def refuses(module: nn.Module) -> str:
-        """Return ""."""
+        """Return "", since every ``Conv1D`` can be quantized."""
         return ""
 
     @staticmethod

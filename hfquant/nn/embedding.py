@@ -1,4 +1,4 @@
-"""Embeddings: rows of the matrix are looked up and dequantized, nothing is multiplied."""
+"""Embeddings: rows of the matrix are looked up and dequantized; nothing is multiplied."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
-    """A quantized ``nn.Embedding``: one scale a row, or one a group of it; nothing in but indices.
+    """A quantized ``nn.Embedding`` with scales per row or per group; its only input is indices.
 
     Attributes:
-        dtype: of the rows that it returns; a cast of the model changes it.
-        scale: what rows are multiplied by (Gemma's and Bart's embeddings), or None.
-        scale_in_dtype: whether that is rounded to ``dtype`` first.
+        dtype: dtype of the returned rows; casting the model changes it.
+        scale: factor applied to the rows (as in the embeddings of Gemma and Bart), or None.
+        scale_in_dtype: whether the factor is first rounded to ``dtype``.
     """
 
     bias: None
@@ -40,7 +40,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
         self.dtype = dtype or torch.get_default_dtype()
         self.num_embeddings, self.embedding_dim = plan.out_features, plan.in_features
         self.padding_idx = self.max_norm = None
-        # What adapters look up their own rows by.
+        # Options that adapters read to look up their own rows.
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
 
     @staticmethod
@@ -50,7 +50,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
 
     @staticmethod
     def refuses(module: nn.Module) -> str:
-        """Return why it stays in float: a norm that it enforces, or a subclass that does more than scale."""
+        """Return why it stays in float: it enforces a norm, or is a subclass that does more than scale its rows."""
         assert isinstance(module, nn.Embedding)
         if module.max_norm is not None:
             return "an embedding with max_norm, which changes its weight as it runs"
@@ -65,12 +65,12 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
 
     @staticmethod
     def fitted(config: LayerConfig) -> LayerConfig:
-        """Return the weight's format alone: nothing is multiplied, so no error of a product can be made smaller."""
+        """Return only the weight's format: without a product, there is no output error to reduce."""
         return config.plain().model_copy(update={"input_quant": None})
 
     @classmethod
     def replacing(cls, module: nn.Module, plan: LayerPlan) -> Self:
-        """Return an empty layer on the meta device to take the place of a float module, and to know its way back."""
+        """Return an empty layer on the meta device that replaces a float module and can be converted back to it."""
         layer = super().replacing(module, plan)
         assert isinstance(module, nn.Embedding)
         layer.padding_idx = module.padding_idx
@@ -80,11 +80,11 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
 
     @property
     def embed_scale(self) -> Tensor | None:
-        """:attr:`scale` as a tensor, under the name by which adapters find it in the float classes."""
+        """:attr:`scale` as a tensor, under the name that adapters expect from the float classes."""
         return None if self.scale is None else torch.tensor(self.scale, device=self.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Indices [...] to rows [..., embedding_dim] of ``dtype``.
+        """Return rows [..., embedding_dim] of ``dtype`` for indices [...].
 
         Raises:
             IndexError: an index is out of range.
@@ -92,7 +92,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
         index = input.reshape(-1)
 
         def picked(tensor: Tensor) -> Tensor:
-            # Unlike tensor[index] this refuses negative ones.
+            # Unlike tensor[index], index_select rejects negative indices.
             return tensor.index_select(0, index)
 
         stored = {name: picked(t) for name, t in self._buffers.items() if t is not None and name.startswith("weight_")}
@@ -103,11 +103,11 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
         return rows.view(*input.shape, self.embedding_dim)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """Look up: the product with rows that are 1 at the indices ``x`` and 0 elsewhere."""
+        """Look up rows: the product with vectors that are 1 at the indices ``x`` and 0 elsewhere."""
         return self.forward(x)
 
     def float_output(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the float rows of indices ``x``, in float32."""
+        """Return the float rows at indices ``x``, in float32."""
         rows = matrix[x].float()
         return rows if self.scale is None else rows * self.scale
 
@@ -123,7 +123,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
         """Return the float embedding that this layer replaced, with the effective weight in ``dtype``."""
         module = super().to_float(dtype)
         if "embed_scale" in module._buffers:
-            # Remembered of a model on the meta device it has no value.
+            # The buffer has no value if it was recorded from a model on the meta device.
             assert self.scale is not None
             module._buffers["embed_scale"] = torch.tensor(self.scale, device=self.weight.device)
         return module
@@ -139,7 +139,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
 def _is_scaled(module: nn.Module) -> bool:
     """Return whether a subclass of ``nn.Embedding`` multiplies its rows by a constant and does nothing else.
 
-    transformers has one for each architecture, all with this name's end and this attribute.
+    transformers has one such class per architecture; all share this name suffix and this attribute.
     """
     named = type(module).__name__.endswith("ScaledWordEmbedding")
     return named and _scale_of(module) is not None and set(module._buffers) <= {"embed_scale"}

@@ -1,4 +1,4 @@
-"""QuantExperts: what a module of fused experts becomes, its 3-D parameters held as codes."""
+"""QuantExperts, the replacement for a module of fused experts, which stores its 3-D parameters as codes."""
 
 from __future__ import annotations
 
@@ -18,47 +18,48 @@ from hfquant.nn.float_modules import overridden
 from hfquant.nn.layer import QuantLayer, keeping_dtypes
 from hfquant.nn.linear import QuantLinear
 
-if TYPE_CHECKING:  # it asks the kinds of layers what they take
+if TYPE_CHECKING:  # circular: layer_plan imports the kinds of layers
     from hfquant.layer_plan import LayerPlan
 
 
 def tensor_name(projection: str, key: str) -> str:
-    """Return what the stack of a QuantLinear's tensor ``key`` is called: the codes have the float parameter's name."""
+    """Return the name of the stacked tensor ``key`` of a QuantLinear; the codes keep the float parameter's name."""
     return projection if key == "weight" else f"{projection}_{key.removeprefix('weight_')}"
 
 
 class QuantExperts(Experts):
-    """Fused experts with quantized weights: the tensors of one QuantLinear an expert, stacked along a first dimension.
+    """Fused experts with quantized weights: each expert's QuantLinear tensors, stacked along a new first dimension.
 
-    A projection ``p`` keeps its name: ``p`` are the codes [experts, out, ...] whatever the float parameter's layout,
-    beside them stand ``p_scale``, ``p_smooth`` and so on, and ``p_bias`` as it was. A projection that is not in
-    ``plans`` stays a float parameter. On disk codes have a leading dimension of 1, as QuantLinear's have.
+    A projection ``p`` keeps its name: ``p`` holds the codes [experts, out, ...] regardless of the float parameter's
+    layout, next to ``p_scale``, ``p_smooth`` and so on, and ``p_bias`` is unchanged. A projection that is not in
+    ``plans`` stays a float parameter. On disk, codes have a leading dimension of 1, like those of QuantLinear.
 
     Args:
-        original: the float experts, perhaps on the meta device.
-        layout: of their class.
+        original: the float experts, possibly on the meta device.
+        layout: layout of their class.
 
     Attributes:
-        plans: projection -> what each of its experts is; :attr:`LayerPlan.rounded` names those that saw too few rows.
+        plans: projection -> plan of each expert; :attr:`LayerPlan.rounded` lists the experts that saw too few rows.
     """
 
     def __init__(self, original: nn.Module, layout: ExpertsLayout) -> None:
         super().__init__(original, layout)
         self.plans: dict[str, LayerPlan] = {}
-        #: Projection -> names here of a QuantLinear's tensors.
+        #: Projection -> QuantLinear tensor name -> tensor name here.
         self._names: dict[str, dict[str, str]] = {}
-        #: What runs the products. They have no tensors of their own: each expert's are slices of the stacks.
+        #: Modules that run the products. They own no tensors; each expert's tensors are slices of the stacks.
         self._linears: dict[str, QuantLinear] = {}
-        #: Names of the quantized projections' tensors of the model's float dtype; the others keep theirs in any cast.
+        #: Names of quantized projections' tensors in the model's float dtype; the other tensors keep their dtype in
+        #: casts.
         self._model_floats: set[str] = set()
 
     def hold(self, projection: str, plan: LayerPlan, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Have codes in place of a float projection.
+        """Replace a float projection with codes.
 
         Args:
-            projection: its name.
-            plan: of each expert.
-            tensors: stacked, by the names that a QuantLinear's have; None: empty ones on the meta device.
+            projection: name of the projection.
+            plan: plan of each expert.
+            tensors: stacked tensors, by their QuantLinear names; None creates empty ones on the meta device.
         """
         dtype = self.get_parameter(projection).dtype
         self.plans[projection] = plan
@@ -90,15 +91,15 @@ class QuantExperts(Experts):
 
     @property
     def code_names(self) -> tuple[str, ...]:
-        """Names of the tensors that are codes."""
+        """Names of the tensors that hold codes."""
         return tuple(self.plans)
 
     def sizes(self) -> dict[str, int]:
-        """Return how many weights of each projection are quantized."""
+        """Return the number of quantized weights of each projection."""
         return {name: self.expert_count * p.in_features * p.out_features for name, p in self.plans.items()}
 
     def held(self) -> list[tuple[LayerPlan, int, dict[str, Tensor]]]:
-        """Return each projection: its plan, how many matrices, and its tensors by a QuantLinear's names."""
+        """Return for each projection its plan, number of matrices, and tensors by their QuantLinear names."""
         found = []
         for projection, plan in self.plans.items():
             tensors = {key: getattr(self, name) for key, name in self._names[projection].items()}
@@ -111,7 +112,7 @@ class QuantExperts(Experts):
         return self.plans[name].config.weight_quant.format.disk_dtype
 
     def specs(self, on_disk: bool = False) -> dict[str, TensorSpec]:
-        """Return shape and dtype (None: a float) of each tensor of the quantized projections, biases included."""
+        """Return shape and dtype (None for floats) of each tensor of the quantized projections, including biases."""
         found = {}
         for projection, plan in self.plans.items():
             for key, (shape, dtype) in plan.tensors().items():
@@ -124,14 +125,14 @@ class QuantExperts(Experts):
         return found
 
     def set_tensor(self, name: str, value: Tensor) -> None:
-        """Put ``value`` in place of parameter or buffer ``name``; codes may come as they are on disk.
+        """Replace parameter or buffer ``name`` with ``value``; codes may be in their on-disk form.
 
         Raises:
-            ValueError: there is no such tensor, or shape or dtype do not fit.
+            ValueError: there is no such tensor, or its shape or dtype does not fit.
         """
         spec = self.specs().get(name)
         if spec is None:
-            raise ValueError(f"{self._get_name()} has no tensor {name!r}; there are {', '.join(self.specs())}")
+            raise ValueError(f"{self._get_name()} has no tensor {name!r}; available: {', '.join(self.specs())}")
         if name in self.plans:
             value = self._codes(name, value)
         fits = value.is_floating_point() if spec.dtype is None else value.dtype == spec.dtype
@@ -146,18 +147,18 @@ class QuantExperts(Experts):
             self._buffers[name] = value
 
     def _codes(self, projection: str, codes: Tensor) -> Tensor:
-        """Return codes [experts, out, ...] as they are in memory; offloaded ones come straight from disk."""
+        """Return codes [experts, out, ...] in their in-memory form; offloaded codes come straight from disk."""
         form = self.plans[projection].config.weight_quant.format
         codes = codes.squeeze(0) if codes.dim() == 4 and len(codes) == 1 else codes
         return codes.view(form.code_dtype) if codes.dtype == form.disk_dtype else codes
 
     def codes_on_disk(self, projection: str) -> Tensor:
-        """Return codes as a checkpoint has them: [1, experts, out, ...], which the float class cannot take."""
+        """Return codes in their checkpoint form, [1, experts, out, ...], which the float class cannot load."""
         codes = self.get_parameter(projection).data
         return codes.view(1, *codes.shape[-3:]).view(self.disk_dtype(projection))
 
     def tensors_of(self, projection: str, expert: int) -> dict[str, Tensor]:
-        """Return one expert's tensors by the names that a QuantLinear's have, bias aside."""
+        """Return one expert's tensors by their QuantLinear names, without the bias."""
         parameters, buffers = self._parameters, self._buffers
         names = self._names[projection].items()
         found = {key: tensor[expert] for key, name in names if (tensor := buffers.get(name)) is not None}
@@ -166,7 +167,7 @@ class QuantExperts(Experts):
         return found | {"weight": self._codes(projection, codes)[expert]}
 
     def project(self, name: str, expert: int, rows: Tensor) -> Tensor:
-        """Run the product of one expert on ``rows`` [n, in]."""
+        """Multiply ``rows`` [n, in] by one expert's matrix."""
         biases = self._parameters.get(f"{name}_bias")
         bias = None if biases is None else biases[expert]
         if name in self.plans:
@@ -185,7 +186,7 @@ class QuantExperts(Experts):
         return QuantLinear.from_tensors(self.plans[projection], self.tensors_of(projection, expert), bias)
 
     def listen(self, see: See) -> RemovableHandle:
-        """Have ``see`` called with the rows that each expert multiplies and its output, until the handle is removed."""
+        """Call ``see`` with the rows that each expert multiplies and its output until the handle is removed."""
         project = self.project
 
         def watched(name: str, expert: int, rows: Tensor) -> Tensor:
@@ -196,10 +197,11 @@ class QuantExperts(Experts):
         return overridden(self, "project", watched)
 
     def with_parts(self, parts: Mapping[str, QuantLayer | None], original: nn.Module) -> nn.Module:
-        """Return what this becomes with other experts.
+        """Return the replacement for this module with other experts.
 
         Args:
-            parts: by name, of a projection all experts or none; None for all of them leaves it in float.
+            parts: experts by name, all or none of each projection. A projection whose experts are all None becomes
+                float; one without entries is kept.
             original: the float module.
         """
         new = QuantExperts(original, self.layout)
@@ -213,7 +215,7 @@ class QuantExperts(Experts):
         return new if new.plans else original
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:
-        """Return a module of the original's class with float parameters of ``dtype``, as the original has them."""
+        """Return a module of the original class with the original's parameters in float, of ``dtype``."""
         float_experts = fused_like(self, leave=("plans", "_names", "_linears", "_model_floats"))
         for name in self.specs():
             float_experts._buffers.pop(name, None)
@@ -237,7 +239,7 @@ class QuantExperts(Experts):
         return self._model_floats | {f"{projection}_bias" for projection in self.plans}
 
     def extra_repr(self) -> str:
-        """Return how many experts there are, and what each projection is."""
+        """Return the number of experts and a description of each projection."""
         lines = [f"{self.original.__name__}, experts={self.expert_count}"]
         for name, linear in self._linears.items():
             few = f", rounded to nearest: {list(plan.rounded)}" if (plan := self.plans[name]).rounded else ""
@@ -246,15 +248,15 @@ class QuantExperts(Experts):
 
 
 def stacked(layers: Sequence[QuantLayer], rounded: Collection[int]) -> tuple[LayerPlan, dict[str, Tensor]]:
-    """Return one plan for the solved experts of a projection, and their tensors, each stacked along a first dimension.
+    """Return one plan for the solved experts of a projection, and their stacked tensors.
 
-    Experts may differ in what the data decided: a segment that needs two scales in one of them has two in all, equal
-    ones where one would do. An expert that was solved without data has no transform and no input scale; it gets a
-    transform that does nothing, and the largest input scale among the others.
+    Experts may differ in decisions made from data: if one expert needs two scales for a segment, all get two, equal
+    ones if a single scale would do. An expert solved without data has no transform or input scale; it gets a transform
+    without effect and the largest input scale of the other experts.
 
     Args:
-        layers: one an expert.
-        rounded: numbers of those that were solved without data although it was wanted.
+        layers: one layer per expert.
+        rounded: indices of the experts that needed data but were solved without it.
     """
     solved = [layer for i, layer in enumerate(layers) if i not in rounded] or layers
     dual = tuple(any(ds) for ds in zip(*(layer.plan.dual for layer in solved), strict=True))
@@ -279,17 +281,17 @@ def stacked(layers: Sequence[QuantLayer], rounded: Collection[int]) -> tuple[Lay
 
 
 def plans_of(experts: Mapping[str, QuantExperts]) -> dict[str, LayerPlan]:
-    """Return the plans of modules of experts, by the parameter's name."""
+    """Return the plans of expert modules, by parameter name."""
     return {f"{n}.{p}".lstrip("."): plan for n, module in experts.items() for p, plan in module.plans.items()}
 
 
 def fuse(experts: Unfused, layers: dict[str, QuantLayer], fallbacks: Collection[str]) -> dict[str, QuantExperts]:
-    """Return what the experts of a model become, by name; those of which nothing was solved are left out.
+    """Return the replacements for a model's expert modules by name, except those with no solved projection.
 
     Args:
-        experts: taken apart.
-        layers: name -> solved linear; those of experts are taken out as they are stacked, so that few exist twice.
-        fallbacks: names of those that were solved without data although it was wanted.
+        experts: the unfused experts.
+        layers: name -> solved linear; experts are removed as they are stacked, so that few exist twice in memory.
+        fallbacks: names of the layers that needed data but were solved without it.
     """
     found = {}
     for name, apart in experts.modules.items():
@@ -305,7 +307,7 @@ def fuse(experts: Unfused, layers: dict[str, QuantLayer], fallbacks: Collection[
 
 
 def _raw_input_scale(layer: QuantLayer) -> Tensor:
-    """Return static scales [row groups * segments] for the raw input: nothing is clipped that the layer's own kept."""
+    """Return static scales [row groups * segments] for the raw input that clip no more than the layer did."""
     scales: Tensor = layer.get_buffer("input_scale")
     parts = []
     for group, part in enumerate(scales.view(len(layer.plan.row_groups), -1)):

@@ -1,4 +1,4 @@
-"""The float modules that quantized layers replace: their input, a copy without weights, what a subclass really does."""
+"""The float modules behind quantized layers: finding their input, copying them without weights, checking subclasses."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from hfquant.offload import forget_hook
 
 
 def first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the input of a layer from the arguments that its forward got."""
+    """Return a layer's input from the arguments of its forward."""
     value: Tensor = args[0] if args else next(iter(kwargs.values()))
     return value
 
 
 class _Undo:
-    """A handle like those of torch's hooks."""
+    """A handle like those of torch hooks."""
 
     def __init__(self, remove: Callable[[], Any]) -> None:
         self.remove = remove
 
 
 def overridden(module: nn.Module, name: str, method: Callable[..., Tensor]) -> RemovableHandle:
-    """Have ``method`` in the place of a method of this one module, until the handle is removed."""
+    """Override a method on this one module until the handle is removed."""
     vars(module)[name] = method
     return cast(RemovableHandle, _Undo(lambda: vars(module).pop(name, None)))
 
 
 def hollow(module: nn.Module) -> nn.Module:
-    """Return a copy of a module without children, without hooks, its parameters on the meta device."""
+    """Return a copy of a module without children or hooks and with its parameters on the meta device."""
     new = object.__new__(type(module))
     nn.Module.__init__(new)
     for key, value in vars(module).items():
@@ -51,7 +51,7 @@ def hollow(module: nn.Module) -> nn.Module:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Return whether a subclass of ``nn.Linear`` has nothing that a plain one has not, and does what that does."""
+    """Return whether a subclass of ``nn.Linear`` has no additional state and behaves like ``nn.Linear``."""
     tensors = {*module._parameters, *module._buffers, *module._modules}
     attributes = {key for key in vars(module) if not key.startswith("_")}
     adds = tensors - {"weight", "bias"} or attributes - {"in_features", "out_features", "training", "forward"}
@@ -60,8 +60,8 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 @cache
 def _runs_as_linear(kind: Any) -> bool:
-    """Return whether the forward of a subclass that adds no state is ``F.linear``, by running it on a few numbers."""
-    # torch's own subclasses are there to be treated otherwise.
+    """Return whether the forward of a stateless subclass equals ``F.linear``, tested on a few numbers."""
+    # torch defines its own subclasses for special treatment.
     if kind.__module__.startswith("torch.") or len(signature(kind.forward).parameters) != 2:
         return False
     numbers = torch.arange(64, dtype=torch.float64, device="cpu").sin()
@@ -73,7 +73,7 @@ def _runs_as_linear(kind: Any) -> bool:
         probe.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         try:
             same = torch.allclose(probe.forward(x), F.linear(x, weight, bias))
-        except Exception:  # noqa: BLE001 (whatever a stranger's code raises: it is no plain linear)
+        except Exception:  # noqa: BLE001 (third-party code may raise anything; then it is no plain linear)
             return False
         if not same:
             return False

@@ -1,6 +1,6 @@
-"""The kinds of layers: which float modules can be quantized, and as what.
+"""The kinds of layers: which float modules can be quantized, and by which class.
 
-A new kind is a subclass of :class:`~hfquant.nn.layer.QuantLayer` in one file and one line in :data:`KINDS`.
+To add a kind, write a subclass of :class:`~hfquant.nn.layer.QuantLayer` in one file and add it to :data:`KINDS`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hfquant.nn.linear import QuantLinear
 
 KINDS: list[type[QuantLayer]] = [QuantLinear, QuantConv1D, QuantConv, QuantEmbedding]
 
-#: Modules with matrices that no kind takes, and why.
+#: Modules that have matrices but that no kind supports, with the reason.
 _OTHERS = {
     nn.MultiheadAttention: "nn.MultiheadAttention reads its projections as raw parameters",
     nn.ConvTranspose1d: "a transposed convolution",
@@ -28,13 +28,13 @@ _OTHERS = {
 
 
 def kind_of(module: nn.Module) -> type[QuantLayer] | None:
-    """Return the kind of layer that ``module`` can be quantized as; None where it cannot."""
+    """Return the kind of layer that ``module`` can be quantized as; None if it cannot be quantized."""
     kind = _taken(module)
     return None if kind is None or _refused(kind, module) else kind
 
 
 def refusal(module: nn.Module) -> str:
-    """Return why a module that has a matrix cannot be quantized; "" where it can, or has none."""
+    """Return why a module with a matrix cannot be quantized; "" if it can, or if it has no matrix."""
     kind = _taken(module)
     if kind is not None:
         return _refused(kind, module)
@@ -42,13 +42,13 @@ def refusal(module: nn.Module) -> str:
 
 
 def layers_in(model: nn.Module) -> dict[str, type[QuantLayer]]:
-    """Return the modules of ``model`` that can be quantized, by name, and the kind of each."""
+    """Return the modules of ``model`` that can be quantized, as name -> kind."""
     kinds = {name: kind_of(module) for name, module in model.named_modules()}
     return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
 def size_of(module: nn.Module) -> tuple[int, int]:
-    """Return in_features and out_features of the matrix of a module that has a kind."""
+    """Return in_features and out_features of the matrix of a module that can be quantized."""
     kind, weight = kind_of(module), module.get_parameter("weight")
     assert kind is not None
     out, columns = kind.matrix(torch.empty(weight.shape, device="meta")).shape

@@ -1,4 +1,4 @@
-"""QuantLayer: what all kinds of quantized layers share."""
+"""QuantLayer, the base class of all quantized layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hfquant.kernels.op import linear
 from hfquant.nn.checked import Checked
 from hfquant.nn.float_modules import first, hollow
 
-if TYPE_CHECKING:  # it asks the kinds of layers what they take
+if TYPE_CHECKING:  # circular: layer_plan imports the kinds of layers
     from hfquant.layer_config import LayerConfig
     from hfquant.layer_plan import LayerPlan
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # it asks the kinds of layers what they take
 def keeping_dtypes(
     module: nn.Module, fn: Callable[[Tensor], Tensor], names: Collection[str]
 ) -> Callable[[Tensor], Tensor]:
-    """Return what ``nn.Module._apply`` is to call for ``fn``: tensors ``names`` are only moved, others cast as well."""
+    """Wrap ``fn`` for ``nn.Module._apply`` so that the tensors ``names`` are moved but never cast."""
     tensors = {**module._parameters, **module._buffers}
     fixed = {id(tensor) for name, tensor in tensors.items() if name in names}
 
@@ -36,28 +36,29 @@ def keeping_dtypes(
 
 
 class QuantLayer(Checked):
-    """A layer with quantized weights and, where its plan says so, quantized activations.
+    """A layer with quantized weights and, if its plan says so, quantized activations.
 
-    Whatever it was in float, it multiplies rows [..., in] with a matrix [out, in]; a subclass is a kind of layer
-    (:mod:`hfquant.nn.kinds`): its static methods say which float modules it takes, what their matrix and rows are.
+    Any such layer multiplies rows [..., in] by a matrix [out, in]. A subclass is a kind of layer
+    (:mod:`hfquant.nn.kinds`); its static methods define which float modules it takes and what their matrix and rows
+    are.
 
     ``weight`` holds codes ([out, in] int8 or int16, or [out, ceil(in * bits / 8)] packed int8, with trailing dimensions
-    of 1 up to the rank of the float weight), so it is not what a matmul wants: :meth:`dequantize` gives the float
-    matrix. ``weight`` and ``bias`` are frozen parameters, scales and the rest are buffers (see
-    :meth:`LayerPlan.tensors` for shapes). On disk ``weight`` has a leading dimension of 1, and is accepted with it
-    here, since offloaded weights come straight from disk.
+    of 1 up to the rank of the float weight), so do not use it in a matmul: :meth:`dequantize` returns the float matrix.
+    ``weight`` and ``bias`` are frozen parameters; scales and the rest are buffers (see :meth:`LayerPlan.tensors` for
+    shapes). On disk, ``weight`` has a leading dimension of 1, which is accepted here too because offloaded weights come
+    straight from disk.
 
     Args:
-        plan: what the layer is.
-        bias: whether there is one.
-        device, dtype: where to create the (uninitialized) tensors; ``dtype`` is that of bias and low-rank branch.
+        plan: plan of the layer.
+        bias: whether the layer has a bias.
+        device, dtype: where to create the (uninitialized) tensors; ``dtype`` applies to bias and low-rank branch.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    #: Whether another layer borrows its codes.
+    #: Whether another layer shares its codes.
     lends = False
-    #: The float module that it replaced, without its weights; see :meth:`to_float`.
+    #: The replaced float module without its weights; see :meth:`to_float`.
     _float: nn.Module
 
     def __init__(
@@ -67,21 +68,21 @@ class QuantLayer(Checked):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        # The float module's own __init__ would allocate and initialize a float weight.
+        # The float class's own __init__ would allocate and initialize a float weight.
         nn.Module.__init__(self)
         self.plan = plan
         self.real_quant = plan.config.real_quant
         self._transform, self._code_dtype = plan.transform, self.format.code_dtype
         how = (plan.config.weight_quant.symmetric, self._transform.rotation)
         self.product = Product(self.format, plan.columns, plan.input_segments, plan.input_rule, *how)
-        # A plan's properties are computed each time that they are read.
+        # Cached, because a plan's properties are recomputed on each access.
         self._row_sizes = plan.row_groups
         self._row_groups = block_slices(self._row_sizes)
         dtype = dtype or torch.get_default_dtype()
-        # First, since `next(module.parameters()).dtype` is what some models take for their own (Swin v2's tables).
+        # Created first, since some models take `next(module.parameters()).dtype` for their dtype (Swin v2's tables).
         bias_tensor = torch.empty(plan.out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if bias_tensor is None else nn.Parameter(bias_tensor, requires_grad=False)
-        #: Names of the tensors of the model's float dtype; the others keep theirs whatever the model is cast to.
+        #: Names of the tensors in the model's float dtype; the others keep their dtype when the model is cast.
         self._model_floats = {"bias"}
         for name, spec in plan.tensors().items():
             tensor = torch.empty(spec.shape, dtype=spec.dtype or dtype, device=device)
@@ -99,17 +100,17 @@ class QuantLayer(Checked):
 
     @staticmethod
     def refuses(module: nn.Module) -> str:
-        """Return why a module of this kind cannot be quantized exactly; "" where it can."""
+        """Return why a module of this kind cannot be quantized exactly; "" if it can."""
         return ""
 
     @staticmethod
     def optional(module: nn.Module) -> str:
-        """Return what a config's ``include`` has to name for ``module`` to be quantized; "" for nothing."""
+        """Return the ``include`` entry that a config needs to have ``module`` quantized; "" if it needs none."""
         return ""
 
     @staticmethod
     def fitted(config: LayerConfig) -> LayerConfig:
-        """Return the config with what has no meaning for this kind put right."""
+        """Return the config with the settings adjusted that do not apply to this kind."""
         return config
 
     @staticmethod
@@ -119,31 +120,31 @@ class QuantLayer(Checked):
 
     @staticmethod
     def float_weight(matrix: Tensor, shape: torch.Size) -> Tensor:
-        """Return a matrix [out, in] as the float weight of ``shape``: the inverse of :meth:`matrix`."""
+        """Return a matrix [out, in] as the float weight of ``shape``, the inverse of :meth:`matrix`."""
         return matrix
 
     @staticmethod
     def watch(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
-        """Have ``see`` called with each input of a float module before it is used, until the handle is removed."""
+        """Call ``see`` with each input of a float module, before its use, until the handle is removed."""
         return module.register_forward_pre_hook(lambda m, args, kwargs: see(first(args, kwargs)), with_kwargs=True)
 
     @staticmethod
     def rows(module: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return the rows [..., in] that a float module multiplies for an input that :meth:`watch` saw.
+        """Return the rows [..., in] that a float module multiplies, given an input seen by :meth:`watch`.
 
         Args:
-            module: of this kind.
+            module: a float module of this kind.
             x: its input.
-            seed: of the draw, where there are so many rows that only some are returned.
+            seed: seed for sampling, if there are too many rows to return all.
 
         Returns:
-            The rows, and of those left out the least and largest value of each column, [2, in] each; None for none.
+            The rows, and the minimum and maximum of each column for the rows left out, [2, in] each; None if none are.
         """
         return x, None
 
     @classmethod
     def replacing(cls, module: nn.Module, plan: LayerPlan) -> Self:
-        """Return an empty layer on the meta device to take the place of a float module, and to know its way back."""
+        """Return an empty layer on the meta device that replaces a float module and can be converted back to it."""
         layer = cls(plan, getattr(module, "bias", None) is not None, "meta", module.get_parameter("weight").dtype)
         layer._remember(module)
         return layer
@@ -160,8 +161,8 @@ class QuantLayer(Checked):
 
         Args:
             plan, bias: of the layer.
-            tensors: ``weight`` unpacked or packed, everything else as it is stored.
-            module: the float module that it replaces; None for a layer that replaces nothing.
+            tensors: ``weight`` packed or unpacked, everything else as stored.
+            module: the float module to replace; None for a layer that replaces nothing.
         """
         device = tensors["weight"].device
         if module is None:
@@ -175,11 +176,11 @@ class QuantLayer(Checked):
         return layer
 
     def _remember(self, module: nn.Module) -> None:
-        # Not through __setattr__: it is no part of the model.
+        # Bypass __setattr__: it is not part of the model.
         vars(self)["_float"] = hollow(module)
 
     def borrow(self, owner: QuantLayer | None) -> None:
-        """Take codes and weight scales of ``owner``, which has the same matrix, or let them go (None)."""
+        """Share the codes and weight scales of ``owner``, which has the same matrix, or release them (None)."""
         if owner is not None:
             owner.lends = True
         for name in self.plan.tensors():
@@ -193,21 +194,21 @@ class QuantLayer(Checked):
         return self.plan.config.weight_quant.format
 
     def solved_tensors(self) -> dict[str, Tensor]:
-        """Return all but the bias, by name: what :meth:`from_tensors` takes."""
+        """Return all tensors except the bias, by name, as :meth:`from_tensors` takes them."""
         return {name: getattr(self, name) for name in self.plan.tensors()}
 
     def set_tensor(self, name: str, value: Tensor) -> None:
-        """Put ``value`` in place of parameter or buffer ``name``.
+        """Replace parameter or buffer ``name`` with ``value``.
 
-        Codes may come packed or not, and as they are on disk.
+        Codes may be packed or unpacked, and in their on-disk form.
 
         Raises:
-            ValueError: there is no such tensor in the plan, or shape or dtype do not fit.
+            ValueError: the plan has no such tensor, or its shape or dtype does not fit.
         """
         current = self._parameters.get(name, self._buffers.get(name))
         if current is None:
             there = [*self._parameters, *self._buffers]
-            raise ValueError(f"{self._get_name()} has no tensor {name!r}; there are {', '.join(there)}")
+            raise ValueError(f"{self._get_name()} has no tensor {name!r}; available: {', '.join(there)}")
         expected, dtype = current.shape, current.dtype
         if name == "weight":
             expected, dtype = torch.Size(self.plan.tensors()["weight"].shape), self.format.code_dtype
@@ -224,7 +225,7 @@ class QuantLayer(Checked):
             self._buffers[name] = value
 
     def stored(self, name: str, codes: Tensor) -> Tensor:
-        """Return a solved tensor as it is in memory: codes packed, of the right rank and dtype, where they fit."""
+        """Return a solved tensor in its in-memory form: codes that fit are packed, with the right rank and dtype."""
         if name != "weight":
             return codes
         form, shape = self.format, self.plan.tensors()["weight"].shape
@@ -237,16 +238,16 @@ class QuantLayer(Checked):
         return codes.view(shape) if tuple(codes.shape) == shape[:2] else codes
 
     def codes_on_disk(self, name: str = "weight") -> Tensor:
-        """Return the codes as a checkpoint has them: with a leading dimension of 1, of the format's dtype on disk.
+        """Return the codes in their checkpoint form: with a leading dimension of 1, in the format's on-disk dtype.
 
-        No float module accepts them, so a model loaded without hfquant fails in place of running on garbage.
+        No float module accepts them, so a model loaded without hfquant fails instead of producing garbage.
         """
         shape, dtype = self.disk_form
         return self.get_parameter(name).data.view(shape).view(dtype)
 
     @property
     def float_shape(self) -> torch.Size:
-        """Shape of the weight that the layer replaced."""
+        """Shape of the replaced float weight."""
         return self._float.get_parameter("weight").shape
 
     @property
@@ -255,16 +256,16 @@ class QuantLayer(Checked):
         return (1, *self.plan.tensors()["weight"].shape), self.format.disk_dtype
 
     def held(self) -> list[tuple[LayerPlan, int, dict[str, Tensor]]]:
-        """Return what is quantized: its plan, how many matrices, and all tensors by name, bias included."""
+        """Return the quantized content: plan, number of matrices, and all tensors by name, including the bias."""
         return [(self.plan, 1, dict([*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]))]
 
     @property
     def code_names(self) -> tuple[str, ...]:
-        """Names of the tensors that are codes of the layer's own."""
+        """Names of the tensors that hold the layer's own codes."""
         return () if self.plan.tied else ("weight",)
 
     def specs(self, on_disk: bool = False) -> dict[str, TensorSpec]:
-        """Return shape and dtype (None: a float) of each tensor, in memory or on disk, bias included."""
+        """Return shape and dtype (None for floats) of each tensor, in memory or on disk, including the bias."""
         found = self.plan.tensors() | {"bias": TensorSpec((self.plan.out_features,), None)}
         if on_disk:
             found["weight"] = TensorSpec(*self.disk_form)
@@ -272,18 +273,18 @@ class QuantLayer(Checked):
         return {name: spec for name, spec in found.items() if there.get(name) is not None}
 
     def multiply(self, x: Tensor) -> Tensor:
-        """Return rows ``x`` [..., in] of any float dtype times the matrix, plus bias, [..., out] of the same dtype."""
-        # Reading the dicts takes a tenth of the time of attributes, which adds up in small layers.
+        """Multiply rows ``x`` [..., in] of any float dtype by the matrix and add the bias; [..., out] in that dtype."""
+        # Reading the dicts takes a tenth of the time of attribute access, which adds up in small layers.
         return self.multiply_by(x, self._buffers, self._stored_codes(), self._parameters.get("bias"))
 
     def multiply_by(
         self, x: Tensor, tensors: Mapping[str, Tensor | None], codes: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """Return what :meth:`multiply` does, for a matrix from elsewhere with the same plan.
+        """Run :meth:`multiply` with the matrix of another source that has the same plan.
 
         Args:
             x: rows.
-            tensors: scales and what the transform stores, by name.
+            tensors: scales and the transform's tensors, by name.
             codes: packed, [out, ...].
             bias: [out].
         """
@@ -296,13 +297,13 @@ class QuantLayer(Checked):
         return y if extra is None else (y + extra).to(x.dtype)
 
     def operands(self, group: int, rows: slice) -> Operands:
-        """Return what a kernel multiplies the rows of group ``group`` with, ``rows`` of the layer's own matrix."""
+        """Return the kernel operands for row group ``group``, which covers ``rows`` of the layer's own matrix."""
         return self._operands(group, rows, self._buffers, self._stored_codes(), self._parameters.get("bias"))
 
     def _operands(
         self, group: int, rows: slice, tensors: Mapping[str, Tensor | None], codes: Tensor, bias: Tensor | None
     ) -> Operands:
-        """Return what a kernel multiplies with for one group of rows."""
+        """Return the kernel operands for one row group."""
         get, transform = tensors.get, self._transform
         divisor = transform.divisor(tensors, group)
         down, up = transform.branch(tensors, group, rows) or (None, None)
@@ -324,7 +325,7 @@ class QuantLayer(Checked):
                 f"{self._get_name()}({self._sizes()}) has a weight of {weight.dtype} in the place of "
                 f"{self._code_dtype} codes: something wrote floats to it, such as merging an adapter other than LoRA"
             )
-        # Of a higher rank; offloaded weights come straight from disk, FP8 as unsigned bytes.
+        # More than two dimensions, or offloaded and straight from disk, where FP8 codes are unsigned bytes.
         return weight.view(self.plan.out_features, -1).view(self._code_dtype)
 
     def codes(self, rows: slice | Tensor = slice(None)) -> Tensor:
@@ -339,21 +340,21 @@ class QuantLayer(Checked):
         )
 
     def dequantize(self, rows: slice | Tensor = slice(None)) -> Tensor:
-        """Return the float32 weight [out, in] that the codes stand for (transformed, without a low-rank branch)."""
+        """Return the dequantized float32 weight [out, in] (transformed, without the low-rank branch)."""
         return self.grid(rows).dequantize(self.codes(rows))
 
     def effective_weight(self) -> Tensor:
-        """Return the float32 weight [out, in] in terms of the raw input."""
+        """Return the float32 weight [out, in] that applies to the raw input."""
         return self.plan.transform.restored(self.dequantize(), self._buffers, self.plan.row_groups)
 
     def to_float(self, dtype: torch.dtype) -> nn.Module:
-        """Return the float module that this layer replaced, with the effective weight in ``dtype``.
+        """Return the replaced float module with the effective weight in ``dtype``.
 
-        Activations are no longer quantized.
+        Its activations are not quantized.
         """
         module = hollow(self._float)
         weight = self.float_weight(self.effective_weight(), module.get_parameter("weight").shape)
-        # Contiguous as a float module's is, whatever the matrix was.
+        # Make it contiguous, like a float module's weight.
         module.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=False)
         if self.bias is not None:
             module.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
@@ -364,10 +365,10 @@ class QuantLayer(Checked):
         return super()._apply(keeping_dtypes(self, fn, fixed), recurse)
 
     def reset_parameters(self) -> None:
-        """Do nothing: there is no random initialization for codes."""
+        """Do nothing: codes have no random initialization."""
 
     def extra_repr(self) -> str:
-        """Return sizes, formats and what else the plan decided."""
+        """Return sizes, formats and the other decisions of the plan."""
         return f"{self._sizes()}, {self.described()}"
 
     def _sizes(self) -> str:
@@ -375,7 +376,7 @@ class QuantLayer(Checked):
         return f"in_features={plan.in_features}, out_features={plan.out_features}, bias={self.bias is not None}"
 
     def described(self) -> str:
-        """Return formats and what else the plan decided, in words."""
+        """Return formats and the other decisions of the plan as text."""
         config = self.plan.config
         words = [
             f"weight={config.weight_quant.type}",

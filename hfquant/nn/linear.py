@@ -1,4 +1,4 @@
-"""QuantLinear, the module that a quantized linear becomes."""
+"""QuantLinear, the quantized replacement for a linear."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from hfquant.nn.float_modules import is_plain_linear
 from hfquant.nn.layer import QuantLayer
 
-if TYPE_CHECKING:  # it asks the kinds of layers what they take
+if TYPE_CHECKING:  # circular: layer_plan imports the kinds of layers
     from hfquant.layer_plan import LayerPlan
 
 
 class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
-    """A quantized ``nn.Linear``, or a subclass of it that does the same."""
+    """A quantized ``nn.Linear``, or a quantized subclass with the same behavior."""
 
     bias: nn.Parameter | None  # type: ignore[assignment]
 
@@ -37,16 +37,16 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
 
     @staticmethod
     def refuses(module: nn.Module) -> str:
-        """Return why a subclass of ``nn.Linear`` is not one in what it does; "" where it is."""
+        """Return why a subclass of ``nn.Linear`` does not behave like one; "" if it does."""
         kind = type(module)
         if kind is nn.Linear or is_plain_linear(module):
             return ""
         return f"it is a subclass of nn.Linear, {kind.__name__}"
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` [..., in] of any float dtype to [..., out] of the same dtype.
+        """Map ``input`` [..., in] of any float dtype to [..., out] of the same dtype.
 
-        Sums are exact or float32, autocast or not. In training the gradient reaches the input straight through.
+        Sums are exact or float32, with or without autocast. In training, gradients pass to the input straight through.
 
         Raises:
             TypeError: ``input`` is not floating point (it was cast to the dtype of the codes).

@@ -1,4 +1,4 @@
-"""Quantized modules within a model: find them, put them in and take them out."""
+"""Quantized modules within a model: finding them, tying them, and converting them back."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLayer]:
-    """Return the quantized layers of ``model`` by name, of whatever kind."""
+    """Return the quantized layers of ``model`` by name, of any kind."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
 
 
 def quant_modules(model: nn.Module) -> dict[str, QuantLayer | QuantExperts]:
-    """Return all modules of ``model`` with quantized weights by name, fused experts among them."""
+    """Return all modules of ``model`` with quantized weights by name, including fused experts."""
     return {name: module for name, module in model.named_modules() if isinstance(module, (QuantLayer, QuantExperts))}
 
 
@@ -42,7 +42,7 @@ def set_real_quant(model: nn.Module, real_quant: bool = True) -> None:
 
 
 def tie(model: nn.Module) -> None:
-    """Have each quantized layer whose plan says so share codes and scales with the layer that it is tied to."""
+    """Make each tied quantized layer share codes and scales with the layer that it is tied to."""
     layers = quant_linears(model)
     for layer in layers.values():
         if layer.plan.tied:
@@ -52,7 +52,7 @@ def tie(model: nn.Module) -> None:
 
 
 def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace every quantized module of ``model`` by the float one it was, in ``dtype``, in place; return the model.
+    """Replace every quantized module of ``model`` with its float module in ``dtype``, in place, and return the model.
 
     Raises:
         ValueError: the model is group offloaded.
@@ -61,7 +61,7 @@ def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     floats: dict[nn.Module, nn.Module] = {}
     layers = quant_linears(model)
     for module in quant_modules(model).values():
-        # Offloaded weights are fetched for the moment.
+        # Fetch offloaded weights temporarily.
         with align_module_device(module):
             floats[module] = module.to_float(dtype).requires_grad_()
     for layer in (x for x in layers.values() if x.plan.tied):
@@ -73,18 +73,18 @@ def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def quantized_share(
     model: nn.Module, layers: Mapping[str, int], uncounted: Collection[str] = ()
 ) -> tuple[float, list[str]]:
-    """Return the share of the parameters in matrices that are quantized, and the largest matrices that are not.
+    """Return the quantized share of the parameters in matrices, and the largest matrices that are not quantized.
 
     Args:
-        model: quantized or still to be, perhaps on the meta device.
-        layers: the weights of each quantized layer, or parameter of experts, by name.
-        uncounted: names of modules that do not count, beside embeddings (output heads).
+        model: quantized or yet to be quantized, possibly on the meta device.
+        layers: number of weights of each quantized layer or experts parameter, by name.
+        uncounted: names of further modules to ignore (output heads); embeddings are always ignored.
     """
     quantized = sum(layers.values())
     aside = [m for n, m in model.named_modules() if n in uncounted or isinstance(m, nn.Embedding)]
     excluded = {id(p) for module in aside for p in module.parameters()}
     parameters = [(n, p) for n, p in model.named_parameters() if n.removesuffix(".weight") not in layers]
-    # The biases of experts have two dimensions as well.
+    # Biases of experts have two dimensions as well.
     excluded |= {id(p) for n, p in parameters if n.removesuffix("_bias") in layers}
     kept = [(n, p.numel()) for n, p in parameters if p.dim() > 1 and id(p) not in excluded]
     share = quantized / max(quantized + sum(size for _, size in kept), 1)
@@ -92,9 +92,9 @@ def quantized_share(
 
 
 def log_share(model: nn.Module, uncounted: Collection[str] = ()) -> None:
-    """Log what share of the model's matrices was quantized; warn below 80 %.
+    """Log the quantized share of the model's matrices; warn below 80 %.
 
-    Embeddings and ``uncounted`` are left aside, unless they were quantized.
+    Embeddings and ``uncounted`` are ignored unless they were quantized.
     """
     # Tied layers share their weights.
     layers = {

@@ -1,6 +1,6 @@
-"""A convolution as a product: the windows that it sees as rows, the tiles in which they are taken.
+"""A convolution as a product: its windows as rows, and the tiles in which they are processed.
 
-A window's values are ordered [kernel positions, input channels], so groups of columns run along the channels.
+A window's values are ordered [kernel positions, input channels], so column groups run along the channels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """Return what each output position of a convolution sees, as a view: no value is copied.
+    """Return the input window of each output position of a convolution as a view, without copying.
 
     Args:
         x: [batch, channels, *spatial], padded.
@@ -35,21 +35,21 @@ def windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: S
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return [batch, channels, *spatial] as [batch, *spatial, channels], contiguous: windows are runs of it."""
+    """Return [batch, channels, *spatial] as contiguous [batch, *spatial, channels]; windows then read whole runs."""
     y = x.movedim(1, -1)
     return y if y.is_contiguous() else _transposed(x.flatten(2)).view(y.shape)
 
 
 def channels_first(y: Tensor) -> Tensor:
-    """Return [batch, *spatial, channels] as [batch, channels, *spatial], contiguous."""
+    """Return [batch, *spatial, channels] as contiguous [batch, channels, *spatial]."""
     return _transposed(y.flatten(1, -2)).view(y.shape[0], y.shape[-1], *y.shape[1:-1])
 
 
 def _transposed(x: Tensor) -> Tensor:
-    """Return [batch, a, b] as [batch, b, a], contiguous."""
+    """Return [batch, a, b] as contiguous [batch, b, a]."""
     if x.requires_grad or torch.compiler.is_compiling():
         return x.transpose(1, 2).contiguous()
-    # torch transposes in blocks, two to four times as fast, only what is one matrix.
+    # torch transposes in blocks, two to four times as fast, only for single matrices.
     y = x.new_empty(x.shape[0], x.shape[2], x.shape[1])
     for matrix, out in zip(x, y, strict=True):
         out.copy_(matrix.t())
@@ -57,7 +57,7 @@ def _transposed(x: Tensor) -> Tensor:
 
 
 def tiles(sizes: Sequence[int], points: int) -> Iterator[tuple[slice, ...]]:
-    """Yield the boxes that a grid of ``sizes`` is cut into, in order, each of at most ``points`` (or one)."""
+    """Yield, in order, the boxes that split a grid of ``sizes``, each of at most ``points`` points (or one)."""
     split, inner = len(sizes) - 1, 1
     while split > 0 and inner * sizes[split] <= points:
         inner *= sizes[split]
@@ -70,7 +70,7 @@ def tiles(sizes: Sequence[int], points: int) -> Iterator[tuple[slice, ...]]:
 
 
 def draw(windows: Tensor, spatial: int, count: int, seed: int) -> Tensor:
-    """Return at most ``count`` of the windows [batch, *output, *kernel, channels] as rows [rows, in], by chance."""
+    """Return up to ``count`` random windows of [batch, *output, *kernel, channels] as rows [rows, in]."""
     sizes = windows.shape[: 1 + spatial]
     total = sizes.numel()
     if total <= count:
@@ -81,14 +81,14 @@ def draw(windows: Tensor, spatial: int, count: int, seed: int) -> Tensor:
 
 
 def ranges(x: Tensor, positions: int) -> tuple[Tensor, Tensor]:
-    """Return bounds of each column of a convolution's rows, without the rows.
+    """Return bounds for each column of a convolution's rows without forming the rows.
 
     Args:
         x: [batch, channels, *spatial], padded.
-        positions: of the kernel.
+        positions: number of kernel positions.
 
     Returns:
-        Smallest and largest value, [2, positions * channels] float32 each: of every other pixel, and of the rest.
+        Minimum and maximum, [2, positions * channels] float32 each: of every other pixel, and of the remaining ones.
     """
     pixels = x.float().flatten(2)
     halves = [pixels[..., i::2] if pixels.shape[-1] > 1 else pixels for i in range(2)]

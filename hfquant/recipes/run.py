@@ -1,4 +1,4 @@
-"""Quantize a model or a pipeline by a recipe, and save what came of it."""
+"""Quantize a model or a pipeline by a recipe, and save the result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_fits(recipe: Recipe, found: Skeleton) -> None:
     """Check a recipe against a model's configs, before any weights are read.
 
     Raises:
-        ConfigError: it is for another class, names a component that is not there, or a glob matches nothing.
+        ConfigError: the recipe is for another class, names a missing component, or has a glob that matches nothing.
     """
     if found.kind != recipe.loads:
         raise ConfigError(f"{recipe.title!r} is a recipe for a {recipe.loads}, and this is a {found.kind}")
@@ -48,12 +48,12 @@ def check_fits(recipe: Recipe, found: Skeleton) -> None:
 
 
 def planned(recipe: Recipe, found: Skeleton, width: int = 2) -> dict[str, PlannedSize]:
-    """Return the size of each component before and after, without reading weights.
+    """Return the size of each component before and after quantization, without reading weights.
 
     Args:
-        recipe: one that fits.
+        recipe: a recipe that fits the model.
         found: the model's configs.
-        width: bytes of a float in full precision.
+        width: bytes per float in full precision.
     """
     models = {name: found.models[name] for name in recipe.components}
     plans = {name: plan(models[name], part.quant_config()) for name, part in recipe.components.items()}
@@ -68,21 +68,21 @@ def quantize_by(
     resume_dir: str | os.PathLike[str] | None = None,
     verbose: bool = False,
 ) -> Any:
-    """Quantize a model or pipeline in place as a recipe says, and fit its affiner where it has one.
+    """Quantize a model or pipeline in place by a recipe, and fit the recipe's affiner if it has one.
 
     Args:
         loaded: a transformers model or a diffusers pipeline.
-        recipe: for it.
-        source: folder or hub id that it was loaded from; a recipe with an affiner needs it once more.
-        resume_dir: keeps solved layers, as of :func:`~hfquant.quantize`.
+        recipe: its recipe.
+        source: folder or hub id that it was loaded from; a recipe with an affiner loads it again.
+        resume_dir: folder that stores solved layers, as for :func:`~hfquant.quantize`.
         verbose: log each layer's decision and error.
 
     Returns:
-        The fitted affiner; None without one.
+        The fitted affiner; None if the recipe has none.
 
     Raises:
         ConfigError: the recipe does not fit.
-        CalibrationError: bad data.
+        CalibrationError: the data cannot be used.
     """
     data = recipe.calibration
     if not is_pipeline(loaded):
@@ -115,7 +115,7 @@ def quantize_by(
 
 
 def _grouped(recipe: Recipe) -> list[tuple[Sequence[str], ComponentRecipe]]:
-    """Return components that are quantized alike, which share the runs of the pipeline."""
+    """Return groups of components with the same config, which share the pipeline's calibration runs."""
     groups: list[tuple[list[str], ComponentRecipe]] = []
     for name, component in recipe.components.items():
         config = component.quant_config()
@@ -128,12 +128,12 @@ def _grouped(recipe: Recipe) -> list[tuple[Sequence[str], ComponentRecipe]]:
 
 
 def save(loaded: Any, folder: Path, affiner: Any = None) -> None:
-    """Save a quantized model or pipeline, the report of each quantized part beside its weights, and an affiner.
+    """Save a quantized model or pipeline, the report of each quantized part next to its weights, and an affiner.
 
     Args:
-        loaded: quantized.
-        folder: to write to.
-        affiner: of a pipeline; None for none.
+        loaded: quantized model or pipeline.
+        folder: folder to write to.
+        affiner: affiner of a pipeline; None for none.
     """
     save_pretrained(loaded, folder)
     parts = loaded.components.items() if is_pipeline(loaded) else [("", loaded)]

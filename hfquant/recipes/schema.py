@@ -1,4 +1,4 @@
-"""What a recipe says: a strict schema, of which docs/recipe.schema.json is made."""
+"""The strict schema of a recipe, from which recipes/recipe.schema.json is generated."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def _bytes(value: Any) -> Any:
 
 
 class Expected(Section):
-    """What quantizing a component gives, by the published config.
+    """Expected result of quantizing a component, by the published config.
 
     Attributes:
         size: bytes of the component's tensors, written as "6.9 GB".
-        share: of the parameters in matrices that are quantized, embeddings and output head aside.
+        share: quantized fraction of the parameters in matrices, excluding embeddings and output head.
     """
 
     size: Annotated[int, BeforeValidator(_bytes)]
@@ -51,10 +51,10 @@ class ComponentRecipe(Section):
 
     Attributes:
         config: name of a preset, or a config dict.
-        override: entries of a config by glob, that come after those of `config`.
-        skip: globs of layers that stay in full precision, and why.
-        per_layer_mode: solve layer by layer, each on what the quantized layers before it produce.
-        expected: what comes out, for the first of the recipe's models.
+        override: config entries by glob, applied after those of `config`.
+        skip: globs of layers that stay in full precision, each with a reason.
+        per_layer_mode: solve layers in order, each on the outputs of the quantized layers before it.
+        expected: expected result for the first of the recipe's models.
     """
 
     config: str | dict[str, Any]
@@ -74,12 +74,12 @@ class ComponentRecipe(Section):
         return QuantRules({**parse(self.config).raw, **self.override, **off})
 
     def quant_config(self) -> HfQuantConfig:
-        """Return what `quantize` and `from_pretrained` take."""
+        """Return the config object that `quantize` and `from_pretrained` accept."""
         return HfQuantConfig(self.rules().raw, per_layer_mode=self.per_layer_mode)
 
 
 class SamplerRecipe(Section):
-    """Which steps of a pipeline's runs become samples; see :mod:`hfquant.calibration.samplers`."""
+    """Selects which steps of a pipeline's runs become samples; see :mod:`hfquant.calibration.samplers`."""
 
     type: Literal["uniform", "normal", "base"] = "uniform"
     timesteps: int | None = Field(10, ge=1)
@@ -101,11 +101,11 @@ class SamplerRecipe(Section):
 
 
 class CalibrationRecipe(Section):
-    """The data to calibrate on.
+    """The calibration data.
 
     Attributes:
-        data: a dataset as :class:`~hfquant.calibration.streams.StreamSpec` has it.
-        sampler: for pipelines.
+        data: a dataset, with the fields of :class:`~hfquant.calibration.streams.StreamSpec`.
+        sampler: sampler of timesteps, for pipelines.
         call: arguments of each call of a pipeline.
     """
 
@@ -124,11 +124,11 @@ class Recipe(Section):
     """One recipe.
 
     Attributes:
-        title: one line for people.
-        models: hub ids that it is meant for, the one that `expected` speaks of first.
-        loads: class that they load as: a pipeline's or a model's.
-        components: by name; of what is no pipeline the only one is "model".
-        calibration: the data; None where no component needs any.
+        title: one-line description.
+        models: hub ids that the recipe is meant for, starting with the one that `expected` describes.
+        loads: class that they load as, a pipeline or a model.
+        components: components by name; a model that is not a pipeline has only "model".
+        calibration: the calibration data; None if no component needs any.
         affiner: config of an affiner to fit afterwards; for pipelines.
     """
 
@@ -150,9 +150,9 @@ class Recipe(Section):
     def _fits_together(self) -> Recipe:
         pipeline = self.is_pipeline
         if not pipeline and list(self.components) != [MODEL]:
-            raise ValueError(f'{self.loads} is no pipeline: its only component is "{MODEL}"')
+            raise ValueError(f'{self.loads} is not a pipeline: its only component is "{MODEL}"')
         if not pipeline and self.affiner is not None:
-            raise ValueError(f"affiner: {self.loads} is no diffusion pipeline")
+            raise ValueError(f"affiner: {self.loads} is not a diffusion pipeline")
         if self.calibration is None and self.affiner is not None:
             raise ValueError("affiner: fitting one needs calibration data")
         return self
@@ -163,7 +163,7 @@ class Recipe(Section):
         return self.loads.endswith("Pipeline")
 
     def affiner_config(self) -> AffinerConfig | None:
-        """Return the validated affiner's config."""
+        """Return the validated affiner config."""
         return None if self.affiner is None else parse_affiner(self.affiner)
 
 
@@ -171,7 +171,7 @@ def parsed(content: Any, where: str = "recipe") -> Recipe:
     """Validate a recipe's content.
 
     Raises:
-        ConfigError: the message names the key, the value and what is allowed.
+        ConfigError: the content is invalid; the message names the key, the value and what is allowed.
     """
     if not isinstance(content, Mapping):
         raise ConfigError(f"{where}: expected a mapping with {', '.join(Recipe.model_fields)}")

@@ -1,4 +1,4 @@
-"""Recipes from the YAML files of the SegQuant reference implementation: named experiments, each a config."""
+"""Convert the YAML files of the SegQuant reference implementation (named experiments, each a config) to recipes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import yaml
 from hfquant.config import parse
 from hfquant.schema import ConfigError
 
-#: The models of the reference by the folder that its files lie in: hub id, class of the pipeline, its denoiser.
+#: The reference's models by the folder of their files: hub id, pipeline class, name of the denoiser.
 FAMILIES = {
     "sd3": ("stabilityai/stable-diffusion-3-medium-diffusers", "StableDiffusion3Pipeline", "transformer"),
     "flux": ("black-forest-labs/FLUX.1-dev", "FluxPipeline", "transformer"),
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", "StableDiffusionXLPipeline", "unet"),
 }
-#: Options that say how the reference runs, not what comes of it.
+#: Options for how the reference runs, which do not affect its result.
 _RUNNING = ("verbose", "cpu_storage", "precision")
 _SECTIONS = ("opt", "calib", "input_quant", "weight_quant")
 
@@ -26,29 +26,29 @@ class Converted(NamedTuple):
     """One experiment as a recipe.
 
     Attributes:
-        recipe: its content.
-        left: what could not be carried over, a line each.
+        recipe: content of the recipe.
+        left: what could not be carried over, one line each.
     """
 
     recipe: dict[str, Any]
     left: list[str]
 
     def text(self) -> str:
-        """Return it as YAML."""
+        """Return the recipe as YAML."""
         return yaml.safe_dump(self.recipe, sort_keys=False, width=120)
 
 
 def experiments(file: Path) -> dict[str, dict[str, Any]]:
-    """Return the configs of a file by the name of their experiment.
+    """Return the configs in a file by experiment name.
 
     Raises:
-        ConfigError: the file is no YAML, or holds no configs.
+        ConfigError: the file is not YAML, or contains no configs.
         FileNotFoundError: there is no such file.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     found = content if isinstance(content, Mapping) else {}
     configs = {
         str(name): dict(config)
@@ -56,12 +56,12 @@ def experiments(file: Path) -> dict[str, dict[str, Any]]:
         if isinstance(config, Mapping) and isinstance(config.get("default"), Mapping)
     }
     if not configs:
-        raise ConfigError(f'{file} holds no experiments: each is a name over "default" and globs')
+        raise ConfigError(f'{file} has no experiments: expected names, each with a "default" entry and any globs')
     return configs
 
 
 def family_of(file: Path) -> str | None:
-    """Return which of the reference's models a file is for, by the folders that it lies in."""
+    """Return which of the reference's models a file is for, judging by its parent folders."""
     return next((part for part in reversed(file.absolute().parts[:-1]) if part in FAMILIES), None)
 
 
@@ -69,12 +69,12 @@ def convert(name: str, config: Mapping[str, Any], family: str) -> Converted:
     """Convert one experiment.
 
     Args:
-        name: of the experiment.
+        name: name of the experiment.
         config: its entries, "default" and globs.
         family: key of :data:`FAMILIES`.
 
     Raises:
-        ConfigError: unknown family, or what is left makes no config.
+        ConfigError: the family is unknown, or the remaining entries are not a valid config.
     """
     if family not in FAMILIES:
         raise ConfigError(f"unknown model {family!r}; the reference has {', '.join(FAMILIES)}")
@@ -116,12 +116,12 @@ def _entry(key: str, entry: Any, left: list[str], affiners: list[str]) -> dict[s
 def _section(where: str, name: str, section: Mapping[str, Any], left: list[str]) -> dict[str, Any]:
     found = dict(section)
     left += [
-        f"{where}.{option}={found.pop(option)!r}: says how the reference runs, not what comes of it"
+        f"{where}.{option}={found.pop(option)!r}: affects how the reference runs, not its result"
         for option in _RUNNING
         if option in found
     ]
     if name == "opt" and found.get("type") == "givens":
-        left.append(f"{where}: Givens rotations; {where}.sub_optimizer_type takes their place")
+        left.append(f"{where}: Givens rotations are replaced by {where}.sub_optimizer_type")
         inner = dict(found.get("sub_optimizer_kwargs") or {})
         inner.pop("verbose", None)
         found = {"type": found.get("sub_optimizer_type", "smooth"), **inner}
@@ -130,6 +130,6 @@ def _section(where: str, name: str, section: Mapping[str, Any], left: list[str])
         left.append(f"{where}.search_alpha_config.alpha: the search has bounds and a step, not an alpha")
         found["search_alpha_config"] = {k: v for k, v in search.items() if k != "alpha"}
     if name == "input_quant" and found.get("axis") == -1 and not found.get("dynamic"):
-        left.append(f"{where}.axis=-1 without dynamic: a scale a token is taken at run time here")
+        left.append(f"{where}.axis=-1 without dynamic: per-token scales are dynamic here")
         found["dynamic"] = True
     return found

@@ -1,4 +1,4 @@
-"""What quantization did, for people to read."""
+"""Human-readable reports of what quantization did."""
 
 from hfquant.report.layers import LayerReport, QuantReport
 

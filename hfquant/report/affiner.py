@@ -1,4 +1,4 @@
-"""A picture of what an affiner does: the error of the predictions at each timestep, before and after."""
+"""Plot the effect of an affiner: the error of the predictions at each timestep, before and after."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def plot_affiner(affiner: BlockwiseAffiner, path: str | os.PathLike[str]) -> Any
     from matplotlib.figure import Figure
 
     if not affiner.errors:
-        raise ValueError("this affiner has not been fitted; there is nothing to plot")
+        raise ValueError("the affiner has not been fitted, so there is nothing to plot")
     timesteps = list(affiner.errors)
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for i, label in enumerate(("quantized", f"with affiner ({affiner.config.type})")):
         axes.plot(timesteps, [error[i] for error in affiner.errors.values()], marker=".", label=label)
-    axes.set(xlabel="timestep (noise to image)", ylabel="mean squared error of the prediction", yscale="log")
+    axes.set(xlabel="timestep (noise to image)", ylabel="mean squared error of predictions", yscale="log")
     axes.invert_xaxis()
     axes.legend()
     figure.savefig(path, dpi=120, format="png")

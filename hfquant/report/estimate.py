@@ -1,4 +1,4 @@
-"""What calibrating and solving a model will take, estimated from one block of it before any weights are read."""
+"""Estimate the cost of calibrating and solving a model, by timing one layer of each kind before weights are read."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from hfquant.report.sizes import matrices
 from hfquant.solver import solve
 from hfquant.statistics import Collector, stats_bytes
 
-#: Features that a measured layer has at most; what is larger is scaled up from it.
+#: Maximum number of features of a measured layer; times of larger layers are scaled up.
 _LARGEST = 1024
-#: Features, and rows, of a first run that is not timed.
+#: Features and rows of the warm-up run, which is not timed.
 _SMALLEST = 64
 
 
 @dataclass(frozen=True)
 class CalibrationCost:
-    """An estimate.
+    """Estimated cost of calibrating and solving a model.
 
     Attributes:
-        tokens: rows of calibration data that it is for.
+        tokens: number of rows of calibration data.
         forward_seconds: one pass of that many rows through the quantized layers, in float32 on the CPU.
-        observe_seconds: collecting their statistics.
+        observe_seconds: collecting the statistics of these rows.
         solve_seconds: solving all layers.
-        statistics_bytes: statistics of all layers; where a quarter of the free memory is less, several passes are made.
-        passes: how many, on this machine.
+        statistics_bytes: statistics of all layers; if a quarter of the free memory is less, several passes are made.
+        passes: number of passes on this machine.
     """
 
     tokens: int
@@ -45,36 +45,36 @@ class CalibrationCost:
     passes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON."""
+        """Return the estimate as JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
         seconds = self.passes * (self.forward_seconds + self.observe_seconds) + self.solve_seconds
         memory = self.statistics_bytes / max(self.passes, 1) / 1e9
         return (
-            f"about {_duration(seconds)} on this machine's CPU for {self.tokens} rows "
-            f"({self.passes} x ({_duration(self.forward_seconds)} of forward, {_duration(self.observe_seconds)} of "
-            f"statistics), {_duration(self.solve_seconds)} of solving), {memory:.1f} GB of statistics at a time"
+            f"about {_duration(seconds)} on this machine's CPU for {self.tokens} rows: "
+            f"{self.passes} x ({_duration(self.forward_seconds)} forward + {_duration(self.observe_seconds)} "
+            f"statistics) + {_duration(self.solve_seconds)} solving; {memory:.1f} GB of statistics per pass"
         )
 
 
 def calibration_cost(model: nn.Module, plan: Plan, tokens: int = 128 * 512, measured: int = 512) -> CalibrationCost:
-    """Estimate what calibrating takes by running each kind of layer once on random weights and inputs.
+    """Estimate the cost of calibrating by running each kind of layer once on random weights and inputs.
 
-    Each expert of a parameter is solved apart, and sees the share of the rows that is routed to it.
+    Each expert of a parameter is solved separately and sees only the share of rows routed to it.
 
     Args:
-        model: in full precision; it may be on the meta device.
-        plan: for it.
-        tokens: rows of calibration data in all.
-        measured: rows to run.
+        model: model in full precision; it may be on the meta device.
+        plan: its plan.
+        tokens: total rows of calibration data.
+        measured: number of rows to run.
     """
     counts = {name: matrices(model, name) for name in plan.layers}
     kinds: Counter[tuple[LayerPlan, int]] = Counter()
     for name, layer in plan.layers.items():
         kinds[replace(layer, evidence=()), counts[name]] += counts[name]
     forward = observed = solved = 0.0
-    for layer, _ in kinds:  # what is compiled or set up at first use is no part of the estimate
+    for layer, _ in kinds:  # warm up: compilation and setup are not part of the estimate
         _layer_seconds(_cut(layer, _SMALLEST), _SMALLEST)
     for (layer, experts), count in kinds.items():
         rows = tokens * _routed(model, experts)
@@ -90,13 +90,13 @@ def calibration_cost(model: nn.Module, plan: Plan, tokens: int = 128 * 512, meas
 
 
 def _routed(model: nn.Module, experts: int) -> float:
-    """Return the share of the rows that one of ``experts`` matrices sees; all, where routing is not known."""
+    """Return the share of rows that one of ``experts`` matrices sees; 1 if the routing is unknown."""
     chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
     return min(chosen / experts, 1.0) if isinstance(chosen, int) else 1.0
 
 
 def _cut(layer: LayerPlan, largest: int = _LARGEST) -> LayerPlan:
-    """Return the plan of a layer of a size that is quickly solved, without segments."""
+    """Return the plan of a smaller layer that is quick to solve, without segments."""
     sizes = min(layer.in_features, largest), min(layer.out_features, largest)
     return replace(
         layer,

@@ -1,4 +1,4 @@
-"""From names to what is compared and reported: loads models, makes their inputs, runs both."""
+"""Load models by name, prepare their inputs, and run both to compare and report on them."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from hfquant.report.stored import read_folder
 
 @dataclass(frozen=True)
 class Inputs:
-    """What two models are compared on.
+    """The inputs on which two models are compared.
 
     Attributes:
         data: text or dataset for language models; None for Python's own manual.
-        column: of the dataset.
-        samples: windows of text, or images.
-        seqlen: tokens a window.
-        prompts: for pipelines that take any.
+        column: column of the dataset.
+        samples: number of text windows or images.
+        seqlen: tokens per window.
+        prompts: prompts for pipelines that take any.
         call: other arguments of a pipeline's call.
-        seed: of the noise, and of the order of the data.
+        seed: seed of the noise and of the data order.
     """
 
     data: str | None = None
@@ -53,7 +53,7 @@ class Inputs:
         return list(transformers_batches(model, {**source, **size}))
 
     def calls(self) -> list[dict[str, Any]]:
-        """Return the calls of a pipeline, one a prompt."""
+        """Return the calls of a pipeline, one per prompt."""
         return [{"prompt": text, **self.call} for text in self.prompts] or [dict(self.call)]
 
 
@@ -75,24 +75,24 @@ def compared(reference: Any, other: Any, inputs: Inputs) -> ModelComparison | Pi
 def gather(
     folder: Path, reference: str | None, inputs: Inputs, dtype: str | None = None, device: str | None = None
 ) -> Report:
-    """Read a quantized folder and, where a reference is given, run both.
+    """Read a quantized folder and, if a reference is given, run both models.
 
     Args:
-        folder: of a quantized model or pipeline.
-        reference: folder or hub id of it in full precision; None for none.
-        inputs: to run on.
-        dtype: to load both in.
-        device: to run them on.
+        folder: folder of a quantized model or pipeline.
+        reference: folder or hub id of the full-precision version; None for none.
+        inputs: inputs to run on.
+        dtype: dtype to load both in.
+        device: device to run both on.
 
     Raises:
         ValueError: the folder holds nothing quantized, or the two cannot be compared.
-        FileNotFoundError: no such folder.
+        FileNotFoundError: there is no such folder.
     """
     models = read_folder(folder)[1]
     where = folder / "affiner"
     affiner = BlockwiseAffiner.from_pretrained(where) if where.is_dir() else None
     if reference is None:
-        note = "Quality and speed are measured where --reference names the model in full precision."
+        note = "To measure quality and speed, pass the full-precision model as --reference."
         return Report(folder.absolute().name, models, affiner=affiner, notes=[note])
     pair = load(reference, dtype, device), load(str(folder), dtype, device)
     comparison = compared(*pair, inputs)
@@ -101,16 +101,16 @@ def gather(
 
 
 def _timed(reference: Any, other: Any, inputs: Inputs, repeats: int = 3) -> tuple[str, float, float]:
-    """Return what was run, and the least seconds that each took in turns; both have run before."""
+    """Return what was run, and the shortest time of each in seconds; runs alternate, and both models are warm."""
     if is_pipeline(reference):
         call = inputs.calls()[0]
         runs = [partial(_call, pipe, call) for pipe in (reference, other)]
-        what = "one call of the pipeline"
+        what = "one pipeline call"
     else:
         batch = inputs.batches(reference)[0]
         runs = [partial(forward, model, batch) for model in (reference, other)]
         shape = next((list(v.shape) for v in batch.values()), []) if isinstance(batch, Mapping) else []
-        what = f"one forward, inputs {' x '.join(map(str, shape))}"
+        what = f"one forward pass, inputs {' x '.join(map(str, shape))}"
     seconds: list[list[float]] = [[], []]
     with torch.no_grad():
         for _ in range(repeats):
@@ -126,7 +126,7 @@ def _call(pipe: Any, call: Mapping[str, Any]) -> Any:
 
 
 def machine(device: torch.device) -> str:
-    """Return the name of the GPU or of the CPU, with its threads, that a speed was measured on."""
+    """Return the name of the GPU, or of the CPU with its thread count, on which speed was measured."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:

@@ -1,4 +1,4 @@
-"""Two pipelines from equal noise: pictures side by side, and how alike they are."""
+"""Compare two pipelines on the same noise: images side by side, and their similarity."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hfquant.report.quality import Figure, standard_error
 
 @dataclass(frozen=True)
 class PipelineComparison:
-    """Two pipelines from equal noise.
+    """Result of comparing two pipelines on the same noise.
 
     Attributes:
         figures: averages over the images.
-        images: (reference, other) a call, [3, H, W] from 0 to 1; of a video its middle frame.
-        left_out: metrics that could not be had here, and why.
+        images: (reference, other) pairs, [3, H, W] from 0 to 1; for a video, its middle frame.
+        left_out: metrics that could not be computed here -> the reason.
     """
 
     figures: tuple[Figure, ...]
@@ -34,15 +34,15 @@ class PipelineComparison:
 def compare_pipelines(
     reference: Any, other: Any, calls: Sequence[Mapping[str, Any]], seed: int = 0
 ) -> PipelineComparison:
-    """Run two pipelines on the same calls and the same noise, and compare what comes out.
+    """Run two pipelines on the same calls and the same noise, and compare their images.
 
-    PSNR and SSIM (Wang et al., 2004) through torchmetrics; LPIPS, CLIP score and FID where what they need is there.
+    PSNR and SSIM (Wang et al., 2004) through torchmetrics; LPIPS, CLIP score and FID if their requirements are met.
 
     Args:
         reference: a diffusers pipeline.
         other: the pipeline compared.
         calls: keyword arguments of each call.
-        seed: of the noise; call i runs with seed + i.
+        seed: seed of the noise; call i runs with seed + i.
 
     Raises:
         ValueError: there are no calls, or the images differ in size.
@@ -54,15 +54,15 @@ def compare_pipelines(
             structural_similarity_index_measure,
         )
     except ImportError as error:
-        raise ImportError('comparing pipelines needs torchmetrics: pip install "hfquant[compare]"') from error
+        raise ImportError('comparing pipelines requires torchmetrics: pip install "hfquant[compare]"') from error
     if not calls:
-        raise ValueError("there is nothing to compare on: no calls")
+        raise ValueError("nothing to compare: no calls given")
     pairs: list[tuple[Tensor, Tensor]] = []
     prompts: list[str | None] = []
     for i, call in enumerate(calls):
         a, b = (_images(pipe, call, seed + i) for pipe in (reference, other))
         if a.shape != b.shape:
-            raise ValueError(f"the images differ in shape: {list(a.shape)} and {list(b.shape)}")
+            raise ValueError(f"the images differ in shape: {list(a.shape)} vs. {list(b.shape)}")
         pairs += zip(a, b, strict=True)
         prompts += _prompts(call, len(a))
     psnr: list[Tensor] = []
@@ -70,7 +70,7 @@ def compare_pipelines(
     for a, b in pairs:
         equal = a.equal(b)
         psnr.append(torch.tensor(math.inf) if equal else peak_signal_noise_ratio(b[None], a[None], data_range=1.0))
-        # Its Gaussian window has 11 pixels; what is smaller gets a flat one.
+        # SSIM's Gaussian window spans 11 pixels; smaller images get a flat window.
         side = min(a.shape[-2:])
         window: dict[str, Any] = (
             {} if side >= 16 else {"gaussian_kernel": False, "kernel_size": max(side // 2 - 1 + side // 2 % 2, 1)}
@@ -86,12 +86,12 @@ def compare_pipelines(
 
 
 def _images(pipe: Any, call: Mapping[str, Any], seed: int) -> Tensor:
-    """Return what a call gives as [images, 3, H, W] from 0 to 1; of a video its middle frame."""
+    """Return the images of a call as [images, 3, H, W] from 0 to 1; for a video, its middle frame."""
     generator = torch.Generator().manual_seed(seed)
     output = pipe(**{"output_type": "pt", "generator": generator, **call})
     found: Any = next((v for n in ("images", "frames") if (v := getattr(output, n, None)) is not None), None)
     if found is None:
-        raise ValueError(f"{type(pipe).__name__} gives neither images nor frames")
+        raise ValueError(f"{type(pipe).__name__} returns neither images nor frames")
     images = found if isinstance(found, Tensor) else torch.stack([torch.as_tensor(image) for image in found])
     images = images.detach().float().cpu()
     if images.dim() == 5:
@@ -102,7 +102,7 @@ def _images(pipe: Any, call: Mapping[str, Any], seed: int) -> Tensor:
 
 
 def _prompts(call: Mapping[str, Any], count: int) -> list[str | None]:
-    """Return the prompt of each of a call's images, which are those of the first prompt first; None without one."""
+    """Return the prompt of each image of a call, whose images are grouped by prompt; None for no prompt."""
     prompt = call.get("prompt")
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, list) or not texts or count % len(texts):

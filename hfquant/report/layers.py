@@ -1,4 +1,4 @@
-"""Per-layer report of a quantization: what was decided, the error before and after, the time it took."""
+"""Per-layer report of a quantization: the decisions, the error before and after, and the time taken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hfquant.nn.linear import QuantLinear
 from hfquant.solver import Solution, solve
 from hfquant.statistics import LayerStats
 
-_HEAD = ("layer", "error plain", "error", "SQNR plain", "SQNR dB", "alpha", "rank", "seconds", "what")
+_HEAD = ("layer", "RTN error", "error", "RTN SQNR dB", "SQNR dB", "alpha", "rank", "seconds", "module")
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,17 @@ class LayerReport:
     """One layer's result.
 
     Attributes:
-        name: of the module.
+        name: name of the module.
         what: formats and structure, as the module prints them.
-        alphas: smoothing strengths chosen, one a segment, None where none is best; empty without smoothing.
-        rank: of the low-rank branch, 0 without one.
-        plain_error: relative L2 error of the output on the sampled calibration rows if the same formats were used with
-            round-to-nearest alone; None without data.
-        error: the same for the layer as solved.
+        alphas: chosen smoothing strengths, one per segment, None if no smoothing is best; empty without smoothing.
+        rank: rank of the low-rank branch, 0 without one.
+        plain_error: relative L2 error of the output on the sampled calibration rows for the same formats with
+            round-to-nearest only; None without data.
+        error: the same error for the layer as solved.
         seconds: time to solve it.
         fallback: whether the layer never ran during calibration and was quantized without data.
-        guard: what the guard found and did (:mod:`hfquant.guard`); empty where the layer is as solved. The errors above
-            are of what it was before.
+        guard: finding and remedy of the guard (:mod:`hfquant.guard`); empty if the layer is as solved. The errors above
+            are those before the remedy.
     """
 
     name: str
@@ -50,12 +50,12 @@ class LayerReport:
 
     @property
     def sqnr(self) -> float | None:
-        """Signal to quantization noise of the output, in dB; None without data, infinite without error."""
+        """Signal-to-quantization-noise ratio of the output, in dB; None without data, infinite without error."""
         return decibels(self.error)
 
     @property
     def plain_sqnr(self) -> float | None:
-        """What :attr:`sqnr` would be with round-to-nearest alone."""
+        """The value of :attr:`sqnr` with round-to-nearest only."""
         return decibels(self.plain_error)
 
     def __str__(self) -> str:
@@ -65,19 +65,19 @@ class LayerReport:
 
 
 def decibels(error: float | None) -> float | None:
-    """Return the signal to noise ratio of a relative L2 error; None of None, infinite without error."""
+    """Return the signal-to-noise ratio in dB of a relative L2 error; None for None, infinite for no error."""
     return None if error is None else (-20 * math.log10(error) if error else math.inf)
 
 
 @dataclass(frozen=True)
 class QuantReport:
-    """All layers, in the order they were solved, and the linears that were skipped, with why."""
+    """All layers in the order they were solved, and the skipped linears with the reason."""
 
     layers: list[LayerReport]
     skipped: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return the report as JSON."""
         return {"layers": [asdict(layer) for layer in self.layers], "skipped": dict(self.skipped)}
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         str(layer.rank or "-"),
         f"{layer.seconds:.2f}",
         layer.what
-        + (" (never ran: no data)" if layer.fallback else "")
+        + (" (never ran in calibration: quantized without data)" if layer.fallback else "")
         + (f" (guard: {layer.guard})" if layer.guard else ""),
     )
 
@@ -142,5 +142,5 @@ def _relative_error(layer: QuantLayer, x: Tensor, exact: Tensor, row_weights: Te
 
 
 def worst(layers: Sequence[LayerReport], count: int = 5) -> list[LayerReport]:
-    """The layers with the largest error, largest first."""
+    """Return the layers with the largest error, largest first."""
     return sorted((r for r in layers if r.error is not None), key=lambda r: -(r.error or 0.0))[:count]

@@ -1,4 +1,4 @@
-"""How images differ to other models' eyes: LPIPS, CLIP score and FID through torchmetrics, where their weights are."""
+"""Perceptual image metrics: LPIPS, CLIP score and FID through torchmetrics, if their weights are available."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 
 from hfquant.report.quality import Figure, standard_error
 
-#: Of the CLIP score, as torchmetrics has it by default.
+#: Model of the CLIP score, the default of torchmetrics.
 CLIP = "openai/clip-vit-large-patch14"
-#: Pixels a side that AlexNet's layers need.
+#: Minimum image side in pixels for AlexNet's layers.
 _LPIPS_SIDE = 32
-#: Below, FID says more about the number of images than about them.
+#: With fewer images, FID depends more on their number than on their content.
 _FID_IMAGES = 100
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
 def perceptual_figures(pairs: Pairs, prompts: Sequence[str | None]) -> tuple[list[Figure], dict[str, str]]:
-    """Return the metrics that need the weights of other models, and why those are missing that are.
+    """Return the metrics that need other models' weights, and the reason for each one that is missing.
 
     Args:
         pairs: (reference, other) images, [3, H, W] from 0 to 1; sizes may differ between pairs.
-        prompts: of each pair; None where it has none.
+        prompts: prompt of each pair; None for no prompt.
     """
     metrics: dict[str, Callable[[], list[Figure]]] = {
         "LPIPS": lambda: _lpips(pairs),
@@ -39,7 +39,7 @@ def perceptual_figures(pairs: Pairs, prompts: Sequence[str | None]) -> tuple[lis
         try:
             figures += metric()
         except (ImportError, OSError, ValueError, RuntimeError) as error:
-            # The other figures are worth having without this one.
+            # The other metrics are still useful without this one.
             left_out[name] = " ".join(str(error).split())[:200]
     return figures, left_out
 
@@ -48,7 +48,7 @@ def _lpips(pairs: Pairs) -> list[Figure]:
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
     if (side := min(min(a.shape[-2:]) for a, _ in pairs)) < _LPIPS_SIDE:
-        raise ValueError(f"it needs images of at least {_LPIPS_SIDE} pixels a side, and these have {side}")
+        raise ValueError(f"requires images of at least {_LPIPS_SIDE} pixels per side, got {side}")
     each = [
         learned_perceptual_image_patch_similarity(b[None], a[None], net_type="alex", normalize=True) for a, b in pairs
     ]
@@ -60,7 +60,7 @@ def _clip_score(pairs: Pairs, prompts: Sequence[str | None]) -> list[Figure]:
 
     texts = [text for text in prompts if text is not None]
     if len(texts) < len(pairs):
-        raise ValueError("it needs a prompt for each image")
+        raise ValueError("requires a prompt for each image")
     clip = _clip()
 
     def scores(which: int) -> list[Tensor]:
@@ -71,19 +71,19 @@ def _clip_score(pairs: Pairs, prompts: Sequence[str | None]) -> list[Figure]:
 
 
 def _clip() -> Any:
-    """Return CLIP and its processor from the cache: it has 1.7 GB, which nobody wants fetched unasked."""
+    """Return CLIP and its processor from the cache only: a 1.7 GB download should not start unasked."""
     from transformers import CLIPModel, CLIPProcessor
 
     try:
         model = CLIPModel.from_pretrained(CLIP, local_files_only=True).eval()
         processor = CLIPProcessor.from_pretrained(CLIP, local_files_only=True)
     except OSError as error:
-        raise OSError(f"CLIP's weights are not in the cache: hf download {CLIP}") from error
+        raise OSError(f"CLIP weights are not in the cache; download them with: hf download {CLIP}") from error
 
     def pooled(features: Callable[..., Any]) -> Callable[..., Tensor]:
         return torch.no_grad()(lambda *inputs: features(*inputs).pooler_output)
 
-    # torchmetrics 1.9 takes features for tensors, as they were before transformers 5.
+    # torchmetrics 1.9 expects features to be tensors, as they were before transformers 5.
     adapted = SimpleNamespace(
         config=model.config,
         get_image_features=pooled(model.get_image_features),
@@ -97,9 +97,9 @@ def _fid(pairs: Pairs) -> list[Figure]:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     if len(pairs) < _FID_IMAGES:
-        raise ValueError(f"it needs at least {_FID_IMAGES} images to mean anything")
+        raise ValueError(f"requires at least {_FID_IMAGES} images to be meaningful")
     metric = FrechetInceptionDistance(normalize=True)
-    for a, b in pairs:  # one by one: all of them in Inception at once may not fit
+    for a, b in pairs:  # one by one: all images in Inception at once may not fit in memory
         metric.update(a[None], real=True)
         metric.update(b[None], real=False)
     return [Figure("FID", metric.compute().item(), better="lower")]

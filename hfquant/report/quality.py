@@ -1,4 +1,4 @@
-"""How far a quantized model or pipeline is from another: what `hfquant compare` prints and the report shows."""
+"""Measure how far a quantized model is from another, for `hfquant compare` and the report."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Figure:
     """One measured number.
 
     Attributes:
-        name: what it is, in words.
-        value: of it.
-        error: standard error over windows or images; None where it has none.
+        name: name of the metric, in words.
+        value: its value.
+        error: standard error over windows or images; None if it has none.
         unit: "dB", "nats", "%", or "".
         better: "higher" or "lower".
     """
@@ -39,12 +39,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class TokenChange:
-    """A place in the text where the two models rank another token first.
+    """A position in the text at which the two models rank different tokens first.
 
     Attributes:
-        context: the text before it, the last words.
+        context: the last words of the text before it.
         reference: the token that the reference ranks first, and its probability.
-        other: the same of the other model.
+        other: the same for the other model.
     """
 
     context: str
@@ -54,14 +54,14 @@ class TokenChange:
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """Two models on the same inputs: the figures, and where a language model's next tokens differ most."""
+    """Two models compared on the same inputs: figures, and where a language model's next tokens differ most."""
 
     figures: tuple[Figure, ...]
     changes: tuple[TokenChange, ...] = ()
 
 
 def builtin_text() -> list[str]:
-    """Return some 460 kB of English prose that every Python brings along: its own language reference."""
+    """Return about 460 kB of English prose that ships with every Python: its own language reference."""
     from pydoc_data.topics import topics
 
     return ["\n\n".join(topics[name] for name in sorted(topics))]
@@ -73,19 +73,19 @@ def compare_models(
 ) -> ModelComparison:
     """Compare two transformers models on batches of inputs.
 
-    Causal language models by perplexity, KL divergence and agreement of the first choice, over each token but a
-    window's first; models with other logits by the last two; all others by signal to noise and cosine of their hidden
-    states.
+    Causal language models are compared by perplexity, KL divergence and top-1 agreement, over all tokens except the
+    first of each window; models with other logits by KL divergence and top-1 agreement; all others by the
+    signal-to-noise ratio and cosine similarity of their hidden states.
 
     Args:
-        reference: the model to compare to.
-        other: the model compared.
-        batches: of model inputs, each a sample as calibration has it.
-        decode: token ids [n] to text, for a table of next tokens that differ; None for none.
+        reference: the model to compare against.
+        other: the model to compare.
+        batches: batches of model inputs, each a sample as in calibration.
+        decode: converts token ids [n] to text, for a table of next tokens that differ; None for no table.
 
     Raises:
-        ValueError: there are no batches, or the models give outputs of different shapes.
-        FloatingPointError: the other model's output has NaN or Inf.
+        ValueError: there are no batches, or the outputs of the models differ in shape.
+        FloatingPointError: the other model's output contains NaN or Inf.
     """
     scores: list[dict[str, Tensor]] = []
     changes: list[tuple[float, TokenChange]] = []
@@ -94,12 +94,12 @@ def compare_models(
             outputs = [forward(model, batch) for model in (reference, other)]
             name = next((n for n in ("logits", "last_hidden_state") if getattr(outputs[0], n, None) is not None), None)
             if name is None:
-                raise ValueError(f"{type(reference).__name__} gives neither logits nor a last hidden state")
+                raise ValueError(f"{type(reference).__name__} returns neither logits nor a last hidden state")
             p, q = (getattr(output, name).float().to(device_of(reference)) for output in outputs)
             if p.shape != q.shape:
-                raise ValueError(f"the outputs differ in shape: {list(p.shape)} and {list(q.shape)}")
+                raise ValueError(f"the outputs differ in shape: {list(p.shape)} vs. {list(q.shape)}")
             if not q.isfinite().all():
-                raise FloatingPointError(f"{type(other).__name__}: the output has NaN or Inf")
+                raise FloatingPointError(f"{type(other).__name__}: the output contains NaN or Inf")
             tokens: Any = batch.get("input_ids") if isinstance(batch, Mapping) else None
             causal = _is_causal(reference) and tokens is not None and p.shape[:2] == tokens.shape
             if name == "last_hidden_state":
@@ -115,7 +115,7 @@ def compare_models(
             else:
                 scores.append(_logit_scores(p, q))
     if not scores:
-        raise ValueError("there is nothing to compare on: no batches")
+        raise ValueError("nothing to compare: no batches given")
     worst = sorted(changes, key=lambda item: -item[0])[:20]
     return ModelComparison(_figures(scores), tuple(change for _, change in worst))
 
@@ -130,7 +130,7 @@ def _is_causal(model: nn.Module) -> bool:
 
 
 def _token_scores(p: Tensor, q: Tensor, targets: Tensor, kept: Tensor) -> dict[str, Tensor]:
-    """Return sums a window [batch], and how many tokens they are over."""
+    """Return sums per window, [batch], and the number of tokens in each."""
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
     divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     losses = [-log.gather(-1, targets.unsqueeze(-1)).squeeze(-1) for log in (log_p, log_q)]
@@ -162,9 +162,10 @@ def _figures(scores: Sequence[Mapping[str, Tensor]]) -> tuple[Figure, ...]:
     if "signal" in total:
         ratio = 10 * (total["signal"].sum() / total["noise"].sum()).log10()
         each = 10 * (total["signal"] / total["noise"]).log10()
+        cosine = total["cosine"]
         return (
-            Figure("signal to noise of hidden states", ratio.item(), standard_error(each), "dB"),
-            Figure("cosine of hidden states", total["cosine"].mean().item(), standard_error(total["cosine"])),
+            Figure("SQNR of hidden states", ratio.item(), standard_error(each), "dB"),
+            Figure("cosine similarity of hidden states", cosine.mean().item(), standard_error(cosine)),
         )
     tokens = total["tokens"]
     figures = []
@@ -174,12 +175,12 @@ def _figures(scores: Sequence[Mapping[str, Tensor]]) -> tuple[Figure, ...]:
     kl, kl_error = _ratio(total["kl"], tokens)
     agree, agree_error = _ratio(100 * total["agree"], tokens)
     figures.append(Figure("KL divergence", kl, kl_error, "nats", "lower"))
-    figures.append(Figure("same first choice", agree, agree_error, "%"))
+    figures.append(Figure("top-1 agreement", agree, agree_error, "%"))
     return tuple(figures)
 
 
 def _ratio(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """Return the ratio of two sums over windows and its standard error (of the ratio estimator)."""
+    """Return the ratio of two sums over windows, and its standard error (ratio estimator)."""
     mean = sums.sum() / counts.sum()
     residual = (sums - mean * counts).square().sum()
     n = len(sums)
@@ -188,14 +189,14 @@ def _ratio(sums: Tensor, counts: Tensor) -> tuple[float, float]:
 
 
 def standard_error(values: Tensor) -> float:
-    """Return the standard error of the mean of independent values [n]; NaN of one alone."""
+    """Return the standard error of the mean of independent values [n]; NaN for a single value."""
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
 
 
 def _changes(
     p: Tensor, q: Tensor, tokens: Tensor, decode: Callable[[Tensor], str], context: int = 12
 ) -> list[tuple[float, TokenChange]]:
-    """Return where the first choices differ, with the reference's loss of probability by the change."""
+    """Return where the top-1 tokens differ, with the probability that the reference loses by the change."""
     found = []
     for row, position in (p.argmax(-1) != q.argmax(-1)).nonzero().tolist():
         before, after = p[row, position].softmax(-1), q[row, position].softmax(-1)

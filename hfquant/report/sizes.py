@@ -1,4 +1,4 @@
-"""How large a model is, and will be, by its plan."""
+"""Size of a model before quantization and, by its plan, after."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class PlannedSize:
     """Size of a model.
 
     Attributes:
-        before: bytes of its parameters and buffers in full precision.
-        after: bytes once it is quantized.
-        share: of the parameters in matrices, embeddings and output head aside, that are quantized.
+        before: bytes of its parameters in full precision.
+        after: bytes after quantization.
+        share: quantized fraction of the parameters in matrices, excluding embeddings and output head.
     """
 
     before: int
@@ -30,12 +30,12 @@ class PlannedSize:
 
 
 def planned_size(model: nn.Module, plan: Plan, width: int) -> PlannedSize:
-    """Return the size of a model before and after; it may be on the meta device.
+    """Return the size of a model before and after quantization; it may be on the meta device.
 
     Args:
-        model: in full precision.
-        plan: for it.
-        width: bytes of a float of the model's dtype.
+        model: model in full precision.
+        plan: its plan.
+        width: bytes per float of the model's dtype.
     """
     before = width * sum(tensor.numel() for tensor in {id(p): p for p in model.parameters()}.values())
     counts = {name: matrices(model, name) for name, layer in plan.layers.items() if not layer.tied}
@@ -47,16 +47,16 @@ def planned_size(model: nn.Module, plan: Plan, width: int) -> PlannedSize:
 
 
 def matrices(model: nn.Module, name: str) -> int:
-    """Return how many matrices an entry of a plan stands for: the experts of a parameter, or the one of a layer."""
+    """Return how many matrices an entry of a plan covers: one per expert of a parameter, or one for a layer."""
     return len(model.get_parameter(name)) if holds_experts(model, name) else 1
 
 
 def layer_bytes(layer: LayerPlan, width: int) -> int:
-    """Return the bytes of a layer's tensors but the bias.
+    """Return the bytes of a layer's tensors, except the bias.
 
     Args:
         layer: its plan.
-        width: bytes of a float of the model's dtype.
+        width: bytes per float of the model's dtype.
     """
     return sum(
         math.prod(spec.shape) * (width if spec.dtype is None else spec.dtype.itemsize)

@@ -1,4 +1,4 @@
-"""What a quantized folder holds, read from its configs and the headers of its files: no weights are loaded."""
+"""Contents of a quantized folder, read from its configs and file headers without loading weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hfquant.layer_plan import LayerPlan
 from hfquant.nn.experts import tensor_name
 from hfquant.report.layers import decibels
 
-#: The report of a quantization, beside the weights that came of it.
+#: The report of a quantization, stored next to its weights.
 REPORT_FILE = "quant_report.json"
 
 
@@ -29,18 +29,18 @@ class StoredLayer:
     """One quantized layer.
 
     Attributes:
-        name: of the module.
-        shape: (out, in); of a parameter that holds experts, out is that of them all.
-        weight, input: formats in words, "int4 g64"; an input that is not quantized is "-".
-        method: transform and rounding, "smooth/gptq".
-        segments: sizes of input and of output segments.
+        name: name of the module.
+        shape: (out, in); for a parameter that holds experts, out is the sum over all of them.
+        weight, input: formats in words, such as "int4 g64"; "-" for an input that is not quantized.
+        method: transform and rounding method, such as "smooth/gptq".
+        segments: sizes of the input segments and of the output segments.
         dual: for each input segment, whether it has a second scale for its negative side.
-        bytes: of all its tensors but the bias; 0 where it shares those of the layer that it is tied to.
-        sqnr: signal to noise of its output in dB on calibration rows; None where it was not measured. Of experts, the
-            worst.
-        plain_sqnr: the same of the same formats, rounded to nearest.
-        alphas: strengths of smoothing, None for none.
-        rank: of the low-rank branch.
+        bytes: bytes of all its tensors except the bias; 0 if it shares those of the layer that it is tied to.
+        sqnr: signal-to-noise ratio of its output in dB on calibration rows; None if it was not measured. For experts,
+            the worst.
+        plain_sqnr: the same for the same formats with round-to-nearest.
+        alphas: smoothing strengths, None for no smoothing.
+        rank: rank of the low-rank branch.
     """
 
     name: str
@@ -58,7 +58,7 @@ class StoredLayer:
 
     @property
     def bits(self) -> float:
-        """Stored bits a weight, scales included."""
+        """Stored bits per weight, scales included."""
         return 8 * self.bytes / (self.shape[0] * self.shape[1])
 
 
@@ -67,13 +67,13 @@ class StoredModel:
     """One quantized component of a folder.
 
     Attributes:
-        kind: its class.
+        kind: name of its class.
         config: its quantization config.
-        layers: the quantized ones.
-        skipped: layers in full precision, and why.
-        bytes: of all its tensors.
-        full_bytes: what they were in the dtype that the others have.
-        report: of the quantization, where it was kept.
+        layers: its quantized layers.
+        skipped: layers in full precision -> the reason.
+        bytes: bytes of all its tensors.
+        full_bytes: bytes if the quantized layers were stored in the dtype of the float tensors.
+        report: report of the quantization, if it was saved.
     """
 
     kind: str
@@ -86,18 +86,18 @@ class StoredModel:
 
     @property
     def bits(self) -> float:
-        """Stored bits a weight of the quantized layers, scales included."""
+        """Stored bits per weight of the quantized layers, scales included."""
         stored = [layer for layer in self.layers if layer.bytes]
         weights = sum(layer.shape[0] * layer.shape[1] for layer in stored)
         return 8 * sum(layer.bytes for layer in stored) / weights if weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON."""
+        """Return the description as JSON."""
         return {
             "class": self.kind,
             "bytes": self.bytes,
             "bytes_in_full_precision": self.full_bytes,
-            "bits_a_weight": round(self.bits, 3),
+            "bits_per_weight": round(self.bits, 3),
             "config": self.config.to_dict()["config"],
             "layers": [asdict(layer) | {"bits": round(layer.bits, 3)} for layer in self.layers],
             "skipped": self.skipped,
@@ -105,10 +105,10 @@ class StoredModel:
 
 
 def read_folder(folder: str | Path) -> tuple[Skeleton, dict[str, StoredModel]]:
-    """Return what a folder of a model or a pipeline holds, and its quantized components by name.
+    """Return the contents of a model's or pipeline's folder, and its quantized components by name.
 
     Raises:
-        FileNotFoundError: there is neither a model nor a pipeline.
+        FileNotFoundError: the folder contains neither a model nor a pipeline.
         ValueError: nothing in it is quantized by hfquant.
         CheckpointError: weights are missing or damaged.
     """
@@ -126,7 +126,7 @@ def read_folder(folder: str | Path) -> tuple[Skeleton, dict[str, StoredModel]]:
 
 def _stored_model(path: Path, model: Any, config: Any) -> StoredModel:
     sizes = _tensor_bytes(path)
-    if library(model) == "transformers":  # some classes store their tensors under other names
+    if library(model) == "transformers":  # some classes store tensors under other names
         names = names_in_model(model, sorted(sizes))
         sizes = {names[key]: size for key, size in sizes.items()}
     plans = stored_plans(model, config, facts_of(model), set(sizes))
@@ -171,7 +171,7 @@ def _layer(name: str, plan: LayerPlan, taken: int, measured: Mapping[str, Any], 
 
 
 def _tensor_bytes(path: Path) -> dict[str, int]:
-    """Return the bytes of each tensor in a component's files, from their headers."""
+    """Return the size in bytes of each tensor in a component's files, from their headers."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path} has no safetensors file")
@@ -197,7 +197,7 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def _float_size(path: Path) -> int:
-    """Return the bytes of a float in the model's own dtype: the one that most of its float tensors have."""
+    """Return the bytes per float of the model's own dtype, taken to be that of most of its float tensors."""
     counts: dict[int, int] = {}
     for file in path.glob("*.safetensors"):
         for name, entry in _header(file).items():

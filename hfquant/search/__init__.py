@@ -1,8 +1,8 @@
-"""Automatic bits: a choice a layer under a budget, from measured effects.
+"""Automatic bit allocation: one choice per layer under a budget, based on measured effects.
 
-Measure (:mod:`.measure`): each layer is solved as each choice would have it, and its error at the inputs that it sees
-is weighted by the gradients of the model's output there (:mod:`.sensitivity`). Choose (:mod:`.knapsack`): the least
-harm within the budget. Judge and repair (:mod:`.repair`): on rows held out, at the model's own output.
+Measure (:mod:`.measure`): each layer is solved with each choice, and the error on its inputs is weighted by the
+gradients of the model's output there (:mod:`.sensitivity`). Choose (:mod:`.knapsack`): minimize harm within the budget.
+Judge and repair (:mod:`.repair`): compare the model's own output on held-out rows.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class BitSearch:
     """A choice for each layer.
 
     Attributes:
-        config: the config's dict, with an entry for each layer that differs from the default.
-        chosen: label of the choice by layer.
-        bits: stored bits a weight, scales included.
-        bytes: of all layers.
+        config: config dict, with an entry for each layer that differs from the default.
+        chosen: label of each layer's choice.
+        bits: stored bits per weight, scales included.
+        bytes: total size of the layers.
         error: estimated harm to the output.
-        bound: no choice within the budget has less of it.
-        judged: divergence of the output on held-out rows, of what was chosen and of what was compared.
+        bound: lower bound on the harm of any choice within the budget.
+        judged: divergence of the output on held-out rows, for the result and for the choices that it was compared with.
     """
 
     config: dict[str, dict[str, Any]]
@@ -65,22 +65,22 @@ def search(
     facts: ModelFacts | None = None,
     not_convert: Sequence[str] = (),
 ) -> BitSearch:
-    """Choose for each layer; the model is left as it is.
+    """Choose a format for each layer, leaving the model unchanged.
 
     Args:
         model: in full precision.
-        data: calibration batches; every fourth sample judges.
-        budget: at most 32: stored bits a weight, scales included; more: bytes of all layers chosen for. Or the name of
-            a preset: as many bytes as it takes.
-        choices: to choose from.
-        base: config that says all else.
-        facts: what a library knows of the model.
+        data: calibration batches; every fourth sample is held out to judge the result.
+        budget: up to 32, stored bits per weight, scales included; above, bytes of all layers that are chosen for. Or
+            the name of a preset, to use as many bytes as it does.
+        choices: choices for each layer.
+        base: config for everything that a choice does not set.
+        facts: what the model's library knows about the model.
         not_convert: names, path components or globs of layers to leave alone.
 
     Raises:
-        ConfigError: unknown choices, or a base that they do not fit.
-        ValueError: the budget is less than the smallest choice takes.
-        CalibrationError: a single sample that is no batch, or no layer ran.
+        ConfigError: unknown choices, or choices that do not fit the base.
+        ValueError: the budget is below the size of the smallest choices.
+        CalibrationError: there is only a single sample that is not a batch, or no layer ran.
     """
     base = base if isinstance(base, QuantRules) else parse(dict(base) if isinstance(base, Mapping) else base)
     if isinstance(budget, str) and budget not in PRESETS:
@@ -105,15 +105,15 @@ def search(
 
 
 def limit_of(measured: Measured, budget: float) -> int:
-    """Return a budget in bytes: a number of at most 32 is bits a weight."""
+    """Return a budget in bytes; numbers up to 32 are bits per weight."""
     return math.floor(budget * measured.weights / 8) if budget <= 32 else math.floor(budget)
 
 
 def choose(measured: Measured, judge: Judge, limit: int, tries: int = TRIES) -> tuple[dict[str, str], dict[str, float]]:
-    """Return a choice for each layer within ``limit`` bytes, and divergences on held-out rows by what they are of.
+    """Return a choice for each layer within ``limit`` bytes, and the held-out divergences of the candidates, by label.
 
     Raises:
-        ValueError: the smallest choices take more.
+        ValueError: the smallest choices exceed the limit.
     """
     table = measured.table
     kept: dict[tuple[str, ...], Tensor] = {}
@@ -135,7 +135,7 @@ def choose(measured: Measured, judge: Judge, limit: int, tries: int = TRIES) -> 
     best = min(found, key=lambda how: found[how])
     chosen, divergences = repaired(table, limit, weightings[best], judged, tries)
     found["repaired"] = divergences.mean().item()
-    # Nothing is gained by a choice that the same one for all layers outdoes.
+    # A single choice for all layers is preferred if it does better.
     labels = [option.name for option in next(iter(table.values()))]
     sizes = {label: sum(o.bytes for options in table.values() for o in options if o.name == label) for label in labels}
     fitting = [label for label in labels if sizes[label] <= limit]
@@ -149,9 +149,10 @@ def choose(measured: Measured, judge: Judge, limit: int, tries: int = TRIES) -> 
 
 
 def _by_differences(measured: Measured, judge: Judge) -> dict[str, list[Option]]:
-    """Return the table with harm from forward differences.
+    """Return the table with harm estimated by forward differences.
 
-    The output's divergence with one layer at its smallest choice, and at others in proportion to the layer's own error.
+    A layer's smallest choice is measured by the divergence of the output with only that layer replaced; its other
+    choices follow in proportion to the layer's own error.
     """
     one = replace(judge, data=judge.data[:1], expected=judge.expected[:1])
     table = {}
@@ -170,9 +171,9 @@ def _config(
     planned: Mapping[str, LayerPlan],
     experts: Unfused,
 ) -> dict[str, dict[str, Any]]:
-    """Return the config of a choice: the commonest as default, whole sections for each layer that differs.
+    """Return the config of a choice: the most common one as default, and whole sections for layers that differ.
 
-    Layers that were not chosen for keep what is ``planned`` by the base.
+    Layers that were not chosen for keep their ``planned`` config from the base.
     """
     labels = list(chosen.values())
     default = max(dict.fromkeys(labels), key=labels.count)
@@ -206,7 +207,7 @@ def _result(
         judged,
     )
     logger.info(
-        "bits: %s; %.2f bits a weight, estimated harm %.3g, at least %.3g within the budget; on held-out rows %s",
+        "bits: %s; %.2f bits per weight, estimated harm %.3g, at least %.3g within the budget; on held-out rows %s",
         ", ".join(f"{labels.count(label)} x {label}" for label in dict.fromkeys(sorted(labels))),
         found.bits,
         found.error,

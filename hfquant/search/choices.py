@@ -1,4 +1,4 @@
-"""What a layer could become: choices of formats, presets or fields of a config, each as the rules of a whole model."""
+"""Choices for a layer: formats, presets or config fields, each expressed as the rules for a whole model."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from hfquant.formats import FORMATS
 from hfquant.layer_config import LayerConfig, WeightQuant
 from hfquant.presets import PRESETS
 
-#: A number format's or a preset's name, fields of ``weight_quant``, or fields of a layer's config.
+#: Name of a number format or preset, fields of ``weight_quant``, or fields of a layer's config.
 Choice = str | Mapping[str, Any]
 
 
 def rules_of(choices: Sequence[Choice], base: QuantRules) -> dict[str, QuantRules]:
-    """Return the config that each choice alone would be, by a label for people.
+    """Return the config for each choice applied to the whole model, by a human-readable label.
 
-    Globs of ``base`` still apply, after the choice. Presets are taken whole, but for globs; everything else overrides
-    fields of the base.
+    Globs of ``base`` still apply, after the choice. A preset replaces the base's default entry as a whole, without its
+    own globs; any other choice overrides fields of that entry.
 
     Raises:
-        ConfigError: fewer than two, unknown names or fields, or a choice that does not fit the base.
+        ConfigError: fewer than two choices, unknown names or fields, or a choice that does not fit the base.
     """
     if isinstance(choices, str) or len(choices) < 2:
         raise ConfigError(f"choices: expected at least two, got {choices!r}")
@@ -33,25 +33,25 @@ def rules_of(choices: Sequence[Choice], base: QuantRules) -> dict[str, QuantRule
         except ConfigError as error:
             raise ConfigError(f"choices[{i}]: {error}") from None
         if any(rules.raw == other.raw for other in found.values()):
-            raise ConfigError(f"choices[{i}]: {choice!r} is there already")
+            raise ConfigError(f"choices[{i}]: {choice!r} is a duplicate")
         label = choice if isinstance(choice, str) else described(rules.default)
         found[label if label not in found else f"{label} ({i})"] = rules
     return found
 
 
 def described(config: LayerConfig) -> str:
-    """Return what tells one choice from another at a glance: "int4 g32"."""
+    """Return a short label that distinguishes choices: "int4 g32"."""
     return config.weight_quant.type + (f" g{config.group_size}" if config.group_size else "")
 
 
 def _default(choice: Choice, base: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(choice, str):
         if choice in PRESETS:
-            # Which layers are quantized is not up for choice.
+            # A choice does not affect which layers are quantized.
             return {**parse(choice).raw["default"], **{key: base[key] for key in ("enable", "include") if key in base}}
         if choice not in FORMATS:
             known = f"formats {', '.join(FORMATS)} and presets {', '.join(PRESETS)}"
-            raise ConfigError(f"unknown number format {choice!r}; there are {known}")
+            raise ConfigError(f"unknown number format {choice!r}; available: {known}")
         choice = {"type": choice}
     if not isinstance(choice, Mapping):
         raise ConfigError(f"expected the name of a format or a preset, or a dict of fields, got {choice!r}")

@@ -1,4 +1,4 @@
-"""Samples to measure on and samples to judge by."""
+"""Splitting samples into those to measure on and those to judge by."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from hfquant.calibration.batches import CalibrationError
 
 
 def apart(samples: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Return samples to measure on and every fourth, to judge by; a single batch is cut within.
+    """Return the samples to measure on and every fourth to judge by; a single batch is split internally.
 
-    The order of samples may mean something: those of a denoiser come timestep by timestep.
+    Taking every fourth respects an order with meaning: a denoiser's samples come timestep by timestep.
 
     Raises:
-        CalibrationError: there is a single sample, and it is no batch of several.
+        CalibrationError: there is only one sample, and it is not a batch of several.
     """
     if len(samples) > 1:
         step = min(4, len(samples))
         return [s for i, s in enumerate(samples, 1) if i % step], list(samples[step - 1 :: step])
-    # Most tensors have an element a sample; positions and other ids may be shared by all.
+    # Most tensors have one element per sample; positions and other ids may be shared by all.
     sizes = Counter(len(t) for t in _tensors(samples[0]) if len(t) > 1) if samples else Counter[int]()
     count = max(sizes, key=lambda size: (sizes[size], size), default=0)
     if not count:
-        raise CalibrationError("searching for bits needs at least two samples: some to measure on, some to judge by")
+        raise CalibrationError("at least two samples are needed: some to measure or train on, some held out")
     cut = count - max(1, count // 4)
     return [_part(samples[0], count, slice(cut))], [_part(samples[0], count, slice(cut, None))]
 
@@ -37,7 +37,7 @@ def _tensors(sample: Any) -> list[Tensor]:
 
 
 def _part(sample: Any, count: int, rows: slice) -> Any:
-    """Return some elements of a batch of ``count``; what has no element for each stays whole."""
+    """Return some elements of a batch of ``count``; anything without one element per sample stays whole."""
     if isinstance(sample, Mapping):
         return {key: _part(value, count, rows) for key, value in sample.items()}
     if isinstance(sample, tuple):

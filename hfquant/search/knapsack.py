@@ -1,7 +1,6 @@
-"""One option a layer, of the least harm in all within a budget: a multiple-choice knapsack.
+"""One option per layer with the least total harm within a budget: a multiple-choice knapsack.
 
-A dynamic program solves it exactly up to the rounding of sizes; the linear relaxation bounds what any choice could
-reach.
+A dynamic program solves it exactly up to the rounding of sizes; the linear relaxation gives a bound for all choices.
 """
 
 from __future__ import annotations
@@ -12,19 +11,19 @@ from itertools import pairwise
 
 import numpy as np
 
-#: Steps that a budget is cut into by the dynamic program.
+#: Number of steps into which the dynamic program divides a budget.
 _STEPS = 20_000
 
 
 @dataclass(frozen=True)
 class Option:
-    """What one layer could become: its size and the harm that it does.
+    """An option for one layer, with its size and harm.
 
     Attributes:
-        name: of the choice.
-        bytes: of the layer's tensors.
+        name: label of the choice.
+        bytes: size of the layer's tensors.
         error: estimated harm to the model's output.
-        relative: error of the layer's own output, relative to its square.
+        relative: squared error of the layer's own output, relative to its squared norm.
     """
 
     name: str
@@ -37,20 +36,20 @@ Table = Mapping[str, Sequence[Option]]
 
 
 def cheapest(table: Table, limit: int, weigh: Callable[[str, Option], float]) -> dict[str, str]:
-    """Return one option a layer of the least sum within the limit: a dynamic program over sizes rounded up.
+    """Return one option per layer with the least total harm within the limit, using sizes rounded up.
 
     Args:
         table: options by layer.
-        limit: bytes of all.
-        weigh: harm of a layer's option.
+        limit: total bytes.
+        weigh: returns the harm of a layer's option.
 
     Raises:
-        ValueError: even the smallest options take more.
+        ValueError: even the smallest options exceed the limit.
     """
     least = sum(min(option.bytes for option in options) for options in table.values())
     if least > limit:
-        raise ValueError(f"budget: {limit} bytes; the smallest choice of each layer takes {least} bytes in all")
-    # Only what is above the smallest option is to be shared out.
+        raise ValueError(f"budget: {limit} bytes is too small; the smallest choices of all layers take {least} bytes")
+    # Only the bytes beyond the smallest options are allocated.
     spare = limit - least
     unit = max(spare // _STEPS, 1)
     steps = spare // unit
@@ -75,7 +74,7 @@ def cheapest(table: Table, limit: int, weigh: Callable[[str, Option], float]) ->
 
 
 def relaxed(table: Table, limit: int) -> float:
-    """Return the least sum of errors where layers may be split between options: a bound for every real choice."""
+    """Return the least total error if layers could be split between options, a lower bound for any real choice."""
     total, steps = 0.0, []
     spare = float(limit)
     for options in table.values():

@@ -1,4 +1,4 @@
-"""What each choice would do to each layer: solved as it would be, and compared with the float layer on its inputs."""
+"""Effect of each choice on each layer: solve the layer, then compare it with the float layer on its inputs."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from hfquant.search.sensitivity import Seen, watch
 from hfquant.solver import solve
 from hfquant.statistics import LayerStats, stats_bytes
 
-#: Gradients are taken on one sample in so many: a backward takes as long as two forwards.
+#: Gradients are computed for one in this many samples, since a backward takes as long as two forwards.
 _GRADIENTS = 3
 
 
 @dataclass
 class Measured:
-    """Choices by layer, measured; a parameter of experts counts as one layer.
+    """Measured choices by layer; a parameter that holds experts counts as one layer.
 
     Attributes:
         table: options of each layer.
-        solved: name -> choice -> the quantized layer; of experts each by its own name.
-        members: layer -> the names of ``solved`` that it is made of.
-        plans: choice -> plans of all layers, also of those that are not to be chosen for.
+        solved: name -> choice -> quantized layer; experts are listed individually.
+        members: layer -> its names in ``solved``.
+        plans: choice -> plans of all layers, including those that are not chosen for.
         gradients: whether harm is weighted by gradients.
     """
 
@@ -50,16 +50,16 @@ class Measured:
 
     @property
     def weights(self) -> int:
-        """How many weights the layers have."""
+        """Total number of weights in the layers."""
         plans = next(iter(self.plans.values()))
         return sum(plans[n].in_features * plans[n].out_features for names in self.members.values() for n in names)
 
     def modules(self, chosen: Mapping[str, str]) -> dict[str, QuantLayer]:
-        """Return the quantized layers of a choice, by name."""
+        """Return the quantized layers of a combination of choices, by name."""
         return {name: self.solved[name][choice] for unit, choice in chosen.items() for name in self.members[unit]}
 
     def only(self, choices: Sequence[str]) -> Measured:
-        """Return the same with fewer choices."""
+        """Return a copy restricted to the given choices."""
         return replace(self, table={u: [o for o in options if o.name in choices] for u, options in self.table.items()})
 
 
@@ -71,10 +71,10 @@ def measure(
     experts: Unfused,
     not_convert: Sequence[str] = (),
 ) -> Measured:
-    """Measure choices on a model whose experts are taken apart.
+    """Measure choices on a model with unfused experts.
 
-    One pass for statistics (more where memory is short), one forward and backward over a third of the data for
-    gradients. Layers keep the base's format, and are not in the table, that share codes with others or never ran.
+    This takes one pass for statistics (more if memory is short), and one forward and backward over a third of the data
+    for gradients. Layers that never ran or share codes with others keep the base's format and are not in the table.
 
     Raises:
         CalibrationError: no layer ran.
@@ -91,7 +91,7 @@ def measure(
         members.setdefault(experts.parameters.get(name, name), []).append(name)
     members = {unit: found for unit, found in members.items() if any(name in seen for name in found)}
     if not members:
-        raise CalibrationError("calibration ran none of the layers that could be quantized")
+        raise CalibrationError("none of the layers that could be quantized ran during calibration")
     solved: dict[str, dict[str, QuantLayer]] = {}
     with progress_bar(total=sum(map(len, members.values())), desc="measuring choices") as progress:
         for group in _groups(model, [name for found in members.values() for name in found], plans):
@@ -106,7 +106,7 @@ def measure(
 
 
 def _groups(model: nn.Module, names: Sequence[str], plans: Mapping[str, Mapping[str, LayerPlan]]) -> list[list[str]]:
-    """Return layers whose statistics fit into memory together."""
+    """Split layers into groups whose statistics fit into memory together."""
     budget, size = free_memory() // 4, 0
     groups: list[list[str]] = [[]]
     for name in names:
@@ -141,9 +141,9 @@ def _observed(
 
 @torch.no_grad()
 def _solved(model: nn.Module, name: str, plan: LayerPlan, stats: LayerStats | None) -> QuantLayer:
-    """Return a layer as a choice would make it. Smoothing is left out where inputs are float.
+    """Return a layer solved with one choice. Smoothing is skipped if inputs are float.
 
-    It takes most of the time there, searching for its strength, and moves all choices alike.
+    In that case the search for its strength would take most of the time, and it affects all choices alike.
     """
     module: Any = model.get_submodule(name)
     kind = kind_of(module)
@@ -164,7 +164,7 @@ def _option(
     solved: Mapping[str, Mapping[str, QuantLayer]],
     seen: Mapping[str, Seen],
 ) -> Option:
-    """Return what a choice is to a layer, or to all experts of a parameter."""
+    """Return the option that a choice gives for a layer, or for all experts of a parameter."""
     harm = relative = 0.0
     for name in names:
         if name in seen:
@@ -174,7 +174,7 @@ def _option(
 
 
 def stored_bytes(model: nn.Module, plan: LayerPlan) -> int:
-    """Return the bytes of a layer's tensors, bias excepted."""
+    """Return the bytes of a layer's tensors, excluding the bias."""
     width = next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
     specs = plan.tensors().values()
     return sum(math.prod(s.shape) * (width if s.dtype is None else s.dtype.itemsize) for s in specs)

@@ -1,8 +1,8 @@
-"""End to end: what a choice does to the model's output on rows that it was not made on, and what would be better.
+"""End-to-end check of choices: judge them by the model's output on held-out rows, and look for better ones.
 
-Estimates are wrong by factors that layers of one role have in common: errors add up along the residual stream, second
-order ends somewhere. A factor is found by trying: the harm of a role is taken for more or less than estimated, the
-budget shared out anew, and the result kept where the output on held-out rows is better beyond noise.
+Estimates are off by factors that layers in the same role share: errors accumulate along the residual stream, and the
+second-order approximation breaks down at some point. The factors are found by trial: scale the harm of a role up or
+down, reallocate the budget, and keep the result if the output on held-out rows improves beyond noise.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from hfquant.search.knapsack import Table, cheapest
 
 logger = logging.getLogger(__name__)
 
-#: Choices that are tried end to end, beyond those that estimates give.
+#: Maximum number of choices to judge end to end, beyond those from the estimates.
 TRIES = 12
-#: By which a role's harm is taken for more or less than estimated.
+#: Factor by which a role's estimated harm is scaled up or down.
 _FACTOR = 3.0
 _POWERS = 3
-#: Positions of a sequence that are compared.
+#: Maximum number of sequence positions to compare.
 _POSITIONS = 128
 
 
 @dataclass
 class Judge:
-    """Compares a model with layers replaced to what it was.
+    """Compares a model with replaced layers to the original.
 
     Attributes:
         model: in full precision.
         data: held-out samples.
-        expected: the model's output for each.
+        expected: the original model's output for each sample.
         is_distribution: whether outputs are logits over tokens or labels.
     """
 
@@ -50,15 +50,15 @@ class Judge:
 
     @classmethod
     def of(cls, model: nn.Module, data: Sequence[Any]) -> Judge:
-        """Run the model over the data."""
+        """Create a judge by running the original model over the data."""
         with evaluating(model):
             expected = [_compared(main_tensor(forward(model, sample))) for sample in data]
         return cls(model, data, expected, is_distribution(model, expected[0]))
 
     def divergence(self, layers: Mapping[str, nn.Module]) -> Tensor:
-        """Return how far the output moves with ``layers`` in place, for each element of the batches, [n] float64.
+        """Return how far ``layers`` shift the output, for each element of the batches, [n] float64.
 
-        Mean KL divergence a token (or label), else the relative squared error.
+        This is the mean KL divergence per token (or label) for distributions, and the relative squared error otherwise.
         """
         originals = {name: self.model.get_submodule(name) for name in layers}
         try:
@@ -77,7 +77,7 @@ class Judge:
 
 
 def _compared(output: Tensor) -> Tensor:
-    """Return an output [batch, ...] in float32, of long sequences at some positions."""
+    """Return an output [batch, ...] in float32; long sequences are subsampled."""
     values = output.detach().float()
     return values[:, _positions(values.shape[1])] if values.dim() == 3 else values
 
@@ -93,14 +93,14 @@ def repaired(
     judged: Callable[[Mapping[str, str]], Tensor],
     tries: int = TRIES,
 ) -> tuple[dict[str, str], Tensor]:
-    """Return a choice at least as good on held-out rows as that of the estimates, and its divergences.
+    """Return a choice that is at least as good on held-out rows as the one from the estimates, and its divergences.
 
     Args:
         table: options by layer.
-        limit: bytes of all.
-        weigh: estimated harm of a layer's option.
-        judged: divergences of a choice on held-out rows.
-        tries: how many choices may be judged.
+        limit: total bytes.
+        weigh: returns the estimated harm of a layer's option.
+        judged: returns the divergences of a choice on held-out rows.
+        tries: maximum number of choices to judge.
     """
     factor = dict.fromkeys(table, 1.0)
     best = cheapest(table, limit, weigh)
@@ -111,7 +111,7 @@ def repaired(
     with progress_bar(total=tries, desc="judging choices") as progress:
         while moves and tries > 0:
             names, step = moves.pop(0)
-            # A factor that changes nothing yet may do so at its square.
+            # If a factor changes nothing, its square or cube may.
             for power in range(1, _POWERS + 1):
                 tried = factor | {name: factor[name] * step**power for name in names}
                 choice = cheapest(table, limit, lambda name, option, by=tried: by[name] * weigh(name, option))  # type: ignore[misc]
@@ -124,13 +124,13 @@ def repaired(
             progress.update()
             if better(found, least):
                 best, least, factor = choice, found, tried
-                # Further the same way, and not back.
+                # Continue in the same direction, and do not go back.
                 moves = [(names, step), *[m for m in moves if m[0] is not names]]
     return best, least
 
 
 def groups_of(names: Sequence[str]) -> list[list[str]]:
-    """Return layers by what they are within their block (the last part of the name that is no number), and by depth."""
+    """Group layers by their role within a block (the last non-numeric part of the name), and by depth."""
     roles: dict[str, list[str]] = {}
     for name in names:
         role = next((part for part in reversed(name.split(".")) if not part.isdecimal()), name)

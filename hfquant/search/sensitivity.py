@@ -1,11 +1,11 @@
-"""What reaches each layer and how much of what it gives matters: inputs, and gradients of the output's loss at them.
+"""Sensitivity of the model to each layer: its inputs, and the gradients of the output's loss at its outputs.
 
-Rounding a layer changes its output at a row r by e_r. To second order the model's output then moves by
-sum_r (g_r . e_r)^2, g_r the gradient of the log-likelihood of labels that the model samples itself (Fisher
-information; Martens and Grosse, arXiv 1503.05671), or of a random projection of an output that is no distribution, for
-its squared error. Errors of different outputs hardly correlate, which leaves sum_ro g_ro^2 e_ro^2. Row by row: a
-language model's first token has inputs a thousand times as large as others and next to no gradient, so the product of
-two averages would take its layers for the ones that count.
+Rounding a layer changes its output at a row r by e_r. To second order, this moves the model's output by
+``sum_r (g_r . e_r)^2``. For a distribution, g_r is the gradient of the log-likelihood of labels sampled from the model
+itself (Fisher information; Martens and Grosse, arXiv 1503.05671); for any other output, it is the gradient of a random
+projection, for the squared error. Errors of different outputs are nearly uncorrelated, which leaves
+``sum_ro g_ro^2 e_ro^2``. The sum has to run row by row: a language model's first token has inputs a thousand times
+larger than the others and almost no gradient, so a product of averages would overrate its layers.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from hfquant.outputs import is_distribution, main_tensor
 
 logger = logging.getLogger(__name__)
 
-#: Rows kept of a layer that maps rows to rows, in all.
+#: Total number of rows kept for a layer that maps rows to rows.
 ROWS = 512
-#: Bytes of inputs kept of any other layer (convolutions).
+#: Bytes of inputs kept for any other layer (convolutions).
 _MOST = 1 << 26
 
 
 @dataclass
 class Seen:
-    """Some inputs of a layer, and the squared gradients of the loss at its outputs.
+    """A sample of a layer's inputs, and the squared gradients of the loss at its outputs.
 
     Attributes:
-        inputs: each [rows, in], or whole inputs of a layer that does not map rows to rows.
-        squares: of the gradients, in the shape of the outputs; shorter than ``inputs`` where there are none.
-        kept, rows: how many rows ``inputs`` has, and how many the layer saw.
+        inputs: [rows, in] each, or whole inputs if the layer does not map rows to rows.
+        squares: squared gradients in the shape of the outputs; fewer than ``inputs`` if some are missing.
+        kept, rows: number of rows in ``inputs``, and number of rows that the layer saw.
     """
 
     inputs: list[Tensor] = field(default_factory=list)
@@ -47,14 +47,14 @@ class Seen:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether each input has gradients beside it."""
+        """Whether every input has gradients."""
         return len(self.squares) == len(self.inputs) > 0 and all(squares.numel() for squares in self.squares)
 
     @torch.no_grad()
     def errors(self, layer: nn.Module, other: nn.Module) -> tuple[float, float]:
-        """Return the harm of ``other`` in the place of ``layer``, and the relative squared error of its outputs.
+        """Return the harm of replacing ``layer`` with ``other``, and the relative squared error of its outputs.
 
-        Without gradients the harm is the relative error.
+        Without gradients, the harm is the relative error.
         """
         harm = error = size = 0.0
         has_gradients = self.has_gradients
@@ -69,9 +69,9 @@ class Seen:
 
 
 def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any], seed: int = 0) -> dict[str, Seen]:
-    """Run ``model`` forward and backward over the data; return what each layer saw that ran on floats.
+    """Run ``model`` forward and backward over the data; return a sample for each layer that ran on floats.
 
-    Without gradients where a backward is not possible (one warning).
+    If a backward is not possible, the samples have no gradients (with one warning).
     """
     seen: dict[str, Seen] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +84,7 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
                 return output
             output = output if output.requires_grad else output.detach().requires_grad_()
             found = seen.setdefault(name, Seen())
-            # A convolution's rows are windows, whatever the shapes: of equal ones whole samples are kept.
+            # A convolution's rows are windows, even if the shapes match a row-wise layer's: keep whole samples.
             by_rows = x.shape[:-1] == output.shape[:-1] and not isinstance(module, CONVS)
             rows = x[..., 0].numel() if by_rows else len(x)
             held = sum(i.nbytes for i in found.inputs)
@@ -102,7 +102,7 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
             found.kept += count
 
             def add(gradient: Tensor) -> None:
-                # Backward comes to later calls of a module first.
+                # Backward reaches later calls of a module first.
                 while len(found.squares) <= place:
                     found.squares.append(torch.empty(0))
                 found.squares[place] = picked(gradient).float().square()
@@ -121,7 +121,7 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
             for sample in data:
                 loss_of(model, forward(model, sample), generator).backward()
     except RuntimeError as error:
-        logger.warning("the model's output has no gradient (%s): forward differences take its place", error)
+        logger.warning("the model's output has no gradient (%s): using forward differences instead", error)
         for found in seen.values():
             found.squares.clear()
     finally:
@@ -133,7 +133,7 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
 
 
 def loss_of(model: nn.Module, output: Any, generator: torch.Generator) -> Tensor:
-    """Return a number whose gradient's covariance is the Fisher information of the output."""
+    """Return a number whose gradient has the Fisher information of the output as its covariance."""
     values = main_tensor(output)
     if is_distribution(model, values):
         flat = values.float().reshape(-1, values.shape[-1])

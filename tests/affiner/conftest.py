@@ -6,7 +6,7 @@ from hfquant.demo import load_digits_pipeline
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Tiny models run many times faster on one thread than on several that share a core."""
+    """Tiny models run many times faster on one thread than on several threads that share a core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

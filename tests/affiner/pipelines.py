@@ -84,7 +84,7 @@ BUILDERS = {"unet": unet, "sd3": sd3, "flux": flux}
 
 
 def real_and_quant(name):
-    """Two pipelines, dataset rows, and the other arguments of a call."""
+    """Return the two pipelines, dataset rows, and the other arguments of a call."""
     pipe, row, arguments = BUILDERS[name]()
     twin = copy.copy(pipe)
     part = "unet" if name == "unet" else "transformer"
@@ -103,7 +103,7 @@ def call(pipe, rows, arguments, steps=4, seed=5):
 
 
 class Toy(torch.nn.Module):
-    """The quickest thing with a denoiser's interface; `gain` and `offset` [C] distort what it predicts."""
+    """A minimal, fast denoiser; `gain` and `offset` [C] distort its predictions."""
 
     def __init__(self, gain=None, offset=None, channels=2) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def noise(count=5, channels=2, size=6, seed=7):
 
 
 class Recorder:
-    """A third party's affiner: keeps what it sees, corrects by a constant."""
+    """A third-party affiner that records what it sees and corrects by a constant."""
 
     def __init__(self):
         self.seen, self.solved, self.corrected = [], [], []
@@ -150,7 +150,7 @@ class Recorder:
 
 
 class Loop(DenoisingLoop):
-    """A pipeline, not a denoiser, for whoever attaches: the scheduler's step is what is corrected."""
+    """A pipeline, as opposed to a bare denoiser, so the affiner corrects the input of the scheduler's step."""
 
     def sample(self, steps=4, size=6, count=3):
         noise = torch.randn(count, 2, size, size, generator=torch.Generator().manual_seed(8))

@@ -1,4 +1,4 @@
-"""Saving, loading, the hub, and files that are damaged or hostile."""
+"""Saving, loading, the Hub, and damaged or hostile files."""
 
 import json
 
@@ -25,7 +25,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def affiner(digits):
-    """With everything that can be stored: two tables and block maps."""
+    """An affiner with everything that can be stored: two tables and block maps."""
     config = {
         "stepper": {"max_timestep": 3, "enable_latent_affine": True},
         "solver": {"blocksize": 3, "sample_mode": "interpolate"},
@@ -71,7 +71,7 @@ def test_a_pipelines_folder_brings_its_affiner(affiner, digits, tmp_path):
 
 
 def test_a_cached_pipeline_loads_offline_without_an_affiner(monkeypatch):
-    """Whether the repository has one cannot be known then; on line a failed download is an error."""
+    """Offline, nothing tells whether the repository has an affiner; online, a failed download is an error."""
 
     class Pipe:
         @classmethod
@@ -139,13 +139,13 @@ def test_damage_is_named(affiner, tmp_path, damage, message):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no affiner"):
+    with pytest.raises(FileNotFoundError, match="is not the folder of an affiner"):
         BlockwiseAffiner.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         BlockwiseAffiner.from_pretrained(tmp_path / "gone")
     with pytest.raises(ValueError, match="nothing to save"):
         BlockwiseAffiner({}).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='"pretrained" goes with "subfolder" alone'):
+    with pytest.raises(ValueError, match='"pretrained" can only be combined with "subfolder"'):
         load_affiner({"pretrained": tmp_path, "stepper": {}})
 
 

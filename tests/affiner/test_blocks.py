@@ -1,4 +1,4 @@
-"""Block alignment: planted channel distortions inside a denoiser, and what is refused."""
+"""Block alignment: known channel distortions inside a denoiser, and what is refused."""
 
 import copy
 
@@ -40,7 +40,7 @@ def config(*modules, ridge=0.0):
 
 
 def test_planted_distortions_are_undone_block_by_block():
-    """Each block is fitted behind corrected ones, so three distortions on top of each other come out exactly."""
+    """Each block is fitted with the blocks before it corrected, so three stacked distortions are recovered exactly."""
     real = dit()
     quant = copy.deepcopy(real)
     draw = torch.Generator().manual_seed(2)
@@ -67,7 +67,7 @@ def test_planted_distortions_are_undone_block_by_block():
 
 @pytest.mark.parametrize("name", ["unet", "sd3", "flux"])
 def test_blocks_of_every_shape_lower_their_error(name):
-    """Convolutional outputs have channels second, tokens last; SD3 and FLUX blocks give tuples."""
+    """Convolutional outputs have channels second, token outputs have them last; SD3 and FLUX blocks return tuples."""
     pipe, quant, rows, arguments = real_and_quant(name)
     patterns = {"unet": ["*_blocks.*.resnets.*", "mid_block"], "sd3": ["*_blocks.*"], "flux": ["*_blocks.*"]}
     real, quant = (p.unet if name == "unet" else p.transformer for p in (pipe, quant))
@@ -103,7 +103,7 @@ def test_what_cannot_be_aligned_is_refused():
     broken = dit()
     broken.transformer_blocks[1].register_forward_hook(lambda m, a, out: out * float("nan"))
     hooks = [len(m._forward_hooks) for m in broken.modules()]
-    with pytest.raises(ValueError, match=r"'transformer_blocks.1' gives NaN"):
+    with pytest.raises(ValueError, match=r"'transformer_blocks.1' returns NaN"):
         fit_blocks(real, broken, inputs(), config("transformer_blocks.*"), progress=False)
     assert [len(m._forward_hooks) for m in broken.modules()] == hooks
     shallow = DiTTransformer2DModel.from_config(dict(real.config) | {"num_layers": 2})
@@ -114,8 +114,8 @@ def test_what_cannot_be_aligned_is_refused():
 @pytest.mark.parametrize(
     ("output", "width", "message"),
     [
-        (0, 7, "no tensor of 7 channels"),
-        (0, 1, "no tensor of 1 channels"),
+        (0, 7, "not a tensor of 7 channels"),
+        (0, 1, "not a tensor of 1 channels"),
         (1, 16, "output 1 of 'transformer_blocks.0'"),
     ],
 )

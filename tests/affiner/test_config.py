@@ -1,4 +1,4 @@
-"""Every mistake in a config is named: the key, the value, what is allowed."""
+"""Every config error names the key, the value and what is allowed."""
 
 import pytest
 
@@ -21,8 +21,8 @@ from hfquant.config import ConfigError
         ({"solver": {"percentile": 101}}, r"config.solver.percentile"),
         ({"stepper": {"recurrent": 1}}, r"config.stepper.recurrent: .*boolean, got 1"),
         ({"stepper": {"noise_target": "both"}}, r"'all', 'uncond' or 'text', got 'both'"),
-        ({"stepper": {"enable_timesteps": []}}, r"config.stepper.enable_timesteps: expected None or step numbers"),
-        ({"stepper": {"enable_timesteps": [-1]}}, r"step numbers from 0 on"),
+        ({"stepper": {"enable_timesteps": []}}, r"config.stepper.enable_timesteps: expected None or a non-empty list"),
+        ({"stepper": {"enable_timesteps": [-1]}}, r"step numbers >= 0"),
         ({"stepper": {"enable_latent_affine": True, "recurrent": False}}, r"enable_latent_affine=true needs recurrent"),
         ({"type": "ptqd", "solver": {"blocksize": 4}}, r'solver has no effect on type "ptqd"'),
         ({"type": "tac", "stepper": {"enable_latent_affine": True}}, r'needs type "blockwise", not "tac"'),

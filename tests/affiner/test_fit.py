@@ -1,4 +1,4 @@
-"""Fitting: planted distortions come out exactly, steps are fitted on the right latents."""
+"""Fitting: known distortions are recovered exactly, and steps are fitted on the right latents."""
 
 import copy
 
@@ -68,7 +68,7 @@ def test_equal_models_give_the_identity():
 
 @pytest.mark.parametrize("scheduler", [DDPMScheduler(clip_sample=False), EulerAncestralDiscreteScheduler()])
 def test_the_noise_of_steps_is_the_same_in_every_run(scheduler):
-    """The real model's own run meets the noise of the quantized one's, or latents could not be compared."""
+    """The real model's run draws the same step noise as the quantized one's; otherwise latents are not comparable."""
     config = toy_config(scheduler, enable_latent_affine=True)
     affiner = load_affiner(config, list(range(5)), Toy(), Toy(), latents=noise())
     assert all(errors == (0.0, 0.0) for errors in affiner.latents.errors.values())
@@ -76,7 +76,7 @@ def test_the_noise_of_steps_is_the_same_in_every_run(scheduler):
 
 @pytest.mark.parametrize("recurrent", [True, False])
 def test_predictions_are_observed_on_the_right_latents(recurrent):
-    """Against a plain loop: recurrent steps continue from corrected predictions, others along the real model's run."""
+    """Checked against a plain loop: recurrent steps continue from corrected predictions, others along the real run."""
     real, quant = Toy(), Toy(gain=[0.9, 1.1])
     config = toy_config(recurrent=recurrent)
     affiner = Recorder()
@@ -118,7 +118,7 @@ def test_every_type_lowers_the_error_on_its_own_samples(digits, kind):
 
 @pytest.mark.parametrize("kind", ["blockwise", "ptqd", "tac"])
 def test_a_method_alone_is_a_third_partys_affiner(kind):
-    """The same protocol; only the latents, which are the whole affiner's, are left out."""
+    """A method object follows the third-party protocol, except for latents, which belong to the whole affiner."""
     real, quant = Toy(), Toy(gain=[0.8, 1.3], offset=[0.2, -0.1])
     config = {**toy_config(DDPMScheduler(clip_sample=False), recurrent=False), "type": kind}
     config.pop("solver")
@@ -139,7 +139,7 @@ def test_a_method_alone_is_a_third_partys_affiner(kind):
 
 @pytest.mark.parametrize("target", ["uncond", "text"])
 def test_one_half_of_the_guidance_is_corrected(digits, target):
-    """Digits put the labels first and the null class second, so the halves are told apart by what guidance does."""
+    """Digits put the labels first and the null class second, so the halves are identified by the effect of guidance."""
     quant = copy.deepcopy(digits)
 
     def distort(module, args, output):
@@ -190,7 +190,7 @@ def test_halves_are_told_apart_under_rescaled_guidance(first, rescale):
 
 @pytest.fixture
 def unjudged(monkeypatch):
-    """Tiny random models gain nothing worth keeping; of two steps and three rows nobody could tell."""
+    """Skip the judge: tiny random models gain nothing worth keeping, and two steps and three rows could not show it."""
     monkeypatch.setattr("hfquant.affiner.fit.pays", lambda gains: True)
 
 
@@ -230,7 +230,7 @@ def test_guidance_is_needed_to_fit_one_half(digits):
 
 
 def test_latents_are_led_back_to_the_real_run():
-    """A drift that no map of predictions can see: both predict alike, the quantized one starts every step off."""
+    """A drift that prediction maps cannot see: both predict alike, but the quantized model starts every step off."""
     real, quant = Toy(), Toy(gain=[0.7, 1.2], offset=[0.3, 0.0])
     scheduler = EulerDiscreteScheduler()
     config = toy_config(scheduler, {"lambda1": 1e4, "lambda2": 1e4}, enable_latent_affine=True)
@@ -288,7 +288,7 @@ def test_learned_variance_is_left_alone():
 @pytest.mark.parametrize("name", ["unet", "sd3"])
 @pytest.mark.parametrize("given", [True, False])
 def test_models_of_two_dtypes(name, given, unjudged):
-    """Arguments and recorded calls are of the real model's dtype; the quantized one gets them in its own."""
+    """Arguments and recorded calls have the real model's dtype; the quantized model gets them in its own."""
     real, _, rows, arguments = real_and_quant(name)
     part = "unet" if name == "unet" else "transformer"
     quant = copy.copy(real)
@@ -305,7 +305,7 @@ def test_models_of_two_dtypes(name, given, unjudged):
 
 
 def test_a_bare_denoiser_that_begins_with_a_quantized_layer():
-    """Its first parameter is made of integers; latents must not be."""
+    """Its first parameter has an integer dtype, which the latents must not inherit."""
 
     class Linears(torch.nn.Module):
         def __init__(self):
@@ -354,7 +354,7 @@ def test_real_pipelines_attach_run_detach(name, recurrent, tmp_path):
 
 
 def test_a_map_that_holds_on_no_other_sample_is_not_kept():
-    """Both models differ by noise of its own in every sample: a map for each pixel would fit it and do harm."""
+    """The quantized model adds new noise to every sample: a map per pixel would fit that noise and do harm."""
 
     class Noisy(Toy):
         draw = torch.Generator().manual_seed(0)
@@ -373,7 +373,7 @@ def test_a_map_that_holds_on_no_other_sample_is_not_kept():
 
 
 def test_an_affiner_that_does_not_pay_corrects_nothing(caplog):
-    """Errors without a pattern: there is nothing to learn, and what is learned from three runs would do harm."""
+    """The errors have no pattern, so there is nothing to learn, and what three runs teach would do harm."""
 
     class Noisy(Toy):
         def forward(self, sample, timestep, class_labels=None, return_dict=True):
@@ -383,7 +383,7 @@ def test_an_affiner_that_does_not_pay_corrects_nothing(caplog):
     config = toy_config(solver={"blocksize": 1, "lambda1": 0.0, "lambda2": 0.0}, enable_latent_affine=True)
     real, quant = Toy(), Noisy()
     affiner = load_affiner(config, list(range(3)), real, quant, latents=noise(3))
-    assert "the affiner does not pay" in caplog.text
+    assert "the affiner does not help" in caplog.text
     for maps in (affiner.prediction, affiner.latents):
         assert all(bool((k == 1).all()) and not bool(b.any()) for k, b in maps.table.values())
     assert all(before == after for before, after in affiner.errors.values())

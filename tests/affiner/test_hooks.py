@@ -1,4 +1,4 @@
-"""Attaching: every kind of scheduler, other step counts, sizes and layouts, and no trace afterwards."""
+"""Attaching: every kind of scheduler, other step counts, sizes and layouts, and no trace left afterwards."""
 
 import copy
 import inspect
@@ -65,8 +65,8 @@ def test_scheduler_swapped_while_attached():
     with affiner.attach(quant):
         with_ddim = quant.sample(10)
         quant.scheduler = DPMSolverMultistepScheduler.from_config(first.config)
-        # DPM-Solver++ starts at 999, above the fitted 900: the correction is at work, and says so.
-        with pytest.raises(ValueError, match=r"timestep 999 is outside what the affiner was fitted on, \[0, 900\]"):
+        # DPM-Solver++ starts at 999, above the largest fitted timestep of 900; the error shows that affiner is active.
+        with pytest.raises(ValueError, match=r"timestep 999 is outside the range .* fitted on, \[0, 900\]"):
             quant.sample(10)
         quant.scheduler = DDIMScheduler.from_config(first.config)
         assert torch.equal(quant.sample(10), with_ddim)
@@ -95,7 +95,7 @@ def test_a_deep_copy_that_never_ran_is_released_too():
 
 
 def test_schedulers_that_take_a_timestep_for_each_sample():
-    """Stable Cascade's pipelines call `step` so."""
+    """Stable Cascade's pipelines call `step` this way."""
 
     class Shift:
         def observe(self, *args): ...
@@ -116,7 +116,7 @@ def test_schedulers_that_take_a_timestep_for_each_sample():
     expected = step(torch.full_like(sample, float(times[0])))
     with attach(loop, Shift()):
         assert torch.equal(step(torch.zeros_like(sample)), expected)
-        with pytest.raises(ValueError, match="all at one timestep"):
+        with pytest.raises(ValueError, match="at the same timestep"):
             step(sample, torch.tensor([0.5, 0.25, 0.5]))
 
 
@@ -137,7 +137,7 @@ def test_a_denoiser_is_not_corrected_twice():
 
 
 def test_a_wrapped_denoiser_hides_its_timestep():
-    """Only halves of the guidance and bare denoisers need it; the scheduler has its own."""
+    """Only guidance halves and bare denoisers need the denoiser's timestep; otherwise the scheduler's is used."""
 
     class Wrapper(torch.nn.Module):
         def __init__(self, inner):
@@ -175,7 +175,7 @@ def test_a_third_party_attaches_the_same_way():
 
 
 def test_digits_pipeline_with_a_bare_denoiser_attached():
-    """Attached to the denoiser alone, the correction acts on both halves of the guidance."""
+    """Attached to the denoiser alone, the correction applies to both halves of the guidance batch."""
     pipe = load_digits_pipeline()
     pipe.set_progress_bar_config(disable=True)
 
@@ -261,7 +261,7 @@ def test_coefficients_of_ddim_follow_eta():
 
 
 def test_coefficients_where_samples_have_their_own_timesteps():
-    """Stable Cascade's scheduler: one number for the batch all the same."""
+    """Stable Cascade's scheduler takes one timestep per sample; each coefficient is still one number per batch."""
     found = []
     for each in (False, True):
         scheduler = DDPMWuerstchenScheduler()
@@ -297,7 +297,7 @@ def test_ptqd_lowers_the_noise_of_stochastic_schedulers_alone():
 
     for scheduler, stochastic in ((DDPMScheduler(clip_sample=False), True), (DDIMScheduler(clip_sample=False), False)):
         affiner, _, _ = fitted(scheduler, type="ptqd", stepper={"max_timestep": 4, "recurrent": False})
-        # What is left of the error, by hand: half the variance that a step adds.
+        # Set the remaining error by hand: half the variance that a step adds.
         for t in affiner.timesteps:
             affiner.prediction.errors[t] = (1.0, 0.01)
         factors = around_noise(affiner, copy.deepcopy(scheduler))
@@ -323,7 +323,7 @@ def test_ptqd_leaves_the_noise_of_steps_that_are_not_enabled():
 
 
 def test_scaled_noise_is_what_the_step_adds():
-    """DDPM with PTQD: the mean of the step stays, its noise shrinks by the factor."""
+    """DDPM with PTQD: the mean of the step stays the same, and its noise shrinks by the factor."""
     affiner, _, quant = fitted(DDPMScheduler(clip_sample=False), type="ptqd", stepper={"max_timestep": 4})
     results = {}
     for variance in (0.0, 1e9):

@@ -1,4 +1,4 @@
-"""Rows of datasets of every kind, as the arguments of calls."""
+"""Rows of datasets of every kind become the arguments of calls."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from tests.affiner.pipelines import Recorder, Toy, noise, toy_config
 
 
 class Stream(IterableDataset):
-    """Torch's kind, whose base class defines `__getitem__` too."""
+    """torch's kind of iterable dataset, whose base class also defines `__getitem__`."""
 
     def __init__(self, rows, length=None):
         self.rows, self.read, self.length = rows, 0, length
@@ -30,7 +30,7 @@ class Stream(IterableDataset):
 
 
 def drawn(dataset, shuffle, count=3, size=None):
-    """The labels that a fit on one step runs."""
+    """Return the labels that a fit on one step runs."""
     real, seen = Toy(), []
     real.register_forward_pre_hook(lambda m, a, k: seen.append(k["class_labels"].tolist()), with_kwargs=True)
     config = toy_config(sample_size=size, steps=1)
@@ -68,7 +68,7 @@ def test_datasets_and_dicts_and_numbers_are_the_same():
 @pytest.mark.parametrize("kind", ["torch", "datasets"])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_streams_are_read_no_further_than_needed(kind, shuffle, monkeypatch):
-    """An endless one, of which the shuffle keeps a few rows."""
+    """The stream is endless; the shuffle buffers a few of its rows."""
     monkeypatch.setattr(inputs, "BUFFER", 4)
     if kind == "torch":
         stream = Stream(itertools.count())

@@ -1,4 +1,4 @@
-"""Judging an affiner by the ends of runs."""
+"""Judging an affiner by the final latents of runs."""
 
 import pytest
 import torch

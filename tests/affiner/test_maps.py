@@ -1,4 +1,4 @@
-"""Tables of maps between timesteps, at other sizes, and the methods of fitting them."""
+"""Tables of maps between timesteps and at other sizes, and the methods that fit them."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_unseen_timesteps_are_between_their_neighbours():
     scale, shift = affiner.prediction.at(0.25 * low + 0.75 * high)
     torch.testing.assert_close(scale, 0.25 * k0 + 0.75 * k1)
     torch.testing.assert_close(shift, 0.25 * b0 + 0.75 * b1)
-    with affiner.attach(quant), pytest.raises(ValueError, match="outside what the affiner was fitted on"):
+    with affiner.attach(quant), pytest.raises(ValueError, match="outside the range that the affiner was fitted on"):
         quant.sample(steps=8)
 
 
@@ -43,7 +43,7 @@ def test_other_sizes_stretch_the_maps(mode):
 
 @pytest.mark.parametrize(("fitted_on", "used_on"), [(16, 15), (15, 16), (15, 30)])
 def test_packed_tokens_stretch_from_square_to_square(fitted_on, used_on):
-    """The height and width of other numbers of tokens are not known, and a map of one block needs none."""
+    """Another token count does not reveal height and width; a map with a single block does not need them."""
     for blocksize in (2, None):
         affiner = BlockwiseAffiner({"solver": {"blocksize": blocksize}})
         real = torch.randn(3, fitted_on, 2)

@@ -1,4 +1,4 @@
-"""What cannot be fitted is refused with a message that says why, and leaves no trace."""
+"""What cannot be fitted is refused with a message that gives the reason, and leaves no trace."""
 
 import copy
 
@@ -14,7 +14,7 @@ from tests.affiner.pipelines import Recorder, Toy, noise, toy_config
 
 
 class Broken(Toy):
-    """Predicts NaN from the third call on."""
+    """Predicts NaN from the third call onward."""
 
     calls = 0
 
@@ -25,13 +25,13 @@ class Broken(Toy):
 
 
 class Stepless(DDIMScheduler):
-    """No scheduler that an affiner could hook."""
+    """Has no scheduler that an affiner could hook."""
 
     def step(self, residual, timestep): ...
 
 
 class Frames(torch.nn.Module):
-    """Latents of any layout, with a config that tells the channels."""
+    """Accepts latents of any layout; its config gives the number of channels."""
 
     def __init__(self, channels):
         super().__init__()
@@ -68,7 +68,7 @@ def test_layouts_that_would_be_misread_are_refused(channels, shape, message):
 
 
 class Narrow(Toy):
-    """Predicts one channel of two."""
+    """Predicts one of two channels."""
 
     def forward(self, sample, timestep, class_labels=None):
         return (super().forward(sample, timestep, class_labels)[0][:, :1],)
@@ -79,7 +79,7 @@ class Narrow(Toy):
     [
         ({"dataset": []}, ValueError, "dataset is empty"),
         ({"dataset": "a prompt"}, TypeError, "dataset must be"),
-        ({"dataset": [{"class_labels": 1, "colour": 2}]}, ValueError, "takes no \\['colour'\\]"),
+        ({"dataset": [{"class_labels": 1, "colour": 2}]}, ValueError, "does not accept \\['colour'\\]"),
         ({"dataset": [(1, 2)]}, ValueError, "expected a dict"),
         ({"dataset": iter([])}, ValueError, "dataset is empty"),
         ({"dataset": None}, TypeError, "dataset must be .*got NoneType"),
@@ -106,12 +106,12 @@ class Narrow(Toy):
         (
             {"thirdparty_affiner": Recorder(), "config": toy_config(enable_timesteps=[0])},
             ConfigError,
-            "enable_timesteps are for our own affiner alone",
+            "enable_timesteps do not apply to a thirdparty_affiner",
         ),
         (
             {"thirdparty_affiner": Recorder(), "config": {**toy_config(), "blocks": {"modules": ["inner"]}}},
             ConfigError,
-            "for our own affiner alone",
+            "do not apply to a thirdparty_affiner",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from tests.affiner.pipelines import Toy, noise
 
 
 def test_a_finished_run_keeps_no_tensors():
-    """Even before the garbage collector comes: batch after batch would pile up."""
+    """Not even before garbage collection; otherwise tensors would pile up batch after batch."""
     gc.collect()
     gc.disable()
     try:
@@ -43,13 +43,13 @@ def test_a_run_goes_on_with_what_it_is_given_and_can_be_left():
 
 def test_what_the_pipeline_raises_reaches_the_caller():
     run = Run(DenoisingLoop(Toy(), DDIMScheduler()), {"class_labels": torch.arange(2)})
-    with pytest.raises(ValueError, match="give latents"):
+    with pytest.raises(ValueError, match="pass latents"):
         run.resume()
     assert run.resume() is None
 
 
 def test_runs_draw_alike_from_the_global_generator():
-    """Some pipelines draw without the generator that they are given."""
+    """Some pipelines draw from the global generator instead of the one they are given."""
 
     class Careless(DenoisingLoop):
         def __call__(self, **arguments):
@@ -61,7 +61,7 @@ def test_runs_draw_alike_from_the_global_generator():
     events = []
     for turn in ((0, 1), (1, 0), (0, 1)):
         for i in turn:
-            torch.rand(i + 1)  # noise of others
+            torch.rand(i + 1)  # noise drawn by other code
             events.append((i, runs[i].resume()))
     first, second = ([event for i, event in events if i == which] for which in (0, 1))
     for one, other in zip(first, second, strict=True):

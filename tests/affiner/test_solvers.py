@@ -1,4 +1,4 @@
-"""The closed forms against numpy's least squares on the raw samples, and their invariants."""
+"""The closed-form solutions against numpy's least squares on raw samples, and their invariants."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def blocks_of(height, width, size):
 
 
 def ridge_lstsq(q, r, a, lambda1, lambda2):
-    """min a |K q + b - r|^2 + lambda1 (K - 1)^2 + lambda2 b^2 on raw samples, by rows of a least-squares problem."""
+    """Return min over K, b of a |K q + b - r|^2 + lambda1 (K - 1)^2 + lambda2 b^2, by least squares on raw samples."""
     rows = np.sqrt(a) * np.stack([q, np.ones_like(q)], 1)
     rows = np.concatenate([rows, np.diag(np.sqrt([lambda1, lambda2]))])
     right = np.concatenate([np.sqrt(a) * r, [np.sqrt(lambda1), 0.0]])
@@ -160,7 +160,7 @@ def test_constant_predictions_without_ridge_keep_the_scale():
 
 
 def test_limited_nodes_never_do_worse_than_no_correction():
-    """Nodes share pixels, so limiting some of them may; the timestep gets no correction then."""
+    """Nodes share pixels, so limiting some of them may do worse; the timestep is then left uncorrected."""
     terms, grid, gone = (0.5, 0.0, 0.0), Grid(5, 7, 2), 0
     solver = {"blocksize": 2, "lambda1": 0.0, "lambda2": 0.0, "percentile": 50.0, "scale": 0.0}
     for seed in range(20):
@@ -190,7 +190,7 @@ def test_limiting_spares_the_blocks_on_the_other_side():
 
 
 def test_a_correction_that_does_harm_elsewhere_is_dropped():
-    """Maps that double the error of the fold that they were not fitted on."""
+    """The maps double the error on the fold that they were not fitted on."""
     draw = torch.Generator().manual_seed(0)
     real = torch.randn(4, 2, 3, 3, generator=draw, dtype=torch.float64)
     folds, maps = [], []
@@ -203,7 +203,7 @@ def test_a_correction_that_does_harm_elsewhere_is_dropped():
 
 @pytest.mark.parametrize(("size", "expected"), [(0.5, 1.0), (1.0, 1.0), (1.6, 1.0), (4.0, 0.5), (-1.0, 0.0)])
 def test_the_strength_is_the_most_that_does_no_harm(size, expected):
-    """The quantized model is off by 1 everywhere; the map takes `size` of it away."""
+    """The quantized model is off by 1 everywhere, and the map subtracts `size`."""
     draw = torch.Generator().manual_seed(0)
     real = torch.randn(8, 1, 2, 2, generator=draw, dtype=torch.float64)
     folds = [moments(real[i::2], real[i::2] + 1, None) for i in range(2)]

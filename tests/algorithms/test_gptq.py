@@ -1,4 +1,4 @@
-"""GPTQ against a direct, unblocked textbook implementation in float64, and what must hold for any input."""
+"""GPTQ against a direct, unblocked textbook implementation in float64, and properties that hold for any input."""
 
 import numpy as np
 import pytest
@@ -22,10 +22,10 @@ def problem(rows: int, columns: int, samples: int, seed: int = 0) -> tuple[torch
 
 
 def textbook(w: np.ndarray, h: np.ndarray, scale: np.ndarray, limit: int, damp: float, order: np.ndarray) -> np.ndarray:
-    """Algorithm 1 of arXiv 2210.17323 with one column a block, on a fixed grid: codes in float64."""
+    """Return float64 codes by Algorithm 1 of arXiv 2210.17323, with one column per block, on a fixed grid."""
     h = h[np.ix_(order, order)] + damp * np.mean(np.diag(h)) * np.eye(len(h))
     upper = np.linalg.cholesky(np.linalg.inv(h)).T
-    # numpy gives the lower factor of H^-1 = L L^T; what is wanted is H^-1 = U^T U with U = L^T.
+    # numpy gives the lower factor L of H^-1 = L L^T; the algorithm needs H^-1 = U^T U, so U = L^T.
     np.testing.assert_allclose(upper.T @ upper, np.linalg.inv(h), rtol=1e-6, atol=1e-9 * np.abs(h).max())
     w, scale = w[:, order].copy(), scale[:, order]
     codes = np.zeros_like(w)
@@ -68,7 +68,7 @@ def test_matches_the_textbook(act_order: bool, block_size: int) -> None:
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("block_size", [1, 7, 16, 128])
 def test_matches_the_textbook_with_a_short_last_group(act_order: bool, block_size: int) -> None:
-    """On the grid that came out: in natural order a group's is fitted when the sweep reaches it."""
+    """Compared on the resulting grid: in natural order, a group's scale is fitted when the sweep reaches the group."""
     weight, h = problem(24, 40, 400)
     columns = (16, 16, 8)
     codes, grid = gptq(weight, h, GridRule(FORMATS["int4"], columns), block_size=block_size, act_order=act_order)
@@ -85,7 +85,7 @@ def test_matches_the_textbook_with_a_short_last_group(act_order: bool, block_siz
 @pytest.mark.parametrize("columns", [(16, 16, 8), (40,), (3, 20, 17)])
 @pytest.mark.parametrize("two_level", [False, True])
 def test_blocks_change_nothing(columns: tuple[int, ...], two_level: bool) -> None:
-    """A group's scale is fitted to all errors before it, those of a block that is not yet done too."""
+    """A group's scale takes all earlier errors into account, including those of a block that is not finished."""
     weight, h = problem(24, 40, 400)
     rule = GridRule(FORMATS["int4"], columns, two_level=two_level)
     codes, grid = gptq(weight, h, rule, block_size=1)
@@ -108,7 +108,7 @@ def test_blocks_change_nothing(columns: tuple[int, ...], two_level: bool) -> Non
 def test_never_worse_than_rounding(
     seed: int, samples: int, form: str, columns: tuple[int, ...], act_order: bool, symmetric: bool, clip: str
 ) -> None:
-    """Rank-deficient Hessians included: one sample, fewer rows than columns."""
+    """Also with rank-deficient Hessians: a single sample, or fewer rows than columns."""
     weight, h = problem(10, 48, samples, seed)
     rule = GridRule(FORMATS[form], columns, None, symmetric or not FORMATS[form].is_integer, clip)
     codes, grid = gptq(weight, h, rule, block_size=12, act_order=act_order)
@@ -121,7 +121,7 @@ def test_never_worse_than_rounding(
 def test_helps_a_lot_on_correlated_inputs() -> None:
     weight, h = problem(32, 64, 1000)
     rule = GridRule(FORMATS["int4"], (16,) * 4)
-    # The problem's last columns weigh most, so only act_order leaves columns to make up for them.
+    # The last columns carry the most weight, so only act_order leaves columns that can compensate for them.
     codes, grid = gptq(weight, h, rule, act_order=True)
     nearest = rule.fit(weight)
     after = row_loss(weight, grid.dequantize(codes), h).sum()

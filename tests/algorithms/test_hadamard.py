@@ -39,7 +39,7 @@ def test_statistics_of_rotated_rows_are_those_of_the_rows_rotated() -> None:
     np.testing.assert_allclose(seen.hessian.numpy(), rows.T @ rows / 300, rtol=1e-4, atol=1e-4 * (rows**2).mean())
     np.testing.assert_allclose(seen.mean_square.numpy(), (rows**2).mean(0), rtol=1e-4)
     few = LayerStats.of(x[:150], torch.rand(150).double()).divided(divisor).rotated(8)
-    np.testing.assert_allclose(few.mean_square.numpy(), (rows[:150] ** 2).mean(0), rtol=1e-4)  # all are in the sample
+    np.testing.assert_allclose(few.mean_square.numpy(), (rows[:150] ** 2).mean(0), rtol=1e-4)  # all are sampled
     sampled = (stats_of(x).rows.double() / divisor.double()).numpy() @ matrix
     np.testing.assert_allclose(seen.rows.numpy(), sampled, atol=1e-4)
     assert torch.equal(seen.row_weights, stats_of(x).row_weights)
@@ -57,7 +57,7 @@ def test_the_product_is_unchanged_in_high_precision(opt: dict[str, Any], columns
     layer = QuantLinear.from_tensors(solution.plan, solution.tensors, None)
     torch.testing.assert_close(layer.effective_weight(), weight, rtol=1e-3, atol=1e-3)
     again = requantize("layer", weight, solution.plan, solution.tensors)
-    assert (again["weight"].int() - solution.tensors["weight"].int()).abs().max() <= 1  # rounded by chance
+    assert (again["weight"].int() - solution.tensors["weight"].int()).abs().max() <= 1  # stochastic rounding
 
 
 def test_codes_are_of_the_smoothed_rotated_weight() -> None:
@@ -74,7 +74,7 @@ def test_codes_are_of_the_smoothed_rotated_weight() -> None:
 
 @pytest.mark.parametrize("opt", ROTATIONS, ids=lambda opt: opt["type"])
 def test_outliers_are_spread_where_inputs_have_four_bits(opt: dict[str, Any]) -> None:
-    """A channel twenty times as large as the others; what a scale a token costs the others is more than halved."""
+    """One channel is twenty times as large as the others; rotation more than halves the error of per-token scales."""
     weight, x = torch.randn(32, 64), torch.randn(400, 64)
     x[:, 5] *= 20
     config: dict[str, Any] = {"weight_quant": {"type": "int8", "axis": -1}, "input_quant": FOUR}
@@ -84,8 +84,8 @@ def test_outliers_are_spread_where_inputs_have_four_bits(opt: dict[str, Any]) ->
 
 
 def test_alpha_is_searched_on_what_is_rotated() -> None:
-    """Blocks of 8 lie across the cut at 10, so one alpha serves both segments: that of the least error of the layer."""
-    weight, x = torch.randn(16, 24), inputs(150, 24)  # all rows are in the sample
+    """Blocks of 8 straddle the boundary at 10, so both segments share one alpha, that of the layer's least error."""
+    weight, x = torch.randn(16, 24), inputs(150, 24)  # the sample holds all rows
     grid = [0.1, 0.3, 0.5, 0.7, 0.9]
     config: dict[str, Any] = {"weight_quant": {"type": "int4", "axis": -1}, "input_quant": FOUR}
     stored = {"input_segments": [10, 14]}

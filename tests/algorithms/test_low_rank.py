@@ -1,4 +1,4 @@
-"""The low-rank branch against float64: optimal, cut to the layer's size, stored as a checkpoint stores it."""
+"""The low-rank branch against float64: optimal, clipped to the layer's size, and stored as in a checkpoint."""
 
 import pytest
 import torch
@@ -21,20 +21,20 @@ def decaying(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (7, 5), (300, 500), (500, 300)])
 @pytest.mark.parametrize("rank", [1, 4])
 def test_low_rank_is_optimal(shape: tuple[int, int], rank: int) -> None:
-    """Eckart-Young: the residual is what the dropped singular values leave."""
+    """Eckart-Young: the residual equals the energy of the dropped singular values."""
     weight = decaying(*shape)
     up, down = low_rank(weight, rank)
     assert up.shape == (shape[0], rank)
     assert down.shape == (rank, shape[1])
     best = torch.linalg.svdvals(weight)[rank:].square().sum()
     residual = (weight - up.double() @ down.double()).square().sum()
-    # 0.1 % of the captured energy is the bound promised for the randomized branch.
+    # The randomized branch promises a residual within 0.1 % of the captured energy.
     captured = torch.linalg.svdvals(weight)[:rank].square().sum()
     assert best - 1e-9 <= residual <= best + 1e-3 * captured
 
 
 def test_the_branch_is_left_of_what_is_folded() -> None:
-    """Its factors are of the weight as it is, and nothing is divided."""
+    """If smoothing is folded, only the branch remains: it factors the original weight, and nothing is divided."""
     weight = decaying(12, 9).float()
     branch = LowRank(low_rank=3, fold=True).folded()
     assert branch.tensors(9, (12,)) == {"svd_down": TensorSpec((3, 9), None), "svd_up": TensorSpec((12, 3), None)}
@@ -62,7 +62,7 @@ OUTLIERS = torch.ones(500).index_fill(0, torch.tensor([7, 300]), 1e3)
 KRYLOV = {
     "decaying": (decaying(300, 500).float(), 8),
     "tall": (decaying(500, 300).float(), 20),
-    "flat": (normal(300, 500), 8),  # the slowest to converge
+    "flat": (normal(300, 500), 8),  # converges the slowest
     "outlier columns": (normal(300, 500) * OUTLIERS, 16),
     "rank 3": (normal(300, 3) @ normal(3, 500), 8),
     "nothing": (torch.zeros(300, 500), 8),
@@ -71,7 +71,7 @@ KRYLOV = {
 
 @pytest.mark.parametrize("case", KRYLOV)
 def test_krylov_basis_loses_little_of_what_can_be_captured(case: str) -> None:
-    """Nor does it leave much more than has to be left, be that little beside a few columns."""
+    """The residual stays close to the optimum too, even if that is tiny beside a few large columns."""
     weight, rank = KRYLOV[case]
     factors = _block_krylov(weight, rank, 16)
     assert factors is not None
@@ -95,7 +95,7 @@ def test_low_rank_of_nothing_is_nothing() -> None:
     assert down.isfinite().all()
 
 
-# As a transform.
+# Used as a transform.
 
 
 def problem(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> Problem:
@@ -123,7 +123,7 @@ def test_the_rank_is_cut_to_the_smallest_side(rank, in_features, rows, expected)
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (300, 500), (500, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_factors_are_contiguous_and_of_the_model_s_dtype(shape, dtype) -> None:
-    """Of other strides than a checkpoint's, a product rounds otherwise before saving than after."""
+    """With strides unlike a checkpoint's, products would round differently before saving and after loading."""
     weight, x = torch.randn(*shape), torch.randn(64, shape[1])
     solved = LowRank(low_rank=4).solve(weight, problem(x, dtype))
     assert solved.tensors.keys() == {"smooth", "svd_down", "svd_up"}

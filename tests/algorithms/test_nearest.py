@@ -1,4 +1,4 @@
-"""Round to nearest: the oracle's codes; the inputs' mean squares weigh errors under clipping and nothing else."""
+"""Round-to-nearest: the oracle's codes; the inputs' mean squares only weight the error of the clipping search."""
 
 import numpy as np
 import pytest

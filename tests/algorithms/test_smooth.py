@@ -1,4 +1,4 @@
-"""Smoothing against float64 formulas: the vector, the grid of strengths, what it does to a layer."""
+"""Smoothing against float64 formulas: the vector, the grid of strengths, and the effect on a layer."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def stats_of(x: torch.Tensor) -> LayerStats:
         ({}, [i / 10 for i in range(11)]),
         ({"min": 0.1, "max": 0.9, "step": 0.2}, [0.1, 0.3, 0.5, 0.7, 0.9]),
         ({"min": 0.3, "max": 0.3}, [0.3]),
-        ({"step": 0.3}, [0.0, 0.3, 0.6, 0.9, 1.0]),  # the last step is short
+        ({"step": 0.3}, [0.0, 0.3, 0.6, 0.9, 1.0]),  # the last step is shorter
         ({"min": 0.2, "max": 0.7, "step": 1.0}, [0.2, 0.7]),
     ],
 )
@@ -108,7 +108,7 @@ def test_ranges_of_segments(segments) -> None:
 
 
 def test_the_config_s_own_alpha_is_tried_too() -> None:
-    """Here it is far better than the grid, which lacks it."""
+    """Here it is far better than any alpha on the grid, which does not contain it."""
     x, weight = torch.randn(300, 20) * torch.logspace(-1, 1, 20), torch.randn(8, 20)
     opt = Smooth(alpha=0.5, search_alpha_config=SearchAlpha(enable=True, min=0.99, max=1.0, step=0.01))
     problem = Problem("layer", GridRule(FORMATS["int4"], (20,)), None, (20,), stats_of(x), torch.float32)
@@ -119,7 +119,7 @@ def test_the_config_s_own_alpha_is_tried_too() -> None:
 
 @pytest.mark.parametrize("spread", [1.0, 100.0])
 def test_no_smoothing_is_tried_too(spread: float) -> None:
-    """Channels alike, seen in twelve rows: a vector would be made of noise. Where one channel is large it pays."""
+    """With equal channels and only twelve rows a vector would fit noise; with one large channel it pays off."""
     rows = torch.randn(12, 64)
     rows[:, 3] *= spread
     weight, opt = torch.randn(32, 64), Smooth(search_alpha_config=SearchAlpha(enable=True, min=0.4, step=0.2))
@@ -132,7 +132,7 @@ def test_no_smoothing_is_tried_too(spread: float) -> None:
     assert torch.equal(found.tensors["smooth"], torch.ones(64)) == (spread == 1)
 
     def error(divisor: torch.Tensor) -> float:
-        """Of new rows, in float64, by scales of the largest values seen."""
+        """Return the float64 error on new rows, with scales taken from the largest values seen."""
         new = torch.randn(4000, 64, generator=torch.Generator().manual_seed(1))
         new[:, 3] *= spread
         step = (rows / divisor).abs().max().double() / 127

@@ -1,4 +1,4 @@
-"""The benchmark of the algorithms' cost on a tiny model: every part runs and its rows say what they should."""
+"""The benchmark of the algorithms' cost on a tiny model: every part runs and reports the expected rows."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 class Words:
-    """A tokenizer of one token a character."""
+    """A tokenizer with one token per character."""
 
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) % 96 for c in text]}
@@ -23,7 +23,7 @@ class Words:
 
 @pytest.fixture
 def llama(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LlamaForCausalLM:
-    """Takes the place of SmolLM2; widths are multiples of the configs' groups of 64."""
+    """A stand-in for SmolLM2; widths are multiples of the configs' groups of 64."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(hidden_size=128, intermediate_size=192, vocab_size=96, **heads)).eval()
@@ -45,7 +45,7 @@ def test_pieces_are_timed_and_leave_the_model_alone(
 ) -> None:
     before = copy.deepcopy(llama)
     file = tmp_path / "out" / "table.json"
-    # On a model this small calls cost more than arithmetic: a missed target says nothing.
+    # On a model this small, call overhead dominates the arithmetic, so a missed target means nothing.
     assert run("--parts", "pieces", "--json", file) in (0, 1)
     assert all(torch.equal(p, q) for p, q in zip(llama.parameters(), before.parameters(), strict=True))
     assert not any(m._forward_pre_hooks for m in llama.modules())
@@ -78,7 +78,7 @@ def test_only_some_pieces(llama: LlamaForCausalLM, capsys: pytest.CaptureFixture
 
 
 def test_low_rank_against_the_best(llama: LlamaForCausalLM, tmp_path: Path) -> None:
-    with torch.no_grad():  # a spectrum that falls, as that of a smoothed weight does: the fast way is to be trusted
+    with torch.no_grad():  # a decaying spectrum, like a smoothed weight's, on which the fast path is reliable
         for linear in models.quantizable_linears(llama).values():
             out, width = linear.weight.shape
             scale = 0.5 ** torch.arange(min(out, width)).float()
@@ -87,7 +87,7 @@ def test_low_rank_against_the_best(llama: LlamaForCausalLM, tmp_path: Path) -> N
     file = tmp_path / "table.json"
     assert run("--parts", "low-rank", "--blocks", 0, -1, 7, "--ranks", 4, 32, 64, "--json", file) == 0
     rows = json.loads(file.read_text())["low-rank"]["rows"]
-    # Keys and values have 64 rows: nothing to gain from a rank of 64.
+    # Keys and values have 64 rows, so rank 64 would gain nothing.
     expected = [(kind, r) for kind in PROJECTIONS for r in (4, 32, 64) if r < 64 or kind not in ("k_proj", "v_proj")]
     assert list(rows) == [f"{kind}, rank {rank}" for kind, rank in expected]
     assert (rows["gate_proj, rank 4"]["rows"], rows["gate_proj, rank 4"]["columns"]) == (192, 128)

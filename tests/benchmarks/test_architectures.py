@@ -1,4 +1,4 @@
-"""The check of all architectures says what it saw."""
+"""The check of all architectures reports what it found."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def test_what_a_failure_is_counted_as(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architectures, "_same", differs)
     failing = 1  # the float model and its copy
     assert architectures.checked(one, "llama", "w4a16") == f"{FLOAT_FAILS}: ValueError: x differs"
-    failing = len(calls) + 2  # the quantized ones
+    failing = len(calls) + 2  # the quantized models
     assert architectures.checked(one, "llama", "w4a16") == "fails: ValueError: x differs"
-    failing = len(calls) + 1  # a float model that does not load back, before one that does
+    failing = len(calls) + 1  # a float model that does not reload, followed by one that does
     assert checked("llama", "w4a16").startswith("equal, 14 layers")
 
 

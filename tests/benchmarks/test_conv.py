@@ -1,4 +1,4 @@
-"""The benchmark of convolutions runs, and times nothing that computes something else."""
+"""The benchmark of convolutions runs, and times nothing that computes a different result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of the benchmark of CUDA kernels runs without a device: its products, their check, the table, the refusal."""
+"""What the CUDA kernel benchmark can run without a device: its products, their check, the table, the refusal."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The ablation's configs: each differs from the preset, or from the bare config, by one option alone."""
+"""The ablation's configs: each differs from the preset, or from the bare config, in exactly one option."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hfquant.config import parse
 
 
 def changed(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
-    """Paths of the fields that differ."""
+    """Return the paths of the fields that differ."""
     found = set()
     for key in a.keys() | b.keys():
         of_a, of_b = a.get(key), b.get(key)

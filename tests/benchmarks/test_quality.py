@@ -22,7 +22,7 @@ from hfquant.presets import PRESETS
 
 @pytest.fixture(scope="module")
 def llama() -> LlamaForCausalLM:
-    """Three query heads on one value head, so a wrong column order of ``o_proj`` shows."""
+    """Three query heads share one value head, so a wrong column order of ``o_proj`` shows."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=192,
@@ -36,7 +36,7 @@ def llama() -> LlamaForCausalLM:
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))  # norms too: their order must follow
+            parameter.add_(0.05 * torch.randn_like(parameter))  # norms too, since their order must follow
     return model
 
 
@@ -46,7 +46,7 @@ def tokens(count: int, length: int, seed: int = 0) -> list[torch.Tensor]:
 
 
 class Words:
-    """A tokenizer of one token a character."""
+    """A tokenizer with one token per character."""
 
     all_special_ids = (0, 1, 2)
 
@@ -70,7 +70,7 @@ def test_shuffle_keeps_the_function(llama: LlamaForCausalLM, tied: bool) -> None
     ids = tokens(1, 20)[0]
     with torch.inference_mode():
         logits, expected = shuffled(ids).logits, original(ids).logits
-    # Llama's norms work in float32 whatever the dtype, so this is as equal as it gets.
+    # Llama's norms compute in float32 whatever the dtype, so this is as close as it gets.
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
     for name, linear in models.quantizable_linears(original).items():
         moved = shuffled.get_submodule(name).weight != linear.weight
@@ -88,7 +88,7 @@ def test_token_batches_are_spread_over_the_text() -> None:
     batches = models.token_batches(Words(), text, seqlen=10, count=7, batch_size=3)
     rows = torch.cat([b["input_ids"] for b in batches])
     assert [len(b["input_ids"]) for b in batches] == [3, 3, 1]
-    assert (rows == rows[:, :1] + torch.arange(10)).all()  # each a run of the text
+    assert (rows == rows[:, :1] + torch.arange(10)).all()  # each is a contiguous piece of the text
     gaps = rows[:, 0].diff()
     assert gaps.min() >= 140
     assert gaps.max() <= 150
@@ -119,7 +119,7 @@ def test_shuffled_smollm2_is_the_same_model_off_the_grid() -> None:
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         logits, expected = model(ids).logits, original(ids).logits
-    torch.testing.assert_close(logits, expected, rtol=0, atol=5e-4)  # of logits up to 27
+    torch.testing.assert_close(logits, expected, rtol=0, atol=5e-4)  # logits reach 27
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
     for name, linear in models.quantizable_linears(original).items():
         assert most_values_a_block(linear.weight) <= 16, name
@@ -127,7 +127,7 @@ def test_shuffled_smollm2_is_the_same_model_off_the_grid() -> None:
 
 
 def most_values_a_block(weight: torch.Tensor) -> int:
-    """The largest number of distinct values in any block of 32 along the input."""
+    """Return the largest number of distinct values in any block of 32 along the input dimension."""
     blocks = weight.detach().reshape(-1, 32).sort(dim=1).values
     return int((blocks.diff(dim=1) > 0).sum(1).max()) + 1
 
@@ -219,7 +219,7 @@ def test_bits_count_every_tensor() -> None:
 # --- peers ----------------------------------------------------------------------------------------------------------
 
 PACKAGES = {"torchao": "torchao", "quanto": "optimum.quanto", "sdnq": "sdnq"}
-# Codes, float32 scales and zero points of one group of 64, and for a branch of rank 32 its factors on this model.
+# Codes plus float32 scales and zero points per group of 64; a branch of rank 32 adds its factors.
 MOST_BITS = {"w8a16": 8.6, "w8a8": 8.6, "fp8a16": 8.6, "w4a16": 5.3, "w4a8": 8.7}
 
 
@@ -240,7 +240,7 @@ def test_peers_quantize_every_linear_and_nothing_else(llama: LlamaForCausalLM, n
     assert int(kind[1] if kind[0] == "w" else 8) <= bits <= MOST_BITS[kind] + ("svd" in name) * branch
     after = dict(model.named_parameters())
     assert all(torch.equal(after[n], p) for n, p in kept.items())
-    low = "w4a16/torchao" in name  # its 4-bit linears take bfloat16
+    low = "w4a16/torchao" in name  # its 4-bit linears need bfloat16
     if low:
         model.to(torch.bfloat16)
     with torch.no_grad():
@@ -265,7 +265,7 @@ def test_every_config_is_valid(rows: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_row(name) -> None:
-    """Those that need no data are quantized as users do it, while the weights load."""
+    """Presets that need no data are quantized the way users do it: while the weights load."""
     row = quality.ROWS[f"preset/{name}"]
     assert row == (PRESETS[name] if parse(name).needs_data else name)
 
@@ -297,7 +297,7 @@ def test_quality_runs_rows_and_adds_to_a_file(
     assert quality.main(["--rows", "w8*", "--samples", "2", "--json", str(file)]) == 0
     stored = json.loads(file.read_text())["rows"]
     assert set(stored) == {"fp32", "w4a16/mse", "w8a16/int8"}
-    # Groups of 64: a byte each, and a float32 for each of the rows of 192 and (the down projections') 320 inputs.
+    # Each group of 64 stores a byte and each row a float32; rows have 192 inputs, or 320 in the down projections.
     assert 4 + (5 * 8 + 32) / 320 < stored["w4a16/mse"]["bits"] < 4 + (3 * 8 + 32) / 192
     assert stored["w4a16/mse"]["KL"] > 10 * stored["w8a16/int8"]["KL"] > 10 * abs(stored["fp32"]["KL"])
     table = file.with_suffix(".md").read_text()
@@ -306,7 +306,7 @@ def test_quality_runs_rows_and_adds_to_a_file(
     assert "± 0.5000" in table
     assert table in capsys.readouterr().out
 
-    # A linear that a row left in full precision fails that row, and the file keeps the others.
+    # A row that leaves a linear in full precision fails, and the file keeps the other rows.
     assert quality.main(["--rows", "*/broken", "--samples", "2", "--json", str(file)]) == 1
     assert json.loads(file.read_text())["rows"] == stored
     with pytest.raises(SystemExit):
@@ -322,7 +322,7 @@ def test_clipping_is_measured_on_windows_kept_out(llama: LlamaForCausalLM) -> No
     everything = torch.cat([b["input_ids"] for b in calibration] + kept_out).sort(dim=0).values
     assert torch.equal(everything, torch.cat([b["input_ids"] for b in batches]).sort(dim=0).values)
     seen = [row[None] for batch in calibration for row in batch["input_ids"]]
-    # A batch of four rows and a row by itself round differently, by some 1e-7 of a value: squared, nothing.
+    # A batch of four rows and a single row round differently, by some 1e-7 of a value, whose square is negligible.
     assert max(static.clipped(llama, calibration, seen).values()) < 1e-12
     shares = static.clipped(llama, calibration, kept_out)
     assert list(shares) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
@@ -338,7 +338,7 @@ def test_text_that_the_model_wrote_is_kept(llama: LlamaForCausalLM, tmp_path) ->
     assert windows.shape == (70, 12)
     assert windows[:, 0].min() > 2
     assert len(windows[:, 0].unique()) > 30
-    # As likely as the model says: far from both its favourites and chance.
+    # The text is as likely as the model says: neither greedy nor random.
     with torch.inference_mode():
         chances = llama(windows).logits[:, :-1].log_softmax(-1)
     surprise = -chances.gather(-1, windows[:, 1:, None]).mean()
@@ -363,7 +363,7 @@ def test_solving_from_shared_statistics_is_quantize(llama: LlamaForCausalLM) -> 
 
 
 def test_anonymous_memory_is_seen() -> None:
-    # Fresh private pages: memory that malloc had kept from earlier tests would already be counted.
+    # Map fresh private pages: memory that malloc kept from earlier tests would already be counted.
     size = 64 * 2**20
     before = memory.status(os.getpid())["RssAnon"]
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:

@@ -1,4 +1,4 @@
-"""The speed benchmarks: every row of their tables has a figure on tiny sizes, and no row is timed that is wrong."""
+"""The speed benchmarks: every row of their tables has a figure on tiny sizes, and no incorrect row is timed."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ from hfquant.presets import PRESETS
 
 
 def table(text: str, after: str) -> dict[str, list[str]]:
-    """The cells of the Markdown table that follows a text, by the first cell of their row."""
+    """Return the cells of the Markdown table that follows a text, keyed by the first cell of their row."""
     lines = iter(text.split(after, 1)[1].splitlines())
     found: dict[str, list[str]] = {}
     for line in lines:
@@ -35,13 +35,13 @@ def ratio(cell: str) -> float:
 
 
 def assert_full(found: dict[str, list[str]], rows: list[str], columns: int) -> None:
-    """Every row has a finite positive ratio in each column; the unit's are 1; peers that are absent have none."""
+    """Check that every row has a positive ratio per column, the reference row has 1, and missing peers have none."""
     assert list(found) == rows
     for name, cells in found.items():
         assert len(cells) == columns, name
         if missing(name):
             assert cells == ["-"] * columns, name
-        elif name not in peer_rows():  # whether a peer runs is not ours to promise
+        elif name not in peer_rows():  # this project cannot promise that a peer runs
             assert all(math.isfinite(ratio(cell)) and ratio(cell) >= 0 for cell in cells), name
     first = next(iter(found.values()))
     assert all(re.fullmatch(r"1\.00 \([\d.e-]+ ms\)", cell) for cell in first), first
@@ -118,7 +118,7 @@ def test_layers_are_what_they_are_called(name: str) -> None:
     assert ("svd_down" in plan.tensors()) == ("rank" in name)
     if group := re.search(r"g(\d+)", name):
         assert plan.config.group_size == int(group[1])
-    # Scales of a plausible size: outputs are neither zero nor huge.
+    # Scales have a plausible size, so outputs are neither zero nor huge.
     assert 0.1 < module(torch.randn(8, 150)).std() < 100
 
 
@@ -151,7 +151,7 @@ def test_rows_run_the_presets_on_codes_and_share_the_rest(preset: str) -> None:
         assert layer.real_quant
         assert config.opt.type == section["opt"]["type"]
         assert config.weight_quant.symmetric == section["weight_quant"].get("symmetric", True)
-    # Nothing of the original was changed; the embedding is there once.
+    # The original is unchanged, and the embedding exists only once.
     assert not any(isinstance(m, QuantLinear) for m in subject.model.modules())
     embeddings = [m.get_input_embeddings().weight.data_ptr() for m in (subject.model, plain, model)]
     assert len(set(embeddings)) == 1
@@ -218,7 +218,7 @@ def test_a_peer_that_sets_threads_changes_no_other_row() -> None:
     assert torch.get_num_threads() == before
 
 
-# --- peers that are known for speed ---------------------------------------------------------------------------------
+# --- peers known for their speed ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from tests.calibration.test_recorder import identical
 
 
 class Opened:
-    """An iterable that counts how often it is opened, and how many batches it gave."""
+    """An iterable that counts how often it is opened and how many batches it yields."""
 
     def __init__(self, items: list[Any]) -> None:
         self.items, self.times, self.given = items, 0, 0
@@ -77,8 +77,8 @@ def test_the_length_is_the_loader_s():
         ({"x": torch.ones(1)}, "got dict; put it in a list"),
         (torch.ones(2, 3), "got Tensor; put it in a list"),
         (np.ones((2, 3)), "got ndarray"),
-        (iter([1]), "list_iterator can be walked only once; pass a list"),
-        ((x for x in [1]), "generator can be walked only once"),
+        (iter([1]), "list_iterator can be iterated only once; pass a list"),
+        ((x for x in [1]), "generator can be iterated only once"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -97,7 +97,7 @@ def test_a_loader_that_gives_nothing_the_second_time():
 
     data = CalibrationData(Once())
     assert list(data) == [1, 2]
-    with pytest.raises(CalibrationError, match="Once gives nothing when it is iterated again"):
+    with pytest.raises(CalibrationError, match="Once yields nothing on a second pass"):
         list(data)
 
 
@@ -128,12 +128,12 @@ def test_samples(batch, expected):
 
 def test_a_list_that_can_be_read_either_way():
     for other in ((B,), {"x": B}):
-        with pytest.raises(CalibrationError, match="both tensors and tuples or dicts; make it a tuple where"):
+        with pytest.raises(CalibrationError, match="mixes tensors with tuples or dicts; if it holds"):
             samples([A, other])
 
 
 class Net(nn.Module):
-    """Keeps what it was called with."""
+    """Records the arguments of its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,9 +221,11 @@ def test_lists_and_arrays_become_tensors():
     assert identical(calls([(X.numpy(),), X.numpy()]), [((X,), {})] * 2)
     shapes = [[(1, 4, 4)]]
     assert calls([{"img_shapes": shapes}]) == [((), {"img_shapes": shapes})], "only where a model takes a tensor"
-    with pytest.raises(CalibrationError, match=r"'input_ids' is a list that makes no tensor .*; pad or group the rows"):
+    with pytest.raises(
+        CalibrationError, match=r"'input_ids' is a list that cannot be converted to a tensor .*; pad or group the rows"
+    ):
         calls([{"input_ids": [[1, 2], [3]]}])
-    with pytest.raises(CalibrationError, match="'input_ids' is a list that makes no tensor"):
+    with pytest.raises(CalibrationError, match="'input_ids' is a list that cannot be converted to a tensor"):
         calls([{"input_ids": ["some text"]}])
 
 
@@ -266,7 +268,7 @@ def test_a_calibration_set_s_loader_is_not_taken_for_positional_arguments():
 
 
 def test_what_torch_s_collate_does():
-    """The reason for reading a list of tensors as positional arguments."""
+    """This is why a list of tensors is read as positional arguments."""
     assert identical(default_collate([(A[0], B[0])]), [A, B])
 
 

@@ -1,4 +1,4 @@
-"""The dataset in memory and on disk: what comes back, and what is refused."""
+"""Calibration sets in memory and on disk: what is read back, and what is refused."""
 
 import json
 import pickle
@@ -40,7 +40,7 @@ def chunks(directory: Path) -> list[Path]:
 
 
 def edit_index(directory: Path, **changes) -> None:
-    """Rewrites the index the way someone would who knows the checksum."""
+    """Rewrite the index as someone would who knows how the checksum is computed."""
     body = json.loads((directory / "index.json").read_text())
     del body["checksum"]
     for path, value in changes.items():
@@ -67,7 +67,7 @@ def test_round_trip(stored, tmp_path):
 
 
 def test_files(stored, tmp_path):
-    """What the format promises to a reader that knows nothing of this library."""
+    """What the format promises to readers that do not use this library."""
     directory = tmp_path / "set"
     suffix = ".zst" if stored.chunks[0].index.compress else ""
     assert [path.name for path in chunks(directory)] == [f"chunk-0000{i}.safetensors{suffix}" for i in range(3)]
@@ -83,7 +83,7 @@ def test_files(stored, tmp_path):
         with safe_open(plain, framework="pt") as file:
             shapes = {tuple(file.get_tensor(key).shape) for key in file.keys()}  # noqa: SIM118
         assert (4, 6) in shapes
-        # 2 tensors a sample of its own, one they share, at most 3 residual shapes of which one is empty
+        # each sample has 2 tensors of its own; all share one; at most 3 residual shapes, one of them empty
         assert sum(count for _, count in entry["layouts"]) == entry["samples"]
     assert index["layouts"][0] == {
         "hidden_states": ["bfloat16", [2, 3]],
@@ -128,7 +128,7 @@ def test_samples_can_be_written_to(stored):
     assert identical(stored[0], make_samples(1)[0])
 
 
-# A spawned worker imports the library anew, which takes seconds.
+# A spawned worker imports the library again, which takes seconds.
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_loader_workers(stored, context):
     plain = list(stored.get_dataloader(batch_size=3))
@@ -168,7 +168,7 @@ def test_nothing_stored(tmp_path):
 
 
 def test_saving_does_not_overwrite(stored, tmp_path):
-    with pytest.raises(FileExistsError, match="holds a calibration set already"):
+    with pytest.raises(FileExistsError, match="already holds a calibration set"):
         stored.save(tmp_path / "set")
     again = stored.save(tmp_path / "copy", chunk_size=5, compress=False)
     assert identical(list(again), list(stored))
@@ -271,7 +271,7 @@ def test_index_that_lies(stored, tmp_path, changes, message):
 
 
 def replace_chunk(directory: Path, data: bytes, raw_size: int) -> None:
-    """Puts other bytes in place of the first chunk, and makes the index vouch for them."""
+    """Replace the first chunk's bytes, with an index that matches them."""
     chunks(directory)[0].write_bytes(data)
     edit_index(
         directory,
@@ -282,7 +282,7 @@ def replace_chunk(directory: Path, data: bytes, raw_size: int) -> None:
 
 
 def test_chunks_from_a_stranger(tmp_path):
-    """Chunks that a consistent index vouches for, and that are still not what they should be."""
+    """Chunks that match their index but are still not what they should be."""
     directory = tmp_path / "set"
     BaseCalibSet.from_samples(make_samples(4)).save(directory)
     good = zstandard.decompress(chunks(directory)[0].read_bytes())
@@ -297,8 +297,8 @@ def test_chunks_from_a_stranger(tmp_path):
         (b"not safetensors at all", "chunk-00000"),
         (good[:-1], "chunk-00000"),
         (with_samples([1]), "holds 1 sample, index.json promises 4"),
-        (with_samples({"a": 1}), "samples are no list"),
-        (with_samples("abcd"), "samples are no list"),
+        (with_samples({"a": 1}), "samples are not a list"),
+        (with_samples("abcd"), "samples are not a list"),
         (good[:8] + b"{}" + good[8:], "chunk-00000"),
         ((1 << 62).to_bytes(8, "little") + good[8:], "chunk-00000.*cannot be read"),
         (with_samples([{"$tensor": ["x", "float32", [1 << 50]]}] * 4), "claims more memory than"),

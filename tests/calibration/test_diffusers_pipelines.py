@@ -1,4 +1,4 @@
-"""diffusers' own pipelines, unmodified, on tiny random weights."""
+"""diffusers' own pipelines, unmodified, with tiny random weights."""
 
 import pytest
 import torch
@@ -170,7 +170,7 @@ def test_denoiser_inputs(case, tmp_path):
 
 
 def test_inner_layers_of_flux():
-    """Blocks are called with rotary embeddings and guidance that come back every step: kept once each."""
+    """Blocks get the same rotary embeddings and guidance at every step; each is stored only once."""
     pipe = flux()
     _, _, batch, steps, _ = CASES["flux"]
     calibset = generate_calibrate_set(

@@ -1,4 +1,4 @@
-"""The real denoiser, end to end: a `datasets` object, the running pipeline, a set on disk, a quantized model."""
+"""A real denoiser end to end: a `datasets` object, the running pipeline, a set on disk, a quantized model."""
 
 import datasets
 import pytest
@@ -66,7 +66,7 @@ def test_from_dataset_to_quantized_denoiser(tmp_path, sampler):
 
 
 def test_inputs_of_a_block_feed_the_block():
-    """Quantizing one block on what was recorded in front of it."""
+    """Inputs recorded in front of one block are used to quantize that block."""
     pipe = load_digits_pipeline()
     block = pipe.transformer.transformer_blocks[1]
     calibset = generate_calibrate_set(pipe, UniformSampler(3), [[0, 1], [2, 3]], block, num_inference_steps=6)

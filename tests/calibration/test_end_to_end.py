@@ -1,4 +1,4 @@
-"""From a `datasets` object to a pipeline that another process loads and that draws the same images."""
+"""From a `datasets` object to a pipeline that another process loads and that generates the same images."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from hfquant.nn.modules import quant_linears
 
 STATIC = {"default": {"weight_quant": {"type": "int8", "axis": -1}, "input_quant": {"type": "int8"}}}
 
-# What a user runs who knows only the folder: nothing of this test's modules is there.
+# What a user runs who only knows the folder; nothing from this test module is available.
 DRAW = """
 import sys
 import torch

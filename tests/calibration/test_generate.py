@@ -1,4 +1,4 @@
-"""Generating sets: what ends up in them, and that a killed run goes on as if nothing had happened."""
+"""Generating sets: what they contain, and that a killed run resumes as if nothing had happened."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ PROMPTS = [f"prompt number {'x' * i} of some" for i in range(7)]
 def generate(
     directory, prompts=PROMPTS, *, seed=0, chunk_size=4, shard=(0, 1), layer="unet", pipe=None
 ) -> BaseCalibSet:
-    """7 prompts in batches of 2, 5 of 9 steps of a scheduler that draws noise at each: 20 samples in 5 chunks."""
+    """Run 7 prompts in batches of 2, and keep 5 of 9 steps of a stochastic scheduler: 20 samples in 5 chunks."""
     pipe = pipe or tiny_pipeline(DDPMScheduler())
     loader = DataLoader(prompts, batch_size=2, shuffle=True)
     kwargs = {"num_inference_steps": 9, "guidance_scale": 2.0}
@@ -92,7 +92,7 @@ def test_global_random_state_plays_no_part(unbroken, tmp_path):
 
 
 class Killer:
-    """Kills the process, as kill -9 does, at the n-th of the writer's system calls, somewhere in the file if it can."""
+    """Kill the process, as kill -9 does, at the writer's n-th system call, partway through the file if possible."""
 
     def __init__(self, at: int) -> None:
         self.left = at
@@ -126,7 +126,7 @@ class Killer:
 
 
 def generate_and_die(directory: Path, at: int) -> bool:
-    """Runs `generate` in a process that is killed at event `at`; whether it was (else it finished)."""
+    """Run `generate` in a process that is killed at event `at`; return whether it was killed (if not, it finished)."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -171,7 +171,7 @@ def test_killed_again_and_again(unbroken, tmp_path):
 
 @pytest.mark.slow
 def test_killed_from_outside_in_new_processes(unbroken, tmp_path):
-    """Other processes, other hash seeds, killed whenever it happens to be."""
+    """Other processes with other hash seeds, killed at arbitrary times."""
     code = (
         "import sys; from test_generate import generate; import torch; torch.set_num_threads(1); generate(sys.argv[1])"
     )
@@ -191,7 +191,7 @@ def test_killed_from_outside_in_new_processes(unbroken, tmp_path):
 
 
 def test_batches_that_are_done_are_not_run_again(tmp_path):
-    assert generate_and_die(tmp_path, at=3 + 3 * 6)  # three chunks are in
+    assert generate_and_die(tmp_path, at=3 + 3 * 6)  # three chunks are written
     done = json.loads((tmp_path / "index.json").read_text())
     assert (done["complete"], done["length"]) == (False, 12)
     pipe = tiny_pipeline(DDPMScheduler())
@@ -252,7 +252,7 @@ def test_another_set_is_in_the_way(tmp_path, changes, message, finished, unbroke
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([*PROMPTS[:-1], "another one"], "gives other data"),
+        ([*PROMPTS[:-1], "another one"], "yields different data"),
         (PROMPTS[:2], "ends after 1 batches, fewer"),
     ],
 )
@@ -290,7 +290,7 @@ def test_a_set_of_other_processes_is_in_the_way(tmp_path, begun):
     generate(tmp_path, shard=(0, begun))
     before = sorted(tmp_path.rglob("*"))
     for world_size in {1, 2, 4} - {begun}:
-        with pytest.raises(CalibSetError, match=rf"begun by {begun} process\(es\), these are {world_size}"):
+        with pytest.raises(CalibSetError, match=rf"begun by {begun} process\(es\), this run has {world_size}"):
             generate(tmp_path, shard=(0, world_size))
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -366,7 +366,7 @@ def test_bad_arguments(arguments, error, message, tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_compression_does_not_depend_on_threads(monkeypatch, threads):
-    """Several megabytes, so that there is work for several threads."""
+    """The data has several megabytes, so several threads have work."""
     data = b"".join(
         torch.randn(1 << 18, generator=torch.Generator().manual_seed(i)).numpy().tobytes() for i in range(9)
     )

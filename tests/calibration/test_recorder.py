@@ -1,4 +1,4 @@
-"""Every kind of recorded argument comes back as it was: type, value, dtype, shape, bit for bit."""
+"""Every kind of recorded argument is restored as it was: type, value, dtype, shape, bit for bit."""
 
 import json
 from collections import OrderedDict, namedtuple
@@ -26,7 +26,7 @@ DTYPES = [
 
 
 def identical(a, b) -> bool:
-    """Equal in type, structure and bits (NaN equals NaN, 0.0 does not equal -0.0)."""
+    """Return whether two values are equal in type, structure and bits (NaN equals NaN, 0.0 does not equal -0.0)."""
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
@@ -36,7 +36,7 @@ def identical(a, b) -> bool:
         )
     if isinstance(a, (np.ndarray, np.generic)):
         return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    if isinstance(a, float):  # which of its NaNs a Python float is cannot be told in Python
+    if isinstance(a, float):  # Python cannot tell which NaN a Python float is
         return (np.isnan(a) and np.isnan(b)) or np.float64(a).tobytes() == np.float64(b).tobytes()
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(identical, a, b))
@@ -52,7 +52,7 @@ def round_trip(value):
 
 
 def random_tensor(dtype: torch.dtype, shape, seed: int = 0) -> torch.Tensor:
-    """Random bits, so NaNs, infinities and subnormals too; 0 or 1 for bool."""
+    """Return random bits, which include NaNs, infinities and subnormals; 0 or 1 for bool."""
     generator = torch.Generator().manual_seed(seed)
     if dtype is torch.bool:
         return torch.randint(0, 2, shape, generator=generator).bool()
@@ -98,7 +98,7 @@ def test_tensors_of_every_dtype_and_shape(dtype, shape):
 @pytest.mark.parametrize(
     "value",
     [
-        {"$tensor": [1, 2], "$unknown": None},  # keys that look like our own tags
+        {"$tensor": [1, 2], "$unknown": None},  # keys that look like the recorder's own tags
         {1: {2: {3: (None, [True, 1, 1.0])}}},
         np.arange(6).reshape(2, 3)[:, ::2],
         1 << 200,
@@ -129,7 +129,7 @@ def test_unusual_tensors():
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 3), (2, 1)])
 def test_expanded_tensors(shape):
-    """A timestep expanded to a batch of one has stride 0, and is contiguous all the same."""
+    """A timestep expanded to a batch of one has stride 0, and still counts as contiguous."""
     tensor = torch.tensor(1.5).expand(shape)
     assert identical(round_trip(tensor), torch.full(shape, 1.5))
     assert identical(round_trip(torch.full((2, 3), 1.5).expand(1, 2, 3)), torch.full((1, 2, 3), 1.5))
@@ -139,7 +139,7 @@ def test_samples_are_snapshots_and_copies():
     recording, tensor = Recording(), torch.zeros(4)
     view = tensor[1:3]
     recording.add((tensor, view, tensor))
-    tensor += 1  # what a layer that works in place does after being called
+    tensor += 1  # what an in-place layer does after the call
     first = recording[0]
     assert [part.tolist() for part in first] == [[0.0] * 4, [0.0] * 2, [0.0] * 4]
     first[0].fill_(7)
@@ -153,7 +153,7 @@ def test_equal_tensors_are_kept_once():
     for step in range(10):
         recording.add({"context": embedding.clone(), "t": torch.tensor(step)})
     assert len(recording.tensors) == 11
-    recording.add((torch.zeros(4, dtype=torch.int32), torch.zeros(2, 2), torch.zeros(4)))  # equal bytes, not equal
+    recording.add((torch.zeros(4, dtype=torch.int32), torch.zeros(2, 2), torch.zeros(4)))  # equal bytes, other dtypes
     assert [t.shape for t in recording[10]] == [(4,), (2, 2), (4,)]
 
 
@@ -236,7 +236,7 @@ def test_call_that_has_no_names():
 
 
 def test_arguments_are_those_of_the_caller():
-    """Other hooks that change the input act again when the sample is fed back, so they must not act twice."""
+    """Other hooks that change the input run again when the sample is replayed, so their effect must not be recorded."""
     layer, recording = Recorded(), Recording()
     layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     with record(Target(layer, "layer", layer), recording, lambda: True):
@@ -251,7 +251,7 @@ def test_finding_layers():
     assert find_layer(model, model.model.layers[1].mlp).name == "model.layers.1.mlp"
     with pytest.raises(ValueError, match=r"no layer 'model.layer.1'; did you mean .*'model.layers.1'"):
         find_layer(model, "model.layer.1")
-    with pytest.raises(ValueError, match="a Linear, is no part of this LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="a Linear, is not part of this LlamaForCausalLM"):
         find_layer(model, nn.Linear(1, 1))
     with pytest.raises(TypeError, match="got dict"):
         find_layer({}, "x")

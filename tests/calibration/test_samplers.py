@@ -1,4 +1,4 @@
-"""Which steps the samplers keep, on real schedulers and models, and that they leave no trace."""
+"""Which steps the samplers keep, on real schedulers and models, and that samplers leave no trace."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_uniform_reaches_every_step():
 
 
 def test_normal_follows_its_distribution():
-    """One step a run, many runs: the frequencies are those of the normal density over the diffusion time."""
+    """Over many runs of one step each, the frequencies match the normal density over the diffusion time."""
     steps, runs = 50, 4000
     sampler = NormalSampler(0.2, std=0.15)
     drawn = [sampler.select(steps, 1, torch.Generator().manual_seed(seed))[0] for seed in range(runs)]
@@ -63,7 +63,7 @@ def test_normal_follows_its_distribution():
     time = 1 - np.arange(steps) / (steps - 1)
     expected = np.exp(-(((time - 0.2) / 0.15) ** 2) / 2)
     expected /= expected.sum()
-    # Pearson's statistic over the steps that are expected often enough; 99.9 % quantile of chi2(30) is 59.7.
+    # Pearson's statistic over the steps with a large enough expected count; the 99.9 % quantile of chi2(30) is 59.7.
     often = expected * runs > 5
     assert often.sum() <= 31
     assert (runs * (observed[often] - expected[often]) ** 2 / expected[often]).sum() < 59.7
@@ -101,7 +101,7 @@ def pipeline(request):
 
 
 def test_every_scheduler(pipeline):
-    """All steps are seen when all are asked for, and the last ones are the last ones."""
+    """Asking for all steps gives all of them, and the last steps are the right ones."""
     pipe, steps = pipeline
     everything, _ = BaseSampler(None).sample(pipe, PROMPTS, "unet", {"num_inference_steps": steps})
     pipe.scheduler.set_timesteps(steps)
@@ -117,7 +117,7 @@ def test_every_scheduler(pipeline):
 
 
 def test_recorded_inputs_are_the_denoiser_s_inputs():
-    """Feeding a sample back gives what the denoiser gave in the run; guidance comes as one batch of four."""
+    """Replaying a sample gives the denoiser's output in the run; guidance arrives as one batch of four."""
     pipe = tiny_pipeline(DDIMScheduler(), tiny_unet())
     seen = []
     handle = pipe.unet.register_forward_hook(
@@ -160,7 +160,7 @@ def test_component_without_timesteps_keeps_every_call():
 
 
 def test_run_with_fewer_steps_than_the_scheduler_says():
-    """Image-to-image starts in the middle: the run is repeated once, and later batches know."""
+    """Image-to-image starts in the middle: the run is repeated once, and later batches use what it found."""
     pipe = tiny_pipeline(DDIMScheduler())
     kwargs = {"num_inference_steps": 10, "strength": 0.5}
     recording, steps = UniformSampler(5).sample(pipe, PROMPTS, "unet", kwargs)
@@ -174,7 +174,7 @@ def test_noise_depends_on_seed_and_batch_number_only():
     pipe = tiny_pipeline(DDIMScheduler())
 
     def first(seed, index):
-        torch.rand(3)  # whatever happened to the global generator
+        torch.rand(3)  # whatever the state of the global generator
         recording, _ = BaseSampler(None, seed=seed).sample(
             pipe, PROMPTS, "unet", {"num_inference_steps": 2}, index=index
         )

@@ -1,4 +1,4 @@
-"""The drawing of tokens, masks and noise against what they must be distributed as."""
+"""Drawn tokens, masks and noise against the distributions that they must follow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_tokens_are_drawn_as_the_softmax_says():
     count = 20_000
     drawn = draw(logits.expand(count, -1), [generator(0)] * count)
     found = np.bincount(drawn.numpy(), minlength=5) / count
-    # Four standard errors of a share.
+    # Four standard errors of a proportion.
     assert np.all(np.abs(found - expected) <= 4 * np.sqrt(expected * (1 - expected) / count))
     assert found[4] == 0
 
@@ -42,7 +42,7 @@ def test_random_tokens_are_ordinary_ones():
 
 
 def test_masks_are_filled_round_by_round_by_what_is_predicted():
-    """A model that predicts each token from how many are filled shows who saw what."""
+    """The model predicts each token from the number of filled positions, which reveals what each round could see."""
     mask, rows, length = 9, 3, 20
     ids = torch.full((rows, length), mask)
     ids[:, 0] = 1
@@ -77,7 +77,7 @@ def test_noise_falls_as_one_over_frequency(shape, axes):
     frequency = np.sqrt(sum(g**2 for g in grids))
     kept = (frequency > 0.02) & (frequency < 0.4)
     slope = np.polyfit(np.log(frequency[kept]), np.log(power.mean(0)[kept]), 1)[0]
-    assert slope == pytest.approx(-2, abs=0.2)  # of power; amplitude falls with half of it
+    assert slope == pytest.approx(-2, abs=0.2)  # this is power; amplitude falls with half the exponent
 
 
 def test_noise_of_a_single_place_is_finite():
@@ -97,7 +97,7 @@ def test_what_may_be_asked_for():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"source": "self", "tokens": 8}, r"calibration\['tokens'\]: Extra inputs are not permitted; beside 'source'"),
+        ({"source": "self", "tokens": 8}, r"calibration\['tokens'\]: Extra inputs are not permitted; 'source'"),
         ({"source": "self", "seed": -1}, r"calibration\['seed'\]"),
         ({"source": "self", "samples": 0}, r"calibration\['samples'\]"),
         ({"source": "self", "seqlen": 3.5}, r"calibration\['seqlen'\]"),

@@ -1,4 +1,4 @@
-"""Calibration sets from strangers: what is refused before it costs memory, blocks, or leads out of the directory."""
+"""Untrusted calibration sets: anything that wastes memory, blocks, or leads outside the directory is refused early."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chunk_of(tensor: torch.Tensor, structures: list[Any]) -> bytes:
 
 @pytest.mark.parametrize("declared", [True, False], ids=["declared", "not declared"])
 def test_a_small_chunk_does_not_expand(directory, declared):
-    """A few hundred bytes of zstd hold 8 MB of zeros, to which one sample refers a hundred times."""
+    """A few hundred bytes of zstd hold 8 MB of zeros, which one sample references a hundred times."""
     zeros = torch.zeros(1 << 21)
     one = {"$tensor": ["0" * 32, "float32", [1 << 21]]}
     raw = chunk_of(zeros, [[one] * 100] * 4)
@@ -48,12 +48,12 @@ def test_a_small_chunk_does_not_expand(directory, declared):
     if declared:
         edit_index(directory, layouts__0={str(i): ["float32", [1 << 21]] for i in range(100)})
         edit_index(directory, chunks__0__layouts=[[0, 4]])
-    with pytest.raises(CalibSetError, match=r"chunk-00000.*(claims more memory than a file of its size)"):
+    with pytest.raises(CalibSetError, match=r"chunk-00000.*(claims more memory than a file of this size)"):
         read(directory)
 
 
 def test_a_bomb_in_many_frames(directory):
-    """Decompressors that go from frame to frame would expand each of them."""
+    """Decompressors that continue from frame to frame would expand each of them."""
     frame = zstandard.compress(bytes(1 << 24))
     replace_chunk(directory, frame * 50, 50 << 24)
     with pytest.raises(CalibSetError, match=r"chunk-00000.*claims to hold"):
@@ -74,7 +74,7 @@ def test_what_is_no_regular_file(directory, name, kind, tmp_path, monkeypatch):
     elif kind == "pipe":
         os.mkfifo(path)
     elif kind == "socket":
-        monkeypatch.chdir(directory)  # a socket's path has a hundred characters at most
+        monkeypatch.chdir(directory)  # a socket path has at most a hundred characters
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(path.name)
     elif kind == "directory":
@@ -103,7 +103,7 @@ def test_a_shard_that_is_a_link(directory, tmp_path):
 
 def test_an_index_of_absurd_size(directory):
     with open(directory / "index.json", "r+b") as file:
-        file.truncate(1 << 40)  # sparse
+        file.truncate(1 << 40)  # a sparse file
     with pytest.raises(CalibSetError, match=r"index\.json has 1099511627776 bytes, too many"):
         load_calibrate_set(directory)
 
@@ -151,6 +151,6 @@ def test_secrets_never_reach_the_index(tmp_path):
     text = (tmp_path / "set" / "index.json").read_text()
     assert not [n for n in range(8) if secret(n) in text or secret(n) in repr(made.provenance)]
     assert made.provenance["call"]["cross_attention_kwargs"]["scale"] == 0.5
-    # Another token is no other set.
+    # Another token does not make another set.
     again = {**kwargs, "token": secret(0)}
     assert len(generate_calibrate_set(pipe, sampler, ["a"], "unet", tmp_path / "set", **again)) == len(made)

@@ -1,4 +1,4 @@
-"""From data sets, files and lists to batches of model inputs."""
+"""From datasets, files and lists to batches of model inputs."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ WORDS = [f"w{i}" for i in range(200)]
 
 
 def make_tokenizer(*, bert: bool = False, limit: int = 10**30) -> PreTrainedTokenizerFast:
-    """One token a word: w7 is token 7 + 4."""
+    """Return a tokenizer with one token per word: w7 is token 7 + 4."""
     vocab = {word: i for i, word in enumerate(["<unk>", "<eos>", "[CLS]", "[SEP]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -110,7 +110,7 @@ def test_paragraphs():
     assert list(_paragraphs(lines)) == ["a\nb", "c" * 70000, "d\ne"]
 
 
-# ------------------------------------------------------------------------------------------------- sources on the disk
+# ------------------------------------------------------------------------------------------------------ sources on disk
 
 
 def write_texts(tmp_path, kind: str) -> str:
@@ -160,7 +160,7 @@ def test_datasets_objects(streaming, caplog):
     assert not caplog.text
     everything = list(calibration_batches(data, tokenizer=make_tokenizer()))
     assert sorted(flat(everything)) == sorted(ids_of(TEXTS))
-    assert "1 sequence, not the 128 asked for" in caplog.text
+    assert "only 1 sequence, but 128 were requested" in caplog.text
 
 
 def test_generator_dataset_without_features():
@@ -208,7 +208,7 @@ def test_columns():
 
 
 class FakeProcessor:
-    """An image processor's interface."""
+    """The interface of an image processor."""
 
     def __call__(self, images, return_tensors):
         assert return_tensors == "pt"
@@ -232,7 +232,7 @@ def test_images(tmp_path):
 
 
 class LengthTokenizer:
-    """A token every four characters: as much output as a real tokenizer, at no cost."""
+    """One token per four characters: as much output as a real tokenizer, at no cost."""
 
     eos_token_id = 1
     cls_token_id = None
@@ -242,7 +242,7 @@ class LengthTokenizer:
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):
-    """Walking three times the text, 10 MB, holds no more: what Python allocates peaks within 10 %."""
+    """Reading three times as much text, 10 MB, needs no more memory: Python's allocation peaks agree within 10 %."""
     block = "\n".join(" ".join(WORDS) for _ in range(1400)) + "\n\n"
 
     def peak(blocks: int) -> tuple[int, int]:
@@ -302,8 +302,8 @@ def test_model_limits_the_length():
         ({"dataset": 3}, ValueError, r"calibration\['dataset'\]: must be a hub id"),
         ({"dataset": "x", "samples": 0}, ValueError, r"calibration\['samples'\]: .*greater than 0"),
         ({"dataset": "x", "seqlen": "512"}, ValueError, r"calibration\['seqlen'\]: .*valid integer"),
-        (iter([1]), CalibrationError, "list_iterator can be walked only once"),
-        ((x for x in [1]), CalibrationError, "generator can be walked only once"),
+        (iter([1]), CalibrationError, "list_iterator can be iterated only once"),
+        ((x for x in [1]), CalibrationError, "generator can be iterated only once"),
         (3, CalibrationError, "expected a DataLoader or an iterable of batches, got int"),
         ([], CalibrationError, "empty"),
     ],
@@ -318,7 +318,7 @@ def test_bad_sources(tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     for source, error, message in [
         (tmp_path / "data.xyz", ValueError, "unknown kind of file"),
-        (tmp_path / "nothing.txt", FileNotFoundError, "nothing.txt is not there"),
+        (tmp_path / "nothing.txt", FileNotFoundError, "nothing.txt does not exist"),
         (tmp_path / "empty.txt", ValueError, "the calibration data is empty: .*empty.txt gives no rows"),
     ]:
         with pytest.raises(error, match=message):
@@ -359,8 +359,8 @@ def test_a_column_of_chats():
 @pytest.mark.parametrize(
     ("column", "tokenizer", "message"),
     [
-        (CHATS, chat_tokenizer(None), "column 'messages' holds chats, and the tokenizer has no chat template"),
-        (CHATS, None, "column 'messages' holds chats, and there is no tokenizer"),
+        (CHATS, chat_tokenizer(None), "column 'messages' holds chats, but the tokenizer has no chat template"),
+        (CHATS, None, "column 'messages' holds chats, but there is no tokenizer"),
         (
             [[{"from": "a", "value": "b"}]],
             chat_tokenizer(),
@@ -400,7 +400,7 @@ def test_a_bare_path_is_a_dataset(tmp_path):
     datasets.DatasetDict({"a": datasets.Dataset.from_dict({"text": TEXTS})}).save_to_disk(str(tmp_path / "splits"))
     assert sorted(flat(calibration_batches(tmp_path / "splits", tokenizer=make_tokenizer()))) == sorted(ids_of(TEXTS))
     for missing in (tmp_path / "nothing", str(tmp_path / "nothing.json"), "nothing.parquet"):
-        with pytest.raises(FileNotFoundError, match=r"nothing.* is not there"):
+        with pytest.raises(FileNotFoundError, match=r"nothing.* does not exist"):
             list(calibration_batches(missing, tokenizer=make_tokenizer()))
 
 
@@ -412,7 +412,7 @@ def test_a_list_of_strings_named_by_a_dict():
 
 @pytest.mark.parametrize(
     ("column", "message"),
-    [([[1, 2], [3]], "column 'x': the rows make no tensor"), ([{"a": 1}], None), ([None, None], "empty")],
+    [([[1, 2], [3]], "column 'x': the rows cannot be stacked"), ([{"a": 1}], None), ([None, None], "empty")],
 )
 def test_rows_that_make_no_tensor(column, message):
     batches = calibration_batches({"dataset": datasets.Dataset.from_dict({"x": column}), "batch_size": 2, "seed": None})
@@ -425,7 +425,7 @@ def test_rows_that_make_no_tensor(column, message):
 
 def test_text_for_a_model_needs_a_tokenizer():
     for source in ({"dataset": ["a b"]}, ["a b"], datasets.Dataset.from_dict({"text": ["a b"]})):
-        with pytest.raises(CalibrationError, match=r"text, .*'tokenizer': tokenizer"):
+        with pytest.raises(CalibrationError, match=r"text needs a tokenizer; .*'tokenizer': tokenizer"):
             list(calibration_batches(source, model=tiny_llama()))
 
 

@@ -1,4 +1,4 @@
-"""Small random models and a pipeline around them, for the tests of calibration data."""
+"""Small random models, and a pipeline around them, for the tests of calibration data."""
 
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DConditionModel
@@ -52,7 +52,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 class ConvDenoiser(nn.Module):
-    """The quickest thing with a denoiser's interface."""
+    """A minimal, fast denoiser."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class ConvDenoiser(nn.Module):
 
 
 class TinyTextEncoder(nn.Module):
-    """Prompts to embeddings [batch, 3, 12], by the length of the words."""
+    """Turns prompts into embeddings [batch, 3, 12] that depend on the lengths of the words."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class TinyTextEncoder(nn.Module):
 
 
 class TinyPipeline(DiffusionPipeline):
-    """Text to latents, the way diffusers' pipelines go about it: batched guidance, any scheduler."""
+    """Turns text into latents the way diffusers' pipelines do: batched guidance, any scheduler."""
 
     def __init__(self, text_encoder, unet, scheduler) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class TinyPipeline(DiffusionPipeline):
             if guided:
                 inputs = torch.cat([inputs, inputs])
             noise = self.unet(inputs, t, encoder_hidden_states=context, return_dict=False)[0]
-            if twice:  # a second call in the same step, as perturbed-attention guidance and kin make
+            if twice:  # a second call in the same step, as perturbed-attention guidance and similar methods do
                 noise = noise + 0.1 * self.unet(inputs * 0.5, t, encoder_hidden_states=context).sample
             if guided:
                 unconditional, conditional = noise.chunk(2)

@@ -1,4 +1,4 @@
-"""What the commands work on: the digits pipeline, a tiny Llama with a tokenizer of words, labels and text."""
+"""Inputs of the commands: the digits pipeline, a tiny Llama with a word-level tokenizer, labels and text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_llama(path: Path, width: int = 32) -> Path:
-    """Write a tiny Llama with a tokenizer of words."""
+    """Write a tiny Llama with a word-level tokenizer."""
     torch.manual_seed(0)
     sizes = {"hidden_size": width, "intermediate_size": 3 * width // 2, "vocab_size": len(WORDS)}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
@@ -56,5 +56,5 @@ def text(tmp_path: Path) -> Path:
 
 
 def lines(said: str) -> list[str]:
-    """What a command said, without its progress bars."""
+    """Return a command's output lines without its progress bars."""
     return [line for line in re.split(r"[\r\n]+", said) if line.strip() and not re.search(r"\d%\|", line)]

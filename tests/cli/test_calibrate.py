@@ -1,4 +1,4 @@
-"""The command line on real folders: the digits pipeline, and a tiny Llama with a tokenizer of words."""
+"""The command line on real folders: the digits pipeline, and a tiny Llama with a word-level tokenizer."""
 
 from __future__ import annotations
 
@@ -143,15 +143,15 @@ def test_an_interrupted_set_is_continued(digits, labels, tmp_path, monkeypatch) 
     [
         ({"model": "/no/such/model"}, "/no/such/model is not a folder"),
         ({"model": "{tmp}"}, "neither model_index.json nor config.json"),
-        ({"model": "no/such"}, "no/such is no folder here and not in the cache, and offline mode is on"),
-        ({"--source": "gone.json"}, "gone.json is not there"),
+        ({"model": "no/such"}, "no/such is neither a local folder nor in the cache, and offline mode is on"),
+        ({"--source": "gone.json"}, "gone.json does not exist"),
         ({"--source": "{tmp}/odd.bin"}, "unknown kind of file"),
         ({"--column": "nope"}, r"has no column 'nope'; it has ['label']"),
         ({"--layer": "transformer.nope"}, "no layer 'transformer.nope'; did you mean"),
         ({"--samples": 0}, "calibration['samples']"),
         ({"--chunk-size": 0}, "chunk_size must be a positive integer"),
         ({"--timesteps": 0}, "timesteps must be a positive integer"),
-        ({"--dtype": "int8"}, "'int8' is no floating dtype"),
+        ({"--dtype": "int8"}, "'int8' is not a floating-point dtype"),
         ({"--arg": "generator=1"}, "generator"),
         ({"--arg": "no_such=1"}, "unexpected keyword argument 'no_such'"),
         ({"--sampler": "language"}, "LanguageModelSampler runs a transformers model"),
@@ -248,4 +248,4 @@ def test_a_pipeline_and_a_model_make_their_own_data(digits, llama, tmp_path, mon
     assert "calibration['samples']" in result.output
     result = calibrate(llama, "--source", "self", "--out", tmp_path / "no", "--column", "text")
     assert result.exit_code == 2
-    assert "what a model makes itself has no such thing" in result.output
+    assert "does not apply to --source self" in result.output

@@ -1,4 +1,4 @@
-"""`hfquant compare` of models and of pipelines."""
+"""`hfquant compare` on models and on pipelines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_language_models(llama, text):
     assert result.exit_code == 0, result.output
     assert "perplexity" in result.output
     found = json.loads(compare(llama, llama, "--data", text, "--samples", 2, "--seqlen", 8, "--json").stdout)
-    assert found["figures"]["same first choice"]["value"] == 100
+    assert found["figures"]["top-1 agreement"]["value"] == 100
 
 
 def test_the_text_that_every_python_has(llama):

@@ -1,4 +1,4 @@
-"""`hfquant kernels` on this machine, and beside a machine without the C++ kernels."""
+"""`hfquant kernels` on this machine, and on one without the C++ kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hfquant.kernels.base import Kernel
 from hfquant.kernels.table import KERNELS, obstacle
 
 RUNNER = CliRunner()
-#: The module: the package's attribute of this name is the command.
+#: The module; as an attribute of the package, the name refers to the command.
 command = importlib.import_module("hfquant.cli.kernels")
 
 
@@ -21,7 +21,7 @@ def run(*options: object) -> Result:
 
 
 def rows(text: str, heading: str) -> dict[str, list[str]]:
-    """The cells of a table, by the first of each row."""
+    """Return the cells of a table, keyed by the first cell of each row."""
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if line.split()[:1] == [heading])
     found = {}
@@ -96,7 +96,7 @@ def test_a_forced_kernel_is_the_one_that_is_timed(quick, monkeypatch) -> None:
     monkeypatch.setenv("HFQUANT_KERNEL", "reference")
     table = rows(run("--shape", "2x64x32").stdout, "product")
     assert {table[name][1] for name in command.PRODUCTS} == {"reference"}
-    # One that cannot compute a product leaves its cell empty.
+    # A kernel that cannot compute a product leaves its cell empty.
     floats = Kernel(
         "floats", "", lambda: "", lambda p: "" if p.input is None else "floats alone", lambda *s: True,
         KERNELS["dequantize"].run,
@@ -112,7 +112,7 @@ def test_an_unknown_forced_kernel_is_one_line_that_lists_the_known(monkeypatch) 
     monkeypatch.setenv("HFQUANT_KERNEL", "fastest")
     result = run("--shape", "1x64x32")
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: HFQUANT_KERNEL=fastest: unknown kernel; there are ")
+    assert result.stderr.startswith("Error: HFQUANT_KERNEL=fastest: unknown kernel; available: ")
     assert result.stderr.count("\n") == 1
     for name in KERNELS:
         assert name in result.stderr

@@ -1,4 +1,4 @@
-"""`hfquant plan` on configs alone."""
+"""`hfquant plan` from configs alone."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_recipe_for_a_pipeline():
     [
         (("--recipe", "llama3-w8a8"), "a recipe for a LlamaForCausalLM, and this is a PixArtSigmaPipeline"),
         (("--component", "unet"), "a PixArtSigmaPipeline has no such model"),
-        (("--dtype", "int4"), "no floating dtype"),
+        (("--dtype", "int4"), "not a floating-point dtype"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):

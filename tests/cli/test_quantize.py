@@ -30,7 +30,7 @@ def quantize(*arguments: object) -> Result:
 def test_a_model_without_data(llama, tmp_path):
     result = quantize(llama, "--preset", "w4a16", "--out", tmp_path / "q")
     assert result.exit_code == 0, result.output
-    assert "bits a weight" in result.output
+    assert "bits per weight" in result.output
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
     assert len(quant_linears(model)) == 14
     assert (tmp_path / "q" / "tokenizer.json").is_file()
@@ -53,7 +53,7 @@ def test_bits_are_chosen_under_a_budget(llama, text, tmp_path):
     result = quantize(llama, "--preset", "w4a16", "--calibration", text, "--out", tmp_path / "q", *more)
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout[result.stdout.index("{") :])
-    assert summary["bits a weight"]["model"] <= 8.5
+    assert summary["bits per weight"]["model"] <= 8.5
     layers = quant_linears(AutoModelForCausalLM.from_pretrained(tmp_path / "q")).values()
     assert len({layer.plan.config.weight_quant.type for layer in layers}) > 1
 
@@ -101,7 +101,7 @@ class TestBadInput:
             (("--skip", "model.layer.*"), "'model.layer.*' matches no module of LlamaForCausalLM"),
             (("--component", "unet"), 'its only component is "model"'),
             (("--preset", "w8a8", "--calibration", "none.parquet"), "none.parquet"),
-            (("--dtype", "int8"), "no floating dtype"),
+            (("--dtype", "int8"), "not a floating-point dtype"),
         ],
     )
     def test_each_is_one_line_and_nothing_is_written(self, llama, arguments, message, tmp_path):
@@ -142,7 +142,7 @@ class TestBadInput:
         assert len(lines(result.stderr)) == 1
 
     def test_no_permission_to_write(self, llama, tmp_path, monkeypatch):
-        """Refused by the system call: the superuser, whom tests may run as, is allowed to write anywhere."""
+        """Simulated in the system call, because tests may run as root, who may write anywhere."""
         mkdir = Path.mkdir
 
         def refused(path: Path, *args: object, **kwargs: object) -> None:
@@ -189,7 +189,7 @@ def test_an_interrupted_run_goes_on(tmp_path, llama, text):
     if run.returncode == 0:
         pytest.fail("it was finished before it could be interrupted")
     assert run.returncode == 130
-    assert "Repeat the command to go on" in said
+    assert "Run the same command again to resume" in said
     assert not (tmp_path / "q").exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""`hfquant recipe` and what all commands share."""
+"""`hfquant recipe`, and behavior that all commands share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_list_show_and_schema():
 
 
 def test_check():
-    assert "a good recipe" in run("check", "vit-w8a8").output
+    assert "valid recipe" in run("check", "vit-w8a8").output
     result = run("check", "vit-w8a8", PUBLISHED / "vit-base-patch16-224")
     assert result.exit_code == 0, result.output
     assert "quantized" in result.output

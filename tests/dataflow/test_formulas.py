@@ -1,4 +1,4 @@
-"""Activations before a linear: by function, by module, and spelled out."""
+"""Activations before a linear: as functions, as modules, and written out."""
 
 import math
 
@@ -135,7 +135,7 @@ def test_gelu_that_diffusers_spells_out():
 
 
 def test_each_segment_has_its_own_activation():
-    """FLUX's single blocks: attention and MLP joined."""
+    """FLUX's single blocks concatenate attention and MLP."""
     found = of(lambda m, x: m.b(torch.cat([x, F.gelu(m.a(x))], 2)), "b", a=16)
     assert found.input_segments == (8, 16)
     assert found.activations == (None, "gelu")

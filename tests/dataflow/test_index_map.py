@@ -1,4 +1,4 @@
-"""The maps against data that name themselves: chains of views drawn at random."""
+"""Index maps against data that encodes its own positions, through random chains of views."""
 
 import torch
 from hypothesis import given, settings
@@ -12,7 +12,7 @@ from hfquant.enums import SegPattern as P
 
 @st.composite
 def views(draw, shape):
-    """A chain of view operations on a tensor of ``shape``, as functions."""
+    """Draw a chain of view operations, as functions, on a tensor of ``shape``."""
     chain, shape = [], list(shape)
     for _ in range(draw(st.integers(1, 6))):
         kind = draw(
@@ -51,7 +51,7 @@ def views(draw, shape):
 @given(views((2, 3, 24)))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_maps_agree_with_data_that_names_itself(chain):
-    """Run on data whose values are the feature numbers (and part numbers): the maps must say what the data say."""
+    """The data's values are its feature numbers (and part numbers), so the maps must agree with the data."""
     linear = nn.Linear(24, 24, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.eye(24))

@@ -1,4 +1,4 @@
-"""Sources: what can be divided channel by channel while its readers multiply. Each find is tried out in float64."""
+"""Sources that can be divided per channel while their readers multiply. Each one found is verified in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ X = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual
 
 
 class Gain(nn.Module):
-    """An RMS norm as models spell it out; ``shift`` adds a bias, ``plus`` is Gemma's 1 + weight."""
+    """An RMS norm written out as in models; ``shift`` adds a bias, ``plus`` is Gemma's 1 + weight."""
 
     def __init__(self, size: int = 8, shift: bool = False, plus: float = 0.0) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def attention(m: Any, x: Tensor) -> Tensor:
 
 
 def shared_heads(m: Any, x: Tensor) -> Tensor:
-    """Values of two heads serve four of queries, as grouped attention does."""
+    """The values of two heads serve four query heads, as in grouped-query attention."""
     q, v = heads(m.ab(x), 4), heads(m.a(x))
     v = v[:, :, None].expand(-1, -1, 2, -1, -1).reshape(q.shape)
     return m.c(merged(torch.matmul(torch.softmax(q @ q.transpose(2, 3), -1), v)))
@@ -163,7 +163,7 @@ def test_a_source_takes_what_its_readers_give(case: str) -> None:
         size = len(module.get_parameter(source.parameters[0]))
         used = torch.zeros(size, dtype=torch.bool)
         used[list(source.channels or range(size))] = True
-        # Channels that no reader sees must not be touched: they may go anywhere.
+        # Channels that no reader sees must stay unchanged, since they may be used anywhere.
         factor = torch.where(used, torch.exp(torch.randn(size, generator=generator)), torch.ones(size)).double()
         factors[source] = factor
         for name in source.parameters:

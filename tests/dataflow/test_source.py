@@ -1,4 +1,4 @@
-"""Uses of a weight that source code shows, for models that cannot be run."""
+"""Uses of a weight found in source code, for models that cannot be run."""
 
 import functools
 
@@ -12,7 +12,7 @@ from hfquant.dataflow.weights import CAST, READ
 
 
 class Model(nn.Module):
-    """Uses the weights of ``b``, ``c`` and ``inner.d`` by itself, and looks at others."""
+    """Uses the weights of ``b``, ``c`` and ``inner.d`` directly, and reads attributes of others."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Watching a forward: what is reported, which inputs it takes, and that the model is left as it was."""
+"""Tracing a forward: what is reported, which inputs work, and that the model is left unchanged."""
 
 import copy
 import functools
@@ -31,7 +31,7 @@ def of(forward, layer, x=X):
 
 
 def joined(x, n=5):
-    """Two tensors, n and 24 - n wide, joined."""
+    """Concatenate two tensors, n and 24 - n wide."""
     return torch.cat([x.repeat(1, 1, 3)[..., :n].cumsum(0), x.repeat(1, 1, 3)[..., n:].cumsum(0)], -1)
 
 
@@ -98,7 +98,7 @@ def test_a_forward_that_fails_says_why():
 
 
 class Stateful(nn.Module):
-    """Does everything to itself that a forward should not do, on fake or (``branch``) on real tensors."""
+    """Changes itself in every way that a forward should not, on fake or (with ``branch``) on real tensors."""
 
     def __init__(self, branch):
         super().__init__()

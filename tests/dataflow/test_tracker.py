@@ -1,4 +1,4 @@
-"""Following features: every pattern in every spelling on toy modules."""
+"""Following features: every pattern in every spelling, on toy modules."""
 
 import functools
 
@@ -152,11 +152,11 @@ def test_output_left_whole(name):
 
 
 def test_interleaved_split_says_why_it_is_left_whole():
-    assert "not runs of features" in of(WHOLE["heads of fused qkv interleaved"], "a").evidence[0]
+    assert "not contiguous features" in of(WHOLE["heads of fused qkv interleaved"], "a").evidence[0]
 
 
 def test_partial_rotary_does_not_hide_fused_qkv():
-    """Rotated and passed parts of each head interleave, but they stay within q."""
+    """The rotated and passed-through parts of each head interleave, but stay within q."""
 
     def run(m, x):
         q, k, v = m.a(x).split([12, 6, 6], -1)
@@ -282,7 +282,7 @@ def test_picks_by_a_buffer():
     toy.register_buffer("low", torch.arange(9))
     toy.register_buffer("high", torch.arange(9, 24))
     assert trace(toy, X)["a"].output_segments == (9, 15)
-    assert trace(toy.to("meta"), X)["a"].output_segments == (24,)  # whose numbers nobody knows
+    assert trace(toy.to("meta"), X)["a"].output_segments == (24,)  # index values are unknown on the meta device
 
 
 def test_glu_splits_its_linear():
@@ -318,7 +318,7 @@ def test_linear_used_twice_differing_gets_the_common_refinement():
     assert (found["a"].calls, found["a"].output_segments) == (3, (5, 3, 4, 12))
     assert found["b"].input_segments == (5, 4, 15)
     assert found["b"].activations == ("silu", None, None)
-    assert "common refinement" in found["b"].evidence[-1]
+    assert "the cuts of all are used" in found["b"].evidence[-1]
 
 
 def test_order_and_calls():

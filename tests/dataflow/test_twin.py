@@ -1,4 +1,4 @@
-"""Running a twin: what torch must offer, and what is said where a model fails."""
+"""Running a copy of a model: what torch must provide, and what is reported if the model fails."""
 
 import contextlib
 import logging
@@ -41,7 +41,7 @@ def test_torch_logs_what_it_cannot_fake_where_it_is_kept_from_it():
 
 
 def test_function_modes_see_properties_by_name():
-    """Reading ``weight.dtype`` arrives as ``__get__`` of a descriptor called ``dtype``."""
+    """Reading ``weight.dtype`` arrives as ``__get__`` of a descriptor named ``dtype``."""
     seen = []
 
     class Mode(torch.overrides.TorchFunctionMode):
@@ -55,7 +55,7 @@ def test_function_modes_see_properties_by_name():
 
 
 class Picky(nn.Module):
-    """Refuses what is not floating point, as a quantized linear does."""
+    """Rejects inputs that are not floating point, as a quantized linear does."""
 
     def forward(self, x):
         if not x.is_floating_point():
@@ -64,7 +64,7 @@ class Picky(nn.Module):
 
 
 class Caught(nn.Module):
-    """Catches the error of a module inside."""
+    """Catches an error raised by its submodule."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +169,7 @@ def test_tensors_are_copied_wherever_a_module_holds_them(held, fake):
 
 
 def test_a_tensor_held_twice_is_one_in_the_twin():
-    """A buffer that a list holds as well: written through one name, read through the other."""
+    """A buffer that a list holds too is written through one name and read through the other."""
 
     class Twice(nn.Module):
         def __init__(self):

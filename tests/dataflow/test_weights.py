@@ -1,4 +1,4 @@
-"""Linears that nothing can replace: toy modules for each use of a weight, then real classes with tiny configs."""
+"""Linears that must not be replaced: toy modules for each use of a weight, then real classes with tiny configs."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def obstacles(model, *example, codes=None):
     return {name: t.obstacle for name, t in found.items() if t.obstacle}
 
 
-# --- numbers of a weight -----------------------------------------------------------------------------------------
+# --- values of a weight ------------------------------------------------------------------------------------------
 
 
 def test_weight_read_outside_its_forward():

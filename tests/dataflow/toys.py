@@ -1,4 +1,4 @@
-"""A toy model around two linears and what its tests share."""
+"""A toy model around two linears, and helpers shared by its tests."""
 
 import torch
 from torch import nn
@@ -27,10 +27,10 @@ def of(forward, layer, x=X, **sizes):
 
 
 def used(pieces):
-    """Use every piece in something that is no view."""
+    """Use every piece in an operation that is not a view."""
     return [p.cumsum(0) for p in pieces]
 
 
 def two(x, n=12):
-    """Two tensors that come from nowhere known, 12 and 24 - 12 wide."""
+    """Return two tensors of untracked origin, 12 and 24 - 12 wide by default."""
     return x.repeat(1, 1, 2)[..., :n].cumsum(0), x.repeat(1, 1, 3)[..., : 24 - n].cumsum(0)

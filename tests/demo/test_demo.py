@@ -1,4 +1,4 @@
-"""The embedded denoiser draws digits, its pipeline samples as the papers say, and the demo command runs."""
+"""The embedded denoiser draws digits, its pipeline samples as the papers define, and the demo command runs."""
 
 import inspect
 import subprocess
@@ -33,7 +33,7 @@ def embedded() -> DigitsPipeline:
 
 @pytest.fixture
 def pipe(embedded) -> DigitsPipeline:
-    """The embedded pipeline with a scheduler of its own, so that a test may swap it."""
+    """The embedded pipeline with its own scheduler, which a test may replace."""
     pipe = DigitsPipeline(embedded.transformer, DPMSolverMultistepScheduler.from_config(embedded.scheduler.config))
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -72,7 +72,7 @@ def test_samples_are_recognisable(pipe):
     assert images.min() >= 0
     assert images.max() <= 1
     assert agreement(images, LABELS_200) >= 0.9
-    # Ten pictures repeated would be recognisable too: samples of a class differ about as much as real ones do.
+    # Ten repeated pictures would be recognizable too: samples of a class must differ about as much as real ones do.
     real, _, real_labels, _ = digits_split()
     drawn = images.reshape(20, 10, 64).std(dim=0).mean(dim=1)
     spread = torch.stack(
@@ -95,7 +95,7 @@ def test_samples_with_every_scheduler(pipe, scheduler):
 
 
 def test_ddim_with_guidance_matches_the_formulas(pipe):
-    """DDIM (arXiv 2010.02502, eq. 12, eta 0) on guided noise (arXiv 2207.12598, eq. 6), written out in float64."""
+    """DDIM (arXiv 2010.02502, eq. 12, eta 0) with guided noise (arXiv 2207.12598, eq. 6), written out in float64."""
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="leading")
     labels, weight, steps = torch.tensor([3, 7, 1]), 2.5, 10
     x = torch.randn(3, 1, 8, 8, generator=seeded())
@@ -136,7 +136,7 @@ def test_guidance_costs_a_second_batch_only_when_on(pipe):
 
 
 def test_noise_comes_from_the_generator_alone(pipe):
-    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)  # draws noise in its steps too
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)  # also draws noise in its steps
     run = {"class_labels": [0, 8], "num_inference_steps": 3, "output_type": "np"}
     first = pipe(**run, generator=seeded(5)).images
     torch.manual_seed(99)
@@ -284,7 +284,7 @@ def test_imports_stay_light():
 
 
 def test_denoiser_predicts_the_noise_in_held_out_digits(pipe):
-    """The training loss, on digits that were not trained on: 1 for an answer of zero, 0.081 where training ended."""
+    """The training loss on held-out digits: 1 for predicting zero, 0.081 at the end of training."""
     _, held_out, _, labels = digits_split()
     x0, labels, generator = torch.from_numpy(held_out)[:, None] * 2 - 1, torch.from_numpy(labels), seeded()
     t = torch.arange(len(x0)) * 1000 // len(x0)

@@ -1,4 +1,4 @@
-"""What the demo measures, against numbers worked out by hand."""
+"""The demo's measurements against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_psnr_of_a_known_error():
 
 
 def test_speeds_are_medians_of_turns_taken_in_order(monkeypatch):
-    """The clock is made up: each run takes what its list says, so nothing depends on the machine."""
+    """The clock is faked: each run takes the time in its list, so nothing depends on the machine."""
     now, order = [0.0], []
     costs = {"full": iter([2.0, 2.0, 8.0]), "a": iter([1.0, 1.0, 4.0]), "b": iter([4.0, 1.0, 2.0])}
 
@@ -30,7 +30,7 @@ def test_speeds_are_medians_of_turns_taken_in_order(monkeypatch):
     monkeypatch.setattr(time, "process_time", lambda: now[0])
     a, b = speeds(lambda: run("full"), [lambda: run("a"), lambda: run("b")], repeats=3)
     assert order == ["full", "a", "b"] * 3
-    assert (a.ratio, a.spread, a.seconds, a.noisy) == (2.0, 0.0, (2.0, 1.0), False)  # a slow turn slows all alike
+    assert (a.ratio, a.spread, a.seconds, a.noisy) == (2.0, 0.0, (2.0, 1.0), False)  # a slow round slows all alike
     assert (b.ratio, b.spread, b.noisy) == (2.0, 1.75, True)  # 0.5, 2, 4
 
 

@@ -1,4 +1,4 @@
-"""The demo's table, and which row its page is about."""
+"""The demo's table, and which row its page shows."""
 
 from __future__ import annotations
 

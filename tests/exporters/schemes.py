@@ -1,4 +1,4 @@
-"""Layers that compressed-tensors can express, and models quantized so."""
+"""Layers that compressed-tensors can express, and models quantized with them."""
 
 from __future__ import annotations
 
@@ -52,6 +52,6 @@ def config(scheme: dict[str, Any], **layers: Any) -> dict[str, Any]:
 
 
 def quantized(scheme: dict[str, Any], dtype: torch.dtype = torch.float32, **layers: Any) -> nn.Module:
-    """A tiny Llama, its head tied, whose widths groups of 32 divide."""
+    """Quantize a tiny Llama with a tied head and widths that are multiples of 32, the group size."""
     model = small_models.llama_of_64().to(dtype)
     return hfquant.quantize(model, [{"input_ids": IDS}], config(scheme, **layers))

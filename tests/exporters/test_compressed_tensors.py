@@ -1,4 +1,4 @@
-"""Exports to compressed-tensors: its own bytes, the same weights in plain transformers, and what is refused."""
+"""Exports to compressed-tensors: the bytes of its own compressor, equal weights in plain transformers, and refusals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[nn.Module, Path]]:
-    """Name of a scheme -> a model quantized so, and the folder it was exported to. Neither is to be changed."""
+    """Map a scheme's name to a model quantized with it and its export folder. Do not modify either."""
 
     @cache
     def made(name: str) -> tuple[nn.Module, Path]:
@@ -46,7 +46,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 
 def scheme_of(folder: Path, name: str) -> Any:
-    """The scheme of a layer by compressed-tensors' own reading of config.json."""
+    """Return the scheme of a layer as compressed-tensors itself reads config.json."""
     section = json.loads((folder / "config.json").read_text())["quantization_config"]
     found = QuantizationConfig.model_validate(section)
     linear = nn.Linear(1, 1)
@@ -61,7 +61,7 @@ def stored(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def float_state(layer: QuantLinear) -> dict[str, Tensor]:
-    """What compressed-tensors' compressor starts from: float weight, scales, zero points."""
+    """Return the input of compressed-tensors' compressor: float weight, scales, zero points."""
     grid = layer.grid()
     assert grid.scale is not None
     state = {"weight": layer.effective_weight(), "weight_scale": grid.scale}
@@ -87,7 +87,7 @@ def test_bytes_are_those_of_its_own_compressor(name: str, exported: Callable[[st
 
 
 def activations(x: Tensor, layer: QuantLinear) -> Tensor:
-    """Inputs as compressed-tensors rounds them, float64: integers in [-128, 127], amax at 127.5 where dynamic."""
+    """Round inputs as compressed-tensors does, float64: integers in [-128, 127]; dynamic scales put amax at 127.5."""
     quant = layer.plan.config.input_quant
     if quant is None:
         return x.double()
@@ -111,17 +111,17 @@ def test_plain_transformers_has_the_same_weights_and_outputs(
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    logits = loaded(IDS).logits  # its first forward decompresses
+    logits = loaded(IDS).logits  # the first forward decompresses
     for key, layer in quant_linears(model).items():
         linear = loaded.get_submodule(key)
         assert torch.equal(linear.weight, layer.effective_weight()), key
         x = torch.randn(2, 5, layer.in_features)
         exact = activations(x, layer) @ layer.effective_weight().double().T
-        # A tie that is rounded the other way in float32 is a step of one input.
+        # A tie that rounds the other way in float32 shifts one input by one step.
         assert (linear(x) - exact).norm() < 2e-3 * exact.norm(), key
     ours = model(IDS).logits
     quant = SCHEMES[name]["input_quant"]
-    # Inputs are rounded apart: ties in float32, and scales that come from the data differ by 127.5 / 127 for INT8.
+    # Inputs are rounded differently: ties in float32, and dynamic INT8 scales differ by a factor of 127.5 / 127.
     most = 1e-5 if quant is None else 2e-2
     assert (logits - ours).norm() < most * ours.norm()
 
@@ -129,7 +129,7 @@ def test_plain_transformers_has_the_same_weights_and_outputs(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["w8a8-dynamic", "w4a16-asymmetric"])
 def test_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """transformers holds scales in the model's dtype: two roundings, of the scale and of the product."""
+    """transformers keeps scales in the model's dtype, so both the scale and the product are rounded."""
     model = quantized(SCHEMES[name], dtype)
     hfquant.export(model, tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -150,7 +150,7 @@ def check_same_weights(folder: Path, model: nn.Module, kind: Any = None, prefix:
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
     for module in loaded.modules():
-        if hasattr(module, "quantization_scheme"):  # what the first forward does for all of them at once
+        if hasattr(module, "quantization_scheme"):  # the first forward does this for all modules at once
             BaseCompressor.get_value_from_registry(module.quantization_scheme.format.value).decompress_module(module)
     for name, layer in quant_linears(model).items():
         assert torch.equal(loaded.get_submodule(name.removeprefix(prefix)).weight, layer.effective_weight()), name
@@ -217,14 +217,14 @@ def test_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w8a16"])
 @pytest.mark.parametrize("name", ["llama", "phi3", "t5_encoder", "bart"])
 def test_architectures_of_odd_widths(name: str, scheme: str, tmp_path: Path) -> None:
-    """77 columns, fused projections, a class that initializes weights by name, embeddings shared by three."""
+    """77 columns, fused projections, a class that initializes weights by name, one embedding shared three times."""
     model = hfquant.quantize(getattr(small_models, name)(), None, config(SCHEMES[scheme]))
     hfquant.export(model, tmp_path)
     check_same_weights(tmp_path, model)
 
 
 def test_output_segments_are_scales_of_channels(tmp_path: Path) -> None:
-    """phi3's fused projections: one scale a segment of rows is one a row, some of them equal."""
+    """phi3's fused projections: one scale per row segment is exported as one scale per row, with repeats."""
     scheme = {"weight_quant": {"type": "int8"}, "input_quant": None}
     model = hfquant.quantize(small_models.phi3(), None, {"default": {**scheme, "opt": {"type": "default"}}})
     layer = model.model.layers[0].self_attn.qkv_proj
@@ -251,11 +251,11 @@ REFUSED = [
     (config(SVD), r"transformed at run time \(smooth, svd_down, svd_up\)"),
     (
         config({"weight_quant": {"type": "int4", "group_size": 48}, "input_quant": None}),
-        r"not of one size \(48 and 16\)",
+        r"differ in size \(48 and 16\)",
     ),
     (
         {"default": {"opt": {"type": "default"}, "weight_quant": CHANNEL, "input_quant": TOKEN}},
-        r"segments of its input have scales of their own|second scale for negative values",
+        r"its input segments have separate scales|second scale for negative values",
     ),
 ]
 
@@ -281,7 +281,7 @@ def test_what_it_lacks_is_refused_or_rounded_anew(
         weight = layer.effective_weight()
         error = loaded.get_submodule(name).weight - weight
         assert 10 * torch.log10(weight.square().sum() / error.square().sum().clamp(min=1e-30)) > floor, name
-    assert "rounded anew for the export" in caplog.text
+    assert "requantized for the export" in caplog.text
 
 
 def test_dual_scale_alone_keeps_the_codes(tmp_path: Path) -> None:
@@ -305,20 +305,23 @@ def test_folded_smoothing_is_exported_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        ({"weight_quant": {"type": "int16"}, "input_quant": None}, "no int16 weights"),
-        ({"weight_quant": {"type": "fp8e5m2"}, "input_quant": None}, "no fp8e5m2 weights"),
-        ({"weight_quant": CHANNEL, "input_quant": {**TOKEN, "type": "int16"}}, "no int16 inputs beside int8 weights"),
+        ({"weight_quant": {"type": "int16"}, "input_quant": None}, "int16 weights are not supported, only "),
+        ({"weight_quant": {"type": "fp8e5m2"}, "input_quant": None}, "fp8e5m2 weights are not supported, only "),
+        (
+            {"weight_quant": CHANNEL, "input_quant": {**TOKEN, "type": "int16"}},
+            "int16 inputs are not supported with int8",
+        ),
     ],
 )
 def test_formats_that_it_has_not_are_refused_also_when_rounding_anew(
     scheme: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     model = quantized(scheme)
-    with pytest.raises(ExportError, match=f"{message}.*model.layers.0.*\nquantize these layers otherwise, or leave"):
+    with pytest.raises(ExportError, match=f"{message}.*model.layers.0.*\nquantize these layers differently, or excl"):
         hfquant.export(model, tmp_path, requantize=True)
 
 
-# What a process without hfquant makes of the exported folders.
+# A process without hfquant loads the exported folders.
 ELSEWHERE = """
 import sys
 import torch

@@ -1,4 +1,4 @@
-"""Mixtures of experts in compressed-tensors: names, weights and outputs in plain transformers, and what is refused."""
+"""Mixtures of experts in compressed-tensors: names, weights and outputs in plain transformers, and refusals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.exporters.test_compressed_tensors import activations
 from tests.integrations.mixtures import mixture, tokens
 
 NAMES = ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "OlmoeForCausalLM"]
-# Widths, and ranks of DeepSeek's attention, are multiples of 32, the groups' size.
+# Widths, and the ranks of DeepSeek's attention, are multiples of 32, the group size.
 SIZES = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32}
 SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 8, "q_lora_rank": 32, "kv_lora_rank": 32}
 IDS = tokens(2, 12, seed=5)
@@ -56,8 +56,8 @@ def expert_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
-    """Compare all parameters with those of our model, dequantized."""
-    theirs(IDS)  # its first forward decompresses the linears
+    """Compare all parameters with those of the dequantized hfquant model."""
+    theirs(IDS)  # the first forward decompresses the linears
     expected = dict(hfquant.dequantize(copy.deepcopy(ours)).named_parameters())
     found = dict(theirs.named_parameters())
     assert found.keys() >= expected.keys()
@@ -68,7 +68,7 @@ def check_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
 @pytest.mark.parametrize("scheme", ["w8a16", "w4a16", "w8a8-dynamic", "fp8-dynamic"])
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_transformers_has_the_same_weights_and_outputs(name: str, scheme: str, tmp_path: Path) -> None:
-    """Routers, shared experts, attention and norms too."""
+    """Also for routers, shared experts, attention and norms."""
     model = quantized(name, config(SCHEMES[scheme]), **SIZES)
     hfquant.export(model, tmp_path)
     theirs = loaded(tmp_path)
@@ -76,7 +76,7 @@ def test_plain_transformers_has_the_same_weights_and_outputs(name: str, scheme: 
     if SCHEMES[scheme]["input_quant"] is None:
         ours = hfquant.dequantize(copy.deepcopy(model))
         assert torch.equal(theirs(IDS).logits, ours(IDS).logits)
-    # The linears' inputs are quantized there as well.
+    # transformers quantizes the inputs of the linears too.
     for key, layer in quant_linears(model).items():
         x = torch.randn(2, 5, layer.in_features)
         exact = activations(x, layer) @ layer.effective_weight().double().T
@@ -94,7 +94,7 @@ def test_names_are_those_of_the_float_checkpoint(name: str, tmp_path: Path) -> N
 
 
 def test_bytes_are_those_of_its_own_compressor(tmp_path: Path) -> None:
-    """The first half of the fused rows is the gate (w1), the second what it gates (w3)."""
+    """The first half of the fused rows is the gate (w1), the second the up projection (w3)."""
     model = quantized("MixtralForCausalLM", config(SCHEMES["w4a16"]), **SIZES)
     hfquant.export(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
@@ -111,7 +111,7 @@ def test_bytes_are_those_of_its_own_compressor(tmp_path: Path) -> None:
 
 
 def test_the_config_by_its_own_reading(tmp_path: Path) -> None:
-    """Experts are packed without a scheme for inputs, linears are not; a router has no scheme."""
+    """As compressed-tensors reads it: experts are packed with no input scheme, linears have one, routers have none."""
     model = quantized("MixtralForCausalLM", config(SCHEMES["w8a8-dynamic"]), **SIZES)
     hfquant.export(model, tmp_path)
     found = QuantizationConfig.model_validate(section(tmp_path))
@@ -120,9 +120,9 @@ def test_the_config_by_its_own_reading(tmp_path: Path) -> None:
     def formats(name: str) -> list[str]:
         return [g.format for g in found.config_groups.values() if is_match(name, linear, g.targets, found.ignore)]
 
-    # The first that matches counts, by name before class.
+    # The first match counts, by name before class.
     assert formats(f"{layer}.block_sparse_moe.experts.3.w1")[0] == "pack-quantized"
-    assert formats(f"{layer}.block_sparse_moe.experts.0.gate_proj")[0] == "pack-quantized"  # as vLLM asks
+    assert formats(f"{layer}.block_sparse_moe.experts.0.gate_proj")[0] == "pack-quantized"  # vLLM looks up this name
     assert formats(f"{layer}.self_attn.q_proj") == ["int-quantized"]
     assert formats(f"{layer}.block_sparse_moe.gate") == formats("lm_head") == []
     assert [g.input_activations is None for g in found.config_groups.values()] == [True, False]
@@ -151,10 +151,10 @@ def test_what_inputs_are_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 def test_presets_rounded_anew(
     preset: str, width: int, floor: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Zero points and smoothing have no place; where 32 does not divide the width, groups become 16 in all experts."""
+    """Experts cannot have zero points or smoothing; if 32 does not divide the width, all experts use groups of 16."""
     model = quantized("Qwen3MoeForCausalLM", preset, hidden_size=64, moe_intermediate_size=width)
     if preset != "fp8":
-        with pytest.raises(ExportError, match=r"transformers passes over the zero points|transformed at run time"):
+        with pytest.raises(ExportError, match=r"transformers ignores the zero points|transformed at run time"):
             hfquant.export(model, tmp_path / "refused")
         assert not list(tmp_path.iterdir())
     hfquant.export(model, tmp_path / "made", requantize=True)
@@ -162,16 +162,16 @@ def test_presets_rounded_anew(
     for name, weight in expert_weights(hfquant.dequantize(model)).items():
         error = (found[name] - weight).square().sum().clamp(min=1e-30)
         assert 10 * torch.log10(weight.square().sum() / error) > floor, name
-    assert (preset == "fp8") != ("experts 'model.layers.0.mlp.experts.gate_up_proj': rounded anew" in caplog.text)
+    assert (preset == "fp8") != ("experts 'model.layers.0.mlp.experts.gate_up_proj': requantized" in caplog.text)
 
 
 def test_parts_of_inputs_are_no_obstacle_in_experts(tmp_path: Path) -> None:
-    """Their inputs are floats in the export; the codes, with scales for each part of a row, stay."""
+    """Expert inputs are float in the export, so codes with a scale for each part of a row can be kept."""
     parts = {"input_quant": {"segments": 2}}
     model = quantized("Qwen3MoeForCausalLM", config(SCHEMES["w8a8-dynamic"], **{"*experts*": parts}), hidden_size=128)
     assert model.model.layers[0].mlp.experts.plans["gate_up_proj"].input_segments == (64, 64)
-    # The matrix down has one part.
-    with pytest.raises(ExportError, match="reads all experts by one scheme, and it has not that of 'model"):
+    # The down matrix has one part.
+    with pytest.raises(ExportError, match="its scheme differs from that of 'model"):
         hfquant.export(model, tmp_path)
     model = quantized(
         "Qwen3MoeForCausalLM",
@@ -186,12 +186,12 @@ def test_parts_of_inputs_are_no_obstacle_in_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("requantize", [False, True])
 def test_experts_of_two_schemes_are_refused(requantize: bool, tmp_path: Path) -> None:
     model = quantized("OlmoeForCausalLM", config(SCHEMES["w8a16"], **{"*.experts.down_proj": SCHEMES["w6a16"]}))
-    with pytest.raises(ExportError, match=r"one scheme, and it has not that of '.*0.mlp.experts.gate_up_proj'.*1.mlp"):
+    with pytest.raises(ExportError, match=r"differs from that of '.*0.mlp.experts.gate_up_proj'.*1.mlp"):
         hfquant.export(model, tmp_path, requantize=requantize)
 
 
 def test_another_scheme_than_that_of_linears(tmp_path: Path) -> None:
-    """Linears with zero points, packed; shared experts are linears like any other."""
+    """Linears are packed with zero points; shared experts are treated like any other linear."""
     experts = {"*.experts.*": {"weight_quant": {**CHANNEL, "type": "int6"}}}
     model = quantized("DeepseekV3ForCausalLM", config(SCHEMES["w4a16-asymmetric"], **experts), **SIZES)
     hfquant.export(model, tmp_path)
@@ -221,29 +221,29 @@ def test_experts_alone(tmp_path: Path) -> None:
 def test_experts_that_are_published_fused_are_refused(name: str, requantize: bool, tmp_path: Path) -> None:
     model = quantized(name, config(SCHEMES["w8a16"]))
     fused = [n for n, m in model.named_modules() if isinstance(m, QuantExperts)]
-    with pytest.raises(ExportError, match=f"of its class keep experts fused, .*: '{fused[0]}") as caught:
+    with pytest.raises(ExportError, match=f"of its class store experts fused, .*: '{fused[0]}") as caught:
         hfquant.export(model, tmp_path, requantize=requantize)
     assert all(repr(each)[:-1] in str(caught.value) for each in fused)
 
 
 def test_experts_that_transformers_would_leave_empty_are_refused(tmp_path: Path) -> None:
-    """Llama 4's, also in floats: it has lists of linears in their place, which no checkpoint fills."""
+    """Llama 4's experts, even in float: transformers builds lists of linears instead, which no checkpoint fills."""
     model = quantized("Llama4ForCausalLM", config(SCHEMES["w8a16"], **{"*.experts.*": {"enable": False}}))
-    with pytest.raises(ExportError, match=r"would leave these experts empty, .*: 'model"):
+    with pytest.raises(ExportError, match=r"replaces these experts with .* leaves them empty: 'model"):
         hfquant.export(model, tmp_path)
 
 
 def test_formats_without_a_scale_are_refused(tmp_path: Path) -> None:
     cast = {"*.experts.*": {"weight_quant": {"type": "bf16"}}}
     model = quantized("OlmoeForCausalLM", config(SCHEMES["w8a16"], **cast))
-    with pytest.raises(ExportError, match="passes over experts of bf16, which have no scale: 'model"):
+    with pytest.raises(ExportError, match="ignores bf16 experts, which have no scale: 'model"):
         hfquant.export(model, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a8-dynamic", "fp8-dynamic"])
 def test_half_precision_and_shards(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Of integers the scale is rounded, and the product; FP8 experts are multiplied in float32."""
+    """For integers the scale and the product are rounded; FP8 experts are multiplied in float32."""
     model = quantized("Qwen3MoeForCausalLM", config(SCHEMES[scheme]), dtype, **SIZES)
     hfquant.export(model, tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("model-0*.safetensors"))) > 2
@@ -292,7 +292,7 @@ def test_the_base_model_of_an_export(tmp_path: Path) -> None:
         assert torch.equal(found[name.removeprefix("model.")], weight), name
 
 
-# What a process without hfquant makes of the exported folders.
+# A process without hfquant loads the exported folders.
 ELSEWHERE = """
 import sys
 import torch

@@ -1,4 +1,4 @@
-"""What all exports share: arguments, files, and that nothing is left behind where one fails."""
+"""What all exports share: arguments, files, and that a failed export leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.integrations import small_models
     ],
 )
 def test_an_unknown_format_names_the_nearest(name: str, hint: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"unknown export format '{name}'{hint}; there are compressed-tensors, nunch"):
+    with pytest.raises(ValueError, match=f"unknown export format '{name}'{hint}; available: compressed-tensors, nunch"):
         hfquant.export(quantized(SCHEMES["w8a16"]), tmp_path, format=name)
 
 
@@ -60,9 +60,9 @@ def test_a_pipeline_is_told_of_its_components(tmp_path: Path) -> None:
 
 def test_a_model_of_another_library(tmp_path: Path) -> None:
     plain = hfquant.quantize(nn.Sequential(nn.Linear(64, 64)), None, "w8a16")
-    with pytest.raises(ExportError, match="is a format of transformers models, and Sequential is none"):
+    with pytest.raises(ExportError, match="is a format for transformers models, and Sequential is not one"):
         hfquant.export(plain, tmp_path)
-    with pytest.raises(ExportError, match="is a format of diffusers models, and LlamaForCausalLM is none"):
+    with pytest.raises(ExportError, match="is a format for diffusers models, and LlamaForCausalLM is not one"):
         hfquant.export(quantized(SCHEMES["w8a16"]), tmp_path, format="nunchaku-lite")
 
 

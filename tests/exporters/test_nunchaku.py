@@ -1,7 +1,7 @@
-"""Exports to nunchaku-lite: loaded by diffusers' own code, run by the kernels' arithmetic, written out lane by lane.
+"""Exports to nunchaku-lite, loaded by diffusers' own code and run with the kernels' arithmetic, spelled out by lane.
 
-The kernels need a GPU and a download. ``Kernels`` stands in for them: what a lane holds of a matrix is taken from the
-PTX ISA's figures of mma.m16n8k64 (INT4) and mma.m16n8k16 (half precision), operand B.
+The kernels need a GPU and a download, so ``Kernels`` stands in for them. The part of a matrix that each lane holds
+follows the PTX ISA's figures of mma.m16n8k64 (INT4) and mma.m16n8k16 (half precision), operand B.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def quantized(dtype: torch.dtype = torch.bfloat16, **layers: Any) -> nn.Module:
     model = dit()
     batches = [inputs() for _ in range(2)]
     hfquant.quantize(model, batches, {**SETTINGS, **layers})
-    # As loaded in that dtype: what is not a code or a scale.
+    # Cast everything but codes and scales, as if loaded in that dtype.
     for module in model.modules():
         for part in (module._parameters, module._buffers):
             for name, tensor in part.items():
@@ -72,7 +72,7 @@ def quantized(dtype: torch.dtype = torch.bfloat16, **layers: Any) -> nn.Module:
 
 @cache
 def nibble_of(rows: int, columns: int) -> Tensor:
-    """At which place of the stored nibbles each code [rows, columns] is."""
+    """Return the position of each code [rows, columns] among the stored nibbles."""
     out = torch.full((rows, columns), -1)
     tile = out.view(rows // 128, 8, 16, columns // 64, 64).permute(0, 3, 1, 2, 4)  # views: tiles, strip, n, k
     start = torch.arange(rows * columns // 1024).view(tile.shape[:3]) * 1024
@@ -87,7 +87,7 @@ def nibble_of(rows: int, columns: int) -> Tensor:
 
 
 def codes(qweight: Tensor) -> Tensor:
-    """[out, in / 2] bytes -> codes [out, in]."""
+    """Unpack [out, in / 2] bytes into codes [out, in]."""
     stored = qweight.flatten().int()
     nibbles = torch.stack([stored & 15, stored >> 4 & 15], -1).flatten()
     found = nibbles[nibble_of(len(qweight), 2 * qweight.shape[1])]
@@ -95,7 +95,7 @@ def codes(qweight: Tensor) -> Tensor:
 
 
 def scales(stored: Tensor) -> Tensor:
-    """[G, out] as stored -> [out, G]. A lane's sums are of channels 2 t and 2 t + 1 of each product of eight."""
+    """Unpack [G, out] as stored into [out, G]. A lane sums channels 2 t and 2 t + 1 of each product of eight."""
     groups, rows = stored.shape
     out = torch.empty(rows // 128, 128, groups, dtype=stored.dtype)
     stream = stored.reshape(rows // 128, groups, 32, 4)
@@ -111,7 +111,7 @@ def vector(stored: Tensor) -> Tensor:
 
 
 def factor(stored: Tensor, down: bool) -> Tensor:
-    """[channels, rank] as stored -> ``down`` [rank, channels] or ``up`` [channels, rank]."""
+    """Unpack [channels, rank] as stored into ``down`` [rank, channels] or ``up`` [channels, rank]."""
     channels, rank = stored.shape
     stream = stored.reshape(channels // 16, rank // 16, 32, 8)
     out = torch.empty(channels // 16, rank // 16, 16, 16, dtype=stored.dtype)  # ..., n, k
@@ -158,7 +158,7 @@ class Kernels:
 
 @pytest.fixture
 def loading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """diffusers believes that there is a GPU and that the kernels have been downloaded."""
+    """Make diffusers believe that there is a GPU and that the kernels have been downloaded."""
     from diffusers.quantizers.nunchaku import NunchakuLiteQuantizer
     from diffusers.utils import constants, import_utils
 
@@ -169,7 +169,7 @@ def loading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(import_utils, "_kernels_version", "0.13.0")
     monkeypatch.setattr(constants, "DIFFUSERS_TRUST_REMOTE_KERNELS", True)
     monkeypatch.setattr(NunchakuLiteQuantizer, "validate_environment", lambda *_, **__: None)
-    # With the stub in place for this import alone: others look for the package as well.
+    # Use the stub for this import only, since other code looks for the package as well.
     sys.modules.pop("diffusers.quantizers.nunchaku.utils", None)
     import_module("diffusers.quantizers.nunchaku.utils")
     monkeypatch.delitem(sys.modules, "kernels")
@@ -199,7 +199,7 @@ def test_diffusers_loads_and_runs_it(dtype: torch.dtype, tmp_path: Path) -> None
         assert torch.equal(factor(module.proj_up, False)[:, :24], layer.svd_up), name
         assert not factor(module.proj_up, False)[:, 24:].any()
         assert torch.equal(vector(module.bias), layer.bias), name
-        # The product, with inputs in INT4 groups of 64 as the kernels have them.
+        # The product, with inputs in INT4 groups of 64, as in the kernels.
         x = torch.randn(3, layer.in_features).to(dtype)
         groups = (x.double() / layer.smooth.to(dtype).double()).unflatten(-1, (-1, 64))
         step = (groups.abs().amax(-1, keepdim=True) / 7).to(dtype).double()
@@ -214,11 +214,11 @@ def test_diffusers_loads_and_runs_it(dtype: torch.dtype, tmp_path: Path) -> None
     batch = {key: t.to(dtype) if t.is_floating_point() else t for key, t in inputs().items()}
     hfquant.dequantize(model)
     expected = model(**batch).sample.float()
-    assert (loaded(**batch).sample.float() - expected).norm() < 0.3 * expected.norm()  # activations of 4 bits
+    assert (loaded(**batch).sample.float() - expected).norm() < 0.3 * expected.norm()  # 4-bit activations
 
 
 def test_ranks_differ_and_layers_without_a_branch(tmp_path: Path) -> None:
-    """All get the largest rank: zeros add nothing."""
+    """All layers get the largest rank, padded with zeros that add nothing."""
     model = quantized(
         **{
             "*.attn1.*": {"opt": {"type": "svd", "low_rank": 16}},
@@ -246,7 +246,7 @@ def test_ranks_differ_and_layers_without_a_branch(tmp_path: Path) -> None:
         ({"*.ff.*": {"input_quant": None}}, "its inputs are not dynamic int4"),
         (
             {"*.norm1.*": {"seglinear": True}},
-            r"segments of its output have transforms of their own \(with seglinear: False",
+            r"its output segments have separate transforms \(seglinear: False",
         ),
         ({"proj_out_2": {"enable": True}}, r"not multiples of 128 \(128 x 16\): 'proj_out_2'"),
         ({"*.ff.*": {"weight_quant": {"group_size": 32}}}, "its weights are not symmetric int4 in groups of 64"),
@@ -261,7 +261,7 @@ def test_what_the_kernels_lack_is_refused(layers: dict[str, Any], message: str, 
 def test_other_groups_are_rounded_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = quantized(**{"*.ff.*": {"weight_quant": {"group_size": 32, "symmetric": False}}})
     hfquant.export(model, tmp_path, format="nunchaku-lite", requantize=True)
-    assert "rounded anew for the export" in caplog.text
+    assert "requantized for the export" in caplog.text
     loaded = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path)
     name = "transformer_blocks.0.ff.net.2"
     module, weight = loaded.get_submodule(name), model.get_submodule(name).effective_weight()
@@ -272,7 +272,7 @@ def test_other_groups_are_rounded_anew(tmp_path: Path, caplog: pytest.LogCapture
 @pytest.mark.slow
 @pytest.mark.usefixtures("loading")
 def test_flux_and_shards(tmp_path: Path) -> None:
-    """proj_out of FLUX's single blocks joins two inputs: its groups lie within them, so they need nothing more."""
+    """proj_out of FLUX's single blocks joins two inputs; groups do not straddle them, so nothing else is needed."""
     torch.manual_seed(0)
     sizes = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 64}
     sizes |= {"joint_attention_dim": 128, "pooled_projection_dim": 128, "in_channels": 16}
@@ -304,5 +304,5 @@ def test_flux_and_shards(tmp_path: Path) -> None:
 
 def test_fused_experts_are_refused(tmp_path: Path) -> None:
     model = hfquant.quantize(nucleus(), None, "w8a16")
-    with pytest.raises(ExportError, match="it is no linear but fused experts: 'transformer_blocks"):
+    with pytest.raises(ExportError, match="it is not a linear but fused experts: 'transformer_blocks"):
         hfquant.export(model, tmp_path, format="nunchaku-lite", requantize=True)

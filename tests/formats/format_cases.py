@@ -1,4 +1,4 @@
-"""What the tests of the number formats share: the formats by kind, every code, values that break things."""
+"""Shared by the tests of the number formats: the formats by kind, every code, and values that break things."""
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ def name(form: NumberFormat) -> str:
 
 
 def all_codes(form: NumberFormat) -> torch.Tensor:
-    """Every code that quantize can give, unpacked, as stored."""
+    """Return every code that quantize can produce, unpacked, as stored."""
     if form.is_integer:
         limit = int(form.qmax)
         return torch.arange(-limit, limit + 1).to(form.code_dtype)
@@ -32,7 +32,7 @@ def all_codes(form: NumberFormat) -> torch.Tensor:
 
 
 def code_values(codes: torch.Tensor, form: NumberFormat) -> np.ndarray:
-    """By the oracle: what stored codes spell."""
+    """Return the values of stored codes, according to the oracle."""
     array = codes.numpy()
     return array.astype(np.float64) if form.is_integer else oracle.decode(form.name)[array.view(f"u{array.itemsize}")]
 

@@ -1,4 +1,4 @@
-"""What every number format has to do, against the oracle: every code, adversarial values, any value."""
+"""Requirements of every number format, checked against the oracle: every code, adversarial values, random values."""
 
 import numpy as np
 import pytest
@@ -114,7 +114,7 @@ def test_static_overflow_saturates(form) -> None:
     assert form.dequantize(codes, torch.ones(())).tolist() == [limit, -limit, limit, -limit, limit]
 
 
-# What holds for any value.
+# Properties that hold for any value.
 
 
 @given(st.sampled_from(SCALED), st.lists(values, min_size=1, max_size=20))
@@ -140,7 +140,7 @@ def test_idempotent_odd_and_monotone(form, xs, scale) -> None:
     assert (form.round(x.sort().values, scale).diff() >= 0).all()
 
 
-# The table.
+# The table of formats.
 
 
 @pytest.mark.parametrize("form", ALL, ids=name)
@@ -150,11 +150,11 @@ def test_a_format_is_found_by_its_name(form) -> None:
 
 @pytest.mark.parametrize("unknown", ["int9", "INT4", "", "fp32"])
 def test_an_unknown_name_says_what_there_is(unknown) -> None:
-    listed = f"unknown number format '{unknown}'; there are {', '.join(FORMATS)}"
+    listed = f"unknown number format '{unknown}'; available: {', '.join(FORMATS)}"
     with pytest.raises(ConfigError) as error:
         number_format(unknown)
     assert str(error.value) == listed
-    if unknown != "INT4":  # names in configs may be in any case
+    if unknown != "INT4":  # names in configs are case-insensitive
         with pytest.raises(ConfigError) as error:
             QuantRules({"default": {"weight_quant": {"type": unknown}}})
         assert listed in str(error.value)
@@ -169,5 +169,5 @@ def test_codes_as_kept_in_memory_and_on_disk(form) -> None:
     assert packed.nbytes == 3 * -(-columns * form.bits // 8)
     assert torch.equal(form.unpack(packed, columns), codes)
     assert form.disk_dtype.itemsize == form.code_dtype.itemsize
-    # An 8-bit float is not to be taken for an 8-bit integer.
+    # An 8-bit float must not be mistaken for an 8-bit integer.
     assert (form.disk_dtype == torch.uint8) == form.name.startswith("fp8")

@@ -1,4 +1,4 @@
-"""The search for the least squared error, against every scale and zero point that could be stored, in float64."""
+"""The search for the least squared error, against every scale and zero point that can be stored, in float64."""
 
 from itertools import accumulate, pairwise, product
 
@@ -14,7 +14,7 @@ COLUMNS = {"equal": (32, 32, 32), "short": (32, 32, 8), "one": (40,)}
 
 
 def losses(w: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None) -> np.ndarray:
-    """Each block's weighted squared error, [out, G] float64."""
+    """Return each block's weighted squared error, [out, G] float64."""
     error = (grid.dequantize(grid.quantize(w)).double() - w.double()) ** 2 * w.double().abs().sqrt()
     if importance is not None:
         error = error * importance.double()
@@ -22,7 +22,7 @@ def losses(w: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None) 
 
 
 def best_of_all(w: np.ndarray, scales: np.ndarray, symmetric: bool, bits: int, importance: np.ndarray) -> float:
-    """The least weighted squared error of a block [size] over scales and all zero points, by brute force."""
+    """Return a block's [size] least weighted squared error over scales and all zero points, by brute force."""
     half = 2 ** (bits - 1)
     bounds = [(1 - half, half - 1)] if symmetric else [(-half - z, half - 1 - z) for z in range(-half, half)]
     weights = np.sqrt(np.abs(w)) * importance
@@ -38,7 +38,7 @@ def best_of_all(w: np.ndarray, scales: np.ndarray, symmetric: bool, bits: int, i
 @pytest.mark.parametrize("two_level", [True, False])
 def test_nearly_the_best_of_all_scales_and_zero_points(two_level, columns, symmetric, weighted) -> None:
     sizes = COLUMNS[columns]
-    # Heavy tails and a mean: clipping and zero points both pay.
+    # Heavy tails and a nonzero mean, so that both clipping and zero points pay off.
     w = torch.randn(16, sum(sizes)) + 0.2 * torch.randn(16, 1)
     w *= 1 + 2 * (torch.rand(w.shape) < 0.03)
     importance = torch.randn(sum(sizes)).mul(1.5).exp() if weighted else None
@@ -52,11 +52,11 @@ def test_nearly_the_best_of_all_scales_and_zero_points(two_level, columns, symme
                 scales = np.array([oracle.group_scale(code) for code in range(256)]) * grid.scale_row[r].item()
             else:
                 scales = np.abs(block).max() / 7 * np.linspace(0.3, 1.1, 100)
-            # A scale of less than a third would clip all but the middle.
+            # A scale below a third of the full range would clip everything but the middle.
             scales = scales[(scales > np.ptp(block) / 15 * 0.33) & (scales < np.abs(block).max() / 4)]
             weights = np.ones(end - start) if importance is None else importance[start:end].double().numpy()
             best[r, g] = best_of_all(block, scales, symmetric, 4, weights)
-    # Weights that hardly count lure the search away from the best by a few percent more.
+    # Weights of low importance mislead the search by a few percent more.
     assert found.sum() <= (1.12 if weighted else 1.05) * best.sum()
     assert np.median(found / best) <= 1.03
 
@@ -64,7 +64,7 @@ def test_nearly_the_best_of_all_scales_and_zero_points(two_level, columns, symme
 @pytest.mark.parametrize("rows", [None, (6,), (1, 2, 3)])
 @pytest.mark.parametrize(("form", "symmetric"), [("int4", True), ("int4", False), ("int8", False), ("fp8e4m3", True)])
 def test_never_above_the_grid_that_reaches_all(form, symmetric, rows) -> None:
-    """Where rows share a scale it is their sum that counts, and they share what is found too."""
+    """Rows that share a scale are judged by their total error, and share the result."""
     w = torch.randn(6, 72) * torch.logspace(-2, 2, 6)[:, None] + 0.1
     w[2, 3], w[4] = 1e3, 0.0
     importance = torch.rand(72) ** 4 * 100
@@ -82,7 +82,7 @@ def test_never_above_the_grid_that_reaches_all(form, symmetric, rows) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_group_has_the_grid_that_it_would_have_alone(weighted, monkeypatch) -> None:
-    """The short last one too; and blocks of rows, which only keep memory down, change nothing."""
+    """Also for the short last group; solving rows in chunks only saves memory and changes nothing."""
     w = torch.randn(200, 144)
     importance = torch.rand(144) if weighted else None
     rule = GridRule(INT4, (64, 64, 16), None, False, "mse")
@@ -121,7 +121,7 @@ def test_rounding_up_does_not_leave_float32() -> None:
 
 
 def test_roots_are_those_of_any_cpu() -> None:
-    """`torch.sqrt` is not: its last bit depends on whose CPU it is, and a search whose losses tie on that bit."""
+    """The last bit of `torch.sqrt` depends on the CPU, and so would a search whose losses tie on that bit."""
     values = np.concatenate([[0.0], np.random.default_rng(0).exponential(size=100_003)]).astype(np.float32)
     with np.errstate(divide="ignore"):
         expected = np.float32(1) / (np.float32(1) / np.sqrt(values))

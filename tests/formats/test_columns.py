@@ -1,4 +1,4 @@
-"""Reductions over blocks of columns against float64, unequal blocks among them."""
+"""Reductions over blocks of columns, including blocks of unequal size, against float64."""
 
 from itertools import accumulate, pairwise
 
@@ -36,7 +36,7 @@ SHORT = (64,) * 67 + (16,)
 
 
 def blocks(x: torch.Tensor, sizes: tuple[int, ...]) -> list[np.ndarray]:
-    """The blocks of columns one by one, in float64."""
+    """Yield the blocks of columns one by one, in float64."""
     array = x.double().numpy()
     return [array[..., a:b] for a, b in pairwise(accumulate(sizes, initial=0))]
 

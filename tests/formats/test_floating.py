@@ -1,4 +1,4 @@
-"""Floating formats: every bit pattern against the oracle, casts, what is on disk."""
+"""Floating-point formats: every bit pattern against the oracle, casts, and the on-disk form."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_casts_round_trip_and_saturate(form) -> None:
 
 @pytest.mark.parametrize("form", FLOATS, ids=name)
 def test_codes_on_disk_spell_the_floats(form) -> None:
-    """Viewed as what is on disk and back, bits stay; torch reads them as the format's own dtype."""
+    """Viewing codes as the on-disk dtype and back keeps the bits; torch reads them as the format's own dtype."""
     x = torch.randn(4, 12)
     codes = form.quantize(x, torch.ones(4, 1) if form.has_scale else None)
     stored = codes.view(form.disk_dtype)
@@ -52,7 +52,7 @@ def test_floats_have_neither_zero_points_nor_a_second_scale(form) -> None:
 
 @pytest.mark.parametrize("form", FLOATS, ids=name)
 def test_spacing_is_a_unit_in_the_last_place(form) -> None:
-    """Up to the largest value, and down to zero; measured on all values of the format."""
+    """Up to the largest value and down to zero, measured on all values of the format."""
     codes = torch.arange(2 ** (form.bits - 1)).to(form.code_dtype)
     values = form.values(codes).double()
     values = values[values.isfinite() & (values <= form.qmax)].unique()

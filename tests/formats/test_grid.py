@@ -1,4 +1,4 @@
-"""The weight grid: whose extremes make each scale, and rounding on it."""
+"""The weight grid: which extremes determine each scale, and rounding to the grid."""
 
 from itertools import accumulate, pairwise
 
@@ -15,12 +15,12 @@ from tests.formats.format_cases import CASTS, INTEGERS, SCALED, name
 INT4 = FORMATS["int4"]
 COLUMNS = {"channel": (12,), "group": (4, 4, 4), "segments": (5, 7), "unit": (1,) * 12, "short": (5, 5, 2)}
 ROWS = {"each": None, "tensor": (6,), "blocks": (1, 2, 3)}
-#: 4304 columns by 64: the last group has 16.
+#: 4304 columns in groups of 64: the last group has 16.
 SHORT = split_columns((4304,), 64)
 
 
 def blocks(rows, columns):
-    """(rows, column index, columns) of every block that shares a scale, as slices."""
+    """Yield every block that shares a scale as (rows, column index, columns), with slices."""
     for r0, r1 in pairwise(accumulate(rows or (1,) * 6, initial=0)):
         for g, (c0, c1) in enumerate(pairwise(accumulate(columns, initial=0))):
             yield slice(r0, r1), g, slice(c0, c1)
@@ -178,7 +178,7 @@ def test_huge_weights_stay_finite(clip) -> None:
             assert grid.dequantize(grid.quantize(w)).isfinite().all()
 
 
-# What holds for any partition.
+# Properties that hold for any partition.
 
 
 @given(
@@ -207,8 +207,8 @@ def test_by_chance_a_weight_is_kept_on_average(form: NumberFormat) -> None:
     grid = GridRule(form, (5, 5, 2)).fit(w)
     step = grid.spacing(w)
     draws = [torch.full_like(w, (i + 0.5) / 64) for i in range(64)]
-    rounded = torch.stack([grid.dequantize(grid.quantize_by_chance(w, draw)) for draw in draws])
+    rounded = torch.stack([grid.dequantize(grid.quantize_stochastic(w, draw)) for draw in draws])
     assert ((rounded - w).abs() <= step * 1.001).all()
     assert ((rounded.double().mean(0) - w).abs() <= step * (1 / 64 + 1e-3)).all()
     kept = grid.round(w)
-    assert torch.equal(grid.dequantize(grid.quantize_by_chance(kept, draws[7])), kept)
+    assert torch.equal(grid.dequantize(grid.quantize_stochastic(kept, draws[7])), kept)

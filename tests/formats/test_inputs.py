@@ -1,4 +1,4 @@
-"""Activations to codes: scales from the data or from calibration, tensors and tokens, segments, dual scale."""
+"""Activations to codes: dynamic or calibrated scales, per tensor or per token, segments, dual scale."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +37,7 @@ def scales(form: NumberFormat, low: torch.Tensor, high: torch.Tensor, dual: Sequ
 
 
 def quantized(x, quant, segments=None, dual=None, scale=None, scale_neg=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of the codes, and what they stand for in float64."""
+    """Return the values of the codes, and the float64 values that they represent."""
     segments = segments or (x.shape[-1],)
     codes, steps = rule(quant, segments, dual or (False,) * len(segments)).quantize(x, scale, scale_neg)
     assert codes.dtype == torch.float32
@@ -138,7 +138,7 @@ def test_static_scales(form) -> None:
     assert (neg >= 2.0**-126).all()
     # The negative side is covered.
     assert (neg.double() * form.qmax >= -low.double() * (1 - 1e-6)).all()
-    # Without dual, and for a single segment among others, both sides are one.
+    # Without dual scale, both sides share one scale; the choice is made segment by segment.
     same, other = scales(form, low, high, [False] * len(RATIOS))
     assert torch.equal(same, other)
     first = [i == 4 for i in range(len(RATIOS))]
@@ -208,7 +208,7 @@ def test_dual_changes_nothing_for_fp8() -> None:
             )
 
 
-# Data that breaks things.
+# Adversarial data.
 
 
 @pytest.mark.parametrize("axis", [None, -1])

@@ -1,4 +1,4 @@
-"""Integer formats: rounding, zero points, packed codes, against the oracle and Python's integers."""
+"""Integer formats: rounding, zero points and packed codes, against the oracle and Python's integers."""
 
 import numpy as np
 import pytest
@@ -99,7 +99,7 @@ def test_asymmetric_error_is_at_most_half_a_step(form, xs) -> None:
 
 
 def test_a_width_is_one_line() -> None:
-    """Every width from 2 bits on: rounding, saturation and packing need nothing said about it elsewhere."""
+    """Every width from 2 bits up: a format declares only its width for rounding, saturation and packing to work."""
     for bits in range(2, 17):
         form = IntegerFormat(f"int{bits}", bits, torch.int8 if bits <= 8 else torch.int16)
         limit = 2 ** (bits - 1) - 1

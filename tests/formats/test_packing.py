@@ -78,7 +78,7 @@ def test_rows_are_independent_and_padding_is_zero(bits) -> None:
     assert torch.equal(pack(codes, bits)[1:4], pack(codes[1:4], bits))
     spare = packed_width(7, bits) * 8 - 7 * bits
     assert (pack(codes, bits).view(torch.uint8)[:, -1] >> (8 - spare) == 0).all()
-    # Strided input, and the caller's tensor stays as it is.
+    # The input is strided, and the caller's tensor stays unchanged.
     before = codes.clone()
     assert torch.equal(unpack(pack(codes.T, bits), bits, 5), before.T)
     assert torch.equal(codes, before)
@@ -109,5 +109,5 @@ def test_other_dtypes_are_refused(dtype) -> None:
 @pytest.mark.parametrize(("bits", "columns", "width"), [(4, 8, 3), (4, 8, 5), (6, 8, 8), (6, 5, 3)])
 def test_wrong_row_length_is_refused(bits, columns, width) -> None:
     right = packed_width(columns, bits)
-    with pytest.raises(ValueError, match=f"{columns} codes of {bits} bits take {right} bytes a row, got {width}"):
+    with pytest.raises(ValueError, match=f"{columns} codes of {bits} bits take {right} bytes per row, got {width}"):
         unpack(torch.zeros(2, width, dtype=torch.int8), bits, columns)

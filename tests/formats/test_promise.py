@@ -1,4 +1,4 @@
-"""The error that a format promises, against integrals over the bell curve."""
+"""The expected error of a format, against integrals over a normal distribution."""
 
 import math
 
@@ -11,7 +11,7 @@ from hfquant.formats.promise import bell_error
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_integers(bits: int) -> None:
-    """Round the curve's quantiles in float64, the largest of them at the end of the grid."""
+    """Round the quantiles of the normal distribution in float64; the largest one lies at the end of the grid."""
     from statistics import NormalDist
 
     bell = np.array([NormalDist().inv_cdf(i / 4098) for i in range(1, 4098)])
@@ -26,5 +26,5 @@ def test_eight_bits_are_a_uniform_error_of_a_step() -> None:
 
 @pytest.mark.parametrize(("name", "mantissa"), [("fp8e4m3", 3), ("fp8e5m2", 2), ("bf16", 7), ("fp16", 10)])
 def test_floats_err_by_a_share_of_the_value(name: str, mantissa: int) -> None:
-    """A value errs by at most half a unit of its last bit, on average by some 0.4 of that."""
+    """A value's error is at most half a unit in its last place, and about 0.4 of that on average."""
     assert 0.25 < bell_error(FORMATS[name]) / 2.0 ** -(mantissa + 1) < 0.55

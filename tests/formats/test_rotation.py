@@ -1,4 +1,4 @@
-"""Rotation against signs by parity in float64."""
+"""The rotation against signs computed from parity, in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hfquant.formats.rotation import hadamard, rotated
 
 
 def by_hand(columns: int, size: int) -> np.ndarray:
-    """The whole rotation [columns, columns] in float64: signs by the parity of the bits that two indices share."""
+    """Return the full rotation [columns, columns] in float64: the sign is the parity of the bits both indices share."""
     whole, start = np.zeros((columns, columns)), 0
     while start < columns:
         while size > columns - start:

@@ -1,4 +1,4 @@
-"""Group scales in two levels against Python's floats: every byte, the nearest byte, what a row cannot reach."""
+"""Two-level group scales against Python's floats: every byte, the nearest byte, and what a row cannot represent."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_bytes_come_back(row) -> None:
 
 @given(st.lists(st.floats(2.0**-12, 4.0, width=32), min_size=1, max_size=20))
 def test_the_byte_is_the_nearest(scales) -> None:
-    """In the exponent's own steps: within half of one, saturated at both ends."""
+    """Within half a step of the exponent's grid, and saturated at both ends."""
     codes = encode(torch.tensor([scales], dtype=torch.float32), torch.ones(1, 1))
     assert codes.dtype == torch.uint8
     for scale, code in zip(scales, codes[0].tolist(), strict=True):
@@ -64,7 +64,7 @@ def test_groups_of_zeros_do_not_set_a_row_s_scale() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("columns", [(48, 48, 48), (64, 64, 16)])
 def test_a_grid_s_scales_are_what_is_stored_of_it(form, clip, symmetric, columns) -> None:
-    """Codes and zero points are found on the scales as stored, so that loading changes nothing."""
+    """Codes and zero points are computed with the stored scales, so loading changes nothing."""
     if not symmetric and not FORMATS[form].is_integer:
         return
     weight = torch.randn(6, 144) * torch.logspace(-2, 2, 6)[:, None] * torch.logspace(-1, 0, 144) + 0.01

@@ -40,7 +40,7 @@ def test_strides_do_not_matter(name: str, rows: int) -> None:
 
 
 def test_a_wrong_width_or_dtype_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"9 codes of 4 bits take 2 int32 words a row, got \(2, 3\) of torch\.int32"):
+    with pytest.raises(ValueError, match=r"9 codes of 4 bits take 2 int32 words per row, got \(2, 3\) of torch\.int32"):
         from_words(torch.zeros(2, 3, dtype=torch.int32), FORMATS["int4"], 9)
     with pytest.raises(ValueError, match=r"got \(2,\) of torch\.int32"):
         from_words(torch.zeros(2, dtype=torch.int32), FORMATS["int4"], 16)

@@ -1,4 +1,4 @@
-"""AWQ's interleaved columns, beside another reader of them."""
+"""AWQ's interleaved columns, against another implementation that reads them."""
 
 from __future__ import annotations
 

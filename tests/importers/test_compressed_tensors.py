@@ -1,4 +1,4 @@
-"""What compressed-tensors itself packs is read."""
+"""What compressed-tensors itself packs can be read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hfquant.importers import compressed_tensors
 from hfquant.integrations.checkpoint import CheckpointError
 from tests.importers.written import compressed_section
 
-# Zero points of one scale a tensor its compressor leaves unpacked, and no program writes them.
+# Its compressor leaves zero points of per-tensor scales unpacked, and no program writes them.
 CASES = [("group", True), ("group", False), ("channel", True), ("channel", False), ("tensor", True)]
 
 
@@ -40,7 +40,7 @@ def test_its_own_compressor(bits: int, strategy: str, symmetric: bool) -> None:
 
 def test_another_shape_than_the_packed_one_is_an_error() -> None:
     stored = {"x.weight_packed": torch.zeros(4, 8, dtype=torch.int32), "x.weight_scale": torch.ones(4, 2)}
-    with pytest.raises(CheckpointError, match=r"72 codes of 4 bits take 9 int32 words a row, got \(4, 8\)"):
+    with pytest.raises(CheckpointError, match=r"72 codes of 4 bits take 9 int32 words per row, got \(4, 8\)"):
         list(compressed_tensors.take_layers(compressed_section(), {**stored, "x.weight_shape": torch.tensor([4, 72])}))
     with pytest.raises(CheckpointError, match=r"weight_scale \(4, 2\) does not fit 63 columns"):
         list(compressed_tensors.take_layers(compressed_section(), {**stored, "x.weight_shape": torch.tensor([4, 63])}))

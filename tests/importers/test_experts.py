@@ -1,4 +1,4 @@
-"""Mixtures of experts of other programs: linears one by one there, fused here."""
+"""Mixtures of experts from other programs: separate linears there, fused here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def exported(folder: Path, name: str, settings: Any) -> Any:
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_export_comes_back(name: str, scheme: str, tmp_path: Path) -> None:
-    """Codes and scales are those of the model; it saves and reloads as ours."""
+    """Codes and scales are equal to the model's, and the import saves and reloads as an hfquant model."""
     model = exported(tmp_path / "theirs", name, config(SCHEMES[scheme]))
     found = hfquant.import_checkpoint(tmp_path / "theirs")
     hfquant.set_real_quant(found, False)
@@ -58,7 +58,7 @@ def test_experts_in_floats_stay_so(left: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("program", ["gptq", "awq", "compressed-tensors"])
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
 def test_weights_of_other_programs_are_exact(name: str, program: str, tmp_path: Path) -> None:
-    """Some experts have zero points that are all in the middle, which makes them symmetric, others have not."""
+    """Some experts have only midpoint zero points, which makes them symmetric; others do not."""
     section, store, _ = FORMATS[program]
     mixture(name, **SIZES).save_pretrained(tmp_path)
     tensors, rng = load_file(tmp_path / "model.safetensors"), np.random.default_rng(0)
@@ -96,8 +96,11 @@ FIRST = "model.layers.0.mlp.experts.0"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: [t.pop(k) for k in list(t) if k.startswith(f"{FIRST}.up_proj")], "up_proj' is not quantized, and"),
-        (lambda t: t.update(coarser(t)), r"experts '.*\.gate_up_proj': '.*0\.up_proj' has another format than '.*gate"),
+        (lambda t: [t.pop(k) for k in list(t) if k.startswith(f"{FIRST}.up_proj")], "up_proj' is not quantized, but"),
+        (
+            lambda t: t.update(coarser(t)),
+            r"experts '.*\.gate_up_proj': '.*0\.up_proj' and '.*gate_proj' have different",
+        ),
         (lambda t: t.update(wider(t)), r"layer '.*0\.up_proj': expected 64 inputs and 32 outputs, got 64 and 40"),
     ],
     ids=["missing", "another format", "another shape"],

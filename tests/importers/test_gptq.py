@@ -1,4 +1,4 @@
-"""GPTQ's order of columns, and zero points that borrow from their neighbors."""
+"""GPTQ's column order, and zero points that borrow from their neighbors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of other programs become models of ours: exact codes and weights, our kernels, saved as ours."""
+"""Other programs' checkpoints become hfquant models: exact codes and weights, hfquant's kernels and file format."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_weights(model: nn.Module, layers: dict[str, Layer]) -> None:
             assert (expected.zeros == half).all()
         else:
             assert np.array_equal(grid.zero_point.numpy(), expected.zeros - half), name
-        # Codes less zero points and scales of half precision have at most 9 + 11 bits: their product is exact.
+        # The difference of code and zero point times a half-precision scale has at most 9 + 11 bits, so it is exact.
         assert np.array_equal(layer.effective_weight().double().numpy(), expected.weight()), name
 
 
@@ -66,7 +66,7 @@ def test_codes_zero_points_and_weights_are_exact(name: str, tmp_path: Path) -> N
     for key, layer in quant_linears(model).items():
         x = torch.randn(5, layer.in_features)
         exact = x.double() @ torch.from_numpy(layers[key].weight()).T
-        for real_quant, most in ((False, 1e-6), (True, 1e-4)):  # kernels take float inputs as integers of 16 bits
+        for real_quant, most in ((False, 1e-6), (True, 1e-4)):  # kernels take float inputs as 16-bit integers
             layer.real_quant = real_quant
             assert (layer(x) - exact).norm() < most * exact.norm(), key
 
@@ -110,7 +110,7 @@ def test_shards_ties_and_a_base_model(tmp_path: Path) -> None:
 
 
 def test_layers_of_another_kind(tmp_path: Path) -> None:
-    """In one checkpoint: some layers symmetric, one with a single group."""
+    """Some layers of a checkpoint are symmetric, and one has a single group."""
 
     def change(name: str, layer: Layer) -> None:
         if "q_proj" in name:
@@ -154,7 +154,7 @@ def test_a_bias_that_the_model_lacks_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["qwen2"])
 def test_biases_stay(model_type: str, tmp_path: Path) -> None:
-    """Qwen2's projections of q, k and v have biases."""
+    """Qwen2's q, k and v projections have biases."""
     layers = written.write(tmp_path, AWQ, written.awq)
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"model_type": model_type, "architectures": ["Qwen2ForCausalLM"]}
@@ -181,7 +181,7 @@ def test_a_config_without_a_dtype(tmp_path: Path) -> None:
 
 
 def test_settings_in_a_file_of_their_own(tmp_path: Path) -> None:
-    """Older programs left config.json as it was."""
+    """Older programs left config.json unchanged."""
     for method, file, section, store in (
         ("gptq", "quantize_config.json", {"bits": 4, "group_size": 32, "desc_act": False, "sym": False}, written.gptq),
         (
@@ -232,14 +232,14 @@ def damage(folder: Path, how: str) -> None:
     ("how", "message"),
     [
         ("missing", r"lacks model\.layers\.1\.mlp\.up_proj\.scales"),
-        ("narrow", r"up_proj\.qzeros: 160 codes of 4 bits take 20 int32 words a row, got \(2, 19\)"),
+        ("narrow", r"up_proj\.qzeros: 160 codes of 4 bits take 20 int32 words per row, got \(2, 19\)"),
         ("groups", r"up_proj': expected scales of shape \(160, 2\), got \(160, 1\)|g_idx names groups"),
         ("dtype", r"up_proj\.qweight: expected torch\.int32, got torch\.int64"),
         ("nan", r"up_proj': scales must be finite"),
         ("size", r"up_proj': expected 64 inputs and 160 outputs, got 32 and 160"),
         ("norm", r"missing_keys.*model\.norm\.weight"),
         ("stray", r"unexpected_keys.*act\.scales"),
-        ("elsewhere", r"model\.layers\.1\.mlp\.other' is no nn\.Linear in LlamaForCausalLM, which has nothing there"),
+        ("elsewhere", r"model\.layers\.1\.mlp\.other': expected an nn\.Linear in LlamaForCausalLM, found nothing"),
     ],
 )
 def test_damage_is_named(how: str, message: str, tmp_path: Path) -> None:
@@ -250,17 +250,17 @@ def test_damage_is_named(how: str, message: str, tmp_path: Path) -> None:
 
 
 SECTIONS: list[tuple[dict[str, Any], str]] = [
-    (GPTQ | {"bits": 3}, r"weights of 3 bits cannot be imported; there are 4 and 8"),
-    (GPTQ | {"checkpoint_format": "marlin"}, r"checkpoint_format 'marlin' is none of gptq, gptq_v2"),
+    (GPTQ | {"bits": 3}, r"weights of 3 bits cannot be imported, only 4 and 8"),
+    (GPTQ | {"checkpoint_format": "marlin"}, r"checkpoint_format 'marlin' is not one of gptq, gptq_v2"),
     (
         GPTQ | {"dynamic": {"-:.*lm_head": {}, ".*down.*": {"bits": 8}}},
-        r"dynamic overrides some layers \('\.\*down\.\*'\)",
+        r"dynamic overrides the settings of some layers \('\.\*down\.\*'\)",
     ),
     (GPTQ | {"group_size": 0}, r"group_size=0"),
     (GPTQ | {"pack_dtype": "int8"}, r"pack_dtype is 'int8'"),
-    (AWQ | {"version": "gemv"}, r"version 'gemv' stores codes otherwise"),
-    (AWQ | {"bits": 8}, r"AWQ of 8 bits"),
-    ({"quant_method": "bitsandbytes"}, r"quantized by 'bitsandbytes'; what can be imported is gptq, awq, compressed"),
+    (AWQ | {"version": "gemv"}, r"version 'gemv' cannot be imported, only 'gemm'"),
+    (AWQ | {"bits": 8}, r"AWQ with 8 bits"),
+    ({"quant_method": "bitsandbytes"}, r"quantized by 'bitsandbytes'; only gptq, awq, compressed"),
     (compressed_section() | {"format": "marlin-24"}, r"format 'marlin-24' \(group_4\) cannot be imported"),
     (compressed_section() | {"config_groups": {}}, r"no config_groups"),
     (

@@ -1,6 +1,6 @@
-"""Checkpoints in other programs' formats, written bit by bit from what is published of them, and what they stand for.
+"""Checkpoints in other programs' formats, written bit by bit from their published specifications, and their weights.
 
-Nothing of hfquant is used here: words are made with Python's integers, weights with numpy's float64.
+Nothing here uses hfquant: words are built with Python's integers, weights with numpy's float64.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Unsigned = np.ndarray
 
 
 def words(codes: Unsigned, bits: int, order: list[int] | None = None) -> Tensor:
-    """Unsigned codes [rows, K] to int32 [rows, ceil(K bits / 32)]; ``order[i]`` is the code at place i of a word."""
+    """Pack unsigned codes [rows, K] into int32 [rows, ceil(K bits / 32)]; place i of a word holds code ``order[i]``."""
     per = 32 // bits
     padded = np.zeros((len(codes), -(-codes.shape[1] // per) * per), dtype=np.int64)
     padded[:, : codes.shape[1]] = codes
@@ -31,7 +31,7 @@ def words(codes: Unsigned, bits: int, order: list[int] | None = None) -> Tensor:
 
 
 class Layer:
-    """A random quantized linear: unsigned codes and zero points, scales in half precision, each column's group."""
+    """A random quantized linear: unsigned codes and zero points, half-precision scales, and each column's group."""
 
     def __init__(self, rows: int, columns: int, group: int, bits: int, symmetric: bool, rng: np.random.Generator):
         self.bits, self.group = bits, columns if group == -1 else group
@@ -44,7 +44,7 @@ class Layer:
         self.index = np.arange(columns) // self.group
 
     def weight(self) -> np.ndarray:
-        """``(code - zero) * scale`` [out, in] float64."""
+        """Return ``(code - zero) * scale`` [out, in] float64."""
         zeros, scales = self.zeros[:, self.index], self.scales.astype(np.float64)[:, self.index]
         return (self.codes - zeros) * scales
 
@@ -52,7 +52,7 @@ class Layer:
 def gptq(layer: Layer, version: int = 1) -> dict[str, Tensor]:
     zeros = layer.zeros.T
     if version == 1:
-        # GPTQModel subtracts 1 from each place of whole words: a zero point of 0 borrows from the next one.
+        # GPTQModel subtracts 1 from each place of whole words, so a zero point of 0 borrows from the next one.
         stored = words(zeros, layer.bits).numpy().view(np.uint32).astype(np.int64)
         stored = (stored - sum(1 << s for s in range(0, 32, layer.bits))) % 2**32
         qzeros = torch.from_numpy(stored.astype(np.uint32).view(np.int32).copy())
@@ -103,7 +103,7 @@ def write(
     change: Callable[[str, Layer], None] = lambda name, layer: None,
     **overrides: Any,
 ) -> dict[str, Layer]:
-    """Write a tiny Llama whose linears, the head aside, are quantized; return them."""
+    """Write a tiny Llama with quantized linears (except the head), and return them."""
     rng, float_model = np.random.default_rng(0), model(**overrides)
     layers, tensors = {}, {**float_model.state_dict()}
     if float_model.config.tie_word_embeddings:

@@ -1,4 +1,4 @@
-"""Float checkpoints on disk, written once a session, and quiet libraries."""
+"""Float checkpoints on disk, written once per session, and quiet libraries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _quiet() -> None:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    # These models are so small that waiting for a second thread is most of the time.
+    # These models are so small that waiting for a second thread takes most of the time.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,7 +31,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Name of a function of ``small_models`` -> folder of that model's float checkpoint. Not to be written to."""
+    """Map the name of a ``small_models`` function to a folder with its float checkpoint. Do not write to the folder."""
 
     @cache
     def folder(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Small quantized models with LoRA adapters of random values, and the gradients of those."""
+"""Small quantized models with LoRA adapters of random values, and the gradients of those adapters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.integrations.small_models import inputs_of
 MODELS = {"llama": small_models.llama, "flux": small_models.flux, "sana": lora_pipelines.sana}
 
 
-#: A branch of the preset's rank would hold nearly all of these small weights.
+#: A branch with the preset's rank would capture nearly all of these small weights.
 NARROW = {"w4a4-svd": 2}
 
 
@@ -45,7 +45,7 @@ def targets_of(model: nn.Module) -> list[str]:
 def add_adapter(
     model: nn.Module, name: str = "default", seed: int = 5, targets: list[str] | None = None, **options: Any
 ) -> dict[str, nn.Parameter]:
-    """An adapter with random values on every quantized linear, or on ``targets``; its parameters by name."""
+    """Add an adapter with random values to every quantized linear, or to ``targets``; return its parameters by name."""
     config = LoraConfig(r=4, target_modules=targets or targets_of(model), **options)
     inject_adapter_in_model(config, model, adapter_name=name)
     found = {n: p for n, p in model.named_parameters() if "lora_" in n and f".{name}" in n}
@@ -53,7 +53,7 @@ def add_adapter(
     for key, value in found.items():
         noise = torch.randn(value.shape, generator=generator)
         with torch.no_grad():
-            # A magnitude of DoRA is a norm already.
+            # A DoRA magnitude is already a norm.
             value.mul_(1 + noise / 10) if "magnitude" in key else value.copy_(
                 noise * (0.1 if "lora_A" in key else 0.02)
             )

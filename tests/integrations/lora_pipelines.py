@@ -1,4 +1,4 @@
-"""Tiny random pipelines of diffusers that take LoRA adapters; but for the denoiser, they are empty."""
+"""Tiny random diffusers pipelines that accept LoRA adapters; they contain nothing but a denoiser."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def qwen_image() -> nn.Module:
     ).eval()
 
 
-#: Pipeline's class, denoiser.
+#: The pipeline's class and its denoiser.
 PIPELINES: dict[str, tuple[type[DiffusionPipeline], Callable[[], nn.Module]]] = {
     "sd": (StableDiffusionPipeline, small_models.unet),
     "sdxl": (StableDiffusionXLPipeline, sdxl),
@@ -87,7 +87,7 @@ PIPELINES: dict[str, tuple[type[DiffusionPipeline], Callable[[], nn.Module]]] = 
 
 
 def pipeline(name: str, denoiser: nn.Module | None = None) -> DiffusionPipeline:
-    """A pipeline that has nothing but a denoiser, by default its own."""
+    """Return a pipeline that has nothing but a denoiser, by default its own."""
     cls, make = PIPELINES[name]
     accepted = inspect.signature(cls.__init__).parameters.items()
     empty = {k: None for k, p in accepted if p.default is inspect.Parameter.empty and k != "self"}

@@ -1,4 +1,4 @@
-"""Small random mixtures of experts of both libraries' classes, by name."""
+"""Small random mixtures of experts from both libraries' classes, by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-# transformers' grouped product, which its classes run by default, wants rows of 16 bytes.
+# transformers' grouped matmul, the default of its classes, requires rows of 16 bytes.
 TEXT: dict[str, Any] = {
     "vocab_size": 60,
     "hidden_size": 24,
@@ -36,7 +36,7 @@ VISION = {
     "deepstack_visual_indexes": [0],
 }
 
-# Class: its config's class, and the config.
+# Class: the class of its config, and the config's values.
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "MixtralForCausalLM": ("MixtralConfig", TEXT | {"num_local_experts": 4}),
     "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", TEXT | {"num_experts": 5}),
@@ -74,7 +74,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Sizes:
-    """A config for any class of experts: four of them, all sizes 16."""
+    """A config for any class of experts: four experts, and 16 for every size."""
 
     hidden_act = mlp_hidden_act = hidden_activation = "silu"
     _experts_implementation = "eager"
@@ -86,11 +86,11 @@ class Sizes:
 
 
 def mixture(name: str, dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
-    """A model of a class of transformers with weights large enough that experts matter; ``sizes`` go to its config."""
+    """Return a transformers model with weights large enough for experts to matter; ``sizes`` update its config."""
     config, fields = MIXTURES[name]
     fields = fields | sizes
     torch.manual_seed(0)
-    # Not by a cast afterwards, which would take the rotary embedding's frequencies along.
+    # Casting afterwards would also cast the rotary embedding's frequencies.
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -107,12 +107,12 @@ def mixture(name: str, dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
 
 
 def tokens(batch: int = 2, length: int = 20, seed: int = 0) -> torch.Tensor:
-    """Random ids, none of them special."""
+    """Return random token ids, none of them special."""
     return torch.randint(3, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def nucleus() -> Any:
-    """The class of diffusers that fuses its experts."""
+    """Return a model of the diffusers class that fuses its experts."""
     from diffusers import NucleusMoEImageTransformer2DModel
 
     torch.manual_seed(0)
@@ -129,13 +129,13 @@ def nucleus() -> Any:
         capacity_factors=2.0,
     ).eval()
     for parameter in model.parameters():
-        if parameter.dim() == 3:  # which the class leaves uninitialized
+        if parameter.dim() == 3:  # the class leaves these uninitialized
             nn.init.normal_(parameter, std=0.2)
     return model
 
 
 def nucleus_inputs() -> dict[str, Any]:
-    """Sixteen patches and five tokens."""
+    """Return sixteen patches and five tokens."""
     generator = torch.Generator().manual_seed(0)
     return {
         "hidden_states": torch.randn(1, 16, 8, generator=generator),

@@ -31,7 +31,7 @@ def llama(**overrides: Any) -> nn.Module:
 
 
 def llama_of_64(**overrides: Any) -> nn.Module:
-    """Widths that groups of 64 divide, for the presets that have them."""
+    """Widths are multiples of 64, for presets with groups of that size."""
     sizes = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     return llama(**sizes | overrides)
 
@@ -56,7 +56,7 @@ def phi3() -> nn.Module:
 
 
 def t5_encoder() -> nn.Module:
-    """``wo`` stays in float32 and its weight's dtype is read by the layer."""
+    """``wo`` stays in float32, and the layer reads its weight's dtype."""
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(2)
@@ -67,7 +67,7 @@ def t5_encoder() -> nn.Module:
 
 
 def bart(**overrides: Any) -> nn.Module:
-    """Encoder-decoder with one embedding shared by both halves and the head."""
+    """Encoder-decoder whose two halves and head share one embedding."""
     from transformers import BartConfig, BartForConditionalGeneration
 
     torch.manual_seed(3)
@@ -125,7 +125,7 @@ def bert() -> nn.Module:
 
 
 def mixtral() -> nn.Module:
-    """Experts are 3-D parameters, not linears: most of the model stays in float."""
+    """Experts are 3-D parameters, not linears: without them, most of the model stays in float."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(6)
@@ -166,7 +166,7 @@ def _ids(vocabulary: int, length: int = 9) -> Tensor:
 
 
 def transformers_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Two samples for a transformers model."""
+    """Return two samples for a transformers model."""
     if model.main_input_name == "pixel_values":
         size = model.config.image_size
         return {"pixel_values": torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(11))}
@@ -208,7 +208,7 @@ def unet() -> nn.Module:
 
 
 def sd3() -> nn.Module:
-    """``pos_embed.proj``'s kind stays float; the context branch of the last block is cut short."""
+    """``pos_embed.proj`` is of a kind that stays in float; the context branch of the last block is cut short."""
     from diffusers import SD3Transformer2DModel
 
     torch.manual_seed(21)
@@ -228,7 +228,7 @@ def sd3() -> nn.Module:
 
 
 def flux() -> nn.Module:
-    """Single blocks join attention and MLP of unequal width into one linear."""
+    """Single blocks concatenate attention and MLP of unequal width before one linear."""
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(22)
@@ -279,7 +279,7 @@ def dit() -> nn.Module:
 
 
 def wan() -> nn.Module:
-    """A class with ``_keep_in_fp32_modules`` that names linears."""
+    """A class whose ``_keep_in_fp32_modules`` names linears."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(25)
@@ -308,7 +308,7 @@ DIFFUSERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def denoiser_inputs(model: nn.Module) -> dict[str, Any]:
-    """Two samples for a denoiser, random where hfquant's own example inputs are zero."""
+    """Return two samples for a denoiser, random where hfquant's own example inputs are zero."""
     from hfquant.integrations.examples import example_inputs
 
     made = example_inputs(model)
@@ -326,7 +326,7 @@ def denoiser_inputs(model: nn.Module) -> dict[str, Any]:
 
 
 def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """The first output tensor, with floating inputs cast to the model's dtype."""
+    """Return the first output tensor, with floating-point inputs cast to the model's dtype."""
     dtype = model.dtype
 
     def cast(value: Any) -> Any:
@@ -340,12 +340,12 @@ def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def inputs_of(model: nn.Module) -> dict[str, Any]:
-    """Two samples for any of the models here."""
+    """Return two samples for any of the models here."""
     return transformers_inputs(model) if hasattr(model, "main_input_name") else denoiser_inputs(model)
 
 
 def assert_same(model: nn.Module, other: nn.Module, inputs: dict[str, Any] | None = None) -> None:
-    """The same tensors under the same names, to the bit and in dtype, and the same outputs."""
+    """Assert bitwise equal tensors of equal names and dtypes, and equal outputs."""
     ours, theirs = model.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -356,6 +356,6 @@ def assert_same(model: nn.Module, other: nn.Module, inputs: dict[str, Any] | Non
 
 
 def sqnr(reference: Tensor, value: Tensor) -> float:
-    """Signal to quantization noise in dB."""
+    """Return the signal-to-quantization-noise ratio in dB."""
     reference, value = reference.double(), value.double()
     return (10 * torch.log10(reference.square().sum() / (reference - value).square().sum())).item()

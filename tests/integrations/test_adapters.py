@@ -1,4 +1,4 @@
-"""LoRA on quantized models: what peft's options do, saving and loading, refusals, going back to float."""
+"""LoRA on quantized models: peft's options, saving and loading, refusals, and dequantizing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.integrations.lora_models import (
 from tests.integrations.small_models import inputs_of, outputs, sqnr
 from tests.nn.linear_cases import cases, layer_of
 
-#: Options of peft, each against plain linears that have the same weights.
+#: Options of peft; each is compared with plain linears of the same weights.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "dora": {"use_dora": True},
@@ -119,7 +119,7 @@ def test_transformers_own_methods_add_switch_and_delete_adapters(tmp_path) -> No
     b = outputs(model, inputs)
     model.set_adapter("a")
     a = outputs(model, inputs)
-    model.save_pretrained(tmp_path)  # the active adapter alone
+    model.save_pretrained(tmp_path)  # saves only the active adapter
     model.disable_adapters()
     assert torch.equal(outputs(model, inputs), plain)
     model.enable_adapters()
@@ -202,7 +202,7 @@ def test_dequantizing_keeps_adapters(dora: bool) -> None:
     assert sqnr(adapted, outputs(model, inputs)) > 80
     for layer in lora_layers(model):
         layer.unmerge()
-    for initial in ("orthogonal", "olora"):  # which reads the weight, and changes it
+    for initial in ("orthogonal", "olora"):  # these read the weight and change it
         assert add_adapter(model, initial, targets=["q_proj"], use_dora=dora, init_lora_weights=initial)
 
 

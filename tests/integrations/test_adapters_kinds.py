@@ -1,4 +1,4 @@
-"""LoRA on each kind of quantized layer, and what of it is refused: convolutions, embeddings, tied heads, experts."""
+"""LoRA on each kind of quantized layer, and what is refused: convolutions, embeddings, tied heads, experts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EVERYTHING = {"default": {**WEIGHTS, "include": ["embeddings", "output_heads", "
 
 
 def with_adapter(model: nn.Module, name: str, **options: Any) -> OnCodes:
-    """The layer ``name`` with an adapter of random values that change the weight by about its own size."""
+    """Return layer ``name`` with a random adapter that changes the weight by about its own magnitude."""
     inject_adapter_in_model(LoraConfig(r=3, lora_alpha=6, target_modules=[name], **options), model, adapter_name="a")
     layer = model.get_submodule(name)
     for key, value in layer.named_parameters():
@@ -49,7 +49,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def check_merge(layer: OnCodes, change: Tensor, floor: float) -> None:
-    """Merged, the layer stands for the sum to ``floor`` dB; unmerged, for what it did, to the bit."""
+    """Check that the merged weight is within ``floor`` dB of the sum, and that unmerging restores it bit for bit."""
     base, state = layer.base_layer, state_of(layer.base_layer)
     target = base.float_weight(base.effective_weight().double(), change.shape) + change
     layer.merge()
@@ -87,7 +87,7 @@ def test_convolutions_merge_and_unmerge(name: str, config: dict[str, Any]) -> No
 def test_a_convolution_takes_biases_and_refuses_dora() -> None:
     model, x = nn.Sequential(nn.Conv2d(6, 10, 3)), torch.randn(1, 6, 5, 5)
     hfquant.quantize(model, None, {"default": {**WEIGHTS, "include": ["edge_convs"]}})
-    with pytest.raises(ValueError, match=r"^0: DoRA works on quantized linears alone, and this is a QuantConv2d"):
+    with pytest.raises(ValueError, match=r"^0: DoRA only works on quantized linears, and this is a QuantConv2d"):
         with_adapter(copy.deepcopy(model), "0", use_dora=True)
     layer = with_adapter(model, "0", lora_bias=True)
     adapted, bias = model(x), layer.base_layer.bias.clone()
@@ -112,7 +112,7 @@ def test_embeddings_merge_and_unmerge() -> None:
 
 @pytest.mark.parametrize("option", [True, False])
 def test_weights_of_gpt2_merge_whatever_the_config_says_of_their_layout(option: bool) -> None:
-    """peft asks for ``fan_in_fan_out=True`` where a weight is [in, out], which the codes are not."""
+    """peft expects ``fan_in_fan_out=True`` if a weight is [in, out], but codes are not stored that way."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=12, n_layer=1, n_head=2)).eval()
     hfquant.quantize(model, None, "w8a16")
@@ -143,7 +143,7 @@ def test_nothing_is_merged_into_codes_that_two_layers_share(name: str, tmp_path)
         wanted, state = outputs(shared, inputs), state_of(shared)
         assert not torch.equal(wanted, plain)
         for merge in (adapted.merge_adapter, adapted.merge_and_unload, shared.get_submodule(name).merge):
-            with pytest.raises(ValueError, match=f"{name}: it has one set of codes together with {other}"):
+            with pytest.raises(ValueError, match=f"{name}: it shares its codes with {other}"):
                 merge()
             assert_equal(state_of(shared), state)
             assert torch.equal(outputs(shared, inputs), wanted)
@@ -197,7 +197,7 @@ def test_parameters_of_quantized_experts_take_no_adapter() -> None:
         get_peft_model(model, config)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain)
-    # Attention takes one.
+    # Attention layers accept an adapter.
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     adapted = get_peft_model(model, config)
     with torch.no_grad():
@@ -224,7 +224,7 @@ OPTIONS = {"dora": {"use_dora": True}, "rank-stabilised": {"use_rslora": True, "
 @pytest.mark.parametrize("preset", ["w8a16", "w4a16"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_at_bfloat16(option: str, preset: str) -> None:
-    """As on the dequantized model of the same dtype, to what bfloat16 resolves."""
+    """Equal to the dequantized model of the same dtype, up to bfloat16's resolution."""
     ours = quantized("llama", preset, torch.bfloat16)
     theirs = hfquant.dequantize(copy.deepcopy(ours))
     own = add_adapter(ours, **OPTIONS[option])

@@ -1,4 +1,4 @@
-"""Merging LoRA into codes on the layer's recipe, and taking it out again."""
+"""Merging LoRA into the codes with the layer's own recipe, and unmerging it."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_merging_requantizes_each_kind_of_layer(dtype: str, caplog: pytest.LogCa
             assert torch.equal(layer.state_dict()[key], before[key]), (name, key)
         merged = {k: v for k, v in layer.solved_tensors().items() if k != "weight"} | {"weight": layer.codes()}
         noise = effective_by_hand(plan, merged) - target
-        # Random codes fill their range, so that rounding them anew costs what rounding anything costs.
+        # Random codes fill their range, so requantizing them costs as much as any rounding.
         floor = {"int4": 14, "int6": 26, "int8": 38, "fp8e4m3": 24}[dtype]
         assert 20 * np.log10(np.linalg.norm(target) / np.linalg.norm(noise)) > floor, name
         logged = caplog.messages[-1]
         weight = 20 * np.log10(np.linalg.norm(target) / np.linalg.norm(noise))
         found = effective_by_hand(plan, merged) - effective_by_hand(plan, tensors)
         kept = 100 * (found * change.numpy()).sum() / (change.numpy() ** 2).sum()
-        # Four standard errors of noise that has nothing to do with the change.
+        # Four standard errors, for noise that is independent of the change.
         assert abs(kept - 100) < 400 * np.linalg.norm(noise) / np.linalg.norm(change) / noise.size**0.5, name
         assert logged == (
             f"block.linear: merged a; SQNR of the weight {weight:.1f} dB, {kept:.0f} % of what the adapters change kept"
@@ -64,7 +64,7 @@ def test_merging_requantizes_each_kind_of_layer(dtype: str, caplog: pytest.LogCa
 
 
 def effective_by_hand(plan: Any, tensors: dict[str, Tensor]) -> np.ndarray:
-    """The weight in terms of the raw input, in float64."""
+    """Return the weight as applied to the raw input, in float64."""
     weight, start = weight_by_hand(plan, tensors), 0
     for i, rows in enumerate(plan.row_groups):
         block = slice(start, start + rows)
@@ -87,7 +87,7 @@ def test_merged_models_run_and_unmerge_exactly(name: str, preset: str) -> None:
     for layer in lora_layers(model):
         layer.merge()
     merged = outputs(model, inputs)
-    # Nearer to the adapted model than that is to the one without.
+    # Closer to the adapted model than the adapted model is to the plain one.
     assert sqnr(adapted, merged) > sqnr(adapted, plain) + 3
     for layer in lora_layers(model):
         layer.unmerge()

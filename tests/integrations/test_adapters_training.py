@@ -1,4 +1,4 @@
-"""Training adapters on quantized models: gradients, ``Trainer``, checkpointing, what a run on SmolLM2 gains."""
+"""Training adapters on quantized models: gradients, ``Trainer``, checkpointing, and the gain of a run on SmolLM2."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_dora_with_dropout_trains_through_the_codes() -> None:
         y = ours(x)
     torch.manual_seed(1)
     torch.testing.assert_close(y, theirs(x), rtol=1e-4, atol=1e-4)
-    # The backward pass needs the codes, and no float weight.
+    # The backward pass saves codes, but no float weight.
     assert not any(t.shape == shape and t.is_floating_point() for t in saved)
     y.sum().backward()
     assert all(p.grad.any() for n, p in ours.named_parameters() if "lora_" in n)
@@ -144,8 +144,8 @@ def test_an_adapter_on_smollm2_gains_what_one_on_the_float_model_does() -> None:
     assert plain["gain"] > 0.2
     for (row,) in quantized_ones:
         assert row["after"] < 1.05 * plain["after"]
-        # 0.978 ± 0.016 (one scale a token) and 0.987 ± 0.014 of the float gain over three seeds; of this one 0.975 and
+        # 0.978 ± 0.016 (per-token scales) and 0.987 ± 0.014 of the float gain over three seeds; this seed: 0.975 and
         # 0.974.
         assert row["gain"] > 0.95 * plain["gain"]
-        # 1.006 ± 0.022 and 0.969 ± 0.003; a draw of another seed 0.975 and 0.942.
+        # 1.006 ± 0.022 and 0.969 ± 0.003; another random draw gave 0.975 and 0.942.
         assert row["gain kept"] > 0.9

@@ -1,4 +1,4 @@
-"""What is wrong gets one clear error, and leaves nothing half done."""
+"""Anything wrong with a checkpoint gives one clear error, and leaves nothing half done."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from tests.integrations.small_models import denoiser_inputs, outputs, transforme
 LIBRARIES = {"transformers": "llama", "diffusers": "dit"}
 CLASSES: dict[str, Any] = {"transformers": LlamaForCausalLM, "diffusers": DiTTransformer2DModel}
 WEIGHTS = {"transformers": "model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors"}
-#: A quantized linear with neither head nor tie, in each library's small model.
+#: A quantized linear that is neither a head nor tied, in each library's small model.
 LAYER = {"transformers": "model.layers.0.mlp.down_proj", "diffusers": "transformer_blocks.0.attn1.to_q"}
 
-#: "w8a8" whatever the inputs: so few rows make no scale that serves.
+#: "w8a8" with static scales whatever the inputs: so few rows do not yield a usable scale.
 STATIC = copy.deepcopy(PRESETS["w8a8"])
 STATIC["default"]["input_quant"] = {"type": "int8"}
 
@@ -70,7 +70,7 @@ def edited(folder: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> P
 
 @pytest.mark.parametrize("calibration", [None, "self", {"source": "self"}])
 def test_a_component_that_is_to_make_its_own_data_is_refused_before_weights_are_read(calibration, checkpoint, tmp_path):
-    """A denoiser alone has no prompts to run on; a model of transformers makes its own (test_self_made.py)."""
+    """A denoiser alone has no prompts to run on; transformers models generate their own data (test_self_made.py)."""
     library = "diffusers"
     folder = tmp_path / "no_weights"
     shutil.copytree(checkpoint(LIBRARIES[library]), folder)
@@ -149,7 +149,7 @@ def test_quantized_checkpoint_with_a_damaged_tensor(library, tensor, static_fold
             CLASSES[library].from_pretrained(folder)
         assert tensor in str(caught.value), what
         if what in ("wrong dtype", "integers"):
-            # It is not mended on the way by the dtype asked for.
+            # The requested dtype does not repair it during loading.
             with pytest.raises(CheckpointError, match=LAYER[library]):
                 CLASSES[library].from_pretrained(folder, torch_dtype=torch.float16)
 
@@ -196,7 +196,7 @@ def test_stored_config_of_a_stranger(library, static_folders, tmp_path):
 
 @both_libraries
 def test_stored_plan_for_a_layer_that_is_not_there(library, static_folders, tmp_path):
-    """A config of another model: its rules would quantize what the checkpoint has in float, or the reverse."""
+    """A config of another model, whose rules would quantize layers stored in float, or the other way round."""
     folder = edited(
         static_folders[library],
         tmp_path / "less",
@@ -316,7 +316,7 @@ def test_values_of_a_stored_tensor_are_checked(library, case, biased_folders, tm
 
 @both_libraries
 def test_a_tensor_that_the_config_does_not_explain(library, static_folders, tmp_path):
-    """A smoothed checkpoint read as a plain one would lose 11 dB without a word."""
+    """A smoothed checkpoint read as a plain one would silently lose 11 dB."""
 
     def plain(config: dict[str, Any]) -> None:
         config["config"]["default"]["opt"] = {"type": "default"}
@@ -366,7 +366,7 @@ def test_a_tensor_that_the_index_lists_and_its_shard_lacks(config, quantized, tm
 
 def test_a_user_pattern_is_a_pattern_and_a_skipped_name_is_exact(tmp_path):
     model = small_models.llama()
-    # The checkpoint that skips "proj" by its exact name says nothing of another module's "block.proj".
+    # A checkpoint that skips "proj" by its exact name does not skip another module's "block.proj".
     hfquant.quantize(model, None, HfQuantConfig("w8a16", modules_to_not_convert=["*.layers.0.*"])).save_pretrained(
         tmp_path
     )

@@ -1,4 +1,4 @@
-"""torch.compile of transformer blocks of both libraries whose linears are quantized: one graph, the same output."""
+"""torch.compile on both libraries' transformer blocks with quantized linears: one graph, and the same output."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""HfQuantConfig: one class that both libraries take, and what lands in config.json."""
+"""HfQuantConfig: one class for both libraries, and what it writes to config.json."""
 
 import copy
 import inspect
@@ -24,7 +24,7 @@ LAYERS = {"a.proj": {"input_segments": [3, 5], "dual": [False, True]}}
 
 
 class Uncopyable:
-    """Calibration data that must be shared, never copied nor stored."""
+    """Calibration data that must be passed on as is, never copied or stored."""
 
     def __deepcopy__(self, memo):
         raise AssertionError("the calibration data was copied")

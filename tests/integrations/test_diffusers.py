@@ -26,7 +26,7 @@ INT4 = {
     "weight_quant": {"type": "int4", "axis": -1, "symmetric": False},
     "input_quant": {"type": "int8", "axis": -1, "dynamic": True},
 }
-#: Linears that are quantized: but for the last projection, where that is a small part of the model.
+#: Number of quantized linears. The last projection is excluded if it is a small part of the model.
 COUNTS = {"unet": 51, "sd3": 31, "flux": 33, "pixart": 26, "dit": 20, "wan": 24}
 
 
@@ -64,7 +64,7 @@ def test_four_bits_in_bfloat16_and_shards(name, checkpoint, tmp_path):
     assert_same(loaded, hfquant.quantize(copy.deepcopy(model).to(dtype), None, config), inputs)
     assert loaded.dtype == dtype
     layers = quant_linears(loaded)
-    assert len(layers) == COUNTS[name] + (name == "flux")  # this config leaves no end in float
+    assert len(layers) == COUNTS[name] + (name == "flux")  # this config leaves no last projection in float
     for layer_name, layer in layers.items():
         assert layer.weight_scale.dtype == torch.float32
         assert layer.bias is None or layer.bias.dtype == dtype
@@ -79,7 +79,7 @@ def test_four_bits_in_bfloat16_and_shards(name, checkpoint, tmp_path):
     assert len(set(index["weight_map"].values())) > 5
     for folder in ("single", "sharded"):
         assert_same(cls.from_pretrained(tmp_path / folder, torch_dtype=dtype), loaded, inputs)
-    # As transformers does too, a wider dtype widens all but codes and scales.
+    # As in transformers, a wider dtype widens everything but codes and scales.
     wide = cls.from_pretrained(tmp_path / "sharded", torch_dtype=torch.float32)
     assert wide.dtype == torch.float32
     for layer_name, layer in quant_linears(wide).items():
@@ -220,7 +220,7 @@ def test_casting_a_quantized_model_is_refused(checkpoint):
         with pytest.raises(ValueError, match=r"unsupported|not supported"):
             cast(model)
     assert torch.equal(outputs(model.to("cpu"), inputs), y)
-    # Casting a pipeline reaches the model through nn.Module.
+    # Casting a pipeline reaches the model through nn.Module's own method.
     inner = nn.ModuleList([copy.deepcopy(model)]).to(torch.bfloat16)[0]
     assert all(layer.weight_scale.dtype == torch.float32 for layer in quant_linears(inner).values())
     assert all(layer.weight.dtype == torch.int8 for layer in quant_linears(inner).values())
@@ -276,7 +276,7 @@ def test_save_twice_writes_the_same(checkpoint, tmp_path):
 
 
 def test_weights_read_outside_their_forward_stay_float_without_data(tmp_path):
-    """HunyuanDiT's pooler hands the weights of its projections to a functional attention."""
+    """HunyuanDiT's pooler passes the weights of its projections to a functional attention."""
     from benchmarks.tiny_diffusers import build
     from hfquant.integrations.examples import example_inputs
 

@@ -1,4 +1,4 @@
-"""Disk offload of what is no plain linear: layers that share one set of codes, and fused experts."""
+"""Disk offload beyond plain linears: layers that share one set of codes, and fused experts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.integrations.mixtures import mixture, nucleus, nucleus_inputs, tokens
 from tests.integrations.small_models import inputs_of, outputs
 from tests.integrations.test_placement import INT4, device_map, tensors_in
 
-#: With their embeddings and heads: the layer that owns the codes, and those that share them.
+#: Models with embeddings and heads: the layer that owns the codes, and the layers that share them.
 TIED = {
     "llama": ("model.embed_tokens", {"lm_head"}),
     "bart": ("model.shared", {"lm_head", "model.encoder.embed_tokens", "model.decoder.embed_tokens"}),
@@ -38,7 +38,7 @@ def config_of(scheme: str, inputs: dict[str, Any]) -> HfQuantConfig:
 
 
 def leaves(model: nn.Module, disk: set[str]) -> dict[str, str]:
-    """A device map of leaves and loose tensors, ``disk`` on disk."""
+    """Return a device map of leaf modules and loose tensors, with ``disk`` on disk."""
     found = {name: "cpu" for name, module in model.named_modules() if name and not module._modules}
     for name, module in model.named_modules():
         if module._modules:
@@ -52,7 +52,7 @@ def tied(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     made: dict[Any, Any] = {}
 
     def get(name: str, scheme: str) -> tuple[HfQuantConfig, Path, Any, dict[str, Any], Tensor]:
-        """The config, the quantized checkpoint, the model in memory, inputs and what it makes of them."""
+        """Return the config, the quantized checkpoint, the model in memory, inputs, and its outputs."""
         if (name, scheme) not in made:
             float_model = getattr(small_models, name)()
             inputs = inputs_of(float_model)
@@ -94,7 +94,7 @@ def test_tied_layers_where_an_inferred_map_puts_them(
 )
 @pytest.mark.parametrize(("name", "scheme"), CASES)
 def test_tied_layers_where_a_map_says(name: str, scheme: str, where: str, buffers: bool, tied, tmp_path) -> None:
-    """Also in parts: of a float model neither library could do that."""
+    """Also with tied layers in different places, which neither library supports for float models."""
     _, folder, expected, inputs, y = tied(name, scheme)
     owner, others = TIED[name]
     disk = {"all": set(), "both": {owner, *others}, "owner": {owner}, "others": others}[where]
@@ -130,7 +130,7 @@ def test_tied_layers_are_quantized_on_their_way_to_disk(name: str, scheme: str, 
 
 
 def test_a_tied_bias_on_disk(tmp_path) -> None:
-    """BERT's decoder has the weight of the embedding and the bias of the module around it."""
+    """BERT's decoder has the embedding's weight and the bias of its parent module."""
     from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)
@@ -160,7 +160,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     ("name", "buffers"), [("MixtralForCausalLM", False), ("OlmoeForCausalLM", True), ("GptOssForCausalLM", False)]
 )
 def test_experts_are_quantized_on_their_way_to_disk(name: str, buffers: bool, tmp_path) -> None:
-    """Codes of what a class stores fused, stored one by one (Mixtral), and transposed with biases (GPT-OSS)."""
+    """Classes that store experts fused, one by one (Mixtral), or transposed with biases (GPT-OSS)."""
     model, ids = mixture(name), tokens()
     model.save_pretrained(tmp_path / "float")
     expected = type(model).from_pretrained(tmp_path / "float", quantization_config=HfQuantConfig("w8a8-dynamic"))

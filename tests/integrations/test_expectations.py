@@ -1,7 +1,7 @@
-"""What the two libraries' own tests of quantization ask of a backend, asked of this one, on a CPU.
+"""What the two libraries' own quantization tests require of a backend, checked for this one on a CPU.
 
-Each test here is a kind of test there: diffusers' `QuantizationTesterMixin`, its configs' and its compilation's, and
-transformers' tests of each backend. They run on tiny models of real classes, in the libraries' default dtype and in
+Each test here corresponds to one there: diffusers' `QuantizationTesterMixin` and its tests of configs and compilation,
+and transformers' tests of each backend. They run on tiny models of real classes, in the libraries' default dtype and in
 bfloat16.
 """
 
@@ -39,7 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 TRANSFORMERS = ("llama", "vit", "t5_encoder")
 DIFFUSERS = ("flux", "sd3", "pixart", "wan")
 NAMES = (*TRANSFORMERS, *DIFFUSERS)
-#: Of each model, a linear to leave alone.
+#: A linear of each model to leave in float.
 LEFT_ALONE = {
     "llama": "down_proj",
     "vit": "q_proj",
@@ -49,13 +49,13 @@ LEFT_ALONE = {
     "pixart": "proj_out",
     "wan": "ffn",
 }
-#: Small linears that presets of 8 bits leave in float.
+#: Small linears that 8-bit presets leave in float.
 ENDS = {"vit": {"classifier"}, "sd3": {"proj_out"}, "flux": {"proj_out"}}
-#: What a transformer's attention calls its projections.
+#: Names of a transformer's attention projections.
 PROJECTIONS = ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v")
 WRAPPED = ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj")
 
-#: One config a model by default, each of them with models of both libraries; the others are slow for their number.
+#: Fast tests cover one config per model, and all configs across both libraries; the full grid is slow.
 FAST = {
     "llama": "int4",
     "vit": "int8",
@@ -68,7 +68,7 @@ FAST = {
 
 
 def pairs(names: Sequence[str]) -> Any:
-    """Each model with each config."""
+    """Parametrize over each model with each config."""
     return pytest.mark.parametrize(
         ("name", "config"),
         [
@@ -89,7 +89,7 @@ def build(name: str) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def create(checkpoint: Callable[[str], Path]) -> Callable[..., Any]:
-    """Load a model: float, or quantized by the arguments of a config. What no test changes is loaded once."""
+    """Load a float model, or quantize it with a config's arguments. Models that no test changes are loaded once."""
 
     def load(name: str, config: str | None, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
         given = {k: kwargs.pop(k) for k in ("modules_to_not_convert",) if k in kwargs}
@@ -107,7 +107,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def kept(model: nn.Module) -> set[str]:
-    """The linears that a library or a model wants in full precision: heads, tied ones, `_keep_in_fp32_modules`."""
+    """Return linears that a library or model keeps in full precision: heads, tied ones, `_keep_in_fp32_modules`."""
     lists = [*(model._keep_in_fp32_modules or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {n for n, m in linears(model).items() if m is head or set(lists) & set(n.split("."))}
@@ -116,7 +116,7 @@ def kept(model: nn.Module) -> set[str]:
 @every_pair
 def test_number_of_parameters(name, config, create):
     plain, quantized = create(name, None).num_parameters(), create(name, config).num_parameters()
-    assert quantized < plain if config == "int4" else quantized == plain  # packed codes: two weights are one int8
+    assert quantized < plain if config == "int4" else quantized == plain  # packed codes: one int8 holds two weights
 
 
 @every_pair
@@ -165,7 +165,7 @@ def test_modules_to_not_convert(name, create):
 
 @every_model
 def test_modules_kept_in_float32(name, create, monkeypatch):
-    """As a class may list them, or a test may have it do so."""
+    """The class lists them, as a model or a test may do."""
     cls, left = type(build(name)), LEFT_ALONE[name].rpartition(".")[2]
     monkeypatch.setattr(cls, "_keep_in_fp32_modules", [left])
     model = create(name, "int8", torch.float16, output_loading_info=False)
@@ -180,7 +180,7 @@ def test_modules_kept_in_float32(name, create, monkeypatch):
 
 @every_model
 def test_casts(name, create):
-    """A cast is refused, or moves what is float and no code or scale. diffusers refuses all, transformers two."""
+    """A cast is refused, or changes only what is neither code nor scale. diffusers refuses all, transformers two."""
     model = create(name, "int8")
     inputs = inputs_of(model)
     expected = outputs(model, inputs)
@@ -200,7 +200,7 @@ def test_casts(name, create):
         assert sqnr(expected, y) > 15
 
 
-@pairs([name for name in NAMES if name != "pixart"])  # PixArt's class takes none in diffusers
+@pairs([name for name in NAMES if name != "pixart"])  # PixArt's class accepts none in diffusers
 def test_adapters_add_and_run(name, config, create):
     model = create(name, config)
     inputs = inputs_of(model)
@@ -221,7 +221,7 @@ def floats_as(dtype: torch.dtype, value: Any) -> Any:
 
 
 class Adapted(nn.Module):
-    """A linear with an adapter of low rank beside it, whose second half starts at zero."""
+    """A linear with a parallel low-rank adapter, whose up projection starts at zero."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class Adapted(nn.Module):
 
 @pairs(["llama", "flux", "sd3", "pixart", "wan"])
 def test_training_of_adapters(name, config, create):
-    """All else frozen, vectors in float32, autocast in the forward: what the libraries' tests do to a model."""
+    """As in the libraries' own tests: all else frozen, vectors in float32, and autocast in the forward."""
     model = create(name, config, torch.bfloat16)
     for parameter in model.parameters():
         parameter.requires_grad = False
@@ -251,7 +251,7 @@ def test_training_of_adapters(name, config, create):
     inputs = floats_as(torch.bfloat16, inputs_of(build(name)))
     with torch.autocast("cpu", torch.bfloat16):
         model(**inputs)[0].norm().backward()
-    # The last block of SD3 has a context of which nothing is used any more.
+    # SD3's last block computes a context that nothing uses.
     gradients = [adapter.up.weight.grad for adapter in adapters if adapter.up.weight.grad is not None]
     assert len(gradients) >= len(adapters) - 1
     for gradient in gradients:
@@ -291,7 +291,7 @@ def test_device_map(name, device_map, create):
             create(name, "int8", device_map=device_map)
         return
     model = create(name, "int8", device_map=device_map)
-    if name in DIFFUSERS:  # transformers drops a map to one device
+    if name in DIFFUSERS:  # transformers drops a map that has a single device
         assert model.hf_device_map is not None
     assert model.device == torch.device("cpu")
     assert_same(model, create(name, "int8"))
@@ -328,7 +328,7 @@ def test_generation_and_the_pipeline_of_transformers(create, checkpoint, tmp_pat
 
 
 def assert_compiled_alike(compiled: Tensor, eager: Tensor, plain: Tensor) -> None:
-    """Fused floats differ in their last bit, which moves a code here and there: far less than quantizing did."""
+    """Fused float ops differ in the last bit, which moves a few codes: far less than the quantization error."""
     assert sqnr(eager, compiled) > sqnr(plain, eager) + 6
 
 

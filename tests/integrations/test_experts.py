@@ -1,4 +1,4 @@
-"""Mixtures of experts of both libraries: quantized while and after loading, saved, reloaded, dequantized."""
+"""Mixtures of experts in both libraries: quantized during and after loading, saved, reloaded, dequantized."""
 
 import copy
 import importlib
@@ -43,7 +43,7 @@ def assert_same_tensors(a: nn.Module, b: nn.Module) -> None:
 
 
 def share(plan: Any, model: nn.Module) -> float:
-    """Parameters that are planned to be codes, of all in matrices but embeddings, output heads and biases."""
+    """Return the planned share of parameters in codes, among matrices except embeddings, output heads and biases."""
     facts = model_facts(model)
     experts = [f"{name}.{p}" for name, layout in facts.experts.items() for p in layout.projections]
     counts = {key: len(model.get_parameter(key)) for key in experts}
@@ -62,7 +62,7 @@ def outputs(model: nn.Module, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", [n for n in MIXTURES if "VL" not in n])
 def test_from_a_float_checkpoint_and_back(name: str, tmp_path: Path) -> None:
-    """Fused on the way in from one tensor an expert, quantized as it is made, equal to quantizing in memory."""
+    """Fused while loading from one tensor per expert, quantized as they are built, equal to quantizing in memory."""
     model, ids = mixture(name), tokens()
     before = {key: type(module) for key, module in model.named_modules()}
     floats = copy.deepcopy(model)
@@ -101,12 +101,12 @@ def assert_run_as_their_class(experts: nn.Module, *inputs: Any) -> None:
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_run_as_their_class_does(name: str) -> None:
-    """On what the class's own model hands them."""
+    """On the inputs that the class's own model passes to them."""
     model, seen = mixture(name), []
     experts = [model.get_submodule(key) for key in model_facts(model).experts]
     hooks = [m.register_forward_pre_hook(lambda module, args: seen.append((module, args))) for m in experts]
     outputs(model, tokens())
-    for hook in hooks:  # comparing calls them again
+    for hook in hooks:  # the comparison calls them again
         hook.remove()
     assert len(seen) == len(experts) > 0
     for module, inputs in seen:
@@ -115,7 +115,7 @@ def test_experts_run_as_their_class_does(name: str) -> None:
 
 @pytest.mark.slow
 def test_every_class_that_declares_its_experts() -> None:
-    """Each one that transformers has, on random tokens and choices."""
+    """Every such class in transformers, on random tokens and routing."""
     found = 0
     for file in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
         names = re.findall(r"^@use_experts_implementation.*\nclass (\w+)", file.read_text(), re.MULTILINE)
@@ -141,7 +141,7 @@ def model_weight(experts: QuantExperts, projection: str, number: int) -> Tensor:
 @pytest.mark.parametrize("name", ["GptOssForCausalLM", "Qwen3MoeForCausalLM"])
 @pytest.mark.parametrize("preset", ["w8a8", "w4a16-gptq", "w4a4-svd"])
 def test_calibrated(name: str, preset: str, tmp_path: Path) -> None:
-    """In bf16, transposed with biases and not: each expert has its report; sharded, reloaded bit for bit."""
+    """In bf16, with and without transposed weights and biases: one report per expert; sharded, reloaded bit for bit."""
     model = mixture(name, torch.bfloat16)
     data = [{"input_ids": tokens(4, 60, seed)} for seed in range(3)]
     ids = tokens(2, 20, 9)
@@ -164,7 +164,7 @@ def test_calibrated(name: str, preset: str, tmp_path: Path) -> None:
 
 
 def test_few_rows_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """In one log line, in the report and in config.json, which remembers it."""
+    """In one log line, in the report, and in config.json, from which a reload restores it."""
     model = mixture("DeepseekV3ForCausalLM")
     with caplog.at_level(logging.WARNING):
         hfquant.quantize(model, [{"input_ids": tokens(1, 40)}], "w8a8")
@@ -180,14 +180,14 @@ def test_few_rows_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     stored_config = json.loads((tmp_path / "config.json").read_text())
     stored_config["quantization_config"]["layers"]["model.layers.1.mlp.experts.down_proj"]["rounded"] = [-1]
     (tmp_path / "config.json").write_text(json.dumps(stored_config))
-    with pytest.raises(hfquant.ConfigError, match=r"rounded=\[-1\] in the stored plan are not numbers of experts"):
+    with pytest.raises(hfquant.ConfigError, match=r"rounded=\[-1\] in the stored plan are not expert indices"):
         type(model).from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("preset", ["w8a16", "w4a16"])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_a_checkpoint_that_is_transposed_on_the_way_in(transposed: bool, preset: str, tmp_path: Path) -> None:
-    """Those of Qwen3-VL's float experts that its authors published are; codes never, and they have other shapes."""
+    """The published float experts of Qwen3-VL are transposed; codes never are, and they have other shapes."""
     model = mixture("Qwen3VLMoeForConditionalGeneration")
     model.save_pretrained(tmp_path / "float")
     file = tmp_path / "float" / "model.safetensors"
@@ -206,7 +206,7 @@ def test_a_checkpoint_that_is_transposed_on_the_way_in(transposed: bool, preset:
 
 
 def test_the_float_class_takes_no_codes(tmp_path: Path) -> None:
-    """A checkpoint whose config is lost, or that is read without hfquant, fails and names the tensors."""
+    """A checkpoint that lost its config, or is read without hfquant, fails with an error that names the tensors."""
     model = mixture("MixtralForCausalLM")
     hfquant.quantize(model, None, "w8a16")
     model.save_pretrained(tmp_path)
@@ -257,7 +257,7 @@ def test_what_is_switched_off_stays_float(tmp_path: Path) -> None:
 
 
 def test_offloaded_experts_run(tmp_path: Path) -> None:
-    """accelerate fetches the codes and scales of a quantized mixture as it does any module's."""
+    """accelerate fetches the codes and scales of a quantized mixture like those of any other module."""
     model, ids = mixture("OlmoeForCausalLM"), tokens()
     hfquant.quantize(model, None, "w8a8-dynamic")
     expected = outputs(model, ids)
@@ -273,7 +273,7 @@ def test_offloaded_experts_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled() -> None:
-    """As far as transformers compiles its own loop over experts: with breaks in the graph."""
+    """As far as transformers can compile its own loop over experts, with graph breaks."""
     model = mixture("MixtralForCausalLM")
     hfquant.quantize(model, None, "w8a8-dynamic")
     experts = model.model.layers[0].mlp.experts
@@ -290,7 +290,7 @@ def test_the_card_counts_experts() -> None:
     model = mixture("GptOssForCausalLM")
     hfquant.quantize(model, None, "w8a16")
     (component,) = of_models(model).components
-    # Four projections of attention and two of four experts, in each of two layers.
+    # Each of the two layers has four attention projections and two projections of four experts.
     assert sum(row.layers for row in component.rows) == 2 * (4 + 2 * 4)
     codes = {id(layer.get_parameter(name)) for layer in quant_modules(model).values() for name in layer.code_names}
     assert sum(row.elements for row in component.rows) == sum(p.numel() for p in model.parameters() if id(p) in codes)
@@ -345,7 +345,7 @@ def test_fused_experts_of_diffusers_with_data(tmp_path: Path) -> None:
 
 
 def test_experts_that_are_linears() -> None:
-    """HiDream keeps a list of feed-forward modules: all but the router's weight."""
+    """HiDream keeps a list of feed-forward modules: everything but the router's weight is quantized."""
     model = tiny_diffusers.build("HiDreamImageTransformer2DModel")
     plan = hfquant.plan(model, "w8a8-dynamic")
     assert sum("experts" in name for name in plan.layers) > 8
@@ -368,7 +368,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "name", [n if n == "OlmoeForCausalLM" else pytest.param(n, marks=pytest.mark.slow) for n in PUBLISHED]
 )
 def test_plan_of_the_published_size(name: str) -> None:
-    """On the meta device: nothing is allocated, one entry a parameter, nearly all parameters."""
+    """On the meta device nothing is allocated; there is one entry per parameter, for nearly all parameters."""
     config, fields = PUBLISHED[name]
     with torch.device("meta"):
         model = getattr(transformers, name)(getattr(transformers, config)(**fields))

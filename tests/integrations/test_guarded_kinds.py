@@ -1,4 +1,4 @@
-"""The guard on layers other than linears: convolutions, experts and embeddings of real classes, one of them spoilt."""
+"""The guard on layers other than linears: convolutions, experts and embeddings of real classes, with one spoiled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.integrations import small_models
 from tests.integrations.mixtures import mixture, tokens
 from tests.integrations.test_kinds import denoiser_inputs, tiny_sdxl, tiny_unet
 
-#: One calibrated scale a tensor throughout, which is what can saturate.
+#: One calibrated scale per tensor everywhere, which can saturate.
 STATIC = {"weight_quant": {"type": "int8", "axis": -1}, "opt": {"type": "smooth"}}
 FOUR = {"weight_quant": {"type": "int4", "group_size": 8}, "input_quant": None, "opt": {"type": "smooth"}}
 BLOCK, CONV = "down_blocks.*", "down_blocks.0.resnets.0.conv1"
@@ -34,7 +34,7 @@ CALIBRATED = [
 
 
 def only(config: dict[str, Any], names: str) -> dict[str, Any]:
-    """A config for some layers, the others left in float; a preset's is taken whole."""
+    """Return a config for some layers that leaves the others in float; a preset's config is used whole."""
     preset = config if "default" in config else {"default": config}
     return copy.deepcopy(preset) | {"*": {"enable": False}, names: {"enable": True}}
 
@@ -59,7 +59,7 @@ def faults(model: nn.Module) -> dict[str, str]:
 
 
 def spoiling(monkeypatch: pytest.MonkeyPatch, how: Mapping[str, Spoil]) -> None:
-    """Have the solved tensors of some layers spoilt."""
+    """Spoil the solved tensors of some layers."""
     solve = ptq.solve
 
     def spoilt(layer: str, *args: Any) -> Any:
@@ -91,16 +91,16 @@ def error_of(model: nn.Module, reference: nn.Module, inputs: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("config", "how", "cause", "remedy"),
     [
-        (STATIC, saturates, "static scale saturates", "inputs scaled by the token"),
-        (STATIC, overflows, "formats are too coarse", "8 bits, rounded to nearest"),
-        (FOUR, dies, "dead groups: 1152 groups", "8 bits, rounded to nearest"),
+        (STATIC, saturates, "static scale saturates", "per-token input scales"),
+        (STATIC, overflows, "formats are too coarse", "8 bits, round-to-nearest"),
+        (FOUR, dies, "dead groups: 1152 groups", "8 bits, round-to-nearest"),
     ],
     ids=["scale", "infinite", "dead"],
 )
 def test_a_convolution_that_is_off_is_named_and_mended(
     config, how, cause, remedy, monkeypatch, tmp_path, caplog
 ) -> None:
-    """Only it; what is saved and reloaded is the mended model to the bit."""
+    """Only that one is repaired, and the repaired model is saved and reloaded bit for bit."""
     model, data = unet(), unet_data()
     reference = copy.deepcopy(model)
     config = only(config, BLOCK)
@@ -112,7 +112,7 @@ def test_a_convolution_that_is_off_is_named_and_mended(
     assert [*faults(model)] == [CONV]
     assert cause in faults(model)[CONV]
     assert remedy in faults(model)[CONV]
-    assert f"layer {CONV!r} is off once quantized: " in caplog.text
+    assert f"layer {CONV!r} failed the check after quantization: " in caplog.text
     layer = model.get_submodule(CONV)
     assert isinstance(layer, QuantConv)
     assert isinstance(layer, nn.Conv2d)
@@ -123,7 +123,7 @@ def test_a_convolution_that_is_off_is_named_and_mended(
 
 
 def test_an_outlier_channel_of_a_convolution_is_named() -> None:
-    """It drowns the others in any one scale a row, though little of the output comes of it."""
+    """It drowns out the other channels under any per-row scale, though it contributes little to the output."""
     model, data = unet(), unet_data()
     resnet = model.get_submodule(CONV.rpartition(".")[0])
     with torch.no_grad():
@@ -132,8 +132,8 @@ def test_an_outlier_channel_of_a_convolution_is_named() -> None:
     name, reference = CONV.replace("conv1", "conv2"), copy.deepcopy(model)
     hfquant.quantize(model, data, only(STATIC | {"opt": {"type": "default"}}, BLOCK))
     assert [*faults(model)] == [name]
-    # Channels of a window's first position come first.
-    channel = int(faults(model)[name].partition("outlier channel ")[2].partition(" of its input")[0])
+    # The channels of a window's first position come first.
+    channel = int(faults(model)[name].partition("outlier channel ")[2].partition(" in the input")[0])
     assert channel % 32 == 7
     assert "8-bit weights, float inputs" in faults(model)[name]
     assert error_of(model, reference, data[0]) < 0.05
@@ -154,7 +154,7 @@ def test_a_convolution_left_in_float_is_the_float_one(monkeypatch, tmp_path) -> 
 
 @pytest.mark.parametrize("preset", CALIBRATED)
 def test_sound_convolutions_are_left_alone(preset: str) -> None:
-    """Each calibrated preset, the search of bits among them."""
+    """For each calibrated preset, including the one that searches for bits."""
     torch.manual_seed(2)
     model = tiny_sdxl().eval()
     hfquant.quantize(model, unet_data(24), only(hfquant.PRESETS[preset], BLOCK + "conv*"))
@@ -169,15 +169,15 @@ def test_sound_convolutions_are_left_alone(preset: str) -> None:
 @pytest.mark.parametrize(
     ("config", "projection", "how", "cause", "remedy"),
     [
-        (STATIC, "gate_up_proj", saturates, "static scale saturates", "inputs scaled by the token"),
-        (FOUR, "down_proj", dies, "dead groups: 48 groups", "8 bits, rounded to nearest"),
+        (STATIC, "gate_up_proj", saturates, "static scale saturates", "per-token input scales"),
+        (FOUR, "down_proj", dies, "dead groups: 48 groups", "8 bits, round-to-nearest"),
     ],
     ids=["scale", "dead"],
 )
 def test_an_expert_that_is_off_is_named_and_its_projection_mended(
     name, config, projection, how, cause, remedy, monkeypatch, tmp_path, caplog
 ) -> None:
-    """One expert is off: all of its projection go to what serves it, the others of the module stay as they are."""
+    """One expert fails: its whole projection switches to a safer format, and the module's other projections stay."""
     model, data = mixture(name), [{"input_ids": tokens(8, 40)}]
     reference, parameter = copy.deepcopy(model), f"{EXPERTS}.{projection}"
     config = only(config, "*experts*")
@@ -189,7 +189,7 @@ def test_an_expert_that_is_off_is_named_and_its_projection_mended(
     assert [*faults(model)] == [f"{parameter}.1"]
     assert cause in faults(model)[f"{parameter}.1"]
     assert remedy in faults(model)[f"{parameter}.1"]
-    assert f"layer '{parameter}.1' is off once quantized: " in caplog.text
+    assert f"layer '{parameter}.1' failed the check after quantization: " in caplog.text
     assert f"(and with it all of {parameter})" in caplog.text
     experts, before = model.get_submodule(EXPERTS), sound.get_submodule(EXPERTS)
     assert isinstance(experts, QuantExperts)
@@ -211,7 +211,7 @@ def test_an_expert_that_is_off_is_named_and_its_projection_mended(
 
 @pytest.mark.parametrize("projections", [["gate_up_proj"], ["gate_up_proj", "down_proj"]])
 def test_experts_left_in_float(projections, monkeypatch, tmp_path) -> None:
-    """One projection, or all: then the float module stands there again."""
+    """For one projection, or for all, which restores the original float module."""
     monkeypatch.setattr(guard, "LADDER", {})
     model, data = mixture("MixtralForCausalLM"), [{"input_ids": tokens(8, 40)}]
     original = model.get_submodule(EXPERTS)
@@ -238,7 +238,7 @@ def test_two_experts_go_as_far_as_the_worse_has_to(monkeypatch) -> None:
     hfquant.quantize(model, data, only(STATIC, "*experts*"))
     found = faults(model)
     assert [*found] == [f"{EXPERTS}.gate_up_proj.0", f"{EXPERTS}.gate_up_proj.3"]
-    assert all("8 bits, rounded to nearest" in said for said in found.values())
+    assert all("8 bits, round-to-nearest" in said for said in found.values())
     assert "saturates" in found[f"{EXPERTS}.gate_up_proj.0"]
     assert found[f"{EXPERTS}.gate_up_proj.3"].startswith("NaN or Inf")
 
@@ -258,7 +258,7 @@ def test_sound_experts_are_left_alone(name: str, preset: str) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_embeddings_are_mended_unless_they_are_tied(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is tied shares its codes with a head that may be sound, so it is neither blamed nor changed."""
+    """A tied embedding shares its codes with a head that may be fine, so it is neither blamed nor changed."""
     model = small_models.llama(tie_word_embeddings=tied)
     data = [small_models.transformers_inputs(model)]
     spoiling(monkeypatch, {"model.embed_tokens": dies})
@@ -268,8 +268,8 @@ def test_embeddings_are_mended_unless_they_are_tied(tied: bool, monkeypatch: pyt
         assert model.lm_head.weight is model.model.embed_tokens.weight
         return
     assert [*faults(model)] == ["model.embed_tokens"]
-    # Of 101 the padding's is zero in float as well.
+    # Of 101 rows, the padding row is zero in float too.
     assert "dead groups: 100 groups" in faults(model)["model.embed_tokens"]
-    # It had 8 bits, rounded to nearest, already.
+    # It already had 8 bits, rounded to nearest.
     assert type(model.model.embed_tokens) is nn.Embedding
     assert isinstance(model.lm_head, QuantLinear)

@@ -1,4 +1,4 @@
-"""The image that shows what quantization did to a pipeline."""
+"""The image that shows the effect of quantization on a pipeline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_psnr_is_that_of_the_mean_squared_error(caplog):
     with caplog.at_level(logging.INFO, "hfquant"):
         assert compare("P", right, drawn) == pytest.approx(expected, abs=1e-9)
     assert [(r.levelname, r.message) for r in caplog.records] == [
-        ("INFO", f"P: its image is at {expected:.1f} dB to full precision once quantized")
+        ("INFO", f"P: PSNR of the quantized pipeline's image against full precision: {expected:.1f} dB")
     ]
     assert compare("P", right, right) == math.inf
 
@@ -41,9 +41,9 @@ def test_psnr_is_that_of_the_mean_squared_error(caplog):
     ("spoil", "message"),
     [
         (lambda x: torch.zeros_like(x), "its image is black once quantized"),
-        (lambda x: torch.full_like(x, 0.5), "its image is of one colour once quantized"),
+        (lambda x: torch.full_like(x, 0.5), "its image is of one color once quantized"),
         (lambda x: x.index_fill(1, torch.tensor([2]), math.nan), "24 of 192 values of its image are NaN or Inf"),
-        (lambda x: 1 - x, "dB to full precision once quantized"),
+        (lambda x: 1 - x, "image against full precision: "),
     ],
 )
 def test_images_that_are_spoiled_are_warned_of(spoil, message, caplog):
@@ -77,12 +77,12 @@ def test_a_pipeline_that_draws_nothing_is_let_be(caplog):
     pipe = DigitsPipeline(tiny_dit(), DDIMScheduler())
     with caplog.at_level(logging.INFO, "hfquant"):
         assert picture(pipe, {"class_labels": [99]}, {}) is None
-    assert "DigitsPipeline draws no image to check (ValueError" in caplog.text
+    assert "DigitsPipeline cannot generate an image to check (ValueError" in caplog.text
 
 
 @pytest.mark.parametrize("on", [True, False])
 def test_a_quantized_pipeline_whose_image_is_spoiled(on, monkeypatch, caplog):
-    """What the layers' guard does not see, being switched to leave layers as they are."""
+    """The layer guard, patched to leave layers alone, misses this fault."""
     solve = ptq.solve
 
     def spoiling(layer: str, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Every kind of layer in real classes of both libraries: quantized, saved, loaded, run, and float again."""
+"""Every kind of layer in real classes of both libraries: quantized, saved, loaded, run, and dequantized."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def weights_of(folder: Path) -> bytes:
 
 
 def check_round_trip(model: Any, inputs: dict[str, Any], output: Tensor, folder: Path) -> Any:
-    """A saved model is itself when loaded, and is saved as it was."""
+    """Check that a model reloads to the same outputs, and that saving it again gives the same bytes."""
     model.save_pretrained(folder)
     loaded = type(model).from_pretrained(folder)
     assert torch.equal(loaded(**inputs)[0], output)
@@ -154,7 +154,7 @@ def check_round_trip(model: Any, inputs: dict[str, Any], output: Tensor, folder:
 
 
 def check_layers(model: nn.Module, original: nn.Module, at_least: float) -> None:
-    """Each convolution runs on codes as on floats, and is as near to the float one as its bits promise."""
+    """Check that each convolution computes the same on codes as on floats, and is as accurate as its bits promise."""
     for name, layer in quant_linears(model).items():
         if not isinstance(layer, QuantConv):
             continue
@@ -177,7 +177,7 @@ def test_unets(name: str, scheme: str, at_least: float, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "float")
     exact = model(**inputs)[0]
     convs = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)} - {"conv_in", "conv_out"}
-    # On load, weight by weight.
+    # While loading, weight by weight.
     streamed = type(model).from_pretrained(tmp_path / "float", quantization_config=HfQuantConfig(scheme))
     layers = quant_linears(streamed)
     assert {n for n, layer in layers.items() if isinstance(layer, QuantConv)} == convs
@@ -191,7 +191,7 @@ def test_unets(name: str, scheme: str, at_least: float, tmp_path: Path) -> None:
     hfquant.dequantize(loaded)
     assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
     assert {n: p.shape for n, p in loaded.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
-    # In memory, the same.
+    # The same when quantized in memory.
     hfquant.quantize(model, None, scheme)
     assert torch.equal(model(**inputs)[0], output)
 
@@ -217,7 +217,7 @@ def test_a_calibrated_unet(scheme: str, per_layer_mode: bool, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_sdxl_as_published() -> None:
-    """All but what reads and writes the latents, on the meta device, in seconds."""
+    """On the meta device, in seconds; everything but the layers that read and write the latents is quantized."""
     with torch.device("meta"):
         model = UNet2DConditionModel(**SDXL)
     found = hfquant.plan(model, "w8a8-dynamic")
@@ -229,7 +229,7 @@ def test_sdxl_as_published() -> None:
 @pytest.mark.parametrize("name", ["kl", *(pytest.param(n, marks=pytest.mark.slow) for n in ("vq", "wan", "cogvideox"))])
 @torch.no_grad()
 def test_autoencoders(name: str, tmp_path: Path) -> None:
-    """Their convolutions stay in float, unless one option of the config names them."""
+    """Their convolutions stay in float unless an option of the config includes them."""
     make, inputs = AUTOENCODERS[name][0], AUTOENCODERS[name][1]()
     model: Any = make().eval()
     exact = model(**inputs)[0]
@@ -240,7 +240,7 @@ def test_autoencoders(name: str, tmp_path: Path) -> None:
     assert sum(isinstance(layer, QuantConv) for layer in quantized.modules()) >= 15
     check_layers(quantized, model, 40)
     output = quantized(**inputs)[0]
-    if name != "vq":  # whose codes jump
+    if name != "vq":  # whose latents jump between codebook entries
         assert error(output, exact) < 0.05
     loaded = check_round_trip(quantized, inputs, output, tmp_path / "quantized")
     hfquant.dequantize(loaded)
@@ -263,7 +263,7 @@ def test_a_dit_keeps_its_patches(tmp_path: Path) -> None:
 
 
 class TiedDenoiser(ModelMixin, ConfigMixin):
-    """A model of diffusers with an embedding and a head that share a weight."""
+    """A diffusers model whose embedding and head share a weight."""
 
     @register_to_config
     def __init__(self, width: int = 16) -> None:
@@ -321,7 +321,7 @@ MODELS = {
     "t5": lambda: tiny(T5ForConditionalGeneration, T5Config, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2),
     "bert": lambda: tiny(BertForMaskedLM, BertConfig, intermediate_size=48, **SMALL),
 }
-#: The layer whose codes the others share.
+#: The layer that owns the codes, and the layers that share them.
 OWNERS = {
     "llama": ("model.embed_tokens", {"lm_head"}),
     "llama, untied": ("", set()),
@@ -367,7 +367,7 @@ def test_embeddings_and_heads(name: str, scheme: str, tmp_path: Path) -> None:
     assert torch.equal(loaded(**inputs).logits, output)
     loaded.save_pretrained(tmp_path / "again")
     assert weights_of(tmp_path / "again") == weights_of(tmp_path / "quantized")
-    # In memory, the same; in float, tied again.
+    # The same when quantized in memory; tied again in float.
     twin = type(model).from_pretrained(tmp_path / "float")
     hfquant.quantize(twin, data, config)
     assert torch.equal(twin(**inputs).logits, output)
@@ -401,7 +401,7 @@ def test_a_tied_layer_whose_owner_is_float_is_named(tmp_path: Path) -> None:
 
 
 def test_shares_of_language_models() -> None:
-    """Of the matrices without embeddings and heads, all; with them, all there are."""
+    """All matrices except embeddings and heads are quantized; with the option, these as well."""
     for name in ("gpt2", "falcon"):
         model = MODELS[name]()
         blocks = {n for n, m in model.named_modules() if type(m).__name__ in ("Conv1D", "FalconLinear")}
@@ -411,7 +411,7 @@ def test_shares_of_language_models() -> None:
 
 @torch.no_grad()
 def test_convolutions_of_transformers() -> None:
-    """Whisper's are quantized; CLIP's patches, whose dtype other code reads, stay."""
+    """Whisper's are quantized; CLIP's patch embedding stays in float, since other code reads its dtype."""
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_mel_bins": 16, "vocab_size": 60}
     special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1)
@@ -431,7 +431,7 @@ def test_convolutions_of_transformers() -> None:
 
 @torch.no_grad()
 def test_a_pipeline_of_both_libraries(tmp_path: Path) -> None:
-    """The UNet's convolutions, the text encoder's embeddings; the autoencoder as it was."""
+    """The UNet's convolutions and the text encoder's embeddings are quantized; the autoencoder is unchanged."""
     from diffusers import DDIMScheduler
     from transformers import CLIPTextConfig, CLIPTextModel
 

@@ -1,4 +1,4 @@
-"""Pipelines of every kind: their denoisers' inputs recorded, their parts quantized and saved, an affiner fitted."""
+"""Pipelines of every kind: inputs of their denoisers recorded, components quantized and saved, an affiner fitted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.integrations.small_models import sqnr
 from tests.integrations.tiny_pipelines import CASES, batches, reloaded, rows, run
 
 STATIC = {"default": {"weight_quant": {"type": "int8", "axis": -1}, "input_quant": {"type": "int8"}}}
-#: A few kinds; the others are slow for their number alone.
+#: A few kinds run always; the rest are marked slow, being so many.
 FAST = ("flux-controlnet", "sd-img2img", "ip-adapter", "wan", "cogvideox")
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
@@ -40,7 +40,7 @@ def test_what_runs_at_each_step_is_recorded_as_it_is_called(name):
         handle.remove()
         assert len(found) > 0
         with torch.no_grad():
-            # A first run may tell how many steps there are.
+            # A first run may only find out the number of steps.
             for sample, out in zip(found, seen[-len(found) :], strict=True):
                 again = model(**sample) if isinstance(sample, dict) else model(*sample)
                 for ours, theirs in zip(tensors(again), tensors(out), strict=True):
@@ -76,7 +76,7 @@ def test_quantized_by_static_scales_and_saved(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_affiner_finds_what_was_changed(name, tmp_path):
-    """One of two equal pipelines has its denoisers' outputs scaled, which is what the fitted maps undo."""
+    """The denoiser outputs of one of two identical pipelines are scaled, and the fitted maps undo the scaling."""
     case = CASES[name]
     real, quant = case.build(), case.build()
     exact = run(real, case)
@@ -136,7 +136,7 @@ def test_several_controlnets(tmp_path):
 
 
 def test_an_adapter_is_loaded_before_its_model_is_quantized():
-    """Quantizing keeps what diffusers has noted of it; afterwards diffusers refuses, as it does any cast."""
+    """Quantizing keeps diffusers' record of the adapter; afterwards diffusers refuses one, as it refuses any cast."""
     case = CASES["ip-adapter"]
     exact = run(case.build(), case)
     pipe = case.build()

@@ -1,4 +1,4 @@
-"""Adapters of diffusers' pipelines on quantized denoisers: load, fuse, save, swap, unload, and what does not fit."""
+"""Adapters of diffusers pipelines on quantized denoisers: load, fuse, save, swap, unload, and ones that do not fit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def adapter_file(folder: Path, name: str, seed: int = 0, rank: int = 4, targets: Any = None) -> Path:
-    """An adapter made on the float denoiser, as its pipeline saves it."""
+    """Save an adapter made on the float denoiser, the way its pipeline does."""
     pipe = pipeline(name)
     model = denoiser_of(pipe)
     torch.manual_seed(seed)
@@ -45,7 +45,7 @@ def quantized(name: str, preset: str | dict[str, Any] = "w4a16") -> tuple[Diffus
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """The base model's tensors, under their names without an adapter."""
+    """Return the base model's tensors, under their names without an adapter."""
     found = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if "lora_" not in k}
     return {k: v.clone() for k, v in found.items()}
 
@@ -96,14 +96,14 @@ def test_load_fuse_and_unload(name: str, tmp_path: Path) -> None:
 def test_flux_of_other_formats(preset: str, tmp_path: Path) -> None:
     adapter_file(tmp_path, "flux", targets="all-linear")
     config = copy.deepcopy(hfquant.PRESETS[preset])
-    config["default"]["float_share"] = 0.0  # a float layer is not to the bit what it was, once unmerged
+    config["default"]["float_share"] = 0.0  # unmerging does not restore a float layer bit for bit
     pipe, model = quantized("flux", config)
     inputs = denoiser_inputs(model)
     plain, state = outputs(model, inputs), state_of(model)
     pipe.load_lora_weights(tmp_path)
     adapted = outputs(model, inputs)
     pipe.fuse_lora(safe_fusing=True)
-    # The adapter changes less than rounding does, and yet what it changes is there.
+    # The adapter changes less than rounding does, but its change is preserved.
     change, found = (adapted - plain).double(), (outputs(model, inputs) - plain).double()
     assert 0.6 < float((found * change).sum() / change.square().sum()) < 1.4
     pipe.unfuse_lora()
@@ -205,7 +205,7 @@ def test_hot_swap(ranks: tuple[int, int], tmp_path: Path) -> None:
 
 
 def test_control_adapters_widen_the_quantized_input_layer(tmp_path: Path) -> None:
-    """FLUX's control adapters take twice the channels: diffusers puts a wider, plain linear in the layer's place."""
+    """FLUX's control adapters need twice the channels, so diffusers puts a wider, plain linear in the layer's place."""
     pipe, model = quantized("flux")
     inputs, channels = denoiser_inputs(model), model.config.in_channels
     layer = model.x_embedder
@@ -224,7 +224,7 @@ def test_control_adapters_widen_the_quantized_input_layer(tmp_path: Path) -> Non
 
 
 def test_adapters_of_fewer_features_are_padded_as_on_the_float_model() -> None:
-    """FLUX Fill takes more channels than FLUX, and its adapters."""
+    """FLUX Fill has more input channels than FLUX, so FLUX's adapters are padded."""
     pipe, model = quantized("flux")
     columns, rows = model.x_embedder.in_features - 5, model.x_embedder.out_features
     lora = {"lora_A": torch.randn(4, columns), "lora_B": torch.randn(rows, 4)}
@@ -245,7 +245,7 @@ def test_adapters_that_do_not_fit_are_refused_and_nothing_is_lost(name: str, tmp
     def adapter(columns: int, rows: int, at: str = where) -> dict[str, Tensor]:
         return {f"{at}.lora_A.weight": torch.randn(4, columns), f"{at}.lora_B.weight": torch.randn(rows, 4)}
 
-    # FLUX's loader pads an adapter of too few features.
+    # FLUX's loader pads an adapter that has too few features.
     for wrong in [adapter(36, 24), *([adapter(20, 36)] if name == "sd3" else [])]:
         with pytest.raises(RuntimeError, match=r"size mismatch for .*attn\.to_q.*36"):
             pipe.load_lora_weights(wrong, adapter_name="wrong")

@@ -1,4 +1,4 @@
-"""Whole pipelines: PipelineQuantizationConfig on load, save, reload with no config, the same images to the bit."""
+"""Whole pipelines: PipelineQuantizationConfig on load, save, reload with no config, and bitwise equal images."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_two_components_by_quant_mapping(name, folders, tmp_path):
         assert quant_linears(in_memory).keys() == quant_linears(getattr(pipe, component)).keys()
     quantized = {n for n, c in pipe.components.items() if isinstance(c, nn.Module) and quant_linears(c)}
     assert quantized == {denoiser, encoder}
-    # One half in memory, the other on load: the same pipeline.
+    # Quantizing in memory or on load gives the same pipeline.
     expected = images(original, name)
     assert torch.equal(images(pipe, name), expected)
     assert sqnr(images(PIPELINES[name](), name), expected) > 15
@@ -200,7 +200,7 @@ def test_every_component_by_quant_backend(folders, tmp_path, caplog):
     pipe.save_pretrained(tmp_path)
     again = DiffusionPipeline.from_pretrained(tmp_path)
     assert torch.equal(images(again, "stable_diffusion"), images(pipe, "stable_diffusion"))
-    # Some components only, and everything the config class takes.
+    # Selected components, and every option of the config class.
     config = PipelineQuantizationConfig(
         quant_backend="hfquant",
         quant_kwargs={"config": "w8a16", "modules_to_not_convert": ["mlp"]},
@@ -227,7 +227,7 @@ def test_pipeline_in_bfloat16(folders, tmp_path):
 
 
 def test_quantized_components_given_to_a_pipeline(folders, tmp_path):
-    """Each loaded by its own library, put together by hand, and read back with no config."""
+    """Each component is loaded by its own library, combined by hand, and reloaded without a config."""
     transformer = type(small_models.pixart()).from_pretrained(
         folders["pixart"], subfolder="transformer", quantization_config=HfQuantConfig("w8a8-dynamic")
     )
@@ -296,9 +296,10 @@ for tensor in results:
 
 
 def test_digits_pipeline_and_a_fresh_process(checkpoint, folders, tmp_path):
-    """A new process gives the same bits; one without hfquant refuses and names it: codes in a linear would be noise.
+    """A new process gives the same bits; without hfquant, loading fails, since codes in a plain linear would be noise.
 
-    An experts implementation that is asked for takes the place of the one that says so; the codes' shape remains.
+    The config requests an experts implementation that only hfquant has, so the error names hfquant. If the user asks
+    for another implementation, the shape of the codes still makes loading fail.
     """
     config = PipelineQuantizationConfig(quant_mapping={"transformer": HfQuantConfig("w8a8-dynamic")})
     pipe = DiffusionPipeline.from_pretrained(DIGITS_PATH, quantization_config=config)

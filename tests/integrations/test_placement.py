@@ -1,4 +1,4 @@
-"""Quantized models in parts: on disk, offloaded, or where a device map inferred from their size puts them."""
+"""Split quantized models: on disk, offloaded, or placed by a device map that is inferred from their size."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load(name: str, folder: Path, dtype: torch.dtype = torch.float32, **kwargs: 
 
 
 def device_map(model: nn.Module, blocks: str) -> dict[str, str]:
-    """The first block on disk, everything else in memory, each module by its name as accelerate wants it."""
+    """Put the first block on disk and the rest in memory, listing each module by name, as accelerate requires."""
     above = [blocks[: i + 1] for i in range(len(blocks)) if (blocks + ".")[i + 1] == "."]
     rest = [n for n, m in model.named_modules() if n and n not in above and not n.startswith(f"{blocks}.")]
     rest += [n for n, _ in [*model.named_parameters(recurse=False), *model.named_buffers(recurse=False)]]
@@ -61,7 +61,7 @@ def inputs_as(dtype: torch.dtype, value: Any) -> Any:
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
-    """What hfquant or transformers has written to an offload folder, by file and tensor."""
+    """Return what hfquant or transformers wrote to an offload folder, by file and tensor."""
     found = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
@@ -74,7 +74,7 @@ def quantized(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     made: dict[Any, Any] = {}
 
     def get(name: str, preset: str, dtype: torch.dtype) -> tuple[HfQuantConfig, Path, nn.Module]:
-        """The config, the quantized checkpoint, and the model in memory."""
+        """Return the config, the quantized checkpoint, and the model in memory."""
         if (name, preset, dtype) not in made:
             inputs = inputs_as(dtype, inputs_of((small_models.DIFFUSERS | small_models.TRANSFORMERS)[name]()))
             config = HfQuantConfig(INT4 if preset == "int4" else preset)
@@ -97,7 +97,7 @@ SLOW = [(name, preset) for name in ("flux", "unet", "llama", "vit", "sd3") for p
     ("name", "preset"), [*FAST, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW if c not in FAST)]
 )
 def test_weights_on_disk(name, preset, quantized, checkpoint, tmp_path):
-    """A quantized checkpoint, and one quantized while it is loaded, give what a model in memory gives."""
+    """Loading a quantized checkpoint, or quantizing while loading, gives the outputs of a model in memory."""
     dtype = torch.bfloat16
     config, folder, expected = quantized(name, preset, dtype)
     inputs = inputs_of(expected)
@@ -139,7 +139,7 @@ def test_shards_on_disk(name, quantized, tmp_path):
 
 @pytest.mark.parametrize("name", ["flux", "llama"])
 def test_float_weights_do_not_stay_on_disk(name, checkpoint, tmp_path):
-    """Quantized while loaded, what the offload folder holds of the linears is their codes."""
+    """After quantizing while loading, the offload folder holds only codes for the linears."""
     model = small_models.DIFFUSERS[name]() if is_diffusers(name) else small_models.TRANSFORMERS[name]()
     where = device_map(model, MODELS[name])
     config = HfQuantConfig("w8a16")
@@ -206,7 +206,7 @@ def test_an_inferred_device_map_counts_true_bytes(name, preset, on_load, quantiz
     config, folder, expected = quantized(name, preset, torch.float32)
     inputs, size = inputs_of(expected), tensor_bytes(expected)
     largest = max(layer.in_features * layer.out_features for layer in quant_linears(expected).values())
-    # accelerate keeps room for the largest block wherever something does not fit; so all of it, or about half.
+    # If something does not fit, accelerate reserves room for the largest block, so test all of it and about half.
     needed = size + (12 * largest if on_load else 0)
     source, given = (checkpoint(name), config) if on_load else (folder, None)
     for limit, whole in ((needed, True), (needed - size // 3, False)):
@@ -223,7 +223,7 @@ def test_an_inferred_device_map_counts_true_bytes(name, preset, on_load, quantiz
 
 
 def test_scales_of_a_bfloat16_model_count_as_they_are(quantized, tmp_path):
-    """diffusers takes all floats for the model's dtype, scales in float32 among them."""
+    """diffusers assumes that all floats, including float32 scales, have the model's dtype."""
     _, folder, expected = quantized("flux", "int4", torch.bfloat16)
     size = tensor_bytes(expected)
     for limit, whole in ((size, True), (size - 2, False)):
@@ -236,7 +236,7 @@ def test_scales_of_a_bfloat16_model_count_as_they_are(quantized, tmp_path):
 @pytest.mark.parametrize(("offload", "buffers"), [(cpu_offload, False), (disk_offload, True)])
 @pytest.mark.parametrize("name", ["unet", "llama"])
 def test_offloaded_by_accelerate(name, buffers, offload, quantized, tmp_path):
-    """What a pipeline's sequential offload does to each of its models."""
+    """As a pipeline's sequential offload does to each of its models."""
     _, folder, expected = quantized(name, "w4a4-svd" if name == "unet" else "int4", torch.bfloat16)
     inputs = inputs_of(expected)
     model = load(name, folder, torch.bfloat16)
@@ -263,7 +263,7 @@ def test_group_offload(name, preset, kind, to_disk, quantized, tmp_path):
 
 
 def test_group_offload_comes_after_quantizing(quantized, tmp_path):
-    """diffusers keeps a group's tensors, on disk perhaps: what is in the modules is not to be read or replaced."""
+    """diffusers keeps a group's tensors, possibly on disk, so those in the modules must not be read or replaced."""
     leaves = {"offload_type": "leaf_level", "onload_device": CPU}
     model = small_models.flux()
     inputs = inputs_of(model)
@@ -320,7 +320,7 @@ def test_bytes_that_a_plan_comes_to():
 
 
 def test_reserved_memory_is_half_of_the_true_bytes(quantized, monkeypatch):
-    """diffusers reserves count // factor elements of the model's dtype before it loads; for float models half."""
+    """diffusers reserves count // factor elements of the model's dtype before loading: half of a float model's size."""
     from diffusers.models import modeling_utils
 
     seen = []

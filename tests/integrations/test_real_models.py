@@ -37,7 +37,7 @@ def two_threads(_one_thread: None) -> Iterator[None]:
 
 
 def bytes_on_disk(folder: Path, name: str) -> int:
-    """Of all tensors of the linear called ``name``."""
+    """Return the size of all tensors of linear ``name``."""
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
@@ -63,7 +63,7 @@ def test_minilm_sentence_embeddings(tmp_path):
     assert len(layers) == 6 * 6 + 1
     floats = {name: float_model.get_submodule(name).weight.detach().double() for name in layers}
     for name, layer in layers.items():
-        # Outliers in two of the MLPs' outputs (33.5 and 34.4 dB) keep any rounding by output channel below 35 dB.
+        # Outliers in two MLP output layers (33.5 and 34.4 dB) keep any per-channel rounding below 35 dB.
         floor = 33 if name in ("encoder.layer.0.output.dense", "encoder.layer.2.output.dense") else 35
         assert metrics.sqnr(floats[name], layer.effective_weight()) >= floor, name
         turned = floats[name] @ torch.from_numpy(by_hand(layer.in_features, 64))
@@ -89,7 +89,7 @@ def test_minilm_calibrated_on_strings_with_its_own_tokenizer(tmp_path):
     layers = quant_linears(model).values()
     assert len(layers) >= 36
     assert all(("input_scale" in dict(layer.named_buffers())) == layer.plan.static_input for layer in layers)
-    # From so few rows a smoothing vector is worth little, and some inputs without one need a scale a token.
+    # With so few rows a smoothing vector gains little, and without one some inputs need per-token scales.
     assert 20 <= sum(layer.plan.static_input for layer in layers) < len(layers)
     sentences = [text[:200] for text in evaluation_texts()]
     exact = sentence_embeddings(float_model, tokenizer, sentences)
@@ -128,7 +128,7 @@ def test_smollm2_checkpoints_are_as_small_as_the_bits_promise(preset, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_smollm2_perplexity_of_eight_bits():
-    """Per-token activations lose 2.5 % to outliers with no data (torchao and SDNQ 3 %), 0.8 % when smoothed."""
+    """Per-token activations lose 2.5 % to outliers without data (torchao and SDNQ 3 %), and 0.8 % when smoothed."""
     model, tokenizer = smollm2()
     reference = metrics.reference(model, metrics.evaluation_windows(tokenizer, evaluation_texts()))
     del model

@@ -1,4 +1,4 @@
-"""Models of transformers that are calibrated on what they make themselves."""
+"""transformers models calibrated on data that they generate themselves."""
 
 from __future__ import annotations
 
@@ -117,13 +117,13 @@ def made(model: nn.Module, **asked: Any) -> list[dict[str, Tensor]]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_kind_is_calibrated_without_data(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """No layer is left without statistics: each part of the model runs on what was made for it."""
+    """No layer lacks statistics: each part of the model runs on the data generated for it."""
     model = MODELS[name]()
     with caplog.at_level(logging.WARNING, "hfquant"):
         hfquant.quantize(model, dict(ASKED), "w8a8")
     assert quant_linears(model)
     assert [r.name for r in model.quant_report.layers if r.fallback or r.guard] == []
-    assert "cannot write" not in caplog.text
+    assert "cannot generate text" not in caplog.text
     stored = model.config.quantization_config.to_dict()["calibration"]
     assert (stored["source"], stored["seed"], stored["samples"]) == ("self", 0, 4)
 
@@ -137,7 +137,7 @@ def test_by_default_in_from_pretrained(dtype, checkpoint, tmp_path, caplog):
     said = [r.message for r in caplog.records if "calibrated on" in r.message]
     assert len(said) == 1
     assert "no calibration data was given" in said[0]
-    assert "16 windows of 64 tokens of its own making, about" in said[0]
+    assert "16 windows of 64 tokens that it generates, about" in said[0]
     assert "pass HfQuantConfig(..., calibration=...)" in said[0]
     assert model.config.quantization_config.calibration == {"source": "self", "seed": 0, "samples": 16, "seqlen": 64}
     model.save_pretrained(tmp_path)
@@ -167,7 +167,7 @@ hfquant.quantize(model, data, "w8a8").save_pretrained(sys.argv[2])
 
 
 def test_a_seed_gives_the_same_checkpoint_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each time with an empty cache."""
+    """Each run starts with an empty cache."""
     stored = []
     for number, seed in enumerate((5, 5, 6)):
         monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / f"home{number}"))
@@ -209,7 +209,7 @@ def test_windows_are_kept_and_told_apart(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_offloaded_weights_are_not_taken_for_others(tmp_path: Path, home: Path) -> None:
-    """They are no part of the key, so nothing is kept."""
+    """Offloaded weights cannot enter the cache key, so nothing is cached."""
     from accelerate import cpu_offload
 
     model = small_models.llama()
@@ -237,7 +237,7 @@ def test_held_out_windows_are_others_of_the_same_seed_and_of_the_next():
 
 
 def test_tokens_follow_the_models_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model whose next token depends on the last alone: the share of each pair is what its softmax says."""
+    """The model's next token depends only on the last one, so each pair's frequency must match its softmax."""
     model = small_models.llama()
     table = 2 * torch.randn(101, 101, generator=torch.Generator().manual_seed(0))
 
@@ -302,7 +302,7 @@ def bert_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
 def test_an_encoder_that_fills_masks_fills_half_of_the_windows(tmp_path: Path) -> None:
     model = masked_bert()
     with torch.no_grad():
-        model.cls.predictions.bias[7] += 20  # it would fill in nothing else, special tokens aside
+        model.cls.predictions.bias[7] += 20  # it then fills in token 7 only, special tokens aside
     model.save_pretrained(tmp_path)
     bert_tokenizer(tmp_path).save_pretrained(tmp_path)
     ids = made(transformers.BertForMaskedLM.from_pretrained(tmp_path))[0]["input_ids"]
@@ -336,7 +336,7 @@ def test_sounds_go_through_the_models_extractor(tmp_path: Path) -> None:
     loaded = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path)
     plain, extracted = made(model)[0], made(loaded)[0]
     assert plain["input_features"].shape == extracted["input_features"].shape == (2, 16, 40)
-    # Log-mel features of the extractor span at most 2, noise in their place does not.
+    # The extractor's log-mel features span at most 2; noise in their place does not.
     span = extracted["input_features"].amax((1, 2)) - extracted["input_features"].amin((1, 2))
     assert (span <= 2.01).all()
     assert extracted["decoder_input_ids"].shape == (2, 12)
@@ -367,11 +367,11 @@ def test_a_model_that_cannot_write_reads_random_tokens(monkeypatch: pytest.Monke
     monkeypatch.setattr(transformers.GenerationMixin, "generate", failing)
     with caplog.at_level(logging.WARNING, "hfquant"):
         assert made(small_models.llama())[0]["input_ids"].shape == (4, 16)
-    assert "LlamaForCausalLM cannot write (NotImplementedError: its cache): random tokens" in caplog.text
+    assert "LlamaForCausalLM cannot generate text (NotImplementedError: its cache): using random tokens" in caplog.text
 
 
 def test_a_plain_module_and_unknown_inputs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CalibrationError, match="only models of transformers and pipelines of"):
+    with pytest.raises(CalibrationError, match="only transformers models and diffusers pipelines"):
         hfquant.quantize(nn.Sequential(nn.Linear(4, 4)), "self", "w8a8")
     monkeypatch.setattr(module, "example_inputs", lambda model: None)
     with pytest.raises(CalibrationError, match="LlamaForCausalLM needs calibration data and cannot make its own"):
@@ -382,9 +382,33 @@ def test_noise_that_a_forward_does_not_take_is_refused(monkeypatch: pytest.Monke
     model = small_models.TRANSFORMERS["vit"]()
     shapes = {"pixel_values": torch.zeros(1, 3, 5, 7)}
     monkeypatch.setattr(module, "example_inputs", lambda model: shapes)
-    with pytest.raises(CalibrationError, match=r"with noise its forward raises ValueError: .*; pass batches of its"):
+    with pytest.raises(CalibrationError, match=r"its forward fails on noise with ValueError: .*; pass batches of its"):
         hfquant.quantize(model, None, "w8a8")
     assert not quant_linears(model)
+
+
+def test_a_forward_that_fails_is_named_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example, a text model that needs more than text: the user has to pass batches."""
+
+    def failing(self: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
+        return torch.ones(2) @ torch.ones(3)
+
+    model = small_models.llama()
+    monkeypatch.setattr(type(model), "forward", failing)
+    with pytest.raises(CalibrationError, match=r"cannot make its own: RuntimeError: .*; pass batches of its inputs"):
+        transformers_batches(model, ASKED)
+
+
+def test_inputs_without_elements_get_no_noise() -> None:
+    """Time series may lack static features: [batch, 0]."""
+    torch.manual_seed(0)
+    config = transformers.AutoformerConfig(
+        prediction_length=4, context_length=8, lags_sequence=[1, 2], moving_average=3, d_model=16, encoder_layers=1,
+        decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+    )  # fmt: skip
+    model = transformers.AutoformerForPrediction(config).eval()
+    hfquant.quantize(model, "self", "w4a16-gptq")
+    assert quant_linears(model)
 
 
 def test_wrong_wishes_are_refused_before_anything_is_loaded() -> None:
@@ -412,7 +436,7 @@ def test_smollm2_writes_text_and_chats():
     texts = [tokenizer.decode(ids) for batch in batches for ids in batch["input_ids"]]
     assert texts[1].startswith("<|im_start|>")
     assert "user\n" in texts[1]
-    # What it writes is likely to it, far more so than random tokens are.
+    # The model assigns its own text a far higher likelihood than random tokens.
     with torch.no_grad():
         losses = [model(**b, labels=b["input_ids"]).loss.item() for b in batches]
         random = torch.randint(1000, 40000, (4, 64), generator=torch.Generator().manual_seed(0))

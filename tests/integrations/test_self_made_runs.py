@@ -1,4 +1,4 @@
-"""Pipelines that are calibrated on runs of their own, and the image that checks them."""
+"""Pipelines calibrated on runs of their own, and the image that checks them."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_every_kind_of_pipeline_runs_by_itself(name, caplog):
     assert [r.name for r in reports if r.fallback or r.guard] == []
     assert denoiser(pipe).config["quantization_config"].calibration == {"source": "self", "seed": 0, "samples": 2}
     assert "2 runs of 3 steps" in caplog.text
-    assert "its image is at" in caplog.text
+    assert "PSNR of the quantized pipeline's image" in caplog.text
 
 
 def test_by_default_with_one_line_and_kept_for_the_next_time(caplog, monkeypatch):
@@ -101,7 +101,7 @@ def test_by_default_with_one_line_and_kept_for_the_next_time(caplog, monkeypatch
     said = [r.message for r in caplog.records if "calibrated on" in r.message]
     assert len(said) == 1
     assert "DigitsPipeline: no calibration data was given, so transformer is calibrated on 2 runs of 3 steps" in said[0]
-    assert "to use yours pass prompts" in said[0]
+    assert "to use your own, pass prompts" in said[0]
     kept = [path for path in folder().iterdir() if path.is_dir()]
     assert len(kept) == 1
     stamps = {path: path.stat().st_mtime_ns for path in kept[0].iterdir()}
@@ -117,7 +117,7 @@ def test_a_home_that_cannot_be_written_does_not_matter(home, caplog):
     with caplog.at_level(logging.INFO, "hfquant"):
         quantize_pipeline(pipe, FEW, "w8a8", num_inference_steps=2)
     assert quant_linears(pipe.transformer)
-    assert "not kept for the next time" in caplog.text
+    assert "could not be cached" in caplog.text
 
 
 def test_the_configs_own_wish_counts_and_data_before_it():
@@ -145,7 +145,7 @@ def test_calls_have_what_a_pipeline_takes():
 def test_a_pipeline_that_cannot_run_by_itself_says_so_and_is_left_alone():
     pipe = text()
     pipe.tokenizer = pipe.text_encoder = None
-    with pytest.raises(CalibrationError, match=r"StableDiffusionPipeline cannot run on prompts of its own \(.*pass"):
+    with pytest.raises(CalibrationError, match=r"StableDiffusionPipeline cannot run on built-in inputs \(.*pass"):
         quantize_pipeline(pipe, None, "w8a8", num_inference_steps=2)
     assert not quant_linears(pipe.unet)
 
@@ -160,7 +160,7 @@ def test_without_data_nothing_runs(home, caplog):
 
 
 def test_the_guard_of_layers_checks_a_run_of_another_seed(monkeypatch):
-    """Of a pipeline too a layer that is far off is mended."""
+    """The layer guard also repairs a layer of a pipeline that is far off."""
     from hfquant import ptq
 
     solve, name = ptq.solve, "transformer_blocks.0.ff.net.0.proj"

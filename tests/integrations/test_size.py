@@ -1,4 +1,4 @@
-"""How large a quantized model says it is: bytes are what is stored, parameters are counted where a byte holds one."""
+"""The reported size of a quantized model: bytes as stored, and one parameter per byte of codes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BITS = {"w8a8-dynamic": 8, "w6a16": 6, "w4a16": 4, "fp8-dynamic": 8}
 
 
 def stored_bytes(folder: Path) -> int:
-    """Bytes of all tensors in a folder's safetensors files, by their headers."""
+    """Return the bytes of all tensors in a folder's safetensors files, from their headers."""
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="np") as opened:

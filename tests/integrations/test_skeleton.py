@@ -1,4 +1,4 @@
-"""Models from their configs alone."""
+"""Models built from their configs alone."""
 
 from __future__ import annotations
 

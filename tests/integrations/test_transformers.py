@@ -23,7 +23,7 @@ from tests.integrations.small_models import assert_same, outputs, sqnr, transfor
 
 DATA_FREE = [name for name in PRESETS if not HfQuantConfig(name).needs_data]
 WEIGHT_ONLY = {"opt": {"type": "default"}, "calib": {"type": "amax"}, "input_quant": None}
-#: How many linears are quantized and how many there are; the rest are heads, tied weights and fp32 modules.
+#: Number of quantized linears and of all linears; the rest are heads, tied weights and fp32 modules.
 COUNTS = {
     "llama": (14, 15),
     "phi3": (8, 9),
@@ -125,7 +125,7 @@ def test_t5_keeps_wo_in_float32(checkpoint, tmp_path):
     assert [(type(m), m.weight.dtype) for m in kept] == [(nn.Linear, torch.float32)] * 2
     model.save_pretrained(tmp_path)
     assert_same(transformers.T5EncoderModel.from_pretrained(tmp_path, dtype=torch.float16), model)
-    # Asked for, it works too: the layer looks at the weight's dtype and knows int8.
+    # It also works when requested: the layer reads the weight's dtype and handles int8.
     asked = HfQuantConfig({"default": WEIGHT_ONLY, "*.wo": {"enable": True}})
     model = transformers.T5EncoderModel.from_pretrained(checkpoint("t5_encoder"), quantization_config=asked)
     assert len(quant_linears(model)) == 14
@@ -177,7 +177,7 @@ def test_float_model_offloaded_to_disk_is_quantized_in_memory(checkpoint, tmp_pa
     assert torch.equal(outputs(model, ids()), outputs(expected, ids()))
     with pytest.warns(UserWarning, match="offloaded"):
         model.save_pretrained(tmp_path / "quantized")
-    # In no other shape do they fail to load as plain weights.
+    # In any other shape they could load as plain weights.
     stored = load_file(tmp_path / "quantized" / "model.safetensors")
     assert all(t.shape[0] == 1 and t.dim() == 3 for t in stored.values() if t.dtype == torch.int8)
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "quantized"), expected)
@@ -195,12 +195,12 @@ def test_base_model_reads_a_task_models_checkpoint_and_back(checkpoint, tmp_path
     assert_same(base, model.model, ids())
     base.save_pretrained(tmp_path / "base")
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), model)
-    # Quantized as a base model, then read with the (tied) head.
+    # Quantized as a base model, then loaded with the (tied) head.
     config = HfQuantConfig("w8a16")
     AutoModel.from_pretrained(checkpoint("llama"), quantization_config=config).save_pretrained(tmp_path / "base")
     head = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert_same(head, AutoModelForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config))
-    # A head that the checkpoint never had stays float, for the user to train.
+    # A head that the checkpoint does not contain stays float, for the user to train.
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "causal")
     assert type(classifier.score) is nn.Linear
     assert len(quant_linears(classifier)) == 11
@@ -221,9 +221,9 @@ def test_base_model_with_a_pooler_the_checkpoint_lacks(tmp_path):
 
 
 class Seeded(LlamaModel):
-    """Initializes a layer where it does the module that holds it, by the layer's shape (as Nemotron's upsampler)."""
+    """Initializes a layer along with its parent module, by the layer's shape (as Nemotron's upsampler does)."""
 
-    # transformers asks its own classes for modules without parameters too.
+    # transformers also calls this for its own classes' modules without parameters.
     __module__ = LlamaModel.__module__
 
     def _init_weights(self, module):
@@ -292,7 +292,7 @@ def test_tied_head_is_quantized_where_asked(name, on_load, checkpoint, tmp_path)
 
 
 def test_checkpoint_that_fuses_what_the_model_splits(tmp_path):
-    """The original format of this architecture has one linear for two of the model's, in rows one after the other."""
+    """This architecture's original format has one linear for two of the model's, with their rows concatenated."""
     config = transformers.Dinov2Config(
         hidden_size=24,
         num_hidden_layers=1,
@@ -335,7 +335,7 @@ def test_a_small_share_of_quantized_parameters_is_warned_about(checkpoint, caplo
 @pytest.mark.parametrize("preset", ["w8a16", "w8a8"])
 def test_model_without_linears_is_loaded_with_a_warning(preset, tmp_path, caplog):
     config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=0, n_head=2, n_positions=8)
-    model = transformers.GPT2LMHeadModel(config).eval()  # embeddings and a head alone
+    model = transformers.GPT2LMHeadModel(config).eval()  # only embeddings and a head
     model.save_pretrained(tmp_path)
     inputs = {"input_ids": torch.arange(6)[None]}
     config = HfQuantConfig(preset, calibration=[inputs])
@@ -384,7 +384,7 @@ def test_generation(checkpoint):
     config = HfQuantConfig("w8a8-dynamic")
     model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
     tokens = model.generate(**ids(), max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    # Greedy by hand, without a cache.
+    # Greedy decoding by hand, without a cache.
     expected = ids()["input_ids"]
     for _ in range(6):
         logits = outputs(model, {"input_ids": expected})[:, -1]
@@ -413,7 +413,7 @@ def test_dequantized_model_is_a_plain_one(dtype, checkpoint, tmp_path):
     again = LlamaForCausalLM.from_pretrained(tmp_path / "plain")
     assert not quant_linears(again)
     assert_same(again, plain)
-    # It can be cast and quantized anew.
+    # It can be cast and quantized again.
     assert len(quant_linears(hfquant.quantize(plain.float(), None, "w8a16"))) == 14
 
 
@@ -467,7 +467,7 @@ def test_another_config_for_a_quantized_checkpoint_is_ignored_with_a_warning(che
 
 @pytest.mark.parametrize("name", ["t5_encoder", "clip_text"])
 def test_pre_quantized_models_are_offloaded_to_disk(name, checkpoint, tmp_path):
-    """Their weight initialization touches each linear's weight, of modules that are offloaded too."""
+    """Their weight initialization touches the weight of each linear, including those of offloaded modules."""
     kind = type(getattr(small_models, name)())
     model = kind.from_pretrained(checkpoint(name), quantization_config=HfQuantConfig("w8a16"))
     model.save_pretrained(tmp_path / "q")
@@ -490,7 +490,7 @@ def test_low_rank_models_are_bit_identical_after_reload(checkpoint, tmp_path):
 
 
 def test_the_choice_of_experts_stays_the_librarys(checkpoint, tmp_path):
-    """config.json asks for one that only hfquant has, so that who lacks it is told; no model is to run on it."""
+    """config.json names one that only hfquant has, so loading without it fails; no model should run on it."""
     cls = type(small_models.mixtral())
     model = cls.from_pretrained(checkpoint("mixtral"), quantization_config=HfQuantConfig("w8a8-dynamic"))
     model.save_pretrained(tmp_path)
@@ -504,7 +504,7 @@ def test_the_choice_of_experts_stays_the_librarys(checkpoint, tmp_path):
 
 
 def test_tables_in_the_dtype_of_the_first_parameter_are_the_float_models(tmp_path):
-    """Swin v2 casts its tables of coordinates to it while it is made, where no trace of a forward sees that."""
+    """Swin v2 casts its coordinate tables to that dtype when it is built, which no trace of a forward can see."""
     torch.manual_seed(0)
     config = transformers.Swinv2Config(
         image_size=16, patch_size=4, embed_dim=16, depths=[1], num_heads=[2], window_size=2

@@ -64,6 +64,23 @@ def test_static_preset_with_data(kind, checkpoint, tmp_path):
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path), model)
 
 
+@pytest.mark.parametrize("how", ["quantize", "from_pretrained", "distill"])
+def test_a_calibration_set_by_its_path(how, checkpoint, tmp_path):
+    model, path = small_models.llama(), str(tmp_path / "set")
+    batches = [ids() for _ in range(4)]
+    hfquant.generate_calibrate_set(model, hfquant.LanguageModelSampler(), batches, "", path)
+    match how:
+        case "quantize":
+            made = hfquant.quantize(small_models.llama(), path, "w8a8")
+        case "from_pretrained":
+            config = HfQuantConfig("w8a8", calibration=path)
+            made = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+        case _:
+            made = hfquant.quantize(small_models.llama(), batches, "w8a8")
+            assert len(hfquant.distill(made, model, path, steps=2).losses) == 2
+    assert any("input_scale" in dict(layer.named_buffers()) for layer in quant_linears(made).values())
+
+
 def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *"abcdefghij"])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -75,7 +92,7 @@ def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("how", ["quantize", "from_pretrained", "sampler"])
 def test_the_language_modelling_collator(how, checkpoint):
-    """Its labels call for the logits of every token, whose labels are -100 where padded."""
+    """Its labels request the logits of every token; padded positions have the label -100."""
     tokenizer = word_tokenizer()
     rows = [tokenizer(text) for text in ("a b c d e", "f g h", "i j a b", "b d f h j a")]
     collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
@@ -109,7 +126,7 @@ def test_text_is_tokenized_by_the_tokenizer_saved_with_the_model(tmp_path):
     model = LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
     given = HfQuantConfig("w8a8", calibration={"dataset": text, "tokenizer": tokenizer})
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=given), model, ids())
-    # The embedding bounds what the first layer sees: only the texts' tokens were observed.
+    # The embedding bounds the first layer's inputs: only the texts' tokens were observed.
     first = model.model.layers[0].self_attn.q_proj
     with torch.no_grad():
         seen = model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.arange(13)))
@@ -126,12 +143,12 @@ def test_the_empty_tokenizer_of_a_folder_without_one_is_none(tmp_path):
         num_key_value_heads=1, max_position_embeddings=32,
     )  # fmt: skip
     transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path)
-    empty = transformers.AutoTokenizer.from_pretrained(tmp_path)  # it finds none and says nothing
+    empty = transformers.AutoTokenizer.from_pretrained(tmp_path)  # it silently returns an empty one
     assert len(empty) == len(set(empty.all_special_ids))
     load = functools.partial(transformers.Qwen3ForCausalLM.from_pretrained, tmp_path)
     with pytest.raises(hfquant.CalibrationError, match="neither tokenizer nor"):
         load(quantization_config=HfQuantConfig("w8a8", calibration=["a b c"]))
-    made = load(quantization_config=HfQuantConfig("w8a8"))  # writes with the model's vocabulary
+    made = load(quantization_config=HfQuantConfig("w8a8"))  # generates with the model's vocabulary
     assert len(quant_linears(made)) == 7
 
 

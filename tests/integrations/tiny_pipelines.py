@@ -1,4 +1,4 @@
-"""Pipelines of diffusers' own classes with tiny random models, called with text embeddings in place of prompts."""
+"""Pipelines of diffusers' own classes with tiny random models, called with text embeddings instead of prompts."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SIZE, TEXT, POOLED = 16, 12, 6
 
 
 class Case(NamedTuple):
-    """A pipeline to build, the arguments of a call but for the data, and one sample of the data.
+    """A pipeline to build, the arguments of a call except the data, and one sample of the data.
 
     Attributes:
-        build: makes the pipeline, the same each time.
+        build: builds the pipeline, identical each time.
         call: arguments that are the same for each call.
-        row: of one sample, without a batch dimension.
+        row: draws one sample, without a batch dimension.
         parts: the components to quantize.
     """
 
@@ -57,7 +57,7 @@ def unet(**overrides: Any) -> nn.Module:
     return diffusers.UNet2DConditionModel(**sizes | overrides).eval()
 
 
-#: What SDXL adds to a UNet: a pooled text embedding and six numbers on sizes and crops.
+#: What SDXL adds to a UNet: a pooled text embedding and six numbers for sizes and crops.
 XL = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 4,
@@ -66,7 +66,7 @@ XL = {
 
 
 def trained(controlnet: nn.Module) -> nn.Module:
-    """A new ControlNet's last layers are zero, and what comes before would not matter."""
+    """Fill the zero layers at the end of a new ControlNet, which would make everything before them irrelevant."""
     generator = torch.Generator().manual_seed(41)
     with torch.no_grad():
         for parameter in controlnet.parameters():
@@ -126,7 +126,7 @@ def image_vae(channels: int = 4) -> AutoencoderKL:
 
 
 def assembled(name: str, **parts: Any) -> Any:
-    """A pipeline of the class; what is not given is None."""
+    """Return a pipeline of the class, with None for components that are not given."""
     cls = getattr(diffusers, name)
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     missing = {p.name: None for p in parameters if p.default is p.empty and p.name not in parts}
@@ -136,7 +136,7 @@ def assembled(name: str, **parts: Any) -> Any:
 
 
 def reloaded(pipe: Any, folder: Path, **parts: Any) -> Any:
-    """Save a pipeline and load it, what it lacks left out."""
+    """Save a pipeline and load it again, leaving out missing components."""
     pipe.save_pretrained(folder)
     lacking = {name: None for name, part in pipe.components.items() if part is None}
     again = type(pipe).from_pretrained(folder, **lacking, **parts)
@@ -158,7 +158,7 @@ def stable_diffusion(name: str, channels: int = 4, controlnet: bool = False, xl:
 def sd3(name: str, channels: int = 4, controlnet: bool = False) -> Any:
     model, parts = sd3_transformer(channels), {}
     if controlnet:
-        # It writes to the config of the model that it is made from.
+        # It writes to the config of the model that it is built from.
         other = sd3_transformer(channels)
         made = diffusers.SD3ControlNetModel.from_transformer(other, num_layers=1, num_extra_conditioning_channels=0)
         parts = {"controlnet": trained(made)}
@@ -176,7 +176,7 @@ def flux(name: str, channels: int = 16, controlnet: bool = False) -> Any:
 
 
 def with_ip_adapter(pipe: Any) -> Any:
-    """Add an IP-Adapter to SD: image tokens enter each cross attention through linears of their own."""
+    """Add an IP-Adapter to SD: image tokens enter each cross-attention through linears of their own."""
     generator = torch.Generator().manual_seed(45)
 
     def noise(*shape: int) -> Tensor:
@@ -186,7 +186,7 @@ def with_ip_adapter(pipe: Any) -> Any:
     for i, (name, _) in enumerate(n for n in pipe.unet.attn_processors.items() if "attn2" in n[0]):
         inner = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
         keys |= {f"{2 * i + 1}.to_k_ip.weight": noise(inner, TEXT), f"{2 * i + 1}.to_v_ip.weight": noise(inner, TEXT)}
-    tokens = 4  # what an image becomes in the first IP-Adapter
+    tokens = 4  # tokens per image in the first IP-Adapter
     projection = {
         "proj.weight": noise(tokens * TEXT, POOLED),
         "proj.bias": noise(tokens * TEXT),
@@ -259,7 +259,7 @@ def hunyuan_video() -> Any:
 
 
 def texts(*extra: str) -> Callable[[torch.Generator], dict[str, Any]]:
-    """Embeddings of a prompt, and what else is asked for by the name of an argument."""
+    """Return a function that draws prompt embeddings and the other arguments named."""
     shapes = {
         "prompt_embeds": (5, TEXT),
         "negative_prompt_embeds": (5, TEXT),
@@ -365,20 +365,20 @@ CASES: dict[str, Case] = {
 
 
 def rows(case: Case, count: int, seed: int = 60) -> list[dict[str, Any]]:
-    """Samples of the pipeline's data."""
+    """Return samples of the pipeline's data."""
     generator = torch.Generator().manual_seed(seed)
     return [case.row(generator) for _ in range(count)]
 
 
 def batches(case: Case, count: int, seed: int = 60) -> list[dict[str, Any]]:
-    """Samples as batches of one."""
+    """Return samples as batches of one."""
     return [{k: v[None] for k, v in row.items()} for row in rows(case, count, seed)]
 
 
 @torch.no_grad()
 def run(pipe: Any, case: Case) -> Tensor:
-    """The latents that a call on data of its own gives."""
+    """Return the latents of a call with data of its own."""
     (batch,) = batches(case, 1, seed=61)
-    torch.manual_seed(63)  # SD3's ControlNet encodes its picture without the generator
+    torch.manual_seed(63)  # SD3's ControlNet encodes its image without the generator
     made = pipe(**batch, **case.call, generator=torch.Generator().manual_seed(62))
     return made[0] if isinstance(made[0], Tensor) else torch.stack(list(made[0]))

@@ -47,7 +47,7 @@ SPEECH = {
 SPEECH |= {"conv_dim": (8, 8), "conv_kernel": (10, 8), "conv_stride": (5, 8), "num_conv_pos_embeddings": 4}
 SPEECH |= {"num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2, "feat_extract_norm": "layer"}
 
-# Class: its config's class, and the config.
+# Class: the class of its config, and the config's values.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "LlamaForCausalLM": ("LlamaConfig", GQA),
     "LlamaForSequenceClassification": ("LlamaConfig", GQA | {"num_labels": 3}),
@@ -195,7 +195,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(name: str, device: str = "meta") -> nn.Module:
-    """A model of the class, in eval mode."""
+    """Return a model of the class, in eval mode."""
     config, fields = MODELS[name]
     with torch.device(device):
         return getattr(transformers, name)(getattr(transformers, config)(**fields)).eval()

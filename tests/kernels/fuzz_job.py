@@ -1,7 +1,7 @@
-"""Calls of the ops with arguments that are wrong in every way; run as a process of its own, since one could crash it.
+"""Calls of the ops with invalid arguments of every kind, in a process of their own, since a call could crash it.
 
-``python -m tests.kernels.fuzz_job OP CALLS SEED``: exits with 0 where each call raised a Python error or gave a right
-result, and prints how many did which.
+``python -m tests.kernels.fuzz_job OP CALLS SEED`` exits with 0 if each call raised a Python error or gave a correct
+result, and prints the number of each.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ TENSORS: list[Callable[[Tensor], object]] = [
 
 
 def changed(t: Tensor) -> object:
-    """``t`` made wrong in some way; as it is where torch itself cannot do that to it."""
+    """Return ``t`` made invalid in some way, or unchanged if torch itself cannot do that to it."""
     try:
         return random.choice(TENSORS)(t)
     except (RuntimeError, NotImplementedError):
@@ -109,7 +109,7 @@ def changed(t: Tensor) -> object:
 
 
 def numbers(spec: Tensor) -> object:
-    """A spec with another number, or of another length or kind."""
+    """Return a spec with another number, or of another length or kind."""
     spec = spec.clone()
     match random.randrange(4):
         case 0:
@@ -131,7 +131,7 @@ def text(key: str) -> object:
 
 
 def spoiled(arguments: list[object], last: Callable[[object], object]) -> list[object]:
-    """Arguments with some wrong; ``last`` changes a text, a spec or a number."""
+    """Return arguments of which some are invalid; ``last`` changes a text, a spec or a number."""
     arguments = list(arguments)
     for i in random.sample(range(len(arguments)), random.choice([0, 1, 1, 1, 2, 3])):
         value = arguments[i]
@@ -145,7 +145,7 @@ def spoiled(arguments: list[object], last: Callable[[object], object]) -> list[o
 
 
 def reference(arguments: list[object]) -> object:
-    """The float product of the same arguments, or why there is nothing to compare with."""
+    """Return the float product of the same arguments, or the reason why there is none to compare with."""
     scales = (scale for scale in arguments[5:7] if isinstance(scale, Tensor))
     if not all(bool((scale > 0).all()) for scale in scales):
         return "scales are positive"
@@ -162,7 +162,7 @@ def check(y: Tensor, expected: object) -> None:
         share = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float8_e4m3fn: 0.2}.get(y.dtype, 1e-3)
         y, expected = y.double(), expected.double()
         size = float(expected.abs().max()) if expected.numel() else 0.0
-        # Inf comes out of weight-only products as NaN or Inf.
+        # Weight-only products turn Inf into NaN or Inf.
         close = (y - expected).abs() <= share * size + 1e-30
         assert bool((close | ~expected.isfinite()).all()), (y - expected).abs().max()
 

@@ -1,8 +1,8 @@
-"""What the tests of kernels share: products that float32 sums hold exactly, with their result in float64.
+"""Shared by the tests of kernels: products that are exact in float32 sums, with their result in float64.
 
 Scales are powers of two and inputs are whole numbers of steps, so quantizing them loses nothing and the exact result is
-the float64 product of the input and the dequantized weight. Where a kernel adds floats (several scales in a row, input
-codes of 16 bits) inputs are thinned out until every partial sum has at most 24 bits.
+the float64 product of the input and the dequantized weight. If a kernel adds floats (several scales per row, 16-bit
+input codes), inputs are thinned out until every partial sum has at most 24 bits.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from hfquant.kernels.base import Operands, Product
 
 #: The C++ kernels, widest first.
 NAMES = [kernel.name for kernel in cpu.KERNELS]
-#: Largest code of a float input in a weight-only product, and the columns that share its unit.
+#: Largest code of a float input in a weight-only product, and the number of columns that share its unit.
 FLOAT_LIMIT, FLOAT_BLOCK = 32639, 128
-#: Columns whose sum a kernel holds in an integer of 32 bits.
+#: Number of columns whose sum a kernel holds in a 32-bit integer.
 WIDEST = 1 << 15
 
 
 def require(name: str) -> None:
-    """Skip the test where this machine cannot run kernel ``name``."""
+    """Skip the test if this machine cannot run kernel ``name``."""
     kernel = next(k for k in cpu.KERNELS if k.name == name)
     if why := kernel.missing():
         pytest.skip(why)
@@ -38,7 +38,7 @@ def require(name: str) -> None:
 
 @pytest.fixture(params=NAMES)
 def kernel(request, monkeypatch) -> str:
-    """The name of a C++ kernel that every product of the test is forced to."""
+    """Force every product of the test to one C++ kernel, and return its name."""
     require(request.param)
     monkeypatch.setenv("HFQUANT_KERNEL", request.param)
     return request.param
@@ -49,14 +49,14 @@ class Spec:
     """A kind of product.
 
     Attributes:
-        bits: of the weight's codes.
+        bits: bits of the weight's codes.
         segments: sizes of the input segments.
-        group: columns that share a scale of the weight; 0: a segment.
+        group: columns that share a scale of the weight; 0 for one scale per segment.
         input: "token", "tensor", "static", or "float" for a weight-only product.
-        asymmetric, two_level: zero points, scales of a byte a group.
-        dual: e of the second scale of negative inputs, 0 without.
+        asymmetric, two_level: whether there are zero points, and two-level scales (one byte per group).
+        dual: exponent e of the second scale, for negative inputs; 0 for none.
         out: rows of the weight.
-        input_bits: of the input's codes.
+        input_bits: bits of the input's codes.
     """
 
     bits: int = 8
@@ -78,14 +78,14 @@ class Spec:
 
     @property
     def exact_as_integers(self) -> bool:
-        """Whether a row's sum stays an integer to the end, so that inputs may be as large as they like."""
+        """Whether a row's sum stays an integer throughout, so that inputs may be arbitrarily large."""
         one_scale = len(self.segments) == 1 and (not self.group or self.group >= sum(self.segments))
         return one_scale and self.input != "float" and not self.dual and sum(self.segments) <= WIDEST
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A product with its tensors, an input and the exact result."""
+    """A product with its tensors, an input, and the exact result."""
 
     product: Product
     operands: Operands
@@ -97,7 +97,7 @@ class Sample:
 def sample(spec: Spec, tokens: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Sample:
     """Make tensors for ``spec``, an input [tokens, in] of ``dtype`` and the product in float64.
 
-    Kept, since every kernel gets the same; do not write to them.
+    Results are cached and shared by all kernels; do not write to them.
     """
     generator = torch.Generator().manual_seed(seed)
     product = spec.product()
@@ -115,7 +115,7 @@ def sample(spec: Spec, tokens: int, dtype: torch.dtype = torch.float32, seed: in
 
 
 def adversarial(rows: int, columns: int, low: int, high: int, generator: torch.Generator, first: int = 0) -> Tensor:
-    """Codes [rows, columns] int64: rows all ``high``, all ``low``, alternating both ways, and at random."""
+    """Return codes [rows, columns] int64: rows of all ``high``, all ``low``, alternating both ways, and random."""
     codes = torch.randint(low, high + 1, (rows, columns), generator=generator)
     odd = torch.arange(columns) % 2 == 1
     extremes = [
@@ -131,10 +131,10 @@ def adversarial(rows: int, columns: int, low: int, high: int, generator: torch.G
 
 
 def _weight(spec: Spec, product: Product, generator: torch.Generator) -> tuple[Operands, Tensor, float]:
-    """Return operands, the float64 weight, and how many of its smallest steps its largest value has at most."""
+    """Return operands, the float64 weight, and the most of its smallest steps that its largest value can have."""
     columns, half = product.columns, 2 ** (spec.bits - 1)
     groups = len(columns)
-    # The lowest code too where weights are symmetric: nothing checks for it.
+    # Include the lowest code even for symmetric weights: nothing checks for it.
     codes = adversarial(spec.out, product.in_features, -half, half - 1, generator)
     smaller = torch.randint(0, 2, (spec.out, groups), generator=generator)
     row = 2.0 ** -torch.randint(0, 3, (spec.out, 1), generator=generator)
@@ -166,7 +166,7 @@ def _input(
     width = sum(spec.segments)
     limit = FLOAT_LIMIT if spec.input == "float" else 2 ** (spec.input_bits - 1) - 1
     codes = adversarial(tokens, width, -limit, limit, generator, first=seed).float()
-    # What settles a scale has to be there: the largest magnitude of each sign.
+    # The largest magnitude of each sign determines a scale, so it must be present.
     kept = torch.zeros(tokens, width, dtype=torch.bool)
     if spec.input == "float":
         units = [1.0] * len(spec.segments)
@@ -190,7 +190,7 @@ def _input(
 
 
 def _thinned(x: Tensor, kept: Tensor, room: float, seed: int) -> Tensor:
-    """Return ``x`` with zeros but for ``kept`` and a run of columns whose magnitudes add up to ``room`` at most."""
+    """Zero ``x`` except ``kept`` and a run of columns whose magnitudes add up to at most ``room``."""
     first = (seed * 131) % x.shape[1]
     rolled = x.abs().masked_fill(kept, 0).roll(-first, 1)
     forced = (x.abs() * kept).sum(1, keepdim=True)
@@ -200,18 +200,18 @@ def _thinned(x: Tensor, kept: Tensor, room: float, seed: int) -> Tensor:
 
 
 def identity(width: int, segments: tuple[int, ...], rule: InputRule) -> tuple[Operands, Product]:
-    """The product that gives back a quantized input."""
+    """Return the product that reproduces its quantized input."""
     product = Product(FORMATS["int8"], segments, segments, rule)
     return Operands(torch.eye(width, dtype=torch.int8), torch.ones(width, len(segments))), product
 
 
 def bits_equal(y: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are equal, of one dtype and shape, NaN equal to NaN."""
+    """Return whether two tensors are equal in values, dtype and shape, with NaN equal to NaN."""
     return y.dtype == expected.dtype and torch.equal(y.nan_to_num(nan=1234.5), expected.nan_to_num(nan=1234.5))
 
 
 def cpu_flags() -> set[str]:
-    """What /proc/cpuinfo says of the CPU; empty elsewhere than on Linux on x86."""
+    """Return the CPU's flags in /proc/cpuinfo; empty unless on Linux and x86."""
     if not os.path.exists("/proc/cpuinfo"):
         return set()
     with open("/proc/cpuinfo") as file:

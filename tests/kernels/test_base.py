@@ -1,4 +1,4 @@
-"""What a product is, as an object and as text, and what its tensors give."""
+"""A product as an object and as text, and what it derives from its tensors."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_text_and_back(dtype, quant) -> None:
     for name, case in cases(dtype).items():
         product = layer_of(case.plan(quant))[0].product
         again = product_of(product.key)
-        # Flags that are all off are not written.
+        # Flags are omitted if all are off.
         assert (again, again.key, again.in_features) == (product, product.key, 24), name
         assert product_of(product.key) is again
 

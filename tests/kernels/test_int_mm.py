@@ -51,7 +51,7 @@ def test_dtypes(dtype) -> None:
 @pytest.mark.parametrize(("columns", "out"), [(8, 8), (4096, 24), (8192, 40)])
 @pytest.mark.parametrize("tokens", [1, 2, 64])
 def test_sums_are_exact(tokens, columns, out, zero, kind, device) -> None:
-    """On whatever path torch takes: pairs of the largest codes would saturate the 16 bits of some instructions."""
+    """Whichever path torch takes: pairs of the largest codes would saturate the 16 bits of some instructions."""
     rule = InputRule(FORMATS["int8"], False, False, (columns,), (False,))
     whole = Product(FORMATS["int8"], (columns,), (columns,), rule)
     codes = torch.randint(-128, 128, (out, columns), dtype=torch.int8)
@@ -69,7 +69,7 @@ def test_sums_are_exact(tokens, columns, out, zero, kind, device) -> None:
 
 
 def test_odd_shapes(device) -> None:
-    """Of all sizes: torch's own product is not right for each (one column, which the kernel refuses)."""
+    """torch's own product is not correct for every size (one column, for example, which the kernel refuses)."""
     for tokens, columns, out in product((1, 2, 7, 16, 33), (2, 3, 7, 31, 64, 129), (1, 2, 5, 16, 65)):
         if device == "cuda" and (columns % 8 or out % 8):
             continue
@@ -84,7 +84,7 @@ def test_odd_shapes(device) -> None:
 
 
 def test_segments_of_odd_sizes(device) -> None:
-    """Each is a slice of wider matrices, which torch's own product has to step over."""
+    """Each segment is a slice of wider matrices, so torch's own product has to handle strides."""
     sizes = (64, 8, 24, 128) if device == "cuda" else (64, 7, 2, 31, 130)
     for tokens, out in product((1, 17, 64), (8, 24, 96) if device == "cuda" else (1, 5, 16, 65)):
         codes = torch.randint(-128, 128, (out, sum(sizes)), dtype=torch.int8)
@@ -134,13 +134,13 @@ def test_refusals() -> None:
     assert why("int8", "int8", (32, 32)) == ""
     rule = InputRule(FORMATS["int8"], True, True, (64,), (False,))
     grouped = Product(FORMATS["int8"], (32, 32), (64,), rule)
-    assert int_mm.refuses(grouped) == "the weight has several scales a row and segment"
+    assert int_mm.refuses(grouped) == "the weight has several scales per row and segment"
     assert why("int8", "int8", (63, 1)) == "torch._int_mm is wrong for one column"
-    assert why("int8", "int8", dual=True) == "the input has dual scale, codes of 16 bits"
+    assert why("int8", "int8", dual=True) == "the input has dual scales, whose codes have 16 bits"
     assert why("int8", "int8", (1,)) == "torch._int_mm is wrong for one column"
     assert why("int8", "int8", (70000,)) == "sums over 70000 columns may not fit 32 bits"
     rule = InputRule(FORMATS["int8"], True, True, (20,), (False,))
-    assert int_mm.refuses_on_cuda(Product(FORMATS["int8"], (20,), (20,), rule)) == "20 columns are no multiple of 8"
+    assert int_mm.refuses_on_cuda(Product(FORMATS["int8"], (20,), (20,), rule)) == "20 columns are not a multiple of 8"
 
 
 def test_missing(monkeypatch) -> None:

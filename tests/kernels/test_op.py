@@ -1,4 +1,4 @@
-"""``torch.ops.hfquant.linear``: traced, exported, differentiated, in threads, and given what it must refuse."""
+"""``torch.ops.hfquant.linear``: traced, exported, differentiated, in threads, and with arguments it must refuse."""
 
 import subprocess
 import sys
@@ -34,12 +34,12 @@ both_modes = pytest.mark.parametrize("real", [False, True])
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference as a share of the norm."""
+    """Return the norm of the difference relative to the norm of ``expected``."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def emulated(plan: LayerPlan, tensors, x: torch.Tensor) -> torch.Tensor:
-    """The layer in float64, differentiable: rounding of the input is the identity on the way back."""
+    """Run the layer in float64 and differentiably: the backward pass treats rounding of the input as the identity."""
     weight, quant = torch.from_numpy(weight_by_hand(plan, tensors)), plan.config.input_quant
     segments, parts, start = plan.input_segments, [], 0
     for i, rows in enumerate(plan.row_groups):
@@ -95,13 +95,13 @@ def test_gradients_of_other_float_types(dtype) -> None:
     exact = x.float().requires_grad_()
     layer(exact).backward(grad.float())
     assert ours.grad.dtype == dtype
-    # Each part of the rows rounds its share to the dtype.
+    # Each group of rows rounds its contribution to the dtype.
     assert distance(ours.grad, exact.grad) < 2 * torch.finfo(dtype).eps + 1e-6
 
 
 @both_modes
 def test_kernels_that_do_not_rotate_get_what_is_rotated(real, monkeypatch) -> None:
-    """As CUDA's; here the last resort is made one of them, and forced."""
+    """As CUDA's do; here the fallback kernel is modified to be one of them, and forced."""
     given = []
 
     def run(x: torch.Tensor, operands: Operands, product: Product) -> torch.Tensor:
@@ -141,7 +141,7 @@ def test_with_a_gradient_it_computes_what_it_does_without(kernel) -> None:
 
 
 def arguments(case: str, quant: str, real: bool, dtype: str = "int4"):
-    """What the op takes, for a layer with one group of rows."""
+    """Return the op's arguments for a layer with one group of rows."""
     layer, _ = layer_of(cases(dtype)[case].plan(INPUTS[quant], real))
     return layer.operands(0, slice(None)), layer.product
 
@@ -211,7 +211,7 @@ def test_autocast_changes_nothing(kernel) -> None:
 
 
 def wrong_operands() -> dict[str, tuple[str, object, str]]:
-    """By a description: the operand, what is put in its place, and the error."""
+    """Map a description to the operand, its wrong value, and the error."""
     return {
         "rows": ("weight", torch.zeros(OUT, 11, dtype=torch.int8), r"weight: expected shape \(10, 12\)"),
         "code dtype": ("weight", torch.zeros(OUT, 12), "weight: expected torch.int8, got torch.float32"),

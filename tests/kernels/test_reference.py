@@ -1,4 +1,4 @@
-"""The reference product against Python's integers and float64."""
+"""The reference product, against Python's integers and float64."""
 
 import numpy as np
 import pytest
@@ -12,13 +12,13 @@ from tests import oracle
 
 
 def product(x, x_scale, w, w_scale, zero, columns, segments) -> torch.Tensor:
-    """With codes given as numbers, of 16 bits at most and a sign."""
+    """Multiply codes given as numbers, of at most 16 bits and a sign."""
     grid = Grid(FORMATS["int16"], tuple(columns), w_scale, zero)
     return scaled_matmul(x, x_scale, w, grid, segments)
 
 
 def by_hand(x, x_scale, w, w_scale, zero, columns, segments) -> np.ndarray:
-    """Sum over columns j of x_j s_x (w_j - z) s_w in float64, one column at a time."""
+    """Return the float64 sum over columns j of x_j s_x (w_j - z) s_w, one column at a time."""
     rows = x.reshape(-1, x.shape[-1]).double().numpy()
     w = w.double().numpy()
     group = np.repeat(np.arange(len(columns)), columns)
@@ -99,7 +99,7 @@ def test_extreme_integer_codes_are_exact(left, right, k, signs) -> None:
 
 
 def test_extreme_zero_points_cancel_exactly() -> None:
-    # Codes 8-bit unsigned 255 against zero point 0 and 255: the correction must not lose a bit.
+    # Unsigned 8-bit code 255 against zero points 0 and 255: the correction must not lose a bit.
     k = 4096
     x = torch.full((1, k), 127.0 * 256)
     w = torch.stack([torch.full((k,), 127.0), torch.full((k,), -128.0)])
@@ -126,14 +126,14 @@ def test_nothing_overflows_on_the_way() -> None:
     y = product(x, None, w, torch.full((2, 1), 1e-4), None, (64,), (64,))
     np.testing.assert_allclose(y.numpy(), 1e37 * 127 * 64 * 1e-4, rtol=1e-6)
     tiny = product(torch.ones(1, 64), torch.tensor([1e-30]), w, torch.full((2, 1), 1e-30), None, (64,), (64,))
-    assert (tiny == 0).all()  # 8e-57 is no float32
+    assert (tiny == 0).all()  # 8e-57 is below float32's range
     y = product(w[:1], torch.tensor([1e-30]), w * 1e6, torch.full((2, 1), 1e-20), None, (64,), (64,))
     np.testing.assert_allclose(y.numpy(), 127.0 * 1e-30 * 127e6 * 1e-20 * 64, rtol=1e-6)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(0, 2**31), st.booleans())
 def test_segments_add_up(segments, seed, groups) -> None:
-    """Any partition: the product is the sum of its parts' products."""
+    """For any partition, the product is the sum of its parts' products."""
     generator = torch.Generator().manual_seed(seed)
     columns = [1] * sum(segments) if groups else segments
     x = torch.randint(-127, 128, (3, sum(segments)), generator=generator).float()

@@ -1,4 +1,4 @@
-"""torch._scaled_mm against float64; the CPU's is exact, a device's tensor cores round their sums."""
+"""torch._scaled_mm against float64; the CPU's sums are exact, while a device's tensor cores round them."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_layers(tokens, name, weight, form, mode, device) -> None:
     x = some_input(tokens, features=48)
     assert scaled_mm.refuses(layer.product) == ""
     expected, size = forward_by_hand(plan, tensors, x)
-    # Tensor cores align the products of a step to its largest and keep 14 bits.
+    # Tensor cores align the products of a step to the largest one, and keep 14 bits.
     assert_close(run_layer(scaled_mm.run, layer, x), expected, size * (1 if device == "cpu" else 2.0**-13 / 2e-6))
 
 
@@ -79,7 +79,7 @@ def test_refusals() -> None:
     assert why("int8", "fp8e4m3") == "the weight is int8, not FP8"
     assert why("fp8e4m3", "int8") == "the input is int8, not FP8"
     assert why("fp8e5m2", "fp8e5m2") == "cuBLAS does not multiply E5M2 by E5M2"
-    assert why("fp8e4m3", "fp8e4m3", columns=(32, 32)) == "the weight has several scales a row and segment"
+    assert why("fp8e4m3", "fp8e4m3", columns=(32, 32)) == "the weight has several scales per row and segment"
     assert why("fp8e4m3", "fp8e4m3", (16, 24)) == "segments [16, 24] are not all multiples of 16"
 
 

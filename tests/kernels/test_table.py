@@ -1,4 +1,4 @@
-"""Which kernel a product gets: the widest, the one that is asked for, or an error that names what is wrong."""
+"""Which kernel runs a product: the widest, the requested one, or none, with an error that names the problem."""
 
 import shutil
 
@@ -15,7 +15,7 @@ from tests.kernels.products import NAMES, Spec, cpu_flags, sample
 
 INT8 = FORMATS["int8"]
 W8A8 = Product(INT8, (64,), (64,), InputRule(INT8, True, True, (64,), (False,)))
-#: By what /proc/cpuinfo calls them.
+#: By their names in /proc/cpuinfo.
 NEEDED = {
     "avx512_vnni": {"avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
     "avxvnni": {"avx2", "fma", "f16c", "bmi2", "avx_vnni"},
@@ -31,7 +31,7 @@ has_flags = pytest.mark.skipif(not cpu_flags(), reason="no /proc/cpuinfo of an x
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """Names of the kernels that run."""
+    """Record the names of the kernels that run."""
     names: list[str] = []
 
     def noting(kernel: Kernel):
@@ -77,7 +77,7 @@ def test_the_widest_path_is_taken(calls, bits, tokens, monkeypatch) -> None:
 def test_not_faked_in_any_other_way(calls) -> None:
     made = sample(Spec(4, (64,)), 3)
     linear(made.x, made.operands, made.product, False)
-    assert calls == []  # fake quantization asks no table
+    assert calls == []  # fake quantization does not consult the table
     single = linear(made.x, made.operands, made.product, True)
     double = linear(made.x.double(), made.operands, made.product, True)
     assert calls[0] == calls[1]
@@ -128,8 +128,8 @@ def test_one_that_cannot_run_here_is_refused_by_name(monkeypatch) -> None:
         (Product(INT8, (64,), (64,), InputRule(FORMATS["int16"], True, True, (64,), (False,))), "inputs are int16"),
         (Product(INT8, (64,), (64,), InputRule(FORMATS["fp8e4m3"], True, True, (64,), (False,))), "inputs are fp8e4m3"),
         (Product(FORMATS["int16"], (64,), (64,), None, symmetric=False), "int16 weights have zero points"),
-        (Product(INT8, (16, 48), (64,), None), "not groups of one size"),
-        (Product(INT8, (20, 40, 4), (64,), None), "not groups of one size"),
+        (Product(INT8, (16, 48), (64,), None), "not groups of equal size"),
+        (Product(INT8, (20, 40, 4), (64,), None), "not groups of equal size"),
         (Product(INT8, (32, 8, 16), (40, 16), None), None),
     ],
 )
@@ -157,7 +157,7 @@ def test_the_last_kernels_compute_everything() -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_inputs_of_any_rank(name) -> None:
-    """Leading dimensions come out as they went in, of inputs that are not contiguous too."""
+    """Leading dimensions are preserved, also for inputs that are not contiguous."""
     made = sample(Spec(8, (64,)), 6)
     kernel = KERNELS[name]
     if obstacle(kernel, made.product, "cpu"):

@@ -1,4 +1,4 @@
-"""A small model with fused experts of odd sizes, and its function once more, in loops over tokens."""
+"""A small model with fused experts of odd sizes, and the same function written as loops over tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXPERTS, WIDTH, INNER, CHOICES = 5, 12, 7, 2
 
 
 class Fused(nn.Module):
-    """Odd sizes, biases on request, parameters in either layout."""
+    """Experts of odd sizes, with optional biases, and with parameters in either layout."""
 
     def __init__(self, transposed: bool = False, bias: bool = False) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def layout(transposed: bool = False, route: Callable[..., Tensor] = route_tokens
 
 
 class Model(nn.Module):
-    """A router that never chooses the last expert, and experts behind a linear."""
+    """A model with experts behind a linear, and a router that never chooses the last expert."""
 
     def __init__(self, transposed: bool = False, bias: bool = False) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Model(nn.Module):
 
 
 def matrices(experts: nn.Module, transposed: bool) -> dict[str, Tensor]:
-    """Float64 weights [experts, out, in] and biases."""
+    """Return float64 weights [experts, out, in] and biases."""
     found = {}
     for name in ("gate_up_proj", "down_proj"):
         weight = experts.get_parameter(name).detach().double()
@@ -119,6 +119,6 @@ def data() -> list[Tensor]:
 
 
 def quantized(model: Model, config: dict[str, Any], **settings: Any) -> ptq.Applied:
-    """Quantize, with the routing of the float model: the experts are compared, not who chose them."""
+    """Quantize with the float model's routing, to compare the experts and not the choice of experts."""
     rules = QuantRules({"default": config, "first": {"enable": False}})
     return ptq.quantize(model, data(), rules, Settings(**settings), model.facts)

@@ -1,4 +1,4 @@
-"""What the tests of QuantLinear share: plans of every kind, layers with random tensors, and the layer in float64."""
+"""Shared by the tests of QuantLinear: plans of every kind, layers with random tensors, and the layer in float64."""
 
 from dataclasses import dataclass
 
@@ -15,19 +15,19 @@ from hfquant.layer_plan import LayerPlan
 from tests import oracle
 
 IN, OUT = 24, 10
-#: Of the sum of all terms' magnitudes: float32's rounding.
+#: float32 rounding, relative to the sum of the magnitudes of all terms.
 TOLERANCE = 2e-6
 PLAIN, SMOOTH, SVD = Identity(), Smooth(), LowRank(low_rank=3)
 
 
 def rank(plan: LayerPlan) -> int:
-    """The rank of the branch, 0 without one."""
+    """Return the rank of the branch, 0 if there is none."""
     return getattr(plan.transform, "low_rank", 0)
 
 
 @dataclass
 class Case:
-    """A plan, short of its input format."""
+    """A plan without an input format."""
 
     weight: WeightQuant
     opt: Transform = PLAIN
@@ -65,7 +65,7 @@ def cases(dtype: str) -> dict[str, Case]:
 
 
 def random_tensors(plan: LayerPlan, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Tensors as a solver could have made them, but random: codes over their whole range, unpacked."""
+    """Return tensors that a solver could have made, but random: unpacked codes over their whole range."""
     made = {name: torch.rand(spec.shape) + 0.5 for name, spec in plan.tensors().items()}
     weight, shape = plan.config.weight_quant, (plan.out_features, plan.in_features)
     form = weight.format
@@ -95,7 +95,7 @@ def random_tensors(plan: LayerPlan, dtype: torch.dtype = torch.float32) -> dict[
 
 
 def layer_of(plan: LayerPlan, bias: bool = True, dtype: torch.dtype = torch.float32):
-    """A QuantLinear, and the tensors it was made of."""
+    """Return a QuantLinear and the tensors it was made from."""
     tensors = random_tensors(plan, dtype)
     vector = nn.Parameter(torch.randn(plan.out_features, dtype=dtype)) if bias else None
     return QuantLinear.from_tensors(plan, tensors, vector), tensors | ({"bias": vector.data} if bias else {})
@@ -109,7 +109,7 @@ def some_input(*lead: int, features: int = IN) -> torch.Tensor:
 
 
 def weight_by_hand(plan: LayerPlan, tensors) -> np.ndarray:
-    """The smoothed weight in float64."""
+    """Return the smoothed weight in float64."""
     form = plan.config.weight_quant.format
     codes = tensors["weight"].numpy()
     if not form.is_integer:
@@ -129,7 +129,7 @@ def weight_by_hand(plan: LayerPlan, tensors) -> np.ndarray:
 
 
 def scale_by_hand(plan: LayerPlan, tensors) -> np.ndarray:
-    """The weight's scale of each column in float64."""
+    """Return the weight's scale of each column in float64."""
     scale = tensors["weight_scale"].numpy()
     if "weight_scale_row" in tensors:
         row = tensors["weight_scale_row"].numpy()
@@ -138,9 +138,9 @@ def scale_by_hand(plan: LayerPlan, tensors) -> np.ndarray:
 
 
 def terms_by_hand(plan: LayerPlan, tensors) -> np.ndarray:
-    """The largest magnitude of what a kernel adds up for each weight.
+    """Return the largest magnitude that a kernel may add up for each weight.
 
-    Kernels for integers may multiply unsigned codes, and take off the offset 2^(b-1) times the sum of the inputs later.
+    Integer kernels may multiply unsigned codes, and later subtract the offset 2^(b-1) times the sum of the inputs.
     """
     form, weight = plan.config.weight_quant.format, np.abs(weight_by_hand(plan, tensors))
     offset = plan.config.real_quant and form.is_integer and form.bits <= 8
@@ -148,7 +148,7 @@ def terms_by_hand(plan: LayerPlan, tensors) -> np.ndarray:
 
 
 def forward_by_hand(plan: LayerPlan, tensors, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The layer in float64 and, for tolerances, the magnitude of all that is added up."""
+    """Return the layer's output in float64 and, for tolerances, the magnitude of everything summed."""
     x = x.float().numpy()
     w, terms = weight_by_hand(plan, tensors), terms_by_hand(plan, tensors)
     y, size, start = [], [], 0
@@ -160,7 +160,7 @@ def forward_by_hand(plan: LayerPlan, tensors, x: torch.Tensor) -> tuple[np.ndarr
         if quant is None:
             values = xs.astype(np.float64)
             if plan.config.real_quant:
-                # A kernel may take floats as 16-bit integers, in units of their own in each 128 columns.
+                # A kernel may convert floats to 16-bit integers, with a separate unit for each 128 columns.
                 units = [
                     np.abs(v).max(-1, keepdims=True) / 32639 for v in np.split(xs, range(128, xs.shape[-1], 128), -1)
                 ]

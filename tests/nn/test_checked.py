@@ -1,4 +1,4 @@
-"""What the guard asks of each kind of layer: its float output, and rows of input that give rows of output."""
+"""What the guard needs from each kind of layer: its float output, and input rows that produce output rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INCLUDE = {"include": ["embeddings", "edge_convs", "autoencoder_convs"]}
 
 
 class CausalConv(WanCausalConv3d):
-    """A subclass that pads with what came before."""
+    """A subclass that pads with earlier frames."""
 
     def __init__(self) -> None:
         super().__init__(6, 5, 3, padding=1)
@@ -53,7 +53,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 
 
 def heard(layer: QuantLayer | QuantExperts, *args: Any) -> tuple[Tensor, list[tuple[str, Tensor, Tensor]]]:
-    """The output of a layer, and what a listener was told."""
+    """Return the output of a layer and what a listener received."""
     told: list[tuple[str, Tensor, Tensor]] = []
     handle = layer.listen(lambda part, x, y: told.append((part, x, y)))
     y = layer(*args)
@@ -140,7 +140,7 @@ def test_experts_tell_of_each_ones_own_rows(transposed: bool, bias: bool) -> Non
 
 @torch.no_grad()
 def test_other_experts_take_the_place_of_a_projections() -> None:
-    """Of one projection all change, the other stays as it was; in float both are the float module's."""
+    """Every expert of the projection changes, other projections stay; all in float restores the float module."""
     model = Model(transposed=True, bias=True)
     original = model.experts
     quantized(model, CONFIGS["groups, zero points, gptq"])

@@ -46,14 +46,14 @@ def quantized(conv: nn.Module, config, data=None) -> nn.Module:
 
 
 def rounded(values: Tensor, dim: int) -> Tensor:
-    """INT8 and back, one scale for each slice along ``dim``, in float64."""
+    """Quantize to INT8 and back, with one scale per slice along ``dim``, in float64."""
     amax = values.abs().amax(dim, keepdim=True)
     scale = torch.where(amax > 0, amax / 127, torch.ones_like(amax)).float().double()
     return torch.round(values / scale).clamp(-127, 127) * scale
 
 
 def oracle(conv: nn.Module, x: Tensor, inputs: bool) -> Tensor:
-    """What the convolution gives with INT8 weights a channel and, if asked, INT8 inputs a window."""
+    """Return the convolution with INT8 weights per channel and, if asked, INT8 inputs per window."""
     weight = rounded(conv.weight.detach().double().flatten(1), 1).view(conv.weight.shape)
     n, bias = len(conv.kernel_size), 0 if conv.bias is None else conv.bias.detach().double()
     if isinstance(conv.padding, str):
@@ -96,7 +96,7 @@ def test_against_float64(case, inputs) -> None:
     if len(shape) > 3:
         last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
         y = layer(x.contiguous(memory_format=last))
-        # As torch's own convolution, whose padding loses it in some modes.
+        # As for torch's own convolution, padding loses the memory format in some modes.
         as_torch = conv(x.contiguous(memory_format=last)).is_contiguous(memory_format=last)
         assert y.is_contiguous(memory_format=last) or not as_torch
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
@@ -140,7 +140,7 @@ def test_weights_as_good_as_the_bits_promise(type_, at_least, kernel) -> None:
     config = {**WEIGHTS, "weight_quant": {"type": type_, "group_size": 64, "scale": "float32"}}
     layer, exact = quantized(conv, config), conv(x)
     sqnr = -20 * torch.log10((layer(x) - exact).norm() / exact.norm())
-    # Gaussian weights: 6.02 dB a bit, less the crest of 64 values; measured 46.5 and 20.
+    # Gaussian weights: 6.02 dB per bit, less the crest factor of 64 values; measured 46.5 and 20.
     assert sqnr > at_least - 4
 
 
@@ -170,7 +170,7 @@ def test_blocks_and_tiles_change_nothing(config, monkeypatch) -> None:
         assert max(calls) <= 500
     else:
         assert len(list(layer._blocks(torch.float32))) == 5
-    # And both are the convolution of the float module that the layer stands for.
+    # Both also equal the convolution of the dequantized float module.
     if not config["input_quant"]:
         torch.testing.assert_close(layer.to_float(torch.float32)(x), whole, rtol=1e-4, atol=1e-4)
 
@@ -209,7 +209,7 @@ def test_statistics_are_those_of_the_windows() -> None:
     stats = observe(model, {"0": conv}, [x, x + 1], {"0": ("hessian",)})["0"]
     rows = []
     for batch in (x, x + 1):
-        # F.unfold orders [channels, positions].
+        # F.unfold orders values by [channels, positions].
         unfolded = F.unfold(batch.double(), 3, padding=1, stride=2).view(2, 3, 9, -1)
         rows.append(unfolded.permute(0, 3, 2, 1).reshape(-1, 27))
     every = torch.cat(rows)
@@ -234,7 +234,7 @@ def test_of_many_windows_some_are_drawn_and_no_value_is_missed(monkeypatch) -> N
     assert found[0].high.max() == 50
     assert found[0].low.min() == -60
     assert torch.equal(found[0].high, x.amax((0, 2, 3)).repeat(9))
-    # Without the two outliers the sample's second moments are those of all windows.
+    # Without the two outliers, the sample's second moments match those of all windows.
     x = x.clamp(-4, 4)
     stats = observe(model, {"0": conv}, [x] * 40, {"0": ("hessian",)})["0"]
     every = F.unfold(x, 3, padding=1).view(2, 3, 9, -1).permute(0, 3, 2, 1).reshape(-1, 27)
@@ -247,7 +247,7 @@ def test_of_many_windows_some_are_drawn_and_no_value_is_missed(monkeypatch) -> N
 @torch.no_grad()
 def test_gptq_and_smooth_pay_on_convolutions() -> None:
     conv = nn.Conv2d(32, 32, 3, padding=1)
-    # Neighbouring pixels and channels are alike, and one channel is large.
+    # Neighboring pixels and channels are correlated, and one channel is large.
     base = F.avg_pool2d(torch.randn(6, 4, 20, 20), 3, 1)
     x = torch.einsum("bchw,dc->bdhw", base, torch.randn(32, 4)) + 0.05 * torch.randn(6, 32, 18, 18)
     x[:, 5] *= 30
@@ -276,7 +276,7 @@ def test_nan_in_calibration_is_named() -> None:
 
 @torch.no_grad()
 def test_causal_convolutions_keep_their_cache() -> None:
-    """Wan's pads with earlier frames by itself, and its autoencoder counts them by their class."""
+    """Wan's convolution pads with earlier frames itself, and its autoencoder counts such layers by class."""
     conv, x = WanCausalConv3d(8, 8, 3, padding=1), torch.randn(1, 8, 4, 5, 5)
     cache = torch.randn(1, 8, 2, 5, 5)
     layer = quantized(conv, WEIGHTS)
@@ -286,7 +286,7 @@ def test_causal_convolutions_keep_their_cache() -> None:
     for kwargs in ({}, {"cache_x": cache}):
         torch.testing.assert_close(layer(x, **kwargs), float_again(x, **kwargs), rtol=1e-4, atol=1e-4)
     assert not torch.equal(layer(x), layer(x, cache))
-    # Calibration sees what is convolved, cache included.
+    # Calibration sees what is convolved, including the cache.
     found = observe(nn.Sequential(conv), {"0": conv}, [x], {"0": ()})["0"]
     assert found.count == 4 * 25
 
@@ -295,7 +295,7 @@ def test_which_subclasses_leave_their_weight_to_torch() -> None:
     assert kind_of(CogVideoXSafeConv3d(8, 8, 3)) is QuantConv
     for other in (MMAudioMPConv1d(8, 8, 3), WeightStandardizedConv2d(8, 8, 3)):
         assert kind_of(other) is None
-        assert f"whose class, {type(other).__name__}, uses the weight by itself" in refusal(other)
+        assert f"whose class, {type(other).__name__}, uses the weight directly" in refusal(other)
 
     class Scaled(nn.Conv2d):
         def forward(self, input):
@@ -358,7 +358,7 @@ def test_gradients_are_those_of_the_effective_weight() -> None:
 
 @pytest.mark.parametrize("config", [WEIGHTS, DYNAMIC], ids=["weight-only", "w8a8"])
 def test_an_adapter_on_a_convolution_trains(config) -> None:
-    """peft makes its own convolutions by the class of the one that it adapts."""
+    """peft chooses its convolutions by the class of the adapted one."""
     model, x = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 1)), torch.randn(2, 8, 6, 6)
     hfquant.quantize(model, None, {"default": config})
     before = model(x).detach()
@@ -381,7 +381,7 @@ def test_compiled_whole(config) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_weights_alone_on_kernels_and_in_torchs_convolution_agree(case, dtype, monkeypatch) -> None:
-    """Unfolded where a kernel of ours is faster; the same to rounding of the output either way."""
+    """Convolutions are unfolded if one of hfquant's kernels is faster; the result is equal up to output rounding."""
     make, shape = CONVS[case]
     conv, x = make(), torch.randn(shape)
     layer = quantized(conv, WEIGHTS | {"real_quant": True})
@@ -391,7 +391,7 @@ def test_weights_alone_on_kernels_and_in_torchs_convolution_agree(case, dtype, m
         monkeypatch.setattr(QuantConv, "_unfolds", lambda self, x, unfolds=unfolds: unfolds)
         results.append([layer(x), layer(x[0]), layer(x[:0])])
     exact = oracle(conv, x, False)
-    # The input is rounded once, the weight on one of the ways, the output once.
+    # The input and the output are rounded once each, and on one of the two paths the weight is too.
     tolerance = 3 * torch.finfo(dtype).eps
     for found in results:
         assert all(y.dtype == dtype and y.is_contiguous() for y in found)
@@ -402,11 +402,11 @@ def test_weights_alone_on_kernels_and_in_torchs_convolution_agree(case, dtype, m
 
 @torch.no_grad()
 def test_weights_alone_are_unfolded_where_that_is_faster(monkeypatch) -> None:
-    """In half precision, for enough output channels; not on fakes, for gradients, or where no kernel is."""
+    """In half precision with enough output channels; not for fakes, gradients, or if there is no kernel."""
     config = WEIGHTS | {"real_quant": True}
     layer, small = (quantized(nn.Conv2d(32, out, 3, padding=1), config) for out in (192, 191))
     x = torch.randn(1, 32, 8, 8, dtype=torch.bfloat16)
-    # A machine without kernels of ours for it has torch's convolution.
+    # Without a suitable hfquant kernel, the machine uses torch's convolution.
     there = pick(layer.product, "cpu", torch.bfloat16, 64, 192) is not dequantize.KERNEL
     assert layer._unfolds(x) == layer._unfolds(x.half()) == there
     assert not layer._unfolds(x.float())

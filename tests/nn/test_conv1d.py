@@ -51,7 +51,7 @@ def test_gpt2(preset, tmp_path) -> None:
     assert stored["transformer.h.0.attn.c_attn.weight"].shape[:2] == (1, 96)
     loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
     assert torch.equal(loaded(**ids).logits, output)
-    # In float it is a Conv1D again, so a plain GPT-2 takes its checkpoint.
+    # Dequantized it is a Conv1D again, so a plain GPT-2 can load its checkpoint.
     hfquant.dequantize(loaded)
     assert type(loaded.transformer.h[0].attn.c_attn) is Conv1D
     loaded.save_pretrained(tmp_path / "float")

@@ -63,7 +63,7 @@ def test_int8_rows_against_float64() -> None:
 
 
 def test_nothing_but_the_weight_is_quantized() -> None:
-    """Whatever the config asks for of inputs, transforms and roundings: an embedding multiplies nothing."""
+    """The config's input format, transform and rounding do not apply, since an embedding multiplies nothing."""
     fields = {"input_quant": {"type": "int8"}, "opt": {"type": "svd"}, "calib": {"type": "gptq", "group_size": 4}}
     layer = quantized(nn.Embedding(8, 8), {"type": "int4"}, **fields)
     assert layer.plan.config.input_quant is None
@@ -77,7 +77,7 @@ def test_it_needs_to_be_asked_for() -> None:
     assert hfquant.plan(model, "w8a16").skipped == {"embed": "an embedding"}
     found = hfquant.plan(model, {"default": {}, "embed": {"enable": True}})
     assert list(found.layers) == ["embed", "up"]
-    with pytest.raises(hfquant.ConfigError, match=r"include: unknown name 'embedding'; there are .*embeddings"):
+    with pytest.raises(hfquant.ConfigError, match=r"include: unknown name 'embedding'; available: .*embeddings"):
         hfquant.plan(model, {"default": {"include": ["embedding"]}})
     with pytest.raises(hfquant.ConfigError, match=r"include: expected a list of names, got 'embeddings'"):
         hfquant.plan(model, {"default": {"include": "embeddings"}})
@@ -104,7 +104,7 @@ def test_dtype_is_the_model_s() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_scaled_embeddings(dtype) -> None:
-    """Gemma's rounds its scale to the weight's dtype, Bart's does not."""
+    """Gemma's embedding rounds its scale to the weight's dtype; Bart's does not."""
     ids = torch.arange(10)
     for kind in (GemmaTextScaledWordEmbedding, BartScaledWordEmbedding):
         embedding = kind(10, 16, 0, embed_scale=3.3).to(dtype)
@@ -113,7 +113,7 @@ def test_scaled_embeddings(dtype) -> None:
         assert type(float_again) is kind
         torch.testing.assert_close(layer(ids), float_again(ids))
         assert (layer(ids) - embedding(ids)).norm() < 0.02 * embedding(ids).norm()
-    # As when a checkpoint is loaded into an empty model, whose buffers have no values.
+    # This happens when a checkpoint is loaded into an empty model, whose buffers have no values.
     with torch.device("meta"):
         embedding = GemmaTextScaledWordEmbedding(10, 16, 0, embed_scale=3.3)
     assert kind_of(embedding) is QuantEmbedding

@@ -1,4 +1,4 @@
-"""QuantExperts: solved experts stacked, against each one's own linear and loops in float64."""
+"""QuantExperts: stacked solved experts, against each expert's own linear, and against loops in float64."""
 
 import copy
 from dataclasses import replace
@@ -43,7 +43,7 @@ def expert_of(experts: QuantExperts, projection: str, number: int) -> QuantLinea
 @pytest.mark.parametrize("real", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_expert_is_what_its_linear_would_be(name: str, real: bool) -> None:
-    """Bit for bit, real and fake, in either layout of the float parameters."""
+    """Bit for bit, with real and fake quantization, in either layout of the float parameters."""
     model = Model(transposed=name != "weights", bias=True)
     applied = quantized(model, CONFIGS[name])
     experts = model.experts
@@ -64,7 +64,7 @@ def test_an_expert_is_what_its_linear_would_be(name: str, real: bool) -> None:
 
 
 def test_codes_times_scales() -> None:
-    """INT8 weights alone, decoded by hand in float64: within float32's sums of the loops over tokens."""
+    """Weight-only INT8, decoded by hand in float64: equal to loops over tokens up to float32's summation error."""
     model = Model(bias=True)
     before = matrices(model.experts, False)
     quantized(model, CONFIGS["weights"])
@@ -75,7 +75,7 @@ def test_codes_times_scales() -> None:
         assert codes.dtype == torch.int8
         assert codes.shape == before[name].shape
         decoded[name] = codes.double() * scale.double()
-        # Half a step at most from the float weight, and scales that reach just to the largest.
+        # Weights are within half a step of the float ones, and scales just reach the largest.
         assert ((decoded[name] - before[name]).abs() <= scale.double() * (0.5 + 1e-5)).all()
         torch.testing.assert_close(scale[..., 0].double(), before[name].abs().amax(-1) / 127, rtol=1e-6, atol=0)
     x, (index, weights) = torch.randn(19, WIDTH), routing(19)
@@ -97,7 +97,7 @@ def test_only_chosen_experts_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["static, smooth", "low rank", "groups, zero points, gptq"])
 def test_an_expert_without_rows_is_rounded_to_nearest(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Its transform does nothing, its static scale clips nothing that the others' kept, and one line names it."""
+    """Its transform is neutral, its static scale clips nothing that the others keep, and one line names it."""
     model = Model()
     float_weights = matrices(model.experts, False)
     applied = quantized(model, CONFIGS[name])
@@ -130,7 +130,7 @@ def test_an_expert_without_rows_is_rounded_to_nearest(name: str, caplog: pytest.
 
 @pytest.mark.parametrize("calib", ["amax", "gptq"])
 def test_an_expert_without_rows_is_rotated_like_the_others(calib: str) -> None:
-    """All share one plan, by which the inputs of each are rotated."""
+    """All experts share one plan, so the inputs of each are rotated."""
     model = Model()
     float_weights = matrices(model.experts, False)
     opt = {"type": "smooth_hadamard", "block_size": 4}
@@ -149,7 +149,7 @@ def test_an_expert_without_rows_is_rotated_like_the_others(calib: str) -> None:
 
 
 def test_thirty_two_rows_are_enough() -> None:
-    """Counted by the model's own choices; what fewer rows say is still reported."""
+    """Rows are counted by the model's own routing; the error is reported even for fewer rows."""
     torch.manual_seed(5)
     model, batches = Model(), [torch.randn(1, 31, WIDTH), torch.randn(1, 31, WIDTH)]
     rows = model.first(torch.cat(batches)).view(-1, WIDTH)
@@ -168,7 +168,7 @@ def test_thirty_two_rows_are_enough() -> None:
 
 
 def test_two_scales_in_one_expert_are_two_in_all() -> None:
-    """The data decides on DualScale an expert; a stack has one plan, so an expert that needs one scale has it twice."""
+    """The data decides on DualScale per expert, but a stack has one plan: experts with one scale store it twice."""
     generator = torch.Generator().manual_seed(0)
     rows = [F.silu(torch.randn(64, INNER, generator=generator) * 3), torch.randn(64, INNER, generator=generator)]
     config = parse({"default": {"opt": {"type": "default"}}}).default
@@ -190,7 +190,7 @@ def test_two_scales_in_one_expert_are_two_in_all() -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_back_to_floats(transposed: bool) -> None:
-    """The original class, its parameters' shapes and layout, and what the codes stood for."""
+    """Restores the original class, the shapes and layout of its parameters, and the values of the codes."""
     model = Model(transposed, bias=True)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     before = matrices(model.experts, transposed)
@@ -211,7 +211,7 @@ def test_back_to_floats(transposed: bool) -> None:
 
 
 def test_a_projection_alone() -> None:
-    """What is switched off stays a float parameter, and runs as one."""
+    """A disabled projection stays a float parameter and runs as one."""
     model = Model(transposed=True, bias=True)
     down = model.experts.down_proj
     rules = QuantRules({"default": CONFIGS["weights"], "*.down_proj*": {"enable": False}})
@@ -231,7 +231,7 @@ def test_a_projection_alone() -> None:
 
 
 def test_gradients_reach_the_input() -> None:
-    """Those of the weights that the codes stand for, to the tokens and to the router's weights."""
+    """The gradients are those of the dequantized weights, with respect to the tokens and the router's weights."""
     model = Model(bias=True)
     quantized(model, CONFIGS["weights"])
     float_model = dequantized(copy.deepcopy(model), torch.float32)
@@ -250,7 +250,7 @@ def test_gradients_reach_the_input() -> None:
 
 
 def test_tensors_by_name_and_dtype() -> None:
-    """Few, stacked, named after the float parameters; codes and scales keep their dtypes in any cast; copies run."""
+    """Few stacked tensors, named after the float parameters; any cast keeps codes' and scales' dtypes; copies run."""
     model = Model(bias=True)
     quantized(model, CONFIGS["low rank"])
     experts = model.experts
@@ -276,7 +276,7 @@ def test_tensors_by_name_and_dtype() -> None:
 
 
 def test_codes_go_to_disk_and_back() -> None:
-    """Of rank 4, which no float parameter of experts takes."""
+    """Codes are stored with rank 4, which no float parameter of experts accepts."""
     model = Model()
     quantized(model, CONFIGS["fp8"])
     experts = model.experts
@@ -297,7 +297,7 @@ def test_codes_go_to_disk_and_back() -> None:
 def test_bad_tensors_are_refused() -> None:
     model = Model()
     quantized(model, CONFIGS["dynamic"])
-    with pytest.raises(ValueError, match="QuantExperts has no tensor 'smooth'; there are gate_up_proj, "):
+    with pytest.raises(ValueError, match="QuantExperts has no tensor 'smooth'; available: gate_up_proj, "):
         model.experts.set_tensor("smooth", torch.ones(1))
     with pytest.raises(
         ValueError, match=r"tensor 'down_proj': expected shape \(5, 12, 7\) of torch.int8, got \(12, 7\)"

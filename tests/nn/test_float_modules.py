@@ -1,4 +1,4 @@
-"""Which subclasses of ``nn.Linear`` are linears, and what is remembered of a float module."""
+"""Which subclasses of ``nn.Linear`` count as linears, and what is remembered of a float module."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Scaled(nn.Linear):
 
 
 class Forgets(nn.Linear):
-    """Right without a bias alone."""
+    """Correct only without a bias."""
 
     def forward(self, input):
         return input @ self.weight.T
@@ -65,7 +65,7 @@ def test_linears(kind, device) -> None:
     with torch.device(device):
         module = kind(7, 3)
     after = torch.get_rng_state()
-    assert is_plain_linear(module) == (kind is not nn.Linear)  # torch's own classes are not asked
+    assert is_plain_linear(module) == (kind is not nn.Linear)  # torch's own classes are not checked
     assert torch.equal(torch.get_rng_state(), after)
     assert device == "cpu" or torch.equal(before, after)
 

@@ -1,4 +1,4 @@
-"""The table: which modules are taken, by what, and why others are not."""
+"""The table of kinds: which modules can be quantized, by which kind, and why others cannot."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_what_is_taken(module, kind, size, device) -> None:
     assert kind_of(module) is kind
     assert size_of(module) == size
     assert refusal(module) == ""
-    # A matrix is the inverse of its float weight, whatever the shape.
+    # ``float_weight`` inverts ``matrix`` for any shape.
     weight = torch.arange(float(torch.Size(module.weight.shape).numel())).view(module.weight.shape)
     assert torch.equal(kind.float_weight(kind.matrix(weight), weight.shape), weight)
 
@@ -114,7 +114,7 @@ def test_falcon() -> None:
 
 
 def test_what_falcon_adds_in_place_may_have_a_gradient() -> None:
-    """The residual is added to a layer's output where it lies."""
+    """Falcon adds the residual to a layer's output in place."""
     model = nn.Sequential(nn.Linear(8, 8))
     hfquant.quantize(model, None, "w8a8-dynamic")
     x = torch.randn(2, 3, 8, requires_grad=True)

@@ -1,4 +1,4 @@
-"""QuantLinear: what it computes, against float64, in every format, plan and way to run; and what it is as a module."""
+"""QuantLinear: its results against float64 in every format, plan and mode, and its behavior as a module."""
 
 import copy
 
@@ -111,7 +111,7 @@ def test_strided_inputs_and_autocast(real) -> None:
 
 @pytest.mark.parametrize("real", [False, True])
 def test_extreme_codes(real) -> None:
-    """Full-range codes on both sides: where saturating 16-bit sums go wrong."""
+    """Full-range codes on both sides, where saturating 16-bit sums go wrong."""
     for dtype, wide in (("int8", 512), ("int4", 512), ("int6", 100), ("int16", 300)):
         limit = int(FORMATS[dtype].qmax)
         for dual in ((True,), (False,)):
@@ -213,7 +213,7 @@ def test_tensors_are_as_planned(dtype, case) -> None:
         assert layer.weight.shape == (OUT, -(-IN * bits // 8) if bits < 8 else IN)
         assert layer.weight.dtype in (torch.int8, torch.int16)
         assert layer.weight.nbytes == OUT * IN * bits / 8
-        # Nothing flat to slice wrongly, nothing without a dimension.
+        # No flat tensors that could be sliced wrongly, and none without a dimension.
         assert all(t.dim() == 2 for n, t in layer.state_dict().items() if n.startswith("weight") or n.startswith("svd"))
         assert all(t.dim() >= 1 for t in layer.state_dict().values())
         assert [n for n, _ in layer.named_parameters()] == ["weight", "bias"]
@@ -285,7 +285,7 @@ def test_state_dict_deepcopy_and_meta(real) -> None:
 
 
 def test_gradients_reach_the_input() -> None:
-    """An adapter before a quantized linear must be able to train."""
+    """An adapter in front of a quantized linear must be able to train."""
     layer, _ = layer_of(Case(WeightQuant()).plan(None))
     for real in (False, True):
         layer.real_quant = real
@@ -316,7 +316,7 @@ def test_set_tensor() -> None:
         for name, value in {**layer.state_dict(), "weight": codes}.items():
             other.set_tensor(name, value)
         assert torch.equal(other(x), y)
-    # The model's dtype is whatever it is.
+    # The model's dtype is accepted, whatever it is.
     other.set_tensor("svd_up", layer.svd_up.bfloat16())
     other.set_tensor("bias", layer.bias.double())
     wrong = {
@@ -341,7 +341,7 @@ def test_set_tensor() -> None:
             with pytest.raises(ValueError, match=rf"tensor '{name}': expected shape .* got "):
                 layer.set_tensor(name, value)
     for name in ("qweight", "plan", "weight_zero"):
-        with pytest.raises(ValueError, match=f"no tensor '{name}'; there are weight, .*weight_scale"):
+        with pytest.raises(ValueError, match=f"no tensor '{name}'; available: weight, .*weight_scale"):
             layer.set_tensor(name, torch.zeros(1))
     plain, _ = layer_of(Case(WeightQuant()).plan(None), bias=False)
     for name in ("bias", "smooth", "input_scale"):
@@ -375,7 +375,7 @@ def test_reset_parameters_is_harmless() -> None:
 
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_codes_go_to_disk_and_back(dtype) -> None:
-    """Of rank 3, which no plain linear takes; FP8 as uint8, which no INT8 layer takes, nor the other way round."""
+    """Stored with rank 3, which no plain linear accepts; FP8 as uint8, which INT8 layers refuse, and vice versa."""
     case = Case(WeightQuant(type=dtype))
     layer, tensors = layer_of(case.plan(None), bias=False)
     stored = layer.codes_on_disk()
@@ -391,7 +391,7 @@ def test_codes_go_to_disk_and_back(dtype) -> None:
         assert torch.equal(other.weight, layer.weight)
         assert torch.equal(other.codes(), tensors["weight"])
         assert torch.equal(other(x), layer(x))
-    # As it is on disk it runs too: offloaded weights come straight from there.
+    # The layer also runs with weights as stored on disk, since offloaded weights come straight from there.
     layer_on_disk = copy.deepcopy(layer)
     layer_on_disk.weight = nn.Parameter(stored, requires_grad=False)
     assert torch.equal(layer_on_disk(x), layer(x))

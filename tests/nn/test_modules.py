@@ -1,4 +1,4 @@
-"""Quantized modules within a model: put in place, taken out, switched, counted; accelerate's hooks move along."""
+"""Quantized modules in a model: inserted, removed, switched, counted, along with accelerate's hooks."""
 
 import copy
 import logging
@@ -46,7 +46,7 @@ def test_replace_modules_everywhere() -> None:
 
 
 class Listed(nn.Module):
-    """Runs what a plain list and a tuple hold, as MaskFormer's convolutions do; names are registered beside them."""
+    """Runs modules from a plain list and a tuple, like MaskFormer's convolutions, and also registers them by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_accelerate_hooks_move_along(how, tmp_path) -> None:
     assert torch.equal(model(x), plain(x))
     assert torch.equal(model(x), plain(x))
     assert model[2].weight.is_meta
-    # And back, as a failing caller would.
+    # And back, as a caller does after a failure.
     replace_modules(model, dict(zip(new, old, strict=True)))
     assert torch.equal(model(x), y)
 
@@ -146,7 +146,7 @@ def test_dequantized() -> None:
 
 
 def test_the_share_that_was_quantized(caplog) -> None:
-    """Embeddings, vectors and what is not to be counted stay out of it."""
+    """Embeddings, vectors and uncounted modules are left out of the share."""
     model = nn.ModuleDict({"a": nn.Linear(IN, IN), "b": nn.Linear(IN, OUT), "embed": nn.Embedding(999, IN)})
     model["head"] = nn.Linear(IN, 999)
     replace_modules(model, {model["a"]: quantized_twin(model["a"])})

@@ -1,4 +1,4 @@
-"""Windows against loops, tiles against the grid they cover."""
+"""Windows against loops, and tiles against the grid that they cover."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_tiles_cover_the_grid_once_and_in_order(sizes, points) -> None:
     parts = [grid[tile].flatten() for tile in tiles(sizes, points)]
     assert torch.equal(torch.cat(parts), grid.flatten())
     assert all(1 <= len(part) <= points for part in parts)
-    # No needless cuts: whole rows, and whole planes, where they fit.
+    # No unnecessary splits: whole rows, and whole planes if they fit.
     assert len(parts) <= 2 * max(-(-grid.numel() // points), 1) * max(sizes)
 
 

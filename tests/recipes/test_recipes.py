@@ -1,4 +1,4 @@
-"""The recipes that come with hfquant: each is valid, fits the published configs, and runs on a model of its class."""
+"""The bundled recipes: each is valid, fits the published configs, and runs on a model of its class."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hfquant.recipes.schema import Recipe
 from tests.recipes.tiny import PUBLISHED, tiny_model
 
 NAMES = recipes.names()
-#: One target of each family runs always, the others among the slow tests.
+#: One target of each family always runs; the others are slow tests.
 ONE_EACH = {name.rpartition("-")[0]: name for name in sorted(NAMES, key=lambda n: ("w4a8" in n, "w4a16" in n))}
 
 
@@ -28,12 +28,12 @@ def folder(recipe: Recipe) -> str:
 
 
 def by_family() -> list[object]:
-    """All names, those that are not the one of their family marked slow."""
+    """Return all names, with all but one per family marked slow."""
     return [n if n in ONE_EACH.values() else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 
 
 def random_like(value: object) -> object:
-    """Inputs of the same shapes with other numbers."""
+    """Return inputs of the same shapes with other numbers."""
     if isinstance(value, Tensor):
         return torch.randn(value.shape) if value.is_floating_point() else value
     if isinstance(value, dict):
@@ -106,7 +106,7 @@ def _reloaded(model: nn.Module, inputs: dict[str, Tensor], path) -> Tensor:
 
 
 def _tensor(output: object) -> Tensor:
-    """The first floating tensor of an output."""
+    """Return the first floating-point tensor of an output."""
     values = output.values() if hasattr(output, "values") else output if isinstance(output, (list, tuple)) else [output]
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -125,7 +125,7 @@ class TestBadRecipes:
     def test_unknown_name(self):
         with pytest.raises(ConfigError, match=r"unknown recipe 'flux1-w4'; did you mean .*flux1-w4a"):
             recipes.load("flux1-w4")
-        with pytest.raises(ConfigError, match="unknown recipe 'zzz'; there are"):
+        with pytest.raises(ConfigError, match="unknown recipe 'zzz'; available:"):
             recipes.load("zzz")
 
     def test_not_a_file(self, tmp_path):
@@ -154,7 +154,7 @@ class TestBadRecipes:
                 {"calibration": {"data": {"dataset": "y"}, "sampler": {"type": "uniform", "mean": 0.3}}},
                 "normal sampler",
             ),
-            ({"affiner": {"type": "blockwise"}}, "no diffusion pipeline"),
+            ({"affiner": {"type": "blockwise"}}, "not a diffusion pipeline"),
         ],
     )
     def test_each_fault_is_named(self, change, message):

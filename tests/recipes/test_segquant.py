@@ -1,4 +1,4 @@
-"""Files as the SegQuant reference implementation has them become recipes."""
+"""Config files of the SegQuant reference implementation become recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small random models of the classes that recipes are for: the published configs with other sizes."""
+"""Small random models of the classes that recipes target: the published configs with other sizes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _T5 = {
     "decoder_start_token_id": 0,
 }
 
-#: What differs from the published config, by class.
+#: Differences from the published config, by class.
 TINY: dict[str, dict[str, Any]] = {
     "FluxTransformer2DModel": {
         **_FLUX,
@@ -198,14 +198,14 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def published_config(model: str, component: str) -> dict[str, Any]:
-    """The published config of a component; that of what is no pipeline is called "model"."""
+    """Return the published config of a component; a model that is not part of a pipeline is called "model"."""
     folder = PUBLISHED / model.rpartition("/")[2]
     file = folder / "config.json" if component == "model" else folder / component / "config.json"
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def tiny_model(model: str, component: str) -> nn.Module:
-    """A small random model of the class that a published component has."""
+    """Return a small random model of a published component's class."""
     config = published_config(model, component)
     torch.manual_seed(0)
     if name := config.pop("_class_name", None):

@@ -1,4 +1,4 @@
-"""Quantized folders to report on: the digits pipeline with data, a tiny Llama without."""
+"""Quantized folders to report on: the digits pipeline with calibration, a tiny Llama without."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hfquant.recipes.run import save
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits pipeline, its denoiser quantized with calibration: segments, dual scales, low rank."""
+    """The digits pipeline with a calibrated denoiser: segments, dual scales, low rank."""
     folder = tmp_path_factory.mktemp("report") / "digits"
     pipe = load_digits_pipeline()
     labels = [{"class_labels": [i, i + 5]} for i in range(3)]

@@ -1,4 +1,4 @@
-"""The estimate of what calibration takes: what can be checked of it without a clock."""
+"""The estimate of calibration cost, as far as it can be checked without a clock."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_memory_that_is_short_takes_more_passes(monkeypatch):
 
 @pytest.fixture
 def a_second_each(monkeypatch):
-    """Every measurement takes a second, so that what is left is how they are counted."""
+    """Make every measurement take one second, so that only the counting remains."""
     monkeypatch.setattr(estimate, "_seconds", lambda call: (call(), 1.0)[1])
 
 
@@ -64,7 +64,7 @@ def test_each_expert_of_a_parameter_is_solved_and_sees_what_is_routed_to_it(a_se
 
 
 def test_what_the_first_use_takes_is_not_counted(monkeypatch):
-    """The kernels may be compiled then."""
+    """The kernels may be compiled at that point."""
     took = iter([1000.0, 1000.0, 1000.0, 1.0, 1.0, 1.0])
     monkeypatch.setattr(estimate, "_seconds", lambda call: (call(), next(took))[1])
     model = nn.Sequential(nn.Linear(96, 32))
@@ -73,7 +73,7 @@ def test_what_the_first_use_takes_is_not_counted(monkeypatch):
 
 
 def test_a_convolution_counts_with_every_position_of_its_kernel(a_second_each):
-    """One beyond the size that is measured: scaled up by the columns of its window, not by its channels."""
+    """The layer exceeds the measured size, so its cost is scaled up by its window's columns, not by its channels."""
     model = nn.Sequential(nn.Conv2d(512, 64, 3))
     plan = hfquant.plan(model, "w4a16-gptq")
     cost = calibration_cost(model, plan, tokens=64, measured=64)

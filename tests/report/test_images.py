@@ -1,4 +1,4 @@
-"""Pictures of two pipelines from equal noise."""
+"""Images of two pipelines from equal noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hfquant.report.images import compare_pipelines, save_pairs
 
 
 class Painter:
-    """A pipeline whose pictures are noise from its generator, plus a constant."""
+    """A pipeline whose images are noise from its generator plus a constant."""
 
     def __init__(self, offset: float = 0.0, side: int = 24, frames: int = 0) -> None:
         self.offset, self.side, self.frames = offset, side, frames

@@ -1,4 +1,4 @@
-"""What the report says of a layer in a line."""
+"""The report's one-line description of a layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report's page: what it says, and in headless Chromium that sorting, filtering and the slider work."""
+"""The report page: what it says, and that sorting, filtering and the slider work in headless Chromium."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NEEDS_CHROMIUM = pytest.mark.skipif(
 def report(digits) -> Report:
     images = tuple((torch.rand(3, 8, 8), torch.rand(3, 8, 8)) for _ in range(2))
     figures = (Figure("PSNR", 30.1, 0.4, "dB"),)
-    comparison = PipelineComparison(figures, images, {"FID": "it needs <100> images"})
+    comparison = PipelineComparison(figures, images, {"FID": "requires <100> images"})
     speed = [("one call", 1.0, 0.5)]
     return Report("digits", read_folder(digits)[1], comparison, speed, "a machine", notes=["a note"])
 
@@ -55,7 +55,7 @@ class TestWhatItSays:
         assert all(f">{layer.name}<" in text for layer in model.layers)
         assert f"{model.bits:.2f}" in text
         assert "30.1 ± 0.4 dB" in text
-        assert "FID was left out: it needs <100> images" in text
+        assert "FID not computed: requires <100> images" in text
         assert "2.00" in text
         assert text.count('<figure class="pair') == 2
 
@@ -79,7 +79,7 @@ class TestWhatItSays:
 
     def test_without_measurements(self, llama):
         text = page(Report("llama", read_folder(llama)[1]))
-        assert "No errors were measured" in text
+        assert "Errors were not measured" in text
         assert 'class="chart"' not in text
         headings = set(re.findall(r"<button type=\"button\">([^<]*)<", text))
         assert "Weight" in headings
@@ -137,7 +137,7 @@ class TestOverrides:
 
 
 def run_in_browser(text: str, script: str, folder: Path) -> dict[str, object]:
-    """Run a script in the page; it fills `result`. What the console says counts as a failure."""
+    """Run a script in the page, which fills `result`. Any console message counts as a failure."""
     assert CHROMIUM, "CI has no Chromium: .ci/run installs it"
     probe = f"<script>const result = {{}};{script};document.title = JSON.stringify(result);</script></body>"
     file = folder / "page.html"
@@ -231,7 +231,7 @@ class TestGather:
         found = gather(llama, str(tmp_path / "full"), inputs)
         assert {figure.name for figure in found.comparison.figures} >= {"KL divergence", "perplexity"}
         ((what, before, after),) = found.speed
-        assert what == "one forward, inputs 1 x 8"
+        assert what == "one forward pass, inputs 1 x 8"
         assert min(before, after) > 0
         assert "thread" in found.machine
 

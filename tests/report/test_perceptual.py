@@ -1,4 +1,4 @@
-"""LPIPS, CLIP score and FID where they run: on small models of this file's own, given as torchmetrics takes them."""
+"""LPIPS, CLIP score and FID when they can run: on small models defined here, passed the way torchmetrics expects."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def images(count: int, sides: tuple[int, ...] = (SIDE,), noise: float = 0.1) -> 
 
 @pytest.fixture
 def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A CLIP with random weights and a tokenizer of words, where the large one is looked for."""
+    """A CLIP with random weights and a word-level tokenizer, in place of the large one."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(
@@ -59,7 +59,7 @@ def test_clip_score_is_the_cosine_of_image_and_prompt(clip):
         scores = []
         for pair, prompt in zip(pairs, prompts, strict=True):
             picture = (pair[which] * 255).round().byte()
-            # CLIP's text model has eight positions.
+            # CLIP's text model has eight positions here.
             words = processor(text=[prompt], return_tensors="pt")["input_ids"][:, :8]
             with torch.no_grad():
                 seen = model.get_image_features(**processor(images=[picture], return_tensors="pt")).pooler_output
@@ -75,11 +75,11 @@ def test_clip_score_needs_prompts_and_weights(clip, monkeypatch):
     pairs = images(2)
     assert "a prompt for each image" in perceptual_figures(pairs, ["a house", None])[1]["CLIP score"]
     monkeypatch.setattr(perceptual, "CLIP", "me/clip")
-    assert "not in the cache: hf download me/clip" in perceptual_figures(pairs, ["a", "a"])[1]["CLIP score"]
+    assert "download them with: hf download me/clip" in perceptual_figures(pairs, ["a", "a"])[1]["CLIP score"]
 
 
 class Colours(nn.Module):
-    """Features of an image: mean and spread of each colour."""
+    """Features of an image: mean and standard deviation of each color."""
 
     num_features = 6
 
@@ -97,7 +97,7 @@ def test_fid_is_the_distance_of_two_gaussians(monkeypatch):
     (found,) = figures
     features = [np.stack([Colours()(pair[which][None])[0].double().numpy() for pair in pairs]) for which in (0, 1)]
     (m0, m1), (c0, c1) = [f.mean(0) for f in features], [np.cov(f, rowvar=False) for f in features]
-    # The trace of the root of a product of two covariances, by the symmetric form of it.
+    # The trace of the square root of a product of two covariances, in its symmetric form.
     values, vectors = np.linalg.eigh(c0)
     root = vectors * np.sqrt(values) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ c1 @ root)).sum()
@@ -118,7 +118,7 @@ def stand_in(seen: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> Callable[...,
 
 
 def test_lpips_is_the_mean_of_the_pairs(monkeypatch):
-    """Its network needs torchvision: this is how it is called."""
+    """Its network needs torchvision, so this only checks how it is called."""
     seen: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
     name = "learned_perceptual_image_patch_similarity"
     monkeypatch.setattr(torchmetrics.functional.image, name, stand_in(seen), raising=False)
@@ -138,7 +138,7 @@ def test_images_too_small_for_lpips(monkeypatch):
     small = [(torch.rand(3, 8, 8), torch.rand(3, 8, 8))]
     name = "learned_perceptual_image_patch_similarity"
     monkeypatch.setattr(torchmetrics.functional.image, name, stand_in([]), raising=False)
-    assert "at least 32 pixels a side, and these have 8" in perceptual_figures(small, [None])[1]["LPIPS"]
+    assert "at least 32 pixels per side, got 8" in perceptual_figures(small, [None])[1]["LPIPS"]
 
 
 def test_a_metric_that_fails_leaves_the_others(monkeypatch):

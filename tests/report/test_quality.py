@@ -1,4 +1,4 @@
-"""Figures of two models against sums written out in float64."""
+"""Metrics of two models against sums written out in float64."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_language_models(pair):
     assert found["KL divergence"][0] == pytest.approx(sum(kl) / total, rel=1e-4)
     assert found["perplexity, reference"][0] == pytest.approx(math.exp(sum(losses[0]) / total), rel=1e-5)
     assert found["perplexity"][0] == pytest.approx(math.exp(sum(losses[1]) / total), rel=1e-5)
-    assert found["same first choice"][0] == pytest.approx(100 * sum(agree) / total)
+    assert found["top-1 agreement"][0] == pytest.approx(100 * sum(agree) / total)
     mean = sum(kl) / total
     spread = sum((k - mean * n) ** 2 for k, n in zip(kl, counts, strict=True))
     assert found["KL divergence"][1] == pytest.approx(math.sqrt(spread * 3 / 2) / total, rel=1e-3)
@@ -61,7 +61,7 @@ def test_language_models(pair):
 def test_a_model_is_equal_to_itself(pair):
     found = figures(compare_models(pair[0], pair[0], windows()))
     assert found["KL divergence"][0] == pytest.approx(0, abs=1e-7)
-    assert found["same first choice"][0] == 100
+    assert found["top-1 agreement"][0] == 100
 
 
 def test_padding_does_not_count(pair):
@@ -97,8 +97,8 @@ class Encoder(nn.Module):
 
 def test_hidden_states():
     found = figures(compare_models(Encoder(1.0), Encoder(1.1), [torch.randn(2, 5, 4), torch.randn(2, 3, 4)]))
-    assert found["signal to noise of hidden states"][0] == pytest.approx(20, abs=1e-3)
-    assert found["cosine of hidden states"][0] == pytest.approx(1)
+    assert found["SQNR of hidden states"][0] == pytest.approx(20, abs=1e-3)
+    assert found["cosine similarity of hidden states"][0] == pytest.approx(1)
 
 
 def test_bad_models(pair):

@@ -1,4 +1,4 @@
-"""Planned sizes are those of the files that come of the plan."""
+"""Planned sizes equal those of the files written by that plan."""
 
 from __future__ import annotations
 

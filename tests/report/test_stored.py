@@ -1,4 +1,4 @@
-"""What a quantized folder holds, read from its files' headers alone."""
+"""The contents of a quantized folder, read only from its files' headers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_experts_of_a_parameter_are_one_entry(tmp_path):
     stored = read_folder(tmp_path)[1]["model"]
     layer = next(x for x in stored.layers if x.name.endswith("experts.down_proj"))
     assert layer.shape == (3 * 64, 96)
-    # Of each expert 96 divisors, and a scale a row for each of the two parts of its input.
+    # Each expert has 96 divisors, and a scale per row for each of the two parts of its input.
     assert layer.bits == 8 + 32 * (96 + 2 * 64) / (64 * 96)
     own = [x for x in model.quant_report.layers if x.name.startswith(layer.name)]
     assert len(own) == 3
@@ -99,7 +99,7 @@ class TestBadFolders:
 
 
 def test_what_layers_share_counts_once(tmp_path):
-    """The head has the embedding's codes: it stores nothing, and its weights are no further ones."""
+    """The head shares the embedding's codes, so it stores nothing and adds no weights to the count."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1, "tie_word_embeddings": True}
     model = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=96, vocab_size=500, **heads))

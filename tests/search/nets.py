@@ -1,4 +1,4 @@
-"""What the tests of the search share: a net of two layers that count differently, its inputs, a plain config."""
+"""Shared by the tests of the search: a net of two layers of different influence, its inputs, a plain config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BASE = {
 
 
 class Net(nn.Module):
-    """Two layers of very different weight in the output."""
+    """Two layers with very different influence on the output."""
 
     def __init__(self) -> None:
         super().__init__()

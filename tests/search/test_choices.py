@@ -1,4 +1,4 @@
-"""What may be chosen from, and what each choice is as a config."""
+"""Valid choices, and the config of each choice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_names_fields_and_presets():
     assert dynamic == parse("w8a8-dynamic").default
     assert (fp8.weight_quant.symmetric, fp8.weight_quant.clip) == (True, "amax")
     for rules in found.values():
-        # The base's own exceptions hold whatever is chosen for the others.
+        # The base's own exceptions hold, whatever is chosen for the other layers.
         assert rules.resolve("block.down").weight_quant.type == "int8"
         assert rules.search is None
 
@@ -34,11 +34,11 @@ def test_labels_differ():
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        (["int4", "int5x"], r"choices\[1\]: unknown number format 'int5x'; there are formats int2.* and presets w8a8"),
+        (["int4", "int5x"], r"choices\[1\]: unknown number format 'int5x'; available: formats int2.* and presets w8a8"),
         (["int4"], "at least two"),
         ("int4", "at least two"),
         (["int4", 5], r"choices\[1\]: expected the name of a format or a preset, or a dict of fields, got 5"),
-        (["int4", {"type": "int4"}], r"choices\[1\]: .* is there already"),
+        (["int4", {"type": "int4"}], r"choices\[1\]: .* is a duplicate"),
         (["int4", {"type": "int4", "groups": 3}], r"choices\[1\]: config\['default'\].*unknown key"),
         (["int8", {"weight_quant": {"group_size": 0}}], r"choices\[1\]: config\['default'\].weight_quant.group_size"),
     ],

@@ -1,4 +1,4 @@
-"""What is measured on, what judges."""
+"""Which samples are used to measure, and which are held out to judge."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hfquant.search.data import apart
 
 
 def test_every_fourth_judges():
-    """So that the timesteps of a denoiser, which come one after the other, are on both sides."""
+    """A denoiser's consecutive timesteps thus end up on both sides."""
     assert apart([0, 1]) == ([0], [1])
     assert apart([0, 1, 2]) == ([0, 1], [2])
     assert apart([0, 1, 2, 3]) == ([0, 1, 2], [3])
@@ -29,7 +29,7 @@ def test_a_single_batch_is_cut():
 
 
 def test_what_all_samples_share_is_not_cut():
-    """FLUX has one table of positions for the whole batch, and more of them than samples."""
+    """FLUX has one table of positions for the whole batch, with more rows than there are samples."""
     sample = {"positions": torch.ones(16, 3), "x": torch.arange(4), "t": torch.arange(4), "text": torch.ones(4, 2)}
     (seen,), (held,) = apart([sample])
     assert seen["positions"] is held["positions"] is sample["positions"]

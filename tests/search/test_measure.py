@@ -1,4 +1,4 @@
-"""What each choice would do to each layer: sizes, errors, kinds of layers."""
+"""The effect of each choice on each layer: sizes, errors, kinds of layers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_sizes_and_errors():
         for option in options:
             layer = found.solved[name][option.name]
             assert option.bytes == sum(t.nbytes for t in layer.solved_tensors().values())
-    # 1000 times the gain, a million times the harm.
+    # 1000 times the gain means a million times the harm.
     assert found.table["loud"][0].error / found.table["quiet"][0].error == pytest.approx(1e6, rel=0.5)
     assert found.table["loud"][0].relative == pytest.approx(found.table["quiet"][0].relative, rel=0.3)
     assert net.loud.weight.requires_grad
@@ -51,7 +51,7 @@ def test_roundings_and_quantized_inputs_are_measured_as_they_are():
     nearest, gptq, inputs4 = found.table["loud"]
     assert gptq.error < 0.9 * nearest.error
     assert gptq.bytes == nearest.bytes
-    assert inputs4.relative > 1e-3  # INT8 weights alone err by less than 1e-4
+    assert inputs4.relative > 1e-3  # weight-only INT8 errs by less than 1e-4
 
 
 class Pixels(nn.Module):
@@ -96,5 +96,5 @@ def test_nothing_ran():
         def forward(self, x: Tensor) -> Tensor:
             return x.requires_grad_()
 
-    with pytest.raises(CalibrationError, match="ran none of the layers"):
+    with pytest.raises(CalibrationError, match="none of the layers that could be quantized ran"):
         measured(Idle(), inputs())

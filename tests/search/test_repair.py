@@ -1,4 +1,4 @@
-"""Judging end to end, and what it mends."""
+"""End-to-end evaluation of choices, and the repairs it leads to."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_role_that_is_thought_little_of_gets_its_bits():
     assert sum(int(label[3:]) for label in chosen.values()) <= limit
     first, least = judged(start).mean(), judged(best).mean()
     assert divergences.mean() == judged(chosen).mean()
-    # Most of what there is to gain.
+    # Most of the possible gain is achieved.
     assert (first - divergences.mean()) > 0.8 * (first - least)
 
 

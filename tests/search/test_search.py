@@ -1,4 +1,4 @@
-"""Bits a layer under a budget, from a model to a config, and as part of a config."""
+"""Bits per layer under a budget: from a model to a config, and as part of a config."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class TestBadInput:
             search(Net(), inputs(), 5, ("int4", "int5x"), BASE)
 
     def test_a_budget_that_nothing_fits(self):
-        with pytest.raises(ValueError, match=r"budget: \d+ bytes; the smallest choice of each layer takes \d+"):
+        with pytest.raises(ValueError, match=r"budget: \d+ bytes is too small; the smallest .* take \d+"):
             search(Net(), inputs(), 2, ("int4", "int8"), BASE)
         with pytest.raises(ConfigError, match="budget: expected bits, bytes or the name of a preset, got 'w4'"):
             search(Net(), inputs(), "w4", ("int4", "int8"), BASE)

@@ -1,4 +1,4 @@
-"""Inputs and gradients against closed forms: nets whose derivatives are known."""
+"""Inputs and gradients against closed forms, on nets with known derivatives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.search.nets import Net, inputs
 def test_squares_of_gradients():
     net = Net()
     found = watch(net, {"loud": net.loud, "quiet": net.quiet}, inputs())
-    # The output's gradient is a random direction of unit variance, scaled by each layer's factor.
+    # The output's gradient has a random direction and unit variance, and is scaled by each layer's factor.
     loud, quiet = torch.cat(found["loud"].squares), torch.cat(found["quiet"].squares)
     assert loud.shape == quiet.shape == (32, 64)
     assert loud.mean().item() == pytest.approx(100, rel=0.1)
@@ -41,7 +41,7 @@ def test_harm_is_the_squared_change_of_the_output():
 
 
 class Masked(nn.Module):
-    """The first row is a thousand times as large as the others and reaches nothing."""
+    """A net whose first row is a thousand times as large as the others and reaches no output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def test_rows_without_a_gradient_do_no_harm():
 
 
 class Twice(nn.Module):
-    """One layer that is called twice, of which only the second call counts."""
+    """One layer that is called twice; only the second call affects the output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def test_calls_keep_their_own_gradients():
 
 @pytest.mark.parametrize("channels", [6, 3])
 def test_layers_that_do_not_map_rows_to_rows_are_kept_whole(channels):
-    """Also those whose outputs have the shape of their inputs."""
+    """Also layers whose outputs have the shape of their inputs."""
     net = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.Flatten(), nn.Linear(channels * 25, 2))
     found = watch(net, {"0": net[0], "2": net[2]}, [torch.randn(3, 3, 5, 5), torch.randn(2, 3, 5, 5)])
     assert [tuple(x.shape) for x in found["0"].inputs] == [(1, 3, 5, 5)] * 2
@@ -99,7 +99,7 @@ def test_a_language_model():
     layers = {name: model.get_submodule(name) for name in names}
     found = watch(model, layers, [{"input_ids": torch.randint(50, (2, 12))}])
     assert set(found) == set(names[1:])
-    # At the head the expected square of a logit's gradient is p (1 - p), over labels drawn from p.
+    # At the head, the expected square of a logit's gradient is p (1 - p), over labels drawn from p.
     with torch.no_grad():
         p = model.lm_head(torch.cat(found["lm_head"].inputs)).double().softmax(-1)
     squares = torch.cat(found["lm_head"].squares).double()

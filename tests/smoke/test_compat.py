@@ -1,4 +1,4 @@
-"""What integrations/compat.py needs of the libraries; ``make test-floors`` runs it on the oldest versions."""
+"""What integrations/compat.py needs from the libraries; ``make test-floors`` runs it on the oldest versions."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_config_says_that_its_model_needs_hfquant(
     compat.set_quantized(llama, True)
     stored = llama.config.to_diff_dict()
     assert stored["experts_implementation"] == compat.NEEDS_HFQUANT
-    classes(copy.deepcopy(llama.config))  # in memory it makes no difference
+    classes(copy.deepcopy(llama.config))  # has no effect in memory
 
     registered = transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS._global_mapping
     monkeypatch.delitem(registered, compat.NEEDS_HFQUANT, raising=False)
@@ -78,7 +78,7 @@ def test_a_config_says_that_its_model_needs_hfquant(
 def test_the_quantization_config_enters_and_leaves_a_frozen_config() -> None:
     model = diffusers.DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1, sample_size=4)
     before = dict(model.config)
-    model.config.norm_type = "changed"  # an IP-Adapter does so to another field, and models read the attribute
+    model.config.norm_type = "changed"  # as an IP-Adapter does to another field; models read the attribute
     for value in ({"a": 1}, {"a": 2}):
         compat.set_quantization_config(model, value)
         assert dict(model.config) == before | {"quantization_config": value}
@@ -152,7 +152,7 @@ def test_some_experts_are_replaced_in_quantized_checkpoints() -> None:
 
 
 def test_classes_declare_how_they_keep_experts() -> None:
-    """By their modules' attributes, and by a method for the gate that reads them."""
+    """With attributes of their modules, and with a method for the gate, which reads them."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.GptOssConfig(vocab_size=32, num_local_experts=2, **sizes, num_key_value_heads=1)
     mlp = transformers.GptOssForCausalLM(config).model.layers[0].mlp
@@ -165,7 +165,7 @@ def test_classes_declare_how_they_keep_experts() -> None:
 
 
 class Packed(nn.Linear):
-    """A linear whose weight is not of the matrix's shape."""
+    """A linear whose stored weight does not have the matrix's shape."""
 
     def __init__(self, columns: int, rows: int) -> None:
         super().__init__(columns, rows)

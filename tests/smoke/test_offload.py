@@ -1,4 +1,4 @@
-"""What offload.py needs of accelerate and diffusers; ``make test-floors`` runs it on the oldest versions."""
+"""What offload.py needs from accelerate and diffusers; ``make test-floors`` runs it on the oldest versions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def net() -> nn.Sequential:
 
 
 def copied(model: nn.Module, fetch: bool) -> nn.Module:
-    """Copy ``model`` as a twin is: hooks shared, wrappers dropped."""
+    """Copy ``model`` the way a twin is: hooks shared, wrappers dropped."""
     memo: dict[int, Any] = {id(hook): hook for module in model.modules() for hook in offload.hooks_of(module)}
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
@@ -45,7 +45,7 @@ def test_a_hook_says_where_a_module_runs() -> None:
     model = cpu_offload(net(), execution_device=CPU)
     assert offload.has_hook(model)
     assert offload.execution_device(model[0]) == CPU
-    assert offload.execution_device(model) is None  # it takes inputs from anywhere
+    assert offload.execution_device(model) is None  # it accepts inputs from any device
     assert offload.execution_device(cpu_offload(nn.Linear(6, 5), execution_device=CPU)) == CPU  # two hooks in sequence
     dispatched = dispatch_model(net(), {"0": "cpu", "1": "cpu", "2": "cpu"}, main_device="cpu", force_hooks=True)
     assert torch.device(offload.execution_device(dispatched[2])) == CPU
@@ -63,7 +63,7 @@ def test_a_copied_hook_offloads_the_new_weights(buffers: bool, in_sequence: bool
         nn.init.normal_(module.weight)
         module.running_mean.normal_()
     y, y_new = old(x), new(x)
-    # By itself the module gets a second hook, as the outermost one.
+    # A module offloaded by itself gets a second, outermost hook.
     cpu_offload(old if in_sequence else nn.Sequential(old), execution_device=CPU, offload_buffers=buffers)
     offload.copy_hook(old, new)
     assert new.weight.is_meta
@@ -89,7 +89,7 @@ def test_what_replaces_a_module_on_disk_goes_there_too(buffers: bool, tmp_path: 
     assert place is not None
     assert (place.folder, place.prefix) == (tmp_path, "0.")
     before = {file.name for file in tmp_path.iterdir()}
-    for _ in range(2):  # each time into a file of its own
+    for _ in range(2):  # each time to a new file
         twin = copy.deepcopy(new)
         offload.copy_hook(old, twin)
         assert twin.weight.is_meta
@@ -109,7 +109,7 @@ def test_what_replaces_a_module_on_disk_goes_there_too(buffers: bool, tmp_path: 
 
 
 def test_a_file_that_holds_one_offloaded_weight_is_deleted(tmp_path: Path) -> None:
-    """What transformers writes to the offload folder where the checkpoint has a weight in another form."""
+    """transformers writes such files to the offload folder if the checkpoint has a weight in another form."""
     save_file({"0.weight": torch.ones(5, 6)}, tmp_path / "0.weight.safetensors")
     save_file({"0.bias": torch.ones(5)}, tmp_path / "model.safetensors")
     files = {"0.weight": "0.weight.safetensors", "0.bias": "model.safetensors"}
@@ -124,7 +124,7 @@ def test_a_file_that_holds_one_offloaded_weight_is_deleted(tmp_path: Path) -> No
 @pytest.mark.parametrize("buffers", [False, True])
 @pytest.mark.parametrize("offloaded", ["owner", "borrower", "both", "neither"])
 def test_a_lent_tensor_is_fetched_where_its_owner_has_it(offloaded: str, buffers: bool, tmp_path: Path) -> None:
-    """The borrower gets the tensor after it was dispatched, as a tied layer does."""
+    """The borrower receives the tensor after it has been dispatched itself, like a tied layer."""
     model = nn.ModuleList([nn.BatchNorm1d(6), nn.BatchNorm1d(6)])
     owner, borrower = model
     for module in model:
@@ -159,7 +159,7 @@ def test_weights_in_memory_are_not_on_disk(tmp_path: Path) -> None:
     place = offload.on_disk(model[0])
     assert place is not None
     assert place.folder is None
-    offload.forget_weights(model[0])  # a checkpoint's own file stays
+    offload.forget_weights(model[0])  # a checkpoint's own file is kept
     assert torch.equal(model(torch.ones(2, 6)), torch.full((2, 5), 6.0))
     offload.copy_hook(model[0], new := nn.Linear(6, 5, bias=False))
     assert new.weight.is_meta

@@ -1,4 +1,4 @@
-"""Each public entry point once, on tiny models; `make test-floors` runs this with the oldest versions declared."""
+"""Each public entry point once, on tiny models; `make test-floors` runs this with the oldest supported versions."""
 
 from __future__ import annotations
 

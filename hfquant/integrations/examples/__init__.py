@@ -1,11 +1,11 @@
-"""Example inputs for models that come without: what a forward needs, derived from its signature and the config.
+"""Example inputs for models that come without any: what a forward needs, derived from its signature and the config.
 
-Watching one forward (:func:`hfquant.dataflow.trace.trace`) reads shapes, so the inputs are as small as the architecture
-allows and hold nothing meaningful. They are real tensors (a few kilobytes) so that a forward which branches on numbers
-runs too.
+Watching one forward (:func:`hfquant.dataflow.trace.trace`) only needs shapes, so the inputs are as small as the
+architecture allows and hold no meaningful values. They are real tensors (a few kilobytes), so that a forward that
+branches on values also runs.
 
-A parameter of the forward is recognised by its name, its sizes by the names of config fields; what a class calls by
-names of its own is in a short table of exceptions.
+A forward's parameter is recognized by its name, and its sizes by the names of config fields. A short table of
+exceptions covers classes that use names of their own.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ logger = logging.getLogger(__name__)
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Return keyword arguments with which ``model`` can run forward.
+    """Return keyword arguments that ``model`` can run forward with.
 
-    Known are the models of diffusers and those of transformers. A class from elsewhere that derives from their base
-    classes gets the inputs its parameters' names suggest, if its forward runs with them.
+    The models of diffusers and transformers are known. Other classes derived from their base classes get inputs
+    according to their parameter names, if their forward runs with them.
 
     Args:
-        model: any module; parameters may be on the meta device. No weight's value is read.
+        model: any module; parameters may be on the meta device. No weight values are read.
 
     Returns:
-        Small tensors on the model's device (CPU for meta), floating ones in the model's dtype; a batch of two where the
-        architecture takes one. None where the inputs cannot be known; a debug log line says why.
+        Small tensors on the model's device (CPU for meta), floating-point ones in the model's dtype; a batch of two if
+        the architecture allows. None if the inputs cannot be determined; a debug log line says why.
     """
     name = type(model).__name__
     libraries = {base.__module__.partition(".")[0] for base in type(model).__mro__}
@@ -49,19 +49,19 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
         candidates = candidates_of_diffusers(model) if of_diffusers else candidates_of_transformers(model)
         made = (_placed(model, candidate) for candidate in candidates)
         known = type(model).__module__.partition(".")[0] in ("transformers", "diffusers")
-        # A language model that looks for pictures' tokens reads values, so on the meta device it runs on text alone.
+        # A language model that looks for image tokens reads values, so on the meta device it runs on text alone.
         if known and (of_diffusers or not any(p.is_meta for p in model.parameters())):
             return next(made)
         return _first_that_runs(model, list(made), known)
     except UnknownInput as error:
         logger.debug("%s: no example inputs: %s", name, error)
-    except Exception as error:  # noqa: BLE001 (a config without the fields of its class, or with senseless ones)
+    except Exception as error:  # noqa: BLE001 (a config with missing or senseless fields)
         logger.debug("%s: no example inputs: %s: %s", name, type(error).__name__, error)
     return None
 
 
 def _first_that_runs(model: nn.Module, made: list[dict[str, Any]], known: bool) -> dict[str, Any]:
-    """Return the first inputs with which the forward runs; else a ``known`` class needs values, which meta lacks."""
+    """Return the first inputs that the forward runs with; if none, a ``known`` class needs values, which meta lacks."""
     from hfquant.dataflow.trace import PatternError, trace  # here, because trace offers example_inputs
 
     if known and len(made) == 1:
@@ -79,7 +79,7 @@ def _first_that_runs(model: nn.Module, made: list[dict[str, Any]], known: bool) 
 
 
 def _placed(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return ``inputs`` on the model's device, floating tensors in the dtype of its first wide parameter."""
+    """Return ``inputs`` on the model's device, floats in the dtype of its first float parameter unless 8-bit."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     device = "cpu" if weight.is_meta else weight.device
 

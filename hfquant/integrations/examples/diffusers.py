@@ -1,4 +1,4 @@
-"""Inputs of diffusers' models: by the names of their forwards' parameters, for single classes by exceptions."""
+"""Inputs of diffusers models, derived from parameter names, with exceptions for individual classes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from hfquant.integrations.examples.diffusers_exceptions import EXCEPTIONS
 from hfquant.integrations.examples.diffusers_rules import CHANNELS, LAYOUTS, NEEDED_RULES, RULES, is_sequence
 from hfquant.integrations.examples.sketch import BATCH, Sketch, UnknownInput, fixed
 
-# Classes whose forward does not run by itself, and why.
+# Classes whose forward does not run on its own, and why.
 REFUSED: dict[str, str] = {
     "AnyFlowFARTransformer3DModel": "its forward without a cache needs compiled flex attention",
-    "AutoencoderKLAllegro": "its forward runs with tiling alone, on whole clips",
+    "AutoencoderKLAllegro": "its forward only runs with tiling, on whole clips",
     "Cosmos3OmniTransformer": "it takes text, pictures and sound in one row, and where each token goes",
     "ControlNetXSAdapter": "it has no forward of its own",
     "RFD4ProteinaAutoencoder": "its inputs are a protein's residues and dozens of their features",
     "RFD4ProteinaTransformer": "its inputs are a protein's residues and dozens of their features",
-    "WanAnimate2Transformer3DModel": "it runs with a cache alone, which another forward fills",
+    "WanAnimate2Transformer3DModel": "it only runs with a cache, which another forward fills",
     "MotionAdapter": "it has no forward of its own",
 }
 
 
 def candidates_of_diffusers(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield keyword arguments for ``model``, the likeliest layout of its latents first."""
+    """Yield keyword arguments for ``model``, starting with the likeliest latent layout."""
     names = [c.__name__ for c in type(model).__mro__]
     if refused := next((REFUSED[n] for n in names if n in REFUSED), None):
         raise UnknownInput(refused)
@@ -52,11 +52,11 @@ def candidates_of_diffusers(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _of_several(model: nn.Module, nets: nn.ModuleList) -> dict[str, Any]:
-    """Return inputs of a wrapper of several ControlNets: the first one's, with a list where each net gets its own."""
+    """Return inputs of a wrapper of several ControlNets: those of the first, as lists where each net gets its own."""
     accepted = Sketch(model, {}).parameters
     made = next(candidates_of_diffusers(nets[0]))
     made["conditioning_scale"] = 1.0
-    if "controlnet_mode" in accepted:  # here a number a sample, to which the wrapper adds a dimension
+    if "controlnet_mode" in accepted:  # one number per sample here; the wrapper adds a dimension
         made["controlnet_mode"] = torch.zeros(BATCH, dtype=torch.long)
     for name in ("controlnet_cond", "controlnet_mode", "control_type", "control_type_idx", "conditioning_scale"):
         if name in made:
@@ -65,7 +65,7 @@ def _of_several(model: nn.Module, nets: nn.ModuleList) -> dict[str, Any]:
 
 
 def _layout(model: nn.Module) -> str:
-    """Return how the latents of ``model`` seem to be laid out."""
+    """Return the likely latent layout of ``model``."""
     sketch = Sketch(model, getattr(model, "config", {}))
     accepted = set(sketch.parameters)
     if accepted & {"img_ids", "img_shapes"} or {"num_frames", "height", "width"} <= accepted:

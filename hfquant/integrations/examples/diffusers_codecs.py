@@ -1,4 +1,4 @@
-"""Exceptions for diffusers' autoencoders, encoders of conditions, adapters and models of sound."""
+"""Exceptions for diffusers' autoencoders, condition encoders, adapters and audio models."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from hfquant.integrations.examples.sketch import BATCH, TOKENS, Sketch, ids
 
 
 def _clip(s: Sketch, frames: int) -> Tensor:
-    """Return an autoencoder's clip of a number of frames."""
+    """Return an autoencoder's input clip with the given number of frames."""
     return sample(s)[:, :, :1].repeat(1, 1, frames, 1, 1)
 
 
 def _neighbourhood(s: Sketch) -> Tensor:
-    """Return latents wide enough for neighbourhood attention at each stage."""
+    """Return latents wide enough for neighborhood attention at every stage."""
     kernels = s.need("decoder_stage_kernels")
     smallest = [max(kernel[axis] for kernel in kernels) for axis in range(3)]
     return torch.zeros(BATCH, s.need("latent_channels"), *smallest)
@@ -65,7 +65,7 @@ CODEC_EXCEPTIONS: dict[str, dict[str, Any]] = {
         "source_hidden_states": wide("source_dim"),
         "target_input_ids": lambda s: ids(s.need("target_vocab_size"), BATCH, TOKENS),
     },
-    "AutoencoderKLHunyuanVideo15": {"sample": lambda s: sample(s)[:1]},  # its attention drops a batch's dimension
+    "AutoencoderKLHunyuanVideo15": {"sample": lambda s: sample(s)[:1]},  # its attention drops the batch dimension
     "AutoencoderKLMiniMaxH3": {"sample": lambda s: _clip(s, 2 * s.need("clip_length"))},
     "AutoencoderKLMochi": {"sample": lambda s: sample(s)[:, :3]},  # it adds Fourier features as channels
     "AutoencoderKLQwenImage21": {"layout": "video", "sample": lambda s: _clip(s, 1)},

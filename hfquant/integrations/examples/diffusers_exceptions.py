@@ -1,6 +1,6 @@
-"""What single classes of diffusers call by names of their own: by class, then by parameter, a value or its maker.
+"""Inputs of diffusers classes that use parameter names of their own: by class and parameter, a value or its maker.
 
-The key ``layout`` says how latents are laid out, where that does not show. None leaves an optional parameter out.
+The key ``layout`` sets the latent layout if it cannot be inferred. None leaves an optional parameter out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _history(frames: int) -> Rule:
 
 
 def _sparse_control(s: Sketch) -> Tensor:
-    """Return what guides some frames of a clip: latents, or pixels."""
+    """Return the condition for some frames of a clip: latents or pixels."""
     scale = 1 if s.field("use_simplified_condition_embedding") else 8
     return torch.zeros(BATCH, s.need("conditioning_channels"), FRAMES, scale * side(s), scale * side(s))
 
@@ -57,7 +57,7 @@ def _cogvideo_rope(s: Sketch) -> tuple[Tensor, Tensor] | None:
 
 
 def _cogvideo_latents(s: Sketch) -> Tensor:
-    """Return a clip of the size for which position embeddings are kept, where they are learned."""
+    """Return a clip of the size that learned position embeddings are stored for, if the model has these."""
     clip = latents(s)
     if not s.field("use_learned_positional_embeddings"):
         return clip
@@ -97,20 +97,20 @@ def _positions(*sizes: int) -> tuple[Tensor, ...]:
 
 
 def _pictures(s: Sketch, channels: int | None = None) -> list[Tensor]:
-    """Return Z-Image's latents: a list of samples, whose patch sizes the forward is told."""
+    """Return Z-Image's latents: a list of samples; the forward receives their patch sizes."""
     shape = (s.need("all_f_patch_size")[0], *[SIDE * s.need("all_patch_size")[0]] * 2)
     return [torch.zeros(channels or s.need("in_channels"), *shape) for _ in range(BATCH)]
 
 
 def _embedded(s: Sketch, name: str) -> int:
-    """Return how many channels the patches have that the first of several linears embeds."""
+    """Return the number of channels per patch of the first of several embedding linears."""
     patch = s.need("all_f_patch_size")[0] * s.need("all_patch_size")[0] ** 2
     first: Any = next(s.model.get_submodule(name).children())
     return int(first.in_features) // patch
 
 
 def _class_conditions(s: Sketch) -> Any:
-    """Return Transformer2DModel's times, which an AdaLayerNorm looks up."""
+    """Return the timesteps that an AdaLayerNorm of Transformer2DModel looks up."""
     return torch.ones((), dtype=torch.long) if s.field("num_embeds_ada_norm") else None
 
 
@@ -130,18 +130,18 @@ _TRANSFORMER_2D: dict[str, Any] = {
 
 
 def _text_layers(s: Sketch) -> list[Tensor]:
-    """Return Bria FIBO's text features, a tensor for each block."""
+    """Return Bria FIBO's text features, one tensor per block."""
     count = s.need("num_layers") + s.need("num_single_layers")
     return [torch.zeros(BATCH, TOKENS, s.need("text_encoder_dim")) for _ in range(count)]
 
 
 def _llama_layers(s: Sketch) -> Tensor:
-    """Return HiDream's features of a language model, a tensor for each of its layers that is used."""
+    """Return HiDream's language model features, one tensor for each layer that is used."""
     return torch.zeros(len(s.need("llama_layers")), BATCH, TOKENS, s.need("caption_channels")[1])
 
 
 def _slots(s: Sketch) -> Tensor:
-    """Return Qwen-Image 2.1's mask: text, then a slot for each four patches of the picture."""
+    """Return Qwen-Image 2.1's mask: text, then one slot for every four patches of the image."""
     return torch.arange(TOKENS + GRID // 4).expand(BATCH, -1) >= TOKENS
 
 
@@ -151,7 +151,7 @@ def _effnet(s: Sketch) -> Tensor | None:
 
 
 def _rope_of_heads(s: Sketch) -> tuple[Tensor, Tensor]:
-    """Return LTX-2's rotary embedding: cosines and sines, for each head where they are split."""
+    """Return LTX-2's rotary embedding: cosines and sines, per head if they are split."""
     heads, width = s.need("num_attention_heads"), s.need("attention_head_dim")
     split = s.field("rope_type", default="interleaved") == "split"
     ones = torch.ones(BATCH, heads, VIDEO, width // 2) if split else torch.ones(BATCH, VIDEO, heads * width)
@@ -160,7 +160,7 @@ def _rope_of_heads(s: Sketch) -> tuple[Tensor, Tensor]:
 
 def _motion_faces(s: Sketch) -> Tensor:
     size = s.need("motion_encoder_size")
-    return torch.zeros(BATCH, 3, 1 + 4 * (FRAMES - 2), size, size)  # less a frame of reference
+    return torch.zeros(BATCH, 3, 1 + 4 * (FRAMES - 2), size, size)  # without the reference frame
 
 
 def _lumina_rope(s: Sketch) -> Tensor:
@@ -275,7 +275,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "audio_num_frames": TOKENS,
         "sigma": time,
     },
-    "LatteTransformer3DModel": {  # its position embedding along time is as long as the clip
+    "LatteTransformer3DModel": {  # its temporal position embedding is as long as the clip
         "hidden_states": lambda s: latents(s)[:, :, :1].repeat(1, 1, s.need("video_length"), 1, 1),
     },
     "LuminaNextDiT2DModel": {"image_rotary_emb": _lumina_rope, "cross_attention_kwargs": lambda s: {}},

@@ -1,4 +1,4 @@
-"""Rules for the inputs of diffusers' models: a parameter's name says what it is, config fields say how wide."""
+"""Rules for the inputs of diffusers models: the parameter name tells what it is, config fields tell its width."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hfquant.integrations.examples.sketch import BATCH, TOKENS, Rule, Sketch, UnknownInput, ids
 
-PIXELS = 64  # along each side of a picture
+PIXELS = 64  # along each side of an image
 SIDE = 4  # patches along each side of an image
-FRAMES = 2  # patches along time
+FRAMES = 2  # patches along the time axis
 
 LAYOUTS = ("image", "video", "packed", "tokens", "audio", "frames first", "channels last")
 
@@ -57,13 +57,13 @@ def patches(s: Sketch) -> tuple[int, int, int]:
 
 
 def side(s: Sketch) -> int:
-    """Return how many patches lie along each side of an image: enough for a U-Net's levels of resolution."""
+    """Return the number of patches along each side of an image: enough for a U-Net's resolution levels."""
     channels = s.field("block_out_channels", "down_block_out_channels", "channels")
     return max(SIDE, 2 ** len(channels)) if is_sequence(channels) else SIDE
 
 
 def latents(s: Sketch, channels: int | None = None) -> Tensor:
-    """Return zeros of the shape of what is denoised."""
+    """Return zeros in the shape of the denoised latents."""
     channels = s.need(*CHANNELS) if channels is None else channels
     frames, rows, columns = patches(s)
     n = side(s)
@@ -85,7 +85,7 @@ def latents(s: Sketch, channels: int | None = None) -> Tensor:
 
 
 def sample(s: Sketch) -> Tensor:
-    """Return zeros of the shape of a U-Net's latents, or of what an autoencoder takes: pixels, or a waveform."""
+    """Return zeros in the shape of a U-Net's latents or of an autoencoder's input: pixels or a waveform."""
     if not hasattr(s.model, "encode") or not hasattr(s.model, "decode"):
         return latents(s, s.need("in_channels") - 4 if s.field("addition_embed_type") == "image_hint" else None)
     channels = s.field(
@@ -105,13 +105,13 @@ def sample(s: Sketch) -> Tensor:
         "block_out_channels", "encoder_block_out_channels", "down_block_out_channels", "ch_mult", "dim_mult", default=()
     )
     pixels = max(2 ** len(levels), s.field("spatial_compression_ratio", default=1)) * patches(s)[1]
-    # Half a frame per level can be lost to compression along time; a first frame stands for itself.
+    # Temporal compression can lose half a frame per level; the first frame is encoded on its own.
     frames = (1 + 2 * s.field("temporal_compression_ratio", default=4),) if s.layout == "video" else ()
     return torch.zeros(BATCH, channels, *frames, max(2 * pixels, 16), max(2 * pixels, 16))
 
 
 def text(s: Sketch, width: int | None = None, tokens: int = TOKENS) -> Tensor:
-    """Return zeros of the shape of a text encoder's output."""
+    """Return zeros in the shape of a text encoder's output."""
     if width is None:
         found = s.need("crossattn_proj_in_channels") if s.field("use_crossattn_projection") else s.need(*TEXT_WIDTHS)
         width = found[0] if is_sequence(found) else found
@@ -119,17 +119,17 @@ def text(s: Sketch, width: int | None = None, tokens: int = TOKENS) -> Tensor:
 
 
 def pooled(s: Sketch) -> Tensor:
-    """Return zeros of the shape of a pooled text embedding."""
+    """Return zeros in the shape of a pooled text embedding."""
     return torch.zeros(BATCH, s.need(*POOLED_WIDTHS))
 
 
 def time(s: Sketch) -> Tensor:
-    """Return a time for each sample."""
+    """Return one timestep per sample."""
     return torch.ones(BATCH)
 
 
 def guidance(s: Sketch) -> Tensor | None:
-    """Return a guidance scale for each sample, for a model that is told."""
+    """Return one guidance scale per sample, for a model that takes it."""
     return torch.ones(BATCH) if s.field("guidance_embeds", "guidance_embed") else None
 
 
@@ -139,22 +139,22 @@ def positions(count: int) -> Rule:
 
 
 def mask(s: Sketch) -> Tensor:
-    """Return the mask of a text that fills all its tokens."""
+    """Return the mask of a text without padding."""
     return torch.ones(BATCH, TOKENS, dtype=torch.bool)
 
 
 def grid(*size: int) -> Rule:
-    """Return a rule for one grid of patches a sample."""
+    """Return a rule for one patch grid per sample."""
     return lambda s: [[tuple(size)]] * BATCH
 
 
 def pair(s: Sketch) -> Tensor:
-    """Return two numbers a sample: a size, a corner."""
+    """Return two numbers per sample: a size or a corner."""
     return torch.ones(BATCH, 2)
 
 
 def class_labels(s: Sketch) -> Tensor | None:
-    """Return what a U-Net or DiT takes for class labels."""
+    """Return the class labels of a U-Net or DiT."""
     match s.field("class_embed_type"):
         case "projection" | "simple_projection":
             return torch.zeros(BATCH, s.need("projection_class_embeddings_input_dim"))
@@ -168,7 +168,7 @@ def class_labels(s: Sketch) -> Tensor | None:
 
 
 def added_conditions(s: Sketch) -> dict[str, Any] | None:
-    """Return the dict of conditions of U-Nets (SDXL, Kandinsky, ...) and of PixArt."""
+    """Return the dict of added conditions of U-Nets (SDXL, Kandinsky, ...) and PixArt."""
     if hasattr(s.model, "adaln_single"):
         used = getattr(s.model, "use_additional_conditions", False)
         sizes = {"resolution": torch.ones(BATCH, 2), "aspect_ratio": torch.ones(BATCH, 1)}
@@ -183,7 +183,7 @@ def added_conditions(s: Sketch) -> dict[str, Any] | None:
             made = {"text_embeds": torch.zeros(BATCH, width), "image_embeds": torch.zeros(BATCH, width)}
         case "image":
             made = {"image_embeds": torch.zeros(BATCH, s.need("encoder_hid_dim"))}
-        case "image_hint":  # a hint is joined to the latents, which are so many channels fewer
+        case "image_hint":  # a hint is concatenated to the latents, which have that many fewer channels
             hint = torch.zeros(BATCH, 3, 8 * side(s), 8 * side(s))
             made = {"image_embeds": torch.zeros(BATCH, s.need("encoder_hid_dim")), "hint": hint}
     match s.field("encoder_hid_dim_type"):
@@ -191,27 +191,27 @@ def added_conditions(s: Sketch) -> dict[str, Any] | None:
             made["image_embeds"] = torch.zeros(BATCH, s.need("cross_attention_dim"))
         case "image_proj":
             made["image_embeds"] = torch.zeros(BATCH, s.need("encoder_hid_dim"))
-    if getattr(s.config, "encoder_hid_dim_type", None) == "ip_image_proj":  # load_ip_adapter sets the attribute alone
+    if getattr(s.config, "encoder_hid_dim_type", None) == "ip_image_proj":  # load_ip_adapter only sets the attribute
         adapters: Any = s.model.encoder_hid_proj
         made["image_embeds"] = [pictures(layer) for layer in adapters.image_projection_layers]
     return made or None
 
 
 def pictures(projection: Any) -> Tensor:
-    """Return the embeddings of one picture a sample that an IP-Adapter takes: of the first kind of adapters."""
+    """Return the embeddings of one image per sample for an IP-Adapter of the first kind."""
     if not hasattr(projection, "image_embeds"):
         raise UnknownInput(f"the pictures of an IP-Adapter's {type(projection).__name__}")
     return torch.zeros(BATCH, 1, projection.image_embeds.in_features)
 
 
 def time_condition(s: Sketch) -> Tensor | None:
-    """Return the embedding of a guidance scale that distilled U-Nets take."""
+    """Return the guidance scale embedding of distilled U-Nets."""
     width = s.field("time_cond_proj_dim")
     return torch.zeros(BATCH, width) if width else None
 
 
 def control_image(s: Sketch) -> Tensor:
-    """Return what guides a ControlNet: an image for U-Nets, latents for transformers."""
+    """Return the condition of a ControlNet: an image for U-Nets, latents for transformers."""
     levels = s.field("conditioning_embedding_out_channels", "ctrl_conditioning_embedding_out_channels")
     if levels:
         scale = 2 ** (len(levels) - 1)
@@ -221,15 +221,15 @@ def control_image(s: Sketch) -> Tensor:
 
 
 def image_tokens(s: Sketch) -> Tensor | None:
-    """Return an image encoder's output for video models that start from a picture."""
+    """Return an image encoder's output, for video models that start from an image."""
     width = s.field("image_dim", "image_embed_dim", "image_proj_dim")
     return torch.zeros(BATCH, s.field("pos_embed_seq_len", default=TOKENS), width) if width else None
 
 
 def wide(*names: str, tokens: int | None = TOKENS) -> Callable[[Sketch], Tensor | None]:
-    """Return a rule for features as wide as a config field says; of ``tokens`` tokens, or one vector a sample.
+    """Return a rule for features as wide as a config field says: ``tokens`` tokens, or one vector per sample.
 
-    The rule leaves the parameter out where the config has none of ``names``.
+    The rule omits the parameter if the config has none of ``names``.
     """
 
     def rule(s: Sketch) -> Tensor | None:
@@ -242,7 +242,7 @@ def wide(*names: str, tokens: int | None = TOKENS) -> Callable[[Sketch], Tensor 
 
 
 def zeros(*shape: int, dtype: torch.dtype | None = None) -> Callable[[Sketch], Tensor]:
-    """Return a rule for zeros of a fixed shape, one sample of which is ``shape[1:]``."""
+    """Return a rule for zeros of a fixed shape, in which one sample has shape ``shape[1:]``."""
     return lambda s: torch.zeros(shape, dtype=dtype)
 
 
@@ -252,7 +252,7 @@ def ones(*shape: int, dtype: torch.dtype | None = None) -> Callable[[Sketch], Te
 
 
 def field_latents(*names: str) -> Callable[[Sketch], Tensor]:
-    """Return a rule for latents with as many channels as a config field says."""
+    """Return a rule for latents whose channel count is given by a config field."""
     return lambda s: latents(s, s.need(*names))
 
 
@@ -288,7 +288,7 @@ RULES: dict[str, Rule] = {
     "width": lambda s: SIDE,
 }
 
-# For parameters that are given only where the forward has no default for them.
+# For parameters that are passed only if the forward has no default for them.
 NEEDED_RULES: dict[str, Rule] = {
     "encoder_attention_mask": mask,
     "encoder_mask": mask,

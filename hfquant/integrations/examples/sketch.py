@@ -1,4 +1,4 @@
-"""What the rules for single inputs share: the config's fields, the sizes chosen, the forward's parameters."""
+"""Shared by the rules for single inputs: config fields, chosen sizes, and the forward's parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BATCH = 2  # not 1: a batch of one cannot be told from a broadcast dimension
+BATCH = 2  # not 1: a batch of one looks like a broadcast dimension
 TOKENS = 8
 NEVER_LEFT_OUT = (
     "encoder_hidden_states",
@@ -22,20 +22,21 @@ NEVER_LEFT_OUT = (
 
 
 class UnknownInput(LookupError):
-    """An input of the forward cannot be known."""
+    """An input of the forward that cannot be determined."""
 
 
-Rule = Callable[["Sketch"], Any]  # makes the value of one parameter; None leaves it out
+Rule = Callable[["Sketch"], Any]  # makes the value of one parameter; None omits it
 
 
 @dataclass
 class Sketch:
-    """A model whose inputs are being made.
+    """A model whose inputs are being created.
 
     Attributes:
         model: the model.
         config: its config.
-        layout: how latents are laid out, for diffusers: "packed", "audio", "image", "video", "frames first" or "list".
+        layout: latent layout, for diffusers: "image", "video", "packed", "tokens", "audio", "frames first" or "channels
+            last".
     """
 
     model: nn.Module
@@ -43,15 +44,15 @@ class Sketch:
     layout: str = ""
 
     def field(self, *names: str, default: Any = None) -> Any:
-        """Return the first of the config's fields that is there and set."""
+        """Return the first of the config's fields that exists and is set."""
         get = self.config.get if isinstance(self.config, Mapping) else lambda n: getattr(self.config, n, None)
         return next((value for value in map(get, names) if value is not None), default)
 
     def need(self, *names: str) -> Any:
-        """Return the first of the config's fields that is there and set.
+        """Return the first of the config's fields that exists and is set.
 
         Raises:
-            UnknownInput: none is.
+            UnknownInput: none of them is set.
         """
         value = self.field(*names)
         if value is None:
@@ -67,11 +68,11 @@ class Sketch:
         """Return a value for each parameter of the forward that has a rule.
 
         Args:
-            rules: makers of values by parameter name.
-            needed_rules: the same for parameters that are left out where they have a default.
+            rules: value makers by parameter name.
+            needed_rules: the same for parameters that are omitted if they have a default.
 
         Raises:
-            UnknownInput: a parameter without default has no rule, or its rule lacks a config field.
+            UnknownInput: a parameter without a default has no rule, or its rule lacks a config field.
         """
         made = {}
         for name, parameter in self.parameters.items():
@@ -98,5 +99,5 @@ def ids(vocabulary: int, *shape: int) -> Tensor:
 
 
 def fixed(value: Any) -> Rule:
-    """Return a rule that always gives ``value``."""
+    """Return a rule that always returns ``value``."""
     return lambda s: value

@@ -1,4 +1,4 @@
-"""Inputs of transformers' models: by the names of their forwards' parameters."""
+"""Inputs of transformers models, derived from the parameter names of their forward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_patch_id")
 
 
 def candidates_of_transformers(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield keyword arguments for ``model``: those for all it takes in, then those for its main input alone."""
+    """Yield keyword arguments for ``model``: first for all of its inputs, then for its main input alone."""
     why: UnknownInput | None = None
     made: list[dict[str, Any]] = []
     for rules in (_all_rules(model), _main_rules(model)):
@@ -34,13 +34,13 @@ def candidates_of_transformers(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _main_rules(model: nn.Module) -> dict[str, Rule]:
-    """Return the rules for a model's main input, and for a decoder's."""
+    """Return the rules for a model's main input and for its decoder's."""
     main = getattr(model, "main_input_name", "input_ids")
     return {n: rule for n, rule in RULES.items() if n == main or n.startswith("decoder_")}
 
 
 def _all_rules(model: nn.Module) -> dict[str, Rule]:
-    """Return the rules for what a model takes in one forward: text, and pictures or sound beside it."""
+    """Return the rules for a model's inputs in one forward: text, plus images or audio."""
     rules = _main_rules(model)
     s = Sketch(model, model.config)
     if "input_ids" not in s.parameters:
@@ -59,14 +59,14 @@ def _all_rules(model: nn.Module) -> dict[str, Rule]:
 
 
 def _patch_masks(s: Sketch) -> dict[str, Rule]:
-    """Return the rules for which patches there are, for a vision tower that takes patches."""
+    """Return the rules for the masks of existing patches, for a vision tower that takes patches."""
     if "spatial_shapes" not in s.parameters:
         return {}
     return {"pixel_attention_mask": _patch_mask, "spatial_shapes": _shapes}
 
 
 def _with_pictures(s: Sketch) -> dict[str, Rule]:
-    """Return the rules for a vision-language model's text with pictures in it, or none where that is not known."""
+    """Return the rules for a vision-language model's text with images in it, or none if these are unknown."""
     made = _pictures(s)
     token = _token(s)
     if made is None or token is None:
@@ -88,9 +88,9 @@ def _with_pictures(s: Sketch) -> dict[str, Rule]:
 
 
 def _pictures(s: Sketch) -> tuple[dict[str, Any], int] | None:
-    """Return the inputs of a vision tower, one picture a sample, and how many tokens of text a picture stands for."""
+    """Return the inputs of a vision tower, one image per sample, and the number of text tokens per image."""
     vision = _within(s, VISION_CONFIGS)
-    if "image_grid_thw" in s.parameters:  # Qwen-VL and kin: patches of all pictures in one row
+    if "image_grid_thw" in s.parameters:  # Qwen-VL and its kin: patches of all images in one row
         merge = vision.field("spatial_merge_size", default=s.field("spatial_merge_size", default=2))
         side = 2 * merge
         patch, frames = vision.need("patch_size"), vision.field("temporal_patch_size", default=1)
@@ -103,14 +103,14 @@ def _pictures(s: Sketch) -> tuple[dict[str, Any], int] | None:
     image = pixels(s)
     patches = (size // patch) ** 2
     name = type(s.config).__name__
-    if name.startswith(("Idefics3", "SmolVLM")):  # tiles; all zero they would count as padding
+    if name.startswith(("Idefics3", "SmolVLM")):  # tiles; all-zero tiles would count as padding
         return {"pixel_values": 1 + image[:, None]}, patches // s.field("scale_factor", default=2) ** 2
     if name.startswith("Gemma3"):
         return {"pixel_values": image}, s.need("mm_tokens_per_image")
     if name.startswith("Mistral3"):
         merged = patches // s.field("spatial_merge_size", default=2) ** 2
         return {"pixel_values": image, "image_sizes": torch.tensor([[size, size]] * BATCH)}, merged
-    if name.startswith("LlavaNext"):  # the whole picture, then its tiles: one, with a token for each end of a row
+    if name.startswith("LlavaNext"):  # the whole image, then one tile, with one token per row end
         tiles = torch.zeros(BATCH, 2, *image.shape[1:])
         rows = size // patch
         tokens = 2 * patches + rows
@@ -128,7 +128,7 @@ def _token(s: Sketch) -> int | None:
 
 
 def _within(s: Sketch, names: tuple[str, ...]) -> Sketch:
-    """Return a sketch of a part's config, or of the whole where the parts have none of their own."""
+    """Return a sketch of a part's config, or of the whole model if the parts have none of their own."""
     found = s.field(*names)
     return s if found is None or isinstance(found, (str, dict, list)) else Sketch(s.model, found)
 
@@ -139,11 +139,11 @@ def _has(s: Sketch, names: tuple[str, ...]) -> bool:
 
 def _text(s: Sketch) -> Sketch:
     part = _within(s, TEXT_CONFIGS)
-    return _within(part, TEXT_CONFIGS)  # a thinker's text, say
+    return _within(part, TEXT_CONFIGS)  # for example a thinker's text
 
 
 def _text_ids(s: Sketch) -> Tensor:
-    """Return token ids, each row ended by the one end of text, which some classifiers look for."""
+    """Return token ids; each row ends with its only end-of-text token, which some classifiers look for."""
     vocabulary = s.field("vocab_size", default=_text(s).field("vocab_size"))
     if vocabulary is None:
         raise UnknownInput("its config has no vocab_size")
@@ -165,17 +165,17 @@ def _decoder_ids(s: Sketch) -> Tensor | None:
 
 
 def _size(vision: Sketch) -> tuple[int, int]:
-    size = vision.field("image_size", "input_size", "crop_size", default=224)  # convolutional backbones take any size
+    size = vision.field("image_size", "input_size", "crop_size", default=224)  # convolutional backbones accept any size
     if isinstance(size, dict):
         return size["height"], size["width"]
     return (size, size) if isinstance(size, int) else (size[-2], size[-1])
 
 
 def pixels(s: Sketch) -> Tensor:
-    """Return black pictures of the size that position embeddings are kept for; clips for a video model."""
+    """Return black images of the size that position embeddings are stored for; clips for a video model."""
     vision = _within(s, VISION_CONFIGS)
     channels = vision.field("num_channels", "in_channels", "in_chans", default=3)
-    if "Siglip2" in type(vision.config).__name__:  # patches, with masks of those that are there
+    if "Siglip2" in type(vision.config).__name__:  # patches, with masks of existing ones
         return torch.zeros(BATCH, vision.need("num_patches"), channels * vision.need("patch_size") ** 2)
     frames = vision.field("num_frames", "frames_per_clip")
     clip = frames is not None and s.field("tubelet_size", "num_frames") is not None
@@ -183,10 +183,10 @@ def pixels(s: Sketch) -> Tensor:
 
 
 def _features(s: Sketch) -> Tensor:
-    """Return log-mel features: channels first and of full length for Whisper, else a few frames of them."""
+    """Return log-mel features: channels first and full length for Whisper, else a few frames."""
     audio = _within(s, AUDIO_CONFIGS)
     bins = audio.field("num_mel_bins", "input_feat_per_channel", "feature_size", "mel_bins")
-    if audio.field("spec_size") is not None:  # CLAP: a picture of a spectrum
+    if audio.field("spec_size") is not None:  # CLAP: a spectrogram image
         return torch.zeros(BATCH, 1, audio.need("spec_size"), bins or 64)
     if bins is None:
         bins = audio.need("feature_projection_input_dim", "input_channels")
@@ -202,7 +202,7 @@ def _fields(s: Sketch) -> set[str]:
 
 
 def _waveform(s: Sketch) -> Tensor:
-    """Return a short silence; for spectrogram transformers and codecs what they take instead."""
+    """Return a short silence, or the inputs that spectrogram transformers and codecs take instead."""
     if (length := s.field("max_length")) and s.field("num_mel_bins") and s.field("patch_size"):
         return torch.zeros(BATCH, length, s.need("num_mel_bins"))
     channels = s.field("audio_channels")
@@ -216,7 +216,7 @@ def _boxes(s: Sketch) -> Tensor:
 
 
 def _past(s: Sketch) -> Tensor:
-    """Return a series long enough for every lag that a time series model looks back."""
+    """Return a series long enough for all lags of a time series model."""
     lags = s.field("lags_sequence", default=[0])
     shape = (BATCH, s.need("context_length") + max(lags))
     channels = s.field("num_input_channels", "input_size", default=1)

@@ -1,7 +1,8 @@
-"""Quantized models, pipelines, affiners and calibration sets with the files that go along: on disk and on the hub.
+"""Save and push quantized models, pipelines, affiners and calibration sets together with the files they need.
 
-Neither library tells a quantizer where a model is saved or pushed, so what its own ``save_pretrained`` and
-``push_to_hub`` write has no card of ours; transformers' has our tags, and both keep a card that is in the repository.
+Neither library tells a quantizer where a model is saved or pushed. So what their own ``save_pretrained`` and
+``push_to_hub`` write has no hfquant card; transformers' card has hfquant's tags, and both keep a card that is already
+in the repository.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 def save_pretrained(
     thing: Any, save_directory: str | os.PathLike[str], *, base_model: str | None = None, **options: Any
 ) -> None:
-    """Save what hfquant made, with a model card and the tokenizer or processor that the model came with.
+    """Save an hfquant object with a model card and the tokenizer or processor that the model came with.
 
     Args:
         thing: a quantized model, a pipeline with quantized components, an affiner, or a calibration set.
-        save_directory: folder. A README.md that is there keeps what a person wrote.
-        base_model: hub id of the full-precision model; default: where ``thing`` was loaded from, if that is one.
-        **options: of the thing's own ``save_pretrained`` (``max_shard_size``, ``variant``...), or of
+        save_directory: target folder. Text that a person wrote into an existing README.md is kept.
+        base_model: hub id of the full-precision model; default: where ``thing`` was loaded from, if that is a hub id.
+        **options: options of the object's own ``save_pretrained`` (``max_shard_size``, ``variant``...), or of
             :meth:`~hfquant.BaseCalibSet.save`.
 
     Raises:
-        TypeError: another kind of thing.
-        ValueError: nothing of it is quantized, or the metadata of the README.md that is there cannot be read.
+        TypeError: ``thing`` is none of these.
+        ValueError: nothing in it is quantized, or the metadata of the existing README.md cannot be read.
     """
     folder = Path(save_directory)
     _save(thing, folder, folder.name, base_model, options)
@@ -53,26 +54,27 @@ def push_to_hub(
     base_model: str | None = None,
     **options: Any,
 ) -> str:
-    """Upload what :func:`save_pretrained` writes, in one commit, creating the repository where it is missing.
+    """Upload what :func:`save_pretrained` writes, in one commit, creating the repository if necessary.
 
-    A card that is there keeps what a person wrote. Shards and indices of weights that an earlier push left are removed.
+    Text that a person wrote into an existing card is kept. Weight shards and indices left by an earlier push are
+    removed.
 
     Args:
         thing: as for :func:`save_pretrained`; a calibration set becomes a dataset repository.
         repo_id: "user/name".
-        subfolder: where in the repository.
-        private: of a repository created here.
-        token: of the hub; by default the one stored on this machine.
-        create_pr: open a pull request instead.
-        commit_message: of the commit.
+        subfolder: target folder in the repository.
+        private: whether a repository created here is private.
+        token: hub token; by default the one stored on this machine.
+        create_pr: open a pull request instead of committing.
+        commit_message: message of the commit.
         base_model: as for :func:`save_pretrained`.
         **options: as for :func:`save_pretrained`.
 
     Returns:
-        Address of the commit, or of the pull request.
+        URL of the commit or of the pull request.
 
     Raises:
-        PermissionError: the token may not write there. Nothing was uploaded.
+        PermissionError: the token has no write access there. Nothing was uploaded.
         TypeError, ValueError: as for :func:`save_pretrained`.
     """
     from huggingface_hub import HfApi
@@ -102,7 +104,7 @@ def push_to_hub(
 def _save(thing: Any, folder: Path, address: str, base_model: str | None, options: dict[str, Any]) -> None:
     kind, card = kind_of(thing), folder / CARD_FILE
     origin = origin_of(thing, base_model)
-    # A card that cannot be kept stops this before anything is written.
+    # A card that cannot be kept raises here, before anything is written.
     existing = card.read_text(encoding="utf-8-sig") if card.is_file() else origin.quantized_card
     content = content_of(kind.facts(thing), kind.noun, address, origin, existing)
     kind.save(thing, folder, options)
@@ -112,7 +114,7 @@ def _save(thing: Any, folder: Path, address: str, base_model: str | None, option
 
 @contextmanager
 def _allowed(repo_id: str) -> Iterator[None]:
-    """Turn the hub's refusals into one error that says what to do."""
+    """Turn the hub's permission errors into one error that says what to do."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -128,7 +130,7 @@ def _allowed(repo_id: str) -> Iterator[None]:
 
 
 def _leftover_weights(folder: Path) -> list[str]:
-    """Return patterns of what an earlier push with other shards may have left beside the weights in ``folder``."""
+    """Return patterns for files that a push with other shards may have left next to the weights in ``folder``."""
     stems = {_SHARD.sub("", str(path.relative_to(folder).with_suffix(""))) for path in folder.rglob("*.safetensors")}
     shards = [f"{stem}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].safetensors" for stem in sorted(stems)]
     return [*shards, *(f"{stem}.safetensors{end}" for stem in sorted(stems) for end in ("", ".index.json"))]

@@ -1,4 +1,4 @@
-"""The card of a thing: its facts through one template, merged with the card that is there."""
+"""The card of an object: its facts rendered with one template and merged with an existing card."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def content_of(facts: Facts, noun: str, address: str, origin: Origin, existing: 
     """Return the content of a card.
 
     Args:
-        facts: what is known of the thing.
-        noun: what the thing is called.
-        address: what it is loaded by: a hub id, or a folder's name.
-        origin: what is known of the model that it was made from.
-        existing: the card that is there; None without one.
+        facts: facts about the object.
+        noun: what to call the object.
+        address: what it is loaded by: a hub id or a folder name.
+        origin: what is known about the model it was made from.
+        existing: the existing card; None if there is none.
 
     Raises:
-        CardError: the metadata of the card that is there cannot be read.
+        CardError: the metadata of the existing card cannot be read.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -61,7 +61,7 @@ def _versions() -> dict[str, str]:
 
 
 def _count(count: int) -> str:
-    """Return a number of parameters as people read it."""
+    """Return a number of parameters in human-readable form."""
     for unit, factor in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= factor:
             return f"{count / factor:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""What a card says of a thing: read off the thing itself, as plain values."""
+"""Facts for an object's card, derived from the object itself, as plain values."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """The quantized layers of one pair of formats."""
+    """The quantized layers that share a pair of weight and input formats."""
 
     weights: str
     inputs: str
     layers: int
-    #: In their weights; biases are parameters too.
+    #: Number of weight elements; ``parameters`` also counts biases.
     elements: int
     parameters: int
     bytes: int
 
     @property
     def bits(self) -> float:
-        """Bits a weight, all tensors of the layers counted."""
+        """Bits per weight, counting all tensors of the layers."""
         return 8 * self.bytes / self.elements
 
 
 class Left(NamedTuple):
-    """What stays in full precision for one reason."""
+    """What stays in full precision for a given reason."""
 
     why: str
     parameters: int
@@ -52,13 +52,13 @@ class Left(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The error of layers' outputs on sampled calibration rows, in dB: as solved, and with plain rounding."""
+    """Median SQNR of layer outputs on sampled calibration rows, in dB: as solved, and with plain rounding."""
 
     sqnr: float
     plain_sqnr: float
     worst: list[LayerReport]
     never_ran: list[str]
-    #: What the guard put back to a safer format.
+    #: Layers that the guard moved to a safer format.
     guarded: list[LayerReport]
 
 
@@ -77,48 +77,49 @@ class Component:
 
     @property
     def preset(self) -> str | None:
-        """The preset that the config is, if it is one."""
+        """Name of the preset that equals the config; None if there is none."""
         return preset_of(self.config)
 
     @property
     def recipe_json(self) -> str:
-        """What makes the same model once more."""
+        """The recipe that reproduces the model, as JSON."""
         stored = self.config.to_dict()
         kept = {key: stored[key] for key in ("config", "modules_to_not_convert", "per_layer_mode") if stored[key]}
         return json.dumps(kept, indent=2)
 
     @property
     def data(self) -> dict[str, Any]:
-        """What the layers were calibrated on; nothing where no data was needed, or it is not known."""
+        """Description of the calibration data; empty if none was needed or it is unknown."""
         return dict(self.config.provenance)
 
     @property
     def float_parameters(self) -> int:
-        """Of those that stay in full precision."""
+        """Number of parameters that stay in full precision."""
         return sum(left.parameters for left in self.left)
 
     @property
     def parameters(self) -> int:
-        """Of the model, counted as in full precision."""
+        """Number of parameters of the model, counted as in full precision."""
         return sum(row.parameters for row in self.rows) + self.float_parameters
 
     @property
     def bytes(self) -> int:
-        """Of all tensors that are stored."""
+        """Bytes of all stored tensors."""
         return sum(row.bytes for row in self.rows) + self.float_bytes
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says.
+    """The content of a card.
 
     Attributes:
-        class_name: of the thing.
-        library_name: as the hub knows it.
-        tags: for its search.
-        recipe: digest of what decides the result; while it is the same, what was measured before still holds.
+        class_name: class of the object.
+        library_name: library name on the hub.
+        tags: tags on the hub.
+        recipe: digest of everything that determines the result; while it does not change, earlier measurements still
+            apply.
         components: quantized models.
-        values: what the template asks for beside them.
+        values: further values that the template needs.
     """
 
     class_name: str
@@ -137,7 +138,7 @@ def models_of(thing: Any) -> dict[str, nn.Module]:
 
 
 def of_models(thing: Any) -> Facts:
-    """Return what there is to say of a quantized model, or of a pipeline with some."""
+    """Return the facts of a quantized model, or of a pipeline with quantized components."""
     quantized = {name: model for name, model in models_of(thing).items() if quant_modules(model)}
     tags = dict.fromkeys(tag for model in quantized.values() for tag in tags_of(model))
     recipe = _digest({name: config_of(model).to_dict() for name, model in quantized.items()})
@@ -146,7 +147,7 @@ def of_models(thing: Any) -> Facts:
 
 
 def of_affiner(affiner: BlockwiseAffiner) -> Facts:
-    """Return what there is to say of an affiner."""
+    """Return the facts of an affiner."""
     errors = list(affiner.errors.values())
     before, after = (sum(pair[i] for pair in errors) / len(errors) for i in (0, 1)) if errors else (None, None)
     config = affiner.config.to_json()
@@ -155,19 +156,19 @@ def of_affiner(affiner: BlockwiseAffiner) -> Facts:
 
 
 def of_set(calibration_set: BaseCalibSet) -> Facts:
-    """Return what there is to say of a calibration set."""
+    """Return the facts of a calibration set."""
     provenance = without_secrets(calibration_set.provenance)
     values = {"samples": len(calibration_set), "provenance": provenance}
     return Facts("BaseCalibSet", "hfquant", ["hfquant", "calibration"], _digest(provenance), values=values)
 
 
 def preset_of(config: HfQuantConfig) -> str | None:
-    """Return the name of the preset that a config is; None for one of the user's own."""
+    """Return the name of the preset that equals a config; None if there is none."""
     return next((name for name, preset in PRESETS.items() if preset == config.rules.raw), None)
 
 
 def tags_of(model: nn.Module) -> list[str]:
-    """Return the hub's tags of a quantized model: hfquant, the bits of its weights, the preset."""
+    """Return the hub tags of a quantized model: hfquant, the bit widths of its weights, the preset."""
     plans = [plan for layer in quant_modules(model).values() for plan, _, _ in layer.held()]
     bits = sorted({plan.config.weight_quant.format.bits for plan in plans})
     preset = preset_of(config_of(model))
@@ -196,7 +197,7 @@ def _component(name: str, model: nn.Module) -> Component:
     seen: set[int] = set()
     for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False) if path not in layers else ():
-            # One that is tied is counted where it comes first.
+            # A tied parameter is counted where it first appears.
             new = [] if id(parameter) in seen else [parameter]
             left[config.skipped.get(path) or f"{type(module).__name__}, not quantized"][path] += new
             seen.add(id(parameter))
@@ -222,7 +223,7 @@ def _weights(rule: WeightQuant) -> str:
     if rule.group_size is not None:
         scale = f"groups of {rule.group_size}"
     else:
-        scale = "one scale a tensor" if rule.axis is None else "one scale a channel"
+        scale = "one scale per tensor" if rule.axis is None else "one scale per channel"
     points = "" if rule.symmetric else ", zero points"
     return f"{rule.type}, {scale}{points}" if rule.format.has_scale else rule.type
 
@@ -232,8 +233,8 @@ def _inputs(rule: InputQuant | None) -> str:
         return "float"
     if not rule.format.has_scale:
         return rule.type
-    scale = f"one scale a {'tensor' if rule.axis is None else 'token'}"
-    return f"{rule.type}, {scale}, {'calibrated' if rule.static else 'at run time'}"
+    scale = f"one scale per {'tensor' if rule.axis is None else 'token'}"
+    return f"{rule.type}, {scale}, {'static' if rule.static else 'dynamic'}"
 
 
 def _measured(report: QuantReport | None) -> Measured | None:

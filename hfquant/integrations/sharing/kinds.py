@@ -1,4 +1,4 @@
-"""The kinds of thing that can be saved and pushed, one entry each: how it is saved and what its card says."""
+"""The kinds of object that can be saved and pushed: how each is saved, and the facts for its card."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hfquant.nn.modules import quant_modules
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of thing.
+    """One kind of object.
 
     Attributes:
-        noun: what it is called.
+        noun: its name in text.
         save: writes it to a folder, with the options of its own method.
-        facts: what its card says.
-        repo_type: "model", or "dataset".
-        leftovers: patterns of files in a repository that an earlier push of another size may have left.
+        facts: returns the facts for its card.
+        repo_type: "model" or "dataset".
+        leftovers: patterns of repository files that an earlier push of another size may have left.
     """
 
     noun: str
@@ -39,12 +39,12 @@ def kind_of(thing: Any) -> Kind:
     """Return the kind of ``thing``.
 
     Raises:
-        TypeError: none that can be shared.
-        ValueError: a model or pipeline in which nothing is quantized.
+        TypeError: it is not a kind that can be shared.
+        ValueError: it is a model or pipeline in which nothing is quantized.
     """
     if isinstance(thing, BaseCalibSet):
         return CALIBRATION_SET
-    # Things of a module exist only once that module is imported, so nothing is imported for the question.
+    # Objects of a module exist only once the module is imported, so this check imports nothing.
     if _is(thing, "hfquant.affiner.affiner", "BlockwiseAffiner"):
         return AFFINER
     pipeline = _is(thing, "diffusers.pipelines.pipeline_utils", "DiffusionPipeline")

@@ -1,8 +1,8 @@
-"""A generated card brought together with one that is there already: what a person wrote stays.
+"""Merge a generated card with an existing one, keeping what a person wrote.
 
-A card is a list of sections (its head, then one for each "## " heading) and its metadata. A comment at its end keeps
-the digest of each section and the metadata as they were generated. What still is as it was generated is replaced; what
-differs, and what was never generated, is a person's.
+A card consists of sections (its head, then one per "## " heading) and metadata. A comment at its end holds a digest of
+each section and the metadata, both as generated. Anything that is still as generated is replaced; anything that differs
+or was never generated belongs to a person.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import xxhash
 import yaml
 from huggingface_hub import RepoCard
 
-# "--" would end a comment.
+# "--" would end an HTML comment.
 _COMMENT = re.compile(r"\n*<!-- hfquant generated (\{.*\}); what has been changed since is kept -->\n*")
 _FENCE = re.compile(r"\s{0,3}(```|~~~)")
 
@@ -28,11 +28,11 @@ class CardError(ValueError):
 
 @dataclass(frozen=True)
 class Generated:
-    """What of a card was generated.
+    """The generated content of a card.
 
     Attributes:
-        recipe: digest of what the model was quantized by.
-        metadata: as generated.
+        recipe: digest of the quantization recipe of the model.
+        metadata: the metadata as generated.
         sections: title -> digest of the text as generated.
     """
 
@@ -42,7 +42,7 @@ class Generated:
 
     @classmethod
     def of(cls, content: str) -> Generated:
-        """Return what a card's comment says; nothing where there is none, or none that can be read."""
+        """Return the content of a card's comment; an empty object if there is none or it cannot be read."""
         found = _COMMENT.search(content)
         try:
             stored = json.loads(found[1]) if found else {}
@@ -53,25 +53,25 @@ class Generated:
         return generated if fits else cls()
 
     def comment(self) -> str:
-        """Return the comment that keeps it."""
+        """Return the comment that stores this object."""
         stored = json.dumps({"recipe": self.recipe, "metadata": self.metadata, "sections": self.sections}, default=str)
         escaped = stored.replace("--", "\\u002d\\u002d")
         return f"<!-- hfquant generated {escaped}; what has been changed since is kept -->"
 
 
 def merged(metadata: Mapping[str, Any], body: str, recipe: str, existing: str | None, where: str) -> str:
-    """Return the content of a card: the generated one, with what a person wrote in the one that is there.
+    """Return the content of a card: the generated one, plus what a person wrote in the existing one.
 
     Args:
-        metadata: generated, as JSON.
+        metadata: generated metadata, as JSON.
         body: generated Markdown.
-        recipe: digest of what the model was quantized by. While it is the same, a section that was generated when more
-            was known (a measurement of the run that quantized) stays.
-        existing: content of the card that is there; None without one.
-        where: what an error calls that card.
+        recipe: digest of the quantization recipe of the model. While it does not change, a section that was generated
+            when more was known (a measurement of the quantization run) is kept.
+        existing: content of the existing card; None if there is none.
+        where: what to call that card in error messages.
 
     Raises:
-        CardError: its metadata is not a dict in YAML.
+        CardError: the metadata of the existing card is not a YAML dict.
     """
     new = dict(sections(body))
     generated = Generated(recipe, dict(metadata), {title: _digest(text) for title, text in new.items()})
@@ -84,7 +84,7 @@ def merged(metadata: Mapping[str, Any], body: str, recipe: str, existing: str | 
     for title, text in sections(_COMMENT.sub("\n", card.text)):
         shown.add(title)
         if _digest(text) != before.sections.get(title):
-            texts.append(text)  # a person's
+            texts.append(text)  # written by a person
         elif title in new:
             texts.append(new[title])
         elif before.recipe == recipe:
@@ -95,20 +95,20 @@ def merged(metadata: Mapping[str, Any], body: str, recipe: str, existing: str | 
 
 
 def read_card(content: str, where: str) -> RepoCard:
-    """Return a card.
+    """Parse a card.
 
     Raises:
-        CardError: its metadata is not a dict in YAML.
+        CardError: its metadata is not a YAML dict.
     """
     try:
-        # Metadata of results that the client cannot make sense of is kept as it is.
+        # Metadata of results that the client does not understand is kept unchanged.
         return RepoCard(content, ignore_metadata_errors=True)
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise CardError(f"the metadata at the top of {where} cannot be read, mend it first: {error}") from error
+        raise CardError(f"the metadata at the top of {where} cannot be read, fix it first: {error}") from error
 
 
 def sections(body: str) -> Iterator[tuple[str, str]]:
-    """Yield the (title, text) of each section of Markdown that has any; that before the first heading is called ""."""
+    """Yield (title, text) of each non-empty section of Markdown; the title before the first heading is ""."""
     title, lines, fence = "", list[str](), ""
     for line in body.replace("\r\n", "\n").split("\n"):
         if mark := _FENCE.match(line):
@@ -127,18 +127,18 @@ def _digest(text: str) -> str:
 
 
 def _metadata(new: Mapping[str, Any], before: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
-    """Three ways: a key that is as it was generated is renewed, one that a person changed or took out stays so."""
+    """Merge three ways: update a key that is still as generated; keep one that a person changed or removed."""
     result = dict(there)
     for key, value in new.items():
         known, found = before.get(key), there.get(key)
         if isinstance(value, list) and isinstance(found, list):
-            # Of a list, each entry.
+            # Merge lists entry by entry.
             gone = [entry for entry in known or () if entry not in value]
             added = [entry for entry in value if entry not in (known or ()) and entry not in found]
             result[key] = [entry for entry in found if entry not in gone] + added
-        elif found == known:  # both None: not there, and never generated
+        elif found == known:  # both None: not present and never generated
             result[key] = value
-    return result  # what is not known now stays
+    return result  # keep keys that are not generated now
 
 
 def _card(metadata: Mapping[str, Any], texts: list[str], generated: Generated) -> str:

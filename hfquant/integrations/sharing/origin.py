@@ -1,4 +1,4 @@
-"""Where a model came from: its base model's id, what it says of itself, and the tokenizer or processor beside it."""
+"""Origin of a model: its base model's id, the metadata of its card, and its tokenizer or processor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from hfquant.integrations.sharing.merge import CardError, Generated, read_card
 
 CARD_FILE = "README.md"
-#: What the card of a quantized model takes over from its base model's.
+#: Metadata that the card of a quantized model inherits from its base model's.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
 _SNAPSHOT = re.compile(r"models--((?:(?!--)[^/\\])+(?:--(?:(?!--)[^/\\])+)?)[/\\]snapshots[/\\]")
@@ -19,12 +19,12 @@ _SNAPSHOT = re.compile(r"models--((?:(?!--)[^/\\])+(?:--(?:(?!--)[^/\\])+)?)[/\\
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of the model that was loaded.
+    """What is known about the model that was loaded.
 
     Attributes:
         base_model: hub id of the full-precision model.
-        metadata: of its card, to be taken over.
-        quantized_card: card of the quantized model that was loaded and is saved again.
+        metadata: metadata of its card, to be inherited.
+        quantized_card: card of a quantized model that was loaded and is being saved again.
     """
 
     base_model: str | None = None
@@ -33,18 +33,18 @@ class Origin:
 
 
 def origin_of(thing: Any, base_model: str | None) -> Origin:
-    """Return what is known of the model or pipeline that ``thing`` was loaded from.
+    """Return what is known about the model or pipeline that ``thing`` was loaded from.
 
     Args:
-        thing: a model or pipeline; of others nothing is known.
-        base_model: hub id, where the user says it.
+        thing: a model or pipeline; for other objects, nothing is known.
+        base_model: hub id, if the user specifies it.
     """
     source = source_of(thing)
     path = file_of(source, CARD_FILE)
     try:
         content = path.read_text(encoding="utf-8-sig") if path else ""
         metadata = read_card(content, source).data.to_dict() if content else {}
-    except (CardError, UnicodeDecodeError):  # somebody else's card: do without
+    except (CardError, UnicodeDecodeError):  # a third-party card: do without it
         content, metadata = "", {}
     if Generated.of(content).sections:
         return Origin(base_model or metadata.get("base_model"), {}, content)
@@ -53,14 +53,14 @@ def origin_of(thing: Any, base_model: str | None) -> Origin:
 
 
 def source_of(thing: Any) -> str:
-    """Return the folder or hub id that a model or pipeline was loaded from; "" where it was not."""
+    """Return the folder or hub id that a model or pipeline was loaded from; "" if it was not loaded."""
     config = getattr(thing, "config", None)
     stored = config.get("_name_or_path") if isinstance(config, Mapping) else None
     return str(getattr(thing, "name_or_path", None) or stored or "")
 
 
 def hub_id(source: str) -> str | None:
-    """Return the id of a repository, also of its folder in the cache; None for other folders."""
+    """Return the id of a repository, also for its folder in the cache; None for other folders."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -76,7 +76,7 @@ def hub_id(source: str) -> str | None:
 
 
 def file_of(source: str, name: str) -> Path | None:
-    """Return a file of a folder or of a repository on the hub; None where there is none, or it cannot be had now."""
+    """Return a file of a folder or hub repository; None if there is none, or it is currently unavailable."""
     if not source:
         return None
     if Path(source).is_dir():
@@ -88,12 +88,12 @@ def file_of(source: str, name: str) -> Path | None:
 
     try:
         return Path(hf_hub_download(source, name))
-    except OSError:  # the client's errors are
+    except OSError:  # includes the client's errors
         return None
 
 
 def save_processor(model: Any, folder: Path) -> None:
-    """Save the tokenizer or processor that a transformers model came with, unless one is in the folder already."""
+    """Save the tokenizer or processor that a transformers model came with, unless the folder already has one."""
     from transformers import AutoProcessor
 
     source = source_of(model)
@@ -103,6 +103,6 @@ def save_processor(model: Any, folder: Path) -> None:
         return
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError):  # the ways transformers says that it cannot
+    except (OSError, ValueError, KeyError, TypeError, ImportError):  # transformers' ways of saying that it cannot
         return
     processor.save_pretrained(folder)

@@ -1,8 +1,8 @@
-"""Kernels in C++ for CPUs, one for each instruction set that a machine has.
+"""C++ kernels for CPUs, one per instruction set.
 
-Weights of 2 to 8 bits are multiplied as integers with inputs of at most 8 bits, or with floats that are taken as 16-bit
-integers (input.h). Other weights (FP8, FP16, BF16, INT16) become floats a panel at a time; FP8 inputs are rounded on
-the way (floats.h).
+Weights of 2 to 8 bits are multiplied as integers, with inputs of at most 8 bits or with float inputs converted to
+16-bit integers (input.h). Other weights (FP8, FP16, BF16, INT16) are decoded to floats one panel at a time; FP8 inputs
+are rounded on the fly (floats.h).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from hfquant.kernels.cpu.build import INSTRUCTION_SETS, BuildError, load
 
 logger = logging.getLogger(__name__)
 
-#: Weights that become floats, by their numbers in job.h.
+#: Weight formats that are decoded to floats, with their numbers in job.h.
 DECODED = {"fp8e4m3": 1, "fp8e5m2": 2, "fp16": 3, "bf16": 4, "int16": 5}
-#: Inputs of these weights that are quantized there, not by :class:`InputRule`.
+#: Input formats that C++ rounds itself for these weights; :class:`InputRule` quantizes the others.
 ROUNDED = ("fp8e4m3", "fp8e5m2")
-#: Dtypes of inputs that are read as they are.
+#: Input dtypes that C++ reads without conversion.
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
 def _missing() -> str:
-    """Load the library; return why it cannot be, "" where it is."""
+    """Load the library; return why it cannot be loaded, "" if it can."""
     try:
         load()
     except (BuildError, OSError) as error:
@@ -52,7 +52,7 @@ def _lacks(number: int) -> str:
 def _refuses(product: Product) -> str:
     form, rule = product.weight, product.input
     if _group_size(product) is None:
-        return "blocks of columns are not groups of one size"
+        return "blocks of columns are not groups of equal size"
     if form.name in DECODED:
         return "" if product.symmetric else f"{form.name} weights have zero points"
     if not isinstance(form, IntegerFormat) or form.bits > 8:
@@ -63,7 +63,7 @@ def _refuses(product: Product) -> str:
 
 
 def _group_size(product: Product) -> int | None:
-    """Return the size of the groups that make up the columns, 0 where segments are whole; None for anything else."""
+    """Return the group size, 0 if each segment is a single block, None if the blocks are not groups of one size."""
     if product.columns == product.segments:
         return 0
     size = max(product.columns)
@@ -72,7 +72,7 @@ def _group_size(product: Product) -> int | None:
 
 @lru_cache(maxsize=4096)
 def spec_of(key: str) -> Tensor:
-    """Return the product as native.cpp reads it."""
+    """Return the product encoded as the ``spec`` that native.cpp reads."""
     product = product_of(key)
     done = product.weight.name in DECODED and _quantized_before(product)
     rule, rotation = (None, 0) if done else (product.input, product.rotation)
@@ -83,18 +83,18 @@ def spec_of(key: str) -> Tensor:
 
 
 def _code(form: NumberFormat) -> int:
-    """Return the bits of integers, minus the number of another format."""
+    """Return the bits of an integer format, or minus the number of a format in :data:`DECODED`."""
     return -DECODED[form.name] if form.name in DECODED else form.bits
 
 
 def _quantized_before(product: Product) -> bool:
-    """Return whether the input of a weight in :data:`DECODED` has a format that only :class:`InputRule` knows."""
+    """Return whether only :class:`InputRule` can quantize the input of a weight in :data:`DECODED`."""
     return product.input is not None and product.input.format.name not in ROUNDED
 
 
 @cache
 def _native() -> Callable[..., Tensor]:
-    # The overload itself: choosing it at each call takes as long as a small product.
+    # The overload itself: resolving it at each call takes as long as a small product.
     overload: Callable[..., Tensor] = torch.ops.hfquant_cpu.linear.default
     return overload
 
@@ -112,7 +112,7 @@ def _run(number: int, x: Tensor, operands: Operands, product: Product) -> Tensor
     return _native()(x.float().contiguous(), *operands, spec, number).to(dtype)
 
 
-#: Widest first.
+#: Widest instruction set first.
 KERNELS = [
     Kernel(name, "cpu", partial(_lacks, number), _refuses, lambda *size: True, partial(_run, number))
     for number, name in reversed(list(enumerate(INSTRUCTION_SETS)))

@@ -1,8 +1,8 @@
-"""Compile the C++ kernels once for a machine, keep the library in a cache, load it.
+"""Compile the C++ kernels once per machine, cache the library and load it.
 
-A wheel carries the library; a source install compiles it on first use. A library's name says what it is made of, and in
-the cache what it consists of, so one of other sources, another compiler or another torch, or a damaged one, is never
-loaded.
+A wheel ships the library; a source install compiles it on first use. The file name contains a hash of the sources; in
+the cache the hash covers compiler and torch too, and a digest of the content follows. A library built from other
+sources, with another compiler or torch, or a damaged one, is never loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-#: Flags for each instruction set, narrowest first; the order is that of ``choices`` in native.cpp.
+#: Compiler flags per instruction set, narrowest first, in the order of ``choices`` in native.cpp.
 X86 = {
     "scalar": "",
     "avx2": "-mavx2 -mfma -mf16c -mbmi2",
@@ -39,9 +39,9 @@ INSTRUCTION_SETS = list(FLAGS_OF)
 FLAGS = (
     "-std=c++20 -O3 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -DTORCH_TARGET_VERSION=0x020a000000000000"
 )
-#: Environment variable for more flags (sanitizers).
+#: Environment variable with extra compiler flags (sanitizers).
 EXTRA_FLAGS = "HFQUANT_CXXFLAGS"
-#: Seconds that the compiler may take for one file.
+#: Time limit of one compiler call, in seconds.
 PATIENCE = 600
 
 
@@ -50,17 +50,17 @@ class BuildError(RuntimeError):
 
 
 def load() -> None:
-    """Load the library that the wheel carries, or else one compiled for this machine.
+    """Load the library shipped with the wheel, or else one compiled for this machine.
 
     Raises:
         BuildError: there is no compiler, or it fails.
-        OSError: what was compiled cannot be loaded.
+        OSError: the compiled library cannot be loaded.
     """
     carried = HERE / wheel_name()
     if carried.exists() and not os.environ.get(EXTRA_FLAGS):
         try:
             torch.ops.load_library(str(carried))
-        except OSError as error:  # this system's C library is older than the one that the wheel was built with
+        except OSError as error:  # the wheel was built against a newer C library than this system's
             logger.warning("the C++ kernels of this wheel cannot be loaded here: %s", error)
         else:
             return
@@ -68,10 +68,10 @@ def load() -> None:
 
 
 def library() -> Path:
-    """Return the library compiled for this machine: that of the cache, or a new one.
+    """Return the library compiled for this machine, from the cache or newly compiled.
 
     Raises:
-        BuildError: there is no compiler, or it fails.
+        BuildError: there is no compiler, it fails, or no cache folder is writable.
     """
     compiler = _compiler()
     name = f"hfquant_cpu-{_fingerprint(compiler)}"
@@ -82,20 +82,20 @@ def library() -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             with _alone(folder):
                 return _intact(folder, name) or _compile_into(folder, name, compiler)
-    raise BuildError("no folder for the compiled library can be written")
+    raise BuildError("there is no writable folder for the compiled library")
 
 
 def wheel_name() -> str:
-    """Return the file name of the library within a wheel of these sources; it serves every torch from 2.10 on."""
+    """Return the library's file name in a wheel of these sources; it works with every torch from 2.10 on."""
     return f"hfquant_cpu-{_sources().hexdigest()[:20]}.so"
 
 
 def compile_library(target: Path, compiler: Sequence[str] | None = None) -> Path:
-    """Compile every instruction set, and link them as ``target``.
+    """Compile the kernels of every instruction set and link them into ``target``.
 
     Args:
         target: the file to write.
-        compiler: the command; default: what ``CXX`` names, g++ or clang++.
+        compiler: the command; by default ``CXX``, else g++ or clang++.
 
     Raises:
         BuildError: there is no compiler, or it fails.
@@ -106,7 +106,7 @@ def compile_library(target: Path, compiler: Sequence[str] | None = None) -> Path
     common = [*FLAGS.split(), f"-I{torch_folder / 'include'}"]
     x86 = ["-DHFQUANT_X86"] if FLAGS_OF is X86 else []
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        # The plain ones come first: of what several files define (std::vector's code), the linker takes the first.
+        # Objects for any CPU come first: of duplicate definitions (std::vector's code), the linker keeps the first.
         sources = [["native.cpp", *x86]]
         sources += [["isa.cpp", f"-DHFQUANT_ISA={name}", *flags.split()] for name, flags in FLAGS_OF.items()]
         objects = [str(Path(scratch) / f"{i}.o") for i in range(len(sources))]
@@ -128,7 +128,7 @@ def _compile_into(folder: Path, name: str, compiler: Sequence[str]) -> Path:
         damaged.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = compile_library(Path(scratch) / "made.so", compiler)
-        # The name holds the digest of the content, so one step puts both in place.
+        # The name contains the digest of the content, so one rename installs both.
         path = folder / f"{name}-{_digest(made)}.so"
         os.replace(made, path)
     return path
@@ -136,11 +136,11 @@ def _compile_into(folder: Path, name: str, compiler: Sequence[str]) -> Path:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Let one process compile while the others wait; the lock goes with the process that holds it."""
+    """Let one process compile while the others wait; the lock is released if its process dies."""
     import fcntl
 
     with open(folder / "lock", "w") as lock:
-        # Not every network file system has locks. Then each process compiles, and all give equal files.
+        # Not every network file system supports locks. Then each process compiles, all with the same result.
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -162,9 +162,9 @@ def _call(command: Sequence[str]) -> str:
         done = subprocess.run(command, cwd=HERE, check=True, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.CalledProcessError as error:
         why = " ".join(error.stderr.split())[:500] or f"exit code {error.returncode}"
-        raise BuildError(f"{command[0]} fails: {why}") from None
+        raise BuildError(f"{command[0]} failed: {why}") from None
     except subprocess.TimeoutExpired:
-        raise BuildError(f"{command[0]} does not end within {PATIENCE} s") from None
+        raise BuildError(f"{command[0]} did not finish within {PATIENCE} s") from None
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run: {error}") from None
     return done.stdout
@@ -186,9 +186,9 @@ def _fingerprint(compiler: Sequence[str]) -> str:
 
 
 def _folders() -> Iterator[Path]:
-    with contextlib.suppress(RuntimeError):  # there may be no home
+    with contextlib.suppress(RuntimeError):  # there may be no home directory
         yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hfquant"
-    # A read-only home. The folder is this user's alone: nobody else can put a library there.
+    # For a read-only home. Only this user can write to the folder, so nobody else can place a library there.
     folder = Path(tempfile.gettempdir()) / f"hfquant-{os.getuid()}"
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -202,7 +202,7 @@ def _digest(path: Path) -> str:
 
 
 def _intact(folder: Path, name: str) -> Path | None:
-    """Return a library of the cache whose content is what its name says."""
+    """Return a cached library whose content matches the digest in its name, or None."""
     with contextlib.suppress(OSError):
         for path in sorted(folder.glob(f"{name}-*.so")):
             if path.stem.endswith(f"-{_digest(path)}"):

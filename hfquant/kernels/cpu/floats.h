@@ -1,5 +1,5 @@
-// Products of floats: by weights that are not integers, and by the low-rank branch. A row's codes become floats a piece
-// at a time, in the nearest cache: for few tokens as they come, for more as panels of rows side by side.
+// Float products, for weights that are not integers and for the low-rank branch. Codes are decoded to floats one
+// L1-sized piece at a time: row by row for few tokens, packed into panels for more.
 #pragma once
 
 #include "rows.h"
@@ -7,7 +7,7 @@
 namespace hfquant {
 namespace HFQUANT_ISA {
 
-// The product of one row with T tokens from m, x [K] each, block by block; to y [T][pitch].
+// Multiplies row n by T tokens, x [T][K], block by block; adds to y [T][pitch].
 template <int T>
 void row_of_floats(const Job& job, const std::vector<Block>& blocks, const float* x, int64_t n, float* y,
                    int64_t pitch) {
@@ -62,17 +62,17 @@ inline void by_float_rows(const Job& job, ParallelFor parallel_for) {
   run_parallel(parallel_for, job.N, std::max<int64_t>(16, 32768 / job.row_bytes), multiply_rows);
 }
 
-// So many tokens use a piece of a panel before the next takes its place: fewer where there are too few panels for
-// threads.
+// Tokens that reuse a piece of a panel before the next one replaces it: fewer if there are too few panels to keep all
+// threads busy.
 constexpr int64_t MANY_TOKENS = 1024, SOME_TOKENS = 128, FEW_PANELS = 8;
-// Converted tokens that are kept at once.
+// Bytes of converted tokens kept at a time.
 constexpr int64_t CONVERTED_BYTES = 8 << 20;
 
-// Panels that share a tile's tokens while these are in the nearest cache, where all tokens do not fit the second one.
+// Panels that share a tile's tokens while these are in L1, once there are more tokens than fit L2 (MORE_TOKENS).
 constexpr int64_t PANELS = 16, MORE_TOKENS = 256;
 
-// Rows [n, n + rows) of the output, of PANELS panels at most, of tokens [0, count), of which the first is the job's
-// token `first`. V vectors of each panel have rows.
+// Computes output rows [n, n + rows), at most PANELS panels of V vectors, for `count` tokens from the job's token
+// `first`.
 template <int V>
 void float_panels(const Job& job, const std::vector<Block>& blocks, const std::vector<Term>& terms, int64_t first,
                   int64_t count, int64_t n, int64_t rows) {

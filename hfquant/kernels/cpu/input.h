@@ -1,4 +1,4 @@
-// The input's codes: formats/inputs.py once more, a token at a time.
+// Quantizes the input one token at a time, with the results of formats/inputs.py.
 #pragma once
 
 #include <cmath>
@@ -15,14 +15,14 @@ namespace HFQUANT_ISA {
 
 constexpr float NAN_ = std::numeric_limits<float>::quiet_NaN();
 constexpr float MIN_SCALE = 1.1754943508222875e-38f;  // 2^-126
-// A weight-only product takes floats as integers of 16 bits, in units of their own in each 128 columns: the error is
-// at most 2^-16 of the largest one, 2e-5 of the norm of the 128 as a rule and 1.8e-4 at worst. The range is what two
-// signed bytes, 256 high + low, reach on both sides.
+// Weight-only products convert float inputs to 16-bit integers, with one scale per 128 columns. The error is at most
+// 2^-16 of the largest value: relative to the norm of the 128, typically 2e-5 and at worst 1.8e-4. The range is what
+// two signed bytes, 256 high + low, reach on both sides.
 constexpr int FLOAT_BLOCK = 128;
 constexpr float FLOAT_LIMIT = 32639;
 constexpr int CODE_LIMIT = 32639;
 
-// How many scales a token's input has.
+// Number of input scales per token.
 inline int64_t input_scales(const Job& job) {
   return job.input_bits ? job.segments : (job.K + FLOAT_BLOCK - 1) / FLOAT_BLOCK;
 }
@@ -32,8 +32,8 @@ struct Range {
   bool finite;
 };
 
-// Compares bits: as integers, positive floats are in order, and negative ones are once their sign is flipped. NaN and
-// infinities are above all else.
+// Compares bit patterns: as integers, positive floats are ordered, and so are negative ones once their sign is flipped.
+// NaN and infinities compare above everything else.
 inline Range range_of(const float* x, int64_t count) {
   const Ints sign = repeat(INT32_MIN);
   Ints above = zeros(), below = zeros();
@@ -48,10 +48,10 @@ inline Range range_of(const float* x, int64_t count) {
   return {-of_bits(low), of_bits(high), std::max(high, low) < 0x7f800000};
 }
 
-// Halves to even; from 2^22 on no more than about the same.
+// Rounds half to even; from 2^22 on only approximately.
 inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
-// NaN becomes the lower limit: its token's scale is NaN.
+// NaN maps to the lower limit; its token's scale is NaN.
 inline int16_t code_of(float quotient, float limit) {
   float rounded = round_even(quotient);
   rounded = rounded > -limit ? rounded : -limit;
@@ -59,14 +59,14 @@ inline int16_t code_of(float quotient, float limit) {
   return static_cast<int16_t>(static_cast<int32_t>(rounded));
 }
 
-// Quotients are x times the reciprocal, but for what is so close to the middle of two numbers that the last bit
-// decides: those are divided, and so many at once.
+// Quotients are computed as x times the reciprocal. If one is so close to a rounding boundary that its last bit
+// decides, this many quotients are recomputed by division.
 constexpr int64_t QUOTIENTS = 128;
 constexpr float CLOSE = 0.4999f;
 
-// Rounding to FP8, values not codes: halves to even, saturated. Adding 1.5 * 2^23 steps leaves no bits below one.
+// Rounds to FP8 values (not codes), half to even, saturated. Adding 1.5 * 2^23 steps leaves no bits below one step.
 struct ToFp8 {
-  float limit, smallest, epsilon;  // the largest number, the smallest normal one, the step from 1 to the next
+  float limit, smallest, epsilon;  // largest number, smallest normal number, step from 1 to the next
 
   static ToFp8 of(Format format) {
     return format == FP8_E4M3 ? ToFp8{448, 0x1p-6f, 0x1p-3f} : ToFp8{57344, 0x1p-14f, 0x1p-2f};
@@ -86,8 +86,8 @@ struct ToFp8 {
   }
 };
 
-// x / scale, rounded to integers in [-limit, limit], NaN to the lower limit: its token's scale is NaN. Whole vectors of
-// codes are written, those beyond the last are zero.
+// Rounds x / scale to integers in [-limit, limit]; NaN maps to the lower limit, and its token's scale is NaN. Writes
+// whole vectors of codes, zero beyond the last.
 inline void to_codes(const float* x, int64_t count, float scale, float limit, int16_t* codes) {
   const Reals inverse = repeat(1.0f / scale), high = repeat(limit), low = repeat(-limit);
   for (int64_t start = 0; start < count; start += QUOTIENTS) {
@@ -115,7 +115,7 @@ inline void to_codes(const float* x, int64_t count, float scale, float limit, in
   }
 }
 
-// x / scale, rounded to FP8; `out` is not `x`.
+// Rounds x / scale to FP8 values; `out` must not alias `x`.
 inline void to_fp8(const float* x, int64_t count, float scale, ToFp8 round, float* __restrict out) {
   const float inverse = 1.0f / scale;
   for (int64_t start = 0; start < count; start += QUOTIENTS) {
@@ -130,14 +130,14 @@ inline void to_fp8(const float* x, int64_t count, float scale, ToFp8 round, floa
   }
 }
 
-// amax / qmax, 1 for zero. As in formats/base.py magnitudes are cut a millionth below the largest there is.
+// amax / qmax, or 1 if amax is 0. As in formats/base.py, amax is clipped a millionth below float32's maximum.
 inline float scale_of(float amax, float qmax) {
   constexpr float MOST = std::numeric_limits<float>::max() * (1 - 0x1p-20f);
   const float scale = (amax < MOST ? amax : MOST) / qmax;
   return amax == 0 ? 1.0f : scale > MIN_SCALE ? scale : MIN_SCALE;
 }
 
-// floor(log2(high / -low)) in [0, most].
+// floor(log2(high / -low)), clamped to [0, most].
 inline int dual_exponent(float low, float high, int most) {
   low = low < 0 ? -low : 0;
   high = high > 0 ? high : 0;
@@ -165,7 +165,7 @@ inline Scales scales_of(const Job& job, int64_t segment, Range range) {
   return {scale, negative < MIN_SCALE ? scale : negative};
 }
 
-// Both signs have their own unit; in units of the negative one a positive code is shifted up.
+// Dual scale: each sign has its own scale; positive codes are scaled up to the negative side's.
 inline void to_dual_codes(const float* x, int64_t count, Scales scales, float limit, int16_t* codes) {
   const int ratio = static_cast<int>(scales.positive / scales.negative);
   const int most = CODE_LIMIT / static_cast<int>(limit);
@@ -176,7 +176,7 @@ inline void to_dual_codes(const float* x, int64_t count, Scales scales, float li
   }
 }
 
-// The divisor's reciprocals, in `out` [K]; null where one of them or of the divisors is too large or too small.
+// Writes the divisor's reciprocals to `out` [K]; returns null if a divisor or reciprocal is too large or too small.
 inline const float* inverse_of(const Job& job, float* out) {
   float high = 1, low = 1;
   for (int64_t k = 0; k < job.K; ++k) {
@@ -187,7 +187,7 @@ inline const float* inverse_of(const Job& job, float* out) {
   return high < 0x1p60f && low > 0x1p-60f ? out : nullptr;
 }
 
-// The token's input as floats, divided by the divisor and rotated; in `buffer` [K] where x cannot be read as it is.
+// Returns the token's input as floats, divided and rotated; in `buffer` [K] unless x can be read in place.
 inline const float* floats_of(const Job& job, int64_t token, float* buffer) {
   const float* x = static_cast<const float*>(job.x.data) + token * job.K;
   if (job.x.type != FLOAT32) {
@@ -208,7 +208,7 @@ inline const float* floats_of(const Job& job, int64_t token, float* buffer) {
   return buffer;
 }
 
-// Ranges of each segment over all tokens, where one scale serves them all; else empty.
+// Ranges of each segment over all tokens if scales are dynamic and per tensor; else empty.
 inline std::vector<Range> shared_ranges(const Job& job) {
   std::vector<Range> ranges;
   if (!job.input_bits || job.input_scale || job.per_token) return ranges;
@@ -228,7 +228,7 @@ inline std::vector<Range> shared_ranges(const Job& job) {
   return ranges;
 }
 
-// Codes [K] of a token and their scales [input_scales]; a token with NaN or Inf has a scale of NaN.
+// Quantizes a token to codes [K] and scales [input_scales]; a token with NaN or Inf gets NaN scales.
 inline void quantize(const Job& job, int64_t token, const std::vector<Range>& shared, float* buffer, int16_t* codes,
                      float* scales) {
   const float* x = floats_of(job, token, buffer);
@@ -242,7 +242,7 @@ inline void quantize(const Job& job, int64_t token, const std::vector<Range>& sh
     }
     return;
   }
-  // All scales before all codes: those of a segment would have to wait for its scale.
+  // All scales before all codes, so that no segment's codes wait for their scale.
   static thread_local Scratch of_found;
   Scales* found = of_found.get<Scales>(job.segments);
   bool finite = true;
@@ -266,8 +266,8 @@ inline void quantize(const Job& job, int64_t token, const std::vector<Range>& sh
     for (int64_t s = 0; s < job.segments; ++s) scales[s] = NAN_;
 }
 
-// The token's input [K] as floats, rounded to FP8 where that is its format; a token with NaN or Inf is NaN then.
-// `buffer` [K] is another one than `out`.
+// Writes the token's input [K] as floats, rounded to FP8 if that is its format: then a token with NaN or Inf is all
+// NaN. `buffer` [K] must not alias `out`.
 inline void to_factors(const Job& job, int64_t token, const std::vector<Range>& shared, float* buffer, float* out) {
   const float* x = floats_of(job, token, buffer);
   if (job.input_format == INTEGERS) {

@@ -1,10 +1,10 @@
-// The kernels for one instruction set: compiled once for each, with HFQUANT_ISA its name.
+// The kernels of one instruction set. Compiled once per instruction set, with HFQUANT_ISA set to its name.
 #include "floats.h"
 
 namespace hfquant {
 namespace HFQUANT_ISA {
 
-// From so many tokens on a panel costs less than reading each row as it is; sooner where codes need no unpacking.
+// Tokens from which packing panels pays over streaming rows as stored; fewer if codes need no unpacking.
 int64_t many(const Job& job) { return job.format == INTEGERS && job.bits == 8 ? 6 : 8; }
 
 bool few_tokens(const Job& job, ParallelFor parallel_for) {
@@ -28,7 +28,7 @@ void multiply(const Job& given, ParallelFor parallel_for) {
   static thread_local Scratch of_inverse;
   Job job = given;
   if (job.divisor) job.inverse = inverse_of(job, of_inverse.get<float>(job.K));
-  // Codes of 16 bits as words of two are as fast as twice bytes, high and low, and need less around them.
+  // 16-bit dot products are as fast as two 8-bit ones (high and low bytes) and have less overhead.
   if (job.format != INTEGERS)
     by_float_tiles(job, parallel_for);
   else if (long_codes(job) || (!EXACT_BYTES && job.bits == 8))
@@ -37,7 +37,7 @@ void multiply(const Job& given, ParallelFor parallel_for) {
     by_tiles<BytesDot>(job, parallel_for);
 }
 
-// The narrow product of the low-rank branch, of the input as it came; to y [M, rank].
+// Returns the job of the low-rank branch's first product, x down^T with the raw x; it writes y [M, rank].
 Job branch_of(const Job& job, float* y) {
   Job branch = {};
   branch.M = job.M, branch.N = job.rank, branch.K = job.K;

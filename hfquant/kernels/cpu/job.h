@@ -1,4 +1,4 @@
-// What one call computes: plain pointers and sizes, checked by native.cpp before any of it is read.
+// The job of one call, in plain pointers and sizes; native.cpp checks them before any kernel reads them.
 #pragma once
 
 #include <cstdint>
@@ -15,13 +15,13 @@ struct Floats {
 
 enum Format { INTEGERS = 0, FP8_E4M3 = 1, FP8_E5M2 = 2, FP16 = 3, BF16 = 4, INT16 = 5, FP32 = 6 };
 
-// The format whose codes are floats of a type.
+// The format whose codes are floats of this type.
 inline Format format_of(Type type) { return type == FLOAT32 ? FP32 : type == BFLOAT16 ? BF16 : FP16; }
 
-// Bits of a code that becomes a float.
+// Bits per code of a format that is decoded to floats.
 inline int code_bits(Format format) { return format == FP32 ? 32 : format >= FP16 ? 16 : 8; }
 
-// Columns [start, start + size) that share the weight's scale number `group` and the input's segment.
+// Columns [start, start + size), which share weight scale number `group` and input scale number `segment`.
 struct Block {
   int32_t start, size, group, segment;
 };
@@ -33,22 +33,22 @@ struct Job {
   void* y;
   Type y_type;
 
-  // What the weight's codes are; where they are not integers, both factors become floats.
+  // Format of the weight codes; unless these are integers, weight and input are both converted to floats.
   Format format;
 
   // Codes of 2 to 8 bits, packed low bits first, rows padded to bytes; scales [N, G] as float32, or as bytes times
-  // scale_row [N]; zero points [N, G] packed as codes are, or null.
+  // scale_row [N]; zero points [N, G], packed like codes, or null.
   int bits;
   const uint8_t* weight;
   int64_t row_bytes;
-  int64_t G, group_size;  // group_size 0: one scale a segment
+  int64_t G, group_size;  // group_size 0: one scale per segment
   const float* scale;
   const uint8_t* scale_code;
   const float* scale_row;
   const uint8_t* zero;
   int64_t zero_bytes;
 
-  // The input's codes, integers or FP8: 0 bits for a weight-only product. Static scales [segments], or null.
+  // Input codes, integers or FP8; 0 bits for a weight-only product. Static scales [segments], or null.
   Format input_format;
   int input_bits;
   bool per_token;
@@ -59,22 +59,22 @@ struct Job {
   const float* input_scale;
   const float* input_scale_neg;
   const float* divisor;  // [K] or null
-  const float* inverse;  // [K], the divisor's; null where it is not worth its making or not a normal number
-  int64_t rotation;      // size of the blocks that are rotated after the division, a power of two, or 0
+  const float* inverse;  // [K], reciprocals of the divisor; null if not computed or out of range
+  int64_t rotation;      // size of the blocks rotated after the division, a power of two, or 0
 
-  // What is added: (x down^T) up^T, [rank, K] and [N, rank], and bias [N]; narrow [M, rank] is the inner product.
+  // Epilogue: adds (x down^T) up^T, with down [rank, K] and up [N, rank], and bias [N]; narrow [M, rank] is x down^T.
   int64_t rank;
   Floats down, up, bias;
   const float* narrow;
 };
 
-// Runs begin..end of a loop on torch's threads.
+// A Body runs iterations [begin, end) of a loop; ParallelFor spreads the loop over torch's threads.
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* context);
 
 struct Isa {
   const char* name;
-  // Computes a job; null where the compiler could not build it.
+  // Computes a job.
   void (*run)(const Job&, ParallelFor);
 };
 

@@ -1,5 +1,5 @@
-// torch.ops.hfquant_cpu: arguments are checked here, then a kernel for this CPU's instructions runs on plain pointers.
-// Only libtorch's stable ABI is used, so one library serves every torch from 2.10 on and every Python.
+// torch.ops.hfquant_cpu: checks the arguments, then runs the kernel of an instruction set on plain pointers. Uses only
+// libtorch's stable ABI, so one library works with every torch from 2.10 on and every Python.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,7 +13,7 @@
 
 namespace hfquant {
 
-// Which of these there are depends on what the compiler could build.
+// Which of these exist depends on the target architecture.
 extern const Isa isa_scalar;
 #ifdef HFQUANT_X86
 extern const Isa isa_avx2, isa_avxvnni, isa_avx512_vnni;
@@ -28,10 +28,10 @@ using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
 struct Choice {
   const Isa* isa;
-  bool here;  // this CPU has the instructions
+  bool here;  // whether this CPU supports it
 };
 
-// Narrowest first; a number in this table is what Python calls an instruction set by.
+// Narrowest first; Python refers to an instruction set by its index in this table.
 const std::vector<Choice>& choices() {
   static const std::vector<Choice> table = [] {
     std::vector<Choice> found = {{&isa_scalar, true}};
@@ -51,7 +51,7 @@ const std::vector<Choice>& choices() {
   return table;
 }
 
-// Bit i: this CPU can run instruction set number i.
+// Bit i is set if this CPU can run instruction set i.
 int64_t instruction_sets() {
   int64_t bits = 0;
   for (size_t i = 0; i < choices().size(); ++i) bits |= static_cast<int64_t>(choices()[i].here) << i;
@@ -66,7 +66,7 @@ bool is_float(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
 
-// The data of a tensor of this shape on the CPU.
+// Returns the data of a tensor after checking that it is contiguous, on the CPU and of this shape.
 const void* data_of(const Tensor& tensor, const char* name, Shape shape) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), name, ": expected a contiguous tensor on the CPU");
   STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, ": expected rank ", shape.size(), ", got ",
@@ -97,7 +97,7 @@ Floats floats_of(const MaybeTensor& tensor, const char* name, Shape shape) {
   return {data_of(*tensor, name, shape), ours};
 }
 
-// An empty tensor on the CPU, past the dispatcher: finding the op by its name takes as long as a small layer.
+// Allocates a CPU tensor without the dispatcher: looking up the op by name takes as long as a small layer.
 Tensor empty(const std::vector<int64_t>& shape, const Tensor& like) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t i = shape.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
@@ -109,10 +109,10 @@ Tensor empty(const std::vector<int64_t>& shape, const Tensor& like) {
   return Tensor(made);
 }
 
-// `x` [.., K]. `spec` [7 + 2 segments] int64: bits of the weight's codes, or minus the number of another format; group
-// size (0: none); the same of the input's codes (0: floats); whether each token has a scale of its own; number of
-// scales a row; size of the blocks that are rotated (0: none); number of segments; the segments' sizes; whether each
-// has a second scale for its negative side. `isa` is a number of instruction_sets.
+// Multiplies `x` [.., K] by the weight. `spec` [7 + 2 segments] int64: bits of a weight code, or minus the number of
+// another format; group size (0: none); bits or format of an input code, likewise (0: floats); whether input scales are
+// per token; weight scales per row; rotation block size (0: none); number of segments; the segments' sizes; whether
+// each segment has a second scale for its negative side (dual scale). `isa` is an index as in instruction_sets.
 Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row, MaybeTensor zero_point,
               MaybeTensor input_scale, MaybeTensor input_scale_neg, MaybeTensor divisor, MaybeTensor down,
               MaybeTensor up, MaybeTensor bias, Tensor spec, int64_t isa) {
@@ -182,7 +182,7 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row,
   job.input_scale_neg = data_of<float>(input_scale_neg, "input_scale_neg", ScalarType::Float, {job.segments});
   STD_TORCH_CHECK(job.input_bits || !job.input_scale, "input_scale: the input is not quantized");
   job.divisor = data_of<float>(divisor, "divisor", ScalarType::Float, {job.K});
-  STD_TORCH_CHECK(down.has_value() == up.has_value(), "down and up go together");
+  STD_TORCH_CHECK(down.has_value() == up.has_value(), "down and up must be given together");
   if (down) {
     job.rank = down->dim() == 2 ? down->sizes()[0] : 0;
     job.down = floats_of(down, "down", {job.rank, job.K});

@@ -1,4 +1,4 @@
-// Panels of WIDTH rows of the weight, a vector's worth of rows side by side in lanes, and sums of products by them.
+// Panels of WIDTH weight rows, packed side by side with one row per lane; the float micro-kernel and the epilogue.
 #pragma once
 
 #include "weight.h"
@@ -6,7 +6,7 @@
 namespace hfquant {
 namespace HFQUANT_ISA {
 
-constexpr int WIDTH = VECTORS * LANES;  // rows of a panel
+constexpr int WIDTH = VECTORS * LANES;  // rows per panel
 
 template <class Function>
 void run_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, Function& function) {
@@ -14,8 +14,8 @@ void run_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, Functi
       count, grain, [](int64_t begin, int64_t end, void* f) { (*static_cast<Function*>(f))(begin, end); }, &function);
 }
 
-// LANES lines of words, `pitch` words apart, side by side: word i of each in the vector at out + i * step. Whole
-// vectors are read and written.
+// Transposes LANES lines of words, `pitch` words apart: word i of all lines becomes the vector at out + i * step. Reads
+// and writes whole vectors.
 inline void interleave(const void* lines, int64_t pitch, int64_t count, void* out, int64_t step) {
   const int32_t* from = static_cast<const int32_t*>(lines);
   int32_t* to = static_cast<int32_t*>(out);
@@ -27,9 +27,9 @@ inline void interleave(const void* lines, int64_t pitch, int64_t count, void* ou
   }
 }
 
-// Fetches where outputs of `count` tokens from m on and `rows` rows from n on will be stored: each token's are on a
-// page of its own, and a store that waits for it holds up those behind. (GCC takes a call of a function that only
-// prefetches for one without effect.)
+// Prefetches the outputs of `count` tokens from m and `rows` rows from n for writing: each token's outputs lie on a
+// page of their own, and a store that misses stalls those behind it. (Forced inline: GCC considers calls to a function
+// that only prefetches to have no effect.)
 [[gnu::always_inline]] inline void prefetch_outputs(const Job& job, int64_t m, int64_t count, int64_t n,
                                                     int64_t rows) {
   const int64_t bytes = job.y_type == FLOAT32 ? 4 : 2;
@@ -38,7 +38,7 @@ inline void interleave(const void* lines, int64_t pitch, int64_t count, void* ou
       __builtin_prefetch(static_cast<const char*>(job.y) + (t * job.N + n) * bytes + i, 1);
 }
 
-// The bias of rows [n, n + rows); zero where there is none.
+// Loads the bias of rows [n, n + rows), or zeros if there is none.
 inline void bias_of(const Job& job, int64_t n, int64_t rows, float* bias) {
   if (job.bias.data)
     to_floats(job.bias, n, rows, bias);
@@ -46,8 +46,8 @@ inline void bias_of(const Job& job, int64_t n, int64_t rows, float* bias) {
     std::memset(bias, 0, rows * sizeof(float));
 }
 
-// Adds the bias [rows] to sums [count][pitch] of tokens from m on and rows [n, n + rows), and stores them; they may lie
-// where they are stored.
+// Adds the bias [rows] to sums [count][pitch] of tokens from m and rows [n, n + rows), and stores them. `sums` may
+// alias the output.
 inline void store_sums(const Job& job, int64_t m, int64_t count, int64_t n, int64_t rows, const float* bias,
                        float* sums, int64_t pitch) {
   for (int64_t i = 0; i < count; ++i, sums += pitch) {
@@ -60,10 +60,10 @@ inline void store_sums(const Job& job, int64_t m, int64_t count, int64_t n, int6
   }
 }
 
-// Columns of floats that a panel has at once: with the tokens' it fits a core's nearest cache.
+// Columns of a float panel: together with the tokens' columns, it fits a core's L1 cache.
 constexpr int64_t PIECE = 128;
 
-// Columns [start, start + count) of a row of the weight, as floats; `at` is the first column's block.
+// Decodes columns [start, start + count) of a weight row to scaled floats; `at` is the first column's block.
 inline void decode_scaled(const Job& job, std::vector<Block>::const_iterator at, int64_t row, int64_t start,
                           int64_t count, float* out) {
   const uint8_t* codes = job.weight + row * job.row_bytes;
@@ -74,7 +74,7 @@ inline void decode_scaled(const Job& job, std::vector<Block>::const_iterator at,
   }
 }
 
-// A term of a sum of products: x [.., columns], lines one after another, by rows of codes. Only the weight has scales.
+// A term of the output: x [.., columns], contiguous, times rows of codes. `scaled` is true for the weight only.
 struct Term {
   const float* x;
   int64_t columns;
@@ -83,7 +83,7 @@ struct Term {
   bool scaled;
 };
 
-// V vectors of rows from n, columns [start, start + count), a column's rows side by side: panel [count][V * LANES].
+// Packs columns [start, start + count) of V vectors of rows from n into panel [count][V * LANES].
 template <int V>
 void fill_floats(const Job& job, const std::vector<Block>& blocks, const Term& term, int64_t n, int64_t start,
                  int64_t count, float* panel) {
@@ -93,7 +93,7 @@ void fill_floats(const Job& job, const std::vector<Block>& blocks, const Term& t
                                          [&](const Block& b) { return b.start + b.size <= start; });
   for (int v = 0; v < V; ++v) {
     for (int lane = 0; lane < LANES; ++lane) {
-      // Lanes beyond the last row repeat it; what they give is not stored.
+      // Lanes beyond the last row repeat it; their results are not stored.
       const int64_t row = std::min(n + v * LANES + lane, job.N - 1);
       if (term.scaled)
         decode_scaled(job, here, row, start, count, square[lane]);
@@ -104,16 +104,16 @@ void fill_floats(const Job& job, const std::vector<Block>& blocks, const Term& t
   }
 }
 
-// Adds T lines of x by a panel [count][V * LANES] to sums [T][V * LANES]. The lines after them are `next` floats
-// further.
+// Micro-kernel: multiplies T lines of x by a panel [count][V * LANES] and adds to the accumulators sums [T][V * LANES].
+// The next tile's lines start `next` floats further on.
 template <int T, int V>
 void float_tile(const float* const x[T], const float* panel, int64_t count, int64_t next, float* sums) {
   Reals s[T][V];
   UNROLL for (int i = 0; i < T; ++i)
     UNROLL for (int j = 0; j < V; ++j) s[i][j] = load_reals(sums + (i * V + j) * LANES);
-  constexpr int64_t LINE = 16;  // floats that a line of the cache holds
+  constexpr int64_t LINE = 16;  // floats per cache line
   for (int64_t k = 0; k < count;) {
-    // The next tile's, which the hardware's own prefetching does not find in time: lines and sums are short.
+    // Prefetch for the next tile: lines and sums are too short for the hardware prefetcher to catch up in time.
     UNROLL for (int i = 0; i < T; ++i) __builtin_prefetch(x[i] + k + next);
     UNROLL for (int j = 0; j < V; ++j) __builtin_prefetch(sums + ((T + k / LINE) * V + j) * LANES, 1);
     for (const int64_t end = std::min(k + LINE, count); k < end; ++k, panel += V * LANES) {

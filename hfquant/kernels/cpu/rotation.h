@@ -1,4 +1,4 @@
-// Blocks of channels times Sylvester's Hadamard matrix, as formats/rotation.py has it.
+// Rotates blocks of channels by Sylvester's Hadamard matrix, like formats/rotation.py.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 namespace hfquant {
 namespace HFQUANT_ISA {
 
-// Minus where the lane's number has the bit HALF.
+// -1 in lanes whose index has the bit HALF set, else 1.
 template <int HALF>
 struct Alternating {
   float of[LANES];
@@ -18,7 +18,7 @@ struct Alternating {
   }
 };
 
-// Neighboring channels within a vector: sums and differences of those that are HALF apart, then of those twice as far.
+// Butterflies within a vector: sums and differences of lanes HALF apart, then of lanes twice as far, and so on.
 template <int HALF = 1>
 inline Reals rotate_lanes(Reals x) {
   if constexpr (HALF == LANES) {
@@ -29,7 +29,7 @@ inline Reals rotate_lanes(Reals x) {
   }
 }
 
-// COUNT vectors of neighboring channels, while they are in registers.
+// Rotates COUNT vectors of neighboring channels in registers.
 template <int COUNT>
 inline void rotate_vectors(const float* x, float* out, Reals unit) {
   Reals v[COUNT];
@@ -70,7 +70,7 @@ inline void rotate_block(const float* x, int64_t size, float* out) {
       }
 }
 
-// Blocks of `size`, a power of two, then the rest in smaller ones; `out` may be `x`.
+// Rotates blocks of `size`, a power of two, then the rest in smaller blocks; `out` may alias `x`.
 inline void rotate(const float* x, int64_t count, int64_t size, float* out) {
   int64_t k = 0;
   for (; size > 1; size /= 2)

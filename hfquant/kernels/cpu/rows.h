@@ -1,5 +1,5 @@
-// Products of few tokens. Each row of the weight is read once, as it is stored, a vector at a time along its columns;
-// the input's codes are put into the order in which the weight's come out of a vector.
+// Products of few tokens. Each weight row is streamed once, as stored, one vector at a time along its columns; input
+// codes are reordered to match the order in which weight codes are unpacked from a vector.
 #pragma once
 
 #include "tiles.h"
@@ -7,8 +7,8 @@
 namespace hfquant {
 namespace HFQUANT_ISA {
 
-// How a vector of the weight becomes factors.
-// Nibbles: the low codes of its bytes, then the high ones, so the input's even codes come before the odd ones.
+// How a vector of stored weight is unpacked to codes.
+// Nibbles: first the low codes of all bytes, then the high ones, so the input's even codes come before the odd ones.
 struct Nibbles {
   static constexpr int CODES = 2 * BYTES, STORED = BYTES, VECTORS = 2;
   static void read(const uint8_t* p, Ints w[]) {
@@ -17,7 +17,7 @@ struct Nibbles {
     w[1] = field(bytes, 4, 0x08080808, 0x0f0f0f0f);
   }
 };
-// Codes that straddle bytes, in order.
+// Codes of other widths, which may straddle bytes, unpacked in order.
 template <int BITS>
 struct Straddling {
   static constexpr int CODES = BYTES, STORED = BYTES / 8 * BITS, VECTORS = 1;
@@ -27,17 +27,17 @@ struct Eights {
   static constexpr int CODES = BYTES, STORED = BYTES, VECTORS = 1;
   static void read(const uint8_t* p, Ints w[]) { w[0] = flip(load(p)); }
 };
-// Signed codes by signed codes of 16 bits, where products of 8 bits are not exact.
+// 8-bit codes widened to signed 16 bits, for CPUs whose 8-bit dot products are not exact.
 struct Wide {
   static constexpr int CODES = BYTES / 2, STORED = BYTES / 2, VECTORS = 1;
   static void read(const uint8_t* p, Ints w[]) { w[0] = widen(p); }
 };
 
-// What the columns of each vector of a row share.
+// Weight groups of the columns in each vector of a row.
 struct Steps {
-  bool fit = true;             // each lane's columns have one scale, and one of the input's
-  std::vector<int32_t> group;  // number of the first group
-  std::vector<int32_t> lanes;  // [LANES]: the groups of lanes, from the first
+  bool fit = true;             // each lane's columns share one weight scale and one input scale
+  std::vector<int32_t> group;  // first group of each vector
+  std::vector<int32_t> lanes;  // [LANES] per vector: each lane's group, relative to the first
 
   template <class Format>
   static Steps of(const Job& job, const std::vector<Block>& blocks) {
@@ -60,24 +60,24 @@ struct Steps {
   }
 };
 
-// Times any sum that a row can have, this is far from float32's largest number.
+// Times the largest sum that a row can have, this is still far below float32's maximum.
 constexpr float LARGEST_UNIT = 1e20f;
 
-// Codes of tokens in a row's order, and what goes with them.
+// Token codes in the order of a row's unpacked codes, with their scales and sums.
 struct Lines {
-  int64_t planes, bytes;  // bytes of a plane of a token
-  int8_t* codes;          // [count][planes][bytes]: high bytes first, where there are two planes
+  int64_t planes, bytes;  // bytes per plane of a token
+  int8_t* codes;          // [count][planes][bytes]: high bytes first if there are two planes
   float* scale;           // [count][scales]
   int64_t scales, groups;
-  float* unit;     // [count][steps][LANES]: the scales of lanes
-  float* sum;      // [count][groups]: minus the sums of a group's codes times their scales, padded to whole vectors
-  int32_t* total;  // [count]: minus the sum of the last block's codes, which is the only one where sums stay integers
+  float* unit;     // [count][steps][LANES]: input scales of the lanes
+  float* sum;      // [count][groups]: minus the sums of a group's codes times their scales; padded to whole vectors
+  int32_t* total;  // [count]: minus the sum of the last block's codes; used if sums stay integers, with a single block
   Steps steps;
 
   int64_t lanes() const { return steps.lanes.size(); }
 };
 
-// One vector of the weight, read as w, by a token's codes.
+// Dot product accumulate of one unpacked vector w of the weight and a token's codes.
 template <class Format, int PLANES>
 inline Ints dot(const Ints w[Format::VECTORS], const int8_t* x, int64_t plane, Ints sum) {
   UNROLL for (int p = 0; p < PLANES; ++p) {
@@ -90,14 +90,14 @@ inline Ints dot(const Ints w[Format::VECTORS], const int8_t* x, int64_t plane, I
   return sum;
 }
 
-// A row's first zero point, as it goes with codes as they are multiplied.
+// A row's first zero point, relative to the codes as they are multiplied.
 template <class Format>
 int zero_of(const Job& job, int64_t row) {
   return zero_at(job, row, 0) - (std::is_same_v<Format, Wide> ? 1 << (job.bits - 1) : 0);
 }
 
-// Lays out a token's codes, with zeros after them up to whole vectors. Where rows have no zero points of their own,
-// sums are those times the common one.
+// Lays out a token's codes, zero-padded to whole vectors. If rows have no zero points of their own, sums are already
+// multiplied by the common one.
 template <class Format, int PLANES>
 void layout_line(const Job& job, const std::vector<Block>& blocks, const int16_t* codes, int64_t m, Lines& lines) {
   static thread_local Scratch of_sums;
@@ -136,18 +136,18 @@ void layout_line(const Job& job, const std::vector<Block>& blocks, const int16_t
   }
 }
 
-// What LANES rows of the weight have of their own.
+// Scales and zero points of LANES weight rows.
 struct Factors {
-  alignas(64) float row[LANES];     // what is left of scales, by which a row's sum is multiplied
-  alignas(64) int32_t zero[LANES];  // zero points of rows that have one, or 1
+  alignas(64) float row[LANES];     // remaining scale of each row, by which its sum is multiplied
+  alignas(64) int32_t zero[LANES];  // zero points of rows that have one each, or 1
   float* scale;                     // [LANES][G]
-  float* shift;                     // [LANES][G]: scales times zero points, where rows have those, else scales
+  float* shift;                     // [LANES][G]: scales times zero points, if rows have those
 };
 
 template <class Format>
 void fill_shifts(const Job& job, int64_t n, int64_t count, Factors& factors) {
-  const Ints less = repeat(std::is_same_v<Format, Wide> ? -128 : 0);  // those codes are signed
-  // Where rows are not padded, the next one's follow.
+  const Ints less = repeat(std::is_same_v<Format, Wide> ? -128 : 0);  // its codes are signed
+  // If rows need no padding, the zero points of all rows are contiguous.
   const int64_t rows = job.G * job.bits % 8 ? 1 : count;
   for (int64_t r = 0; r < count; r += rows) {
     const uint8_t* zero = job.zero + (n + r) * job.zero_bytes;
@@ -163,7 +163,7 @@ void fill_shifts(const Job& job, int64_t n, int64_t count, Factors& factors) {
   }
 }
 
-// What `count` rows from n on have.
+// Fills in the factors of `count` rows from n.
 template <class Format, bool GROUPED>
 void fill_factors(const Job& job, int64_t n, int64_t count, Factors& factors) {
   if constexpr (!GROUPED) {
@@ -186,8 +186,8 @@ void fill_factors(const Job& job, int64_t n, int64_t count, Factors& factors) {
   if (job.zero) fill_shifts<Format>(job, n, count, factors);
 }
 
-// What sums of a row are made of: integers to the end, or floats where it has several scales (GROUPED) or the input's
-// codes have 16 bits (LONG).
+// Accumulator of a row: integers throughout, or floats if the row has several scales (GROUPED) or input codes have 16
+// bits (LONG).
 template <bool LONG, bool GROUPED>
 auto no_sum() {
   if constexpr (LONG || GROUPED) return repeat(0.0f);
@@ -199,18 +199,17 @@ using Sum = decltype(no_sum<LONG, GROUPED>());
 template <class Format, bool LONG>
 constexpr int PLANES_OF = LONG && !std::is_same_v<Format, Wide> ? 2 : 1;
 
-// Memory is fetched so many bytes before it is multiplied, to the second cache and to the nearest one: the hardware's
-// own prefetching starts anew in each row.
+// Prefetch distances in bytes, into L2 and into L1: the hardware prefetcher starts anew in each row.
 constexpr int64_t FAR = 8192, NEAR = 2048;
 
-// Rows n + [first, count) of the weight, R at a time as long as there are as many, by T tokens from m; to sums
-// [T][LANES]. Row n is the first of the factors. Returns the first row that is left.
+// Micro-kernel: multiplies weight rows n + [first, count), R at a time while at least R are left, by T tokens from m;
+// writes the sums to out [T][LANES]. The factors start at row n. Returns the first row that is left.
 template <class Format, bool LONG, bool GROUPED, int R, int T>
 int64_t rows_by_tokens(const Job& job, const Lines& lines, const Factors& factors, int64_t n, int64_t first,
                        int64_t count, int64_t m, Sum<LONG, GROUPED>* out) {
   constexpr int PLANES = PLANES_OF<Format, LONG>;
   constexpr bool PLAIN = !LONG && !GROUPED;
-  constexpr int STEPS_OF_LINE = std::max(1, 64 / Format::STORED);  // of the cache
+  constexpr int STEPS_OF_LINE = std::max(1, 64 / Format::STORED);  // steps per cache line
   const int64_t stride = PLANES * lines.bytes, plane = lines.bytes, lanes = lines.lanes();
   const int64_t steps = lines.steps.group.size(), row_bytes = job.row_bytes, groups = job.G;
   const int8_t* const codes = lines.codes + m * stride;
@@ -220,7 +219,7 @@ int64_t rows_by_tokens(const Job& job, const Lines& lines, const Factors& factor
     const float* scale = factors.scale + first * groups;
     Sum<LONG, GROUPED> sums[R][T];
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) sums[r][t] = no_sum<LONG, GROUPED>();
-    // A vector of each row by the input's codes.
+    // Multiplies one vector of each row by the input codes.
     auto multiply_step = [&](const uint8_t* from, int64_t pitch, int64_t step) {
       const int8_t* x = codes + step * Format::VECTORS * BYTES;
       UNROLL for (int r = 0; r < R; ++r) {
@@ -240,7 +239,7 @@ int64_t rows_by_tokens(const Job& job, const Lines& lines, const Factors& factor
       }
     };
     const uint8_t* from = job.weight + (n + first) * row_bytes;
-    // Bytes from the last of the rows to the end of the weight: what lies beyond a row's own meets codes that are zero.
+    // Bytes from the last of the R rows to the end of the weight. Loads past the end of a row meet zero codes.
     int64_t step = 0, left = (job.N - n - first - R + 1) * row_bytes;
     for (; step < steps && left >= BYTES; ++step, left -= Format::STORED, from += Format::STORED) {
       UNROLL for (int r = 0; r < R && step % STEPS_OF_LINE == 0; ++r) {
@@ -250,7 +249,7 @@ int64_t rows_by_tokens(const Job& job, const Lines& lines, const Factors& factor
       multiply_step(from, row_bytes, step);
     }
     for (; step < steps; ++step, left -= Format::STORED, from += Format::STORED) {
-      // Vectors that reach beyond the weight.
+      // Vectors that would run past the end of the weight.
       uint8_t ends[R][BYTES] = {};
       UNROLL for (int r = 0; r < R; ++r) std::memcpy(ends[r], from + r * row_bytes, left);
       multiply_step(ends[0], BYTES, step);
@@ -259,7 +258,7 @@ int64_t rows_by_tokens(const Job& job, const Lines& lines, const Factors& factor
       for (int64_t i = 0; i < groups; i += LANES)
         UNROLL for (int t = 0; t < T; ++t) {
           const Reals sum = load_reals(lines.sum + (m + t) * lines.groups + i);
-          // Not those of the next row: one that is infinite would make NaN of the zeros that it meets.
+          // Exclude the next row's shifts: an infinite one times the padding's zeros would be NaN.
           UNROLL for (int r = 0; r < R; ++r) {
             const Ints shift = load_lanes(shifts + (first + r) * groups + i, std::min<int64_t>(groups - i, LANES));
             sums[r][t] = fma(as_reals(shift), sum, sums[r][t]);
@@ -270,7 +269,7 @@ int64_t rows_by_tokens(const Job& job, const Lines& lines, const Factors& factor
   return first;
 }
 
-// A token's outputs of LANES rows.
+// Scales the sums of LANES rows to a token's outputs.
 template <bool LONG, bool GROUPED>
 Reals outputs(const Lines& lines, const Factors& factors, int64_t m, Sum<LONG, GROUPED> sums[LANES]) {
   const Reals row = load_reals(factors.row);
@@ -281,7 +280,7 @@ Reals outputs(const Lines& lines, const Factors& factors, int64_t m, Sum<LONG, G
   else return mul(mul(to_reals(add(sum, times(zero, repeat(lines.total[m])))), row), repeat(lines.scale[m]));
 }
 
-// Adds the low-rank branch and the bias to outputs [M][pitch] of `count` rows from n on, and stores them.
+// Epilogue: adds the low-rank branch and the bias to outputs [M][pitch] of `count` rows from n, and stores them.
 [[gnu::noinline]] inline void finish(const Job& job, int64_t n, int64_t count, float* y, int64_t pitch) {
   static thread_local Scratch of_up, of_bias;
   float *up = of_up.get<float>(job.rank), *bias = of_bias.get<float>(count);
@@ -301,7 +300,7 @@ Reals outputs(const Lines& lines, const Factors& factors, int64_t m, Sum<LONG, G
   store_sums(job, 0, job.M, n, count, bias, y, pitch);
 }
 
-// Returns whether it could.
+// Computes the job by rows; returns false if it cannot.
 template <class Format, bool LONG, bool GROUPED>
 bool by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, ParallelFor parallel_for) {
   static thread_local Scratch of_codes, of_scale, of_unit, of_sum, of_total, of_floats, of_row;
@@ -325,12 +324,12 @@ bool by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, Para
     quantize(job, m, shared, buffer, codes, lines.scale + m * lines.scales);
     layout_line<Format, PLANES_OF<Format, LONG>>(job, blocks, codes, m, lines);
   }
-  // Here sums are multiplied by the input's scale before the weight's, which must not be what makes them overflow.
+  // Sums are multiplied by the input scale before the weight scale here; that alone must not make them overflow.
   for (int64_t i = 0; i < job.M * lines.scales; ++i)
     if (lines.scale[i] > LARGEST_UNIT) return false;
   auto multiply_rows = [&](int64_t begin, int64_t end) {
     static thread_local Scratch of_scales, of_shifts, of_y;
-    constexpr int ROWS = 4;  // enough to keep both ports busy
+    constexpr int ROWS = 4;  // register blocking: enough to keep both ports busy
     Factors factors = {};
     factors.scale = of_scales.get<float>(GROUPED ? LANES * (job.G + 1) : 0);
     factors.shift = of_shifts.get<float>(GROUPED ? LANES * (job.G + 1) : 0);
@@ -357,7 +356,7 @@ bool by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, Para
   return true;
 }
 
-// Computes the job by rows if its groups allow it.
+// Computes the job by rows if its groups allow it; returns whether it did.
 template <class Format>
 bool try_rows(const Job& job, ParallelFor parallel_for) {
   const std::vector<Block> blocks = blocks_of(job);

@@ -1,4 +1,4 @@
-// Memory that a thread keeps between calls, and floats of any type.
+// Per-thread scratch memory that is kept between calls, and conversions between float types.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 namespace hfquant {
 namespace HFQUANT_ISA {
 
-// Grows to the largest request and is reused; 64 bytes of slack, since vectors are loaded beyond the last element.
+// Grows to the largest request and is reused; has 64 bytes of slack, since vector loads run past the last element.
 class Scratch {
  public:
   template <class T>
@@ -54,7 +54,7 @@ inline uint32_t bits_of(float value) {
   return bits;
 }
 
-// Nearest, halves to even; NaN stays NaN.
+// Rounds half to even; NaN stays NaN.
 inline uint16_t to_bfloat16(float value) {
   const uint32_t bits = bits_of(value);
   const uint16_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -67,11 +67,11 @@ inline uint16_t to_float16(float value) { return _cvtss_sh(value, 0); }
 #else
 inline float from_float16(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = static_cast<uint32_t>(half & 0x7fff) << 13;
-  // Exponents are 112 apart; infinities and NaN keep theirs at the top.
+  // Exponent biases differ by 112; infinities and NaN keep the largest exponent.
   const float value = rest >= 0x7c00u << 13 ? of_bits(rest | 0x7f800000) : of_bits(rest) * 0x1p112f;
   return of_bits(bits_of(value) | sign);
 }
-// Nearest, halves to even.
+// Rounds half to even.
 inline uint16_t to_float16(float value) {
   const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
   if (rest > 0x7f800000) return sign | 0x7e00;
@@ -81,7 +81,7 @@ inline uint16_t to_float16(float value) {
 }
 #endif
 
-// Float16 in a unit of its own.
+// Converts float16 to float32 and multiplies by `unit`.
 inline void from_float16s(const uint16_t* p, int64_t count, float unit, float* to) {
   int64_t i = 0;
 #if defined(__AVX512F__)

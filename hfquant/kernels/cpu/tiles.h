@@ -1,6 +1,6 @@
-// Products of many tokens by integers. A panel of the weight's rows is unpacked once, a piece of its columns at a time,
-// words of its rows side by side in lanes; tiles of tokens then run over it, each word of a token's codes multiplying a
-// vector of rows. Sums are integers within a block and floats beyond.
+// Integer products of many tokens. A panel of weight rows is unpacked and packed once, with the words of its rows side
+// by side in lanes; tiles of tokens then run over it, multiplying each word of a token's codes by a vector of rows.
+// Sums are integers within a block and floats across blocks.
 #pragma once
 
 #include "panel.h"
@@ -8,7 +8,7 @@
 namespace hfquant {
 namespace HFQUANT_ISA {
 
-// The words of one multiplication: four signed codes by four unsigned ones of 8 bits, or two of 16 bits, both signed.
+// Dot products of words: four unsigned 8-bit weight codes by signed input codes, or two signed 16-bit codes by two.
 struct BytesDot {
   using Code = int8_t;
   static Ints dot(Ints sum, Ints weights, int32_t x) { return dot_bytes(sum, weights, repeat(x)); }
@@ -21,17 +21,17 @@ struct ShortsDot {
   static Ints shift(Ints words, Ints by) { return add_shorts(words, by); }
   static constexpr int32_t word_of(int32_t code) { return static_cast<int32_t>((code & 0xffff) * 0x00010001u); }
 };
-// Codes of a word, and of a word of the weight as it is stored, where they fill it.
+// Codes per word, and per stored word of the weight if they fill it.
 template <class Dot>
 constexpr int CODES = 4 / sizeof(typename Dot::Code);
 template <int BITS>
 constexpr int STORED = 32 / BITS;
-// A stored word becomes so many: word i has each one's code number i of those that lie in as many bits as its own.
+// Words unpacked from a stored word: byte (or short) j of word i is code i of those stored in byte (or short) j.
 template <class Dot, int BITS>
 constexpr int EACH = STORED<BITS> / CODES<Dot>;
 
-// The zero point that codes have as they are multiplied: those of 16 bits are signed, those of 8 bits unsigned, moved
-// to a common one where they fit a byte then. Negative where they do not: zero points are multiplied apart.
+// Zero point of the codes as they are multiplied. 16-bit codes are signed; 8-bit codes are unsigned and are shifted to
+// a common zero point if they still fit a byte. Negative if they do not: zero points are then applied separately.
 template <class Dot>
 int common_zero(const Job& job) {
   constexpr int MOST = EXACT_BYTES ? 8 : 7;
@@ -39,13 +39,13 @@ int common_zero(const Job& job) {
   return !job.zero ? 1 << (job.bits - 1) : job.bits < MOST ? 1 << job.bits : -1;
 }
 
-// Where a block's words begin; blocks are padded to whole words, or stored ones.
+// Where each block's words begin; blocks are padded to whole words, or to whole stored words.
 struct Layout {
   std::vector<Block> blocks;
-  std::vector<int64_t> start;  // one more than blocks
-  std::vector<int64_t> runs;   // where blocks that share the input's scale begin; one more than those
-  int64_t words;               // of a row, padded to whole vectors
-  bool as_stored;              // the weight's words, as it is stored, each lie within a block
+  std::vector<int64_t> start;  // first word of each block, and the end
+  std::vector<int64_t> runs;   // first block of each run that shares an input scale, and the end
+  int64_t words;               // per row, padded to whole vectors
+  bool as_stored;              // whether each stored word of the weight lies within a block
 
   Layout(const Job& job, int codes) : blocks(blocks_of(job)), as_stored(job.bits == 4 || job.bits == 8) {
     const int stored = 32 / job.bits;
@@ -64,7 +64,7 @@ struct Layout {
   }
 };
 
-// Codes of tokens as words, with what goes with them; a token a row.
+// Token codes as words, with their scales and initial sums; one row per token.
 struct Tokens {
   int64_t count, words, blocks, scales;
   uint32_t* codes;   // [count][words]
@@ -72,7 +72,7 @@ struct Tokens {
   float* scale;      // [count][scales]
 };
 
-// Codes in the order of stored words, the last of them filled with zeros.
+// Reorders codes to match unpacked stored words; the last one is padded with zeros.
 template <class Dot, int BITS>
 void in_stored_order(const int16_t* __restrict from, int64_t size, typename Dot::Code* __restrict to) {
   constexpr int STEP = STORED<BITS>, APART = EACH<Dot, BITS>;
@@ -115,17 +115,17 @@ void layout_token(const Job& job, const Layout& layout, const int16_t* codes, in
   }
 }
 
-// Rows of the weight, `width` of them. Groups are padded to whole vectors.
+// A packed panel of `width` weight rows. Groups are padded to whole vectors.
 struct Panel {
   int64_t width, groups;
   uint32_t* words;  // [words][width]
   float* scale;     // [groups][width]
-  int32_t* zero;    // [groups][width]: words that move codes to the common zero point, or else zero points; or null
-  bool zeros_apart;  // the latter
+  int32_t* zero;    // [groups][width]: words that shift codes to the common zero point, or zero points; or null
+  bool zeros_apart;  // whether those are zero points, applied separately
   float* up;        // [rank][width]
 };
 
-// What a group of rows from n on has.
+// Fills in the scales and zero points of rows from n.
 template <class Dot>
 void fill_groups(const Job& job, int64_t n, Panel& panel) {
   static thread_local Scratch of_scale, of_zero, of_codes;
@@ -136,7 +136,7 @@ void fill_groups(const Job& job, int64_t n, Panel& panel) {
   if (!job.zero) std::memset(codes, 1 << (job.bits - 1), job.G);
   for (int64_t v = 0; v < panel.width / LANES; ++v) {
     for (int lane = 0; lane < LANES; ++lane) {
-      // Lanes beyond the last row repeat it; what they give is not stored.
+      // Lanes beyond the last row repeat it; their results are not stored.
       const int64_t row = std::min(n + v * LANES + lane, job.N - 1);
       scales_of_row(job, row, panel.groups, scale + lane * panel.groups);
       if (!panel.zero) continue;
@@ -150,7 +150,7 @@ void fill_groups(const Job& job, int64_t n, Panel& panel) {
   }
 }
 
-// LANES rows' words from those that are stored, which are fewer to lay side by side.
+// Packs LANES rows by transposing their stored words, which are fewer than the unpacked ones.
 template <class Dot, int BITS>
 void fill_stored(const Job& job, const Layout& layout, int64_t n, int64_t width, const int32_t* zero, uint32_t* words) {
   constexpr int32_t SIGN = Dot::word_of(1 << (BITS - 1)), MASK = Dot::word_of((1 << BITS) - 1);
@@ -173,7 +173,7 @@ void fill_stored(const Job& job, const Layout& layout, int64_t n, int64_t width,
   }
 }
 
-// LANES rows' words, whatever the codes' bits and blocks.
+// Packs LANES rows of codes of any width, with any blocks.
 template <class Dot>
 void fill_any(const Job& job, const Layout& layout, int64_t n, int64_t width, const int32_t* zero, uint32_t* words) {
   static thread_local Scratch of_lines, of_bytes;
@@ -196,7 +196,7 @@ void fill_any(const Job& job, const Layout& layout, int64_t n, int64_t width, co
   }
 }
 
-// All of rows from n on.
+// Fills a panel with rows from n.
 template <class Dot>
 void fill_panel(const Job& job, const Layout& layout, int64_t n, Panel& panel) {
   fill_groups<Dot>(job, n, panel);
@@ -206,7 +206,7 @@ void fill_panel(const Job& job, const Layout& layout, int64_t n, Panel& panel) {
     fill(job, layout, n + v * LANES, panel.width, moved ? panel.zero + v * LANES : nullptr, panel.words + v * LANES);
 }
 
-// The products of T tokens from m on by V vectors of the panel's rows, over the columns of a block.
+// Micro-kernel: integer dot products of T tokens from m by V vectors of the panel's rows, over one block.
 template <class Dot, int T, int V>
 [[gnu::always_inline]] inline void dot_block(const Layout& layout, const Tokens& tokens, const Panel& panel, int64_t m,
                                              int64_t block, Ints (&exact)[T][V]) {
@@ -232,9 +232,9 @@ template <class Dot, int T, int V>
   }
 }
 
-// Adds the products of T tokens from m on by the panel's V vectors of rows, over blocks [first, last) that share the
-// input's scale, to sums [T][V * LANES]. With ONE block no floats take registers while its integers need them. Each
-// step is done for all sums before the next one: what waits for results would leave no room for what does not.
+// Multiplies T tokens from m by the panel's V vectors of rows, over blocks [first, last) that share an input scale, and
+// adds to sums [T][V * LANES]. With ONE block, no float accumulators take registers that the integer ones need. Each
+// step is done for all sums before the next: instructions waiting for results would crowd out those that are ready.
 template <class Dot, int T, int V, bool ONE>
 [[gnu::noinline]] void tile(const Layout& layout, const Tokens& tokens, const Panel& panel, int64_t m, int64_t first,
                             int64_t last, float* __restrict sums) {
@@ -268,8 +268,8 @@ template <class Dot, int T, int V, bool ONE>
     }
 }
 
-// Tokens by a panel's rows, T by V vectors at a time: outputs of `rows` rows from n on, of all tokens, the first of
-// which is the job's token `first`.
+// Multiplies all tokens by a panel, in tiles of T tokens by V vectors, and stores the outputs of `rows` rows from n.
+// The first token is the job's token `first`.
 template <class Dot, int T, int V>
 void by_panel(const Job& job, const Layout& layout, const Tokens& tokens, const Panel& panel, int64_t first, int64_t n,
               int64_t rows) {
@@ -294,9 +294,9 @@ void by_panel(const Job& job, const Layout& layout, const Tokens& tokens, const 
   }
 }
 
-// Codes of tokens that are worked on at once: what a core's second-level cache holds beside a panel.
+// Bytes of token codes processed at a time: what fits a core's L2 cache beside a panel.
 constexpr int64_t CHUNK_BYTES = 1 << 20;
-// Tokens from which on wide panels of 16-bit words, which do not fit the nearest cache, pay.
+// Tokens from which wide panels of 16-bit codes pay, although they do not fit L1.
 constexpr int64_t MANY = 128;
 
 template <class Dot>

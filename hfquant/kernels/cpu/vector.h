@@ -1,5 +1,5 @@
-// The few vector operations that the kernels are made of, once for each instruction set that this file is compiled for.
-// Lanes are 32 bits wide. A word is what one lane multiplies: four codes of 8 bits or two of 16.
+// The few vector operations that the kernels use, for the instruction set that this file is compiled for. Lanes are 32
+// bits wide. A word is what one lane multiplies: four codes of 8 bits or two of 16.
 #pragma once
 
 #include <algorithm>
@@ -10,14 +10,14 @@
 #include <immintrin.h>
 #endif
 
-// Vectors stay in registers where every loop over them is unrolled.
+// Arrays of vectors stay in registers only if every loop over them is unrolled.
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace hfquant {
 namespace HFQUANT_ISA {
 
-// Where the two bytes of each code lie in the 2 * BITS bytes of sixteen codes, and the factor that brings it to the top
-// of those 16 bits: of even codes (first = 0) or of odd ones (first = 1).
+// Positions of the two bytes that hold each code within the 2 * BITS bytes of sixteen codes, and the factor that moves
+// it to the top of those 16 bits: for even codes (first = 0) or odd ones (first = 1).
 template <int BITS>
 struct Halves {
   alignas(16) int8_t order[16];
@@ -37,10 +37,10 @@ struct Halves {
 using Ints = __m512i;
 using Reals = __m512;
 constexpr int LANES = 16;
-// A tile's tokens and vectors of rows: sums enough to keep both ports busy, in registers with what else a tile needs.
+// Register blocking, tokens by vectors of rows: enough accumulators to keep both ports busy that still fit registers.
 constexpr int TOKENS = 8, VECTORS = 2;
-// A tile of integers takes so many times the vectors, and so many times less tokens, where there are rows enough: it
-// reads less, if registers hold a column of all its rows.
+// Integer tiles take WIDER times the vectors and 1 / WIDER of the tokens if there are enough rows: that reads less, as
+// long as registers hold one column of all rows.
 constexpr int WIDER = 2;
 constexpr bool EXACT_BYTES = true;
 
@@ -62,27 +62,23 @@ inline Reals mul(Reals a, Reals b) { return _mm512_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm512_fmadd_ps(a, b, c); }
 inline Reals sub(Reals a, Reals b) { return _mm512_sub_ps(a, b); }
 inline Reals div(Reals a, Reals b) { return _mm512_div_ps(a, b); }
-// c - a b.
-inline Reals fnma(Reals a, Reals b, Reals c) { return _mm512_fnmadd_ps(a, b, c); }
-// The second where one is NaN.
+inline Reals fnma(Reals a, Reals b, Reals c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+// Both return b if either is NaN.
 inline Reals least(Reals a, Reals b) { return _mm512_min_ps(a, b); }
 inline Reals most(Reals a, Reals b) { return _mm512_max_ps(a, b); }
 inline Ints most(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
-// The nearest integers, halves to even.
-inline Ints nearest(Reals a) { return _mm512_cvtps_epi32(a); }
-// The first `count` lanes, the others zero.
+inline Ints nearest(Reals a) { return _mm512_cvtps_epi32(a); }  // half to even
+// Loads the first `count` lanes; the others are zero.
 inline Ints load_lanes(const void* p, int64_t count) { return _mm512_maskz_loadu_epi32((1u << count) - 1, p); }
-// Each lane as 16 bits.
-inline void store_shorts(int16_t* p, Ints v) {
+inline void store_shorts(int16_t* p, Ints v) {  // narrows each lane to 16 bits
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
 }
-// Lanes whose numbers are HALF, a power of two, apart change places.
 template <int HALF>
-inline Reals swap(Reals a) {
+inline Reals swap(Reals a) {  // swaps lanes HALF apart, a power of two
   if constexpr (HALF >= 4) return _mm512_shuffle_f32x4(a, a, HALF == 4 ? 0xb1 : 0x4e);
   return _mm512_permute_ps(a, HALF == 1 ? 0xb1 : 0x4e);
 }
-// In assembly, since GCC copies the sum of the intrinsics to another register and back.
+// In assembly: with intrinsics, GCC copies the accumulator to another register and back.
 inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
   return sum;
@@ -91,8 +87,7 @@ inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
   return sum;
 }
-// LANES unsigned bytes, one in each lane.
-inline Ints widen_bytes(const uint8_t* p) {
+inline Ints widen_bytes(const uint8_t* p) {  // zero-extends LANES bytes, one per lane
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 inline Ints shift_left(Ints a, int bits) { return _mm512_slli_epi32(a, bits); }
@@ -102,15 +97,15 @@ inline int32_t largest(Ints a) { return _mm512_reduce_max_epi32(a); }
 inline bool any_above(Reals a, float limit) { return _mm512_cmp_ps_mask(a, repeat(limit), _CMP_GT_OQ); }
 inline Reals pick(const float* table, Ints lanes) { return _mm512_permutexvar_ps(lanes, load_reals(table)); }
 inline Ints flip(Ints bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
-// Each 16 bits moved down, and of them (v ^ sign) & mask.
+// Shifts each 16 bits right, then computes (v ^ sign) & mask.
 inline Ints field(Ints v, int shift, int32_t sign, int32_t mask) {
   return _mm512_ternarylogic_epi32(_mm512_srli_epi16(v, shift), repeat(sign), repeat(mask), 0x28);
 }
-inline Ints widen(const uint8_t* p) {
+inline Ints widen(const uint8_t* p) {  // sign-extends half a vector of bytes to 16 bits
   return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-// BYTES codes of less than 8 bits from BYTES / 8 * BITS bytes, as unsigned bytes: of each the two bytes that hold it
-// are multiplied to the top of 16 bits and brought down. Reads BYTES.
+// Unpacks BYTES codes of less than 8 bits from BYTES / 8 * BITS bytes to unsigned bytes: multiplies the two bytes that
+// hold a code to move it to the top of 16 bits, then shifts it down. May read up to BYTES bytes.
 template <int BITS>
 inline Ints unpack(const uint8_t* p) {
   static constexpr Halves<BITS> EVEN(0), ODD(1);
@@ -207,9 +202,9 @@ inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
   return sum;
 }
 #else
-// vpmaddubsw saturates sums of two products at 16 bits, so it is exact for weights of up to 7 bits alone.
+// vpmaddubsw saturates sums of two products to 16 bits, so it is exact only for weights of up to 7 bits.
 constexpr bool EXACT_BYTES = false;
-// The addition in assembly, since GCC would multiply all first, and not have registers for it.
+// Addition in assembly: GCC would do all multiplications first and run out of registers.
 inline Ints add_in_place(Ints sum, Ints more) {
   asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(more));
   return sum;
@@ -246,7 +241,6 @@ inline Ints flip(Ints bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-
 inline Ints field(Ints v, int shift, int32_t sign, int32_t mask) {
   return _mm256_and_si256(_mm256_xor_si256(_mm256_srli_epi16(v, shift), repeat(sign)), repeat(mask));
 }
-// Half a vector of signed bytes as 16 bits.
 inline Ints widen(const uint8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -282,7 +276,7 @@ inline void transpose(Ints r[8]) {
 }
 
 #else
-// Any CPU, through the compiler's own vectors of 128 bits.
+// Any CPU, through the compiler's generic 128-bit vectors.
 typedef int32_t Ints __attribute__((vector_size(16)));
 typedef float Reals __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
@@ -322,7 +316,7 @@ inline Reals div(Reals a, Reals b) { return a / b; }
 inline Reals least(Reals a, Reals b) { return a < b ? a : b; }
 inline Reals most(Reals a, Reals b) { return a > b ? a : b; }
 inline Ints most(Ints a, Ints b) { return a > b ? a : b; }
-// Adding 1.5 * 2^23 leaves no bits below one.
+// Adding 1.5 * 2^23 leaves no fractional bits.
 inline Ints nearest(Reals a) { return __builtin_convertvector((a + 12582912.0f) - 12582912.0f, Ints); }
 inline Ints load_lanes(const void* p, int64_t count) {
   Ints v = {};
@@ -389,9 +383,9 @@ inline void transpose(Ints r[4]) {
 
 constexpr int BYTES = 4 * LANES;
 
-// a / b from b's reciprocal, in a quarter of a division's time. The first correction leaves less than an ulp, so the
-// second one's remainder is exact and its result the division's (P. Markstein, IBM J. Res. Dev. 34, 1990), but for
-// remainders that underflow, of a below 2^-78.
+// a / b from b's reciprocal, in a quarter of a division's time. The first correction leaves an error below one ulp, so
+// the second has an exact remainder and gives the division's result (P. Markstein, IBM J. Res. Dev. 34, 1990), unless
+// the remainder underflows, for a below 2^-78.
 inline Reals quotient(Reals a, Reals b, Reals inverse) {
 #if defined(__FMA__)
   Reals q = mul(a, inverse);
@@ -402,12 +396,11 @@ inline Reals quotient(Reals a, Reals b, Reals inverse) {
 #endif
 }
 
-// What the bytes of scales stand for: see scale_value.
-inline Reals scale_values(const uint8_t* p) {
+inline Reals scale_values(const uint8_t* p) {  // decodes bytes of scales, see scale_value
   return as_reals(add(shift_left(widen_bytes(p), 18), repeat((127 - 7) << 23)));
 }
 
-// The sum of each of LANES vectors' lanes; v is used up.
+// Horizontal sums of LANES vectors, one per lane; overwrites v.
 template <class Vector>
 inline Vector totals(Vector v[LANES]) {
   Ints bits[LANES];

@@ -1,4 +1,4 @@
-// Weights as stored: blocks of columns, codes, scales and zero points of a row.
+// Weights as stored: column blocks, and the codes, scales and zero points of a row.
 #pragma once
 
 #include <algorithm>
@@ -10,13 +10,13 @@
 namespace hfquant {
 namespace HFQUANT_ISA {
 
-// Sums of a block stay within 32 bits: 2^15 products of 8 bits by 8, or 2^7 of 16 bits by 8.
+// Widest blocks whose sums fit 32-bit accumulators: 2^15 products of 8 x 8 bits, or 2^7 of 16 x 8 bits.
 constexpr int64_t WIDEST = 1 << 15, WIDEST_LONG = 128;
 
-// Whether the input's codes take more than 8 bits.
+// Whether input codes take more than 8 bits.
 inline bool long_codes(const Job& job) { return job.format == INTEGERS && (!job.input_bits || job.any_dual); }
 
-// Columns cut where the weight's scale, the input's scale or the sum's 32 bits end.
+// Cuts the columns wherever the weight scale or the input scale changes, or a 32-bit accumulator could overflow.
 inline std::vector<Block> blocks_of(const Job& job) {
   const int64_t widest = long_codes(job) ? WIDEST_LONG : WIDEST;
   std::vector<Block> blocks;
@@ -26,7 +26,7 @@ inline std::vector<Block> blocks_of(const Job& job) {
     for (; start < end; ++group) {
       const int64_t stop = std::min(end, start + step);
       while (start < stop) {
-        // Floats have a scale of their own in each FLOAT_BLOCK columns, wherever groups begin.
+        // Float inputs have one scale per FLOAT_BLOCK columns, wherever groups begin.
         const bool apart = job.format == INTEGERS && !job.input_bits;
         const int64_t next = apart ? (start / FLOAT_BLOCK + 1) * FLOAT_BLOCK : start + widest;
         const int64_t size = std::min(stop, next) - start;
@@ -39,7 +39,7 @@ inline std::vector<Block> blocks_of(const Job& job) {
   return blocks;
 }
 
-// What the byte of a scale stands for: formats/scales.py.
+// Decodes the byte of a scale; see formats/scales.py.
 inline float scale_value(uint8_t code) { return of_bits((static_cast<uint32_t>(code) << 18) + ((127 - 7) << 23)); }
 
 inline float scale_at(const Job& job, int64_t row, int64_t group) {
@@ -47,7 +47,7 @@ inline float scale_at(const Job& job, int64_t row, int64_t group) {
   return job.scale ? job.scale[i] : !job.scale_code ? 1 : scale_value(job.scale_code[i]) * job.scale_row[row];
 }
 
-// A row's scales, padded to `groups`, which reads those of the next row but at the weight's end.
+// Loads a row's scales, padded to `groups` with scales of the next row (not at the end of the weight).
 inline void scales_of_row(const Job& job, int64_t row, int64_t groups, float* __restrict out) {
   const int64_t at = row * job.G, count = at + groups <= job.N * job.G ? groups : job.G;
   if (!job.scale_code) {
@@ -61,7 +61,7 @@ inline void scales_of_row(const Job& job, int64_t row, int64_t groups, float* __
   for (; i < count; ++i) out[i] = scale_value(job.scale_code[at + i]) * unit;
 }
 
-// Code number k of a packed row, plus 2^(bits - 1): an unsigned byte.
+// Code k of a packed row plus 2^(bits - 1), as an unsigned byte.
 inline uint8_t code_at(const uint8_t* row, int64_t k, int bits) {
   const int64_t bit = k * bits;
   const int shift = bit % 8;
@@ -70,24 +70,24 @@ inline uint8_t code_at(const uint8_t* row, int64_t k, int bits) {
   return (word >> shift & ((1u << bits) - 1)) ^ (1u << (bits - 1));
 }
 
-// The unsigned zero point, which goes with unsigned codes.
+// The zero point that matches unsigned codes.
 inline int zero_at(const Job& job, int64_t row, int64_t group) {
   return job.zero ? code_at(job.zero + row * job.zero_bytes, group, job.bits) : 1 << (job.bits - 1);
 }
 
-// A vector whose first bytes are those from p on, the others zero.
+// Loads the first `count` bytes from p; the others are zero.
 inline Ints load_first(const uint8_t* p, int64_t count) {
   uint8_t bytes[BYTES] = {};
   std::memcpy(bytes, p, count);
   return load(bytes);
 }
 
-// BYTES codes of a row from a multiple of BYTES on, in order, as unsigned bytes.
+// Unpacks BYTES codes of a row from k, a multiple of BYTES, in order, to unsigned bytes.
 inline Ints codes_in_order(const uint8_t* row, int64_t row_bytes, int64_t k, int bits) {
   const int64_t at = k * bits / 8;
   const uint8_t* from = row + at;
   uint8_t end[BYTES];
-  if (at + BYTES > row_bytes) {  // the vector reaches beyond the row
+  if (at + BYTES > row_bytes) {  // the vector extends past the row
     std::memset(end, 0, BYTES);
     std::memcpy(end, from, row_bytes - at);
     from = end;
@@ -103,8 +103,8 @@ inline Ints codes_in_order(const uint8_t* row, int64_t row_bytes, int64_t k, int
   }
 }
 
-// Codes [count] that are the bits of a float, or 16-bit integers, times a scale, as float32. FP8 is the upper byte of a
-// float16, E4M3 but for its sign one bit lower, in units of 2^8; its largest magnitude is NaN.
+// Decodes codes [count] (16-bit integers, or the bits of floats) to float32, times a scale. FP8 E5M2 is the upper byte
+// of a float16; so is E4M3 in units of 2^8, with all but the sign one bit lower. E4M3's largest magnitude is NaN.
 inline void decode(const void* codes, int64_t count, Format format, float scale, float* __restrict out) {
   if (format == INT16) {
     const int16_t* shorts = static_cast<const int16_t*>(codes);
@@ -127,7 +127,7 @@ inline void decode(const void* codes, int64_t count, Format format, float scale,
       continue;
     }
     for (int64_t i = 0; i < size; ++i) {
-      const uint16_t shifted = static_cast<uint16_t>(static_cast<int8_t>(bytes[start + i])) << 7;  // the sign twice
+      const uint16_t shifted = static_cast<uint16_t>(static_cast<int8_t>(bytes[start + i])) << 7;  // sign twice
       const uint16_t nan = (shifted & 0x3f80) == 0x3f80 ? 0x7c00 : 0;
       halves[i] = (shifted & 0xbf80) | nan;
     }

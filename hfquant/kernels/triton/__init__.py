@@ -1,4 +1,4 @@
-"""Kernels for CUDA devices in Triton: host code here, what runs on the device in :mod:`.programs`.
+"""Triton kernels for CUDA devices: host code here, device code in :mod:`.programs`.
 
-``programs`` imports triton, which not every machine has and which takes a while: host code imports it when it runs.
+``programs`` imports triton, which is slow to import and not always installed: host code imports it only when it runs.
 """

@@ -1,4 +1,4 @@
-"""What the Triton kernels' host code has in common."""
+"""Host code shared by the Triton kernels."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from hfquant.formats.inputs import segment_of
 from hfquant.kernels.base import Operands, Product
 
-#: Dtypes of the input that device code reads; others become float32 first.
+#: Input dtypes that device code reads; others are converted to float32 first.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Up to so many tokens a program multiplies one row with vector instructions: tensor cores would idle on the other 15
-#: of their 16 rows, and the tiles would be too few to fill a device. Chosen by that reasoning, not measured.
+#: Up to this many tokens, a program multiplies one row with vector instructions: tensor cores would idle on 15 of their
+#: 16 rows, and there would be too few tiles to fill a device. Chosen by this reasoning, not measured.
 FEW = 4
 
 
 def missing() -> str:
-    """Return what this machine lacks to run Triton kernels, "" where nothing."""
+    """Return what this machine lacks to run Triton kernels; "" if nothing."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if not torch.cuda.is_available():
@@ -31,11 +31,11 @@ def missing() -> str:
 
 
 class Tile(NamedTuple):
-    """Shape of the tiles of an output and how a program computes one.
+    """Shape of an output tile, and launch parameters of the program that computes it.
 
     Attributes:
         BM, BN, BK: tokens, output rows and columns.
-        num_warps, num_stages: of a program.
+        num_warps, num_stages: warps and pipeline stages of a program.
     """
 
     BM: int
@@ -46,14 +46,14 @@ class Tile(NamedTuple):
 
 
 def tile(tokens: int, columns: tuple[int, ...], longest: int, light: bool = False) -> Tile:
-    """Return the tile for a number of tokens.
+    """Return the tile shape for a number of tokens.
 
     Args:
         tokens: rows of the input.
-        columns: sizes of the blocks of columns.
-        longest: the most columns that a tile of many tokens may have (shared memory).
-        light: whether a program keeps little beside one sum for each value: others spill registers at 128 by 128
-            (seen in what ptxas says of code for compute capability 8.0 and 9.0).
+        columns: sizes of the column blocks.
+        longest: upper limit of BK above FEW tokens (shared memory).
+        light: whether a program keeps little besides one accumulator per value; others spill registers at 128 x 128
+            (seen in the output of ptxas for compute capability 8.0 and 9.0).
     """
     width = _power_of_two(max(columns), 32)
     if tokens <= FEW:
@@ -67,17 +67,17 @@ def tile(tokens: int, columns: tuple[int, ...], longest: int, light: bool = Fals
 
 
 def _power_of_two(number: int, least: int) -> int:
-    """Return the least power of two that is neither below ``number`` nor ``least``."""
+    """Return the smallest power of two that is at least ``number``, but not below ``least``."""
     return max(1 << (number - 1).bit_length(), least)
 
 
 class Layout(NamedTuple):
-    """Where the blocks of columns of a product lie.
+    """Layout of the column blocks of a product.
 
     Attributes:
-        blocks: [3, G] int32 on the device: first column, the one after the last, input segment.
-        group: size of the blocks where all have the same and there is one segment, else 0.
-        aligned: whether all start and end at multiples of 16.
+        blocks: [3, G] int32 on the device: first column, end column (exclusive), input segment.
+        group: the block size if all blocks have the same and there is one segment, else 0.
+        aligned: whether all blocks start and end at multiples of 16.
         pairs: whether each block starts at an even column.
     """
 
@@ -89,7 +89,7 @@ class Layout(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def layout(product: Product, device: torch.device) -> Layout:
-    """Return the layout of a product's blocks, kept for the next call."""
+    """Return the layout of a product's column blocks; cached."""
     sizes = product.columns
     rows = [*_bounds(sizes), segment_of(sizes, product.segments)]
     same = len(set(sizes)) == 1 and len(product.segments) == 1
@@ -99,7 +99,7 @@ def layout(product: Product, device: torch.device) -> Layout:
 
 
 def in_groups(product: Product) -> bool:
-    """Return whether ``programs.few`` computes the product: groups of one size, a power of two, in one segment."""
+    """Return whether ``programs.few`` can compute the product: equal groups, a power of two, in one segment."""
     size = product.columns[0]
     same = len(set(product.columns)) == 1 and len(product.segments) == 1
     return same and 2 <= size <= 256 and size & (size - 1) == 0
@@ -107,7 +107,7 @@ def in_groups(product: Product) -> bool:
 
 @lru_cache(maxsize=1024)
 def segments_of(product: Product, device: torch.device) -> Tensor:
-    """Return [3, S] int32: each segment's first column, the one after the last, largest exponent of a second scale."""
+    """Return [3, S] int32: each segment's first column, end column (exclusive) and largest dual-scale exponent."""
     rule = product.input
     assert rule is not None
     most = [rule.format.max_dual_exponent if dual else 0 for dual in rule.dual]
@@ -120,13 +120,13 @@ def _bounds(sizes: tuple[int, ...]) -> tuple[list[int], list[int]]:
 
 
 class Branch(NamedTuple):
-    """The low-rank branch as a product's last step takes it.
+    """The low-rank branch, as the epilogue of a product takes it.
 
     Attributes:
         narrow: [tokens, rank] float32, the raw input times ``down^T``.
         up: [out, rank], any float dtype.
-        rank: of the branch.
-        padded: the same as a power of two, at least 16.
+        rank: rank of the branch.
+        padded: the rank rounded up to a power of two, at least 16.
     """
 
     narrow: Tensor | None
@@ -136,7 +136,7 @@ class Branch(NamedTuple):
 
 
 def branch(x: Tensor, operands: Operands) -> Branch:
-    """Return the low-rank branch of ``x`` [tokens, in]."""
+    """Return the low-rank branch for ``x`` [tokens, in]."""
     down, up = operands.down, operands.up
     if down is None or up is None or not len(down):
         return Branch(None, None, 0, 16)
@@ -148,12 +148,12 @@ def branch(x: Tensor, operands: Operands) -> Branch:
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
-    """Return a matrix whose rows are contiguous; the rows may lie apart."""
+    """Return a matrix with contiguous rows; the stride between rows may be larger."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def stride(tensor: Tensor | None) -> int:
-    """Return how far rows (of codes in planes: planes) lie apart; 0 for no tensor."""
+    """Return the stride between rows (between planes for codes in planes); 0 for None."""
     return 0 if tensor is None else tensor.stride(0)
 
 
@@ -166,15 +166,15 @@ def few_tokens(
     y: Tensor,
     product: Product,
 ) -> None:
-    """Run ``programs.few`` into ``y`` [tokens, out].
+    """Run ``programs.few``, writing to ``y`` [tokens, out].
 
     Args:
         x: codes [planes, tokens, in] int8, or [tokens, in] float.
-        input_scale, divisor: see there.
+        input_scale, divisor: see ``programs.few``.
         operands: the weight's tensors and the bias.
         low: the low-rank branch.
         y: the output.
-        product: one that :func:`in_groups` says yes to.
+        product: one that :func:`in_groups` accepts.
     """
     from hfquant.kernels.triton.programs.few import few_tokens_product
 

@@ -1,7 +1,7 @@
-"""Integer weights times integer inputs: int32 sums, exact, with all else fused into the quantizer and the product.
+"""Integer weights x integer inputs: exact int32 sums; everything else is fused into the quantizer and the product.
 
-Weights of 4, 6 and 8 bits are read as they are stored. Two programs run: :mod:`.quantize`, and a product that scales
-each block of columns, adds the low-rank branch and the bias and stores the input's dtype.
+Weights of 2 to 8 bits are read as stored. Two programs run: :mod:`.quantize`, and a product that scales each column
+block, adds the low-rank branch and the bias, and stores the result in the input's dtype.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hfquant.kernels.triton.host import (
 
 
 def largest_sum(product: Product) -> int:
-    """Return a bound of the sums of codes over one block of columns (and of all that is added up to them)."""
+    """Return an upper bound on the sums of products over one column block, partial sums included."""
     assert product.input is not None
     form, rule = product.weight, product.input
     codes = (2**rule.format.bits - 1) << (rule.format.max_dual_exponent if any(rule.dual) else 0)
@@ -34,7 +34,7 @@ def largest_sum(product: Product) -> int:
 
 
 def refuses(product: Product) -> str:
-    """Return why the product cannot be computed exactly here; "" where it can."""
+    """Return why the product cannot be computed exactly here; "" if it can."""
     rule, form = product.input, product.weight
     if rule is None:
         return "the input is not quantized"
@@ -44,7 +44,7 @@ def refuses(product: Product) -> str:
         return f"the weight is {form.name}, not integers of up to 8 bits"
     if why := quantize.refuses(rule.format):
         return why
-    # A byte of the input's codes times a byte of the weight's (8 bits and a zero point: 9).
+    # One byte of an input code times a weight code (8 bits minus a zero point: 9 bits).
     if max(product.columns) * 128 * 255 >= 2**31:
         return f"sums over {max(product.columns)} columns may not fit 32 bits"
     return ""

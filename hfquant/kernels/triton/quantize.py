@@ -1,4 +1,4 @@
-"""Activations to codes in one pass over the input; what the products on codes start with."""
+"""Quantize activations in one pass over the input: the first step of products with quantized inputs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from hfquant.formats.base import _MAX_AMAX
 from hfquant.kernels.base import Operands, Product
 from hfquant.kernels.triton.host import rows_contiguous, segments_of
 
-#: Columns that a program holds at most; longer segments are read twice (the second time from the cache).
+#: Most columns that a program holds; longer segments are read twice (the second time from cache).
 BLOCK = 8192
-#: Values of a program that takes several tokens, where segments are short.
+#: Values per program; if segments are short, a program takes several tokens.
 ELEMENTS = 2048
-#: Bits of the mantissa of the formats of eight bits that are not integers.
+#: Mantissa bits of the FP8 formats.
 MANTISSA = {"fp8e4m3": 3, "fp8e5m2": 2}
 
 
 def refuses(form: NumberFormat) -> str:
-    """Return why activations of a format cannot be quantized here; "" where they can."""
+    """Return why activations of a format cannot be quantized here; "" if they can."""
     if form.name in MANTISSA or (form.is_integer and form.bits <= 8):
         return ""
     return f"codes of {form.name} are not one byte"
@@ -30,12 +30,12 @@ def quantize(x: Tensor, operands: Operands, product: Product) -> tuple[Tensor, T
 
     Args:
         x: [tokens, in] float32, bfloat16 or float16.
-        operands: its scales (static) and divisor.
-        product: its input's format and segments; :func:`refuses` says which.
+        operands: provides the static scales and the divisor.
+        product: provides the segments and the input's format (see :func:`refuses`).
 
     Returns:
-        int8 [planes, tokens, in]: the codes (bits of FP8), or in two planes with dual scale, ``256 * [1] + [0]``; and
-        float32 [tokens, segments], NaN for tokens with a value that is not finite: no product of them is a number.
+        int8 codes [planes, tokens, in] (FP8 as bits), in two planes with dual scale, ``256 * [1] + [0]``; and float32
+        scales [tokens, segments], NaN for tokens with a non-finite value, so that their products are NaN too.
     """
     from hfquant.kernels.triton.programs import quantize as programs
 
@@ -64,7 +64,7 @@ def quantize(x: Tensor, operands: Operands, product: Product) -> tuple[Tensor, T
 def _scales_of_tensor(
     x: Tensor, divisor: Tensor | None, segments: Tensor, rule: InputRule, rows: int, block: int, warps: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the scales, [segments] float32 each, of both sides of a whole tensor; NaN where it is not finite."""
+    """Return the per-tensor scales of both sides, [segments] float32 each; NaN if a segment is not finite."""
     from hfquant.kernels.triton.programs import quantize as programs
 
     low, high = torch.empty(2, len(x), len(rule.segments), dtype=torch.float32, device=x.device)

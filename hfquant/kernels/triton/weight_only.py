@@ -1,8 +1,8 @@
-"""Integer weights times a float input: the weight is read as it is stored, 4, 6 or 8 bits, and never there in floats.
+"""Integer weights x float inputs: the weight is read as stored, 2 to 8 bits, and never materialized in float.
 
-Codes less zero points are exact in bfloat16 and float16, so tensor cores multiply them with the input of that dtype,
-and each block of columns is scaled in float32 after. A float32 input (or one that is divided by a smoothing vector)
-is multiplied in three products of TF32, as good as one of float32.
+Codes minus zero points are exact in bfloat16 and float16, so tensor cores multiply them by inputs of that dtype, and
+each column block is scaled in float32 afterwards. A float32 input (or one divided by a smoothing vector) is multiplied
+in three TF32 products, as precise as one in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hfquant.kernels.triton.host import (
 
 
 def refuses(product: Product) -> str:
-    """Return why the product cannot be computed here; "" where it can."""
+    """Return why the product cannot be computed here; "" if it can."""
     form = product.weight
     if product.input is not None:
         return "the input is quantized"
@@ -46,7 +46,7 @@ def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
     if tokens <= FEW and in_groups(product):
         few_tokens(x, None, operands.divisor, operands._replace(weight=weight), low, y, product)
         return y
-    # Triton's interpreter (on the CPU) multiplies bfloat16's bits as if they were integers.
+    # Triton's interpreter (on the CPU) multiplies bfloat16 bits as if they were integers.
     wide = x.dtype == torch.float32 or operands.divisor is not None or (x.dtype == torch.bfloat16 and not x.is_cuda)
     # Float32 tiles take twice the shared memory.
     where, shape = layout(product, x.device), tile(len(x), product.columns, 32 if wide else 64)

@@ -1,4 +1,4 @@
-"""One self-contained page about a quantized folder: sizes, every layer's error, what to mend, pictures or tokens."""
+"""A self-contained page about a quantized folder: sizes, each layer's error, suggested fixes, images or tokens."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from hfquant.report.page.charts import affiner_chart, error_chart, segments_bar
 from hfquant.report.quality import ModelComparison
 from hfquant.report.stored import StoredLayer, StoredModel
 
-#: Layers that the page names as the worst.
+#: Number of layers that the page lists as the worst.
 WORST = 10
 
-#: Pixels across up to which pictures are shown small: their pixels are seen at any size.
+#: Width in pixels up to which images are shown small: their pixels are visible at any size.
 TINY = 64
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a page is made of.
+    """The contents of a page.
 
     Attributes:
-        title: of the page, the folder's name.
+        title: title of the page, the folder's name.
         models: quantized components by name.
-        comparison: to the model in full precision; None without one.
+        comparison: comparison with the model in full precision; None without one.
         speed: rows of (what, seconds in full precision, seconds quantized), measured on this machine.
-        machine: that they were measured on.
-        affiner: of a pipeline; None without one.
-        images: images of a comparison that are shown at most.
+        machine: the machine on which they were measured.
+        affiner: affiner of a pipeline; None without one.
+        images: maximum number of images of a comparison to show.
     """
 
     title: str
@@ -95,7 +95,7 @@ def _text(name: str) -> str:
 
 
 def columns(layers: Sequence[StoredLayer]) -> set[str]:
-    """Return the columns of the table of layers that have something to show, of those that a model may lack."""
+    """Return which optional columns of the layer table have something to show."""
     shown = {
         "errors": any(layer.sqnr is not None for layer in layers),
         "alphas": any(layer.alphas for layer in layers),
@@ -107,15 +107,15 @@ def columns(layers: Sequence[StoredLayer]) -> set[str]:
 
 
 def worst(layers: Sequence[StoredLayer], count: int = WORST) -> list[StoredLayer]:
-    """Return the layers with the least signal to noise, of those where it was measured."""
+    """Return the layers with the lowest signal-to-noise ratio, among those for which it was measured."""
     measured = [layer for layer in layers if layer.sqnr is not None and math.isfinite(layer.sqnr)]
     return sorted(measured, key=lambda layer: layer.sqnr or 0.0)[:count]
 
 
 def override(layer: StoredLayer) -> str:
-    """Return the entry of a config that gives a layer more bits: as JSON, to be added to the config's dict.
+    """Return the config entry that gives a layer more precision, as JSON to be added to the config's dict.
 
-    One step up a ladder: a scale of the tensor becomes one a token, fewer than 8 bits become 8, 8 bits stay float.
+    It takes one step: a static input scale becomes per-token, fewer than 8 bits become 8, 8 bits become float.
     """
     bits = layer.weight.split()[0]
     if layer.input not in ("-",) and "dynamic" not in layer.input:
@@ -128,24 +128,24 @@ def override(layer: StoredLayer) -> str:
 
 
 def kind_of(name: str) -> str:
-    """Return what a layer is within its block: the last part of its name that is no number."""
+    """Return a layer's role within its block: the last part of its name that is not a number."""
     return next((part for part in reversed(name.split(".")) if not part.isdecimal()), name)
 
 
 def block_of(name: str) -> str:
-    """Return the block that a layer lies in: its name up to the first number."""
+    """Return the block that a layer belongs to: its name up to the first number."""
     parts = name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     return ".".join(parts[: first + 1]) if first is not None else parts[0]
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """Return a number with so many decimals; a dash for None."""
+    """Return a number with ``digits`` decimals; a dash for None."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 def quoted(token: str) -> str:
-    """Return a token in quotes, so that spaces and line ends are seen."""
+    """Return a token in quotes, so that spaces and line breaks are visible."""
     return json.dumps(token, ensure_ascii=False)
 
 

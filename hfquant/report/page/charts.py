@@ -1,4 +1,4 @@
-"""Charts as plain SVG: no script, no library, the page's own colours."""
+"""Charts as plain SVG: no script, no library, the page's own colors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from html import escape
 from hfquant.report.stored import StoredLayer
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 900, 280, 44, 28, 10
-#: Colours of kinds of layers, by CSS class; kinds beyond them share the last.
+#: Number of colors for kinds of layers, as CSS classes; further kinds share the last one.
 COLOURS = 8
 
 
 def error_chart(layers: Sequence[StoredLayer]) -> str:
-    """Return the signal to noise of each layer in order, a dot each, coloured by kind; "" where none was measured."""
+    """Chart the signal-to-noise ratio of each layer in order, as dots colored by kind; "" if none was measured."""
     from hfquant.report.page import kind_of
 
     points = [(i, layer) for i, layer in enumerate(layers) if layer.sqnr is not None and math.isfinite(layer.sqnr)]
@@ -36,17 +36,17 @@ def error_chart(layers: Sequence[StoredLayer]) -> str:
         f'<span class="key"><span class="swatch c{min(i, COLOURS - 1)}"></span>{escape(kind)}</span>'
         for i, kind in enumerate(kinds)
     )
-    label = f"Signal to noise of {len(points)} layers in order, from {min(values):.1f} to {max(values):.1f} dB"
+    label = f"SQNR of {len(points)} layers in layer order, from {min(values):.1f} to {max(values):.1f} dB"
     return _svg(label, _axes(ticks, low, high, "dB") + "".join(dots)) + f'<p class="legend">{legend}</p>'
 
 
 def affiner_chart(errors: Mapping[float, tuple[float, float]]) -> str:
-    """Return the error of the predictions at each timestep, before and after the affiner, on a log scale."""
+    """Chart the error of the predictions at each timestep, before and after the affiner, on a log scale."""
     times = sorted(errors, reverse=True)
     lines = [[math.log10(max(errors[t][i], 1e-30)) for t in times] for i in range(2)]
     low, high, ticks = _scale(min(map(min, lines)), max(map(max, lines)))
     drawn = _axes(ticks, low, high, "log10 of the squared error")
-    for i, (name, values) in enumerate(zip(("quantized", "with the affiner"), lines, strict=True)):
+    for i, (name, values) in enumerate(zip(("quantized", "with affiner"), lines, strict=True)):
         points = " ".join(
             f"{_LEFT + (k + 0.5) / len(times) * (_WIDTH - _LEFT - 10):.1f},{_y(value, low, high):.1f}"
             for k, value in enumerate(values)
@@ -55,14 +55,14 @@ def affiner_chart(errors: Mapping[float, tuple[float, float]]) -> str:
     drawn += _text(_LEFT, _HEIGHT - 8, f"t = {times[0]:g}") + _text(_WIDTH - 60, _HEIGHT - 8, f"t = {times[-1]:g}")
     legend = "".join(
         f'<span class="key"><span class="swatch c{i}"></span>{name}</span>'
-        for i, name in enumerate(("quantized", "with the affiner"))
+        for i, name in enumerate(("quantized", "with affiner"))
     )
-    label = f"Squared error of the prediction at {len(times)} timesteps, without and with the affiner"
+    label = f"Squared error of the predictions at {len(times)} timesteps, without and with affiner"
     return _svg(label, drawn) + f'<p class="legend">{legend}</p>'
 
 
 def segments_bar(segments: tuple[Sequence[int], Sequence[int]]) -> str:
-    """Return bars that show how a layer's input and output are cut into segments; "" where they are not."""
+    """Return bars that show how a layer's input and output are split into segments; "" if they are not."""
     bars = []
     for what, sizes in zip(("input", "output"), segments, strict=True):
         if len(sizes) < 2:
@@ -81,7 +81,7 @@ def segments_bar(segments: tuple[Sequence[int], Sequence[int]]) -> str:
 
 
 def _scale(low: float, high: float) -> tuple[float, float, list[float]]:
-    """Return bounds that hold all values, and round numbers between them."""
+    """Return bounds that contain all values, and ticks at round numbers between them."""
     span = max(high - low, 1e-6)
     step = 10 ** math.floor(math.log10(span))
     step *= next(factor for factor in (0.2, 0.5, 1, 2, 5) if span / (step * factor) <= 6)

@@ -1,4 +1,4 @@
-"""Example inputs of every model class that diffusers exports: there are some, and the forward runs with them."""
+"""Example inputs exist for every model class that diffusers exports, and the forward runs with them."""
 
 import pytest
 from diffusers.utils import is_torchvision_available
@@ -8,18 +8,18 @@ from benchmarks.tiny_diffusers import build, exported
 from hfquant.dataflow.trace import PatternError, trace
 from hfquant.integrations.examples import example_inputs
 
-# Classes without inputs, and why.
+# Classes without example inputs, and the reason.
 NONE = {
     "AnyFlowFARTransformer3DModel": "its forward without a cache needs compiled flex attention",
-    "AutoencoderKLAllegro": "its forward runs with tiling alone, on whole clips",
+    "AutoencoderKLAllegro": "its forward only runs with tiling, on whole clips",
     "ControlNetXSAdapter": "has no forward of its own",
     "Cosmos3OmniTransformer": "takes text, pictures and sound packed in one row, and where each token goes",
     "MotionAdapter": "has no forward of its own",
     "RFD4ProteinaAutoencoder": "takes a protein's residues and dozens of their features",
     "RFD4ProteinaTransformer": "takes a protein's residues and dozens of their features",
-    "WanAnimate2Transformer3DModel": "runs with a cache alone, which another forward fills",
+    "WanAnimate2Transformer3DModel": "only runs with a cache, which another forward fills",
 }
-# Classes with inputs whose forward cannot be watched here, and why.
+# Classes with example inputs whose forward cannot be traced here, and the reason.
 UNWATCHED = {
     "Kandinsky6SRTransformer3DModel": "flex attention does not run on fake tensors",
     "LTX2VideoDiffusionDecoderModel": "flex attention does not run on fake tensors",
@@ -27,20 +27,20 @@ UNWATCHED = {
 if not is_torchvision_available():
     UNWATCHED |= dict.fromkeys(("CosmosControlNetModel", "CosmosTransformer3DModel"), "needs torchvision")
 
-# Linears that a forward passes by, and why; all others must be seen.
+# Linears that a forward does not run, and the reason; all others must be seen.
 UNSEEN = {
-    "AutoencoderKLTemporalDecoder": ("decoder.mid_block.attentions",),  # its block with attention leaves it out
-    "Flux3Transformer2DModel": ("image_cond",),  # for pictures beside the text
-    "HiDreamImageTransformer2DModel": ("experts",),  # to which no token is routed
-    "MiniMaxMusic3RVQDepthDecoder": ("audio_heads", "projection"),  # called by the pipeline
-    "SanaWMLTX2RefinerTransformer3DModel": ("audio", "av_cross"),  # shares LTX-2's layers, not its sound
-    "SanaWMTransformer3DModel": ("_cam", "plucker"),  # for a camera's path
+    "AutoencoderKLTemporalDecoder": ("decoder.mid_block.attentions",),  # its attention block is not used
+    "Flux3Transformer2DModel": ("image_cond",),  # for images given along with the text
+    "HiDreamImageTransformer2DModel": ("experts",),  # no token is routed to them
+    "MiniMaxMusic3RVQDepthDecoder": ("audio_heads", "projection"),  # the pipeline calls them
+    "SanaWMLTX2RefinerTransformer3DModel": ("audio", "av_cross"),  # shares LTX-2's layers, but not its audio
+    "SanaWMTransformer3DModel": ("_cam", "plucker"),  # for camera paths
 }
 
 
 @pytest.mark.parametrize("name", exported())
 def test_every_exported_class(name):
-    """On meta (with weights where values decide): the forward runs with the inputs, so its linears are seen."""
+    """On meta (with real weights if control flow depends on values), the forward runs, so its linears are seen."""
     model = build(name)
     example = example_inputs(model)
     if name in NONE:

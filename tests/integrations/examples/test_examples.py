@@ -1,4 +1,4 @@
-"""Patterns on real model classes with tiny random configs, run with the example inputs derived from those configs."""
+"""Patterns in real model classes with tiny random configs, run with example inputs derived from those configs."""
 
 import logging
 
@@ -200,7 +200,7 @@ def whisper():
     return of_transformers("WhisperForConditionalGeneration", "WhisperConfig", vocab_size=50, **sizes, **heads, **ids)
 
 
-# For each class: what is found at some of its linears, (input sizes, output sizes, activations), read off its source.
+# Per class, what is found at some of its linears: (input sizes, output sizes, activations), taken from its source.
 CLASSES = {
     flux: {
         "single_transformer_blocks.0.proj_out": ((24, 96), (24,), (None, "gelu")),
@@ -273,11 +273,11 @@ CLASSES = {
 
 @pytest.mark.parametrize("build", CLASSES, ids=lambda f: f.__name__)
 def test_real_classes(build):
-    """On the meta device, every linear is seen; the same on real weights, whose forward the example inputs fit."""
+    """Every linear is seen on the meta device, and likewise with real weights, which run on the example inputs."""
     with torch.device("meta"):
         model = build()
     found = trace(model, example_inputs(model))
-    # An embedding that only lends its weight to others never runs.
+    # An embedding that only shares its weight with others never runs.
     missed = layers_in(model).keys() - found.keys()
     assert found.keys() <= layers_in(model).keys()
     assert all(isinstance(model.get_submodule(name), nn.Embedding) for name in missed)
@@ -293,7 +293,7 @@ def test_real_classes(build):
 
 @pytest.mark.parametrize("build", [flux, llama, sdxl], ids=lambda f: f.__name__)
 def test_real_classes_on_real_tensors(build, monkeypatch):
-    """The fallback finds what the fake pass finds."""
+    """The fallback to real tensors finds the same as the pass on fake ones."""
     model = build().bfloat16()
     example = example_inputs(model)
     found = trace(model, example)
@@ -328,7 +328,7 @@ def test_group_offloading():
 
 
 def test_hunyuan_skip_connection():
-    """``cat -> LayerNorm -> Linear``, the long skip of U-shaped transformers."""
+    """``cat -> LayerNorm -> Linear``, the long skip connection of U-shaped transformers."""
     from diffusers.models.transformers.hunyuan_transformer_2d import HunyuanDiTBlock
 
     block = HunyuanDiTBlock(12, 2, cross_attention_dim=10, skip=True)
@@ -338,12 +338,12 @@ def test_hunyuan_skip_connection():
 
 
 def test_no_example_inputs_for_what_is_not_known(caplog):
-    """None, and a debug line that says why."""
+    """The result is None, and a debug line gives the reason."""
     from diffusers import MotionAdapter
 
     with torch.device("meta"):
         models = [nn.Linear(2, 2), MotionAdapter(block_out_channels=(32,)), flux(), sd3()]
-    models[2].register_to_config(joint_attention_dim=None)  # configs that their classes cannot have
+    models[2].register_to_config(joint_attention_dim=None)  # configs that the classes themselves reject
     models[3].register_to_config(patch_size="two")
     for model, why in zip(models, ["not a model of", "no forward of its own", "joint_attention_dim", ""], strict=True):
         caplog.clear()
@@ -360,7 +360,7 @@ def test_example_inputs_take_the_models_dtype():
 
 
 def test_weights_read_outside_their_forward():
-    """HunyuanDiT's pooler hands its linears' weights to a fused attention: replacing them would break the model."""
+    """HunyuanDiT's pooler passes its linears' weights to a fused attention, so replacing them would break the model."""
     from benchmarks.tiny_diffusers import build
 
     model = build("HunyuanDiT2DModel")

@@ -1,4 +1,4 @@
-"""Example inputs for the common tasks of transformers, and for classes from elsewhere with usual names."""
+"""Example inputs for the common tasks of transformers, and for third-party classes with common argument names."""
 
 import pytest
 import torch
@@ -10,9 +10,9 @@ from hfquant.integrations.examples import example_inputs
 from hfquant.nn.kinds import layers_in
 from tests.integrations.tiny_transformers import GQA, MODELS, build
 
-# Forwards that look at values, which run on real tensors alone.
+# Forwards whose control flow depends on values, and so run on real tensors only.
 ON_VALUES = {"BartForSequenceClassification", "Siglip2VisionModel", "Siglip2Model"}
-# The same with pictures among the text; on meta they run on text alone.
+# Likewise for models that take images with the text; on meta they run on text alone.
 WITH_PICTURES = {
     name for name, (_, fields) in MODELS.items() if fields.keys() & {"image_token_id", "image_token_index"}
 }
@@ -23,7 +23,7 @@ def test_every_linear_is_seen(name):
     real = name in ON_VALUES | WITH_PICTURES
     model = build(name, "cpu" if real else "meta")
     found = trace(model, example_inputs(model))
-    # An embedding that only lends its weight to others never runs.
+    # An embedding that only shares its weight with others never runs.
     missed = layers_in(model).keys() - found.keys()
     assert found.keys() <= layers_in(model).keys()
     assert all(isinstance(model.get_submodule(name), nn.Embedding) for name in missed)
@@ -72,7 +72,7 @@ class Broken(Own):
 
 
 def test_a_class_of_ones_own(caplog):
-    """Usual names suffice; a name that no rule knows, and a forward that fails, give None and say so."""
+    """Common argument names suffice; an unknown name or a failing forward gives None and a message."""
     config = transformers.LlamaConfig(**GQA)
     assert trace(Own(config), example_inputs(Own(config))).keys() == {"embed", "head"}
     for model, why in ((Odd, "moon_phase"), (Broken, "Broken")):
@@ -82,7 +82,7 @@ def test_a_class_of_ones_own(caplog):
 
 
 def test_a_denoiser_of_ones_own():
-    """Its linear patch embedding does not say that latents are packed, running the forward does."""
+    """The linear patch embedding does not reveal that latents are packed; running the forward does."""
     from diffusers.configuration_utils import ConfigMixin, register_to_config
     from diffusers.models.modeling_utils import ModelMixin
 

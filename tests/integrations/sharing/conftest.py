@@ -1,4 +1,4 @@
-"""The hub's client, pointed at a hub on this machine."""
+"""The Hub client, pointed at a local server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.integrations.sharing.hub_server import Hub, serving
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """What HF_ENDPOINT, HF_HUB_CACHE, HF_HUB_OFFLINE=0 and HF_HUB_DISABLE_XET=1 do in a new process, in this one."""
+    """Do in this process what HF_ENDPOINT, HF_HUB_CACHE, HF_HUB_OFFLINE=0 and HF_HUB_DISABLE_XET=1 do in a new one."""
     cache: Path = tmp_path_factory.mktemp("cache")
     with serving() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)

@@ -1,4 +1,4 @@
-"""A hub on 127.0.0.1: as much of its protocol as huggingface_hub's client needs to create, commit and download."""
+"""A Hub on 127.0.0.1, with as much of the protocol as huggingface_hub needs to create, commit and download."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _API = r"/api/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+)"
 
 @dataclass
 class Hub:
-    """What is in it. ``repos``: ("model", "user/name") -> path -> content."""
+    """The server's content. ``repos``: ("model", "user/name") -> path -> content."""
 
     endpoint: str = ""
     repos: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
@@ -30,13 +30,13 @@ class Hub:
     objects: dict[str, bytes] = field(default_factory=dict)
     #: Users whose repositories the token may not write to.
     closed: set[str] = field(default_factory=set)
-    #: Repositories that are seen by those alone who asked for access.
+    #: Repositories that only users with granted access can see.
     gated: set[str] = field(default_factory=set)
-    #: What it answers to everything, where it is out of order.
+    #: If set, the HTTP status that it answers to every request.
     broken: int | None = None
 
     def sha(self, key: tuple[str, str]) -> str:
-        """Commit of a repository's head: changes with its files."""
+        """Return the commit id of a repository's head, which changes with its files."""
         return hashlib.sha1(repr(sorted(self.repos[key].items())).encode()).hexdigest()
 
 
@@ -173,7 +173,7 @@ ROUTES = [
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A hub that answers while the context lasts."""
+    """Run a Hub for the duration of the context."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"

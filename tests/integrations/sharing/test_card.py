@@ -1,4 +1,4 @@
-"""The template: every part of it renders to Markdown that says what is known and nothing that is not."""
+"""The template: every part renders to Markdown that states what is known and nothing else."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def test_metadata(content: str) -> None:
 
 def test_sections(content: str) -> None:
     found = dict(sections(ModelCard(content).text.partition("<!--")[0]))
-    # Nothing was measured and no data was needed: no section about either.
+    # Nothing was measured and no data was needed, so neither has a section.
     assert list(found) == ["", "How to load", "Quantization", "Left in full precision", "Versions"]
-    assert found[""].startswith("# name\n\n[base/model](https://huggingface.co/base/model), a model of diffusers")
+    assert found[""].startswith("# name\n\n[base/model](https://huggingface.co/base/model), a diffusers model")
     code = re.findall(r"```python\n(.*?)```", found["How to load"], re.DOTALL)
     compile(code[0], "card", "exec")
     assert code[0].startswith("import hfquant")
@@ -47,7 +47,7 @@ def test_sections(content: str) -> None:
 
 
 def test_every_table_is_one(content: str) -> None:
-    """Each row has as many cells as the head of its table, and a blank line comes before."""
+    """Each row has as many cells as its table's header, and a blank line precedes the table."""
     lines = content.splitlines()
     tables = [i for i, line in enumerate(lines) if re.fullmatch(r"\|( ?-+:? ?\|)+", line.strip())]
     assert len(tables) == 3
@@ -69,7 +69,7 @@ def test_what_the_guard_did_is_said() -> None:
     model = small_models.llama()
     hfquant.quantize(model, [small_models.transformers_inputs(model)], "w8a8-smooth")
     layers = model.quant_report.layers
-    layers[2] = replace(layers[2], guard="error 0.9 (a static scale saturates): inputs scaled by the token, error 0.01")
+    layers[2] = replace(layers[2], guard="error 0.9 (a static scale saturates): per-token input scales, error 0.01")
     text = content_of(of_models(model), "model", "org/name", Origin(None, {}), None)
     said = dict(sections(ModelCard(text).text.partition("<!--")[0]))["Measured while quantizing"]
     assert f"- `{layers[2].name}`: {layers[2].guard}" in said
@@ -81,8 +81,8 @@ def test_data_that_the_model_made_are_called_so() -> None:
     hfquant.quantize(model, {"source": "self", "samples": 2, "seqlen": 16, "seed": 3}, "w8a8-smooth")
     text = content_of(of_models(model), "model", "org/name", Origin(None, {}), None)
     said = dict(sections(ModelCard(text).text.partition("<!--")[0]))["Calibration data"]
-    assert "The model made it itself" in said
+    assert "Self-generated, without any dataset" in said
     assert "- seed: `3`" in said
     hfquant.quantize(fed := small_models.llama(), [small_models.transformers_inputs(fed)], "w8a8-smooth")
     text = content_of(of_models(fed), "model", "org/name", Origin(None, {}), None)
-    assert "made it itself" not in text
+    assert "Self-generated" not in text

@@ -1,4 +1,4 @@
-"""What a card says is what the model is: counted here once more, from the float model and the tensors."""
+"""A card's statements match the model: everything is recounted here from the float model and the tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load(checkpoint: Callable[[str], Path], name: str, config: Any, **options: A
 def test_sizes_add_up(checkpoint: Callable[[str], Path], name: str, config: Any) -> None:
     original, model = load(checkpoint, name, config)
     (component,) = of_models(model).components
-    assert component.parameters == original.num_parameters()  # packed codes and tied weights counted right
+    assert component.parameters == original.num_parameters()  # packed codes and tied weights are counted correctly
     stored = model.state_dict()
     computed = sum(buffer.nbytes for key, buffer in model.named_buffers() if key not in stored)
     assert component.bytes == model.get_memory_footprint() - computed
@@ -50,7 +50,7 @@ def test_rows_and_reasons(checkpoint: Callable[[str], Path]) -> None:
     _, model = load(checkpoint, "llama", MIXED, modules_to_not_convert=["v_proj"])
     (component,) = of_models(model).components
     assert [(row.weights, row.inputs) for row in component.rows] == [
-        ("fp8e4m3, one scale a channel", "int8, one scale a tensor, at run time"),
+        ("fp8e4m3, one scale per channel", "int8, one scale per tensor, dynamic"),
         ("int4, groups of 8", "float"),
     ]
     assert component.preset is None

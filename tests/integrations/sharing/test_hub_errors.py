@@ -1,4 +1,4 @@
-"""A hub that does not give what is asked for: one sentence that says why, whatever command asked."""
+"""If the Hub does not deliver what is asked for, every command explains why in one sentence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_data(name: str) -> None:
 
 @pytest.fixture
 def hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """For the datasets library too, and without the seconds between tries."""
+    """Also covers the datasets library, and skips the delays between retries."""
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
@@ -59,9 +59,9 @@ MODEL_CASES = [
     ("online", "me/nothing", FileNotFoundError, "the hub has no such model, or it is private: check the spelling"),
     ("online", "me/gated", PermissionError, "me/gated is gated: ask for access on http"),
     ("broken", "me/nothing", ConnectionError, "the hub answers 503 for me/nothing"),
-    ("bad token", "me/nothing", PermissionError, "does not give me/nothing with this token: log in"),
+    ("bad token", "me/nothing", PermissionError, "rejected this token for me/nothing: log in"),
     ("online", "me/empty", FileNotFoundError, "me/empty holds no model: it has neither model_index.json nor"),
-    ("online", "me/not an id", FileNotFoundError, "cannot be the id of a model on the hub"),
+    ("online", "me/not an id", FileNotFoundError, "nor a valid id of a model on the hub"),
 ]
 DATA_CASES = [
     ("online", "me/nothing", FileNotFoundError, "doesn't exist on the Hub or cannot be accessed. Check the spelling"),

@@ -1,4 +1,4 @@
-"""Cards brought together: what a person wrote stays, what was generated is renewed."""
+"""Merging model cards: user-written text stays, generated text is updated."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_what_was_generated_is_renewed() -> None:
 
 
 def test_what_a_person_wrote_stays() -> None:
-    """Edited, added between, added at the end, even behind the comment; with the line ends of another system."""
+    """Text that was edited, inserted, appended or added after the comment stays, also with CRLF line endings."""
     theirs = make().replace("first", "mine").replace("## Two", "## Between\n\nnew\n\n## Two") + "\n## Last\n\nend\n"
     for existing in (theirs, theirs.replace("\n", "\r\n")):
         card = make(BODY.replace("first", "second").replace("Head.", "Neck."), recipe="b", existing=existing)
@@ -72,7 +72,7 @@ def test_a_section_that_a_person_took_out_stays_out() -> None:
 def test_a_measurement_stays_while_the_recipe_is_the_same() -> None:
     without = BODY.replace("## One\n\nfirst\n\n", "")
     assert "first" in make(without, existing=make())
-    assert "first" in make(without, existing=make(without, existing=make()))  # it is still ours
+    assert "first" in make(without, existing=make(without, existing=make()))  # it is still generated text
     assert "first" not in make(without, recipe="b", existing=make(without, existing=make()))
 
 
@@ -116,11 +116,11 @@ def test_a_comment_that_makes_no_sense_is_none(stored: str) -> None:
 def test_nothing_ends_the_comment_early() -> None:
     metadata = METADATA | {"base_model": "a --> b"}
     card = make(metadata=metadata)
-    assert card.count("-->") == 2  # in the metadata at the top, and the comment's own
+    assert card.count("-->") == 2  # one in the metadata at the top, one that ends the comment
     assert Generated.of(card).metadata == metadata
 
 
 @pytest.mark.parametrize("head", ["tags: [a", "- a\n- b", "a: b: c"])
 def test_metadata_that_cannot_be_read(head: str) -> None:
-    with pytest.raises(CardError, match=r"the metadata at the top of README.md cannot be read, mend it first"):
+    with pytest.raises(CardError, match=r"the metadata at the top of README.md cannot be read, fix it first"):
         make(existing=f"---\n{head}\n---\ntext")

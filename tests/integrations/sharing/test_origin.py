@@ -1,4 +1,4 @@
-"""Where a model came from, told from folders and ids."""
+"""The origin of a model, derived from folders and ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is saved and pushed comes back by its id, with its card, and nothing that a person wrote is lost."""
+"""What is saved and pushed can be loaded by its id, with its card, and no user-written text is lost."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_calibration_set_comes_back_by_its_id(hub: Hub, tmp_path: Path) -> Non
     folder = snapshot_download("me/calib", repo_type="dataset", local_dir=tmp_path / "calibration")
     loaded = hfquant.load_calibrate_set(folder)
     assert [s["x"].tolist() for s in loaded] == [s["x"].tolist() for s in samples]
-    assert len(list(Path(folder).glob("chunk-*"))) == 2  # the third of the first push is gone
+    assert len(list(Path(folder).glob("chunk-*"))) == 2  # the third chunk of the first push is gone
     text = card(hub, "me/calib", "dataset").text
     assert "5 samples of the layer `transformer`" in text
     assert '"steps": 4' in text
@@ -172,7 +172,7 @@ def test_shards_of_an_earlier_push_go(hub: Hub, checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("exists", [False, True])
 def test_no_permission_is_one_clear_error(hub: Hub, checkpoint: Checkpoint, exists: bool) -> None:
-    """A repository that cannot be made, and one that can be read and not written."""
+    """For a repository that cannot be created, and for one that can be read but not written."""
     model = quantized(checkpoint("llama"))
     before = {"README.md": b"theirs"}
     if exists:
@@ -204,11 +204,11 @@ def test_a_token_reaches_no_file_and_no_log(
     printed = capfd.readouterr()
     assert TOKEN.encode() not in pushed + saved
     assert TOKEN not in caplog.text + printed.out + printed.err
-    assert str(checkpoint("llama")).encode() not in pushed + saved  # nor where things lie on this machine
+    assert str(checkpoint("llama")).encode() not in pushed + saved  # nor any path on this machine
 
 
 def test_what_the_source_has_goes_along(hub: Hub, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Tokenizer, license, language and the base model's id, by way of the hub; then once more from what was pushed."""
+    """Tokenizer, license, language and the base model's id come from the Hub, and then again from the pushed model."""
     api = HfApi(token=TOKEN)
     api.create_repo("base/float")
     folder = tmp_path / "float"
@@ -247,7 +247,7 @@ def test_a_tokenizer_that_is_there_stays(checkpoint: Checkpoint, tmp_path: Path)
 
 
 def test_what_the_data_was_outlives_a_reload(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """In config.json; the measurements are in the card alone, and stay there while the recipe is the same."""
+    """config.json records the data; measurements are only in the card, and stay there as long as the recipe does."""
     ids = [{"input_ids": torch.randint(3, 40, (2, 9))} for _ in range(3)]
     recorded = BaseCalibSet.from_samples(ids)
     recorded.provenance = {"layer": "model", "sampler": {"class": "LanguageModelSampler", "seed": 7}}
@@ -278,7 +278,7 @@ def test_what_cannot_be_shared(checkpoint: Checkpoint, tmp_path: Path) -> None:
 
 def test_a_card_that_cannot_be_read_stops_before_anything_is_written(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\ntags: [a\n---\nmine")
-    with pytest.raises(CardError, match=r"metadata at the top of README.md cannot be read, mend it first"):
+    with pytest.raises(CardError, match=r"metadata at the top of README.md cannot be read, fix it first"):
         hfquant.save_pretrained(quantized(checkpoint("llama")), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 

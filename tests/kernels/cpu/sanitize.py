@@ -1,8 +1,8 @@
 """Run the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
 
-Layers of every kind and of odd sizes, numbers of tokens on both sides of where another kernel takes over, and inputs of
-every dtype with NaN and infinities among them, on every instruction set of this machine. The first fault ends the
-process with its report. Tensors come from the sanitizer's allocator, so a byte read beyond one is found too.
+The cases cover layers of every kind and of odd sizes, numbers of tokens on both sides of each switch between kernels,
+and inputs of every dtype, including NaN and infinities, on every instruction set of this machine. The first fault ends
+the process with a report. Tensors come from the sanitizer's allocator, so even a one-byte overread is found.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ INPUTS = (
     InputQuant(),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Columns and rows: below, at and beyond a vector, a group, a panel; never a multiple of all.
+#: Columns and rows: below, at and beyond a vector, a group, a panel; never a multiple of all of them.
 SIZES = ((1, 1), (7, 5), (64, 48), (65, 33), (129, 17), (260, 101))
-#: Tiles begin at eight tokens, panels of floats share a tile's from 257 on and are filled again after 1024.
+#: Tiles begin at eight tokens; from 257 on, several float panels share a tile's tokens, and are refilled after 1024.
 TOKENS = (1, 7, 8, 33)
 MANY = 257
 SVD = LowRank(low_rank=3)
 
 
 def cases(form: str) -> Iterator[Case]:
-    """Yield layers with weights of a format, each for one size and one kind."""
+    """Yield layers with weights of a format, for each size and kind."""
     if form in cpu.DECODED:
         groups = (None, 10, 64) if FORMATS[form].has_scale else (None,)
         for group, (columns, rows) in itertools.product(groups, SIZES):
@@ -74,7 +74,7 @@ def cases(form: str) -> Iterator[Case]:
 
 
 def large_cases(form: str) -> Iterator[tuple[Case, int]]:
-    """Yield layers whose sums leave 32 bits, or whose tokens do not fit into one chunk, and the number of tokens."""
+    """Yield layers whose sums exceed 32 bits, or whose tokens do not fit into one chunk, with the number of tokens."""
     yield Case(WeightQuant(type=form), inputs=(37,), outputs=(300,)), 1030
     group = 64 if FORMATS[form].has_scale else None
     for columns, size, tokens in ((40_001, None, 2), (40_001, None, 8), (20_000, group, 2), (20_000, group, 130)):
@@ -93,7 +93,7 @@ def check(layer: QuantLinear, names: list[str], tokens: int, dtype: torch.dtype)
     os.environ["HFQUANT_KERNEL"] = "reference"
     expected = layer(x).float()
     finite = expected.isfinite()
-    # What the rounding of float inputs to 16 bits is in proportion to.
+    # The rounding error of float inputs at 16 bits is proportional to this.
     size = x.nan_to_num(0, 0, 0).float().norm(dim=-1).max() * layer.effective_weight().norm(dim=-1).max()
     most = (1 + size.item()) * (2e-4 + 2 * torch.finfo(dtype).eps)
     for name in names:
@@ -106,14 +106,14 @@ def check(layer: QuantLinear, names: list[str], tokens: int, dtype: torch.dtype)
 
 
 def main() -> None:
-    """Compile with sanitizers, begin again with their library in place, and run every case."""
+    """Compile with sanitizers, restart with their library preloaded, and run every case."""
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):
         os.environ[build.EXTRA_FLAGS] = FLAGS
         build.library()
         command = [os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"]
         found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
         os.environ["LD_PRELOAD"] = found
-        # Python itself leaks by design; torch's libraries define each other's types again.
+        # Python itself leaks by design, and torch's libraries redefine each other's types.
         os.environ["ASAN_OPTIONS"] = "detect_leaks=0:detect_odr_violation=0"
         os.environ["UBSAN_OPTIONS"] = "print_stacktrace=1"
         os.execv(sys.executable, [sys.executable, "-m", "tests.kernels.cpu.sanitize"])
@@ -128,9 +128,9 @@ def main() -> None:
     for form, quant in itertools.product((*(f"int{bits}" for bits in range(2, 9)), *cpu.DECODED), INPUTS):
         for case in cases(form):
             if case.opt.rotation and quant is not None and not quant.dynamic:
-                continue  # a static scale is made from the ranges of channels that are not rotated
+                continue  # a static scale comes from the ranges of unrotated channels
             layer, _ = layer_of(case.plan(quant, real=True))
-            # Four numbers of tokens and three dtypes: each meets each within a few layers.
+            # Four token counts and three dtypes: every combination occurs within a few layers.
             sizes = (*TOKENS, MANY) if form in cpu.DECODED else TOKENS
             calls += sum(check(layer, names, tokens, next(dtypes)) for tokens in sizes)
         for case, tokens in large_cases(form) if quant in INPUTS[:2] else ():

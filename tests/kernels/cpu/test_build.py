@@ -1,4 +1,4 @@
-"""The cache of compiled kernels, with small shell scripts for compilers; one test really compiles."""
+"""The cache of compiled kernels, with small shell scripts as compilers; one test runs a real compiler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hfquant.kernels import cpu, table
 from hfquant.kernels.base import product_of
 from hfquant.kernels.cpu import build
 
-#: Writes to what -o names, and a line to the log for every call that makes something.
+#: Writes to the file that -o names, and logs every call that produces a file.
 COMPILER = """#!/bin/sh
 case "$*" in *--version*) echo "a compiler, version {version}"; exit 0;; esac
 echo "$*" >> {log}
@@ -27,7 +27,7 @@ while [ "$1" != -o ]; do shift; done
 echo "made by version {version}" > "$2"
 """
 
-#: Waits for its turn, then prints the library. By path, since importing the package takes seconds.
+#: Waits for a byte on stdin, then prints the library. Runs by path, since importing the package takes seconds.
 PROGRAM = f"""
 import runpy, sys
 build = runpy.run_path({str(build.HERE / "build.py")!r})
@@ -37,7 +37,7 @@ print(build["library"]())
 
 
 class Compiler:
-    """A command that ``CXX`` names, and what it was asked to make."""
+    """A compiler for ``CXX`` that records what it was asked to build."""
 
     def __init__(self, folder: Path) -> None:
         self.path, self.log = folder / "cxx", folder / "calls"
@@ -48,7 +48,7 @@ class Compiler:
         self.path.chmod(0o755)
 
     def linked(self) -> int:
-        """How many libraries were made."""
+        """Return how many libraries were linked."""
         return self.log.read_text().count("-shared") if self.log.exists() else 0
 
 
@@ -66,7 +66,7 @@ def compiler(tmp_path, monkeypatch) -> Compiler:
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch) -> Path:
-    """A copy of the sources, to be changed."""
+    """A copy of the sources that tests may change."""
     folder = tmp_path / "sources"
     folder.mkdir()
     for path in [*build.HERE.glob("*.cpp"), *build.HERE.glob("*.h")]:
@@ -77,7 +77,7 @@ def sources(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def fresh():
-    """The table as in a process that has not loaded the library yet."""
+    """Reset the table to the state of a process that has not loaded the library yet."""
     caches = (cpu._missing, cpu._lacks, table._pick)
     for cached in caches:
         cached.cache_clear()
@@ -104,7 +104,7 @@ def test_compiled_once_and_every_instruction_set(compiler, tmp_path, caplog) -> 
 
 
 def test_the_linker_sees_the_plain_files_first(compiler) -> None:
-    """Of functions that several files define it keeps the first: one for AVX-512 would crash older CPUs."""
+    """If several files define a function, the linker keeps the first; an AVX-512 version would crash older CPUs."""
     build.library()
     *made, linked = compiler.log.read_text().splitlines()
     objects = [word for word in linked.split() if word.endswith(".o")]
@@ -161,7 +161,7 @@ def test_a_damaged_library_goes(compiler) -> None:
 
 
 def test_a_run_that_was_cut_off_leaves_nothing_to_load(compiler) -> None:
-    """Killed while it compiles, at any point: the name is only there with all of the content."""
+    """The process is killed while compiling; the library's file appears only once it is complete."""
     compiler.write(also="kill -9 $PPID")
     found = subprocess.run([sys.executable, "-c", PROGRAM], input=b"x", capture_output=True)
     assert found.returncode == -9
@@ -202,7 +202,7 @@ def test_without_a_home_to_write_a_private_folder_of_the_temporary_one(home, com
 
         monkeypatch.setattr(Path, "home", no_home)
     else:
-        # Not even root makes a folder below a file.
+        # Not even root can create a folder below a file.
         (tmp_path / "cache").touch()
     path = build.library()
     assert path.parent == tmp_path / "temp" / f"hfquant-{os.getuid()}"
@@ -228,7 +228,7 @@ def test_a_folder_that_others_can_write_is_not_trusted(whose, compiler, tmp_path
             folder.mkdir(mode=0o700)
         case "a file":
             folder.touch()
-    with pytest.raises(build.BuildError, match="no folder for the compiled library can be written"):
+    with pytest.raises(build.BuildError, match="there is no writable folder for the compiled library"):
         build.library()
     assert compiler.linked() == 0
 
@@ -238,10 +238,10 @@ def test_without_a_working_compiler(problem, compiler, monkeypatch, tmp_path) ->
     said = {
         "none": r"no C\+\+ compiler \(g\+\+ or clang\+\+\) is installed",
         "not there": "cxx cannot be run: ",
-        "fails": "cxx fails: native.cpp: sorry",
-        "fails to link": "cxx fails: no such library",
-        "no version": "cxx fails: exit code 3",
-        "hangs": "cxx does not end within 0.3 s",
+        "fails": "cxx failed: native.cpp: sorry",
+        "fails to link": "cxx failed: no such library",
+        "no version": "cxx failed: exit code 3",
+        "hangs": "cxx did not finish within 0.3 s",
     }[problem]
     match problem:
         case "none":
@@ -275,7 +275,7 @@ def test_a_wheels_library_is_loaded_before_any_compiler_is_asked(compiler, sourc
     carried.touch()
     build.load()
     assert loaded == [str(carried)]
-    # One of other sources is not: here they have changed since.
+    # A library built from other sources is not loaded: here they have changed since.
     (sources / "rows.h").touch()
     (sources / "tiles.h").write_text("// changed")
     build.load()
@@ -301,7 +301,7 @@ def test_a_wheels_library_that_cannot_be_loaded_is_compiled(compiler, sources, m
 
 @pytest.mark.parametrize("broken", ["compiler", "library"])
 def test_torchs_own_ops_take_over_with_one_line(broken, compiler, monkeypatch, caplog, fresh) -> None:
-    """Without a compiler, or with one that writes what is no library."""
+    """Without a compiler, or with one whose output is not a library."""
     monkeypatch.setattr(build, "wheel_name", lambda: "no wheel.so")
     if broken == "compiler":
         compiler.write(also="exit 1")
@@ -320,7 +320,7 @@ def test_torchs_own_ops_take_over_with_one_line(broken, compiler, monkeypatch, c
 
 @pytest.mark.slow
 def test_the_real_compiler(tmp_path) -> None:
-    """Two processes at once, in a home that has no library yet; then one more."""
+    """Two processes at once, in a home without a library; then one more."""
     program = f"""
 import runpy, torch
 torch.ops.load_library(runpy.run_path({str(build.HERE / "build.py")!r})["library"]())
@@ -340,5 +340,5 @@ print(torch.ops.hfquant_cpu.instruction_sets())
     found = [finish(process) for process in [start(), start()]]
     assert sorted(said.count("compiling the C++ kernels") for _, said in found) == [0, 1]
     assert found[0][0] == found[1][0]
-    assert found[0][0] & 1  # the scalar one runs everywhere
+    assert found[0][0] & 1  # the scalar kernels run everywhere
     assert "compiling" not in finish(start())[1]

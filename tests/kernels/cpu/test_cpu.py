@@ -1,4 +1,4 @@
-"""The C++ kernels on every instruction set that this machine has, against float64."""
+"""The C++ kernels against float64, on every instruction set that this machine has."""
 
 import itertools
 
@@ -21,7 +21,7 @@ from tests.kernels.products import (
 __all__ = ["kernel"]
 
 INPUTS = ("token", "tensor", "static", "float")
-#: Kinds of columns: segments and size of groups.
+#: Column layouts: segments and group size.
 COLUMNS = {
     "1": ((1,), 0),
     "2": ((2,), 0),
@@ -65,7 +65,7 @@ def assert_exact(spec: Spec, tokens: int, dtype: torch.dtype = torch.float32, se
 def test_integer_parts_are_exact(kernel, bits, columns) -> None:
     segments, group = COLUMNS[columns]
     for i, tokens in enumerate(TOKENS):
-        # Every pair of options and every option at every number of tokens comes up over bits and columns.
+        # Over all bits and columns, every pair of options occurs, and every option with every number of tokens.
         turn = i + bits + list(COLUMNS).index(columns)
         for inputs in INPUTS:
             dual = 3 if inputs != "float" and turn % 3 == 0 and bits < 7 else 0
@@ -145,7 +145,7 @@ def test_every_combination(kernel, bits, columns, tokens) -> None:
 @pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_sums_do_not_overflow(kernel, bits, tokens) -> None:
-    """The largest magnitudes there are, beyond what 32 bits hold: sums are cut, and both halves are equal floats."""
+    """The largest magnitudes, beyond the range of 32 bits: sums are split in two, and both halves are equal floats."""
     half = 2 ** (bits - 1)
     for width in (WIDEST, 2 * WIDEST):
         for code, zero in ((-half, half - 1), (half - 1, -half)):
@@ -161,7 +161,7 @@ def test_sums_do_not_overflow(kernel, bits, tokens) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_sums_of_long_codes_do_not_overflow(kernel, bits) -> None:
-    """Input codes of 16 bits at their limits against weights at theirs: 127 * 2^8 where scales are dual, and floats."""
+    """Extreme 16-bit input codes, 127 * 2^8 with dual scale, or floats, against extreme weights."""
     half = 2 ** (bits - 1)
     for inputs, value in (("token", 127.0 * 2**8), ("float", float(FLOAT_LIMIT))):
         for width in (128, 512):
@@ -174,11 +174,11 @@ def test_sums_of_long_codes_do_not_overflow(kernel, bits) -> None:
             for tokens in (1, 9):
                 y = linear(torch.full((tokens, width), value), operands, product, True)
                 exact = value * -(2 * half - 1) * width
-                # The integer parts are exact, sums of them are floats: within an ulp for each of a row's 128s.
+                # The integer parts are exact; their sums are floats, within one ulp for each 128 columns of a row.
                 assert ((y.double() - exact).abs() <= abs(exact) * 2**-23).all()
 
 
-# How inputs come.
+# Layouts of inputs.
 
 
 def test_strided_and_nested_inputs(kernel) -> None:
@@ -205,7 +205,7 @@ def test_strided_and_nested_inputs(kernel) -> None:
 
 
 def test_what_is_no_number_stays_in_its_call(kernel) -> None:
-    """Memory is used again: nothing of a NaN may be left in the padding of a narrower product."""
+    """Buffers are reused: a NaN must not remain in the padding of a narrower product."""
     for bits, inputs in itertools.product((4, 6, 8), ("token", "float")):
         for group in (0, 32):
             before, after = sample(Spec(bits, (640,), group, inputs), 3), sample(Spec(bits, (330,), group, inputs), 3)
@@ -228,7 +228,7 @@ def test_an_infinite_scale_spoils_its_own_row_alone(kernel, bits) -> None:
 
 
 def near_ties(scale: torch.Tensor, limit: int) -> torch.Tensor:
-    """Inputs [3, 2 limit + 6] halfway between two codes times ``scale``, and one ulp beside that."""
+    """Return inputs [3, 2 limit + 6] halfway between two codes times ``scale``, and one ulp to either side."""
     middle = (torch.arange(-limit - 3, limit + 3) + 0.5) * scale
     away = torch.full_like(middle, torch.inf)
     return torch.stack([middle, middle.nextafter(away), middle.nextafter(-away)])
@@ -257,12 +257,12 @@ def test_codes_of_the_input_are_those_of_its_rule(kernel, bits) -> None:
 
 @pytest.mark.parametrize("dynamic", ["token", "tensor", "static"])
 def test_codes_of_segments_of_every_width(kernel, dynamic) -> None:
-    """Segments end within vectors: nothing of the next one may reach a scale, a code or a sum, nor be overwritten."""
+    """Segments end within vectors: the next one must not affect a scale, a code or a sum, nor be overwritten."""
     form, segments = FORMATS["int8"], (*range(1, 36), 72, 130, 129)
     width = sum(segments)
     rule = InputRule(form, dynamic != "static", dynamic == "token", segments, (False,) * len(segments))
     for tokens in (1, 9, 20):
-        # Neighbors are of very different size.
+        # Neighboring segments have very different magnitudes.
         sizes = 10.0 ** torch.randint(-6, 6, (len(segments),))
         x = torch.randn(tokens, width) * torch.repeat_interleave(sizes, torch.tensor(segments))
         given = sizes * 0.01 if dynamic == "static" else None

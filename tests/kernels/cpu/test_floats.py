@@ -1,4 +1,4 @@
-"""The C++ kernels where codes are not all: weight-only products, other formats, inputs that are hardly numbers."""
+"""The C++ kernels beyond integer codes: weight-only products, other formats, and inputs such as NaN."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,14 +19,14 @@ from tests.nn.linear_cases import Case, assert_close, cases, forward_by_hand, la
 
 __all__ = ["kernel"]
 
-#: So many tokens take several panels of floats at once; twice as many are more than are worked on together.
+#: With this many tokens, several panels of floats run at once; twice as many exceed what is processed together.
 MANY = 512
 
-# Weight-only products: floats as integers of 16 bits.
+# Weight-only products: floats as 16-bit integers.
 
 
 def float_error(x: torch.Tensor, spec: Spec) -> float:
-    """Largest error of an output as a share of the norms of its token and its row."""
+    """Return the largest output error relative to the norms of its token and its row."""
     made = sample(spec, 1)
     product, operands = made.product, made.operands._replace(bias=None)
     weight = operands.grid(product).dequantize(operands.codes(product)).double()
@@ -54,7 +54,7 @@ def test_weight_only_error(kernel, bits) -> None:
 
 
 def test_weight_only_error_at_its_worst(kernel) -> None:
-    """All that is lost adds up: 127 values just below half a step beside one outlier, times weights of one sign."""
+    """All errors add up: 127 values just below half a step beside one outlier, times weights of one sign."""
     step = 1 / FLOAT_LIMIT
     x = torch.full((1, FLOAT_BLOCK), 0.499 * step)
     x[0, 0] = 1
@@ -75,7 +75,7 @@ def test_zeros_stay_zero_beside_outliers(kernel) -> None:
     np.testing.assert_allclose(linear(x, operands, made.product, True), (1e5 * weight[:, 200]).expand(9, -1), rtol=1e-6)
 
 
-# What is not a number, or hardly one.
+# NaN, infinities and extreme values.
 
 KINDS = [
     Spec(8, (200,)),
@@ -144,7 +144,7 @@ def test_denormal_inputs_beside_others(kernel) -> None:
         assert bits_equal(linear(x, operands, product, True), values * found)
 
 
-# Layers of every plan, with scales as they come: sums of floats differ in their last bits.
+# Layers of every plan, with arbitrary scales: sums of floats differ in their last bits.
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -170,7 +170,7 @@ def test_layers_against_float64(kernel, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp8e4m3", "fp8e5m2", "fp16", "bf16", "int16"])
 def test_every_code_of_other_formats(kernel, dtype) -> None:
-    """Each code by one, NaN and infinities too: what comes out is what the code stands for."""
+    """Each code times one, including NaN and infinities: the output is the code's value."""
     form = FORMATS[dtype]
     if form.is_integer:
         codes = torch.arange(-(2**15), 2**15).to(torch.int16)
@@ -187,7 +187,7 @@ def test_every_code_of_other_formats(kernel, dtype) -> None:
 
 @pytest.mark.parametrize("weight", ["fp8e4m3", "fp16"])
 def test_many_tokens_in_panels(kernel, weight) -> None:
-    """Rows, tokens and columns that no panel, tile or piece divides: against float64."""
+    """Rows, tokens and columns that are no multiple of any panel, tile or piece, against float64."""
     if weight == "fp8e4m3":
         quant, branch, dtype = InputQuant(type="fp8e4m3", dynamic=True, axis=-1), LowRank(low_rank=5), torch.float32
     else:
@@ -219,20 +219,20 @@ def test_many_tokens_from_several_threads(kernel) -> None:
                 torch.testing.assert_close(found, y)
 
 
-# FP8 inputs, rounded natively; the branch of low rank.
+# FP8 inputs, rounded natively, and the low-rank branch.
 
 FP8 = ["fp8e4m3", "fp8e5m2"]
 
 
 def fp8_identity(dtype: str, rule: InputRule) -> tuple[Operands, Product]:
-    """The product with FP8 weights that gives back a quantized input."""
+    """Return the product with FP8 weights that reproduces its quantized input."""
     form, (width,) = FORMATS[dtype], rule.segments
     codes = form.quantize(torch.eye(width), torch.ones(1))
     return Operands(codes, torch.ones(width, 1)), Product(form, rule.segments, rule.segments, rule)
 
 
 def patterns(form: FloatFormat) -> torch.Tensor:
-    """Every finite bfloat16 and float16, float32 at random and about the middles of the format's neighbours."""
+    """Return every finite bfloat16 and float16, random float32, and values near the midpoints of the format."""
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
     values = torch.from_numpy(oracle.decode(form.name)).float()
     values = values[values.isfinite()].unique()
@@ -260,7 +260,7 @@ def test_fp8_inputs_are_rounded_as_torch_casts_them(kernel, dtype) -> None:
 @pytest.mark.parametrize("dtype", FP8)
 @pytest.mark.parametrize("kind", ["token", "tensor", "static"])
 def test_fp8_inputs_with_scales(kernel, dtype, kind) -> None:
-    """Quotients of any scale, the middles of two numbers among them: values times scales are those of InputRule."""
+    """Quotients for any scale, including midpoints between two values: results match those of InputRule."""
     form = FORMATS[dtype]
     rule = InputRule(form, kind != "static", kind == "token", (200,), (False,))
     operands, product = fp8_identity(dtype, rule)
@@ -308,7 +308,7 @@ def test_layers_with_fp8_inputs_against_float64(kernel, dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weight", ["int4", "int8", "fp8e4m3"])
 def test_branch_of_low_rank(kernel, weight, dtype) -> None:
-    """Zero codes leave the branch alone, which is computed in float32 from factors of the model's dtype."""
+    """Zero codes leave only the branch, which is computed in float32 from factors in the model's dtype."""
     form = FORMATS[weight]
     for rank, width, out in ((1, 7, 5), (16, 64, 48), (33, 130, 101), (64, 300, 70)):
         rule = None if weight == "fp8e4m3" else InputRule(FORMATS["int8"], True, True, (width,), (False,))

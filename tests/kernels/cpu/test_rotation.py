@@ -1,6 +1,7 @@
-"""Inputs that kernels divide and rotate themselves, against the same done beforehand.
+"""Inputs that kernels divide and rotate themselves, against the same operations done beforehand.
 
-Divisors are powers of two and inputs small integers: blocks of powers of four are then exact in float32, in any order.
+Divisors are powers of two and inputs are small integers, so blocks whose size is a power of four are exact in float32,
+in any order.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tests.kernels.products import kernel
 
 __all__ = ["kernel"]
 
-#: Blocks of 64, 16, 4 and a channel that is left; and widths on either side of vectors.
+#: Widths with blocks of 64, 16, 4 and a leftover channel, and widths on either side of a vector.
 WIDTHS = [85, 64, 320, 16, 5, 1]
 
 
@@ -112,7 +113,7 @@ def test_the_product_as_text_says_so() -> None:
 
 @pytest.mark.parametrize("largest", [1e3, 1e18, 1e30])
 def test_quotients_are_those_of_a_division(kernel: str, largest: float) -> None:
-    """Many tokens are divided by way of reciprocals, bit for bit as by a division; odd widths end in a plain one."""
+    """For many tokens, kernels use reciprocals, with the bits of a division; odd widths end in a plain division."""
     generator = torch.Generator().manual_seed(0)
     width, tokens = 333, 500
     product, operands = product_with("fp16", None, width, 0), identity("fp16", width)
@@ -120,7 +121,7 @@ def test_quotients_are_those_of_a_division(kernel: str, largest: float) -> None:
         powers = torch.rand(width, generator=generator, dtype=torch.float64) * 2 - 1
         divisor = (largest**powers).float()
         x = torch.randn(tokens, width, generator=generator)
-        # Quotients that lie as near the middle of two floats as they can: numerators that are products.
+        # Quotients as close as possible to the midpoint of two floats: their numerators are products.
         near = (torch.rand(tokens, width, generator=generator) + 1) * divisor
         for given in (x, near, near.nextafter(torch.tensor(torch.inf))):
             found = linear(given, operands._replace(divisor=divisor), product, True)

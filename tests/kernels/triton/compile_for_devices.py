@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for devices that need not be there; a line each. Run by test_compile.py."""
+"""Compile the Triton kernels for devices that need not be present, one output line each. Run by test_compile.py."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 from hfquant.kernels.triton.programs import few, integer, quantize, weight_only
 
 TILE = {"RANK": 32, "BM": 128, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 3}
-#: At run time the compiler takes a size of 1 for a constant.
+#: At run time, the compiler treats a size of 1 as a constant.
 FEW = {"BM": 1, "BN": 16, "num_warps": 4, "M": 1, "S": 1}
 STRIDES = ("x", "plane", "weight", "scale", "zero", "up")
 ONES = dict.fromkeys(("N", "K", "G", "rank", *(f"stride_{of}" for of in STRIDES)), 1)
@@ -34,7 +34,7 @@ CODE = {
     "QMAX": 127.0, "LIMIT": 3.4e38, "DUAL": False, "MANTISSA": 0, "ROWS": 2, "BLOCK": 1024, "ONE": True,
     "num_warps": 4, "num_stages": 3,
 }  # fmt: skip
-#: Name: program, types of its pointers, its constants and options.
+#: Name: program, pointer types, constants and options.
 PROGRAMS = {
     "w8a8": (integer.integer_product, CHANNEL, W8 | {"BN": 128, "BK": 128}),
     "w8a8 dual": (integer.integer_product, CHANNEL, W8 | {"GROUP": 0, "PLANES": 2, "WIDE": True, "BK": 128}),
@@ -61,12 +61,12 @@ PROGRAMS = {
 
 
 def compile_one(program, pointers: dict, constants: dict, capability: int) -> tuple[str, str]:
-    """Return the PTX, and registers and stack that the machine code takes."""
+    """Return the PTX, and the registers and stack that the machine code uses."""
     names = program.arg_names
     values = {name: constants[name] if name in constants else pointers.get(name, "i32") for name in names}
     constant = {name for name in names if name in constants or values[name] is None}
     signature = {name: "constexpr" if name in constant else values[name] for name in names}
-    # As at run time: pointers and sizes that 16 divides are compiled for that.
+    # As at run time: pointers and sizes divisible by 16 are compiled as such.
     odd = constant | {"G", "S", "rank"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in odd}
     source = ASTSource(program, signature, {(names.index(name),): values[name] for name in constant}, aligned)

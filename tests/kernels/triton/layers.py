@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share: where they run, and a layer's product by one of them."""
+"""Shared by the tests of the Triton kernels: the device, and a layer's product computed by one of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hfquant import QuantLinear
 from hfquant.algorithms import block_slices
 from hfquant.layer_config import InputQuant
 
-#: A real device where there is one; else Triton's interpreter (tests/conftest.py) on the CPU.
+#: A real device if there is one, else Triton's interpreter (tests/conftest.py) on the CPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-#: Numbers of tokens that no tile divides: one at a time, less than a tile, several tiles.
+#: Numbers of tokens that no tile divides: a single one, less than a tile, several tiles.
 TOKENS = (1, 7, 33)
 INPUTS = {
     "token": InputQuant(type="int8", axis=-1, dynamic=True),

@@ -1,4 +1,4 @@
-"""The interpreter runs more than the compiler takes: every kernel compiles to machine code, which needs no device."""
+"""The interpreter accepts more than the compiler, so compile every kernel to machine code, which needs no device."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ def test_every_program_compiles(capability, tmp_path) -> None:
     lines = done.stdout.splitlines()
     assert len(lines) == 21
     for line in lines:
-        # Tensor cores for all products but those of one token.
+        # All products with more than one token use tensor cores.
         assert line.endswith("mma") != any(word in line for word in ("one token", "codes", "ranges")), line
-        # At most a few registers spill (dual scale has two sums to keep).
+        # At most a few registers spill (dual scale needs two sums).
         assert int(line.split("STACK:")[1].split()[0]) <= 80, line

@@ -1,4 +1,4 @@
-"""What the Triton kernels' host code decides."""
+"""Decisions of the Triton kernels' host code."""
 
 import sys
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize("quant", INPUTS)
 @pytest.mark.parametrize("number", range(len(cases("int8"))), ids=list(cases("int8")))
 def test_layers(number, quant) -> None:
-    # Each layer in each format and with each number of tokens, under some of the inputs.
+    # Each layer runs in every format and with every number of tokens, under some of the input formats.
     turn = list(INPUTS).index(quant)
     form, tokens = (
         ("int4", "int8", "int6", "int3", "int5", "int2")[(number + turn) % 6],
@@ -82,7 +82,7 @@ def extreme(shape: tuple[int, int], low: int, high: int, kind: str) -> torch.Ten
     ],
 )  # fmt: skip
 def test_sums_are_exact(tokens, weight, dual, columns, kind) -> None:
-    """With scales that are powers of two nothing but the sum is ever rounded: equal to the reference, bit for bit."""
+    """If scales are powers of two, only the sum is rounded, so results equal the reference bit for bit."""
     form, out = FORMATS[weight], 18
     half = 2 ** (form.bits - 1)
     rule = InputRule(FORMATS["int8"], False, False, (columns,), (dual,))

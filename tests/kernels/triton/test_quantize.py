@@ -1,4 +1,4 @@
-"""Fused quantization of activations: bit for bit what InputRule.quantize gives."""
+"""Fused quantization of activations, bit for bit equal to InputRule.quantize."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def given(rule: InputRule) -> dict[str, torch.Tensor]:
 
 
 def numbers(codes: torch.Tensor, rule: InputRule) -> torch.Tensor:
-    """What the planes stand for."""
+    """Return the numbers that the planes represent."""
     if not rule.format.is_integer:
         return rule.format.values(codes[0])
     planes = codes.int()
@@ -50,7 +50,7 @@ def check(x: torch.Tensor, rule: InputRule, divisor: torch.Tensor | None = None)
 
 
 def samples(width: int) -> torch.Tensor:
-    """Rows of every kind: plain, one-sided, zeros, tiny, huge, with a large positive side, all halves."""
+    """Return rows of every kind: plain, one-sided, zeros, tiny, huge, with a large positive side, all halves."""
     x = torch.randn(9, width)
     x[1], x[2], x[3] = x[1].abs(), -x[2].abs(), 0
     x[4] *= 1e-40

@@ -1,4 +1,4 @@
-"""Device code in Triton. All of it runs in Triton's interpreter too (``TRITON_INTERPRET=1``, on CPU tensors).
+"""Triton device code. All of it also runs in Triton's interpreter (``TRITON_INTERPRET=1``, on CPU tensors).
 
-So it uses no libdevice. Where a result is to be exact it divides by ``tl.div_rn``: ``/`` is an approximation on CUDA.
+It therefore uses no libdevice. Exact divisions use ``tl.div_rn``: ``/`` is approximate on CUDA.
 """

@@ -1,4 +1,4 @@
-"""Products of few tokens with a weight in groups: several groups a step, which :mod:`.integer` takes one by one."""
+"""Few-token products with grouped weights: several groups per step, which :mod:`.integer` takes one by one."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def few_tokens_product(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ) -> None:
-    """Compute BN values of one token of the product of :mod:`.integer` or :mod:`.weight_only`.
+    """Compute BN outputs of one token for the product of :mod:`.integer` or :mod:`.weight_only`.
 
     Args:
         x: codes [PLANES, M, K] int8, or [M, K] float; rows ``stride_x`` apart.
-        input_scale: [M] float32 of the codes; None: ``x`` is float, its products are float32's.
-        divisor: [K] float32, what a float ``x`` is divided by first, or None.
-        weight, scale, scale_row, zero_point: as stored, [N, ...], one input segment, groups of GROUP columns.
+        input_scale: [M] float32, scale of the codes; None if ``x`` is float, which is multiplied in float32.
+        divisor: [K] float32, by which a float ``x`` is divided first, or None.
+        weight, scale, scale_row, zero_point: as stored, [N, ...]; one input segment, groups of GROUP columns.
         narrow, up, bias, y, rank, RANK: see ``tiles.finish``.
         M, N, K, G: tokens, output rows, columns, groups.
-        stride_x, stride_weight, stride_scale, stride_zero, stride_up: of rows.
-        stride_plane: of planes.
-        BITS: of the weight's codes.
-        PLANES: of ``x``.
+        stride_x, stride_weight, stride_scale, stride_zero, stride_up: row strides.
+        stride_plane: stride between the planes of ``x``.
+        BITS: bits of a weight code.
+        PLANES: planes of ``x``.
         GROUP: a power of two, at least 2, that divides K and BK; a group's sum fits 32 bits.
-        BN, BK: output rows a program, columns a step.
+        BN, BK: output rows per program, columns per step.
     """
     m = tl.program_id(0) % M + tl.arange(0, 1)
     n = tl.program_id(0) // M * BN + tl.arange(0, BN)
@@ -63,7 +63,7 @@ def few_tokens_product(
     row = weight + n * stride_weight
     total = tl.zeros((BN,), tl.float32)
     for start in range(0, K, BK):
-        # [BN, groups of this step, GROUP], as everything here but for what there is once a group: [BN, groups].
+        # Shapes in this loop are [BN, groups of this step, GROUP]; per-group values are [BN, groups].
         codes = tl.reshape(weight_tile(row, in_n, start, K, BITS, BITS == 4, BN, BK), (BN, BK // GROUP, GROUP))
         g = start // GROUP + tl.arange(0, BK // GROUP)
         there = in_n[:, None] & (g < G)[None, :]

@@ -1,4 +1,4 @@
-"""Products of integer codes: int32 sums, exact, scaled to float32 a block of columns at a time."""
+"""Products of integer codes: exact int32 sums, scaled to float32 one column block at a time."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def _add_columns(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ) -> tl.tensor:
-    """Return ``sums`` and ``high`` (the second plane's; as it is where there is one) with the columns added."""
+    """Return ``sums`` and ``high`` (the second plane's sums, unchanged with one plane) with the columns added."""
     w = weight_tile(row, in_n, start, end, BITS, PAIRS, BN, BK)
-    # Less their zero points, codes of fewer than 8 bits are still int8; of 8 bits they are not.
+    # Codes of fewer than 8 bits minus their zero points still fit int8; 8-bit codes do not.
     if zero is not None and BITS < 8:
         w = w - zero[:, None]
     k = start + tl.arange(0, BK)
@@ -85,22 +85,22 @@ def integer_product(
     """Compute a tile of ``y = sum_g s_x s_w[:, g] (X_g W_g^T - z_g rowsum(X_g)) + narrow up^T + bias``.
 
     Args:
-        codes: [PLANES, M, K] int8 of the input; with two planes its codes are ``256 * second + first``.
-        input_scale: [M, S] float32, NaN where a token is to come out as NaN.
+        codes: [PLANES, M, K] int8 input codes; with two planes a code is ``256 * second + first``.
+        input_scale: [M, S] float32, NaN if the token's output must be NaN.
         weight, scale, scale_row, zero_point: as stored, [N, ...].
         narrow, up, bias, y, rank, RANK: see ``tiles.finish``.
         blocks, GROUP, ALIGNED: see ``tiles.block_of``.
-        M, N, K, G, S: tokens, output rows, columns, blocks of columns and input segments.
-        stride_plane: of the input's planes.
-        stride_weight, stride_scale, stride_zero, stride_up: of rows.
-        BITS: of the weight's codes.
+        M, N, K, G, S: tokens, output rows, columns, column blocks and input segments.
+        stride_plane: stride between the planes of ``codes``.
+        stride_weight, stride_scale, stride_zero, stride_up: row strides.
+        BITS: bits of a weight code.
         PLANES: 1, or 2 for codes of up to 16 bits.
-        WIDE: whether a block's sum may need more than 32 bits (two planes).
+        WIDE: whether a block's sum may exceed 32 bits (two planes).
         PAIRS: see ``tiles.weight_tile``.
-        SINGLE: whether BK columns hold each block.
-        BM, BN, BK: shape of a tile; BM = 1 for few tokens.
+        SINGLE: whether every block fits in BK columns.
+        BM, BN, BK: tile shape; BM = 1 for few tokens.
     """
-    # Neighbors share the weight's tile: it is read from memory once.
+    # Neighboring programs share a weight tile, so it is read from memory once.
     tiles_m = tl.cdiv(M, BM)
     m = tl.program_id(0) % tiles_m * BM + tl.arange(0, BM)
     n = tl.program_id(0) // tiles_m * BN + tl.arange(0, BN)
@@ -114,7 +114,7 @@ def integer_product(
         if zero_point is not None:
             zero = unpacked(zero_point + n.to(tl.int64) * stride_zero, g + tl.zeros((1,), tl.int32), in_n, BITS)
         sums = tl.zeros((BM, BN), tl.int32)
-        # A loop can carry no None.
+        # A loop cannot carry None.
         high = tl.zeros((BM, BN) if PLANES == 2 else (1, 1), tl.int32)
         if SINGLE:
             sums, high = _add_columns(

@@ -1,11 +1,11 @@
-"""Activations to codes and scales, some tokens of one segment a program, equal to ``formats.inputs.InputRule``."""
+"""Quantize activations, some tokens of one segment per program; results equal ``formats.inputs.InputRule``."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-#: The largest finite float32: what is above, or is not a number, spoils its token.
+#: The largest finite float32. A value above it, or NaN, spoils its token: the output is NaN.
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _NORMAL = tl.constexpr(2.0**-126)
 
@@ -14,7 +14,7 @@ _NORMAL = tl.constexpr(2.0**-126)
 def _loaded(
     x: tl.tensor, divisor: tl.tensor, in_m: tl.tensor, start: tl.tensor, end: tl.tensor, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """Return the values [ROWS, BLOCK] from column ``start`` on, float32, 0 from ``end`` on; ``x``: [ROWS] pointers."""
+    """Return values [ROWS, BLOCK] float32 from column ``start``, 0 from ``end`` on; ``x`` are [ROWS] pointers."""
     k = start + tl.arange(0, BLOCK)
     value = tl.load(x[:, None] + k[None, :], mask=in_m[:, None] & (k < end)[None, :], other=0).to(tl.float32)
     if divisor is not None:
@@ -24,7 +24,7 @@ def _loaded(
 
 @triton.jit
 def _range(value: tl.tensor, low: tl.tensor, high: tl.tensor, spoiled: tl.tensor) -> tl.tensor:
-    """Widen ``low`` <= 0 <= ``high`` [ROWS] by values [ROWS, BLOCK]; ``spoiled`` is 1 once one was not finite."""
+    """Widen ``low`` <= 0 <= ``high`` [ROWS] by values [ROWS, BLOCK]; ``spoiled`` becomes 1 if one is not finite."""
     finite = tl.abs(value) <= _LARGEST
     value = tl.where(finite, value, 0.0)
     bad = tl.max(tl.where(finite, 0, 1), 1)
@@ -41,7 +41,7 @@ def _range_of_rows(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """Return lowest and highest of the columns' values and 0, and whether one is not finite, [ROWS] each."""
+    """Return minimum and maximum of the columns' values and 0, and whether one is not finite, [ROWS] each."""
     low, high = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     spoiled = tl.zeros((ROWS,), tl.int32)
     for k in range(start, end, BLOCK):
@@ -51,7 +51,7 @@ def _range_of_rows(
 
 @triton.jit
 def _exponent(value: tl.tensor) -> tl.tensor:
-    """Return exponent and mantissa bits of a positive float32; only their order and differences count."""
+    """Return exponent and mantissa bits of a positive float32; only their order and differences matter."""
     tiny = value < _NORMAL
     bits = tl.where(tiny, value * 4294967296.0, value).to(tl.int32, bitcast=True)
     return (bits >> 23) - tl.where(tiny, 32, 0), bits & 0x7FFFFF
@@ -59,7 +59,7 @@ def _exponent(value: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _dual_exponent(low: tl.tensor, high: tl.tensor, most: tl.tensor) -> tl.tensor:
-    """Return ``floor(log2(high / -low))`` clamped to [0, most], as ``inputs.dual_exponent``."""
+    """Return ``floor(log2(high / -low))`` clamped to [0, most], like ``inputs.dual_exponent``."""
     i, a = _exponent(high)
     j, b = _exponent(-low)
     exponent = i - j - tl.where(a < b, 1, 0)
@@ -70,19 +70,19 @@ def _dual_exponent(low: tl.tensor, high: tl.tensor, most: tl.tensor) -> tl.tenso
 
 @triton.jit
 def _nearest(value: tl.tensor) -> tl.tensor:
-    """Round half to even: below 2^22 in magnitude the sum has no bits after the point."""
+    """Round half to even: below 2^22 in magnitude the sum has no fractional bits."""
     return (value + 12582912.0) - 12582912.0
 
 
 @triton.jit
 def _float_code(value: tl.tensor, MANTISSA: tl.constexpr) -> tl.tensor:
-    """Return the bits of FP8 (int32) nearest to a value within range: E4M3 with 3 bits of mantissa, E5M2 with 2."""
+    """Return the bits (int32) of the FP8 nearest to a value in range: E4M3 with 3 mantissa bits, E5M2 with 2."""
     BIAS: tl.constexpr = 7 if MANTISSA == 3 else 15
     SHIFT: tl.constexpr = 23 - MANTISSA
     bits = value.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     normal = ((size + ((1 << (SHIFT - 1)) - 1) + ((size >> SHIFT) & 1)) >> SHIFT) - ((127 - BIAS) << MANTISSA)
-    # Below the smallest normal number codes count steps of equal size.
+    # Below the smallest normal number, codes are evenly spaced.
     small = tl.minimum(tl.abs(value), 2.0 ** (1 - BIAS))
     steps = _nearest(small * 2.0 ** (BIAS - 1 + MANTISSA)).to(tl.int32)
     return tl.where(tl.abs(value) < 2.0 ** (1 - BIAS), steps, normal) | ((bits >> 24) & 0x80)
@@ -101,15 +101,15 @@ def ranges(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Store each token's lowest and highest value and 0, [M, S] float32, NaN where one is not finite.
+    """Store minimum and maximum of each token's values and 0, [M, S] float32, NaN if a value is not finite.
 
     Args:
         x: [M, K] float, rows ``stride_x`` apart.
         divisor: [K] float32 or None.
-        low_out, high_out: where to.
+        low_out, high_out: the outputs.
         segments, M, S: see :func:`quantize`.
-        stride_x: of rows.
-        ROWS, BLOCK: tokens of a program, columns read at a time.
+        stride_x: row stride.
+        ROWS, BLOCK: tokens per program, columns read at a time.
     """
     m, s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     in_m = m < M
@@ -142,23 +142,23 @@ def quantize(
     BLOCK: tl.constexpr,
     ONE: tl.constexpr,
 ) -> None:
-    """Store codes [planes, M, K] int8 of ``x`` and their scales [M, S] float32, NaN where a value is not finite.
+    """Store codes [planes, M, K] int8 of ``x`` and their scales [M, S] float32, NaN if a value is not finite.
 
     Args:
         x: [M, K] float, rows ``stride_x`` apart.
         divisor: [K] float32 or None.
-        given, given_neg: [S] float32, scales of the positive and the negative side; None: from the token's range.
-        codes: one plane; with DUAL a second, ``code = 256 * second + first``.
-        scales: with DUAL those of the negative side.
-        segments: [3, S] int32: first column, the one after the last, largest exponent of a second scale.
+        given, given_neg: [S] float32, scales of the positive and the negative side; None to use the token's range.
+        codes: one plane, or two with DUAL: ``code = 256 * second + first``.
+        scales: the outputs; with DUAL, those of the negative side.
+        segments: [3, S] int32: first column, end column (exclusive), largest dual-scale exponent.
         M, K, S: tokens, columns, segments.
-        stride_x, stride_plane: of rows, and of the planes of codes.
+        stride_x, stride_plane: strides between rows of ``x`` and between planes of codes.
         QMAX: largest value that a code stands for.
-        LIMIT: magnitudes above are clipped when scales are found.
-        DUAL: whether any segment has a second scale.
-        MANTISSA: bits of FP8's mantissa; 0 for integers.
-        ROWS, BLOCK: tokens of a program, columns at a time.
-        ONE: whether one block holds each segment, which is then read once.
+        LIMIT: magnitudes are clipped to this before scales are computed.
+        DUAL: whether any segment has dual scale.
+        MANTISSA: mantissa bits of FP8; 0 for integers.
+        ROWS, BLOCK: tokens per program, columns at a time.
+        ONE: whether every segment fits one block and is read only once.
     """
     m, s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     in_m = m < M
@@ -205,13 +205,13 @@ def _store(
     MANTISSA: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Store the codes of values [ROWS, BLOCK] from column ``start`` on; ``positive`` and ``negative`` are [ROWS]."""
+    """Store the codes of values [ROWS, BLOCK] from column ``start``; scales ``positive``, ``negative`` are [ROWS]."""
     k = start + tl.arange(0, BLOCK)
     mask = in_m[:, None] & (k < end)[None, :]
     codes = codes[:, None] + k[None, :]
     below = value < 0.0
     steps = tl.div_rn(value, tl.where(below, negative[:, None], positive[:, None]))
-    # A token with a NaN has a scale of NaN already; its codes need only be some numbers.
+    # A token with a NaN already has a NaN scale; its codes can be any number.
     steps = tl.where(steps == steps, steps, 0.0)
     steps = tl.minimum(tl.maximum(steps, -QMAX), QMAX)
     if MANTISSA > 0:

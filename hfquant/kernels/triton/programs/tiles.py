@@ -1,4 +1,4 @@
-"""What the products have in common: tiles of weights as they are stored, their scales, and the last steps of a tile."""
+"""Device code shared by the products: weight tiles as stored, their scales, and the epilogue of a tile."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import triton.language as tl
 
 @triton.jit
 def unpacked(row: tl.tensor, column: tl.tensor, mask: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """Return codes (int8) of a bit stream, see ``formats.packing``.
+    """Return codes (int8) unpacked from a bit stream; see ``formats.packing``.
 
     Args:
-        row: pointers to the first byte of each row, of a shape that broadcasts with ``column``.
-        column: indices of codes.
-        mask: what to read; the rest is 0.
-        BITS: of a code, 2 to 8.
+        row: pointers to the first byte of each row, broadcastable with ``column``.
+        column: indices of the codes.
+        mask: which codes to read; the rest are 0.
+        BITS: bits of a code, 2 to 8.
     """
     if BITS == 8:
         code = tl.load(row + column, mask=mask, other=0)
@@ -25,7 +25,7 @@ def unpacked(row: tl.tensor, column: tl.tensor, mask: tl.tensor, BITS: tl.conste
         if 8 % BITS != 0:
             following = tl.load(row + (bit >> 3) + 1, mask=mask & (shift > 8 - BITS), other=0).to(tl.int32)
             word = word | (following << 8)
-        # Up to the top and back down: the arithmetic shift extends the sign.
+        # Shift to the top and back down: the arithmetic shift extends the sign.
         code = ((word << (32 - BITS - shift)) >> (32 - BITS)).to(tl.int8)
     return code
 
@@ -41,14 +41,14 @@ def weight_tile(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ) -> tl.tensor:
-    """Return codes [BN, BK] int8 of the columns from ``start``, 0 from ``end`` on (but for a byte's second nibble).
+    """Return codes [BN, BK] int8 of the columns from ``start``, 0 from ``end`` on (except a byte's second nibble).
 
     Args:
         row: pointers to the first byte of each row, [BN].
-        in_n: which rows there are, [BN].
-        start, end: first column, and the one after the last.
-        BITS: of a code.
-        PAIRS: whether codes are nibbles and ``start`` is even: then each byte is read once, and many in one go.
+        in_n: which rows exist, [BN].
+        start, end: first column, end column (exclusive).
+        BITS: bits of a code.
+        PAIRS: whether codes are nibbles and ``start`` is even; each byte is then read once, in wide loads.
         BN, BK: shape of the tile.
     """
     if PAIRS:
@@ -67,7 +67,7 @@ def weight_tile(
 def block_scale(
     scale: tl.tensor, scale_row: tl.tensor, n: tl.tensor, in_n: tl.tensor, g: tl.tensor, stride: tl.tensor
 ) -> tl.tensor:
-    """Return the scale [BN] float32 of block ``g`` of columns, in one level or two (see ``formats.scales``)."""
+    """Return the scale [BN] float32 of column block ``g``, stored in one level or two (see ``formats.scales``)."""
     value = tl.load(scale + n * stride + g, mask=in_n, other=0)
     if scale_row is not None:
         value = ((value.to(tl.int32) << 18) + (120 << 23)).to(tl.float32, bitcast=True)
@@ -77,14 +77,14 @@ def block_scale(
 
 @triton.jit
 def block_of(blocks: tl.tensor, g: tl.tensor, G: tl.tensor, GROUP: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
-    """Return first column, the column after the last, and input segment of block ``g``.
+    """Return first column, end column (exclusive) and input segment of block ``g``.
 
     Args:
-        blocks: [3, G] int32, the three of each block.
+        blocks: [3, G] int32, these three for each block.
         g: index of the block.
-        G: how many there are.
-        GROUP: size of all blocks where it is one and there is one input segment (nothing is read then); else 0.
-        ALIGNED: whether all blocks start and end at multiples of 16 (then 16 bytes are read at a time).
+        G: number of blocks.
+        GROUP: the block size if all blocks have the same and there is one input segment (nothing is read then), else 0.
+        ALIGNED: whether all blocks start and end at multiples of 16 (then 16 bytes are loaded at a time).
     """
     if GROUP > 0:
         start, end, segment = g * GROUP, (g + 1) * GROUP, 0
@@ -97,16 +97,16 @@ def block_of(blocks: tl.tensor, g: tl.tensor, G: tl.tensor, GROUP: tl.constexpr,
 
 @triton.jit
 def multiplied(a: tl.tensor, b: tl.tensor, total: tl.tensor, VECTOR: tl.constexpr) -> tl.tensor:
-    """Return ``total + a b^T``: a [BM, BK], b [BN, BK] of one dtype, summed in ``total``'s (int32 or float32).
+    """Return ``total + a b^T``: a [BM, BK], b [BN, BK] of one dtype, accumulated in ``total``'s (int32 or float32).
 
     Args:
         a, b, total: the tiles.
-        VECTOR: whether BM is 1, which tensor cores cannot take.
+        VECTOR: whether BM is 1, which tensor cores do not support.
     """
     if VECTOR:
         total += tl.sum(a.to(total.dtype) * b.to(total.dtype), 1)[None, :]
     else:
-        # Three products of TF32 are as good as one of float32.
+        # Three TF32 products are as precise as one in float32.
         total = tl.dot(a, tl.trans(b), total, input_precision="tf32x3", out_dtype=total.dtype)
     return total
 
@@ -128,17 +128,17 @@ def finish(
     RANK: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
-    """Add low-rank branch and bias to a tile [BM, BN] float32 of the product and store it in ``y``'s dtype.
+    """Apply the epilogue to a tile [BM, BN] float32: add low-rank branch and bias, store in ``y``'s dtype.
 
     Args:
         total: the tile.
-        m, n, in_m, in_n: its rows and columns, and which there are.
+        m, n, in_m, in_n: indices of its rows and columns, and which of them exist.
         narrow: [tokens, rank] float32, the input times ``down^T``; None without a branch.
         up, bias: [out, rank] and [out], any float dtype, or None.
         y: the output [tokens, out].
-        stride_up, stride_y: of rows.
-        rank: of the branch.
-        RANK: the same, rounded up to a power of two, at least 16.
+        stride_up, stride_y: row strides.
+        rank: rank of the branch.
+        RANK: the rank rounded up to a power of two, at least 16.
         VECTOR: whether BM is 1.
     """
     if narrow is not None:

@@ -1,4 +1,4 @@
-"""Products of a float input and integer codes: exact products, float32 sums, scaled a block of columns at a time."""
+"""Products of float inputs and integer codes: exact products, float32 sums, scaled one column block at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _add_columns(
     BK: tl.constexpr,
 ) -> tl.tensor:
     """Return ``sums`` with the columns from ``start`` added."""
-    # Codes less zero points are at most 255 in magnitude, which bfloat16 still holds.
+    # Codes minus zero points are at most 255 in magnitude, exact in bfloat16.
     w = weight_tile(row, in_n, start, end, BITS, PAIRS, BN, BK).to(tl.float32)
     if zero is not None:
         w = w - zero[:, None].to(tl.float32)
@@ -77,17 +77,17 @@ def weight_only_product(
 
     Args:
         x: [M, K] float, rows ``stride_x`` apart.
-        divisor: [K] float32, what ``x`` is divided by first, or None.
+        divisor: [K] float32, by which ``x`` is divided first, or None.
         weight, scale, scale_row, zero_point: as stored, [N, ...].
         narrow, up, bias, y, rank, RANK: see ``tiles.finish``.
         blocks, GROUP, ALIGNED: see ``tiles.block_of``.
-        M, N, G: tokens, output rows, blocks of columns.
-        stride_x, stride_weight, stride_scale, stride_zero, stride_up: of rows.
-        BITS: of the weight's codes.
+        M, N, G: tokens, output rows, column blocks.
+        stride_x, stride_weight, stride_scale, stride_zero, stride_up: row strides.
+        BITS: bits of a weight code.
         PAIRS: see ``tiles.weight_tile``.
         FLOAT32: whether to multiply in float32 whatever the dtype of ``x`` (always with ``divisor``).
-        SINGLE: whether BK columns hold each block.
-        BM, BN, BK: shape of a tile; BM = 1 for few tokens.
+        SINGLE: whether every block fits in BK columns.
+        BM, BN, BK: tile shape; BM = 1 for few tokens.
     """
     tiles_m = tl.cdiv(M, BM)
     m = tl.program_id(0) % tiles_m * BM + tl.arange(0, BM)

@@ -1,0 +1,97 @@
+"""`hfquant distill`: train a quantized model's scales, norms and biases to match the float model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hfquant.cli import options
+from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.output import check_empty, print_json, print_table, staged
+from hfquant.console import log_shown
+
+
+def distill(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the quantized model or pipeline.")],
+    teacher: Annotated[str, typer.Argument(help="Folder or hub id of the same in full precision.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must be empty or not exist yet.")],
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="A calibration set, or a dataset or text for a transformers model; default: the model writes its own. "
+            "A pipeline needs a set recorded from its denoiser (`hfquant calibrate`)."
+        ),
+    ] = None,
+    column: Annotated[list[str] | None, typer.Option(help="Column to read; default: text, prompt or similar.")] = None,
+    samples: Annotated[int, typer.Option(help="Sequences or rows to read; a quarter of them is held out.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    component: Annotated[
+        str | None, typer.Option(help="Component of a pipeline to train; default: its denoiser.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps, one sample each.")] = 100,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate, relative to each vector's RMS.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
+    device: options.Device = None,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
+) -> None:
+    """Train the float parameters of a quantized model to match the full-precision model, and save the result.
+
+    Quantized weights, size and speed do not change. Samples held out of the training decide whether the result is kept.
+    """
+    with errors_in_one_line(debug), log_shown():
+        check_empty(out)
+        from hfquant import api
+        from hfquant.calibration.streams import holds_set
+        from hfquant.denoisers import denoiser_name, is_pipeline
+        from hfquant.integrations.hub import load
+        from hfquant.recipes.run import save
+
+        data: Any = calibration
+        recorded = calibration is not None and holds_set(calibration)
+        if calibration is not None and not recorded:
+            data = {
+                **{"dataset": calibration, "column": options.columns(column or ())},
+                **{"samples": samples, "seqlen": seqlen, "seed": seed},
+            }
+        loaded, float_model = load(model, None, device), load(teacher, None, device)
+        if is_pipeline(loaded) != is_pipeline(float_model):
+            raise ValueError(f"{model} and {teacher}: one is a pipeline, the other is not")
+        student, original = loaded, float_model
+        if is_pipeline(loaded):
+            if not recorded:
+                raise ValueError("--calibration: a pipeline needs a calibration set; record one with hfquant calibrate")
+            name = component or denoiser_name(loaded)
+            student, original = (_component(pipe, name) for pipe in (loaded, float_model))
+        start = time.perf_counter()
+        found = api.distill(student, original, data, steps, learning_rate, seed)
+        with staged(out) as folder:
+            save(loaded, folder)
+    content = {
+        "folder": str(out),
+        "before": found.before,
+        "after": found.after,
+        "kept": found.kept,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    if as_json:
+        print_json(content)
+    else:
+        print_table(("distilled", ""), [(key, _shown(value)) for key, value in content.items()])
+
+
+def _component(pipe: Any, name: str) -> Any:
+    from hfquant.denoisers import module_names
+
+    if name not in module_names(pipe):
+        raise ValueError(f"--component {name}: {type(pipe).__name__} has {', '.join(module_names(pipe))}")
+    return getattr(pipe, name)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
