@@ -4,9 +4,10 @@
     python -m benchmarks.distillation --models digits --presets w3a16-gptq w4a16-gptq
 
 SmolLM2 is quantized with the calibration data of :mod:`benchmarks.quality` and distilled on 96 windows that the model
-generated itself (kept in `.models`), a quarter of them held out. It is scored on the dataset descriptions. The digits
-are distilled on the inputs recorded for calibration in :mod:`benchmarks.quality`, in batches of eight in random order.
-Rows that the JSON file already has are kept.
+generated itself (kept in `.models`). With `--text broad` there is a fresh window for each step: a quarter of them its
+own text, the rest from package READMEs and docstrings. Every fourth window is held out. It is scored on the dataset
+descriptions. The digits are distilled on the inputs recorded for calibration in :mod:`benchmarks.quality`, in batches
+of eight in random order. Rows that the JSON file already has are kept.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--presets", nargs="+", default=["w3a16-gptq", "w4a16-gptq"], choices=CONFIGS)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, help=f"in place of {STEPS}")
+    parser.add_argument("--text", default="own", choices=("own", "broad"), help="what SmolLM2 is distilled on")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows, or images")
     parser.add_argument("--json", type=Path, help="file that rows are added to; a .md of the same name goes beside it")
     args = parser.parse_args(argv)
@@ -51,34 +53,44 @@ def main(argv: list[str] | None = None) -> int:
     rows: dict[str, dict[str, Any]] = stored.get("rows", {})
     for name in args.models:
         subject = {"smollm2": smollm2, "digits": digits}[name](args)
+        steps = args.steps or STEPS[name]
+        broad = name == "smollm2" and args.text == "broad"
         data: list[Any] | None = None
         for preset in args.presets:
-            if f"{name}, {preset}" in rows:
+            row = f"{name}, {preset}" + (", broad text" if broad else "")
+            if row in rows:
                 continue
-            data = _data(name, subject) if data is None else data
+            data = _data(name, subject, 4 * steps // 3 if broad else 0) if data is None else data
             model = quantized(copy.deepcopy(CONFIGS[preset]), subject)
             before, start = subject.score(model), time.process_time()
-            steps = args.steps or STEPS[name]
             found = hfquant.distill(model, subject.model, data, steps, args.learning_rate)
             seconds = time.process_time() - start
             held = {"held out, before": found.before, "held out, after": found.after, "kept": found.kept}
             settings = {"seconds": seconds, "steps": steps, "learning rate": args.learning_rate}
-            rows[f"{name}, {preset}"] = {"before": before, "after": subject.score(model), **settings, **held}
-            print(name, preset, rows[f"{name}, {preset}"], file=sys.stderr, flush=True)
+            rows[row] = {"before": before, "after": subject.score(model), **settings, **held}
+            print(row, rows[row], file=sys.stderr, flush=True)
             if args.json:
                 store(args.json, rows, markdown(rows))
     print(markdown(rows))
     return 0
 
 
-def _data(name: str, subject: Subject) -> list[Any]:
+def _data(name: str, subject: Subject, broad: int) -> list[Any]:
     if name == "smollm2":
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(models.smollm2_folder())
         file = models.MODELS / f"smollm2-wrote-{WINDOWS}.safetensors"
-        return models.written_batches(subject.model, tokenizer, file, count=WINDOWS, batch_size=1)
+        own = models.written_batches(subject.model, tokenizer, file, count=WINDOWS, batch_size=1)
+        if not broad:
+            return own
+        own = own[: broad // 4]
+        return _shuffled([*own, *models.documentation_batches(tokenizer, broad - len(own))])
     parts = [_rows(batch, i) for batch in subject.calibration for i in range(0, len(batch["hidden_states"]), 8)]
+    return _shuffled(parts)
+
+
+def _shuffled(parts: list[Any]) -> list[Any]:
     order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(0))
     return [parts[i] for i in order]
 

