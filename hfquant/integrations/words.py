@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hfquant.calibration.self_made import random_ids
 
@@ -72,8 +72,9 @@ def _text_config(model: Any) -> Any:
 def _positions(model: Any, config: Any) -> int | None:
     """Return the number of token positions; RoBERTa and its kin count from after the padding token."""
     most: int | None = getattr(config, "max_position_embeddings", None)
-    tables = (m for n, m in model.named_modules() if "position_embed" in n and isinstance(m, nn.Embedding))
-    unused = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
+    # Not every table is an nn.Embedding: I-BERT has a class of its own.
+    found = (getattr(module, "padding_idx", None) for n, module in model.named_modules() if "position_embed" in n)
+    unused = max((index + 1 for index in found if index is not None), default=0)
     return most if most is None else most - unused
 
 

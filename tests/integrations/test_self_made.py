@@ -350,11 +350,12 @@ def test_both_sides_of_an_encoder_and_decoder():
     assert batch["decoder_input_ids"][:, 0].eq(1).all()
 
 
-def test_a_model_whose_positions_begin_after_the_padding_token_has_fewer_of_them() -> None:
-    config = transformers.RobertaConfig(
+@pytest.mark.parametrize("kind", ["Roberta", "IBert"])
+def test_a_model_whose_positions_begin_after_the_padding_token_has_fewer_of_them(kind: str) -> None:
+    config = getattr(transformers, f"{kind}Config")(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=24
     )
-    model = transformers.RobertaForMaskedLM(config)
+    model = getattr(transformers, f"{kind}ForMaskedLM")(config)
     batch = made(model, seqlen=64)[0]
     assert batch["input_ids"].shape == (4, 22)
     model(**batch)
