@@ -70,12 +70,12 @@ def run(out: Path, rows: Sequence[str], steps: int) -> None:
     console.print(table(results, measured))
     noisy = " ~: noisy, the machine is busy." if any(speed.noisy for speed in measured) else ""
     console.print(
-        f"\n{len(labels)} images of 8x8 pixels, {steps} steps, equal noise; calibrated on other noise.\n"
-        "bits: all tensors of the linears in bits per weight. MB: the denoiser on disk, with its affiner.\n"
-        "PSNR: against the images of full precision. read right: by a classifier of real digits.\n"
+        f"\n{len(labels)} images of 8x8 pixels, {steps} steps, the same noise; calibrated on other noise.\n"
+        "bits: bits per weight, all tensors of the linears. MB: the denoiser on disk, with its affiner.\n"
+        "PSNR: against the full-precision images. recognized: by a classifier trained on real digits.\n"
         f"speed: CPU time of full precision over the row's, one thread, median of interleaved repeats.{noisy}\n\n"
         f"Picture  {picture}\nReport   {page} ({best.name})\n\n"
-        f"Go on with the pipeline in full precision, {folder_of(FULL_PRECISION, out)}:\n"
+        f"Next, quantize the full-precision pipeline yourself, {folder_of(FULL_PRECISION, out)}:\n"
         f"  hfquant quantize {folder_of(FULL_PRECISION, out)} --preset w8a8-dynamic --out digits-w8a8\n"
         f"  hfquant compare {folder_of(FULL_PRECISION, out)} digits-w8a8 --arg 'class_labels=[1, 2, 3]'",
         markup=False,

@@ -23,7 +23,7 @@ from hfquant.report.stored import read_folder
 def table(results: Sequence[Result], measured: Sequence[Speed]) -> Table:
     """Return the rows as a console table; the first is full precision, which has no speed of its own."""
     shown = Table("preset", "data", box=None, pad_edge=False)
-    for head in ("bits", "MB", "PSNR, dB", "read right", "speed"):
+    for head in ("bits", "MB", "PSNR, dB", "recognized", "speed"):
         shown.add_column(head, justify="right", no_wrap=True)
     for result, speed in zip(results, (None, *measured), strict=True):
         shown.add_row(
