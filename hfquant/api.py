@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hfquant import distillation
-from hfquant.integrations import batches_for, batches_of, model_facts, quantize_model
+from hfquant.integrations import batches_for, batches_of, model_facts, note_distillation, quantize_model
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.nn.modules import dequantized, quant_modules
 from hfquant.planner import Plan, plan_layers
@@ -138,7 +138,7 @@ def distill(
 
     The codes and the checkpoint size do not change. :mod:`hfquant.distillation` describes what is trained and how; a
     step takes about as long as five forward passes of the float model. If held-out samples do not improve, the model is
-    left unchanged.
+    left unchanged; if they do, the model's config and its model card say how it was distilled.
 
     Args:
         model: quantized model, in memory.
@@ -157,7 +157,12 @@ def distill(
     _check_module(model)
     _check_module(teacher)
     distillation.check(model, teacher)  # before a model spends minutes on generating data
-    return distillation.distill(model, teacher, batches_of(teacher, calibration), steps, learning_rate, seed)
+    data = batches_of(teacher, calibration)
+    found = distillation.distill(model, teacher, data, steps, learning_rate, seed)
+    if found.kept:
+        facts = {"steps": steps, "learning_rate": learning_rate, "before": found.before, "after": found.after}
+        note_distillation(model, facts, data)
+    return found
 
 
 def search_bits(

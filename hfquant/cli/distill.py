@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,8 @@ from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.cli.output import check_empty, print_json, print_table, staged
 from hfquant.console import log_shown
+
+logger = logging.getLogger(__name__)
 
 
 def distill(
@@ -66,6 +69,8 @@ def distill(
                 raise ValueError("--calibration: a pipeline needs a calibration set; record one with hfquant calibrate")
             name = component or denoiser_name(loaded)
             student, original = (_component(pipe, name) for pipe in (loaded, float_model))
+        if (Path(model) / "affiner").is_dir():
+            logger.warning("%s: not copied, because it corrects the model before distillation", Path(model) / "affiner")
         start = time.perf_counter()
         found = api.distill(student, original, data, steps, learning_rate, seed)
         with staged(out) as folder:

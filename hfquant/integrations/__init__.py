@@ -16,6 +16,7 @@ from hfquant.integrations.apply import quantize_attached
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.facts import facts_of
 from hfquant.planner import ModelFacts
+from hfquant.presets import PRESETS
 from hfquant.run import Settings
 
 
@@ -55,6 +56,8 @@ def batches_of(model: nn.Module, data: Any) -> Any:
     from hfquant.integrations.data import diffusers_batches, is_raw, transformers_batches
 
     made_itself = data is None or SelfSpec.of(data) is not None
+    if isinstance(data, str) and data in PRESETS and not os.path.exists(data):
+        raise CalibrationError(f"{data} is the name of a preset: pass it as config; calibration data come before it")
     if not made_itself and not is_raw(data):
         # A path that is not raw data is that of a calibration set.
         return calibration_batches(data) if isinstance(data, (str, os.PathLike)) else data
@@ -107,6 +110,22 @@ def attach(model: nn.Module, config: HfQuantConfig) -> None:
             from hfquant.integrations.diffusers import attach as attach_diffusers
 
             attach_diffusers(model, config)
+
+
+def note_distillation(model: nn.Module, facts: dict[str, Any], data: Any) -> None:
+    """Add how a model was distilled to the provenance that its config stores; leave models without a config alone.
+
+    Args:
+        model: the distilled model.
+        facts: settings and results, as JSON.
+        data: the batches that it was trained on.
+    """
+    from hfquant.calibration.provenance import data_provenance
+    from hfquant.integrations.sharing.facts import config_of
+
+    if library(model):
+        config = config_of(model)
+        config.provenance = {**config.provenance, "distilled": {**facts, "data": data_provenance(data)}}
 
 
 # These modules register themselves at their end, so importing them is enough. If such a module is itself what imports

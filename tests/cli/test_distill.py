@@ -64,9 +64,12 @@ def test_a_pipeline_on_a_calibration_set(digits, labels, tmp_path):
     student = tmp_path / "student"
     result = run("quantize", digits, "--preset", "w4a16", "--out", student)
     assert result.exit_code == 0, result.output
+    (student / "affiner").mkdir()
     more = ("--calibration", tmp_path / "set", "--steps", 40, "--learning-rate", 2e-3, "--json")
     result = run("distill", student, digits, "--out", tmp_path / "out", *more)
     assert result.exit_code == 0, result.output
+    assert "affiner: not copied, because it corrects the model before distillation" in result.stderr
+    assert "for 40 steps" in (tmp_path / "out" / "README.md").read_text()
     said = json.loads(result.stdout)
     assert said["kept"]
     assert said["after"] < 0.9 * said["before"]

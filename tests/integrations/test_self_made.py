@@ -374,6 +374,8 @@ def test_a_model_that_cannot_write_reads_random_tokens(monkeypatch: pytest.Monke
 def test_a_plain_module_and_unknown_inputs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CalibrationError, match="only transformers models and diffusers pipelines"):
         hfquant.quantize(nn.Sequential(nn.Linear(4, 4)), "self", "w8a8")
+    with pytest.raises(CalibrationError, match="w8a8 is the name of a preset: pass it as config"):
+        hfquant.quantize(nn.Sequential(nn.Linear(4, 4)), "w8a8", "w8a8")
     monkeypatch.setattr(module, "example_inputs", lambda model: None)
     with pytest.raises(CalibrationError, match="LlamaForCausalLM needs calibration data and cannot make its own"):
         hfquant.quantize(small_models.llama(), None, "w8a8")

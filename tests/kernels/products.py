@@ -211,9 +211,10 @@ def bits_equal(y: Tensor, expected: Tensor) -> bool:
 
 
 def cpu_flags() -> set[str]:
-    """Return the CPU's flags in /proc/cpuinfo; empty unless on Linux and x86."""
+    """Return the CPU's flags and its vendor in /proc/cpuinfo; empty unless on Linux and x86."""
     if not os.path.exists("/proc/cpuinfo"):
         return set()
     with open("/proc/cpuinfo") as file:
         lines: Sequence[str] = file.readlines()
-    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+    found = [set(line.split(":")[1].split()) for line in lines if line.startswith(("flags", "vendor_id"))]
+    return set().union(*found)

@@ -15,9 +15,11 @@ from tests.kernels.products import NAMES, Spec, cpu_flags, sample
 
 INT8 = FORMATS["int8"]
 W8A8 = Product(INT8, (64,), (64,), InputRule(INT8, True, True, (64,), (False,)))
+AVX512_VNNI = {"avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 #: By their names in /proc/cpuinfo.
 NEEDED = {
-    "avx512_vnni": {"avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "avx512_bf16": AVX512_VNNI | {"avx512_bf16", "AuthenticAMD"},
+    "avx512_vnni": AVX512_VNNI,
     "avxvnni": {"avx2", "fma", "f16c", "bmi2", "avx_vnni"},
     "avx2": {"avx2", "fma", "f16c", "bmi2"},
     "scalar": set(),

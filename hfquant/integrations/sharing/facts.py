@@ -90,7 +90,12 @@ class Component:
     @property
     def data(self) -> dict[str, Any]:
         """Description of the calibration data; empty if none was needed or it is unknown."""
-        return dict(self.config.provenance)
+        return {key: value for key, value in self.config.provenance.items() if key != "distilled"}
+
+    @property
+    def distilled(self) -> dict[str, Any]:
+        """How the model was distilled after quantization; empty if it was not."""
+        return dict(self.config.provenance.get("distilled", {}))
 
     @property
     def float_parameters(self) -> int:

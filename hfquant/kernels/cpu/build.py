@@ -26,13 +26,14 @@ import torch
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
+AVX512_VNNI = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mbmi2 -mprefer-vector-width=512"
 #: Compiler flags per instruction set, narrowest first, in the order of ``choices`` in native.cpp.
 X86 = {
     "scalar": "",
     "avx2": "-mavx2 -mfma -mf16c -mbmi2",
     "avxvnni": "-mavx2 -mfma -mf16c -mbmi2 -mavxvnni",
-    "avx512_vnni": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mbmi2 "
-    "-mprefer-vector-width=512",
+    "avx512_vnni": AVX512_VNNI,
+    "avx512_bf16": f"{AVX512_VNNI} -mavx512bf16",
 }
 FLAGS_OF = X86 if platform.machine().lower() in ("x86_64", "amd64") else {"scalar": ""}
 INSTRUCTION_SETS = list(FLAGS_OF)

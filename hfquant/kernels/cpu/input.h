@@ -24,7 +24,7 @@ constexpr int CODE_LIMIT = 32639;
 
 // Number of input scales per token.
 inline int64_t input_scales(const Job& job) {
-  return job.input_bits ? job.segments : (job.K + FLOAT_BLOCK - 1) / FLOAT_BLOCK;
+  return job.input_bits || job.format != INTEGERS ? job.segments : (job.K + FLOAT_BLOCK - 1) / FLOAT_BLOCK;
 }
 
 struct Range {
@@ -266,14 +266,11 @@ inline void quantize(const Job& job, int64_t token, const std::vector<Range>& sh
     for (int64_t s = 0; s < job.segments; ++s) scales[s] = NAN_;
 }
 
-// Writes the token's input [K] as floats, rounded to FP8 if that is its format: then a token with NaN or Inf is all
-// NaN. `buffer` [K] must not alias `out`.
-inline void to_factors(const Job& job, int64_t token, const std::vector<Range>& shared, float* buffer, float* out) {
+// Rounds a token to FP8 values [K], as floats, and writes its scales [segments]; a token with NaN or Inf gets NaN
+// scales. `buffer` [K] must not alias `out`.
+inline void round_to_fp8(const Job& job, int64_t token, const std::vector<Range>& shared, float* buffer, float* out,
+                         float* scales) {
   const float* x = floats_of(job, token, buffer);
-  if (job.input_format == INTEGERS) {
-    std::memcpy(out, x, job.K * sizeof(float));
-    return;
-  }
   const ToFp8 round = ToFp8::of(job.input_format);
   bool finite = true;
   for (int64_t s = 0, start = 0; s < job.segments; start += job.segment[s++]) {
@@ -281,11 +278,25 @@ inline void to_factors(const Job& job, int64_t token, const std::vector<Range>& 
     const Range r = shared.empty() ? range_of(x + start, size) : shared[s];
     finite = finite && r.finite;
     const float found = scale_of(-r.low > r.high ? -r.low : r.high, round.limit);
-    const float scale = job.input_scale ? job.input_scale[s] : r.finite ? found : 1;
-    to_fp8(x + start, size, scale, round, out + start);
-    for (int64_t i = start; i < start + size; ++i) out[i] *= scale;
+    scales[s] = job.input_scale ? job.input_scale[s] : r.finite ? found : 1;
+    to_fp8(x + start, size, scales[s], round, out + start);
   }
-  for (int64_t i = 0; !finite && i < job.K; ++i) out[i] = NAN_;
+  if (!finite)
+    for (int64_t s = 0; s < job.segments; ++s) scales[s] = NAN_;
+}
+
+// Writes the token's input [K] as floats, rounded to FP8 if that is its format: then a token with NaN or Inf is all
+// NaN. `buffer` [K] must not alias `out`.
+inline void to_factors(const Job& job, int64_t token, const std::vector<Range>& shared, float* buffer, float* out) {
+  if (job.input_format == INTEGERS) {
+    std::memcpy(out, floats_of(job, token, buffer), job.K * sizeof(float));
+    return;
+  }
+  static thread_local Scratch of_scales;
+  float* scales = of_scales.get<float>(job.segments);
+  round_to_fp8(job, token, shared, buffer, out, scales);
+  for (int64_t s = 0, start = 0; s < job.segments; start += job.segment[s++])
+    for (int64_t i = start; i < start + job.segment[s]; ++i) out[i] *= scales[s];
 }
 
 }  // namespace HFQUANT_ISA

@@ -28,6 +28,9 @@ void multiply(const Job& given, ParallelFor parallel_for) {
   static thread_local Scratch of_inverse;
   Job job = given;
   if (job.divisor) job.inverse = inverse_of(job, of_inverse.get<float>(job.K));
+#if defined(__AVX512BF16__)
+  if (Bfloat16sDot::exact(job)) return by_tiles<Bfloat16sDot>(job, parallel_for);
+#endif
   // 16-bit dot products are as fast as two 8-bit ones (high and low bytes) and have less overhead.
   if (job.format != INTEGERS)
     by_float_tiles(job, parallel_for);

@@ -16,7 +16,7 @@ namespace hfquant {
 // Which of these exist depends on the target architecture.
 extern const Isa isa_scalar;
 #ifdef HFQUANT_X86
-extern const Isa isa_avx2, isa_avxvnni, isa_avx512_vnni;
+extern const Isa isa_avx2, isa_avxvnni, isa_avx512_vnni, isa_avx512_bf16;
 #endif
 
 namespace {
@@ -45,6 +45,9 @@ const std::vector<Choice>& choices() {
     found.push_back({&isa_avx2, avx2});
     found.push_back({&isa_avxvnni, avx2 && __builtin_cpu_supports("avxvnni")});
     found.push_back({&isa_avx512_vnni, avx2 && avx512});
+    // Intel's bfloat16 products are slower than float32's.
+    const bool bfloat16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
+    found.push_back({&isa_avx512_bf16, avx2 && avx512 && bfloat16});
 #endif
     return found;
   }();

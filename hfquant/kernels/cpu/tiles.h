@@ -1,6 +1,6 @@
-// Integer products of many tokens. A panel of weight rows is unpacked and packed once, with the words of its rows side
-// by side in lanes; tiles of tokens then run over it, multiplying each word of a token's codes by a vector of rows.
-// Sums are integers within a block and floats across blocks.
+// Products of many tokens by integers, or by numbers that bfloat16 holds. A panel of weight rows is unpacked and packed
+// once, with the words of its rows side by side in lanes; tiles of tokens then run over it, multiplying each word of a
+// token's codes by a vector of rows. Integer sums stay integers within a block and are floats across blocks.
 #pragma once
 
 #include "panel.h"
@@ -8,19 +8,68 @@
 namespace hfquant {
 namespace HFQUANT_ISA {
 
-// Dot products of words: four unsigned 8-bit weight codes by signed input codes, or two signed 16-bit codes by two.
-struct BytesDot {
+// Dot products of words: four unsigned 8-bit weight codes by signed input codes, two signed 16-bit codes by two, or two
+// bfloat16 numbers by two. `real` converts sums to float32; `encode` makes a token's codes [K] and scales, and
+// `unpack_row` those of a weight row.
+struct IntegersDot {
+  static Reals real(Ints sum) { return to_reals(sum); }
+  static void encode(const Job& job, int64_t token, const std::vector<Range>& shared, float* buffer, int16_t* codes,
+                     float* scales) {
+    quantize(job, token, shared, buffer, codes, scales);
+  }
+  using Stored = uint8_t;
+  static void unpack_row(const Job& job, const uint8_t* row, uint8_t* codes) {
+    for (int64_t k = 0; k < job.K; k += BYTES) store(codes + k, codes_in_order(row, job.row_bytes, k, job.bits));
+  }
+};
+struct BytesDot : IntegersDot {
   using Code = int8_t;
   static Ints dot(Ints sum, Ints weights, int32_t x) { return dot_bytes(sum, weights, repeat(x)); }
   static Ints shift(Ints words, Ints by) { return add_bytes(words, by); }
   static constexpr int32_t word_of(int32_t code) { return static_cast<int32_t>((code & 0xff) * 0x01010101u); }
 };
-struct ShortsDot {
+struct ShortsDot : IntegersDot {
   using Code = int16_t;
   static Ints dot(Ints sum, Ints weights, int32_t x) { return dot_shorts(sum, weights, repeat(x)); }
   static Ints shift(Ints words, Ints by) { return add_shorts(words, by); }
   static constexpr int32_t word_of(int32_t code) { return static_cast<int32_t>((code & 0xffff) * 0x00010001u); }
 };
+#if defined(__AVX512BF16__)
+struct Bfloat16sDot {
+  using Code = int16_t;
+  using Stored = int16_t;
+  static Ints dot(Ints sum, Ints weights, int32_t x) { return dot_bfloat16s(sum, weights, repeat(x)); }
+  static Reals real(Ints sum) { return as_reals(sum); }
+  static Ints shift(Ints words, Ints) { return words; }
+  static constexpr int32_t word_of(int32_t) { return 0; }
+  // Whether bfloat16 holds all weight codes, and all inputs or their codes.
+  static bool exact(const Job& job) {
+    const bool raw = job.x.type == BFLOAT16 && !job.divisor && !job.rotation;
+    return (job.format == FP8_E4M3 || job.format == FP8_E5M2 || job.format == BF16) && (job.input_bits || raw);
+  }
+  static void truncate(const float* __restrict from, int64_t count, int16_t* __restrict to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<int16_t>(bits_of(from[i]) >> 16);
+  }
+  static void encode(const Job& job, int64_t token, const std::vector<Range>& shared, float* buffer, int16_t* codes,
+                     float* scales) {
+    if (!job.input_bits) {
+      std::memcpy(codes, static_cast<const int16_t*>(job.x.data) + token * job.K, job.K * sizeof(int16_t));
+      std::fill(scales, scales + job.segments, 1.0f);
+      return;
+    }
+    static thread_local Scratch of_rounded;
+    float* rounded = of_rounded.get<float>(job.K);
+    round_to_fp8(job, token, shared, buffer, rounded, scales);
+    truncate(rounded, job.K, codes);
+  }
+  static void unpack_row(const Job& job, const uint8_t* row, int16_t* codes) {
+    static thread_local Scratch of_floats;
+    float* floats = of_floats.get<float>(job.K);
+    decode(row, job.K, job.format, 1, floats);
+    truncate(floats, job.K, codes);
+  }
+};
+#endif
 // Codes per word, and per stored word of the weight if they fill it.
 template <class Dot>
 constexpr int CODES = 4 / sizeof(typename Dot::Code);
@@ -47,7 +96,8 @@ struct Layout {
   int64_t words;               // per row, padded to whole vectors
   bool as_stored;              // whether each stored word of the weight lies within a block
 
-  Layout(const Job& job, int codes) : blocks(blocks_of(job)), as_stored(job.bits == 4 || job.bits == 8) {
+  Layout(const Job& job, int codes) : blocks(blocks_of(job)) {
+    as_stored = job.format == INTEGERS && (job.bits == 4 || job.bits == 8);
     const int stored = 32 / job.bits;
     for (const Block& b : blocks) as_stored = as_stored && b.start % stored == 0;
     const int whole = as_stored ? stored : codes;
@@ -160,6 +210,7 @@ void fill_stored(const Job& job, const Layout& layout, int64_t n, int64_t width,
     Ints tile[LANES];
     for (int lane = 0; lane < LANES; ++lane) {
       const uint8_t* from = job.weight + std::min(n + lane, job.N - 1) * job.row_bytes + at;
+      __builtin_prefetch(from + LANES * job.row_bytes, 0, 2);  // of the next vector or panel
       tile[lane] = size == BYTES ? load(from) : load_first(from, size);
     }
     transpose(tile);
@@ -176,16 +227,17 @@ void fill_stored(const Job& job, const Layout& layout, int64_t n, int64_t width,
 // Packs LANES rows of codes of any width, with any blocks.
 template <class Dot>
 void fill_any(const Job& job, const Layout& layout, int64_t n, int64_t width, const int32_t* zero, uint32_t* words) {
-  static thread_local Scratch of_lines, of_bytes;
-  uint8_t* bytes = of_bytes.get<uint8_t>(job.K + BYTES);
+  static thread_local Scratch of_lines, of_row;
+  typename Dot::Stored* row = of_row.get<typename Dot::Stored>(job.K + BYTES);
   uint32_t* lines = of_lines.get<uint32_t>(LANES * layout.words);
   for (int lane = 0; lane < LANES; ++lane) {
-    const uint8_t* packed = job.weight + std::min(n + lane, job.N - 1) * job.row_bytes;
-    for (int64_t k = 0; k < job.K; k += BYTES) store(bytes + k, codes_in_order(packed, job.row_bytes, k, job.bits));
+    Dot::unpack_row(job, job.weight + std::min(n + lane, job.N - 1) * job.row_bytes, row);
     for (size_t b = 0; b < layout.blocks.size(); ++b) {
-      const Block& block = layout.blocks[b];
-      auto* to = reinterpret_cast<typename Dot::Code*>(lines + lane * layout.words + layout.start[b]);
-      for (int i = 0; i < block.size; ++i) to[i] = static_cast<typename Dot::Code>(bytes[block.start + i]);
+      lines[lane * layout.words + layout.start[b + 1] - 1] = 0;  // padding: as a float, it could be NaN
+      const int size = layout.blocks[b].size;
+      const typename Dot::Stored* __restrict from = row + layout.blocks[b].start;
+      auto* __restrict to = reinterpret_cast<typename Dot::Code*>(lines + lane * layout.words + layout.start[b]);
+      for (int i = 0; i < size; ++i) to[i] = static_cast<typename Dot::Code>(from[i]);
     }
   }
   interleave(lines, layout.words, layout.words, words, width);
@@ -250,11 +302,11 @@ template <class Dot, int T, int V, bool ONE>
       Reals scale[V];
       UNROLL for (int j = 0; j < V; ++j) scale[j] = load_reals(of_group + j * LANES);
       UNROLL for (int i = 0; i < T; ++i)
-        UNROLL for (int j = 0; j < V; ++j) total[i][j] = mul(to_reals(exact[i][j]), scale[j]);
+        UNROLL for (int j = 0; j < V; ++j) total[i][j] = mul(Dot::real(exact[i][j]), scale[j]);
     } else {
       UNROLL for (int j = 0; j < V; ++j) {
         const Reals scale = load_reals(of_group + j * LANES);
-        UNROLL for (int i = 0; i < T; ++i) total[i][j] = fma(to_reals(exact[i][j]), scale, total[i][j]);
+        UNROLL for (int i = 0; i < T; ++i) total[i][j] = fma(Dot::real(exact[i][j]), scale, total[i][j]);
       }
     }
   }
@@ -315,7 +367,7 @@ void by_tiles(const Job& job, ParallelFor parallel_for) {
   tokens.initial = of_initial.get<int32_t>(chunk * tokens.blocks);
   tokens.scale = of_scales.get<float>(chunk * tokens.scales);
   const Term branch = {job.narrow, job.rank, static_cast<const uint8_t*>(job.up.data), format_of(job.up.type), false};
-  const bool apart = common_zero<Dot>(job) < 0, zeros = job.zero || CODES<Dot> == 2;
+  const bool apart = common_zero<Dot>(job) < 0, zeros = job.zero || (CODES<Dot> == 2 && job.format == INTEGERS);
   for (int64_t first = 0; first < job.M; first += chunk) {
     tokens.count = std::min(chunk, job.M - first);
     auto code = [&](int64_t begin, int64_t end) {
@@ -323,7 +375,7 @@ void by_tiles(const Job& job, ParallelFor parallel_for) {
       float* buffer = of_floats.get<float>(job.K);
       int16_t* codes = of_row.get<int16_t>(job.K);
       for (int64_t m = begin; m < end; ++m) {
-        quantize(job, first + m, shared, buffer, codes, tokens.scale + m * tokens.scales);
+        Dot::encode(job, first + m, shared, buffer, codes, tokens.scale + m * tokens.scales);
         layout_token<Dot>(job, layout, codes, m, tokens);
       }
     };

@@ -87,6 +87,13 @@ inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
   return sum;
 }
+#if defined(__AVX512BF16__)
+// Adds two products of bfloat16 numbers per lane to float32 sums. Subnormal float32 results become zero.
+inline Ints dot_bfloat16s(Ints sum, Ints weights, Ints x) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+  return sum;
+}
+#endif
 inline Ints widen_bytes(const uint8_t* p) {  // zero-extends LANES bytes, one per lane
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }

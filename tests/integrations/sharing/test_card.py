@@ -86,3 +86,18 @@ def test_data_that_the_model_made_are_called_so() -> None:
     hfquant.quantize(fed := small_models.llama(), [small_models.transformers_inputs(fed)], "w8a8-smooth")
     text = content_of(of_models(fed), "model", "org/name", Origin(None, {}), None)
     assert "Self-generated" not in text
+
+
+def test_distillation_is_described() -> None:
+    model, teacher = small_models.llama(), small_models.llama()
+    data = {"source": "self", "samples": 64, "seqlen": 64}
+    hfquant.quantize(model, data, "w3a16-gptq")
+    assert "Distilled" not in content_of(of_models(model), "model", "org/name", Origin(None, {}), None)
+    found = hfquant.distill(model, teacher, data, steps=60, learning_rate=3e-3)
+    assert found.kept
+    text = content_of(of_models(model), "model", "org/name", Origin(None, {}), None)
+    said = dict(sections(ModelCard(text).text.partition("<!--")[0]))
+    assert "for 60 steps" in said["Distilled"]
+    assert f"{found.before:.3g} before, {found.after:.3g} after" in said["Distilled"]
+    assert "- samples: `64`" in said["Distilled"]
+    assert "distilled" not in said["Calibration data"]

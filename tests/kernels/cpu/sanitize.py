@@ -36,6 +36,8 @@ INPUTS = (
     InputQuant(type="int6", dynamic=True),
     InputQuant(),
 )
+#: For weights that are converted to floats, also these.
+FP8 = InputQuant(type="fp8e4m3", dynamic=True, axis=-1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Columns and rows: below, at and beyond a vector, a group, a panel; never a multiple of all of them.
 SIZES = ((1, 1), (7, 5), (64, 48), (65, 33), (129, 17), (260, 101))
@@ -125,7 +127,8 @@ def main() -> None:
         raise SystemExit(f"nothing to check: {missing}")
     start, calls = time.perf_counter(), 0
     dtypes = itertools.cycle(DTYPES)
-    for form, quant in itertools.product((*(f"int{bits}" for bits in range(2, 9)), *cpu.DECODED), INPUTS):
+    pairs = itertools.product((*(f"int{bits}" for bits in range(2, 9)), *cpu.DECODED), INPUTS)
+    for form, quant in (*pairs, *((form, FP8) for form in cpu.DECODED)):
         for case in cases(form):
             if case.opt.rotation and quant is not None and not quant.dynamic:
                 continue  # a static scale comes from the ranges of unrotated channels

@@ -185,10 +185,12 @@ def test_every_code_of_other_formats(kernel, dtype) -> None:
         np.testing.assert_array_equal(y, values[::step].float().expand(tokens, -1))
 
 
-@pytest.mark.parametrize("weight", ["fp8e4m3", "fp16"])
-def test_many_tokens_in_panels(kernel, weight) -> None:
+@pytest.mark.parametrize(
+    ("weight", "inputs"), [("fp8e4m3", "fp8e4m3"), ("fp8e5m2", "fp8e4m3"), ("fp8e4m3", None), ("fp16", None)]
+)
+def test_many_tokens_in_panels(kernel, weight, inputs) -> None:
     """Rows, tokens and columns that are no multiple of any panel, tile or piece, against float64."""
-    if weight == "fp8e4m3":
+    if inputs:
         quant, branch, dtype = InputQuant(type="fp8e4m3", dynamic=True, axis=-1), LowRank(low_rank=5), torch.float32
     else:
         quant, branch, dtype = None, Identity(), torch.bfloat16
@@ -205,6 +207,19 @@ def test_many_tokens_in_panels(kernel, weight) -> None:
             assert_close(y, expected, size)
         else:
             assert np.abs(y.double().numpy() - expected).max() <= 2**-8 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("weight", ["fp8e4m3", "fp8e5m2", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_without_a_number_do_not_stay_in_scratch_memory(kernel, weight, dtype) -> None:
+    """An odd number of columns is padded; what a layer with NaN left there must not count."""
+    form = FORMATS[weight]
+    for columns, value in ((8, torch.nan), (7, 1.0)):
+        codes = form.quantize(torch.full((40, columns), value), torch.ones(1))
+        operands = Operands(codes, torch.ones(40, 1) if form.has_scale else None)
+        product = Product(form, (columns,), (columns,), None)
+        y = linear(torch.ones(20, columns, dtype=dtype), operands, product, True)
+        torch.testing.assert_close(y, torch.full((20, 40), value * columns, dtype=dtype), equal_nan=True)
 
 
 def test_many_tokens_from_several_threads(kernel) -> None:
