@@ -193,7 +193,7 @@ def _rows() -> dict[str, Row]:
     fp32, bf16 = torch.float32, torch.bfloat16
     rows = {"fp32": Row(fp32, lambda model, _: model), "bf16": Row(bf16, lambda model, _: model)}
     rows |= {f"hfquant {name}": Row(fp32, _preset(name)) for name in PRESETS}
-    for name in ("w8a8-dynamic", "w4a8-dynamic", "w4a16", "w8a16"):
+    for name in ("w8a8-dynamic", "w4a8-dynamic", "w4a16", "w8a16", "fp8-dynamic"):
         rows[f"hfquant {name}, bf16"] = Row(bf16, _preset(name))
     peers = {row: Row(dtype, ALL_PEERS[name], row == COMPILED) for row, (name, dtype) in peer_rows().items()}
     return rows | {row: entry for row, entry in peers.items() if row not in LEFT_OUT}

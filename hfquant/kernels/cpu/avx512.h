@@ -1,0 +1,130 @@
+// The vector operations on AVX512-VNNI, and bfloat16 products where the file is compiled for them; see vector.h.
+#pragma once
+
+#include "halves.h"
+
+namespace hfquant {
+namespace HFQUANT_ISA {
+
+using Ints = __m512i;
+using Reals = __m512;
+constexpr int LANES = 16;
+// Register blocking, tokens by vectors of rows: enough accumulators to keep both ports busy that still fit registers.
+constexpr int TOKENS = 8, VECTORS = 2;
+// Integer tiles take WIDER times the vectors and 1 / WIDER of the tokens if there are enough rows: that reads less, as
+// long as registers hold one column of all rows.
+constexpr int WIDER = 2;
+constexpr bool EXACT_BYTES = true;
+
+inline Ints load(const void* p) { return _mm512_loadu_si512(p); }
+inline void store(void* p, Ints v) { _mm512_storeu_si512(p, v); }
+inline Reals load_reals(const float* p) { return _mm512_loadu_ps(p); }
+inline void store_reals(float* p, Reals v) { _mm512_storeu_ps(p, v); }
+inline Ints zeros() { return _mm512_setzero_si512(); }
+inline Ints repeat(int32_t word) { return _mm512_set1_epi32(word); }
+inline Reals repeat(float value) { return _mm512_set1_ps(value); }
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints add_bytes(Ints a, Ints b) { return _mm512_add_epi8(a, b); }
+inline Ints add_shorts(Ints a, Ints b) { return _mm512_add_epi16(a, b); }
+inline Ints times(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+inline Reals to_reals(Ints a) { return _mm512_cvtepi32_ps(a); }
+inline Reals as_reals(Ints a) { return _mm512_castsi512_ps(a); }
+inline Reals add(Reals a, Reals b) { return _mm512_add_ps(a, b); }
+inline Reals mul(Reals a, Reals b) { return _mm512_mul_ps(a, b); }
+inline Reals fma(Reals a, Reals b, Reals c) { return _mm512_fmadd_ps(a, b, c); }
+inline Reals sub(Reals a, Reals b) { return _mm512_sub_ps(a, b); }
+inline Reals div(Reals a, Reals b) { return _mm512_div_ps(a, b); }
+inline Reals fnma(Reals a, Reals b, Reals c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+// Both return b if either is NaN.
+inline Reals least(Reals a, Reals b) { return _mm512_min_ps(a, b); }
+inline Reals most(Reals a, Reals b) { return _mm512_max_ps(a, b); }
+inline Ints most(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+inline Ints nearest(Reals a) { return _mm512_cvtps_epi32(a); }  // half to even
+// Loads the first `count` lanes; the others are zero.
+inline Ints load_lanes(const void* p, int64_t count) { return _mm512_maskz_loadu_epi32((1u << count) - 1, p); }
+inline void store_shorts(int16_t* p, Ints v) {  // narrows each lane to 16 bits
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+}
+template <int HALF>
+inline Reals swap(Reals a) {  // swaps lanes HALF apart, a power of two
+  if constexpr (HALF >= 4) return _mm512_shuffle_f32x4(a, a, HALF == 4 ? 0xb1 : 0x4e);
+  return _mm512_permute_ps(a, HALF == 1 ? 0xb1 : 0x4e);
+}
+// In assembly: with intrinsics, GCC copies the accumulator to another register and back.
+inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+  return sum;
+}
+inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+  return sum;
+}
+#if defined(__AVX512BF16__)
+// Adds two products of bfloat16 numbers per lane to float32 sums. Subnormal numbers count as zero.
+inline Ints dot_bfloat16s(Ints sum, Ints weights, Ints x) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+  return sum;
+}
+#endif
+inline Ints widen_bytes(const uint8_t* p) {  // zero-extends LANES bytes, one per lane
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Ints shift_left(Ints a, int bits) { return _mm512_slli_epi32(a, bits); }
+inline float total(Reals a) { return _mm512_reduce_add_ps(a); }
+inline int32_t total(Ints a) { return _mm512_reduce_add_epi32(a); }
+inline int32_t largest(Ints a) { return _mm512_reduce_max_epi32(a); }
+inline bool any_above(Reals a, float limit) { return _mm512_cmp_ps_mask(a, repeat(limit), _CMP_GT_OQ); }
+inline Reals pick(const float* table, Ints lanes) { return _mm512_permutexvar_ps(lanes, load_reals(table)); }
+inline Ints flip(Ints bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
+// Shifts each 16 bits right, then computes (v ^ sign) & mask.
+inline Ints field(Ints v, int shift, int32_t sign, int32_t mask) {
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi16(v, shift), repeat(sign), repeat(mask), 0x28);
+}
+inline Ints widen(const uint8_t* p) {  // sign-extends half a vector of bytes to 16 bits
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+// Unpacks BYTES codes of less than 8 bits from BYTES / 8 * BITS bytes to unsigned bytes: multiplies the two bytes that
+// hold a code to move it to the top of 16 bits, then shifts it down. May read up to BYTES bytes.
+template <int BITS>
+inline Ints unpack(const uint8_t* p) {
+  static constexpr Halves<BITS> EVEN(0), ODD(1);
+  auto sixteen = [p](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 2 * BITS * i)); };
+  Ints v = _mm512_castsi128_si512(sixteen(0));
+  v = _mm512_inserti32x4(v, sixteen(1), 1);
+  v = _mm512_inserti32x4(v, sixteen(2), 2);
+  v = _mm512_inserti32x4(v, sixteen(3), 3);
+  auto codes = [v](const Halves<BITS>& h) {
+    const Ints order = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(h.order)));
+    const Ints factor = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(h.factor)));
+    return _mm512_srli_epi16(_mm512_mullo_epi16(_mm512_shuffle_epi8(v, order), factor), 16 - BITS);
+  };
+  const Ints both = _mm512_or_si512(codes(EVEN), _mm512_slli_epi16(codes(ODD), 8));
+  return _mm512_xor_si512(both, _mm512_set1_epi8(1 << (BITS - 1)));
+}
+inline void transpose(Ints r[16]) {
+  Ints t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  for (int j = 0; j < 4; ++j) {
+    t[j] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88);
+    t[j + 4] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd);
+    t[j + 8] = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0x88);
+    t[j + 12] = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0xdd);
+  }
+  for (int j = 0; j < 4; ++j) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+    r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+    r[j + 4] = _mm512_shuffle_i32x4(t[j + 4], t[j + 12], 0x88);
+    r[j + 12] = _mm512_shuffle_i32x4(t[j + 4], t[j + 12], 0xdd);
+  }
+}
+
+}  // namespace HFQUANT_ISA
+}  // namespace hfquant
