@@ -46,7 +46,9 @@ def _lacks(number: int) -> str:
     if why := _missing():
         return why
     here: int = torch.ops.hfquant_cpu.instruction_sets()
-    return "" if here >> number & 1 else f"this CPU has no {INSTRUCTION_SETS[number]}"
+    name = INSTRUCTION_SETS[number]
+    # Intel's CPUs have it too, at less than the speed of float32.
+    return "" if here >> number & 1 else f"this CPU has no {'fast ' if name == 'avx512_bf16' else ''}{name}"
 
 
 def _refuses(product: Product) -> str:
