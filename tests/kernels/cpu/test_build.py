@@ -44,8 +44,11 @@ class Compiler:
         self.write()
 
     def write(self, version: str = "1", also: str = "") -> None:
-        self.path.write_text(COMPILER.format(version=version, log=self.log, also=also))
-        self.path.chmod(0o755)
+        # As a new file: calls of a killed process may still run, and a script that runs cannot be written to.
+        new = self.path.with_suffix(".new")
+        new.write_text(COMPILER.format(version=version, log=self.log, also=also))
+        new.chmod(0o755)
+        new.replace(self.path)
 
     def linked(self) -> int:
         """Return how many libraries were linked."""
