@@ -113,7 +113,9 @@ def attach(model: nn.Module, config: HfQuantConfig) -> None:
 
 
 def note_distillation(model: nn.Module, facts: dict[str, Any], data: Any) -> None:
-    """Add how a model was distilled to the provenance that its config stores; leave models without a config alone.
+    """Add how a model was distilled to the provenance that its config stores.
+
+    Other modules, and models that were quantized as a part of a larger one, carry no config and are left alone.
 
     Args:
         model: the distilled model.
@@ -123,7 +125,7 @@ def note_distillation(model: nn.Module, facts: dict[str, Any], data: Any) -> Non
     from hfquant.calibration.provenance import data_provenance
     from hfquant.integrations.sharing.facts import config_of
 
-    if library(model):
+    if library(model) and getattr(model.config, "quantization_config", None) is not None:
         config = config_of(model)
         config.provenance = {**config.provenance, "distilled": {**facts, "data": data_provenance(data)}}
 

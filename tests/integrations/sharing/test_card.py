@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 import hfquant
+from hfquant.integrations import note_distillation
 from hfquant.integrations.sharing.card import _count, content_of
 from hfquant.integrations.sharing.facts import of_models
 from hfquant.integrations.sharing.merge import sections
@@ -101,3 +104,11 @@ def test_distillation_is_described() -> None:
     assert f"{found.before:.3g} before, {found.after:.3g} after" in said["Distilled"]
     assert "- samples: `64`" in said["Distilled"]
     assert "distilled" not in said["Calibration data"]
+
+
+@pytest.mark.parametrize("make", [small_models.llama, small_models.dit, lambda: torch.nn.Linear(2, 2)])
+def test_distillation_of_a_part_of_a_model_is_not_recorded(make: Callable[[], torch.nn.Module]) -> None:
+    model = make()
+    before = str(getattr(model, "config", None))
+    note_distillation(model, {"steps": 1}, [])
+    assert str(getattr(model, "config", None)) == before
