@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -29,11 +29,12 @@ def kept(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     file.
     """
     path = folder() / f"{key}.safetensors"
-    if path.is_file():
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            logger.warning("%s is damaged (%s): generating its samples again", path, error)
+    try:
+        return load(path.read_bytes())  # opened once: another process may remove it
+    except FileNotFoundError:
+        pass
+    except (OSError, SafetensorError) as error:
+        logger.warning("%s is damaged (%s): generating its samples again", path, error)
     made = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
