@@ -16,7 +16,7 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 from hfquant.config import QuantRules
-from hfquant.console import log_shown, progress_bar
+from hfquant.console import counted, log_shown, progress_bar
 from hfquant.distributed import Processes, processes
 from hfquant.experts import unfused
 from hfquant.folding import Folding, find_folding
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 #: less; from 8 rows, up to 43 % more. Also, in any one channel, a row beyond the n rows seen exceeds their range with
 #: probability 2 / (n + 1).
 FEWEST_ROWS = 32
+#: Most layers named in a warning.
+NAMED = 8
 
 
 @dataclass
@@ -159,8 +161,7 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
         _log_rounded(run, plan)
         tie(run.model)
         needing = {name for name, layer in run.plan.layers.items() if layer.config.needs_data}
-        if needing and all(r.fallback for r in reports if r.name in needing):
-            logger.warning("none of the layers that need calibration data ran during calibration")
+        _log_unseen(run, needing, [r.name for r in reports if r.fallback and r.name in needing])
         if needing and run.checks is not None:
             options = run.facts.options(layers.values())
             # Tied layers share their codes with another layer, and keep them.
@@ -189,6 +190,19 @@ def _log_rounded(run: Run, plan: Plan) -> None:
     few = [f"{name} {list(layer.rounded)}" for name, layer in plan.layers.items() if layer.rounded]
     if few and run.group.main:
         logger.warning("experts that saw fewer than %d rows are rounded to nearest: %s", FEWEST_ROWS, "; ".join(few))
+
+
+def _log_unseen(run: Run, needing: Collection[str], unseen: Sequence[str]) -> None:
+    """Log the layers that never ran, in one line; those of experts have a line of their own."""
+    if needing and len(unseen) == len(needing):
+        logger.warning("none of the layers that need calibration data ran during calibration")
+    unseen = [name for name in unseen if name not in run.experts.parameters]
+    if unseen and run.group.main:
+        names = ", ".join(map(repr, unseen[:NAMED]))
+        logger.warning(
+            "%s never ran during calibration and got round-to-nearest and per-token input scales: %s%s",
+            *(counted(len(unseen), "layer"), names, ", ..." if len(unseen) > NAMED else ""),
+        )
 
 
 def _groups(run: Run) -> Iterator[list[str]]:
@@ -304,8 +318,6 @@ def _solve_layer(
         seconds = time.perf_counter() - start
         report = layer_report(name, weight, solution, layer, stats, seconds)
     release_free_memory()
-    if solution.fallback and name not in run.experts.parameters:
-        logger.warning("layer %r never ran during calibration: using round-to-nearest and per-token input scales", name)
     return layer, report
 
 

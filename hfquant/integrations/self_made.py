@@ -68,8 +68,6 @@ def self_made(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMa
         CalibrationError: the inputs of the model's forward cannot be determined, or it fails on them.
     """
     shapes = example_inputs(model)
-    if shapes is None:
-        raise _cannot(model, "the inputs of its forward are unknown")
     with processes() as group:
         made = None
         with group.together():
@@ -86,20 +84,37 @@ def self_made(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMa
     return found
 
 
-def _made(model: Any, shapes: dict[str, Any], spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
-    if "input_ids" in shapes and shapes.keys() <= _TEXT:
+def _made(model: Any, shapes: dict[str, Any] | None, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
+    if shapes is not None and "input_ids" in shapes and shapes.keys() <= _TEXT:
         return _text(model, spec, reader, asked)
-    noise = _noise(model, shapes, spec, reader)
-    try:
-        forward(model, noise.batches[0], options_for(model, ()))
-    except Exception as error:
-        raise _cannot(model, f"its forward fails on noise with {type(error).__name__}: {error}") from error
-    if "input_ids" not in shapes or not _can_write(model) or _has_encoder(model):
+    noise = None if shapes is None else _noise(model, shapes, spec, reader)
+    why = "the inputs of its forward are unknown" if noise is None else _fault(model, noise)
+    writes = _can_write(model) and not _has_encoder(model) and (shapes is None or "input_ids" in shapes)
+    if not writes:
+        if noise is None or why:
+            raise _cannot(model, why)
         _say(model, f"{counted(noise.spec.samples or 0, 'sample')} of noise", "", asked)
         return noise
     # A language model with image or audio inputs: calibrate on its own text and on noise.
     text = _text(model, spec, reader, asked)
-    return SelfMade([*text.batches, *noise.batches], [*text.held_out, *noise.held_out], text.spec)
+    if noise is not None and not why:
+        return SelfMade([*text.batches, *noise.batches], [*text.held_out, *noise.held_out], text.spec)
+    if _fault(model, text):
+        raise _cannot(model, why)
+    logger.warning(
+        "%s: %s, so it is calibrated on text alone; layers that no text reaches are quantized without data",
+        *(type(model).__name__, why),
+    )
+    return text
+
+
+def _fault(model: Any, made: SelfMade) -> str:
+    """Return why the model's forward fails on its own data, "" if it runs."""
+    try:
+        forward(model, made.batches[0], options_for(model, ()))
+    except Exception as error:  # noqa: BLE001 (whatever the model's own code raises)
+        return f"its forward fails on noise with {type(error).__name__}: {error}"
+    return ""
 
 
 def _cannot(model: Any, why: str) -> CalibrationError:

@@ -377,8 +377,8 @@ def test_a_plain_module_and_unknown_inputs_are_refused(monkeypatch: pytest.Monke
     with pytest.raises(CalibrationError, match="w8a8 is the name of a preset: pass it as config"):
         hfquant.quantize(nn.Sequential(nn.Linear(4, 4)), "w8a8", "w8a8")
     monkeypatch.setattr(module, "example_inputs", lambda model: None)
-    with pytest.raises(CalibrationError, match="LlamaForCausalLM needs calibration data and cannot make its own"):
-        hfquant.quantize(small_models.llama(), None, "w8a8")
+    with pytest.raises(CalibrationError, match="BertModel needs calibration data and cannot make its own: the inputs"):
+        hfquant.quantize(small_models.TRANSFORMERS["bert"](), None, "w8a8")
 
 
 def test_noise_that_a_forward_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,6 +388,25 @@ def test_noise_that_a_forward_does_not_take_is_refused(monkeypatch: pytest.Monke
     with pytest.raises(CalibrationError, match=r"its forward fails on noise with ValueError: .*; pass batches of its"):
         hfquant.quantize(model, None, "w8a8")
     assert not quant_linears(model)
+
+
+@pytest.mark.parametrize("inputs", ["unknown", "wrong"])
+def test_a_language_model_whose_other_inputs_are_unknown_is_calibrated_on_text(
+    inputs: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The vision encoder, which no text reaches, is quantized without data."""
+    shapes = {"input_ids": torch.zeros(1, 4, dtype=torch.long), "pixel_values": torch.zeros(1, 3, 5, 7)}
+    monkeypatch.setattr(module, "example_inputs", lambda model: None if inputs == "unknown" else shapes)
+    model = llava()
+    with caplog.at_level(logging.WARNING, "hfquant"):
+        hfquant.quantize(model, dict(ASKED), "w4a16-gptq")
+    vision = {name for name in quant_linears(model) if "language_model" not in name and name != "lm_head"}
+    assert vision
+    assert vision < quant_linears(model).keys()
+    assert {layer.name for layer in model.quant_report.layers if layer.fallback} == vision
+    why = {"unknown": "the inputs of its forward are unknown", "wrong": "its forward fails on noise with ValueError: "}
+    assert f"LlavaForConditionalGeneration: {why[inputs]}" in caplog.text
+    assert "it is calibrated on text alone" in caplog.text
 
 
 def test_a_forward_that_fails_is_named_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
