@@ -144,7 +144,7 @@ def distill(
         model: quantized model, in memory.
         teacher: the float model; it must not share parameters with ``model``.
         calibration: data as for :func:`quantize`; with None or "self", a transformers model generates its own. Every
-            fourth sample is held out. For a denoiser, the data should cover all timesteps.
+            fourth sample, at most 32 in all, is held out. For a denoiser, the data should cover all timesteps.
         steps: number of optimizer steps (Adam), each on one sample.
         learning_rate: relative to the root mean square of each vector.
         seed: seed of the sample order.

@@ -11,16 +11,20 @@ from torch import Tensor
 from hfquant.calibration.batches import CalibrationError
 
 
-def apart(samples: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+def apart(samples: Sequence[Any], most: int | None = None) -> tuple[list[Any], list[Any]]:
     """Return the samples to measure on and every fourth to judge by; a single batch is split internally.
 
     Taking every fourth respects an order with meaning: a denoiser's samples come timestep by timestep.
+
+    Args:
+        samples: all samples.
+        most: largest number to judge by; if a fourth is more, they are spread evenly over all samples.
 
     Raises:
         CalibrationError: there is only one sample, and it is not a batch of several.
     """
     if len(samples) > 1:
-        step = min(4, len(samples))
+        step = min(4 if most is None else max(4, -(-len(samples) // most)), len(samples))
         return [s for i, s in enumerate(samples, 1) if i % step], list(samples[step - 1 :: step])
     # Most tensors have one element per sample; positions and other ids may be shared by all.
     sizes = Counter(len(t) for t in _tensors(samples[0]) if len(t) > 1) if samples else Counter[int]()

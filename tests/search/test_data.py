@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from hfquant.calibration.batches import CalibrationError
 from hfquant.search.data import apart
+
+
+@pytest.mark.parametrize(("count", "held"), [(8, 2), (127, 31), (128, 32), (129, 25), (533, 31)])
+def test_at_most_so_many_judge_spread_over_all(count: int, held: int) -> None:
+    seen, judging = apart(range(count), 32)
+    assert sorted(seen + judging) == list(range(count))
+    assert len(judging) == held
+    gaps = {b - a for a, b in pairwise(judging)}
+    assert len(gaps) <= 1
+    assert count - judging[-1] <= max(gaps)
 
 
 def test_every_fourth_judges():
