@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from itertools import accumulate, chain, groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -157,6 +157,7 @@ class Operands(NamedTuple):
 
 
 Run = Callable[[Tensor, Operands, Product], Tensor]
+Op = Callable[..., Tensor]
 
 
 def over_tokens(run: Run) -> Run:
@@ -185,6 +186,8 @@ class Kernel:
         pays: whether to prefer it to the kernels after it, for an input dtype and numbers of tokens and output rows.
         run: maps [..., in] of any float dtype, with at least one token, to [..., out] of the same dtype.
         rotates: whether ``run`` applies the product's rotation; if not, it receives inputs already divided and rotated.
+        direct: returns the op that ``run`` calls with a contiguous input and the operands as they are, and its last
+            arguments; None if ``run`` does more for this product and dtype.
     """
 
     name: str
@@ -194,3 +197,4 @@ class Kernel:
     pays: Callable[[Product, torch.dtype, int, int], bool]
     run: Run
     rotates: bool = True
+    direct: Callable[[Product, torch.dtype], tuple[Op, tuple[Any, ...]] | None] = lambda product, dtype: None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hfquant.kernels.table import VARIABLE
+from hfquant.nn.direct import Direct, direct_call
 from hfquant.nn.float_modules import is_plain_linear
 from hfquant.nn.layer import QuantLayer
 
@@ -18,6 +21,8 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     """A quantized ``nn.Linear``, or a quantized subclass with the same behavior."""
 
     bias: nn.Parameter | None  # type: ignore[assignment]
+    #: The call that the last input on the CPU took.
+    _direct: Direct | None = None
 
     def __init__(
         self,
@@ -52,6 +57,21 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
             TypeError: ``input`` is not floating point (it was cast to the dtype of the codes).
             ValueError: its last dimension is not ``in_features``.
         """
+        if type(input) is Tensor and not torch.compiler.is_compiling():
+            weight, tensors = self._parameters["weight"], self._buffers
+            assert weight is not None
+            key = input.dtype, input.shape, self.real_quant, weight.shape, len(tensors), os.environ.get(VARIABLE)
+            if (call := self._direct) is None or call.key != key:
+                self._check(input)
+                call = self._direct = direct_call(self, input, key)
+            op, differentiable = call.op, input.requires_grad and torch.is_grad_enabled()
+            plain = input.is_cpu and input.is_contiguous() and weight.dtype == self._code_dtype
+            if op is not None and plain and not differentiable:
+                return op(input, weight, *map(tensors.get, call.names), self._parameters.get("bias"), *call.last)
+        self._check(input)
+        return self.multiply(input)
+
+    def _check(self, input: Tensor) -> None:
         if not input.is_floating_point():
             raise TypeError(
                 f"QuantLinear({self.in_features}, {self.out_features}) got an input of {input.dtype}: code that casts "
@@ -61,4 +81,7 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
             raise ValueError(
                 f"QuantLinear({self.in_features}, {self.out_features}) got an input of shape {tuple(input.shape)}"
             )
-        return self.multiply(input)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An op cannot be pickled, and another machine may lack it.
+        return {name: value for name, value in vars(self).items() if name != "_direct"}

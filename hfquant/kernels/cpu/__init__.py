@@ -8,8 +8,8 @@ are rounded on the fly (floats.h).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import cache, lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from hfquant.formats.base import NumberFormat
 from hfquant.formats.columns import expand_columns, split_columns
 from hfquant.formats.integer import IntegerFormat
-from hfquant.kernels.base import Kernel, Operands, Product, product_of
+from hfquant.kernels.base import Kernel, Op, Operands, Product, product_of
 from hfquant.kernels.cpu.build import INSTRUCTION_SETS, BuildError, load
 
 logger = logging.getLogger(__name__)
@@ -95,9 +95,9 @@ def _quantized_before(product: Product) -> bool:
 
 
 @cache
-def _native() -> Callable[..., Tensor]:
+def _native() -> Op:
     # The overload itself: resolving it at each call takes as long as a small product.
-    overload: Callable[..., Tensor] = torch.ops.hfquant_cpu.linear.default
+    overload: Op = torch.ops.hfquant_cpu.linear.default
     return overload
 
 
@@ -114,8 +114,18 @@ def _run(number: int, x: Tensor, operands: Operands, product: Product) -> Tensor
     return _native()(x.float().contiguous(), *operands, spec, number).to(dtype)
 
 
+def _direct(number: int, product: Product, dtype: torch.dtype) -> tuple[Op, tuple[Any, ...]] | None:
+    if dtype not in TYPES or (product.weight.name in DECODED and _quantized_before(product)):
+        return None
+    return _native(), (spec_of(product.key), number)
+
+
+def _kernel(number: int, name: str) -> Kernel:
+    how = partial(_run, number)
+    return Kernel(
+        name, "cpu", partial(_lacks, number), _refuses, lambda *size: True, how, direct=partial(_direct, number)
+    )
+
+
 #: Widest instruction set first.
-KERNELS = [
-    Kernel(name, "cpu", partial(_lacks, number), _refuses, lambda *size: True, partial(_run, number))
-    for number, name in reversed(list(enumerate(INSTRUCTION_SETS)))
-]
+KERNELS = [_kernel(number, name) for number, name in reversed(list(enumerate(INSTRUCTION_SETS)))]
