@@ -92,6 +92,7 @@ WIDE = {
     "integrations/test_pipelines.py",
     "integrations/test_real_models.py",
     "integrations/test_size.py",
+    "kernels/cpu/test_bfloat16.py",
     "kernels/cpu/test_floats.py",
     "smoke/test_smoke.py",
     "test_axes.py",

@@ -25,6 +25,8 @@ from hfquant.kernels.base import Operands, Product
 NAMES = [kernel.name for kernel in cpu.KERNELS]
 #: Largest code of a float input in a weight-only product, and the number of columns that share its unit.
 FLOAT_LIMIT, FLOAT_BLOCK = 32639, 128
+#: Largest integer below which bfloat16 holds all.
+BFLOAT16_LIMIT = 256
 #: Number of columns whose sum a kernel holds in a 32-bit integer.
 WIDEST = 1 << 15
 
@@ -102,7 +104,7 @@ def sample(spec: Spec, tokens: int, dtype: torch.dtype = torch.float32, seed: in
     generator = torch.Generator().manual_seed(seed)
     product = spec.product()
     operands, weight, step = _weight(spec, product, generator)
-    x, units = _input(spec, tokens, step, generator, seed)
+    x, units = _input(spec, tokens, step, generator, seed, BFLOAT16_LIMIT if dtype == torch.bfloat16 else FLOAT_LIMIT)
     if spec.input == "static":
         scale = torch.tensor(units)
         operands = operands._replace(input_scale=scale, input_scale_neg=scale / 2**spec.dual if spec.dual else None)
@@ -160,11 +162,11 @@ def _weight(spec: Spec, product: Product, generator: torch.Generator) -> tuple[O
 
 
 def _input(
-    spec: Spec, tokens: int, weight_steps: float, generator: torch.Generator, seed: int
+    spec: Spec, tokens: int, weight_steps: float, generator: torch.Generator, seed: int, most: int
 ) -> tuple[Tensor, list[float]]:
     """Return the input [tokens, in] float32 and the unit of each segment."""
     width = sum(spec.segments)
-    limit = FLOAT_LIMIT if spec.input == "float" else 2 ** (spec.input_bits - 1) - 1
+    limit = most if spec.input == "float" else 2 ** (spec.input_bits - 1) - 1
     codes = adversarial(tokens, width, -limit, limit, generator, first=seed).float()
     # The largest magnitude of each sign determines a scale, so it must be present.
     kept = torch.zeros(tokens, width, dtype=torch.bool)

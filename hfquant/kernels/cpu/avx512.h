@@ -60,10 +60,25 @@ inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
   return sum;
 }
 #if defined(__AVX512BF16__)
+// The order in which two vectors' shorts alternate.
+struct Alternately {
+  alignas(64) int16_t of[32];
+  constexpr Alternately() : of() {
+    for (int i = 0; i < 32; ++i) of[i] = static_cast<int16_t>(i / 2 + i % 2 * 16);
+  }
+};
+static constexpr Alternately ALTERNATELY;
 // Adds two products of bfloat16 numbers per lane to float32 sums. Subnormal numbers count as zero.
 inline Ints dot_bfloat16s(Ints sum, Ints weights, Ints x) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
   return sum;
+}
+// Multiplies the two signed shorts of each lane by its scale and rounds to bfloat16.
+inline Ints round_to_bfloat16s(Ints shorts, Reals scale) {
+  const Reals low = mul(to_reals(_mm512_srai_epi32(_mm512_slli_epi32(shorts, 16), 16)), scale);
+  const Reals high = mul(to_reals(_mm512_srai_epi32(shorts, 16)), scale);
+  const Ints both = (Ints)_mm512_cvtne2ps_pbh(high, low);
+  return _mm512_permutexvar_epi16(load(ALTERNATELY.of), both);
 }
 #endif
 inline Ints widen_bytes(const uint8_t* p) {  // zero-extends LANES bytes, one per lane

@@ -7,6 +7,12 @@ namespace HFQUANT_ISA {
 // Tokens from which packing panels pays over streaming rows as stored; fewer if codes need no unpacking.
 int64_t many(const Job& job) { return job.format == INTEGERS && job.bits == 8 ? 6 : 8; }
 
+#if defined(__AVX512BF16__)
+// Tokens from which rounding weights to bfloat16 pays over converting inputs to 16-bit integers: groups cost nothing
+// per token then.
+constexpr int64_t ROUNDING = 64;
+#endif
+
 bool few_tokens(const Job& job, ParallelFor parallel_for) {
   if (!EXACT_BYTES && job.bits == 8) return try_rows<Wide>(job, parallel_for);
   switch (job.bits) {
@@ -30,6 +36,7 @@ void multiply(const Job& given, ParallelFor parallel_for) {
   if (job.divisor) job.inverse = inverse_of(job, of_inverse.get<float>(job.K));
 #if defined(__AVX512BF16__)
   if (Bfloat16sDot::exact(job)) return by_tiles<Bfloat16sDot>(job, parallel_for);
+  if (ScaledDot::takes(job) && job.M >= ROUNDING) return by_tiles<ScaledDot>(job, parallel_for);
 #endif
   // 16-bit dot products are as fast as two 8-bit ones (high and low bytes) and have less overhead.
   if (job.format != INTEGERS)

@@ -51,6 +51,15 @@ struct Layout {
     runs.push_back(blocks.size());
     words = (at + LANES - 1) / LANES * LANES;
   }
+
+  // All columns as one block, for codes that include their scales.
+  Layout whole() const {
+    Layout one = *this;
+    one.blocks = {{0, blocks.back().start + blocks.back().size, 0, 0}};
+    one.start = {0, start.back()};
+    one.runs = {0, 1};
+    return one;
+  }
 };
 
 // Token codes as words, with their scales and initial sums; one row per token.
@@ -141,7 +150,8 @@ void fill_groups(const Job& job, int64_t n, Panel& panel) {
 
 // Packs LANES rows by transposing their stored words, which are fewer than the unpacked ones.
 template <class Dot, int BITS>
-void fill_stored(const Job& job, const Layout& layout, int64_t n, int64_t width, const int32_t* zero, uint32_t* words) {
+void fill_stored(const Job& job, const Layout& layout, int64_t n, int64_t width, const int32_t* zero,
+                 const float* scale, uint32_t* words) {
   constexpr int32_t SIGN = Dot::word_of(1 << (BITS - 1)), MASK = Dot::word_of((1 << BITS) - 1);
   size_t block = 0;
   for (int64_t at = 0; at < job.row_bytes; at += BYTES) {
@@ -156,21 +166,23 @@ void fill_stored(const Job& job, const Layout& layout, int64_t n, int64_t width,
     for (int w = 0; w < LANES && 4 * w < size; ++w) {
       const int64_t first = (at / 4 + w) * EACH<Dot, BITS>;
       while (layout.start[block + 1] <= first) ++block;
-      const Ints by = zero ? load(zero + layout.blocks[block].group * width) : zeros();
+      const int64_t group = layout.blocks[block].group * width;
+      const Ints by = zero ? load(zero + group) : zeros();
       UNROLL for (int i = 0; i < EACH<Dot, BITS>; ++i)
-        store(words + (first + i) * width, Dot::shift(field(tile[w], i * BITS, SIGN, MASK), by));
+        store(words + (first + i) * width, Dot::packed(field(tile[w], i * BITS, SIGN, MASK), by, scale + group));
     }
   }
 }
 
 // Packs LANES rows of codes of any width, with any blocks.
 template <class Dot>
-void fill_any(const Job& job, const Layout& layout, int64_t n, int64_t width, const int32_t* zero, uint32_t* words) {
+void fill_any(const Job& job, const Layout& layout, int64_t n, int64_t width, const int32_t* zero,
+              const float* scale, uint32_t* words) {
   static thread_local Scratch of_lines, of_row;
   typename Dot::Stored* row = of_row.get<typename Dot::Stored>(job.K + BYTES);
   uint32_t* lines = of_lines.get<uint32_t>(LANES * layout.words);
   for (int lane = 0; lane < LANES; ++lane) {
-    Dot::unpack_row(job, job.weight + std::min(n + lane, job.N - 1) * job.row_bytes, row);
+    Dot::unpack_row(job, std::min(n + lane, job.N - 1), row);
     for (size_t b = 0; b < layout.blocks.size(); ++b) {
       lines[lane * layout.words + layout.start[b + 1] - 1] = 0;  // padding: as a float, it could be NaN
       const int size = layout.blocks[b].size;
@@ -180,10 +192,11 @@ void fill_any(const Job& job, const Layout& layout, int64_t n, int64_t width, co
     }
   }
   interleave(lines, layout.words, layout.words, words, width);
-  for (size_t b = 0; zero && b < layout.blocks.size(); ++b) {
-    const Ints by = load(zero + layout.blocks[b].group * width);
+  for (size_t b = 0; (zero || Dot::SCALED) && b < layout.blocks.size(); ++b) {
+    const int64_t group = layout.blocks[b].group * width;
+    const Ints by = zero ? load(zero + group) : zeros();
     for (int64_t w = layout.start[b]; w < layout.start[b + 1]; ++w)
-      store(words + w * width, Dot::shift(load(words + w * width), by));
+      store(words + w * width, Dot::packed(load(words + w * width), by, scale + group));
   }
 }
 
@@ -193,8 +206,9 @@ void fill_panel(const Job& job, const Layout& layout, int64_t n, Panel& panel) {
   fill_groups<Dot>(job, n, panel);
   const bool moved = panel.zero && common_zero<Dot>(job) >= 0;
   auto fill = !layout.as_stored ? fill_any<Dot> : job.bits == 4 ? fill_stored<Dot, 4> : fill_stored<Dot, 8>;
-  for (int64_t v = 0; v < panel.width / LANES; ++v)
-    fill(job, layout, n + v * LANES, panel.width, moved ? panel.zero + v * LANES : nullptr, panel.words + v * LANES);
+  for (int64_t v = 0; v < panel.width; v += LANES)
+    fill(job, layout, n + v, panel.width, moved ? panel.zero + v : nullptr, panel.scale + v, panel.words + v);
+  if (Dot::SCALED) std::fill(panel.scale, panel.scale + panel.width, 1.0f);
 }
 
 // Micro-kernel: integer dot products of T tokens from m by V vectors of the panel's rows, over one block.
@@ -294,12 +308,12 @@ template <class Dot>
 void by_tiles(const Job& job, ParallelFor parallel_for) {
   static thread_local Scratch of_codes, of_initial, of_scales;
   const int64_t most_rows = CODES<Dot> == 4 || job.M >= MANY ? WIDER * WIDTH : WIDTH;
-  const Layout layout(job, CODES<Dot>);
+  const Layout stored(job, CODES<Dot>), layout = Dot::SCALED ? stored.whole() : stored;
   const std::vector<Range> shared = shared_ranges(job);
   Tokens tokens;
   tokens.words = layout.words;
   tokens.blocks = layout.blocks.size();
-  tokens.scales = input_scales(job);
+  tokens.scales = Dot::SCALED ? 1 : input_scales(job);
   const int64_t most = std::max<int64_t>(CHUNK_BYTES / 4 / tokens.words, 256) / TOKENS * TOKENS;
   const int64_t chunk = std::min(most, (job.M + TOKENS - 1) / TOKENS * TOKENS);
   tokens.codes = of_codes.get<uint32_t>(chunk * tokens.words);
@@ -315,7 +329,7 @@ void by_tiles(const Job& job, ParallelFor parallel_for) {
       int16_t* codes = of_row.get<int16_t>(job.K);
       for (int64_t m = begin; m < end; ++m) {
         Dot::encode(job, first + m, shared, buffer, codes, tokens.scale + m * tokens.scales);
-        layout_token<Dot>(job, layout, codes, m, tokens);
+        layout_token<Dot>(job, stored, codes, m, tokens);
       }
     };
     run_parallel(parallel_for, tokens.count, std::max<int64_t>(1, 16384 / job.K), code);
@@ -332,7 +346,7 @@ void by_tiles(const Job& job, ParallelFor parallel_for) {
         const int64_t rows = std::min(most_rows, job.N - n);
         const bool wide = rows > WIDTH;
         panel.width = wide ? most_rows : WIDTH;
-        fill_panel<Dot>(job, layout, n, panel);
+        fill_panel<Dot>(job, stored, n, panel);
         for (int64_t r = 0; r < job.rank; r += PIECE) {
           auto fill = wide ? fill_floats<WIDER * VECTORS> : fill_floats<VECTORS>;
           fill(job, layout.blocks, branch, n, r, std::min(PIECE, job.rank - r), panel.up + r * panel.width);

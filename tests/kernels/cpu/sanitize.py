@@ -44,6 +44,8 @@ SIZES = ((1, 1), (7, 5), (64, 48), (65, 33), (129, 17), (260, 101))
 #: Tiles begin at eight tokens; from 257 on, several float panels share a tile's tokens, and are refilled after 1024.
 TOKENS = (1, 7, 8, 33)
 MANY = 257
+#: From 64 tokens on, weights may be rounded to bfloat16 for bf16 inputs.
+BFLOAT16_TOKENS = 70
 SVD = LowRank(low_rank=3)
 
 
@@ -136,6 +138,8 @@ def main() -> None:
             # Four token counts and three dtypes: every combination occurs within a few layers.
             sizes = (*TOKENS, MANY) if form in cpu.DECODED else TOKENS
             calls += sum(check(layer, names, tokens, next(dtypes)) for tokens in sizes)
+            if quant is None:
+                calls += check(layer, names, BFLOAT16_TOKENS, torch.bfloat16)
         for case, tokens in large_cases(form) if quant in INPUTS[:2] else ():
             layer, _ = layer_of(case.plan(quant, real=True))
             calls += check(layer, names, tokens, next(dtypes))

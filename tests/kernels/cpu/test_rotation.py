@@ -65,12 +65,13 @@ def test_codes_are_those_of_the_rotated_input(kernel: str, inputs: str, dtype: t
 
 @pytest.mark.parametrize("form", ["int8", "int4", "fp8e4m3", "fp16", "int16"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_floats_are_rotated(kernel: str, form: str, width: int) -> None:
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 2e-4), (torch.bfloat16, 2**-8)])
+def test_floats_are_rotated(kernel: str, form: str, width: int, dtype: torch.dtype, share: float) -> None:
     for tokens in (1, 9, 600):
-        x, operands = whole_numbers(tokens, width), identity(form, width)
+        x, operands = whole_numbers(tokens, width, dtype), identity(form, width)
         exact = rotated(x.double() / operands.divisor, 64)
         found = linear(x, operands, product_with(form, None, width, 64), True).double()
-        assert (found - exact).abs().max() <= 2e-4 * exact.abs().max()
+        assert (found - exact).abs().max() <= share * exact.abs().max()
 
 
 @pytest.mark.parametrize("inputs", ["fp8e4m3", "fp16"])
