@@ -5,9 +5,9 @@
 
 SmolLM2 is quantized with the calibration data of :mod:`benchmarks.quality` and distilled on 96 windows that the model
 generated itself (kept in `.models`). With `--text broad` there is a fresh window for each step: a quarter of them its
-own text, the rest from package READMEs and docstrings. Every fourth window is held out. It is scored on the dataset
-descriptions. The digits are distilled on the inputs recorded for calibration in :mod:`benchmarks.quality`, in batches
-of eight in random order. Rows that the JSON file already has are kept.
+own text, the rest from package READMEs and docstrings. Every fourth window, at most 32 in all, is held out. It is
+scored on the dataset descriptions. The digits are distilled on the inputs recorded for calibration in
+:mod:`benchmarks.quality`, in batches of eight in random order. Rows that the JSON file already has are kept.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             row = f"{name}, {preset}" + (", broad text" if broad else "")
             if row in rows:
                 continue
-            data = _data(name, subject, 4 * steps // 3 if broad else 0) if data is None else data
+            data = _data(name, subject, min(4 * steps // 3, steps + 32) if broad else 0) if data is None else data
             model = quantized(copy.deepcopy(CONFIGS[preset]), subject)
             before, start = subject.score(model), time.process_time()
             found = hfquant.distill(model, subject.model, data, steps, args.learning_rate)
