@@ -4,10 +4,11 @@
     python -m benchmarks.distillation --models digits --presets w3a16-gptq w4a16-gptq
 
 SmolLM2 is quantized with the calibration data of :mod:`benchmarks.quality` and distilled on 96 windows that the model
-generated itself (kept in `.models`). With `--text broad` there is a fresh window for each step: a quarter of them its
-own text, the rest from package READMEs and docstrings. Every fourth window, at most 32 in all, is held out. It is
-scored on the dataset descriptions. The digits are distilled on the inputs recorded for calibration in
-:mod:`benchmarks.quality`, in batches of eight in random order. Rows that the JSON file already has are kept.
+generated itself (kept in `.models`). With `--text broad` there is a fresh window for each step: up to a quarter of them
+its own text, the rest from package READMEs and docstrings. Every fourth window, at most 32 in all, is held out. It is
+scored on the dataset descriptions, in float32, whatever `--dtype` it was trained in. The digits are distilled on the
+inputs recorded for calibration in :mod:`benchmarks.quality`, in batches of eight in random order. Rows that the JSON
+file already has are kept.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, help=f"in place of {STEPS}")
     parser.add_argument("--text", default="own", choices=("own", "broad"), help="what SmolLM2 is distilled on")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of SmolLM2 in training")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows, or images")
     parser.add_argument("--json", type=Path, help="file that rows are added to; a .md of the same name goes beside it")
     args = parser.parse_args(argv)
@@ -62,11 +64,14 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             data = _data(name, subject, min(4 * steps // 3, steps + 32) if broad else 0) if data is None else data
             model = quantized(copy.deepcopy(CONFIGS[preset]), subject)
+            dtype: torch.dtype = getattr(torch, args.dtype) if name == "smollm2" else torch.float32
             before, start = subject.score(model), time.process_time()
-            found = hfquant.distill(model, subject.model, data, steps, args.learning_rate)
+            teacher = copy.deepcopy(subject.model).to(dtype)
+            found = hfquant.distill(model.to(dtype), teacher, data, steps, args.learning_rate)
+            model.float()
             seconds = time.process_time() - start
             held = {"held out, before": found.before, "held out, after": found.after, "kept": found.kept}
-            settings = {"seconds": seconds, "steps": steps, "learning rate": args.learning_rate}
+            settings = {"seconds": seconds, "steps": steps, "learning rate": args.learning_rate, "dtype": str(dtype)}
             rows[row] = {"before": before, "after": subject.score(model), **settings, **held}
             print(row, rows[row], file=sys.stderr, flush=True)
             if args.json:

@@ -27,6 +27,7 @@ from hfquant.calibration.batches import CalibrationData, evaluating, forward, sa
 from hfquant.console import progress_bar
 from hfquant.formats import scales, sum_columns
 from hfquant.formats.rotation import rotated
+from hfquant.kernels.dequantize import gradient_dtype
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_modules
@@ -101,11 +102,13 @@ def distill(
         for _ in progress_bar(range(steps), "distilling"):
             order = order or torch.randperm(len(seen), generator=generator).tolist()
             with torch.enable_grad():
-                loss = _divergence(model, teacher, seen[order.pop()]).mean()
-                if not loss.isfinite():
-                    raise FloatingPointError(f"the loss of step {len(losses)} is {loss.item()}")
-                loss.backward()
-            losses.append(loss.item())
+                terms = _divergence(model, teacher, seen[order.pop()])
+                loss = terms.mean().item()
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss of step {len(losses)} is {loss}")
+                # Adam does not depend on the scale of the loss; the gradients of a mean could vanish in float16.
+                terms.sum().backward()
+            losses.append(loss)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -299,11 +302,12 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (x,), layer = ctx.saved_tensors, ctx.layer
+        (x,), layer, dtype = ctx.saved_tensors, ctx.layer, gradient_dtype(grad)
         divisor = layer.plan.transform.divisor(layer._buffers, 0)
-        x = x.float() if divisor is None else x.float() / divisor
-        x = rotated(x, layer.product.rotation) if layer.product.rotation else x
-        of_weight = grad.flatten(0, -2).float().T @ x.flatten(0, -2)
+        if divisor is not None or layer.product.rotation:
+            x = x.float() if divisor is None else x.float() / divisor
+            x = rotated(x, layer.product.rotation)
+        of_weight = grad.flatten(0, -2).to(dtype).T @ x.flatten(0, -2).to(dtype)
         return grad, sum_columns(of_weight * layer.dequantize(), layer.plan.columns), None, None
 
 

@@ -161,6 +161,25 @@ def test_gradients_of_groups_are_those_of_a_float_emulation(opt: str, scale: str
     assert torch.allclose(groups.grad.double(), logs.grad, rtol=1e-4, atol=1e-4 * logs.grad.abs().max().item())
 
 
+def test_gradients_do_not_shrink_with_the_number_of_tokens() -> None:
+    """Otherwise those of long windows would vanish in float16."""
+    net = small_models.llama()
+    ids = torch.randint(5, 60, (2, 24), generator=torch.Generator().manual_seed(0))
+    model = hfquant.quantize(copy.deepcopy(net), [{"input_ids": ids}], "w3a16-gptq")
+    largest: list[float] = []
+
+    def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda grad: largest.append(grad.abs().max().item()))
+
+    handle = model.get_submodule("lm_head").register_forward_hook(note)
+    for repeats in (1, 8):
+        hfquant.distill(copy.deepcopy(model), net, [{"input_ids": ids.repeat(repeats, 1)}] * 4, 1, 1e-9)
+    handle.remove()
+    assert len(largest) == 2
+    assert largest[1] == pytest.approx(largest[0], rel=1e-3)
+
+
 def test_without_a_gain_nothing_changes(caplog):
     model, net = quantized(INT3)
     before = state(model)

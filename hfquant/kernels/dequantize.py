@@ -12,16 +12,19 @@ from torch import Tensor
 
 from hfquant.formats import expand_columns
 from hfquant.formats.rotation import rotated
+from hfquant.kernels import cpu
 from hfquant.kernels.base import Kernel, Operands, Product, over_tokens
 
-#: Weights per block: 2 MB of float32, within a core's L2 cache.
+#: Weights per block on a CPU: 2 MB of float32, within a core's L2 cache.
 BLOCK = 1 << 19
+#: Weights per block on other devices: enough work for each of the calls that a block takes.
+DEVICE_BLOCK = 1 << 24
 
 
 def blocks(operands: Operands, product: Product) -> Iterator[tuple[slice, Tensor]]:
     """Yield row slices and their float32 weights [rows, in] (transformed, without the low-rank branch)."""
     out = len(operands.weight)
-    count = max(BLOCK // product.in_features, 16)
+    count = max((BLOCK if operands.weight.is_cpu else DEVICE_BLOCK) // product.in_features, 16)
     for start in range(0, out, count):
         rows = slice(start, min(start + count, out))
         part = operands.rows(rows) if count < out else operands
@@ -49,16 +52,31 @@ def gradient(grad: Tensor, operands: Operands, product: Product) -> Tensor:
 
     Rounding of activations counts as the identity (straight-through), so this is the product with the effective weight.
     """
-    g = grad.float()
-    total = g.new_zeros(len(g), product.in_features)
+    g = grad.to(gradient_dtype(grad))
+    total = g.new_zeros(len(g), product.in_features, dtype=torch.float32)
     for rows, weight in blocks(operands, product):
-        total.addmm_(g[:, rows], weight)
+        _add_product(total, g[:, rows], weight)
     total = rotated(total, product.rotation)
     if operands.divisor is not None:
         total /= operands.divisor
     if operands.down is not None and operands.up is not None:
-        total.addmm_(g @ operands.up.float(), operands.down.float())
+        _add_product(total, g @ operands.up.to(g.dtype), operands.down)
     return total.to(grad.dtype)
+
+
+def gradient_dtype(grad: Tensor) -> torch.dtype:
+    """Return the dtype of products in the backward pass: that of ``grad`` if the device is fast at it, or float32."""
+    half = grad.dtype in (torch.bfloat16, torch.float16)
+    fast = grad.dtype == torch.bfloat16 and cpu.multiplies_bfloat16() if grad.is_cpu else half
+    return grad.dtype if fast else torch.float32
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a @ b`` to ``total``, computed in the dtype of ``a`` and summed over calls in float32."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b.to(a.dtype))
+    else:
+        total += a @ b.to(a.dtype)
 
 
 KERNEL = Kernel("dequantize", "", lambda: "", lambda product: "", lambda *size: True, run)

@@ -6,6 +6,7 @@ import torch
 
 from hfquant.formats import FORMATS
 from hfquant.kernels import dequantize
+from hfquant.kernels.base import Operands
 from hfquant.layer_config import InputQuant
 from tests.nn.linear_cases import Case, assert_close, cases, forward_by_hand, layer_of, some_input, weight_by_hand
 
@@ -76,5 +77,41 @@ def test_gradient_is_that_of_the_effective_weight(dtype, block, monkeypatch) -> 
         expected = grad.double().numpy() @ weight
         found = dequantize.gradient(grad, operands, layer.product)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=name)
-        half = dequantize.gradient(grad.bfloat16(), operands, layer.product)
-        assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("block", [1, 1 << 19])
+def test_gradient_in_bfloat16(block, fast, monkeypatch) -> None:
+    monkeypatch.setattr(dequantize, "BLOCK", block)
+    monkeypatch.setattr("hfquant.kernels.cpu.multiplies_bfloat16", lambda: fast)
+    for name, case in cases("int4").items():
+        layer, _ = layer_of(case.plan())
+        operands = layer.operands(0, slice(None))
+        grad = torch.randn(5, len(operands.weight)).bfloat16()
+        exact = dequantize.gradient(grad.float(), operands, layer.product).double()
+        found = dequantize.gradient(grad, operands, layer.product)
+        assert found.dtype == torch.bfloat16
+        # Without bfloat16 products, only the result is rounded.
+        error, eps = float((found.double() - exact).norm() / exact.norm()), torch.finfo(torch.bfloat16).eps
+        assert error < (eps if fast else eps / 4), name
+        assert error > eps / 100, name
+
+
+def test_products_of_the_backward_pass_take_the_dtype_that_a_device_is_fast_at(monkeypatch) -> None:
+    halves, wides = [torch.bfloat16, torch.float16], [torch.float32, torch.float64]
+    for fast in (False, True):
+        monkeypatch.setattr("hfquant.kernels.cpu.multiplies_bfloat16", lambda fast=fast: fast)
+        found = {dtype: dequantize.gradient_dtype(torch.ones(1, dtype=dtype)) for dtype in halves + wides}
+        expected = dict.fromkeys(found, torch.float32) | ({torch.bfloat16: torch.bfloat16} if fast else {})
+        assert found == expected
+        elsewhere = [dequantize.gradient_dtype(torch.ones(1, dtype=dtype, device="meta")) for dtype in halves + wides]
+        assert elsewhere == [*halves, torch.float32, torch.float32]
+
+
+def test_blocks_are_larger_where_a_call_costs_more_than_the_cache() -> None:
+    assert dequantize.DEVICE_BLOCK > dequantize.BLOCK
+    layer, _ = layer_of(Case(cases("int8")["channel"].weight, inputs=(1024,), outputs=(2048,)).plan())
+    operands = layer.operands(0, slice(None))
+    away = Operands(*(None if tensor is None else tensor.to("meta") for tensor in operands))
+    assert len(list(dequantize.blocks(operands, layer.product))) == 4
+    assert len(list(dequantize.blocks(away, layer.product))) == 1

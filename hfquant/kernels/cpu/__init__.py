@@ -22,6 +22,8 @@ from hfquant.kernels.cpu.build import INSTRUCTION_SETS, BuildError, load
 
 logger = logging.getLogger(__name__)
 
+#: The instruction set with bfloat16 products.
+BFLOAT16 = "avx512_bf16"
 #: Weight formats that are decoded to floats, with their numbers in job.h.
 DECODED = {"fp8e4m3": 1, "fp8e5m2": 2, "fp16": 3, "bf16": 4, "int16": 5}
 #: Input formats that C++ rounds itself for these weights; :class:`InputRule` quantizes the others.
@@ -48,7 +50,12 @@ def _lacks(number: int) -> str:
     here: int = torch.ops.hfquant_cpu.instruction_sets()
     name = INSTRUCTION_SETS[number]
     # Intel's CPUs have it too, at less than the speed of float32.
-    return "" if here >> number & 1 else f"this CPU has no {'fast ' if name == 'avx512_bf16' else ''}{name}"
+    return "" if here >> number & 1 else f"this CPU has no {'fast ' if name == BFLOAT16 else ''}{name}"
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether bfloat16 products are faster than float32 ones on this CPU."""
+    return BFLOAT16 in INSTRUCTION_SETS and not _lacks(INSTRUCTION_SETS.index(BFLOAT16))
 
 
 def _refuses(product: Product) -> str:
