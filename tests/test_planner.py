@@ -5,8 +5,17 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5EncoderModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    RwkvConfig,
+    RwkvForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
+import hfquant
 import hfquant.planner
 from hfquant import HfQuantConfig, SegPattern, plan
 from hfquant.config import QuantRules
@@ -15,6 +24,7 @@ from hfquant.integrations import model_facts
 from hfquant.integrations.facts import facts_of
 from hfquant.layer_config import LayerConfig
 from hfquant.layer_plan import LayerPlan
+from hfquant.nn.modules import quant_modules
 from hfquant.planner import ModelFacts, Plan, matches, plan_layers
 
 FREE = {"opt": {"type": "default"}, "input_quant": None}
@@ -150,6 +160,20 @@ def test_kept_in_float32() -> None:
     assert list(plan_layers(model, QuantRules(OFF), facts=facts_of(model)).layers) == ["blocks.0.down"]
     assert len(plan(model, OFF).layers) == 5, "only a library's models are asked"
     assert model._keep_in_fp32_modules == ["up"]
+
+
+def test_weights_that_rwkv_changes_when_it_first_runs(tmp_path) -> None:
+    """Also if it has already run, as it has once it generated its own calibration data."""
+    config = RwkvConfig(vocab_size=32, context_length=16, hidden_size=16, num_hidden_layers=2)
+    model = RwkvForCausalLM(config).eval()
+    ids = torch.arange(12)[None]
+    model(ids)
+    hfquant.quantize(model, [{"input_ids": ids}], "w4a16-gptq")
+    changed = [f"rwkv.blocks.{i}.{name}" for i in range(2) for name in ("attention.output", "feed_forward.value")]
+    assert not set(changed) & set(quant_modules(model))
+    assert len(quant_modules(model)) == 10
+    model.save_pretrained(tmp_path)
+    assert torch.equal(RwkvForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(

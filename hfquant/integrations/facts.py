@@ -33,6 +33,7 @@ def facts_of(model: nn.Module) -> ModelFacts:
         if matches([name], keep):
             skips[name] = "in the model's _keep_in_fp32_modules"
     skips.update(dict.fromkeys(_routers(model, experts), "it routes to experts"))
+    skips.update(dict.fromkeys(_rescaled(model), "the model changes its weight when it runs"))
     pairs = (getattr(model, "all_tied_weights_keys", None) or {}).items()
     tied = {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in pairs if k.endswith(".weight")}
     head = _head(model)
@@ -61,6 +62,21 @@ def _routers(model: nn.Module, experts: Mapping[str, ExpertsLayout]) -> list[str
             if isinstance(module, nn.Linear) and module.out_features == count
         ]
     return found
+
+
+def _rescaled(model: nn.Module) -> list[str]:
+    """Return linears whose weights RWKV divides in place, once, before its first inference.
+
+    Dataflow does not show this if the model has already run.
+    """
+    names = ("attention.output", "feed_forward.value")
+    blocks = [
+        f"{name}.blocks.{i}".lstrip(".")
+        for name, module in model.named_modules()
+        if hasattr(module, "layers_are_rescaled")
+        for i in range(len(module.blocks))
+    ]
+    return [f"{block}.{name}" for block in blocks for name in names]
 
 
 def _head(model: nn.Module) -> nn.Module | None:
