@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,34 +87,36 @@ def self_made(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMa
 def _made(model: Any, shapes: dict[str, Any] | None, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
     if shapes is not None and "input_ids" in shapes and shapes.keys() <= _TEXT:
         return _text(model, spec, reader, asked)
-    noise = None if shapes is None else _noise(model, shapes, spec, reader)
-    why = "the inputs of its forward are unknown" if noise is None else _fault(model, noise)
-    writes = _can_write(model) and not _has_encoder(model) and (shapes is None or "input_ids" in shapes)
-    if not writes:
-        if noise is None or why:
+    noise, why = None, "the inputs of its forward are unknown"
+    if shapes is not None:
+        noise, why = _tried(model, "noise", lambda: _noise(model, shapes, spec, reader))
+    if not _can_write(model) or _has_encoder(model) or (shapes is not None and "input_ids" not in shapes):
+        if noise is None:
             raise _cannot(model, why)
         _say(model, f"{counted(noise.spec.samples or 0, 'sample')} of noise", "", asked)
         return noise
     # A language model with image or audio inputs: calibrate on its own text and on noise.
-    text = _text(model, spec, reader, asked)
-    if noise is not None and not why:
+    text, fault = _tried(model, "text", lambda: _text(model, spec, reader, asked))
+    if text is not None and noise is not None:
         return SelfMade([*text.batches, *noise.batches], [*text.held_out, *noise.held_out], text.spec)
-    if _fault(model, text):
-        raise _cannot(model, why)
+    one = text or noise
+    if one is None:
+        raise _cannot(model, f"{why}; {fault}")
     logger.warning(
-        "%s: %s, so it is calibrated on text alone; layers that no text reaches are quantized without data",
-        *(type(model).__name__, why),
+        "%s: %s, so it is calibrated on %s alone; layers that this does not reach are quantized without data",
+        *(type(model).__name__, why or fault, "text" if text else "noise"),
     )
-    return text
+    return one
 
 
-def _fault(model: Any, made: SelfMade) -> str:
-    """Return why the model's forward fails on its own data, "" if it runs."""
+def _tried(model: Any, what: str, make: Callable[[], SelfMade]) -> tuple[SelfMade | None, str]:
+    """Return the data that ``make`` makes, or None and why it cannot be made or the model's forward fails on it."""
     try:
+        made = make()
         forward(model, made.batches[0], options_for(model, ()))
     except Exception as error:  # noqa: BLE001 (whatever the model's own code raises)
-        return f"its forward fails on noise with {type(error).__name__}: {error}"
-    return ""
+        return None, f"it fails on {what} with {type(error).__name__}: {error}"
+    return made, ""
 
 
 def _cannot(model: Any, why: str) -> CalibrationError:
