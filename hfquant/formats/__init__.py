@@ -15,6 +15,7 @@ from hfquant.schema import ConfigError
 __all__ = [
     "FORMATS",
     "MIN_SCALE",
+    "CastFormat",
     "Grid",
     "GridRule",
     "InputRule",

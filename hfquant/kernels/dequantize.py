@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hfquant.formats import expand_columns
+from hfquant.formats import CastFormat, expand_columns
 from hfquant.formats.rotation import rotated
 from hfquant.kernels import cpu
 from hfquant.kernels.base import Kernel, Operands, Product, over_tokens
@@ -33,18 +33,32 @@ def blocks(operands: Operands, product: Product) -> Iterator[tuple[slice, Tensor
 
 @over_tokens
 def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
-    """Return ``x`` [tokens, in] times the weight, [tokens, out], computed in float32."""
+    """Return ``x`` [tokens, in] times the weight, [tokens, out]."""
     raw = x.float()
     values, scale = operands.quantized_input(raw, product)
     if scale is not None:
         values = values * expand_columns(scale, product.segments)
+    values = values.to(_dtype(x, operands, product))
     y = values.new_empty(len(x), len(operands.weight))
     for rows, weight in blocks(operands, product):
+        weight = weight.to(values.dtype)
         if weight.shape[0] == y.shape[1]:
             y = values @ weight.T
         else:
             torch.mm(values, weight.T, out=y[:, rows])
     return operands.added(raw, y).to(x.dtype)
+
+
+def _dtype(x: Tensor, operands: Operands, product: Product) -> torch.dtype:
+    """Return the dtype of the product: float32, but on other devices than CPUs that of ``x`` if little is lost.
+
+    A divided input may not fit float16, bfloat16 would round codes times scales to as few bits as the codes have, and
+    weights of 16 bits are exact in one dtype at most.
+    """
+    form, half = product.weight, x.dtype
+    fits = half == torch.float16 or (half == torch.bfloat16 and product.input is None)
+    exact = form.bits <= 8 or (isinstance(form, CastFormat) and form.dtype == half)
+    return half if fits and exact and operands.divisor is None and not x.is_cpu else torch.float32
 
 
 def gradient(grad: Tensor, operands: Operands, product: Product) -> Tensor:

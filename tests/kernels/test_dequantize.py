@@ -40,6 +40,47 @@ def test_product_in_blocks(dtype, block, monkeypatch) -> None:
                 assert_close(layer(x), *forward_by_hand(plan, tensors, x))
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that seems to be on another device than the CPU."""
+
+    is_cpu = False
+
+
+def test_halves_elsewhere_are_multiplied_as_they_are(monkeypatch) -> None:
+    """Except where that would lose what the formats keep."""
+    multiplied = []
+    blocks = dequantize.blocks
+
+    def noting(*arguments):
+        for rows, weight in blocks(*arguments):
+            weight.to = lambda dtype, w=weight: multiplied.append(dtype) or torch.Tensor.to(w, dtype)
+            yield rows, weight
+
+    monkeypatch.setattr(dequantize, "blocks", noting)
+    wide, half, brain = torch.float32, torch.float16, torch.bfloat16
+    token = InputQuant(dynamic=True, axis=-1)
+    expected = {
+        ("int4", None, half): half, ("int4", None, brain): brain, ("int4", None, wide): wide,
+        ("int4", token, half): half, ("int4", token, brain): wide,
+        ("fp8e4m3", None, brain): brain, ("int16", None, half): wide, ("int16", None, brain): wide,
+        ("fp16", None, half): half, ("fp16", None, brain): wide, ("bf16", None, brain): brain,
+    }  # fmt: skip
+    for (form, quant, dtype), product_dtype in expected.items():
+        layer, _ = layer_of(cases(form)["channel"].plan(quant))
+        operands = layer.operands(0, slice(None))
+        x = some_input(5).to(dtype)
+        exact = dequantize.run(x, operands, layer.product).double()
+        multiplied.clear()
+        found = dequantize.run(x.as_subclass(Elsewhere), operands, layer.product).as_subclass(torch.Tensor)
+        assert found.dtype == dtype
+        assert set(multiplied) == {product_dtype}, (form, quant, dtype)
+        assert (found.double() - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm()
+        divided = operands._replace(divisor=torch.full((layer.in_features,), 0.5))
+        multiplied.clear()
+        dequantize.run(x.as_subclass(Elsewhere), divided, layer.product)
+        assert set(multiplied) == {wide}
+
+
 def test_no_copy_of_the_whole_weight_is_made(monkeypatch) -> None:
     layer, _ = layer_of(Case(cases("int4")["channel"].weight, inputs=(512,), outputs=(4096,)).plan())
     sizes = []
