@@ -17,6 +17,9 @@ from hfquant.statistics import LayerStats
 
 logger = logging.getLogger(__name__)
 
+#: Columns of a triangular matrix that are inverted at a time.
+_PANEL = 256
+
 
 class Gptq(Rounding):
     """Minimize ``(w - q) H (w - q)^T`` greedily for each row w.
@@ -131,14 +134,26 @@ def _inverse_cholesky(h: Tensor, damp: float, act_order: bool) -> tuple[Tensor, 
         h, mean = torch.zeros_like(h), torch.ones_like(mean)
     dead = h.diagonal() == 0
     while damp <= 1.0:
-        damped = h.clone()
+        # Reversed, H is L L^T, so H^-1 is U^T U with U the inverse of L, reversed back. This takes half the time of
+        # inverting H and factorizing the inverse.
+        damped = h.flip(0, 1)
         damped.diagonal().add_(damp * mean)
-        damped.diagonal().masked_fill_(dead, 1.0)
+        damped.diagonal().masked_fill_(dead.flip(0), 1.0)
         factor, info = torch.linalg.cholesky_ex(damped)
         if info == 0:
-            inverse = torch.cholesky_inverse(factor)
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if info == 0 and upper.isfinite().all():
+            upper = _inverse_triangular(factor).flip(0, 1)
+            if upper.isfinite().all():
                 return upper.float(), order
         damp *= 10
     return None
+
+
+def _inverse_triangular(lower: Tensor) -> Tensor:
+    """Return the inverse of a lower triangular matrix, computing only its lower part."""
+    size, inverse = len(lower), torch.zeros_like(lower)
+    for start in range(0, size, _PANEL):
+        width = min(_PANEL, size - start)
+        right = torch.eye(size - start, width, dtype=lower.dtype, device=lower.device)
+        panel = torch.linalg.solve_triangular(lower[start:, start:], right, upper=False)
+        inverse[start:, start : start + width] = panel
+    return inverse

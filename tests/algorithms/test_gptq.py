@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfquant.algorithms.gptq import Gptq
+from hfquant.algorithms.gptq import Gptq, _inverse_cholesky
 from hfquant.formats import FORMATS, Grid, GridRule
 from hfquant.statistics import LayerStats
 
@@ -45,6 +45,17 @@ def row_loss(w: torch.Tensor, w_hat: torch.Tensor, h: torch.Tensor) -> torch.Ten
 
 def gptq(weight: torch.Tensor, h: torch.Tensor, rule: GridRule, **options: object) -> tuple[torch.Tensor, Grid]:
     return Gptq(**options).swept(weight, h, rule, "layer")
+
+
+@pytest.mark.parametrize("panel", [1, 7, 39, 40, 256])
+def test_the_factor_in_panels_of_any_width(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hfquant.algorithms.gptq._PANEL", panel)
+    _, h = problem(1, 40, 400)
+    found = _inverse_cholesky(h, 0.01, act_order=False)
+    assert found is not None
+    damped = h.double().numpy() + 0.01 * h.diagonal().double().mean().item() * np.eye(40)
+    expected = np.linalg.cholesky(np.linalg.inv(damped)).T
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("act_order", [False, True])
