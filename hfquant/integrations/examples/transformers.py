@@ -50,9 +50,12 @@ def _all_rules(model: nn.Module) -> dict[str, Rule]:
         hasattr(model, "text_model") and (hasattr(model, "vision_model") or hasattr(model, "audio_model"))
     )
     if "pixel_values" in s.parameters and _has(s, VISION_CONFIGS):
+        both = {"input_ids": _text_ids, "pixel_values": pixels}
         if two_towers:
-            return rules | {"input_ids": _text_ids, "pixel_values": pixels} | _patch_masks(s)
-        return rules | _with_pictures(s)
+            return rules | both | _patch_masks(s)
+        main = getattr(model, "main_input_name", "")
+        described = main == "pixel_values" and _token(s) is None and not s.field("is_encoder_decoder")
+        return rules | (both if described else _with_pictures(s))
     if two_towers:
         return rules | {n: r for n, r in RULES.items() if n in ("input_features", "input_values", "input_ids")}
     return rules
@@ -211,8 +214,17 @@ def _waveform(s: Sketch) -> Tensor:
     return torch.zeros(BATCH, 4000)
 
 
+def _clips(s: Sketch) -> Tensor:
+    """Return black clips, [batch, frames, channels, height, width]."""
+    made = pixels(s)
+    if made.dim() != 4:
+        return made
+    return made[:, None].repeat(1, _within(s, VISION_CONFIGS).field("num_frames", default=2), 1, 1, 1)
+
+
 def _boxes(s: Sketch) -> Tensor:
-    return torch.zeros(BATCH, TOKENS, 4, dtype=torch.long)
+    """Return boxes of words: indices, or with an encoder and a decoder (UDOP) shares of a page."""
+    return torch.zeros(BATCH, TOKENS, 4, dtype=torch.float32 if s.field("is_encoder_decoder") else torch.long)
 
 
 def _past(s: Sketch) -> Tensor:
@@ -240,7 +252,7 @@ RULES: dict[str, Rule] = {
     "input_ids": _text_ids,
     "decoder_input_ids": _decoder_ids,
     "pixel_values": pixels,
-    "pixel_values_videos": pixels,
+    "pixel_values_videos": _clips,
     "input_features": _features,
     "input_values": _waveform,
     "bbox": _boxes,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import tiny_transformers
 from hfquant.dataflow import twin
 from hfquant.dataflow.trace import trace
 from hfquant.enums import SegPattern as P
@@ -443,3 +444,22 @@ def test_example_inputs_fit_the_forward(name):
     with torch.no_grad():
         assert model(**example_inputs(model)).sample.isfinite().all()
     assert trace(model, example_inputs(model)).keys() == layers_in(model).keys()
+
+
+#: Model types of transformers that need more than one input, and inputs that they must get.
+SEVERAL = {
+    "blip": {"pixel_values": 4, "input_ids": 2},
+    "sam3": {"pixel_values": 4, "input_ids": 2},
+    "udop": {"input_ids": 2, "bbox": 3, "decoder_input_ids": 2},
+    "videoprism": {"pixel_values_videos": 5, "input_ids": 2},
+    "pp_formulanet": {"pixel_values": 4, "decoder_input_ids": 2},
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_models_that_take_several_inputs(kind):
+    model = next(tiny_transformers.small(kind, 150_000_000)).eval()
+    inputs = example_inputs(model)
+    assert {name: value.dim() for name, value in inputs.items()} == SEVERAL[kind]
+    with torch.no_grad():
+        assert model(**inputs) is not None
