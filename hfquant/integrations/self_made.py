@@ -86,6 +86,9 @@ def self_made(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMa
 
 def _made(model: Any, shapes: dict[str, Any] | None, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
     if shapes is not None and "input_ids" in shapes and shapes.keys() <= _TEXT:
+        short = SelfMade([shapes], [], spec)
+        if why := _tried(model, "text", lambda: short)[1]:
+            raise _cannot(model, why)
         return _text(model, spec, reader, asked)
     noise, why = None, "the inputs of its forward are unknown"
     if shapes is not None:

@@ -54,11 +54,17 @@ def _all_rules(model: nn.Module) -> dict[str, Rule]:
         if two_towers:
             return rules | both | _patch_masks(s)
         main = getattr(model, "main_input_name", "")
-        described = main == "pixel_values" and _token(s) is None and not s.field("is_encoder_decoder")
-        return rules | (both if described else _with_pictures(s))
+        return rules | (both if main == "pixel_values" and _reads_apart(s) else _with_pictures(s))
     if two_towers:
         return rules | {n: r for n, r in RULES.items() if n in ("input_features", "input_values", "input_ids")}
+    if "pixel_values" in s.parameters and s.field("image_size") and s.field("patch_size") and _reads_apart(s):
+        return rules | {"pixel_values": pixels}  # ViLT
     return rules
+
+
+def _reads_apart(s: Sketch) -> bool:
+    """Return whether images do not go into a text at its image tokens, nor into an encoder alone."""
+    return _token(s) is None and not s.field("is_encoder_decoder")
 
 
 def _patch_masks(s: Sketch) -> dict[str, Rule]:

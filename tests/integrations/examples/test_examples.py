@@ -452,6 +452,7 @@ SEVERAL = {
     "sam3": {"pixel_values": 4, "input_ids": 2},
     "udop": {"input_ids": 2, "bbox": 3, "decoder_input_ids": 2},
     "videoprism": {"pixel_values_videos": 5, "input_ids": 2},
+    "vilt": {"input_ids": 2, "pixel_values": 4},
     "pp_formulanet": {"pixel_values": 4, "decoder_input_ids": 2},
 }
 
