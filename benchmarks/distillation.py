@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             before, start = subject.score(model), time.process_time()
             teacher = copy.deepcopy(subject.model).to(dtype)
             found = hfquant.distill(model.to(dtype), teacher, data, steps, args.learning_rate)
-            model.float()
+            model.to(torch.float32)
             seconds = time.process_time() - start
             held = {"held out, before": found.before, "held out, after": found.after, "kept": found.kept}
             settings = {"seconds": seconds, "steps": steps, "learning rate": args.learning_rate, "dtype": str(dtype)}
