@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
             model.to(torch.float32)
             seconds = time.process_time() - start
             held = {"held out, before": found.before, "held out, after": found.after, "kept": found.kept}
-            settings = {"seconds": seconds, "steps": steps, "learning rate": args.learning_rate, "dtype": str(dtype)}
+            settings = {"seconds": seconds, "steps": steps, "learning rate": args.learning_rate}
+            settings["dtype"] = str(dtype).removeprefix("torch.")
             rows[row] = {"before": before, "after": subject.score(model), **settings, **held}
             print(row, rows[row], file=sys.stderr, flush=True)
             if args.json:
