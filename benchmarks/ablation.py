@@ -114,6 +114,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w4a4/hfquant": config(GROUP, TOKEN4),
     "w4a4/hfquant-smooth": config(GROUP, TOKEN4, SMOOTH),
     "w4a4/hfquant-svd": config(GROUP, TOKEN4, SVD),
+    "w4a4/hfquant-svdquant": config(GROUP, {**TOKEN4, "segments": 256}, SVD),  # its own format
     "w4a4/hfquant-svd-gptq-mse-asym": config(GROUP, TOKEN4, SVD, GPTQ, clip="mse", symmetric=False),
 }
 

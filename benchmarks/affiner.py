@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.ablation import ABLATION
 from benchmarks.metrics import mean_and_error, psnr
-from hfquant import PRESETS, quantize
+from hfquant import quantize
 from hfquant.affiner import BlockwiseAffiner, load_affiner
 from hfquant.demo import DigitsPipeline, load_digits_pipeline
 
@@ -40,7 +41,7 @@ SETTINGS: dict[str, Any] = {
     "W4A8 w4a8-dynamic": "w4a8-dynamic",
     "W4A8 one scale a tensor, static": rounded({"type": "int4"}, {"type": "int8"}),
     # The last linear has 4 outputs, too few for a branch of rank 32.
-    "W4A4 w4a4-svd": {**PRESETS["w4a4-svd"], "proj_out_2": {"opt": {"type": "default"}}},
+    "W4A4 SVDQuant": {**ABLATION["w4a4/hfquant-svdquant"], "proj_out_2": {"opt": {"type": "default"}}},
     "W4A4 round to nearest": rounded({"type": "int4", "group_size": 64}, {"type": "int4", "axis": -1, "dynamic": True}),
 }
 

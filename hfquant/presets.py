@@ -9,9 +9,8 @@ from typing import Any, cast
 _PARTS = 8
 _INT8_TOKEN = {"type": "int8", "axis": -1, "dynamic": True, "segments": _PARTS}
 _FP8_TOKEN = {"type": "fp8e4m3", "axis": -1, "dynamic": True}
-# One scale per token and 64 channels: the narrowest part, and the granularity of SVDQuant's kernels.
-_INT4_TOKEN = {"type": "int4", "axis": -1, "dynamic": True, "segments": 256}
-_INT4_MOST = {**_INT4_TOKEN, "int8_share": 0.05}
+# One scale per token and 64 channels: the narrowest part.
+_INT4_TOKEN = {"type": "int4", "axis": -1, "dynamic": True, "segments": 256, "int8_share": 0.05}
 # Groups of 32 instead of 64 cut SmolLM2's KL at four bits by a quarter, for 0.19 bits per weight. Keeping a denoiser's
 # last projection, a thousandth of its weights, at INT8 gains 5 to 8 dB.
 _GROUPED = {"symmetric": False, "clip": "mse", "int8_share": 0.01}
@@ -48,7 +47,6 @@ _ROUND = {"opt": {"type": "default"}, "calib": {"type": "amax"}}
 # Rotating blocks of 64 cuts SmolLM2's KL at eight bits by half to three quarters; INT4 inputs need it. Kernels lose 0
 # to 18 % of their speed, the most if few outputs share an input.
 _ROTATED = {"opt": {"type": "hadamard"}, "calib": {"type": "amax"}}
-_SVD = {"opt": {"type": "svd", "low_rank": 32, "alpha": 0.5}, "calib": {"type": "amax"}}
 
 
 def _channel(dtype: str) -> dict[str, Any]:
@@ -89,15 +87,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "w3a16-gptq": {**_GPTQ, "weight_quant": {**_INT4_GROUP, "type": "int3"}, "input_quant": None},
         "w4a8-gptq": {**_FEW_ENDS, **_GPTQ, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
         "w4a8-dynamic": {**_FEW_ENDS, **_ROUND, "weight_quant": _INT4_GROUP, "input_quant": _INT8_TOKEN},
-        "w4a4-gptq": {**_SMOOTH_GPTQ, "weight_quant": _INT4_GROUP, "input_quant": _INT4_MOST},
+        "w4a4-gptq": {**_SMOOTH_GPTQ, "weight_quant": _INT4_GROUP, "input_quant": _INT4_TOKEN},
         "w4a4-dynamic": {
             **_ROUND,
             "opt": {"type": "hadamard"},
             "weight_quant": _INT4_GROUP,
-            "input_quant": _INT4_MOST,
+            "input_quant": _INT4_TOKEN,
         },
-        # SVDQuant's own format; it can be exported for SVDQuant's kernels.
-        "w4a4-svd": {**_SVD, "weight_quant": {"type": "int4", "group_size": 64}, "input_quant": _INT4_TOKEN},
         "fp8": {
             **_ENDS,
             "opt": {"type": "default"},
@@ -111,4 +107,4 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["w4-auto"] = {**PRESETS["w4a16-gptq"], "search": {"budget": "w4a16-gptq", "choices": _SEARCHED_BITS}}
 
 #: Names of removed presets, each with the one to use instead: better, at fewer bits.
-SUCCEEDED = {"w4a8": "w4a8-gptq", "w4a8-svd": "w4a8-gptq"}
+SUCCEEDED = {"w4a8": "w4a8-gptq", "w4a8-svd": "w4a8-gptq", "w4a4-svd": "w4a8-gptq"}

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from benchmarks.models import calibration_text, smollm2, token_batches
 from hfquant import PRESETS, QuantLinear, quantize
 from hfquant.demo import load_digits_pipeline
+from tests.schemes import SVDQUANT
 
 FILE = Path(__file__).with_suffix(".json")
 
 DATA_FREE = ("w8a8-dynamic", "w8a16", "w6a16", "w4a16", "w4a8-dynamic", "fp8-dynamic")
-CALIBRATED = ("w8a8", "w8a8-smooth", "w8a8-gptq", "w6a8-gptq", "w4a16-gptq", "w4a8-gptq", "w4a4-svd", "fp8")
+CALIBRATED = ("w8a8", "w8a8-smooth", "w8a8-gptq", "w6a8-gptq", "w4a16-gptq", "w4a8-gptq", "svdquant", "fp8")
 CASES = (
     *(f"digits/{preset}" for preset in (*DATA_FREE, *CALIBRATED)),
     *(f"smollm2/{preset}" for preset in ("w8a8-dynamic", "w4a16", "w6a16", "fp8-dynamic")),
@@ -39,7 +40,7 @@ def is_data_free(case: str) -> bool:
 def quantized(case: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return a case's model, quantized on fixed data, and the original weights of its linears."""
     kind, _, preset = case.partition("/")
-    config = copy.deepcopy(PRESETS[preset])
+    config = copy.deepcopy({**PRESETS, "svdquant": SVDQUANT}[preset])
     # Use the presets as they were when first recorded, so that preset changes do not require a new recording.
     config["default"].pop("float_share", None)
     if preset in ("w6a8-gptq", "w4a16-gptq", "w4a8-gptq"):
@@ -51,7 +52,7 @@ def quantized(case: str) -> tuple[nn.Module, dict[str, Tensor]]:
     (config["default"]["input_quant"] or {}).pop("segments", None)
     if "group_size" in config["default"]["weight_quant"]:
         config["default"]["weight_quant"] |= {"scale": "float32", "int8_share": 0.0}
-    if preset.endswith("svd"):
+    if preset == "svdquant":
         config["proj_out_2"] = {"opt": {"low_rank": 2}}  # all 4 would leave only noise for the codes
     if kind == "digits":
         model, data = load_digits_pipeline().transformer, _digits_batches()

@@ -109,7 +109,7 @@ def test_callers_dict_is_not_kept_or_changed() -> None:
     assert rules.resolve("b.fc").opt.low_rank == 32
     assert len(rules.default.search_patterns) == 6
     presets = copy.deepcopy(PRESETS)
-    parse("w4a4-svd").raw["default"]["opt"]["alpha"] = 0.9
+    parse("w4a4-gptq").raw["default"]["opt"]["alpha"] = 0.9
     assert presets == PRESETS
 
 
@@ -342,12 +342,12 @@ NEEDS_DATA = {
     "w8a8": True, "w8a8-dynamic": False, "w8a8-smooth": True, "w8a16": False, "w6a16": False, "w4a16": False,
     "w8a8-gptq": True, "w6a16-gptq": True, "w6a8-gptq": True, "w4a16-gptq": True, "w4a8-gptq": True,
     "w3a16-gptq": True,
-    "w4a8-dynamic": False, "w4a4-svd": True, "w4a4-gptq": True, "w4a4-dynamic": False,
+    "w4a8-dynamic": False, "w4a4-gptq": True, "w4a4-dynamic": False,
     "fp8": True, "fp8-dynamic": False, "w4-auto": True,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["w4a8", "w4a8-svd"])
+@pytest.mark.parametrize("name", ["w4a8", "w4a8-svd", "w4a4-svd"])
 def test_presets_that_there_were_name_their_successor(name) -> None:
     with pytest.raises(ConfigError, match=f"preset '{name}' was removed; use 'w4a8-gptq'"):
         parse(name)

@@ -15,6 +15,7 @@ import hfquant
 from hfquant.distillation import _attach, _divergence
 from hfquant.nn.modules import quant_modules
 from tests.integrations import small_models
+from tests.schemes import SVDQUANT
 
 WIDTH = 64
 INT3 = {"default": {"weight_quant": {"type": "int3", "group_size": 32}, "input_quant": None, "opt": {"type": "smooth"}}}
@@ -90,7 +91,8 @@ def test_what_is_reported_is_what_the_model_gives():
 @pytest.mark.parametrize(
     "config",
     [
-        *("w4a16-gptq", "w4a16", "w8a8", "w8a8-dynamic", "w8a8-smooth", "w4a4-svd", "fp8-dynamic"),
+        *("w4a16-gptq", "w4a16", "w8a8", "w8a8-dynamic", "w8a8-smooth", "fp8-dynamic"),
+        pytest.param(SVDQUANT, id="svdquant"),
         {"default": {"weight_quant": {"type": "fp16"}, "input_quant": None, "opt": {"type": "default"}}},
         {"default": {"weight_quant": {"type": "int8", "axis": -1}, "input_quant": {"type": "int8"}}},
     ],

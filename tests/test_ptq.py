@@ -18,6 +18,7 @@ import hfquant
 from hfquant import CalibrationError, QuantLinear, dequantize, ptq, quantize
 from hfquant.integrations.checkpoint import needs_no_data
 from hfquant.nn.modules import quant_linears
+from tests.schemes import SVDQUANT
 
 STATIC = {"default": {"opt": {"type": "default"}, "weight_quant": {"type": "int8", "axis": -1}}}
 FULL = {
@@ -427,7 +428,7 @@ def test_groups_may_end_short_and_ranks_are_cut(caplog: pytest.LogCaptureFixture
     x = torch.randn(64, 100)
     exact = model(x).detach()
     with caplog.at_level(logging.INFO, "hfquant"):
-        quantize(model, [x], "w4a4-svd")
+        quantize(model, [x], SVDQUANT)
     plans = [layer.plan for layer in model]
     assert [p.columns for p in plans] == [(64, 36), (64, 6)]
     assert [p.transform.low_rank for p in plans] == [32, 2]

@@ -12,6 +12,7 @@ import hfquant
 from hfquant.layer_plan import LayerPlan, layer_plan
 from hfquant.nn.linear import QuantLinear
 from hfquant.remedies import LADDER, likely_cause
+from tests.schemes import SVDQUANT
 
 ROWS = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 
@@ -50,7 +51,7 @@ TOKEN, EIGHT, FLOAT_INPUTS = LADDER
             {EIGHT: "default/amax int8 g32 int8 token", FLOAT_INPUTS: "default/amax int8 g32 float"},
         ),
         ("w4a16-gptq", {EIGHT: "default/amax int8 g32 float"}),
-        ("w4a4-svd", {EIGHT: "default/amax int8 g64 int8 token", FLOAT_INPUTS: "default/amax int8 g64 float"}),
+        (SVDQUANT, {EIGHT: "default/amax int8 g64 int8 token", FLOAT_INPUTS: "default/amax int8 g64 float"}),
         (
             "fp8",
             {

@@ -138,7 +138,7 @@ def test_speed_has_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert speed.COMPILED in speed.ROWS
 
 
-@pytest.mark.parametrize("preset", ["w8a8", "w4a16-gptq", "w4a4-svd"])
+@pytest.mark.parametrize("preset", ["w8a8", "w4a16-gptq", "w4a4-gptq"])
 def test_rows_run_the_presets_on_codes_and_share_the_rest(preset: str) -> None:
     subject = speed.QUICK["SmolLM2"]()
     rows = {name: speed.ROWS[name] for name in ("fp32", f"hfquant {preset}")}

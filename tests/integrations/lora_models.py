@@ -18,24 +18,18 @@ from hfquant.integrations.adapters import LoraQuantLinear
 from hfquant.nn.modules import quant_linears
 from tests.integrations import lora_pipelines, small_models
 from tests.integrations.small_models import inputs_of
+from tests.schemes import SVDQUANT
 
 MODELS = {"llama": small_models.llama, "flux": small_models.flux, "sana": lora_pipelines.sana}
 
-
-#: A branch with the preset's rank would capture nearly all of these small weights.
-NARROW = {"w4a4-svd": 2}
-
-
-def recipe(preset: str) -> dict[str, Any]:
-    config = copy.deepcopy(PRESETS[preset])
-    if preset in NARROW:
-        config["default"]["opt"]["low_rank"] = NARROW[preset]
-    return config
+CONFIGS = {**PRESETS, "svdquant": copy.deepcopy(SVDQUANT)}
+# A branch of rank 32 would capture nearly all of these small weights.
+CONFIGS["svdquant"]["default"]["opt"]["low_rank"] = 2
 
 
 def quantized(name: str, preset: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     model = MODELS[name]().to(dtype)
-    return hfquant.quantize(model, [inputs_of(model)], recipe(preset))
+    return hfquant.quantize(model, [inputs_of(model)], copy.deepcopy(CONFIGS[preset]))
 
 
 def targets_of(model: nn.Module) -> list[str]:

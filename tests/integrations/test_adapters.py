@@ -69,7 +69,7 @@ def test_options_do_what_they_do_on_the_dequantized_model(option: str, preset: s
     assert all(torch.equal(v, state[k]) for k, v in ours.state_dict().items())
 
 
-@pytest.mark.parametrize(("preset", "dtype"), [("w8a8-dynamic", torch.float16), ("w4a4-svd", torch.bfloat16)])
+@pytest.mark.parametrize(("preset", "dtype"), [("w8a8-dynamic", torch.float16), ("svdquant", torch.bfloat16)])
 def test_adapters_on_models_of_half_precision(preset: str, dtype: torch.dtype) -> None:
     model = quantized("llama", preset, dtype)
     inputs = inputs_of(model)
@@ -92,7 +92,7 @@ def test_adapters_on_models_of_half_precision(preset: str, dtype: torch.dtype) -
 
 
 def test_saved_adapters_load_on_the_saved_model(tmp_path) -> None:
-    model = quantized("llama", "w4a4-svd")
+    model = quantized("llama", "svdquant")
     inputs = inputs_of(model)
     model.save_pretrained(tmp_path / "model")
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))

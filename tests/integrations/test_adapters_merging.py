@@ -77,7 +77,7 @@ def effective_by_hand(plan: Any, tensors: dict[str, Tensor]) -> np.ndarray:
     return weight
 
 
-@pytest.mark.parametrize(("name", "preset"), [("llama", "w8a8"), ("llama", "fp8"), ("flux", "w4a4-svd")])
+@pytest.mark.parametrize(("name", "preset"), [("llama", "w8a8"), ("llama", "fp8"), ("flux", "svdquant")])
 def test_merged_models_run_and_unmerge_exactly(name: str, preset: str) -> None:
     model = quantized(name, preset)
     inputs = inputs_of(model)

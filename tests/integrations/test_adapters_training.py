@@ -124,7 +124,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
 
 
 def test_preparing_for_kbit_training_keeps_codes_and_scales(recwarn) -> None:
-    model = quantized("llama", "w4a4-svd", torch.bfloat16)
+    model = quantized("llama", "svdquant", torch.bfloat16)
     state = copy.deepcopy(model.state_dict())
     prepare_model_for_kbit_training(model)
     assert model.model.norm.weight.dtype == torch.float32

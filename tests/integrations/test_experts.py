@@ -26,6 +26,7 @@ from hfquant.integrations.sharing.facts import of_models
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.modules import quant_modules
 from tests.integrations.mixtures import MIXTURES, Sizes, mixture, nucleus, nucleus_inputs, tokens
+from tests.schemes import SVDQUANT
 
 GOAL = ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM", "OlmoeForCausalLM"]
 
@@ -139,8 +140,8 @@ def model_weight(experts: QuantExperts, projection: str, number: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["GptOssForCausalLM", "Qwen3MoeForCausalLM"])
-@pytest.mark.parametrize("preset", ["w8a8", "w4a16-gptq", "w4a4-svd"])
-def test_calibrated(name: str, preset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["w8a8", "w4a16-gptq", pytest.param(SVDQUANT, id="svdquant")])
+def test_calibrated(name: str, preset: str | dict[str, Any], tmp_path: Path) -> None:
     """In bf16, with and without transposed weights and biases: one report per expert; sharded, reloaded bit for bit."""
     model = mixture(name, torch.bfloat16)
     data = [{"input_ids": tokens(4, 60, seed)} for seed in range(3)]

@@ -48,6 +48,7 @@ import hfquant
 from hfquant import PRESETS, HfQuantConfig
 from hfquant.nn.conv import QuantConv
 from hfquant.nn.modules import quant_linears
+from tests.schemes import SVDQUANT
 
 
 def preset(name: str, *include: str) -> dict[str, Any]:
@@ -197,10 +198,10 @@ def test_unets(name: str, scheme: str, at_least: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a16-gptq", "w4a4-svd"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16-gptq", pytest.param(SVDQUANT, id="svdquant")])
 @pytest.mark.parametrize("per_layer_mode", [False, True])
 @torch.no_grad()
-def test_a_calibrated_unet(scheme: str, per_layer_mode: bool, tmp_path: Path) -> None:
+def test_a_calibrated_unet(scheme: str | dict[str, Any], per_layer_mode: bool, tmp_path: Path) -> None:
     model: Any = tiny_unet().eval()
     data = [denoiser_inputs(16) for _ in range(2)]
     plain, exact = copy.deepcopy(model), model(**data[0])[0]

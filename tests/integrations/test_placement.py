@@ -21,6 +21,7 @@ from hfquant.offload import on_disk
 from hfquant.planner import plan_layers
 from tests.integrations import small_models
 from tests.integrations.small_models import assert_same, inputs_of, outputs
+from tests.schemes import SVDQUANT
 
 INT4 = {
     "default": {"opt": {"type": "default"}, "weight_quant": {"type": "int4", "axis": -1}, "input_quant": None},
@@ -77,7 +78,7 @@ def quantized(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPa
         """Return the config, the quantized checkpoint, and the model in memory."""
         if (name, preset, dtype) not in made:
             inputs = inputs_as(dtype, inputs_of((small_models.DIFFUSERS | small_models.TRANSFORMERS)[name]()))
-            config = HfQuantConfig(INT4 if preset == "int4" else preset)
+            config = HfQuantConfig({"int4": INT4, "svdquant": SVDQUANT}.get(preset, preset))
             config.calibration = [inputs] if config.needs_data else None
             model = load(name, checkpoint(name), dtype, quantization_config=config)
             folder = tmp_path_factory.mktemp(f"{name}-{preset}")
@@ -88,8 +89,8 @@ def quantized(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     return get
 
 
-FAST = [("flux", "w8a16"), ("unet", "w4a4-svd"), ("llama", "int4"), ("vit", "fp8")]
-PRESETS = ("w8a16", "int4", "w4a4-svd", "fp8")
+FAST = [("flux", "w8a16"), ("unet", "svdquant"), ("llama", "int4"), ("vit", "fp8")]
+PRESETS = ("w8a16", "int4", "svdquant", "fp8")
 SLOW = [(name, preset) for name in ("flux", "unet", "llama", "vit", "sd3") for preset in PRESETS]
 
 
@@ -237,7 +238,7 @@ def test_scales_of_a_bfloat16_model_count_as_they_are(quantized, tmp_path):
 @pytest.mark.parametrize("name", ["unet", "llama"])
 def test_offloaded_by_accelerate(name, buffers, offload, quantized, tmp_path):
     """As a pipeline's sequential offload does to each of its models."""
-    _, folder, expected = quantized(name, "w4a4-svd" if name == "unet" else "int4", torch.bfloat16)
+    _, folder, expected = quantized(name, "svdquant" if name == "unet" else "int4", torch.bfloat16)
     inputs = inputs_of(expected)
     model = load(name, folder, torch.bfloat16)
     kwargs = {"offload_dir": tmp_path} if offload is disk_offload else {}
@@ -248,7 +249,7 @@ def test_offloaded_by_accelerate(name, buffers, offload, quantized, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "to_disk"), [("block_level", False), ("leaf_level", True)])
-@pytest.mark.parametrize(("name", "preset"), [("flux", "w8a16"), ("unet", "w4a4-svd")])
+@pytest.mark.parametrize(("name", "preset"), [("flux", "w8a16"), ("unet", "svdquant")])
 def test_group_offload(name, preset, kind, to_disk, quantized, tmp_path):
     _, folder, expected = quantized(name, preset, torch.bfloat16)
     inputs = inputs_of(expected)

@@ -19,6 +19,7 @@ from hfquant.integrations.compat import NEEDS_HFQUANT
 from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
 from tests.integrations.small_models import assert_same, outputs, sqnr, transformers_inputs
+from tests.schemes import SVDQUANT
 
 DATA_FREE = [name for name in PRESETS if not HfQuantConfig(name).needs_data]
 WEIGHT_ONLY = {"opt": {"type": "default"}, "calib": {"type": "amax"}, "input_quant": None}
@@ -345,7 +346,7 @@ def test_pre_quantized_models_are_offloaded_to_disk(name, checkpoint, tmp_path):
 
 def test_low_rank_models_are_bit_identical_after_reload(checkpoint, tmp_path):
     model = LlamaForCausalLM.from_pretrained(
-        checkpoint("llama"), quantization_config=HfQuantConfig("w4a4-svd", calibration=[ids()])
+        checkpoint("llama"), quantization_config=HfQuantConfig(SVDQUANT, calibration=[ids()])
     )
     for layer in quant_linears(model).values():
         assert layer.svd_up.is_contiguous()

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hfquant
 from hfquant.demo import load_digits_pipeline
 from hfquant.recipes.run import save
+from tests.schemes import SVDQUANT
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +20,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "digits"
     pipe = load_digits_pipeline()
     labels = [{"class_labels": [i, i + 5]} for i in range(3)]
-    hfquant.quantize_pipeline(pipe, labels, "w4a4-svd", num_inference_steps=4)
+    hfquant.quantize_pipeline(pipe, labels, SVDQUANT, num_inference_steps=4)
     save(pipe, folder)
     return folder
 

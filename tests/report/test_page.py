@@ -123,7 +123,7 @@ class TestOverrides:
 
     def test_it_is_an_entry_that_a_config_takes(self, report):
         for bad in worst(report.models["transformer"].layers):
-            hfquant.HfQuantConfig({**hfquant.PRESETS["w4a4-svd"], **json.loads(override(bad))})
+            hfquant.HfQuantConfig({**hfquant.PRESETS["w4a4-gptq"], **json.loads(override(bad))})
 
     def test_the_worst_are_those_with_the_least_signal(self):
         layers = [layer("a", 9.0), layer("b", None), layer("c", 3.0), layer("d", float("inf")), layer("e", 5.0)]
