@@ -23,11 +23,16 @@ from benchmarks.tiny import built
 #: Largest value of an int in a config, by the first pattern that matches its name.
 DEPTHS: dict[str, int] = {
     r"feat_extract_layers$": 100,  # as many as there are convolutions
-    r"vocab_size$": 256,
+    r"vocab_size(_per_layer_input)?$": 256,
     r"(num_.*layers|n_layers?|depth|n_layer|encoder_layers|decoder_layers|num_blocks|^layers)$": 2,
     r"(max_position_embeddings|n_positions|max_source_positions|max_target_positions)": 128,
 }
 SIZES: dict[str, int] = DEPTHS | {
+    r"mamba_(d_head|head_dim)$": 32,
+    r"(attn|expert)_layer_period$": 2,
+    r"(attn|expert)_layer_offset$": 1,
+    r"n_groups$": 2,
+    r"tokens_per_image$": 4,
     r"(key_value_heads|kv_heads)$": 2,
     r"(heads?|n_head)$": 4,
     r"(head_dim|rotary_dim|d_kv|d_head|attention_head_size|kv_channels)$": 16,
@@ -49,10 +54,14 @@ FULL_HEADS = {pattern: size for pattern, size in SIZES.items() if "head" not in 
 TASKS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION", "CTC")
 #: Lists in a config that have one entry per layer.
 PER_LAYER = ("layer_types", "mlp_layer_types")
+#: Model types that rotate parts of each head by time, height and width, as wide as in their published sizes by default.
+MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "glm4v", "glm_ocr", "glm_image", "paddleocr_vl")
 #: Arguments that a config's class requires.
 WANTED: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
+    "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "informer": {"prediction_length": 4},
@@ -92,10 +101,10 @@ def _configs(kind: str) -> list[Callable[[], PreTrainedConfig]]:
     whole = partial(cls, **wanted)
 
     def given(sizes: Mapping[str, int]) -> PreTrainedConfig:
-        return cls(**cuts(whole(), sizes) | wanted)
+        return fitted(cls(**cuts(whole(), sizes) | wanted), whole())
 
     def changed(sizes: Mapping[str, int]) -> PreTrainedConfig:
-        return cut(whole(), sizes)
+        return fitted(cut(whole(), sizes), whole())
 
     return [*(partial(how, sizes) for sizes in (SIZES, FULL_HEADS, DEPTHS) for how in (given, changed)), whole]
 
@@ -112,15 +121,33 @@ def cuts(config: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def cut(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedConfig:
-    """Shrink a config in place; lists with one entry per layer are cut to the number of layers."""
+    """Shrink a config in place."""
     for key, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
             cut(value, sizes)
         elif (smaller := _smaller(key, value, sizes)) is not None:
             setattr(config, key, smaller)
+    return config
+
+
+def fitted(config: PreTrainedConfig, whole: PreTrainedConfig) -> PreTrainedConfig:
+    """Make lists in a shrunk config fit its sizes, in place: layer kinds, parts of rotations, shapes of images."""
+    for key, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig) and hasattr(whole, key):
+            fitted(value, getattr(whole, key))
     for key in PER_LAYER:
-        if isinstance(kinds := getattr(config, key, None), list):
-            setattr(config, key, kinds[: config.num_hidden_layers])
+        if isinstance(kinds := getattr(whole, key, None), list) and getattr(config, "num_hidden_layers", 0):
+            count = config.num_hidden_layers
+            different = list(dict.fromkeys(kinds))[:count]  # as many kinds as possible
+            setattr(config, key, kinds if count >= len(kinds) else [*kinds[: count - len(different)], *different])
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and ("mrope_section" in rope or config.model_type.startswith(MROPE)):
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        half = int(width * rope.get("partial_rotary_factor", 1)) // 2
+        rope["mrope_section"] = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+    if isinstance(getattr(config, "image_grid_pinpoints", None), list):
+        size = config.vision_config.image_size
+        config.image_grid_pinpoints = [[size, size], [size, 2 * size]]
     return config
 
 

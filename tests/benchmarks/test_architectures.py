@@ -42,6 +42,15 @@ def test_a_class_that_wants_its_widths_is_cut_in_depth() -> None:
     assert model.config.embed_dim == 96
 
 
+def test_lists_in_a_small_config_fit_its_sizes() -> None:
+    config = next(tiny_transformers.small("qwen2_vl", 10**8)).config.text_config
+    assert 2 * sum(config.rope_parameters["mrope_section"]) == config.hidden_size // config.num_attention_heads
+    config = next(tiny_transformers.small("qwen3_next", 10**8)).config
+    assert config.layer_types == ["linear_attention", "full_attention"]
+    config = next(tiny_transformers.small("llava_next", 10**8)).config
+    assert max(config.image_grid_pinpoints) == [32, 64] == [config.vision_config.image_size, 64]
+
+
 def test_what_a_failure_is_counted_as(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checked("no such type", "w4a16").startswith(NOT_BUILT)
     one = LIBRARIES["transformers"]._replace(small=lambda kind, most: islice(tiny_transformers.small(kind, most), 1))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,37 +100,83 @@ def _with_pictures(s: Sketch) -> dict[str, Rule]:
 
 def _pictures(s: Sketch) -> tuple[dict[str, Any], int] | None:
     """Return the inputs of a vision tower, one image per sample, and the number of text tokens per image."""
+    for pictures in _layouts(s):
+        if count := _features_per_image(s.model, pictures):
+            return pictures, count
     vision = _within(s, VISION_CONFIGS)
-    if "image_grid_thw" in s.parameters:  # Qwen-VL and its kin: patches of all images in one row
-        merge = vision.field("spatial_merge_size", default=s.field("spatial_merge_size", default=2))
-        side = 2 * merge
-        patch, frames = vision.need("patch_size"), vision.field("temporal_patch_size", default=1)
-        channels = vision.field("in_channels", "in_chans", "num_channels", default=3)
-        flat = torch.zeros(BATCH * side * side, channels * frames * patch * patch)
-        return {"pixel_values": flat, "image_grid_thw": torch.tensor([[1, side, side]] * BATCH)}, (side // merge) ** 2
     size, patch = vision.field("image_size"), vision.field("patch_size")
     if not isinstance(size, int) or not isinstance(patch, int):
         return None
-    image = pixels(s)
-    patches = (size // patch) ** 2
-    name = type(s.config).__name__
-    if name.startswith(("Idefics3", "SmolVLM")):  # tiles; all-zero tiles would count as padding
-        return {"pixel_values": 1 + image[:, None]}, patches // s.field("scale_factor", default=2) ** 2
-    if name.startswith("Gemma3"):
-        return {"pixel_values": image}, s.need("mm_tokens_per_image")
-    if name.startswith("Mistral3"):
-        merged = patches // s.field("spatial_merge_size", default=2) ** 2
-        return {"pixel_values": image, "image_sizes": torch.tensor([[size, size]] * BATCH)}, merged
-    if name.startswith("LlavaNext"):  # the whole image, then one tile, with one token per row end
-        tiles = torch.zeros(BATCH, 2, *image.shape[1:])
-        rows = size // patch
-        tokens = 2 * patches + rows
-        return {"pixel_values": tiles, "image_sizes": torch.tensor([[size, size]] * BATCH)}, tokens
-    if name.startswith("InternVL"):
-        return {"pixel_values": image}, int(patches * s.field("downsample_ratio", default=0.5) ** 2)
-    queries = s.field("num_query_tokens", "image_seq_length" if name.startswith("Blip") else "num_query_tokens")
-    whole = s.field("vision_feature_select_strategy") == "full"
-    return {"pixel_values": image}, queries or patches + (1 if whole else 0)
+    names = ("num_query_tokens", *(("image_seq_length",) if type(s.config).__name__.startswith("Blip") else ()))
+    return {"pixel_values": pixels(s)}, s.field(*names) or (size // patch) ** 2
+
+
+def _layouts(s: Sketch) -> Iterator[dict[str, Any]]:
+    """Yield what a vision tower may take: patches of all images in one row, images, or images in tiles."""
+    vision = _within(s, VISION_CONFIGS)
+    if "image_grid_thw" in s.parameters:  # Qwen-VL and its kin
+        merge = vision.field("spatial_merge_size", default=s.field("spatial_merge_size", default=2))
+        side, patch = 2 * merge, vision.need("patch_size")
+        frames = vision.field("temporal_patch_size", default=1)
+        channels = vision.field("in_channels", "in_chans", "num_channels", default=3)
+        grid: dict[str, Any] = {"image_grid_thw": torch.tensor([[1, side, side]] * BATCH)}
+        if "image_merge_sizes" in s.parameters:
+            grid["image_merge_sizes"] = torch.tensor([merge] * BATCH)
+        count = BATCH * side * side
+        yield {"pixel_values": torch.zeros(count, channels * frames * patch * patch), **grid}
+        yield {"pixel_values": torch.zeros(count, channels, patch, patch), **grid}
+        return
+    if "image_position_ids" in s.parameters:  # Gemma 4: patches of each image, and where they are
+        axis = torch.arange(2 * vision.field("pooling_kernel_size", default=1))
+        places = torch.cartesian_prod(axis, axis).expand(BATCH, -1, -1).clone()
+        patches = torch.zeros(*places.shape[:2], 3 * vision.need("patch_size") ** 2)
+        yield {"pixel_values": patches, "image_position_ids": places}
+    image, more = pixels(s), {name: rule(s) for name, rule in _patch_masks(s).items()}
+    if "qformer_input_ids" in s.parameters:
+        more["qformer_input_ids"] = _qformer_ids(s)
+    if "high_res_pixel_values" in s.parameters:
+        more["high_res_pixel_values"] = pixels(_within(s, ("high_res_vision_config",)))
+    yield {"pixel_values": image, **more}
+    if "image_sizes" in s.parameters:
+        more["image_sizes"] = torch.tensor([image.shape[-2:]] * BATCH)
+        yield {"pixel_values": image, **more}
+    tile = 1 + image[:, None]  # some classes take all-zero tiles for padding
+    for tiles in (1, 2, 3):
+        yield {"pixel_values": tile.repeat(1, tiles, 1, 1, 1), **more}
+    if "pixel_attention_mask" in s.parameters:  # of tiles, in Granite Docling
+        yield {"pixel_values": tile, "pixel_attention_mask": torch.ones(BATCH, 1, dtype=torch.bool), **more}
+
+
+class _VisionTower(nn.Module):
+    """The part of a vision-language model that makes features of images; counts them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.count = model, 0
+
+    def forward(self, **inputs: Any) -> None:
+        made = self.model.get_image_features(**inputs)  # type: ignore[operator]
+        made = getattr(made, "pooler_output", made)
+        self.count = sum(t.numel() // t.shape[-1] for t in (made if isinstance(made, list | tuple) else [made]))
+
+
+def _features_per_image(model: nn.Module, pictures: dict[str, Any]) -> int | None:
+    """Return how many features a model makes of each image; None if it has no such method or does not take these."""
+    from hfquant.dataflow.twin import PatternError, run_twin  # here, because tracing offers example inputs
+
+    model = model if hasattr(model, "get_image_features") else getattr(model, "base_model", model)
+    method: Any = getattr(model, "get_image_features", None)
+    if method is None:
+        return None
+    known = inspect.signature(method).parameters
+    all_known = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    given = {name: value for name, value in pictures.items() if all_known or name in known}
+    try:
+        run, _ = run_twin(_VisionTower(model), given, nullcontext)
+    except PatternError:
+        return None
+    count = cast(_VisionTower, run.enter_result).count
+    return None if count % BATCH else count // BATCH
 
 
 def _token(s: Sketch) -> int | None:
@@ -189,6 +237,11 @@ def pixels(s: Sketch) -> Tensor:
     frames = vision.field("num_frames", "frames_per_clip")
     clip = frames is not None and s.field("tubelet_size", "num_frames") is not None
     return torch.zeros(BATCH, *((frames,) if clip else ()), channels, *_size(vision))
+
+
+def _qformer_ids(s: Sketch) -> Tensor:
+    """Return token ids for a querying transformer (InstructBLIP)."""
+    return ids(_within(s, ("qformer_config",)).need("vocab_size"), BATCH, TOKENS)
 
 
 def _features(s: Sketch) -> Tensor:
@@ -267,6 +320,7 @@ RULES: dict[str, Rule] = {
 
 NEEDED_RULES: dict[str, Rule] = RULES | {
     "attention_mask": lambda s: torch.ones(BATCH, TOKENS, dtype=torch.long),
+    "qformer_input_ids": _qformer_ids,
     "pixel_attention_mask": _patch_mask,
     "spatial_shapes": _shapes,
     "past_time_features": _time_features,

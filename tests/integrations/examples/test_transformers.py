@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch import nn
 
+from benchmarks import tiny_transformers
 from hfquant.dataflow.trace import trace
 from hfquant.integrations.examples import example_inputs
 from hfquant.nn.kinds import layers_in
@@ -46,6 +47,23 @@ def test_inputs_fit_real_weights_in_their_dtype(name):
     assert all(v.dtype == torch.bfloat16 for v in example.values() if v.is_floating_point())
     with torch.no_grad():
         model(**example)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("aya_vision", "cohere2_vision", "gemma4", "got_ocr2", "granite_docling", "idefics2", "lfm2_vl"),
+        *("lighton_ocr", "llava_next", "llava_onevision", "paddleocr_vl", "qwen2_vl", "video_llama_3"),
+    ],
+)
+def test_a_text_has_a_token_for_each_feature_of_its_image(kind):
+    """Otherwise the forward fails. How many there are depends on merging, pooling, tiles, separators ..."""
+    model = next(tiny_transformers.small(kind, 10**8))
+    example = example_inputs(model)
+    assert "pixel_values" in example
+    with torch.no_grad():
+        model(**example)
+    assert any("vision" in name or "visual" in name for name in trace(model, example))
 
 
 class Own(transformers.PreTrainedModel):
