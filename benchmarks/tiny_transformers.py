@@ -135,9 +135,9 @@ def fitted(config: PreTrainedConfig, whole: PreTrainedConfig) -> PreTrainedConfi
     for key, value in vars(config).items():
         if isinstance(value, PreTrainedConfig) and hasattr(whole, key):
             fitted(value, getattr(whole, key))
+    count = getattr(config, "num_hidden_layers", 0)
     for key in PER_LAYER:
-        if isinstance(kinds := getattr(whole, key, None), list) and getattr(config, "num_hidden_layers", 0):
-            count = config.num_hidden_layers
+        if isinstance(kinds := vars(whole).get(key), list) and count:
             different = list(dict.fromkeys(kinds))[:count]  # as many kinds as possible
             setattr(config, key, kinds if count >= len(kinds) else [*kinds[: count - len(different)], *different])
     rope = getattr(config, "rope_parameters", None)

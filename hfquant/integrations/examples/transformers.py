@@ -78,9 +78,9 @@ def _patch_masks(s: Sketch) -> dict[str, Rule]:
 
 def _with_pictures(s: Sketch) -> dict[str, Rule]:
     """Return the rules for a vision-language model's text with images in it, or none if these are unknown."""
-    made = _pictures(s)
     token = _token(s)
-    if made is None or token is None:
+    made = None if token is None else _pictures(s)
+    if token is None or made is None:
         return {}
     pictures, count = made
     text = [t for t in range(TOKENS + 1) if t != token][:TOKENS]
@@ -171,12 +171,14 @@ def _features_per_image(model: nn.Module, pictures: dict[str, Any]) -> int | Non
     known = inspect.signature(method).parameters
     all_known = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     given = {name: value for name, value in pictures.items() if all_known or name in known}
-    try:
-        run, _ = run_twin(_VisionTower(model), given, nullcontext)
-    except PatternError:
-        return None
-    count = cast(_VisionTower, run.enter_result).count
-    return None if count % BATCH else count // BATCH
+    for fake in (True, False):  # how many there are may depend on the values of grids and sizes
+        try:
+            run, _ = run_twin(_VisionTower(model), given, nullcontext, fakes=(fake,))
+        except PatternError:
+            continue
+        count = cast(_VisionTower, run.enter_result).count
+        return None if count % BATCH else count // BATCH
+    return None
 
 
 def _token(s: Sketch) -> int | None:
