@@ -5,10 +5,10 @@
 
 SmolLM2 is quantized with the calibration data of :mod:`benchmarks.quality` and distilled on 96 windows that the model
 generated itself (kept in `.models`). With `--text broad` there is a fresh window for each step: up to a quarter of them
-its own text, the rest from package READMEs and docstrings. Every fourth window, at most 32 in all, is held out. It is
-scored on the dataset descriptions, in float32, whatever `--dtype` it was trained in. The digits are distilled on the
-inputs recorded for calibration in :mod:`benchmarks.quality`, in batches of eight in random order. Rows that the JSON
-file already has are kept.
+its own text, the rest from READMEs and docstrings of the installed packages. Every fourth window, at most 32 in all, is
+held out. It is scored on the dataset descriptions, in float32, whatever `--dtype` it was trained in. The digits are
+distilled on the inputs recorded for calibration in :mod:`benchmarks.quality`, in batches of eight in random order. Rows
+that the JSON file already has are kept.
 """
 
 from __future__ import annotations

