@@ -79,8 +79,7 @@ def _patch_masks(s: Sketch) -> dict[str, Rule]:
 def _with_pictures(s: Sketch) -> dict[str, Rule]:
     """Return the rules for a vision-language model's text with images in it, or none if these are unknown."""
     token = _token(s)
-    made = None if token is None else _pictures(s)
-    if token is None or made is None:
+    if token is None or (made := _pictures(s)) is None:
         return {}
     pictures, count = made
     text = [t for t in range(TOKENS + 1) if t != token][:TOKENS]
@@ -107,8 +106,7 @@ def _pictures(s: Sketch) -> tuple[dict[str, Any], int] | None:
     size, patch = vision.field("image_size"), vision.field("patch_size")
     if not isinstance(size, int) or not isinstance(patch, int):
         return None
-    names = ("num_query_tokens", *(("image_seq_length",) if type(s.config).__name__.startswith("Blip") else ()))
-    return {"pixel_values": pixels(s)}, s.field(*names) or (size // patch) ** 2
+    return {"pixel_values": pixels(s)}, s.field("num_query_tokens", default=(size // patch) ** 2)  # a guess
 
 
 def _layouts(s: Sketch) -> Iterator[dict[str, Any]]:
