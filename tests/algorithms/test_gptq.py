@@ -57,7 +57,7 @@ def test_the_factor_in_panels_of_any_width(panel: int, monkeypatch: pytest.Monke
     damped = h.double().numpy() + 0.01 * h.diagonal().double().mean().item() * np.eye(40)
     damped[3, 3] = 1
     expected = np.linalg.cholesky(np.linalg.inv(damped)).T
-    np.testing.assert_allclose(found[0], expected, rtol=1e-6, atol=1e-12 * np.abs(expected).max())
+    np.testing.assert_allclose(found[0], expected, rtol=2e-7, atol=1e-12 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("act_order", [False, True])
