@@ -44,15 +44,22 @@ def launch(count: int, argument: str, timeout: int = 600) -> subprocess.Complete
     command += ["--num_processes", str(count), "--main_process_port", "0", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "-m", "tests.distributed_job", argument]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
+    with subprocess.Popen(
         command,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        timeout=timeout,
-        check=False,
         cwd=Path(__file__).parents[1],
-    )
+    ) as running:
+        try:
+            out, errors = running.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            # Not kill(): the launcher ends its processes, which have sessions of their own, when it is terminated.
+            running.terminate()
+            out, errors = running.communicate()
+            errors += f"\nterminated after {timeout} s"
+    return subprocess.CompletedProcess(command, running.returncode, out, errors)
 
 
 @pytest.fixture(scope="module")
