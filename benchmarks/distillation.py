@@ -7,8 +7,8 @@ SmolLM2 is quantized with the calibration data of :mod:`benchmarks.quality` and 
 generated itself (kept in `.models`). With `--text broad` there is a fresh window for each step: up to a quarter of them
 its own text, the rest from READMEs and docstrings of the installed packages. Every fourth window, at most 32 in all, is
 held out. It is scored on the dataset descriptions, in float32, whatever `--dtype` it was trained in. The digits are
-distilled on the inputs recorded for calibration in :mod:`benchmarks.quality`, in batches of eight in random order. Rows
-that the JSON file already has are kept.
+distilled on the inputs recorded for calibration in :mod:`benchmarks.quality`, in batches of eight in random order. With
+`--rounding-steps` the rounding of the weights is trained first. Rows that the JSON file already has are kept.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--presets", nargs="+", default=["w3a16-gptq", "w4a16-gptq"], choices=CONFIGS)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, help=f"in place of {STEPS}")
+    parser.add_argument("--rounding-steps", type=int, default=0, help="steps of learned rounding before that")
     parser.add_argument("--text", default="own", choices=("own", "broad"), help="what SmolLM2 is distilled on")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of SmolLM2 in training")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows, or images")
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         data: list[Any] | None = None
         for preset in args.presets:
             row = f"{name}, {preset}" + (", broad text" if broad else "")
+            row += ", learned rounding" if args.rounding_steps else ""
             if row in rows:
                 continue
             data = _data(name, subject, min(4 * steps // 3, steps + 32) if broad else 0) if data is None else data
@@ -67,11 +69,13 @@ def main(argv: list[str] | None = None) -> int:
             dtype: torch.dtype = getattr(torch, args.dtype) if name == "smollm2" else torch.float32
             before, start = subject.score(model), time.process_time()
             teacher = copy.deepcopy(subject.model).to(dtype)
-            found = hfquant.distill(model.to(dtype), teacher, data, steps, args.learning_rate)
+            how = {"learning_rate": args.learning_rate, "rounding_steps": args.rounding_steps}
+            found = hfquant.distill(model.to(dtype), teacher, data, steps, **how)
             model.to(torch.float32)
             seconds = time.process_time() - start
             held = {"held out, before": found.before, "held out, after": found.after, "kept": found.kept}
             settings = {"seconds": seconds, "steps": steps, "learning rate": args.learning_rate}
+            settings |= {"rounding steps": args.rounding_steps} if args.rounding_steps else {}
             settings["dtype"] = str(dtype).removeprefix("torch.")
             rows[row] = {"before": before, "after": subject.score(model), **settings, **held}
             print(row, rows[row], file=sys.stderr, flush=True)

@@ -133,10 +133,11 @@ def distill(
     steps: int = 100,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    rounding_steps: int = 0,
 ) -> distillation.Distilled:
     """Train the parameters that a quantized model keeps in float, in place, to match the float model's outputs.
 
-    The codes and the checkpoint size do not change. :mod:`hfquant.distillation` describes what is trained and how; a
+    The checkpoint size does not change. :mod:`hfquant.distillation` describes what is trained and how; a
     step takes about as long as five forward passes of the float model. If held-out samples do not improve, the model is
     left unchanged; if they do, the model's config and its model card say how it was distilled.
 
@@ -148,6 +149,8 @@ def distill(
         steps: number of optimizer steps (Adam), each on one sample.
         learning_rate: relative to the root mean square of each vector.
         seed: seed of the sample order.
+        rounding_steps: number of steps, each on one sample, that train the codes first
+            (:mod:`hfquant.learned_rounding`).
 
     Raises:
         ValueError: ``model`` is not quantized, or is offloaded, or shares a parameter with ``teacher``.
@@ -158,9 +161,10 @@ def distill(
     _check_module(teacher)
     distillation.check(model, teacher)  # before a model spends minutes on generating data
     data = batches_of(teacher, calibration)
-    found = distillation.distill(model, teacher, data, steps, learning_rate, seed)
+    found = distillation.distill(model, teacher, data, steps, learning_rate, seed, rounding_steps)
     if found.kept:
-        facts = {"steps": steps, "learning_rate": learning_rate, "before": found.before, "after": found.after}
+        facts = {"steps": steps, "learning_rate": learning_rate, "rounding_steps": rounding_steps}
+        facts |= {"before": found.before, "after": found.after}
         note_distillation(model, facts, data)
     return found
 

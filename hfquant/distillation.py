@@ -1,6 +1,7 @@
 """Distillation: train the parameters that a quantized model keeps in float until its outputs match the float model's.
 
-The codes and the checkpoint size do not change. Only vectors are trained: the gains and biases of norms and other float
+The checkpoint size does not change, nor do the codes, unless they are trained first (:mod:`hfquant.learned_rounding`).
+After that, only vectors are trained: the gains and biases of norms and other float
 layers and, for each quantized linear, one factor per output and one per weight group (folded into the scales), the
 bias, and one factor per input if the input is divided by a smoothing vector (folded into that vector). The loss is the
 divergence between the two models' outputs on calibration data; it needs no labels (Hinton et al., arXiv 1503.02531;
@@ -12,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -22,12 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hfquant import learned_rounding
 from hfquant.algorithms import block_slices
 from hfquant.calibration.batches import CalibrationData, evaluating, forward, samples
 from hfquant.console import progress_bar
 from hfquant.formats import scales, sum_columns
-from hfquant.formats.rotation import rotated
-from hfquant.kernels.dequantize import gradient_dtype
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_modules
@@ -54,7 +54,7 @@ class Distilled:
         before, after: mean divergence from the teacher on held-out samples: KL in nats per token, or the relative
             squared error if the output is not a distribution.
         kept: whether ``after`` is lower by more than its error; if not, the model was left unchanged.
-        losses: training loss of each step.
+        losses: training loss of each step, those of learned rounding excluded.
     """
 
     before: float
@@ -64,7 +64,13 @@ class Distilled:
 
 
 def distill(
-    model: nn.Module, teacher: nn.Module, data: Any, steps: int = 100, learning_rate: float = 1e-3, seed: int = 0
+    model: nn.Module,
+    teacher: nn.Module,
+    data: Any,
+    steps: int = 100,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    rounding_steps: int = 0,
 ) -> Distilled:
     """Train the vectors of a quantized ``model`` in place to match the outputs of ``teacher``.
 
@@ -75,6 +81,7 @@ def distill(
         steps: number of optimizer steps (Adam), each on one sample.
         learning_rate: relative to the root mean square of each vector.
         seed: seed of the sample order.
+        rounding_steps: number of steps of learned rounding before that, each on one sample.
 
     Raises:
         ValueError: ``model`` is not quantized, or is offloaded, or shares a parameter with ``teacher``.
@@ -83,46 +90,81 @@ def distill(
     """
     check(model, teacher)
     seen, held = apart([sample for batch in CalibrationData(data) for sample in samples(batch)], _HELD_OUT)
-    generator = torch.Generator().manual_seed(seed)
-    losses: list[float] = []
     with ExitStack() as stack:
         for each in (model, teacher):
             stack.enter_context(evaluating(each))
             stack.enter_context(_frozen(each))
+
+        def judged() -> Tensor:
+            return torch.cat([_divergence(model, teacher, sample) for sample in held])
+
         start = time.perf_counter()
-        before = torch.cat([_divergence(model, teacher, sample) for sample in held])
-        seconds = steps * _FORWARDS * (time.perf_counter() - start) / len(held)
-        logger.info(
-            "distilling: %d steps on %d samples, %d held out, about %.0f s", steps, len(seen), len(held), seconds
+        before = judged()
+        passes = steps * _FORWARDS + (
+            learned_rounding.forwards(model, teacher, rounding_steps) if rounding_steps else 0
         )
+        seconds = passes * (time.perf_counter() - start) / len(held)
+        first = f"{rounding_steps} steps of learned rounding, then " if rounding_steps else ""
+        sizes = len(seen), len(held)
+        logger.info("distilling: %s%d steps on %d samples, %d held out, about %.0f s", first, steps, *sizes, seconds)
+        rounded = before
+        if rounding_steps:
+            undo = learned_rounding.learn_rounding(model, teacher, seen, rounding_steps, seed)
+            stack.push(lambda error, *_: undo() if error else None)
+            rounded = judged()
+            if not _improved(rounded, before):
+                undo()
+                rounded = before
         values, folds = _attach(model, stack)
-        optimizer = torch.optim.Adam(values, lr=learning_rate, betas=(0.9, 0.95), eps=1e-12)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-        order: list[int] = []
-        for _ in progress_bar(range(steps), "distilling"):
-            order = order or torch.randperm(len(seen), generator=generator).tolist()
-            with torch.enable_grad():
-                terms = _divergence(model, teacher, seen[order.pop()])
-                loss = terms.mean().item()
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss of step {len(losses)} is {loss}")
-                # Adam does not depend on the scale of the loss; the gradients of a mean could vanish in float16.
-                terms.sum().backward()
-            losses.append(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        after = torch.cat([_divergence(model, teacher, sample) for sample in held])
-        kept = better(after, before) if len(after) > 1 else bool(after < before)
+        losses = _train(model, teacher, seen, values, steps, learning_rate, seed)
+        after = judged()
+        kept = _improved(after, rounded)
         if not kept:
             for value in values:
                 value.zero_()
+            if rounded is not before:
+                after, kept = rounded, True
         for fold in folds:
             fold()
     found = Distilled(before.mean().item(), after.mean().item(), kept, losses)
     what = "" if kept else "; no significant improvement: the model was left unchanged"
     logger.info("distilled: divergence on held-out samples %.4g, before %.4g%s", found.after, found.before, what)
     return found
+
+
+def _train(
+    model: nn.Module,
+    teacher: nn.Module,
+    seen: Sequence[Any],
+    values: Sequence[Tensor],
+    steps: int,
+    learning_rate: float,
+    seed: int,
+) -> list[float]:
+    """Train ``values`` and return the loss of each step."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(values, lr=learning_rate, betas=(0.9, 0.95), eps=1e-12)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    order: list[int] = []
+    losses: list[float] = []
+    for _ in progress_bar(range(steps), "distilling"):
+        order = order or torch.randperm(len(seen), generator=generator).tolist()
+        with torch.enable_grad():
+            terms = _divergence(model, teacher, seen[order.pop()])
+            loss = terms.mean().item()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss of step {len(losses)} is {loss}")
+            # Adam does not depend on the scale of the loss; the gradients of a mean could vanish in float16.
+            terms.sum().backward()
+        losses.append(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return losses
+
+
+def _improved(after: Tensor, before: Tensor) -> bool:
+    return better(after, before) if len(after) > 1 else bool(after < before)
 
 
 def _rate(step: int, steps: int) -> float:
@@ -302,12 +344,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (x,), layer, dtype = ctx.saved_tensors, ctx.layer, gradient_dtype(grad)
-        divisor = layer.plan.transform.divisor(layer._buffers, 0)
-        if divisor is not None or layer.product.rotation:
-            x = x.float() if divisor is None else x.float() / divisor
-            x = rotated(x, layer.product.rotation)
-        of_weight = grad.flatten(0, -2).to(dtype).T @ x.flatten(0, -2).to(dtype)
+        (x,), layer = ctx.saved_tensors, ctx.layer
+        of_weight = learned_rounding.weight_gradient(layer, x, grad)
         return grad, sum_columns(of_weight * layer.dequantize(), layer.plan.columns), None, None
 
 

@@ -36,14 +36,18 @@ def distill(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps, one sample each.")] = 100,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate, relative to each vector's RMS.")] = 1e-3,
+    rounding_steps: Annotated[
+        int, typer.Option(min=0, help="Steps that train the rounding of the weights first, one sample each.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
     device: options.Device = None,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
-    """Train the float parameters of a quantized model to match the full-precision model, and save the result.
+    """Train a quantized model to match the full-precision model, and save the result.
 
-    Quantized weights, size and speed do not change. Samples held out of the training decide whether the result is kept.
+    Scales, norms and biases are trained, after the rounding of the weights with --rounding-steps. Size and speed do not
+    change. Samples held out of the training decide whether the result is kept.
     """
     with errors_in_one_line(debug), log_shown():
         check_empty(out)
@@ -72,7 +76,7 @@ def distill(
         if (Path(model) / "affiner").is_dir():
             logger.warning("%s: not copied, because it corrects the model before distillation", Path(model) / "affiner")
         start = time.perf_counter()
-        found = api.distill(student, original, data, steps, learning_rate, seed)
+        found = api.distill(student, original, data, steps, learning_rate, seed, rounding_steps)
         with staged(out) as folder:
             save(loaded, folder)
     content = {

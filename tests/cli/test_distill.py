@@ -47,12 +47,12 @@ def test_a_language_model_on_a_text(llama, text, tmp_path):
 
 def test_figures_are_those_of_the_function(llama, text, tmp_path):
     data = ("--calibration", text, "--samples", 8, "--seqlen", 8)
-    student = quantized(llama, tmp_path / "student", *data)
-    result = run("distill", student, llama, "--out", tmp_path / "out", *data, "--steps", 3, "--seed", 5, "--json")
+    student, more = quantized(llama, tmp_path / "student", *data), ("--seed", 5, "--rounding-steps", 4)
+    result = run("distill", student, llama, "--out", tmp_path / "out", *data, "--steps", 3, *more, "--json")
     assert result.exit_code == 0, result.output
     model, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (student, llama))
     spec = {"dataset": str(text), "samples": 8, "seqlen": 8, "seed": 5}
-    found = hfquant.distill(model, teacher, spec, steps=3, seed=5)
+    found = hfquant.distill(model, teacher, spec, steps=3, seed=5, rounding_steps=4)
     said = json.loads(result.stdout)
     assert (said["before"], said["after"], said["kept"]) == (found.before, found.after, found.kept)
 
