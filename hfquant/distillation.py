@@ -328,25 +328,14 @@ def _of_groups(layer: QuantLinear, stack: ExitStack) -> tuple[Tensor, _Fold]:
 
     stack.push(undo)
     stack.callback(layer.register_forward_pre_hook(lambda _m, _x: write()).remove)
-    hook = layer.register_forward_hook(lambda _m, x, y: cast(Tensor, _Product.apply(y, factors, x[0], layer)))
+
+    def of_factors(of_weight: Tensor) -> Tensor:
+        return sum_columns(of_weight * layer.dequantize(), layer.plan.columns)
+
+    traced = learned_rounding.Traced.apply
+    hook = layer.register_forward_hook(lambda _m, x, y: cast(Tensor, traced(y, factors, x[0], layer, of_factors)))
     stack.callback(hook.remove)
     return factors, write
-
-
-class _Product(torch.autograd.Function):
-    """Return a layer's output unchanged, with a gradient for the log factors of its weight scales."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, factors: Tensor, x: Tensor, layer: QuantLinear) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.layer = layer
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (x,), layer = ctx.saved_tensors, ctx.layer
-        of_weight = learned_rounding.weight_gradient(layer, x, grad)
-        return grad, sum_columns(of_weight * layer.dequantize(), layer.plan.columns), None, None
 
 
 def _scale(layer: QuantLinear) -> Tensor | None:

@@ -45,6 +45,9 @@ _TOGETHER = 5
 #: Samples on which a trained block is compared with its first codes.
 _JUDGED = 16
 
+#: Returns the gradient of a tensor, given that of the weight, [out, in].
+Chain = Callable[[Tensor], Tensor]
+
 logger = logging.getLogger(__name__)
 
 
@@ -69,32 +72,30 @@ class _Offsets:
         # are, the layer holds another weight than the teacher, such as one with a norm's gain folded in.
         inside = (self.first > self.range[0]) & (self.first < self.range[1])
         self.fits = bool((self.values.abs() > _FAR)[inside].float().mean() < _FEW)
-        self.values.clamp_(-_START, _START)
+        self.values.clamp_(-_START, _START).requires_grad_()
 
     def write(self, trained: bool) -> None:
         """Have the layer run with the trained codes, or with the first ones."""
         codes = self.first
         if trained:
-            codes = self.values.round().add_(self.first).clamp_(*self.range).to(self.first.dtype)
+            codes = self.values.detach().round().add_(self.first).clamp_(*self.range).to(self.first.dtype)
         self.layer.weight.data.copy_(self.layer.stored("weight", codes))
 
 
-class _Product(torch.autograd.Function):
-    """Return a layer's output unchanged, with a backward that adds up the gradient of its offsets."""
+class Traced(torch.autograd.Function):
+    """Return a layer's output unchanged, with a gradient for a tensor that the weight depends on."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, x: Tensor, offsets: _Offsets) -> Tensor:
+    def forward(ctx: Any, output: Tensor, value: Tensor, x: Tensor, layer: QuantLinear, chain: Chain) -> Tensor:
+        """Return ``output``, which ``layer`` computed from ``x``."""
         ctx.save_for_backward(x)
-        ctx.offsets = offsets
+        ctx.layer, ctx.chain = layer, chain
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,), values = ctx.saved_tensors, ctx.offsets.values
-        # That of the weight, in place of its code: scales within a layer are alike, and the size does not matter.
-        found = weight_gradient(ctx.offsets.layer, x, grad).float()
-        values.grad = found if values.grad is None else values.grad + found
-        return grad, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """Return the gradients of the output and of the tensor."""
+        return grad, ctx.chain(weight_gradient(ctx.layer, ctx.saved_tensors[0], grad)), None, None, None
 
 
 def weight_gradient(layer: QuantLinear, x: Tensor, grad: Tensor) -> Tensor:
@@ -123,10 +124,11 @@ class _Block:
         self._optimizer = torch.optim.Adam(
             [{"params": [each.values for each in layers]}], lr=0.0, betas=(0.9, 0.95), eps=1.0
         )
-        anchor = torch.zeros((), requires_grad=True)
 
         def traced(offsets: _Offsets) -> Callable[..., Tensor]:
-            return lambda _module, x, output: cast(Tensor, _Product.apply(output, anchor, x[0], offsets))
+            # The gradient of the weight, in place of its code's: scales within a layer are alike.
+            arguments = offsets.layer, Tensor.float
+            return lambda _module, x, output: cast(Tensor, Traced.apply(output, offsets.values, x[0], *arguments))
 
         self._hooks = [
             teacher.register_forward_hook(lambda _m, _x, output: self._expected.append(_tensors(output))),
