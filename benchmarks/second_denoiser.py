@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--presets", nargs="+", default=[*hfquant.PRESETS], choices=hfquant.PRESETS)
     parser.add_argument("--affiner", action="store_true", help="fit an affiner to each as well")
     parser.add_argument("--distill", action="store_true", help="distill each as well")
+    parser.add_argument("--rounding-steps", type=int, default=0, help="of learned rounding before distilling")
     parser.add_argument("--json", type=Path, help="file that rows are added to; a .md of the same name goes beside it")
     args = parser.parse_args(argv)
 
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             affiner = fitted(model, quantized)
             row["affiner"], row["affiner error"] = metrics.mean_and_error(judged(quantized, affiner=affiner) - plain)
         if args.distill:
-            hfquant.distill(quantized, model, shuffled(calls), steps=150)
+            hfquant.distill(quantized, model, shuffled(calls), steps=150, rounding_steps=args.rounding_steps)
             row["distilled"], row["distilled error"] = metrics.mean_and_error(judged(quantized) - plain)
         print(preset, row, file=sys.stderr, flush=True)
         if args.json:

@@ -31,6 +31,7 @@ from hfquant.formats import IntegerFormat, expand_columns
 from hfquant.formats.rotation import rotated
 from hfquant.kernels.dequantize import gradient_dtype
 from hfquant.nn.linear import QuantLinear
+from hfquant.outputs import padding_mask
 from hfquant.ptq import block_of
 
 #: A weight starts just within the range that is rounded to its first code.
@@ -120,6 +121,8 @@ class _Block:
         self.layers, self.steps, self.step = layers, steps, 0
         #: By how much the trained codes lower the error of a call, for each call that they are judged by.
         self.gains: list[float] = []
+        #: What the models run on.
+        self.sample: Any = None
         self._expected: list[list[Tensor]] = []
         self._optimizer = torch.optim.Adam(
             [{"params": [each.values for each in layers]}], lr=0.0, betas=(0.9, 0.95), eps=1.0
@@ -139,13 +142,13 @@ class _Block:
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         expected = self._expected.pop(0)
-        error = _error(_tensors(output), expected)
+        error = _error(_tensors(output), expected, self.sample)
         if not math.isfinite(error.item()):
             raise FloatingPointError(f"the error of a block is {error.item()}")
         if self.step >= self.steps:
             self.write(trained=False)
             with torch.no_grad():
-                first = _error(_tensors(module.forward(*args, **kwargs)), expected)
+                first = _error(_tensors(module.forward(*args, **kwargs)), expected, self.sample)
             self.write(trained=True)
             self.gains.append((first - error).item())
         elif error.requires_grad:
@@ -226,6 +229,8 @@ def learn_rounding(
                 offsets = [_Offsets(layer, _weight(teacher, path, layer)) for path, layer in layers[name].items()]
                 trained = [each for each in offsets if each.fits]
                 active[name] = _Block(model.get_submodule(name), teacher.get_submodule(name), trained, steps)
+            for block in active.values():
+                block.sample = samples[i]
             last = next(reversed(active))
             _run(teacher, last, calls[last], samples[i], options)
             with torch.enable_grad():
@@ -307,14 +312,20 @@ def _detached(values: Any) -> Any:
     return tree_map_only(Tensor, Tensor.detach, values)
 
 
-def _error(output: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
-    """Return the mean relative squared error of rows (channels of a token or position), summed over tensors."""
+def _error(output: Sequence[Tensor], expected: Sequence[Tensor], sample: Any) -> Tensor:
+    """Return the mean relative squared error of rows (channels of a token or position), summed over tensors.
+
+    Rows of tokens that the sample's attention mask leaves out do not count.
+    """
     total = torch.zeros(())
     for one, other in zip(output, expected, strict=True):
         channels = -1 if one.dim() < 4 else 1
         right = other.float().to(one.device)
-        size = right.square().sum(channels)
-        # Rows of (almost) zeros would outweigh all others.
-        size = size.clamp(min=max(1e-3 * size.median().item(), torch.finfo(torch.float32).tiny))
-        total = total.to(one.device) + ((one.float() - right).square().sum(channels) / size).mean()
+        size, error = right.square().sum(channels), (one.float() - right).square().sum(channels)
+        if (mask := padding_mask(sample, one)) is not None:
+            size, error = size[mask != 0], error[mask != 0]
+        if len(error):
+            # Rows of (almost) zeros would outweigh all others.
+            size = size.clamp(min=max(1e-3 * size.median().item(), torch.finfo(torch.float32).tiny))
+            total = total.to(one.device) + (error / size).mean()
     return total

@@ -188,6 +188,24 @@ def test_a_failure_restores_the_codes() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*model.modules(), *net.modules()])
 
 
+def test_padding_does_not_count() -> None:
+    """A causal model's padding at the end changes no other token, so the codes do not depend on it either."""
+    net = small_models.llama_of_64()
+    source = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 60, (40, 2, 24), generator=source)
+    mask = (torch.arange(24) < torch.tensor([24, 11])[:, None]).long()
+
+    def codes_with(padding: int) -> dict[str, Tensor]:
+        padded = torch.where(mask == 0, torch.tensor(padding), tokens)
+        model = hfquant.quantize(copy.deepcopy(net), None, INT3)
+        learned(model, net, [{"input_ids": ids, "attention_mask": mask} for ids in padded], steps=20)
+        return codes(model)
+
+    one, other = codes_with(0), codes_with(61)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(one[name], layer) for name, layer in codes(hfquant.quantize(net, None, INT3)).items())
+
+
 def test_layers_that_share_codes_are_left_alone() -> None:
     model, net = pair()
     other = quant_linears(model)["blocks.2.first"]
