@@ -68,10 +68,13 @@ def main(argv: list[str] | None = None) -> int:
             model = quantized(copy.deepcopy(CONFIGS[preset]), subject)
             dtype: torch.dtype = getattr(torch, args.dtype) if name == "smollm2" else torch.float32
             before, start = subject.score(model), time.process_time()
-            teacher = copy.deepcopy(subject.model).to(dtype)
+            teacher = copy.deepcopy(subject.model)
+            if name == "smollm2":  # diffusers refuses to cast quantized models
+                model, teacher = model.to(dtype), teacher.to(dtype)
             how = {"learning_rate": args.learning_rate, "rounding_steps": args.rounding_steps}
-            found = hfquant.distill(model.to(dtype), teacher, data, steps, **how)
-            model.to(torch.float32)
+            found = hfquant.distill(model, teacher, data, steps, **how)
+            if name == "smollm2":
+                model.to(torch.float32)
             seconds = time.process_time() - start
             held = {"held out, before": found.before, "held out, after": found.after, "kept": found.kept}
             settings = {"seconds": seconds, "steps": steps, "learning rate": args.learning_rate}

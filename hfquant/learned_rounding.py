@@ -41,6 +41,8 @@ _START = 0.49
 _REACH = 0.3
 #: Steps between a weight and its code that are too many, and the share of such weights that is.
 _FAR, _FEW = 1.5, 0.05
+#: Rounds of scaling columns and rows to given norms.
+_BALANCED = 8
 #: Blocks that train at a time.
 _TOGETHER = 5
 #: Samples on which a trained block is compared with its first codes.
@@ -60,7 +62,11 @@ class _Offsets:
         plan, grid = layer.plan, layer.grid()
         assert grid.scale is not None
         tensors = {**layer._parameters, **layer._buffers}
-        exact = plan.transform.reapplied(weight.detach().float().clone(), tensors, plan.row_groups)
+        exact = weight.detach().float().clone()
+        if plan.config.opt.folds():
+            held = plan.transform.restored(layer.dequantize().float(), tensors, plan.row_groups)
+            exact = _with_norms_of(held, exact)
+        exact = plan.transform.reapplied(exact, tensors, plan.row_groups)
         exact /= expand_columns(grid.scale, plan.columns)
         if grid.zero_point is not None:
             exact += expand_columns(grid.zero_point, plan.columns)
@@ -70,7 +76,7 @@ class _Offsets:
         #: Their distance from the first codes, [out, in] float32.
         self.values = exact.sub_(self.first)
         # A weight beyond the range of codes may be far from its code, and feedback moves single ones. If many others
-        # are, the layer holds another weight than the teacher, such as one with a norm's gain folded in.
+        # are, the layer holds another weight than the teacher.
         inside = (self.first > self.range[0]) & (self.first < self.range[1])
         self.fits = bool((self.values.abs() > _FAR)[inside].float().mean() < _FEW)
         self.values.clamp_(-_START, _START).requires_grad_()
@@ -81,6 +87,19 @@ class _Offsets:
         if trained:
             codes = self.values.detach().round().add_(self.first).clamp_(*self.range).to(self.first.dtype)
         self.layer.weight.data.copy_(self.layer.stored("weight", codes))
+
+
+def _with_norms_of(held: Tensor, weight: Tensor) -> Tensor:
+    """Return ``weight`` [out, in], its rows and columns scaled to the norms of ``held``.
+
+    This undoes what folding did to a weight, whose divisors are not stored. Single weights of ``held`` are rounded, but
+    the norms of whole rows and columns are hardly affected.
+    """
+    for _ in range(_BALANCED):
+        for dim in (0, 1):
+            norms, own = held.norm(dim=dim, keepdim=True), weight.norm(dim=dim, keepdim=True)
+            weight = weight * torch.where(own > 0, norms / own, 1.0)
+    return weight
 
 
 class Traced(torch.autograd.Function):

@@ -14,6 +14,7 @@ import hfquant
 from hfquant import learned_rounding
 from hfquant.calibration.batches import evaluating
 from hfquant.distillation import _frozen
+from hfquant.formats import expand_columns
 from hfquant.learned_rounding import learn_rounding, weight_gradient
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_linears, tie
@@ -165,7 +166,7 @@ def test_blocks_that_do_not_come_closer_keep_their_codes(monkeypatch: pytest.Mon
 
 
 def test_a_layer_with_another_weight_keeps_its_codes() -> None:
-    """Such as one that a divisor was folded into: its teacher's weight does not tell where its codes should be."""
+    """Its teacher's weight does not tell where its codes should be."""
     model, net = pair()
     first = codes(model)
     with torch.no_grad():
@@ -174,6 +175,38 @@ def test_a_layer_with_another_weight_keeps_its_codes() -> None:
     now = codes(model)
     assert torch.equal(now["blocks.0.first"], first["blocks.0.first"])
     assert not torch.equal(now["blocks.0.second"], first["blocks.0.second"])
+
+
+def test_layers_with_folded_divisors_are_trained() -> None:
+    """Their weights start where the divided weights of the float model lie between the codes."""
+    net = small_models.llama_of_64()
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=source).exp() if parameter.dim() == 1 else parameter)
+    data = [{"input_ids": torch.randint(5, 60, (2, 24), generator=source)} for _ in range(40)]
+    smooth = {**INT3["default"], "opt": {"type": "smooth", "alpha": 0.5, "fold": True}}
+    model = hfquant.quantize(copy.deepcopy(net), data[:8], {"default": smooth})
+    block, layers = "model.layers.0", quant_linears(model)
+    # All that a norm's divisor alone was folded into; the rows of v_proj and up_proj are divided too.
+    for norm, name in (
+        ("input_layernorm", "q_proj"),
+        ("input_layernorm", "k_proj"),
+        ("post_attention_layernorm", "gate_proj"),
+    ):
+        gain, divided = (of.get_parameter(f"{block}.{norm}.weight").detach() for of in (net, model))
+        divisor = gain / divided
+        assert divisor.max() > 10 * divisor.min()
+        path = next(path for path in layers if path.startswith(block) and path.endswith(name))
+        layer, weight = layers[path], net.get_parameter(f"{path}.weight").detach()
+        grid, columns = layer.grid(), layer.plan.columns
+        exact = (weight * divisor) / expand_columns(grid.scale, columns) + expand_columns(grid.zero_point, columns)
+        found = learned_rounding._Offsets(layer, weight).values.detach()
+        assert (found - (exact - layer.codes()).clamp(-0.49, 0.49)).abs().mean() < 0.05
+    first = codes(model)
+    learned(model, net, data, steps=20)
+    now = codes(model)
+    assert all(not torch.equal(now[name], first[name]) for name in now)
 
 
 def test_a_failure_restores_the_codes() -> None:
