@@ -265,6 +265,13 @@ def _timeout() -> timedelta:
     return timedelta(seconds=seconds)
 
 
+def _connected(**options: Any) -> Any:
+    """Return a new group that all processes have connected to: one closed before that makes the others' setup fail."""
+    group = dist.new_group(backend="gloo", **options)
+    dist.monitored_barrier(group)
+    return group
+
+
 @contextmanager
 def processes() -> Iterator[Processes]:
     """Yield the processes that were launched to share the work, or only this one if there was no launcher.
@@ -279,8 +286,9 @@ def processes() -> Iterator[Processes]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield Processes()
         return
-    dist.destroy_process_group(dist.new_group(backend="gloo"))  # returns once all have arrived, or times out
-    group = dist.new_group(backend="gloo", timeout=_timeout())
+    timeout = _timeout()
+    dist.destroy_process_group(_connected())  # with the launcher's timeout, until all have arrived
+    group = _connected(timeout=timeout)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), group)
     finally:

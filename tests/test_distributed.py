@@ -271,3 +271,18 @@ def test_a_timeout_that_makes_no_sense_is_refused(value: str, monkeypatch: pytes
     monkeypatch.setenv("HFQUANT_TIMEOUT", value)
     with pytest.raises(ValueError, match=rf"HFQUANT_TIMEOUT='{value}': expected a number of seconds above 0"):
         distributed._timeout()
+
+
+def test_no_group_closes_before_all_have_connected_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is still connecting to the others fails if one of them closes its end."""
+    done: list[tuple[str, Any]] = []
+    groups = iter("ab")
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "new_group", lambda **_: next(groups))
+    monkeypatch.setattr(distributed.dist, "monitored_barrier", lambda group: done.append(("all connected", group)))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda group: done.append(("closed", group)))
+    with processes() as found:
+        assert found == Processes(0, 2, "b")
+    assert done == [("all connected", "a"), ("closed", "a"), ("all connected", "b"), ("closed", "b")]
