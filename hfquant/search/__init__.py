@@ -180,11 +180,13 @@ def _config(
     config = dict(rules[default].raw)
     for name, plan in planned.items():
         unit = experts.parameters.get(name, name)
-        wanted = measured.plans[chosen[unit]][name] if unit in chosen else plan
+        wanted = (measured.plans[chosen[unit]][name] if unit in chosen else plan).config.model_dump(mode="json")
         given = measured.plans[default][name].config.model_dump(mode="json")
-        differing = {k: v for k, v in wanted.config.model_dump(mode="json").items() if v != given[k]}
+        differing = {key for key, value in wanted.items() if value != given[key]}
         if differing:
-            config[unit] = differing
+            # The last match wins, so the entry goes to the end, with what holds there of the fields that it had.
+            entry = config.pop(unit, {})
+            config[unit] = {**entry, **{key: wanted[key] for key in wanted if key in differing or key in entry}}
     return config
 
 

@@ -13,6 +13,9 @@ from hfquant.presets import PRESETS
 #: Name of a number format or preset, fields of ``weight_quant``, or fields of a layer's config.
 Choice = str | Mapping[str, Any]
 
+#: Fields that decide which layers are quantized. A choice does not.
+_WHICH = ("enable", "include", "float_share")
+
 
 def rules_of(choices: Sequence[Choice], base: QuantRules) -> dict[str, QuantRules]:
     """Return the config for each choice applied to the whole model, by a human-readable label.
@@ -45,10 +48,14 @@ def described(config: LayerConfig) -> str:
 
 
 def _default(choice: Choice, base: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {key: value for key, value in _fields(choice, base).items() if key not in _WHICH}
+    return fields | {key: base[key] for key in _WHICH if key in base}
+
+
+def _fields(choice: Choice, base: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(choice, str):
         if choice in PRESETS:
-            # A choice does not affect which layers are quantized.
-            return {**parse(choice).raw["default"], **{key: base[key] for key in ("enable", "include") if key in base}}
+            return dict(parse(choice).raw["default"])
         if choice not in FORMATS:
             known = f"formats {', '.join(FORMATS)} and presets {', '.join(PRESETS)}"
             raise ConfigError(f"unknown number format {choice!r}; available: {known}")

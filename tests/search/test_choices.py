@@ -18,7 +18,8 @@ def test_names_fields_and_presets():
     assert (int3.weight_quant.type, int3.group_size, int3.weight_quant.symmetric) == ("int3", 32, False)
     assert (int5.weight_quant.type, int5.group_size, int5.weight_quant.clip) == ("int5", 16, "mse")
     assert (gptq.weight_quant.type, gptq.calib.type, gptq.input_quant) == ("int4", "gptq", None)
-    assert dynamic == parse("w8a8-dynamic").default
+    # All but which layers stay in float.
+    assert dynamic == parse("w8a8-dynamic").default.model_copy(update={"float_share": 0.0})
     assert (fp8.weight_quant.symmetric, fp8.weight_quant.clip) == (True, "amax")
     for rules in found.values():
         # The base's own exceptions hold, whatever is chosen for the other layers.

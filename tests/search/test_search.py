@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import hfquant
@@ -105,6 +105,54 @@ def test_presets_leave_it_to_the_base_which_layers_are_quantized():
     data = [{"input_ids": torch.randint(50, (2, 12))} for _ in range(4)]
     config = hfquant.search_bits(model, data, 9.0, ["int4", "w8a16"], base)
     assert "lm_head" in hfquant.plan(model, config).layers
+
+
+class Blocks(nn.Module):
+    """Repeated blocks and a small layer outside of them, which presets of 8 bits leave in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+        self.out = nn.Linear(64, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + torch.relu(block(x))
+        return self.out(x)
+
+
+@pytest.mark.parametrize("base", ["w4a16", "w8a16"])
+@pytest.mark.parametrize(
+    "choices",
+    [["w4a16", "w8a16"], ["w8a16", "w4a16"], ["w4a16", {"float_share": 0.5, "weight_quant": {"type": "int8"}}]],
+)
+def test_choices_that_would_leave_other_layers_in_float(base, choices):
+    model = Blocks().eval()
+    config = hfquant.search_bits(model, inputs(8), 6.5, choices, base)
+    assert hfquant.plan(model, config).layers.keys() == hfquant.plan(model, base).layers.keys()
+
+
+def test_entries_of_the_base_hold_besides_the_choice():
+    torch.manual_seed(0)
+    model = Blocks().eval()
+    for i in (2, 3):
+        model.blocks[i].weight.data.mul_(20)
+    base = {
+        **BASE,
+        "blocks.3": {"input_quant": {"type": "int8", "axis": -1, "dynamic": True}},
+        "blocks.2": {"calib": {"type": "amax"}},
+        "*blocks*": {"calib": {"type": "gptq"}},
+        "out": {"enable": False},
+    }
+    config = hfquant.search_bits(model, inputs(8), 7.0, ("int4", "int8"), base)
+    layers = hfquant.plan(model, config).layers
+    assert list(layers) == [f"blocks.{i}" for i in range(4)]
+    kept, other = layers["blocks.3"].config, layers["blocks.0"].config
+    assert [layer.config.weight_quant.type for layer in layers.values()] == ["int4", "int4", "int8", "int8"]
+    assert kept.input_quant is not None
+    assert kept.input_quant.dynamic
+    assert other.input_quant is None
+    assert {layer.config.calib.type for layer in layers.values()} == {"gptq"}
 
 
 def test_experts_and_presets():
