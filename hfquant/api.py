@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from hfquant import distillation
@@ -122,8 +121,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} has no quantized layer")
     if hasattr(model, "hf_quantizer") and hasattr(model, "dequantize"):
         return cast(nn.Module, cast(Any, model).dequantize())
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return dequantized(model, dtype)
+    return dequantized(model)
 
 
 def distill(
@@ -146,7 +144,7 @@ def distill(
         teacher: the float model; it must not share parameters with ``model``.
         calibration: data as for :func:`quantize`; with None or "self", a transformers model generates its own. Every
             fourth sample, at most 32 in all, is held out. For a denoiser, the data should cover all timesteps.
-        steps: number of optimizer steps (Adam), each on one sample.
+        steps: number of optimizer steps (Adam), each on one sample; 0 trains the rounding only.
         learning_rate: relative to the root mean square of each vector.
         seed: seed of the sample order.
         rounding_steps: number of steps, each on one sample, that train the codes first

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -101,10 +102,21 @@ class QuantRules:
         """Whether any layer could need calibration data: by the default, or by a glob and those that cover it."""
         if self.search is not None or self.default.needs_data:
             return True
-        # Only globs that would need data if they were enabled are worth the search for what covers them.
+        # Only globs that would need data if they were enabled are worth the search for what else applies there.
         needing = (p for p in self.patterns if _enabled(_merge(self.raw.get("default", {}), self.raw[p])).needs_data)
-        covers = (tuple(p for p in self.patterns if p == glob or fnmatchcase(glob, p)) for glob in needing)
-        return any(self._merged(globs).needs_data for globs in covers)
+        return any(self._needs_data(glob) for glob in needing)
+
+    def _needs_data(self, glob: str) -> bool:
+        """Return whether layers that a glob matches could need data, by what covers it and what may enable them."""
+        covers = {p for p in self.patterns if p == glob or fnmatchcase(glob, p)}
+        enabling = {p for p in self.patterns if self.raw[p].get("enable") is True and _may_meet(p, glob)} - covers
+        if self._merged(tuple(p for p in self.patterns if p in covers)).needs_data:
+            return True
+        for also in enabling:
+            with suppress(ConfigError):  # the two may never meet
+                if self._merged(tuple(p for p in self.patterns if p in covers or p == also)).needs_data:
+                    return True
+        return False
 
     def _merged(self, globs: tuple[str, ...], layer: str | None = None) -> LayerConfig:
         if globs not in self._resolved:
@@ -114,6 +126,12 @@ class QuantRules:
             where = " + ".join(f"config[{k!r}]" for k in ("default", *globs))
             self._resolved[globs] = _validate(merged, where + (f" for layer {layer!r}" if layer and globs else ""))
         return self._resolved[globs]
+
+
+def _may_meet(one: str, other: str) -> bool:
+    """Return whether some name may match two globs; true whenever both have wildcards."""
+    wild = [bool(set("*?[") & set(glob)) for glob in (one, other)]
+    return all(wild) or fnmatchcase(one, other) or fnmatchcase(other, one)
 
 
 def _enabled(entry: Mapping[str, Any]) -> LayerConfig:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from hfquant.algorithms import block_slices
 from hfquant.calibration.batches import CalibrationData, evaluating, forward, samples
 from hfquant.console import progress_bar
 from hfquant.formats import scales, sum_columns
+from hfquant.nn.float_modules import first, with_first
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_modules
@@ -78,7 +79,7 @@ def distill(
         model: quantized model, in memory.
         teacher: the float model; it must not share parameters with ``model``.
         data: calibration batches; every fourth sample (at most 32 in all) is held out for evaluation, not trained on.
-        steps: number of optimizer steps (Adam), each on one sample.
+        steps: number of optimizer steps (Adam), each on one sample; 0 trains the rounding only.
         learning_rate: relative to the root mean square of each vector.
         seed: seed of the sample order.
         rounding_steps: number of steps of learned rounding before that, each on one sample.
@@ -104,9 +105,9 @@ def distill(
             learned_rounding.forwards(model, teacher, rounding_steps) if rounding_steps else 0
         )
         seconds = passes * (time.perf_counter() - start) / len(held)
-        first = f"{rounding_steps} steps of learned rounding, then " if rounding_steps else ""
+        rounding = f"{rounding_steps} steps of learned rounding, then " if rounding_steps else ""
         sizes = len(seen), len(held)
-        logger.info("distilling: %s%d steps on %d samples, %d held out, about %.0f s", first, steps, *sizes, seconds)
+        logger.info("distilling: %s%d steps on %d samples, %d held out, about %.0f s", rounding, steps, *sizes, seconds)
         rounded = before
         if rounding_steps:
             undo = learned_rounding.learn_rounding(model, teacher, seen, rounding_steps, seed)
@@ -168,7 +169,7 @@ def _improved(after: Tensor, before: Tensor) -> bool:
 
 
 def _rate(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / max(1.0, _WARM_UP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / max(1.0, _WARM_UP * steps)) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
 
 
 def check(model: nn.Module, teacher: nn.Module) -> None:
@@ -208,7 +209,7 @@ def _divergence(model: nn.Module, teacher: nn.Module, sample: Any) -> Tensor:
         expected = main_tensor(forward(teacher, sample, options)).float()
     output = main_tensor(forward(model, sample, options)).float()
     are_logits = is_distribution(teacher, expected)
-    return divergence(output, expected.to(output.device), are_logits, padding_mask(sample, output))
+    return divergence(output, expected.to(output.device), are_logits, padding_mask(model, sample, output))
 
 
 # -------------------------------------------------------------------------------------------------- what is trained
@@ -294,9 +295,12 @@ def _of_linear(layer: QuantLinear, stack: ExitStack) -> Iterator[tuple[Tensor, _
         yield offset, lambda: _assign(bias, bias + unit * offset)
     if divisor is not None:
         columns = zeros(plan.in_features)
-        stack.callback(
-            layer.register_forward_pre_hook(lambda _m, x: ((x[0] * columns.exp()).to(x[0].dtype), *x[1:])).remove
-        )
+
+        def multiplied(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = first(args, kwargs)
+            return with_first(args, kwargs, (x * columns.exp()).to(x.dtype))
+
+        stack.callback(layer.register_forward_pre_hook(multiplied, with_kwargs=True).remove)
         yield columns, lambda: _assign(divisor, divisor / columns.exp())
 
 
@@ -307,7 +311,7 @@ def _of_groups(layer: QuantLinear, stack: ExitStack) -> tuple[Tensor, _Fold]:
     """
     stored = layer._buffers["weight_scale"]
     assert stored is not None
-    row, first = layer._buffers.get("weight_scale_row"), stored.clone()
+    row, start = layer._buffers.get("weight_scale_row"), stored.clone()
     factors = torch.zeros(stored.shape, device=stored.device, requires_grad=True)
     written = factors._version
 
@@ -318,13 +322,13 @@ def _of_groups(layer: QuantLinear, stack: ExitStack) -> tuple[Tensor, _Fold]:
         written = factors._version
         with torch.no_grad():
             if row is None:
-                stored.copy_(first * factors.exp())
+                stored.copy_(start * factors.exp())
             else:
-                stored.copy_(scales.encode(scales.values(first) * row * factors.exp(), row))
+                stored.copy_(scales.encode(scales.values(start) * row * factors.exp(), row))
 
     def undo(error: type[BaseException] | None, *_: Any) -> None:
         if error is not None:
-            stored.copy_(first)
+            stored.copy_(start)
 
     stack.push(undo)
     stack.callback(layer.register_forward_pre_hook(lambda _m, _x: write()).remove)
@@ -332,9 +336,7 @@ def _of_groups(layer: QuantLinear, stack: ExitStack) -> tuple[Tensor, _Fold]:
     def of_factors(of_weight: Tensor) -> Tensor:
         return sum_columns(of_weight * layer.dequantize(), layer.plan.columns)
 
-    traced = learned_rounding.Traced.apply
-    hook = layer.register_forward_hook(lambda _m, x, y: cast(Tensor, traced(y, factors, x[0], layer, of_factors)))
-    stack.callback(hook.remove)
+    stack.callback(learned_rounding.trace(layer, factors, of_factors).remove)
     return factors, write
 
 

@@ -18,18 +18,21 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from itertools import cycle
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from hfquant.calibration.batches import forward, options_for
 from hfquant.console import progress_bar
 from hfquant.formats import IntegerFormat, expand_columns
 from hfquant.formats.rotation import rotated
 from hfquant.kernels.dequantize import gradient_dtype
+from hfquant.nn.float_modules import first
 from hfquant.nn.linear import QuantLinear
 from hfquant.outputs import padding_mask
 from hfquant.ptq import block_of
@@ -102,7 +105,7 @@ def _with_norms_of(held: Tensor, weight: Tensor) -> Tensor:
     return weight
 
 
-class Traced(torch.autograd.Function):
+class _Traced(torch.autograd.Function):
     """Return a layer's output unchanged, with a gradient for a tensor that the weight depends on."""
 
     @staticmethod
@@ -110,12 +113,22 @@ class Traced(torch.autograd.Function):
         """Return ``output``, which ``layer`` computed from ``x``."""
         ctx.save_for_backward(x)
         ctx.layer, ctx.chain = layer, chain
-        return output.view_as(output)
+        # Not a regular view: autograd rejects in-place additions to those.
+        return cast(Tensor, torch.ops.aten._unsafe_view(output, output.shape))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Return the gradients of the output and of the tensor."""
         return grad, ctx.chain(weight_gradient(ctx.layer, ctx.saved_tensors[0], grad)), None, None, None
+
+
+def trace(layer: QuantLinear, value: Tensor, chain: Chain) -> RemovableHandle:
+    """Give ``value`` a gradient whenever ``layer`` runs, until the handle is removed."""
+
+    def traced(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return cast(Tensor, _Traced.apply(output, value, first(args, kwargs), layer, chain))
+
+    return layer.register_forward_hook(traced, with_kwargs=True)
 
 
 def weight_gradient(layer: QuantLinear, x: Tensor, grad: Tensor) -> Tensor:
@@ -140,36 +153,32 @@ class _Block:
         self.layers, self.steps, self.step = layers, steps, 0
         #: By how much the trained codes lower the error of a call, for each call that they are judged by.
         self.gains: list[float] = []
-        #: What the models run on.
-        self.sample: Any = None
+        #: For the output of a call, which tokens count; None if all do.
+        self.mask: Callable[[Tensor], Tensor | None] = lambda _: None
         self._expected: list[list[Tensor]] = []
         self._optimizer = torch.optim.Adam(
             [{"params": [each.values for each in layers]}], lr=0.0, betas=(0.9, 0.95), eps=1.0
         )
 
-        def traced(offsets: _Offsets) -> Callable[..., Tensor]:
-            # The gradient of the weight, in place of its code's: scales within a layer are alike.
-            arguments = offsets.layer, Tensor.float
-            return lambda _module, x, output: cast(Tensor, Traced.apply(output, offsets.values, x[0], *arguments))
-
         self._hooks = [
             teacher.register_forward_hook(lambda _m, _x, output: self._expected.append(_tensors(output))),
             module.register_forward_pre_hook(lambda _m, x, kwargs: _detached((x, kwargs)), with_kwargs=True),
-            *(each.layer.register_forward_hook(traced(each)) for each in layers),
+            # With the gradient of the weight, in place of its code's: scales within a layer are alike.
+            *(trace(each.layer, each.values, Tensor.float) for each in layers),
             module.register_forward_hook(self._after, with_kwargs=True),
         ]
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         expected = self._expected.pop(0)
-        error = _error(_tensors(output), expected, self.sample)
+        error = _error(_tensors(output), expected, self.mask)
         if not math.isfinite(error.item()):
             raise FloatingPointError(f"the error of a block is {error.item()}")
         if self.step >= self.steps:
             self.write(trained=False)
             with torch.no_grad():
-                first = _error(_tensors(module.forward(*args, **kwargs)), expected, self.sample)
+                before = _error(_tensors(module.forward(*args, **kwargs)), expected, self.mask)
             self.write(trained=True)
-            self.gains.append((first - error).item())
+            self.gains.append((before - error).item())
         elif error.requires_grad:
             error.backward()
         return _detached(output)
@@ -231,10 +240,10 @@ def learn_rounding(
     layers, options = _layers(model, teacher), options_for(model, [])
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
     calls = _calls(teacher, layers, samples[order[0]], options)
-    first = {layer: layer.weight.detach().clone() for block in calls for layer in layers[block].values()}
+    before = {layer: layer.weight.detach().clone() for block in calls for layer in layers[block].values()}
 
     def restore() -> None:
-        for layer, codes in first.items():
+        for layer, codes in before.items():
             layer.weight.data.copy_(codes)
 
     active: dict[str, _Block] = {}
@@ -248,8 +257,8 @@ def learn_rounding(
                 offsets = [_Offsets(layer, _weight(teacher, path, layer)) for path, layer in layers[name].items()]
                 trained = [each for each in offsets if each.fits]
                 active[name] = _Block(model.get_submodule(name), teacher.get_submodule(name), trained, steps)
-            for block in active.values():
-                block.sample = samples[i]
+            for name, block in active.items():
+                block.mask = partial(padding_mask, model, samples[i], module=model.get_submodule(name))
             last = next(reversed(active))
             _run(teacher, last, calls[last], samples[i], options)
             with torch.enable_grad():
@@ -331,17 +340,17 @@ def _detached(values: Any) -> Any:
     return tree_map_only(Tensor, Tensor.detach, values)
 
 
-def _error(output: Sequence[Tensor], expected: Sequence[Tensor], sample: Any) -> Tensor:
+def _error(output: Sequence[Tensor], expected: Sequence[Tensor], mask_of: Callable[[Tensor], Tensor | None]) -> Tensor:
     """Return the mean relative squared error of rows (channels of a token or position), summed over tensors.
 
-    Rows of tokens that the sample's attention mask leaves out do not count.
+    Rows that the mask of a tensor leaves out do not count.
     """
     total = torch.zeros(())
     for one, other in zip(output, expected, strict=True):
         channels = -1 if one.dim() < 4 else 1
         right = other.float().to(one.device)
         size, error = right.square().sum(channels), (one.float() - right).square().sum(channels)
-        if (mask := padding_mask(sample, one)) is not None:
+        if (mask := mask_of(one)) is not None:
             size, error = size[mask != 0], error[mask != 0]
         if len(error):
             # Rows of (almost) zeros would outweigh all others.

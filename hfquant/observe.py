@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hfquant.calibration.batches import CalibrationError, device_of, evaluating, forward, samples
+from hfquant.calibration.batches import CalibrationError, device_of, encoder_of, evaluating, forward, mask_of, samples
 from hfquant.console import progress_bar
 from hfquant.experts import UnfusedExperts
 from hfquant.memory import release_free_memory
 from hfquant.nn.kinds import kind_of
+from hfquant.outputs import main_tensor
 from hfquant.statistics import Collector, LayerStats
 
 
 class _AllSeen(Exception):
-    """Every observed layer has run, so the rest of the forward is not needed."""
+    """Every observed layer has run as often as it does, so the rest of the forward is not needed."""
 
 
 def observe(
@@ -35,7 +36,7 @@ def observe(
     """Run ``model`` over the data once and collect the statistics of the inputs of ``layers``.
 
     A layer's kind defines the rows of its input (:mod:`hfquant.nn.kinds`). Rows that a sample's 2-D
-    ``attention_mask`` masks out (padding) do not count.
+    ``attention_mask`` masks out (padding) do not count, nor do those of a decoder that its own mask does.
 
     Args:
         model: run as is, in eval mode.
@@ -43,7 +44,7 @@ def observe(
         data: batches, iterated once.
         needs: name -> statistics that it needs beyond those always collected; default: none.
         options: keyword arguments to add to a sample of keyword arguments that lacks them.
-        stop_early: stop each forward once all ``layers`` have run.
+        stop_early: stop each forward but the first once all ``layers`` have run as often as in the first.
         shard: (rank, size): of every ``size`` batches, only the one at index ``rank`` is run.
 
     Returns:
@@ -53,10 +54,10 @@ def observe(
         CalibrationError: NaN or Inf reached a layer, or a sample cannot be used.
     """
     collector = Collector(needs or dict.fromkeys(layers, ()))
-    device = device_of(model)
-    mask: Tensor | None = None
+    padding = _Padding(model)
     batch = 0
-    seen: set[str] = set()
+    seen: Counter[str] = Counter()
+    calls: Counter[str] | None = None
 
     def watch(name: str, module: nn.Module) -> RemovableHandle:
         kind = kind_of(module)
@@ -64,34 +65,85 @@ def observe(
 
         def see(x: Tensor) -> None:
             rows, left_out = kind.rows(module, x, collector.seed)
-            if bad := collector.add(name, rows, _counted(rows, mask), left_out):
+            if bad := collector.add(name, rows, padding.counted(module, x, rows), left_out):
                 raise CalibrationError(
                     f"layer {name!r}: {bad} of {rows.numel()} inputs are NaN or Inf in calibration batch {batch}"
                 )
-            seen.add(name)
-            if stop_early and len(seen) == len(layers):
+            seen[name] += 1
+            if stop_early and calls is not None and len(calls) == len(layers) and seen >= calls:
                 raise _AllSeen
 
         return kind.watch(module, see)
 
     experts = [module for module in model.modules() if isinstance(module, UnfusedExperts)]
-    handles = [watch(n, m) for n, m in layers.items()]
+    handles = [*padding.handles, *(watch(n, m) for n, m in layers.items())]
     try:
         with evaluating(model):
             for batch, number, sample in _share(data, *shard):
-                mask = _padding_mask(sample, device)
+                padding.start(sample)
                 for module in experts:
-                    module.real = mask
+                    module.real = padding.real(module)
                 seen.clear()
                 collector.start(batch + 1_000_003 * number)
                 with suppress(_AllSeen):
                     forward(model, sample, options)
+                calls = calls or seen.copy()  # a layer may run several times per sample
     finally:
         for handle in handles:
             handle.remove()
         for module in experts:
             module.real = None
     return collector.stats
+
+
+class _Padding:
+    """Which tokens of the current sample are real.
+
+    An encoder-decoder has two masks. That of the encoder also holds for the encoder's output as the decoder reads it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        encoder = encoder_of(model)
+        self.model, self.device = model, device_of(model)
+        self._inside = set((model if encoder is None else encoder).modules())
+        self._first: Tensor | None = None
+        self._second: Tensor | None = None
+        self._encoded: Tensor | None = None
+        self.handles = [] if encoder is None else [encoder.register_forward_hook(self._keep)]
+
+    def start(self, sample: Any) -> None:
+        """Go on to another sample."""
+        self._first, self._second = (
+            self._real(mask_of(self.model, sample, name)) for name in ("attention_mask", "decoder_attention_mask")
+        )
+        self._encoded = None
+
+    def _real(self, mask: Tensor | None) -> Tensor | None:
+        return None if mask is None or bool((mask != 0).all()) else (mask != 0).to(self.device)
+
+    def _keep(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        with suppress(ValueError):
+            self._encoded = main_tensor(output)
+
+    def real(self, module: nn.Module) -> Tensor | None:
+        """Return which tokens of a module's input are real, [batch, tokens] bool; None if all are, or if unknown."""
+        return self._first if module in self._inside else self._second
+
+    def counted(self, module: nn.Module, x: Tensor, rows: Tensor) -> Tensor | None:
+        """Return which rows of an input are real, [batch, tokens, ..., in] or [batch * tokens, in]; None as above.
+
+        Args:
+            module: the layer.
+            x: its input.
+            rows: the rows that it reads of it.
+        """
+        encoded = self._encoded is not None and x.data_ptr() == self._encoded.data_ptr()
+        mask = self._first if encoded else self.real(module)
+        if mask is None or rows.dim() < 2:
+            return None
+        if rows.dim() == 2:
+            return mask.flatten() if len(rows) == mask.numel() else None
+        return mask if rows.shape[:2] == mask.shape else None
 
 
 def _share(data: Iterable[Any], rank: int, size: int) -> Iterator[tuple[int, int, Any]]:
@@ -101,19 +153,3 @@ def _share(data: Iterable[Any], rank: int, size: int) -> Iterator[tuple[int, int
             for number, sample in enumerate(samples(batch)):
                 yield index, number, sample
             release_free_memory()
-
-
-def _counted(rows: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Return which rows [batch, tokens, ..., in] or [batch * tokens, in] are not padding; None if all or unknown."""
-    if mask is None or rows.dim() < 2:
-        return None
-    if rows.dim() == 2:
-        return mask.flatten() if len(rows) == mask.numel() else None
-    return mask if rows.shape[:2] == mask.shape else None
-
-
-def _padding_mask(sample: Any, device: torch.device | str | int) -> Tensor | None:
-    """Return which tokens of a sample are not padding, [batch, tokens] bool; None if there is no padding."""
-    mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
-    padded = isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask == 0).any())
-    return (mask != 0).to(device) if padded and mask is not None else None

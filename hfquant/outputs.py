@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfquant.calibration.batches import mask_name, mask_of
+
 #: Config attributes with the number of tokens or labels.
 _COUNTS = ("vocab_size", "num_labels")
 
@@ -67,9 +69,16 @@ def better(one: Tensor, other: Tensor) -> bool:
     return len(difference) > 1 and difference.mean().item() < -2 * difference.std().item() / math.sqrt(len(difference))
 
 
-def padding_mask(sample: Any, output: Tensor) -> Tensor | None:
-    """Return a sample's attention mask, [batch, tokens], if the output is [batch, tokens, ...]; else None."""
-    mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or output.dim() != 3 or mask.shape != output.shape[:2]:
+def padding_mask(model: nn.Module, sample: Any, output: Tensor, module: nn.Module | None = None) -> Tensor | None:
+    """Return the attention mask [batch, tokens] of a call, if it fits an output [batch, tokens, ...]; else None.
+
+    Args:
+        model: the model that was called.
+        sample: its arguments.
+        output: output of the model, or of ``module``.
+        module: a part of the model.
+    """
+    mask = mask_of(model, sample, mask_name(model, module or model))
+    if mask is None or output.dim() != 3 or mask.shape != output.shape[:2]:
         return None
     return mask.to(output.device)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from hfquant.autoencoders import autoencoder_convs
+from hfquant.calibration.batches import as_tensors
 from hfquant.config import QuantRules
 from hfquant.console import counted
 from hfquant.dataflow import LinearTrace, PatternError, obstacles_in_source, trace
@@ -308,7 +309,7 @@ def _traces(
             return {}
         try:
             codes = {name: layer.weight_quant.format.code_dtype for name, layer in chosen.items()}
-            return trace(model, example, patterns=patterns, codes=codes)
+            return trace(model, as_tensors(example), patterns=patterns, codes=codes)
         except PatternError as error:
             logger.warning(
                 "%s: pattern detection failed (%s); continuing without segments", type(model).__name__, error

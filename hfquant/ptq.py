@@ -97,7 +97,8 @@ def quantize(
     # Without data there is little to share, and the caller may be quantizing in one process only.
     sharing = processes() if rules.needs_data else nullcontext(Processes())
     shown = log_shown() if settings.verbose else nullcontext()
-    with shown, sharing as group, unfused(model, facts.experts) as experts:
+    # Codes and scales made as inference tensors would not pass gradients on.
+    with torch.inference_mode(False), shown, sharing as group, unfused(model, facts.experts) as experts:
         run = prepared(model, loader, rules, settings, facts, group, experts)
         if not run.plan.layers:
             warn_if_empty(model, run.plan)

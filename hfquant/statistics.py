@@ -298,7 +298,7 @@ class _Measured:
     """Statistics of one tensor, measured once even if several layers read it, as q, k and v do."""
 
     of: weakref.ref[Tensor]
-    version: int
+    version: int | None
     stats: LayerStats
     #: By the id of a layer's earlier statistics: those, and both merged. Layers with equal history share statistics.
     merged: dict[int, tuple[LayerStats | None, LayerStats]]
@@ -354,9 +354,10 @@ class Collector:
     ) -> _Measured | int | None:
         key = id(x), self.needs[name]
         known = self._measured.get(key)
-        if known is not None and known.of() is x and known.version == x._version:
+        version = None if x.is_inference() else x._version  # inference tensors do not count their changes
+        if known is not None and known.of() is x and known.version == version is not None:
             return known
-        rows = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
+        rows = (x if mask is None else x[mask]).reshape(-1, x.shape[-1])
         if not rows.shape[0]:
             return None
         new = LayerStats.of(rows, self._draw(len(rows)), self.needs[name])
@@ -365,7 +366,7 @@ class Collector:
         if not (new.low.isfinite().all() and new.high.isfinite().all()):
             return int((~rows.isfinite()).sum())
         # Dropped with the tensor: kept until the end of the batch, those of all layers would add up.
-        self._measured[key] = _Measured(weakref.ref(x, lambda _: self._measured.pop(key, None)), x._version, new, {})
+        self._measured[key] = _Measured(weakref.ref(x, lambda _: self._measured.pop(key, None)), version, new, {})
         return self._measured[key]
 
     def _draw(self, rows: int) -> Tensor:

@@ -390,6 +390,13 @@ FREE = {"opt": {"type": "default"}, "input_quant": None}
         ({"default": {"enable": False}}, False),
         ({"default": {"enable": False}, "*.fc": {**FREE, "enable": True}}, False),
         ({"default": {"enable": False}, "*.fc": {"enable": True}}, True),
+        # One glob enables layers, another one needs data for them; neither covers the other.
+        (
+            {"default": {**FREE, "enable": False}, "layers.*": {"enable": True}, "*.fc": {"calib": {"type": "gptq"}}},
+            True,
+        ),
+        ({"default": {**FREE, "enable": False}, "a.fc": {"enable": True}, "*.fc": {"calib": {"type": "gptq"}}}, True),
+        ({"default": {**FREE, "enable": False}, "a.up": {"enable": True}, "*.fc": {"calib": {"type": "gptq"}}}, False),
         ({"default": FREE, "a": {"opt": {"type": "smooth"}}}, True),
         # A glob that does not match its own text.
         ({"default": FREE, "layers.[01].fc": {"opt": {"type": "smooth"}}}, True),

@@ -317,3 +317,53 @@ def test_models_of_all_kinds(name: str) -> None:
     assert moved
     assert all(isinstance(quantized.get_submodule(name.rpartition(".")[0]), QuantLinear) for name in moved)
     assert all(name.endswith(".weight") for name in moved)
+
+
+class Keywords(nn.Module):
+    """A linear called by keyword, as in diffusers' UNetMotionModel, and a result that is changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Inner() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(input=x)
+        y += x
+        return torch.relu_(self.second(torch.relu_(y)))
+
+
+@pytest.mark.parametrize("opt", ["default", "smooth"])
+def test_layers_called_by_keyword_and_changed_in_place(opt: str) -> None:
+    torch.manual_seed(0)
+    net = Keywords().eval()
+    config = {"default": {**INT3["default"], "opt": {"type": opt}}}
+    model = hfquant.quantize(copy.deepcopy(net), batches(), config)
+    first, was = codes(model), error(model, net)
+    found = hfquant.distill(model, net, batches(80), steps=30, rounding_steps=40)
+    assert found.kept
+    assert error(model, net) < 0.9 * was
+    now = codes(model)
+    assert any(not torch.equal(now[name], first[name]) for name in now)
+
+
+def test_rounding_alone() -> None:
+    model, net = pair()
+    before = state(model)
+    found = hfquant.distill(model, net, batches(), steps=0, rounding_steps=60)
+    assert found.kept
+    assert found.after < found.before
+    assert found.losses == []
+    moved = {name for name, tensor in state(model).items() if not torch.equal(tensor, before[name])}
+    assert moved
+    assert all(name.startswith("blocks.") and name.endswith(".weight") for name in moved)

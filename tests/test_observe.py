@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from hfquant.calibration.batches import CalibrationError, options_for
 from hfquant.observe import observe
@@ -108,6 +109,91 @@ def test_padding_is_masked_out() -> None:
     assert observe(net, {"q": net.q}, [nothing]) == {}
 
 
+@pytest.mark.parametrize("form", ["tensors", "lists", "arrays", "positional"])
+def test_padding_is_masked_out_in_every_form_of_a_sample(form: str) -> None:
+    net = Embeds()
+    ids, mask = torch.tensor([[1, 2, 0, 0], [3, 4, 5, 6]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    forms: dict[str, Any] = {
+        "tensors": {"input_ids": ids, "attention_mask": mask},
+        "lists": {"input_ids": ids.tolist(), "attention_mask": mask.tolist()},
+        "arrays": {"input_ids": ids.numpy(), "attention_mask": mask.numpy()},
+        "positional": (ids, mask),
+    }
+    stats = observe(net, {"linear": net.linear}, [forms[form]])["linear"]
+    assert stats.count == 6
+    assert stats.amax.max() < 100
+
+
+class Embeds(nn.Module):
+    """Embeds tokens; that of padding is huge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(8, 4), nn.Linear(4, 4)
+        self.embedding.weight.data[0] = 1e9
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.embedding(input_ids))
+
+
+def test_padding_of_inputs_with_heads_is_masked_out() -> None:
+    """[batch, tokens, heads, in]: each head of a real token is a row."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.linear(x.unflatten(-1, (2, 3)))
+
+    net, mask = Heads(), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    x = torch.randn(2, 4, 6)
+    stats = observe(net, {"linear": net.linear}, [{"x": x, "attention_mask": mask}], {"linear": {"hessian"}})["linear"]
+    rows = x[mask.bool()].reshape(-1, 3)
+    assert stats.count == 12
+    assert torch.allclose(stats.high, rows.amax(0))
+
+
+def test_both_halves_of_an_encoder_decoder_have_a_mask_of_their_own() -> None:
+    """Cross attention reads the encoder's tokens, in a layer of the decoder."""
+    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, num_decoder_layers=1)
+    model = T5ForConditionalGeneration(config).eval()
+    ids = torch.randint(1, 32, (2, 6))
+    sample = {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(6) < torch.tensor([[2], [6]])).long(),
+        "decoder_input_ids": ids.flip(1),
+    }
+    attention = {half: f"{half}.block.0.layer.0.SelfAttention.q" for half in ("encoder", "decoder")}
+    cross = {name: f"decoder.block.0.layer.1.EncDecAttention.{name}" for name in "qk"}
+    layers = {name: model.get_submodule(name) for name in [*attention.values(), *cross.values()]}
+
+    def counts(sample: dict[str, torch.Tensor]) -> list[int]:
+        stats = observe(model, layers, [sample])
+        return [stats[name].count for name in (attention["encoder"], cross["k"], attention["decoder"], cross["q"])]
+
+    assert counts(sample) == [8, 8, 12, 12]
+    sample["decoder_attention_mask"] = (torch.arange(6) < torch.tensor([[3], [4]])).long()
+    assert counts(sample) == [8, 8, 7, 7]
+    del sample["attention_mask"]
+    assert counts(sample) == [12, 12, 7, 7]
+
+
+def test_inference_tensors_are_measured() -> None:
+    """They do not count their changes, so what is known of one cannot be used again."""
+    net = Net()
+    x = torch.randn(4, 6)
+    with torch.inference_mode():
+        made = x.clone()
+    with torch.inference_mode():
+        inside = observe(net, watched(net), [x])
+    for stats in (observe(net, watched(net), [made]), inside):
+        for name, right in observe(net, watched(net), [x]).items():
+            assert torch.equal(stats[name].high, right.high)
+            assert torch.equal(stats[name].low, right.low)
+
+
 def test_every_kind_of_sample() -> None:
     net, x = Net(), torch.randn(3, 6)
     samples = [x, (x,), {"x": x, "scale": 1.0}, [(x,), (x, None), {"x": x}]]
@@ -138,9 +224,28 @@ def test_stop_early_runs_no_further_than_needed() -> None:
     ran = []
     net.out.register_forward_pre_hook(lambda *_: ran.append(1))
     observe(net, {"q": net.q, "k": net.k}, [torch.randn(2, 6)] * 2, stop_early=True)
-    assert not ran
+    assert len(ran) == 1  # the first forward tells how often each layer runs
     observe(net, {"q": net.q}, [torch.randn(2, 6)] * 2)
-    assert len(ran) == 2
+    assert len(ran) == 3
+
+
+def test_stop_early_sees_all_calls() -> None:
+    class Repeats(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            for _ in range(3):
+                x = self.again(x)
+            return self.last(x)
+
+    net, ran = Repeats(), []
+    net.last.register_forward_pre_hook(lambda *_: ran.append(1))
+    stats = observe(net, {"first": net.first, "again": net.again}, [torch.randn(2, 6)] * 4, stop_early=True)
+    assert (stats["first"].count, stats["again"].count) == (8, 24)
+    assert len(ran) == 1
 
 
 def test_options_yield_to_a_sample_s_own() -> None:

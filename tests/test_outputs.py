@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hfquant.outputs import better, divergence, is_distribution, main_tensor, padding_mask
 from tests.report.conftest import small_llama
@@ -40,12 +40,19 @@ def test_divergence_of_other_outputs_is_relative():
     assert divergence(expected, expected, False).tolist() == [0, 0]
 
 
+class Plain(nn.Module):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return input_ids * attention_mask
+
+
 def test_padding_masks_are_of_sequences():
-    mask = torch.ones(2, 5)
-    assert padding_mask({"attention_mask": mask}, torch.ones(2, 5, 3)) is mask
+    mask, model = torch.ones(2, 5), Plain()
+    assert padding_mask(model, {"attention_mask": mask}, torch.ones(2, 5, 3)) is mask
+    assert padding_mask(model, (mask, mask), torch.ones(2, 5, 3)) is mask
+    assert padding_mask(model, {"attention_mask": mask.tolist()}, torch.ones(2, 5, 3)).equal(mask.double())
     for sample, output in (({}, (2, 5, 3)), ({"attention_mask": mask}, (2, 5)), ({"attention_mask": mask}, (2, 6, 3))):
-        assert padding_mask(sample, torch.ones(output)) is None
-    assert padding_mask(torch.ones(2, 5), torch.ones(2, 5, 3)) is None
+        assert padding_mask(model, sample, torch.ones(output)) is None
+    assert padding_mask(model, torch.ones(2, 5), torch.ones(2, 5, 3)) is None
 
 
 def test_better_is_beyond_noise():

@@ -354,9 +354,9 @@ def test_says_what_share_was_quantized(caplog: pytest.LogCaptureFixture) -> None
 def test_overlapping_globs_that_need_data_only_together_are_refused_on_load(net: Net) -> None:
     config = hfquant.HfQuantConfig(
         {
-            "default": {**hfquant.PRESETS["w8a16"]["default"], "enable": False},
-            "*.up": {"enable": True},
-            "blocks.1.*": {"calib": {"type": "gptq"}},
+            "default": {"opt": {"type": "default"}, "input_quant": {"type": "int8", "axis": -1, "dynamic": True}},
+            "*.up": {"input_quant": {"type": "bf16", "axis": None, "dynamic": False}},
+            "blocks.1.*": {"input_quant": {"type": "int8"}},
         }
     )
     assert not config.needs_data
@@ -482,3 +482,18 @@ def test_a_searched_alpha_at_16_bits_is_worse_neither_than_the_fixed_one_nor_tha
         with torch.no_grad():
             errors.append(sum((model(**b).sample - exact(**b).sample).square().sum().item() for b in batches(99)))
     assert errors[0] == min(errors)
+
+
+@pytest.mark.parametrize("config", ["w8a16", "w8a8", "w4a16-gptq"])
+def test_within_inference_mode(config: str) -> None:
+    """The result is that of a call outside of it, and passes gradients on."""
+    torch.manual_seed(0)
+    net, data = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), [torch.randn(8, 32)]
+    right = hfquant.quantize(copy.deepcopy(net), data, config)
+    with torch.inference_mode():
+        found = hfquant.quantize(net, [data[0].clone()], config)
+    x = data[0].clone().requires_grad_()
+    y = found(x)
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(y, right(data[0]))

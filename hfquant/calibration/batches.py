@@ -145,6 +145,34 @@ def forward(model: nn.Module, sample: Any, options: Mapping[str, Any] | None = N
     return model(*args, **kwargs)
 
 
+def as_tensors(sample: Any) -> Any:
+    """Return a sample with its arrays, and its lists whose names imply tensors, as tensors."""
+    if isinstance(sample, Mapping):
+        return {name: _as_tensor(name, value) for name, value in sample.items()}
+    return tuple(_as_tensor("", v) for v in sample) if isinstance(sample, tuple) else _as_tensor("", sample)
+
+
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """Return the encoder of an encoder-decoder; None for other models."""
+    get: Any = getattr(model, "get_encoder", None)
+    return get() if get and getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+
+
+def mask_name(model: nn.Module, module: nn.Module) -> str:
+    """Return the argument that masks the tokens of a module: in an encoder-decoder, there is one for each half."""
+    encoder = encoder_of(model)
+    outside = encoder is not None and all(inner is not module for inner in encoder.modules())
+    return "decoder_attention_mask" if outside else "attention_mask"
+
+
+def mask_of(model: nn.Module, sample: Any, name: str) -> Tensor | None:
+    """Return the argument ``name`` of a call of ``model``, if it is a mask over [batch, tokens]; else None."""
+    if isinstance(sample, tuple):
+        sample = dict(zip(signature(model.forward).parameters, sample, strict=False))
+    mask = _as_tensor(name, sample.get(name)) if isinstance(sample, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
 def placed(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

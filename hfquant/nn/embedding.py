@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -20,7 +19,6 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
     """A quantized ``nn.Embedding`` with scales per row or per group; its only input is indices.
 
     Attributes:
-        dtype: dtype of the returned rows; casting the model changes it.
         scale: factor applied to the rows (as in the embeddings of Gemma and Bart), or None.
         scale_in_dtype: whether the factor is first rounded to ``dtype``.
     """
@@ -37,7 +35,6 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(plan, False, device, dtype)
-        self.dtype = dtype or torch.get_default_dtype()
         self.num_embeddings, self.embedding_dim = plan.out_features, plan.in_features
         self.padding_idx = self.max_norm = None
         # Options that adapters read to look up their own rows.
@@ -119,7 +116,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
         """Return the indices at positions ``index``."""
         return x.reshape(-1)[index]
 
-    def to_float(self, dtype: torch.dtype) -> nn.Module:
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the float embedding that this layer replaced, with the effective weight in ``dtype``."""
         module = super().to_float(dtype)
         if "embed_scale" in module._buffers:
@@ -127,10 +124,6 @@ class QuantEmbedding(QuantLayer, nn.Embedding):  # type: ignore[misc]
             assert self.scale is not None
             module._buffers["embed_scale"] = torch.tensor(self.scale, device=self.weight.device)
         return module
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        return super()._apply(fn, recurse)
 
     def _sizes(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

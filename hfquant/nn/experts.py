@@ -13,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from hfquant.algorithms import TensorSpec, block_slices
 from hfquant.experts import Experts, ExpertsLayout, Unfused, fused_like
+from hfquant.nn.casts import cast_by, keeping_dtypes
 from hfquant.nn.checked import See
 from hfquant.nn.float_modules import overridden
-from hfquant.nn.layer import QuantLayer, keeping_dtypes
+from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
 
 if TYPE_CHECKING:  # circular: layer_plan imports the kinds of layers
@@ -214,25 +215,27 @@ class QuantExperts(Experts):
                 new.hold(projection, plan, tensors)
         return new if new.plans else original
 
-    def to_float(self, dtype: torch.dtype) -> nn.Module:
-        """Return a module of the original class with the original's parameters in float, of ``dtype``."""
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return a module of the original class with the original's parameters in ``dtype`` (default: that of each)."""
         float_experts = fused_like(self, leave=("plans", "_names", "_linears", "_model_floats"))
         for name in self.specs():
             float_experts._buffers.pop(name, None)
             float_experts._parameters.pop(name, None)
         for name, plan in self.plans.items():
-            shape = (self.expert_count, plan.out_features, plan.in_features)
-            weight = torch.empty(shape, dtype=dtype, device=self.get_parameter(name).device)
+            shape, wanted = (self.expert_count, plan.out_features, plan.in_features), dtype or self._linears[name].dtype
+            weight = torch.empty(shape, dtype=wanted, device=self.get_parameter(name).device)
             for i in range(self.expert_count):
                 weight[i] = self._linear(name, i).effective_weight()
             weight = weight.transpose(1, 2).contiguous() if self.layout.transposed else weight
             float_experts.register_parameter(name, nn.Parameter(weight))
             bias = self._parameters.get(f"{name}_bias")
             if bias is not None:
-                float_experts.register_parameter(f"{name}_bias", nn.Parameter(bias.detach().to(dtype)))
+                float_experts.register_parameter(f"{name}_bias", nn.Parameter(bias.detach().to(wanted)))
         return float_experts
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantExperts:
+        for name, linear in self._linears.items():
+            linear.dtype = cast_by(fn, linear.dtype, self.get_parameter(name))
         return super()._apply(keeping_dtypes(self, fn, self.specs().keys() - self._floats()), recurse)
 
     def _floats(self) -> set[str]:

@@ -21,6 +21,15 @@ def first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return value
 
 
+def with_first(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], value: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a layer's forward with another input."""
+    if args:
+        return (value, *args[1:]), dict(kwargs)
+    return (), {**kwargs, next(iter(kwargs)): value}
+
+
 class _Undo:
     """A handle like those of torch hooks."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -13,26 +13,13 @@ from hfquant.algorithms import TensorSpec, block_slices
 from hfquant.formats import Grid, NumberFormat
 from hfquant.kernels.base import Operands, Product
 from hfquant.kernels.op import linear
+from hfquant.nn.casts import cast_by, keeping_dtypes
 from hfquant.nn.checked import Checked
 from hfquant.nn.float_modules import first, hollow
 
 if TYPE_CHECKING:  # circular: layer_plan imports the kinds of layers
     from hfquant.layer_config import LayerConfig
     from hfquant.layer_plan import LayerPlan
-
-
-def keeping_dtypes(
-    module: nn.Module, fn: Callable[[Tensor], Tensor], names: Collection[str]
-) -> Callable[[Tensor], Tensor]:
-    """Wrap ``fn`` for ``nn.Module._apply`` so that the tensors ``names`` are moved but never cast."""
-    tensors = {**module._parameters, **module._buffers}
-    fixed = {id(tensor) for name, tensor in tensors.items() if name in names}
-
-    def applied(tensor: Tensor) -> Tensor:
-        new = fn(tensor)
-        return tensor.to(new.device) if id(tensor) in fixed and new.dtype != tensor.dtype else new
-
-    return applied
 
 
 class QuantLayer(Checked):
@@ -78,7 +65,8 @@ class QuantLayer(Checked):
         # Cached, because a plan's properties are recomputed on each access.
         self._row_sizes = plan.row_groups
         self._row_groups = block_slices(self._row_sizes)
-        dtype = dtype or torch.get_default_dtype()
+        #: Dtype of the float weight that it would have; casting the model changes it.
+        self.dtype = dtype = dtype or torch.get_default_dtype()
         # Created first, since some models take `next(module.parameters()).dtype` for their dtype (Swin v2's tables).
         bias_tensor = torch.empty(plan.out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if bias_tensor is None else nn.Parameter(bias_tensor, requires_grad=False)
@@ -347,12 +335,12 @@ class QuantLayer(Checked):
         """Return the float32 weight [out, in] that applies to the raw input."""
         return self.plan.transform.restored(self.dequantize(), self._buffers, self.plan.row_groups)
 
-    def to_float(self, dtype: torch.dtype) -> nn.Module:
-        """Return the replaced float module with the effective weight in ``dtype``.
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return the replaced float module with the effective weight in ``dtype`` (default: :attr:`dtype`).
 
         Its activations are not quantized.
         """
-        module = hollow(self._float)
+        dtype, module = dtype or self.dtype, hollow(self._float)
         weight = self.float_weight(self.effective_weight(), module.get_parameter("weight").shape)
         # Make it contiguous, like a float module's weight.
         module.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=False)
@@ -362,6 +350,7 @@ class QuantLayer(Checked):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         fixed = {*self._parameters, *self._buffers} - self._model_floats
+        self.dtype = cast_by(fn, self.dtype, self._parameters["weight"])
         return super()._apply(keeping_dtypes(self, fn, fixed), recurse)
 
     def reset_parameters(self) -> None:

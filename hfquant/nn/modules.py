@@ -51,8 +51,12 @@ def tie(model: nn.Module) -> None:
             lend(owner, layer, [name for name in layer.plan.tensors() if name.startswith("weight")])
 
 
-def dequantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace every quantized module of ``model`` with its float module in ``dtype``, in place, and return the model.
+def dequantized(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every quantized module of ``model`` with its float module, in place, and return the model.
+
+    Args:
+        model: any model.
+        dtype: dtype of the float modules; by default what each had, or what the model has been cast to since.
 
     Raises:
         ValueError: the model is group offloaded.

@@ -71,7 +71,7 @@ class Judge:
 
     def _apart(self, sample: Any, before: Tensor) -> Tensor:
         output = main_tensor(forward(self.model, sample))
-        mask = padding_mask(sample, output)
+        mask = padding_mask(self.model, sample, output)
         mask = None if mask is None else mask[:, _positions(mask.shape[1])]
         return divergence(_compared(output), before, self.is_distribution, mask)
 

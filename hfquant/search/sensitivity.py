@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hfquant.calibration.batches import evaluating, forward
 from hfquant.nn.conv import CONVS
+from hfquant.nn.float_modules import first
 from hfquant.outputs import is_distribution, main_tensor
 
 logger = logging.getLogger(__name__)
@@ -78,11 +79,13 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
     each = -(-ROWS // max(len(data), 1))
 
     def hook(name: str) -> Any:
-        def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            x = args[0]
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            x = first(args, kwargs)
             if not x.is_floating_point() or not x.numel():
                 return output
-            output = output if output.requires_grad else output.detach().requires_grad_()
+            if not output.requires_grad:
+                # Neither a leaf nor a regular view: autograd rejects in-place operations on both.
+                output = torch.ops.aten._unsafe_view(output.detach().requires_grad_(), output.shape)
             found = seen.setdefault(name, Seen())
             # A convolution's rows are windows, even if the shapes match a row-wise layer's: keep whole samples.
             by_rows = x.shape[:-1] == output.shape[:-1] and not isinstance(module, CONVS)
@@ -112,7 +115,7 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
 
         return after
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
+    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in layers.items()]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in learning:

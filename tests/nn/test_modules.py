@@ -11,7 +11,7 @@ from torch import nn
 import hfquant
 from hfquant import QuantLinear, set_real_quant
 from hfquant.layer_config import InputQuant, WeightQuant
-from hfquant.nn.modules import dequantized, log_share, quant_linears
+from hfquant.nn.modules import dequantized, log_share, quant_linears, quant_modules
 from hfquant.replacing import replace_modules
 from tests.nn.linear_cases import IN, OUT, Case, layer_of, some_input
 
@@ -143,6 +143,26 @@ def test_dequantized() -> None:
         assert type(linear) is nn.Linear
         assert linear.weight.requires_grad
         assert torch.equal(linear.weight, weight.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dequantized_layers_have_the_dtype_that_they_had(dtype: torch.dtype) -> None:
+    """A quantized layer without a bias has no parameter that tells it."""
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Conv2d(32, 32, 1, bias=False), nn.LayerNorm(32)).to(dtype)
+    model[2].float()
+    hfquant.quantize(model, None, {"default": {"opt": {"type": "default"}, "input_quant": None}})
+    assert len(quant_modules(model)) == 2
+    hfquant.dequantize(model)
+    assert [p.dtype for p in model.parameters()] == [dtype, dtype, torch.float32, torch.float32]
+
+
+def test_dequantized_layers_have_the_dtype_that_the_model_was_cast_to() -> None:
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32))
+    hfquant.quantize(model, None, {"default": {"opt": {"type": "default"}, "input_quant": None}})
+    hfquant.dequantize(copy.deepcopy(model).bfloat16())
+    model[0].bfloat16()
+    hfquant.dequantize(model)
+    assert [p.dtype for p in model.parameters()] == [torch.bfloat16, torch.float32, torch.float32]
 
 
 def test_the_share_that_was_quantized(caplog) -> None:

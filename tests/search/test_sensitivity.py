@@ -120,3 +120,19 @@ def test_without_a_gradient_there_are_inputs(caplog):
     assert not found.squares
     harm, relative = found.errors(net.loud, nn.Linear(64, 64))
     assert harm == relative > 0
+
+
+def test_layers_called_by_keyword_and_changed_in_place(caplog):
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.b(torch.relu_(self.a(input=x)))
+
+    net, data = Inner(), [torch.randn(6, 8) for _ in range(3)]
+    seen = watch(net, {"a": net.a, "b": net.b}, data)
+    assert not caplog.records
+    assert all(found.has_gradients for found in seen.values())
+    assert seen["a"].rows == seen["b"].rows == 18
