@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 
@@ -44,10 +45,12 @@ def update(digest: xxhash.xxh3_128, value: Any) -> None:
 
 
 def update_with_weights(digest: xxhash.xxh3_128, module: nn.Module) -> None:
-    """Feed a module's parameters and buffers to a digest: names, dtypes, shapes and all bytes."""
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        digest.update(name.encode())
-        update(digest, tensor)
+    """Feed a module's parameters and buffers to a digest: names, dtypes, shapes and all bytes, offloaded or not."""
+    for name, part in module.named_modules():
+        with align_module_device(part):
+            for key, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+                digest.update(f"{name}.{key}".encode())
+                update(digest, tensor)
 
 
 def digest_of(*values: Any) -> str:

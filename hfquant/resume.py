@@ -1,7 +1,8 @@
 """Solved layers stored on disk, so that an interrupted quantization can resume.
 
 There is one safetensors file per layer. Its name is a digest of everything the solution depends on: the layer's name,
-its float weight, its plan, the calibration data and the mode. So a layer of another model, config or run is never used.
+its float weight, its plan, all weights of the model, the calibration data and the mode. So a layer of another model,
+config or run is never used.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Cache:
 
     Attributes:
         folder: location; created if missing.
-        context: digest of what all layers depend on: calibration data and mode.
+        context: digest of what all layers depend on: the model's weights, calibration data and mode.
     """
 
     folder: Path

@@ -7,11 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import xxhash
 from torch import Tensor, nn
 
 from hfquant.calibration.batches import CalibrationData, CalibrationError, samples
 from hfquant.config import QuantRules
-from hfquant.digests import digest_of
+from hfquant.digests import digest_of, update_with_weights
 from hfquant.distributed import Processes, check_models_agree, shard_of
 from hfquant.experts import Unfused
 from hfquant.folding import Folding
@@ -141,8 +142,12 @@ def prepared(
     with group.together():
         cache = None
         if settings.resume_dir is not None:
-            mode = (settings.per_layer_mode, facts.prefix, digest_of(*(() if data is None else data)))
-            cache = Cache.open(settings.resume_dir, digest_of(group.gather(digest_of(mode))))
+            # A layer's inputs depend on all weights, and in per-layer mode on how those before it were quantized.
+            mode = (facts.prefix, repr((plan.layers, plan.folds)) if settings.per_layer_mode else "")
+            weights = xxhash.xxh3_128()
+            update_with_weights(weights, model)
+            context = digest_of(mode, weights.hexdigest(), digest_of(*(() if data is None else data)))
+            cache = Cache.open(settings.resume_dir, digest_of(group.gather(context)))
     budget = min(group.gather(settings.memory_budget or free_memory() // (4 * group.on_this_machine)))
     shard = shard_of(None if data is None else data.first, group)
     checks = samples_to_check(loader, data, settings.held_out) if settings.guard else None

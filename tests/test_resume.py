@@ -92,6 +92,29 @@ def test_other_data_or_mode_takes_nothing(net: Net, data: Any, tmp_path: Path, s
         assert not solved
 
 
+def test_another_model_takes_nothing(net: Net, data: Any, tmp_path: Path, solved: list[str]) -> None:
+    """The inputs of `out` depend on the weights before it."""
+    hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path)
+    solved.clear()
+    with torch.no_grad():
+        net.one.weight *= 50
+    straight = hfquant.quantize(copy.deepcopy(net), data, CONFIG)
+    assert same(hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path), straight)
+    assert solved == ["one", "two", "out"] * 2
+
+
+def test_layer_by_layer_the_plans_of_earlier_layers_count(
+    net: Net, data: Any, tmp_path: Path, solved: list[str]
+) -> None:
+    """There, layers are calibrated on the outputs of quantized ones."""
+    coarse = {**CONFIG, "one": {"weight_quant": {"type": "int2", "group_size": 8}}}
+    for mode, solved_again in ((False, ["one"]), (True, ["one", "two", "out"])):
+        hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path, per_layer_mode=mode)
+        solved.clear()
+        hfquant.quantize(copy.deepcopy(net), data, coarse, resume_dir=tmp_path, per_layer_mode=mode)
+        assert solved == solved_again
+
+
 def test_data_that_has_no_length(net: Net, data: Any, tmp_path: Path, solved: list[str]) -> None:
     class Stream:
         def __iter__(self) -> Any:
