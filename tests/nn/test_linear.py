@@ -96,6 +96,17 @@ def test_other_input_dtypes(dtype, real) -> None:
 
 
 @pytest.mark.parametrize("real", [False, True])
+def test_models_of_float64(real) -> None:
+    """Bias and low-rank branch are of the model's dtype."""
+    for case in cases("int8").values():
+        layer, _ = layer_of(case.plan(InputQuant(dynamic=True, axis=-1), real))
+        x = some_input(4)
+        y = layer(x)
+        assert layer.double().bias.dtype == torch.float64
+        torch.testing.assert_close(layer(x.double()).float(), y, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("real", [False, True])
 def test_strided_inputs_and_autocast(real) -> None:
     plan = cases("int8")["all at once"].plan(InputQuant(dynamic=True), real)
     layer, _ = layer_of(plan)

@@ -118,7 +118,9 @@ def _run(number: int, x: Tensor, operands: Operands, product: Product) -> Tensor
         return operands.added(raw, _native()(values.contiguous(), *bare, spec, number)).to(dtype)
     if dtype in TYPES:
         return _native()(x.contiguous(), *operands, spec, number)
-    return _native()(x.float().contiguous(), *operands, spec, number).to(dtype)
+    # A float64 model has a bias and a low-rank branch of that dtype too.
+    narrow = (t.float() if t is not None and t.dtype == torch.float64 else t for t in operands)
+    return _native()(x.float().contiguous(), *narrow, spec, number).to(dtype)
 
 
 def _direct(number: int, product: Product, dtype: torch.dtype) -> tuple[Op, tuple[Any, ...]] | None:
