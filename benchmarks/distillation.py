@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=list(STEPS), choices=STEPS)
     parser.add_argument("--presets", nargs="+", default=["w3a16-gptq", "w4a16-gptq"], choices=CONFIGS)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--steps", type=int, help=f"in place of {STEPS}")
+    parser.add_argument("--steps", type=int, help=f"in place of {STEPS}; 0 with --rounding-steps alone")
     parser.add_argument("--rounding-steps", type=int, default=0, help="steps of learned rounding before that")
     parser.add_argument("--text", default="own", choices=("own", "broad"), help="what SmolLM2 is distilled on")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of SmolLM2 in training")
@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     rows: dict[str, dict[str, Any]] = stored.get("rows", {})
     for name in args.models:
         subject = {"smollm2": smollm2, "digits": digits}[name](args)
-        steps = args.steps or STEPS[name]
+        steps = STEPS[name] if args.steps is None else args.steps
+        fresh = max(steps, args.rounding_steps + 16)  # windows to train on, or to judge the rounding by
         broad = name == "smollm2" and args.text == "broad"
         data: list[Any] | None = None
         for preset in args.presets:
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             row += ", learned rounding" if args.rounding_steps else ""
             if row in rows:
                 continue
-            data = _data(name, subject, min(4 * steps // 3, steps + 32) if broad else 0) if data is None else data
+            data = _data(name, subject, min(4 * fresh // 3, fresh + 32) if broad else 0) if data is None else data
             model = quantized(copy.deepcopy(CONFIGS[preset]), subject)
             dtype: torch.dtype = getattr(torch, args.dtype) if name == "smollm2" else torch.float32
             before, start = subject.score(model), time.process_time()
