@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hfquant.calibration.batches import CalibrationError, device_of, encoder_of, evaluating, forward, mask_of, samples
+from hfquant.calibration.batches import CalibrationError, decoder_side, device_of, evaluating, forward, mask_of, samples
 from hfquant.console import progress_bar
 from hfquant.experts import UnfusedExperts
 from hfquant.memory import release_free_memory
@@ -103,13 +103,14 @@ class _Padding:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        encoder = encoder_of(model)
         self.model, self.device = model, device_of(model)
-        self._inside = set((model if encoder is None else encoder).modules())
+        self._decodes = decoder_side(model)
         self._first: Tensor | None = None
         self._second: Tensor | None = None
         self._encoded: Tensor | None = None
-        self.handles = [] if encoder is None else [encoder.register_forward_hook(self._keep)]
+        get: Any = getattr(model, "get_encoder", None)
+        encoder = get() if get and self._decodes else None
+        self.handles = [encoder.register_forward_hook(self._keep)] if isinstance(encoder, nn.Module) else []
 
     def start(self, sample: Any) -> None:
         """Go on to another sample."""
@@ -127,7 +128,7 @@ class _Padding:
 
     def real(self, module: nn.Module) -> Tensor | None:
         """Return which tokens of a module's input are real, [batch, tokens] bool; None if all are, or if unknown."""
-        return self._first if module in self._inside else self._second
+        return self._second if module in self._decodes else self._first
 
     def counted(self, module: nn.Module, x: Tensor, rows: Tensor) -> Tensor | None:
         """Return which rows of an input are real, [batch, tokens, ..., in] or [batch * tokens, in]; None as above.

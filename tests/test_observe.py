@@ -167,17 +167,18 @@ def test_both_halves_of_an_encoder_decoder_have_a_mask_of_their_own() -> None:
     }
     attention = {half: f"{half}.block.0.layer.0.SelfAttention.q" for half in ("encoder", "decoder")}
     cross = {name: f"decoder.block.0.layer.1.EncDecAttention.{name}" for name in "qk"}
-    layers = {name: model.get_submodule(name) for name in [*attention.values(), *cross.values()]}
+    layers = {name: model.get_submodule(name) for name in [*attention.values(), *cross.values(), "lm_head"]}
 
     def counts(sample: dict[str, torch.Tensor]) -> list[int]:
         stats = observe(model, layers, [sample])
-        return [stats[name].count for name in (attention["encoder"], cross["k"], attention["decoder"], cross["q"])]
+        first = [stats[name].count for name in (attention["encoder"], cross["k"])]
+        return first + [stats[name].count for name in (attention["decoder"], cross["q"], "lm_head")]
 
-    assert counts(sample) == [8, 8, 12, 12]
+    assert counts(sample) == [8, 8, 12, 12, 12]
     sample["decoder_attention_mask"] = (torch.arange(6) < torch.tensor([[3], [4]])).long()
-    assert counts(sample) == [8, 8, 7, 7]
+    assert counts(sample) == [8, 8, 7, 7, 7]
     del sample["attention_mask"]
-    assert counts(sample) == [12, 12, 7, 7]
+    assert counts(sample) == [12, 12, 7, 7, 7]
 
 
 def test_inference_tensors_are_measured() -> None:

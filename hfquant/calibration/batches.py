@@ -152,17 +152,18 @@ def as_tensors(sample: Any) -> Any:
     return tuple(_as_tensor("", v) for v in sample) if isinstance(sample, tuple) else _as_tensor("", sample)
 
 
-def encoder_of(model: nn.Module) -> nn.Module | None:
-    """Return the encoder of an encoder-decoder; None for other models."""
-    get: Any = getattr(model, "get_encoder", None)
-    return get() if get and getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+def decoder_side(model: nn.Module) -> set[nn.Module]:
+    """Return the modules of an encoder-decoder that see the decoder's tokens; none for other models."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return set()
+    found = [getattr(model, name)() for name in ("get_decoder", "get_output_embeddings") if hasattr(model, name)]
+    return {m for part in found if isinstance(part, nn.Module) and part is not model for m in part.modules()}
 
 
 def mask_name(model: nn.Module, module: nn.Module) -> str:
-    """Return the argument that masks the tokens of a module: in an encoder-decoder, there is one for each half."""
-    encoder = encoder_of(model)
-    outside = encoder is not None and all(inner is not module for inner in encoder.modules())
-    return "decoder_attention_mask" if outside else "attention_mask"
+    """Return the argument that masks tokens in the output of a module, or of the model itself."""
+    decodes = decoder_side(model)
+    return "decoder_attention_mask" if module in decodes or (decodes and module is model) else "attention_mask"
 
 
 def mask_of(model: nn.Module, sample: Any, name: str) -> Tensor | None:
