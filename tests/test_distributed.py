@@ -69,7 +69,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
     return {name: tasks[name]() for name in tasks if name not in ("not finite", "other models")}
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, dict[str, Tensor]], Any]]:
     """Return the results of each launched process: tensors by task, and errors."""
     out = tmp_path_factory.mktemp("launched")

@@ -122,19 +122,23 @@ def test_layers_are_what_they_are_called(name: str) -> None:
     assert 0.1 < module(torch.randn(8, 150)).std() < 100
 
 
-def test_speed_has_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "wanted", [["fp32", "bf16", "hfquant w8a8", "hfquant w4a16, bf16"], pytest.param(OWN, marks=pytest.mark.slow)]
+)
+def test_speed_has_every_row(wanted: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "speed.md"
-    assert speed.main(["--quick", "--rows", *OWN, "--out", str(file)]) == 0
+    assert speed.main(["--quick", "--rows", *wanted, "--out", str(file)]) == 0
     text = file.read_text()
     assert text in capsys.readouterr().out
-    rows = [name for name in speed.ROWS if name not in peer_rows()]
-    assert {f"hfquant {name}" for name in PRESETS} < set(rows)
+    own = [name for name in speed.ROWS if name not in peer_rows()]
+    assert {f"hfquant {name}" for name in PRESETS} < set(own)
+    rows = own if wanted is OWN else wanted
     assert_full(table(text, "more is faster"), rows, 5)
     memory = table(text, "above the weights")
     assert list(memory) == rows
     assert all(float(cell) >= 0 for cells in memory.values() for cell in cells)
     assert "Not measured" not in text
-    assert set(speed.ROWS) - set(rows) == set(peer_rows()) - set(speed.LEFT_OUT)
+    assert set(speed.ROWS) - set(own) == set(peer_rows()) - set(speed.LEFT_OUT)
     assert speed.COMPILED in speed.ROWS
 
 
