@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from torch import nn
 
-from hfquant import denoisers, quantize_pipeline
+from hfquant import HfQuantConfig, denoisers, quantize_pipeline
 from hfquant.affiner import load_affiner
 from hfquant.demo import DigitsPipeline, load_digits_pipeline
 from hfquant.denoisers import (
@@ -62,6 +62,18 @@ def test_bad_components_and_data_leave_the_pipeline_alone() -> None:
     assert all(torch.equal(v, before[k]) for k, v in pipe.transformer.state_dict().items())
     quantize_pipeline(pipe, None, "w8a16")
     assert quant_linears(pipe.transformer)
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_only_a_config_with_a_guard_moves_a_layer_that_is_off(guard: bool) -> None:
+    pipe = load_digits_pipeline()
+    up, down = pipe.transformer.transformer_blocks[1].ff.net[0].proj, pipe.transformer.transformer_blocks[1].ff.net[2]
+    with torch.no_grad():  # an outlier that meets only zeros, and that the scale has to cover
+        up.weight[0], up.bias[0], down.weight[0, 0] = 0, 0, 1e4
+    scales = {"weight_quant": {"type": "int8", "axis": None}, "input_quant": {"type": "int8", "axis": None}}
+    config = {"default": {"opt": {"type": "default"}, "calib": {"type": "amax"}, **scales}}
+    quantize_pipeline(pipe, [{"class_labels": [1]}], HfQuantConfig(config, guard=guard), num_inference_steps=2)
+    assert any(layer.guard for layer in pipe.transformer.quant_report.layers) == guard
 
 
 def wan() -> WanPipeline:

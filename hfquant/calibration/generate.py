@@ -40,9 +40,10 @@ def generate_calibrate_set(
     """Run a pipeline or model over data and collect the inputs of one layer.
 
     With `dump_path`, calling this again with the same arguments resumes an interrupted run where it stopped and
-    produces the same files, byte for byte; a finished set is simply opened. Both require data in the same order on
-    every run. Shuffling by torch's global random state satisfies this (it is seeded from the sampler's seed); shuffling
-    by Python's or numpy's does not. A source that has changed is detected.
+    produces the same files, byte for byte; a finished set is opened after reading the data once, without running the
+    model. Both require data in the same order on every run. Shuffling by torch's global random state satisfies this (it
+    is seeded from the sampler's seed); shuffling by Python's or numpy's does not. A source that has changed is
+    detected.
 
     Args:
         model: A diffusers pipeline or a torch module; its state is restored afterwards.
@@ -66,7 +67,7 @@ def generate_calibrate_set(
             stored.
         ValueError: unknown layer, bad argument, or a `generator` (seed the sampler instead).
         CalibrationError: no data, or the layer never ran.
-        CalibSetError: `dump_path` holds a different set or a damaged one.
+        CalibSetError: `dump_path` holds a different set, one of other data, or a damaged one.
         RuntimeError: generation failed in another process.
     """
     with processes() as group:
@@ -119,9 +120,10 @@ def generate_shard(
         )
     target = find_layer(model, calib_layer)
     origin = provenance(model, target, sampler, call_kwargs, shard)
+    source = _Source(sample_dataloader, sampler.seed)
 
     def runs(start: Cursor) -> Iterator[tuple[Recording, int, Cursor]]:
-        return _samples(model, sampler, sample_dataloader, target.layer, call_kwargs, shard, start)
+        return _samples(model, sampler, source, target.layer, call_kwargs, shard, start)
 
     if dump_path is None:
         # A single recording stores tensors shared by all batches once; several processes need one per batch to merge.
@@ -139,11 +141,13 @@ def generate_shard(
     directory.mkdir(parents=True, exist_ok=True)
     with files.exclusive(directory):
         index = _resume(directory, Index(chunk_size=chunk_size, compress=compress, provenance=origin))
-        if not index.complete:
-            writer, cursor = storage.Writer(directory, index), index.cursor
+        if index.complete:
+            _check_source(directory, source, index.cursor)
+        else:
+            writer = storage.Writer(directory, index)
             for recording, position, cursor in runs(index.cursor):
                 writer.add(recording, position, cursor)
-            writer.finish(cursor)
+            writer.finish(Cursor(batch=source.count, source=source.digest.hexdigest()))
         return open_stored(directory, index)
 
 
@@ -171,10 +175,44 @@ def _resume(directory: Path, wanted: Index) -> Index:
     return stored
 
 
+class _Source:
+    """The batches of a loader, for one pass, with the number and the digest of those read so far."""
+
+    def __init__(self, loader: Iterable[Any], seed: int) -> None:
+        self.loader, self.seed = loader, seed
+        self.count, self.digest = 0, xxhash.xxh3_128()
+
+    def __iter__(self) -> Iterator[Any]:
+        with seeded(self.seed):
+            batches = iter(self.loader)
+        while True:
+            # A loader that shuffles by the global random state must shuffle the same way when the run is repeated.
+            with seeded(self.seed, self.count):
+                batch = next(batches, batches)
+            if batch is batches:
+                return
+            update(self.digest, batch)
+            self.count += 1
+            yield batch
+
+
+def _check_source(directory: Path, source: _Source, end: Cursor) -> None:
+    """Raise CalibSetError if a finished set was recorded from other data. Read at most one batch more than it did."""
+    if not end.source:  # saved from memory
+        return
+    batches = iter(source)
+    for _ in zip(range(end.batch + (end.taken > 0)), batches, strict=False):
+        pass
+    # Older sets have the position of their last sample, after which there may be batches that gave none.
+    longer = not end.taken and next(batches, batches) is not batches
+    if longer or source.digest.hexdigest() != end.source:
+        raise CalibSetError(f"{directory} was recorded from other data: choose another path")
+
+
 def _samples(
     model: Any,
     sampler: BaseSampler,
-    loader: Iterable[Any],
+    source: _Source,
     layer: nn.Module,
     call_kwargs: Mapping[str, Any],
     shard: tuple[int, int],
@@ -182,38 +220,30 @@ def _samples(
 ) -> Iterator[tuple[Recording, int, Cursor]]:
     """Yield the samples after `start`: a recording, the sample's position in it, and the cursor after it."""
     rank, world_size = shard
-    source = xxhash.xxh3_128()
     steps, ran, found = None, False, start.taken > 0
-    progress = progress_bar(desc=f"Sampling {type(sampler).__name__}", unit="batch", total=_length(loader))
-    with seeded(sampler.seed):
-        batches = iter(loader)
+    progress = progress_bar(desc=f"Sampling {type(sampler).__name__}", unit="batch", total=_length(source.loader))
     try:
-        for number in itertools.count():
-            # A loader that shuffles by the global random state must shuffle the same way when the run is repeated.
-            with seeded(sampler.seed, number):
-                batch = next(batches, batches)
-            if batch is batches:
-                break
-            update(source, batch)
+        for number, batch in enumerate(source):
             progress.update()
             if number % world_size != rank or number < start.batch:
                 continue
             skip = start.taken if number == start.batch else 0
-            if skip and source.hexdigest() != start.source:
+            digest = source.digest.hexdigest()
+            if skip and digest != start.source:
                 raise CalibSetError(
                     "sample_dataloader yields different data than when this set was begun: choose another path"
                 )
             recording, steps = sampler.sample(model, batch, layer, call_kwargs, index=number, steps=steps)
             ran, found = True, found or len(recording) > 0
             for position in range(skip, len(recording)):
-                yield recording, position, Cursor(batch=number, taken=position + 1, source=source.hexdigest())
+                yield recording, position, Cursor(batch=number, taken=position + 1, source=digest)
     finally:
         progress.close()
-    if start.taken and number <= start.batch:
-        raise CalibSetError(f"sample_dataloader ends after {number} batches, fewer than when this set was begun")
+    if start.taken and source.count <= start.batch:
+        raise CalibSetError(f"sample_dataloader ends after {source.count} batches, fewer than when this set was begun")
     if ran and not found:
         raise CalibrationError("calib_layer was never called with a timestep that is kept: nothing was recorded")
-    if not number:
+    if not source.count:
         raise CalibrationError("sample_dataloader is empty: nothing was recorded")
 
 

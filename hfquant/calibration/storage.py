@@ -57,12 +57,15 @@ _Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
 
 class Cursor(_Strict):
-    """How far a set has come: all batches before ``batch`` are stored, and the first ``taken`` samples of that one."""
+    """How far a set has come: all batches before ``batch`` are stored, and the first ``taken`` samples of that one.
+
+    A complete set has the number of all batches of its data, and the digest of all of them.
+    """
 
     batch: _Count = 0
     taken: _Count = 0
     source: str = ""
-    """Digest of all batches up to and including this one: a resumed run must receive the same data."""
+    """Digest of all batches read so far: a repeated run must receive the same data. "" if it is not known."""
 
 
 class ChunkEntry(_Strict):
@@ -199,10 +202,10 @@ class Writer:
             write_index(self.directory, self.index)
 
     def finish(self, cursor: Cursor) -> None:
-        """Write the remaining samples and mark the set complete."""
+        """Write the remaining samples and mark the set complete; ``cursor`` is the end of its data."""
         if self._chunk.samples:
             self._flush(cursor)
-        self.index.complete = True
+        self.index.complete, self.index.cursor = True, cursor
         write_index(self.directory, self.index)
 
     def _flush(self, cursor: Cursor) -> None:

@@ -92,14 +92,14 @@ def calibrate(
     if guidance_scale is not None:
         call["guidance_scale"] = guidance_scale
     made_itself = source == "self"
-    if made_itself and (unread := _given({"name": name, "split": split, "column": column or None})):
+    if made_itself and (unread := options.given({"name": name, "split": split, "column": column or None})):
         raise typer.BadParameter("does not apply to --source self", param_hint=f"--{next(iter(unread))}")
     spec = {
         **{"dataset": source, "name": name, "split": split, "column": options.columns(column or ())},
         **{"samples": 128 if samples is None else samples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed},
     }
     if made_itself:
-        spec = {"source": source, "seed": seed, **_given({"samples": samples, "seqlen": seqlen})}
+        spec = {"source": source, "seed": seed, **options.given({"samples": samples, "seqlen": seqlen})}
     with errors_in_one_line(debug), log_shown():
         from hfquant.calibration import calibration_batches, generate_calibrate_set
         from hfquant.calibration.self_made import SelfSpec
@@ -134,17 +134,13 @@ def calibrate(
             _print_summary(out, made)
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if value is not None}
-
-
-def _check_sampler(kind: SamplerName, **options: Any) -> None:
-    for option in _given(options):
+def _check_sampler(kind: SamplerName, **settings: Any) -> None:
+    for option in options.given(settings):
         if option not in _SAMPLER_OPTIONS[kind]:
             raise typer.BadParameter(f"the {kind.value} sampler has no such option", param_hint=f"--{option}")
 
 
-def _sampler(kind: SamplerName, seed: int, **options: Any) -> BaseSampler:
+def _sampler(kind: SamplerName, seed: int, **settings: Any) -> BaseSampler:
     from hfquant import calibration
 
     classes = {
@@ -153,7 +149,7 @@ def _sampler(kind: SamplerName, seed: int, **options: Any) -> BaseSampler:
         SamplerName.BASE: calibration.BaseSampler,
         SamplerName.LANGUAGE: calibration.LanguageModelSampler,
     }
-    return classes[kind](seed=seed, **_given(options))
+    return classes[kind](seed=seed, **options.given(settings))
 
 
 def _print_summary(out: Path, made: BaseCalibSet) -> None:

@@ -34,7 +34,9 @@ def distill(
     component: Annotated[
         str | None, typer.Option(help="Component of a pipeline to train; default: its denoiser.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps, one sample each.")] = 100,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Optimizer steps, one sample each; 0 trains the rounding only.")
+    ] = 100,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate, relative to each vector's RMS.")] = 1e-3,
     rounding_steps: Annotated[
         int, typer.Option(min=0, help="Steps that train the rounding of the weights first, one sample each.")
@@ -49,6 +51,8 @@ def distill(
     Scales, norms and biases are trained, after the rounding of the weights with --rounding-steps. Size and speed do not
     change. Samples held out of the training decide whether the result is kept.
     """
+    if not (steps or rounding_steps):
+        raise typer.BadParameter("with 0 steps, --rounding-steps must say how many to take", param_hint="--steps")
     with errors_in_one_line(debug), log_shown():
         check_empty(out)
         from hfquant import api

@@ -39,6 +39,11 @@ def pairs(option: str, values: Sequence[str]) -> dict[str, str]:
     return {key: value for key, _, value in split}
 
 
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given on the command line."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def columns(values: Sequence[str]) -> str | dict[str, str] | None:
     """Return the value of `--column`: one column, or a column for each of several arguments."""
     if len(values) == 1 and "=" not in values[0]:

@@ -29,7 +29,10 @@ def quantize(
     skip: options.Skip = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Data: a hub dataset, a local parquet, json, csv or text file, or a folder."),
+        typer.Option(
+            help="Data: a hub dataset, a local parquet, json, csv or text file, or a folder; for a transformers model, "
+            "also a calibration set (`hfquant calibrate`). Default: the recipe's, else the model makes its own."
+        ),
     ] = None,
     column: Annotated[
         list[str] | None,
@@ -37,8 +40,8 @@ def quantize(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of the dataset; default: train, or the only split.")] = None,
-    samples: Annotated[int, typer.Option(help="Sequences of text, or rows, to read.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    samples: Annotated[int | None, typer.Option(help="Sequences of text, or rows, to read; default: 128.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per sequence; default: 512.")] = None,
     seed: Annotated[int, typer.Option(help="Seed for the order of the data.")] = 0,
     arg: Annotated[
         list[str] | None,
@@ -58,12 +61,14 @@ def quantize(
     beside --out until it is written: repeat the same command to resume after an interruption.
     """
     call = {key: options.parsed(value) for key, value in options.pairs("--arg", arg or ()).items()}
-    stream = None
-    if calibration is not None:
-        stream = {
-            **{"dataset": calibration, "name": name, "split": split, "column": options.columns(column or ())},
-            **{"samples": samples, "seqlen": seqlen, "seed": seed},
-        }
+    reading = options.given(
+        {"column": options.columns(column or ()), "name": name, "split": split, "samples": samples, "seqlen": seqlen}
+    )
+    if calibration is None and reading:
+        raise typer.BadParameter(
+            "says how to read --calibration, which is missing", param_hint=f"--{next(iter(reading))}"
+        )
+    stream = None if calibration is None else {"dataset": calibration, "seed": seed, **reading}
     with errors_in_one_line(debug), log_shown():
         check_empty(out)
         from hfquant.integrations.hub import load

@@ -14,6 +14,7 @@ from hfquant.nn.conv1d import QuantConv1D
 from hfquant.nn.embedding import QuantEmbedding
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
+from hfquant.offload import hooks_of
 
 KINDS: list[type[QuantLayer]] = [QuantLinear, QuantConv1D, QuantConv, QuantEmbedding]
 
@@ -70,4 +71,16 @@ def _refused(kind: type[QuantLayer], module: nn.Module) -> str:
     known = (weight, module._parameters.get("bias"), None)
     if module._modules or any(all(p is not k for k in known) for p in module._parameters.values()):
         return f"{type(module).__name__} has more than a weight and a bias"
+    for name in ("forward", "_conv_forward"):
+        if _overrides(module, name):
+            return f"its {name} is overridden in this one module"
     return kind.refuses(module)
+
+
+def _overrides(module: nn.Module, name: str) -> bool:
+    """Return whether a module has a method of its own in the place of its class's; hooks of libraries do not count."""
+    method = vars(module).get(name)
+    if method is None or (name == "forward" and any(hooks_of(module))):
+        return False
+    # A hook that is removed leaves the class's method in the module.
+    return getattr(method, "__func__", None) is not getattr(type(module), name, None)

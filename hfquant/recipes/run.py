@@ -89,7 +89,7 @@ def quantize_by(
         component = recipe.components[MODEL]
         quantize(
             loaded,
-            None if data is None else data.data,
+            None if data is None else data.recorded or data.data,
             component.quant_config(),
             verbose=verbose,
             resume_dir=resume_dir,
@@ -109,6 +109,7 @@ def quantize_by(
     if recipe.affiner is None:
         return None
     assert data is not None
+    assert data.data is not None
     real = load_model(source)
     config = {**recipe.affiner, "extra_args": {**data.call, **recipe.affiner.get("extra_args", {})}}
     return load_affiner(config, calibration_batches(data.data, batch_size=1), real.to(loaded.device), loaded)

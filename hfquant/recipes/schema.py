@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from hfquant.affiner.config import AffinerConfig
 from hfquant.affiner.config import parse as parse_affiner
 from hfquant.calibration import BaseSampler, LanguageModelSampler, NormalSampler, UniformSampler
-from hfquant.calibration.streams import parse_spec
+from hfquant.calibration.streams import holds_set, parse_spec
 from hfquant.config import QuantRules, parse
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.skeleton import MODEL
@@ -104,20 +104,28 @@ class CalibrationRecipe(Section):
     """The calibration data.
 
     Attributes:
-        data: a dataset, with the fields of :class:`~hfquant.calibration.streams.StreamSpec`.
+        data: a dataset, with the fields of :class:`~hfquant.calibration.streams.StreamSpec`; None if the model or
+            pipeline makes its own.
         sampler: sampler of timesteps, for pipelines.
         call: arguments of each call of a pipeline.
     """
 
-    data: dict[str, Any]
+    data: dict[str, Any] | None = None
     sampler: SamplerRecipe = SamplerRecipe()
     call: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("data")
     @classmethod
-    def _is_stream(cls, value: dict[str, Any]) -> dict[str, Any]:
-        parse_spec(value)
+    def _is_stream(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            parse_spec(value)
         return value
+
+    @property
+    def recorded(self) -> str | None:
+        """The path of the calibration set that `data` names; None if it names anything else."""
+        dataset = (self.data or {}).get("dataset")
+        return dataset if isinstance(dataset, str) and holds_set(dataset) else None
 
 
 class Recipe(Section):
@@ -153,7 +161,12 @@ class Recipe(Section):
             raise ValueError(f'{self.loads} is not a pipeline: its only component is "{MODEL}"')
         if not pipeline and self.affiner is not None:
             raise ValueError(f"affiner: {self.loads} is not a diffusion pipeline")
-        if self.calibration is None and self.affiner is not None:
+        if pipeline and self.calibration is not None and self.calibration.recorded is not None:
+            raise ValueError(
+                f"{self.calibration.recorded} is a calibration set, but a pipeline is calibrated on prompts or other "
+                "arguments of its call: name those, or pass the set and the component to hfquant.quantize in Python"
+            )
+        if self.affiner is not None and (self.calibration is None or self.calibration.data is None):
             raise ValueError("affiner: fitting one needs calibration data")
         return self
 

@@ -1,6 +1,7 @@
 """Generating sets: what they contain, and that a killed run resumes as if nothing had happened."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import xxhash
 import zstandard
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
@@ -32,6 +34,7 @@ from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.files import exclusive
 from hfquant.calibration.generate import generate_shard
 from hfquant.calibration.recorder import Recording
+from hfquant.digests import update
 from tests.calibration.test_recorder import identical
 from tests.calibration.tiny_models import tiny_llama, tiny_pipeline
 
@@ -260,6 +263,72 @@ def test_data_that_changed_is_noticed(tmp_path, prompts, message):
     assert generate_and_die(tmp_path, at=3 + 2 * 6)
     with pytest.raises(CalibSetError, match=message):
         generate(tmp_path, prompts)
+
+
+@pytest.mark.parametrize("prompts", [[*PROMPTS[:-1], "another one"], PROMPTS[:2], [*PROMPTS, "one more"]])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_finished_set_of_other_data_is_in_the_way(tmp_path, prompts, world_size):
+    shards = [(rank, world_size) for rank in range(world_size)]
+    for shard in shards * 2:
+        generate(tmp_path, shard=shard)
+    before = [path.read_bytes() for path in sorted(tmp_path.rglob("*.*"))]
+    pipe = tiny_pipeline(DDPMScheduler())
+    for shard in shards:
+        with pytest.raises(CalibSetError, match="was recorded from other data: choose another path"):
+            generate(tmp_path, prompts, shard=shard, pipe=pipe)
+    assert pipe.runs == 0
+    assert [path.read_bytes() for path in sorted(tmp_path.rglob("*.*"))] == before
+
+
+class Positive(nn.Module):
+    """A model that runs its layer only for inputs with a positive sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else x
+
+
+class Counted:
+    """A source, maybe without an end, that counts how many of its batches were read."""
+
+    def __init__(self, batches) -> None:
+        self.batches = batches
+
+    def __iter__(self):
+        for number, batch in enumerate(self.batches):
+            self.read = number + 1
+            yield batch
+
+
+def test_the_data_of_a_finished_set_ends_where_it_ended(tmp_path):
+    ones, none = torch.ones(1, 2), torch.zeros(1, 2)
+    torch.manual_seed(0)
+    model = Positive()
+
+    def record(batches):
+        return len(generate_calibrate_set(model, BaseSampler(None), batches, "layer", tmp_path))
+
+    recorded = [ones, none, ones * 2, none]
+    assert record(recorded) == record(recorded) == 2
+    endless = Counted(itertools.chain(recorded, itertools.repeat(none)))
+    for batches in (endless, recorded[:3], [*recorded[:3], none + 0.5], Counted(itertools.repeat(none))):
+        with pytest.raises(CalibSetError, match="recorded from other data"):
+            record(batches)
+    assert endless.read == 5, "one more than was recorded"
+    # Sets used to store how far their last sample was, not how far their data went.
+    index = storage.read_index(tmp_path)
+    assert index.cursor == storage.Cursor(batch=4, taken=0, source=index.cursor.source)
+    digest = xxhash.xxh3_128()
+    for batch in recorded[:3]:
+        update(digest, batch)
+    index.cursor = storage.Cursor(batch=2, taken=1, source=digest.hexdigest())
+    storage.write_index(tmp_path, index)
+    assert record(recorded) == 2
+    with pytest.raises(CalibSetError, match="recorded from other data"):
+        record([ones, none, ones * 3, none])
 
 
 def test_only_one_writer(tmp_path):

@@ -182,10 +182,11 @@ def test_a_missing_pipeline_class(digits, labels, tmp_path) -> None:
 def test_another_set_is_not_overwritten(digits, labels, tmp_path) -> None:
     assert of_digits(digits, labels, tmp_path / "set").exit_code == 0
     before = contents(tmp_path / "set")
-    result = of_digits(digits, labels, tmp_path / "set", "--seed", 1)
-    assert result.exit_code == 1
-    assert "holds another calibration set" in result.stderr
-    assert contents(tmp_path / "set") == before
+    for change, said in (("--seed", "holds another calibration set"), ("--samples", "was recorded from other data")):
+        result = of_digits(digits, labels, tmp_path / "set", change, 1)
+        assert result.exit_code == 1
+        assert said in result.stderr
+        assert contents(tmp_path / "set") == before
 
 
 @pytest.mark.parametrize("how", ["flag", "environment"])

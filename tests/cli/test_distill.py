@@ -57,6 +57,18 @@ def test_figures_are_those_of_the_function(llama, text, tmp_path):
     assert (said["before"], said["after"], said["kept"]) == (found.before, found.after, found.kept)
 
 
+def test_the_rounding_alone(llama, text, tmp_path):
+    data = ("--calibration", text, "--samples", 8, "--seqlen", 8)
+    student = quantized(llama, tmp_path / "student", *data)
+    nothing = run("distill", student, llama, "--out", tmp_path / "out", *data, "--steps", 0)
+    assert nothing.exit_code == 2
+    assert "with 0 steps, --rounding-steps must say how many" in " ".join(nothing.stderr.replace("│", " ").split())
+    result = run("distill", student, llama, "--out", tmp_path / "out", *data, "--steps", 0, "--rounding-steps", 4)
+    assert result.exit_code == 0, result.output
+    before, after = (load_file(folder / "model.safetensors") for folder in (student, tmp_path / "out"))
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.endswith("proj.weight"))
+
+
 def test_a_pipeline_on_a_calibration_set(digits, labels, tmp_path):
     calls = ("--steps", 4, "--timesteps", 4)
     made = run("calibrate", digits, "--source", labels, "--column", "label", "--out", tmp_path / "set", *calls)

@@ -17,8 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
+import hfquant
+from hfquant.calibration import LanguageModelSampler
 from hfquant.cli import app
 from hfquant.demo.pipeline import DigitsPipeline
+from hfquant.integrations.data import transformers_batches
 from hfquant.nn.modules import quant_linears
 from tests.cli.conftest import lines
 
@@ -67,6 +70,30 @@ def test_a_pipeline(digits, labels, tmp_path):
     assert pipe([1], num_inference_steps=2, output_type="np").images.shape[0] == 1
 
 
+def test_a_pipeline_makes_its_own_data_in_the_calls_asked_for(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    result = quantize(digits, "--preset", "w8a8", "--arg", "num_inference_steps=3", "--out", tmp_path / "q")
+    assert result.exit_code == 0, result.output
+    assert "8 runs of 3 steps" in result.stderr
+    pipe = DigitsPipeline.from_pretrained(tmp_path / "q")
+    assert all(layer.plan.static_input for layer in quant_linears(pipe.transformer).values())
+
+
+def test_a_recorded_set(digits, llama, text, labels, tmp_path):
+    spec, path = {"dataset": str(text), "samples": 4, "seqlen": 8}, tmp_path / "set"
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    hfquant.generate_calibrate_set(model, LanguageModelSampler(), transformers_batches(model, spec), "", path)
+    result = quantize(llama, "--preset", "w8a8", "--calibration", path, "--out", tmp_path / "q")
+    assert result.exit_code == 0, result.output
+    found = quant_linears(AutoModelForCausalLM.from_pretrained(tmp_path / "q"))
+    expected = quant_linears(hfquant.quantize(model, spec, "w8a8"))
+    assert all(torch.equal(layer.input_scale, found[name].input_scale) for name, layer in expected.items())
+    result = quantize(digits, "--preset", "w8a8", "--calibration", path, "--out", tmp_path / "pipe")
+    assert result.exit_code == 1
+    assert "is a calibration set" in result.stderr
+    assert len(lines(result.stderr)) == 1
+
+
 def test_a_recipe_with_an_affiner(digits, labels, tmp_path):
     recipe = tmp_path / "digits.yaml"
     recipe.write_text(
@@ -110,6 +137,14 @@ class TestBadInput:
         assert message in result.stderr
         assert len(lines(result.stderr)) == 1
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("option", ["--column", "--name", "--split", "--samples", "--seqlen"])
+    def test_how_to_read_data_that_is_not_given(self, llama, option, tmp_path):
+        result = quantize(llama, "--preset", "w8a8", option, "4", "--out", tmp_path / "q")
+        assert result.exit_code == 2
+        said = " ".join(result.stderr.replace("│", " ").split())
+        assert f"Invalid value for {option}: says how to read --calibration, which is missing" in said
+        assert not (tmp_path / "q").exists()
 
     def test_no_such_model(self, tmp_path):
         for name in (tmp_path / "none", "nobody/nothing"):

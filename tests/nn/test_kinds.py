@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import warnings
 
+import accelerate
+import diffusers
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import FalconConfig, FalconForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 import hfquant
+from hfquant.calibration.batches import CalibrationError
 from hfquant.nn.conv import QuantConv
 from hfquant.nn.embedding import QuantEmbedding
 from hfquant.nn.kinds import KINDS, kind_of, layers_in, refusal, size_of
@@ -42,6 +46,42 @@ def with_child() -> nn.Module:
     return module
 
 
+def tiled(module: nn.Conv2d) -> nn.Conv2d:
+    """Pad with the opposite edge from left to right, as is often patched into a pipeline's convolutions."""
+
+    def convolve(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(F.pad(F.pad(x, (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1)), weight, bias)
+
+    module._conv_forward = convolve.__get__(module)
+    return module
+
+
+def doubled(module: nn.Module) -> nn.Module:
+    forward = module.forward
+    module.forward = lambda x: 2 * forward(x)
+    return module
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    return accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
+
+
+def hooked_by_diffusers(module: nn.Module) -> nn.Module:
+    diffusers.hooks.HookRegistry.check_if_exists_or_initialize(module).register_hook(diffusers.hooks.ModelHook(), "a")
+    return module
+
+
+def no_longer_hooked(module: nn.Module) -> nn.Module:
+    accelerate.hooks.remove_hook_from_module(hooked(module))
+    assert "forward" in vars(module)
+    return module
+
+
+def no_longer_tiled(module: nn.Conv2d) -> nn.Conv2d:
+    module._conv_forward = nn.Conv2d._conv_forward.__get__(module)
+    return module
+
+
 @pytest.mark.parametrize(
     ("module", "kind", "size"),
     [
@@ -51,6 +91,10 @@ def with_child() -> nn.Module:
         (nn.Conv2d(4, 6, (3, 2)), QuantConv, (24, 6)),
         (nn.Conv3d(4, 6, 2), QuantConv, (32, 6)),
         (nn.Embedding(6, 4), QuantEmbedding, (4, 6)),
+        (hooked(nn.Linear(4, 6)), QuantLinear, (4, 6)),
+        (hooked_by_diffusers(nn.Linear(4, 6)), QuantLinear, (4, 6)),
+        (no_longer_hooked(nn.Conv1d(4, 6, 3)), QuantConv, (12, 6)),
+        (no_longer_tiled(nn.Conv2d(4, 6, 3)), QuantConv, (36, 6)),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -77,12 +121,31 @@ def test_what_is_taken(module, kind, size, device) -> None:
         (old_weight_norm(), "its weight is computed as it runs"),
         (empty(), "its weight is empty"),
         (with_child(), "Linear has more than a weight and a bias"),
+        (doubled(nn.Linear(4, 4)), "its forward is overridden in this one module"),
+        (doubled(nn.Embedding(4, 4)), "its forward is overridden in this one module"),
+        (tiled(nn.Conv2d(4, 4, 3)), "its _conv_forward is overridden in this one module"),
+        (hooked(tiled(nn.Conv2d(4, 4, 3))), "its _conv_forward is overridden in this one module"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_refused(module, why) -> None:
     assert kind_of(module) is None
     assert refusal(module) == why
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["w8a16", "w8a8"])
+def test_an_overridden_layer_runs_as_before(preset) -> None:
+    layers = tiled(nn.Conv2d(32, 32, 3)), doubled(nn.Linear(8, 8)), nn.Linear(8, 8)
+    model, x = nn.Sequential(*layers), torch.randn(1, 32, 8, 8)
+    exact = model(x)
+    with pytest.raises(CalibrationError, match="NaN"):
+        hfquant.quantize(model, [x, x * torch.nan], "w8a8")
+    assert torch.equal(model(x), exact)
+    hfquant.quantize(model, [x], preset)
+    assert list(quant_linears(model)) == ["2"]
+    assert (model(x) - exact).norm() < 0.05 * exact.norm()
+    assert [*model][:2] == [*layers][:2]
 
 
 @pytest.mark.parametrize("module", [nn.LayerNorm(4), nn.ReLU(), nn.ModuleList([nn.Linear(4, 4)]), nn.GRU(4, 4)])

@@ -155,6 +155,10 @@ class TestBadRecipes:
                 "normal sampler",
             ),
             ({"affiner": {"type": "blockwise"}}, "not a diffusion pipeline"),
+            (
+                {"loads": "FluxPipeline", "calibration": {"call": {"height": 8}}, "affiner": {"type": "blockwise"}},
+                "affiner: fitting one needs calibration data",
+            ),
         ],
     )
     def test_each_fault_is_named(self, change, message):
