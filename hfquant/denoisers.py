@@ -69,13 +69,17 @@ def find_denoisers(model: Any) -> list[nn.Module]:
     return [model] if isinstance(model, nn.Module) else [getattr(model, name) for name in denoiser_names(model)]
 
 
+def uncompiled(denoiser: nn.Module) -> nn.Module:
+    """Return the denoiser itself for what ``torch.compile`` made of it."""
+    return getattr(denoiser, "_orig_mod", denoiser)
+
+
 def time_reader(denoiser: nn.Module) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Any] | None:
     """Return a function that reads the timestep from a call's `(args, kwargs)`; None if the module takes none.
 
     The function returns None for a call without a timestep.
     """
-    plain = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile hides the signature
-    parameters = list(inspect.signature(plain.forward).parameters)
+    parameters = list(inspect.signature(uncompiled(denoiser).forward).parameters)
     name = next((name for name in TIME_ARGUMENTS if name in parameters), None)
     if name is None:
         return None

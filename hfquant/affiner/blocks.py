@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from hfquant.affiner.config import BlocksConfig
 from hfquant.affiner.hooks import Undo
 from hfquant.affiner.solvers import Moments, moments, solve_blocks
 from hfquant.console import progress_bar
-from hfquant.denoisers import compute_dtype, run_denoiser
+from hfquant.denoisers import compute_dtype, run_denoiser, uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def hook_blocks(denoiser: nn.Module, maps: Sequence[BlockMap]) -> Undo:
     Raises:
         ValueError: The denoiser has no such module.
     """
-    modules = dict(denoiser.named_modules())
+    modules = dict(uncompiled(denoiser).named_modules())
     if missing := [block.module for block in maps if block.module not in modules]:
         raise ValueError(
             f"{type(denoiser).__name__} has no block {missing[0]!r}; was the affiner fitted on another denoiser?"
@@ -68,10 +68,19 @@ def hook_blocks(denoiser: nn.Module, maps: Sequence[BlockMap]) -> Undo:
         return (*output[: block.output], changed, *output[block.output + 1 :])
 
     undo = ExitStack()
+    if maps and _is_compiled(denoiser):
+        # By default, compiled code does not notice hooks that come and go.
+        undo.callback(torch._dynamo.reset)
+        torch._dynamo.reset()
     for block in maps:
         hook = modules[block.module].register_forward_hook(lambda _m, _a, out, block=block: correct(block, out))
         undo.callback(hook.remove)
     return undo.close
+
+
+def _is_compiled(denoiser: nn.Module) -> bool:
+    compiled = (getattr(module, "_compiled_call_impl", None) is not None for module in denoiser.modules())
+    return uncompiled(denoiser) is not denoiser or any(compiled)
 
 
 def fit_blocks(
@@ -89,6 +98,7 @@ def fit_blocks(
     Raises:
         ValueError: No block matches, one is missing in the quantized model, or outputs are not finite.
     """
+    real, quant = uncompiled(real), uncompiled(quant)
     names = _in_order(real, calls[0], config.modules)
     if missing := set(names) - set(dict(quant.named_modules())):
         raise ValueError(f"the quantized denoiser has no block {min(missing)!r}: the models differ")
@@ -156,11 +166,17 @@ def _converted(calls: Sequence[Call], real: nn.Module, quant: nn.Module) -> Sequ
     return calls if own == other else [recursively_apply(lambda x: x.to(other), c, test_type=ours) for c in calls]
 
 
+def _run(model: nn.Module, call: Call) -> Tensor:
+    """Run a denoiser with the hooks that are there now."""
+    with torch.compiler.set_stance("force_eager") if _is_compiled(model) else nullcontext():
+        return run_denoiser(model, *call)
+
+
 def _outputs(model: nn.Module, name: str, call: Call) -> tuple[Tensor, list[Tensor | None]]:
     """Return the prediction of one call, and the output tensors of a block during that call."""
     found: list[Tensor | None] = []
     with _hooked(model.get_submodule(name), lambda _m, _a, output: found.extend(_tensors(output))):
-        return run_denoiser(model, *call), found
+        return _run(model, call), found
 
 
 def _in_order(model: nn.Module, call: Call, patterns: Sequence[str]) -> list[str]:
@@ -183,7 +199,7 @@ def _in_order(model: nn.Module, call: Call, patterns: Sequence[str]) -> list[str
     with ExitStack() as stack:
         for name, module in modules.items():
             stack.enter_context(_hooked(module, lambda _m, _a, output, name=name: note(name, output)))
-        run_denoiser(model, *call)
+        _run(model, call)
     if not order:
         raise ValueError(
             f"config.blocks.modules: none of the modules that match {list(patterns)} runs and returns tensors; "

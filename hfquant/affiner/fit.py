@@ -233,6 +233,7 @@ class _Fit:
                 if self.stepper.recurrent:
                     value = corrected(self.affiner, timestep, value, self.target, self.uncond_half)
                 ahead, behind = _advance(batch.real, r.value), _advance(batch.quant, value)
+                stepped = behind.timestep  # the scheduler's time, which may have another unit than the denoiser's
                 batch.latents = behind.value if self.stepper.recurrent else ahead.value
                 if progress.total is None and batch.quant.timesteps:
                     self._check_enabled(batch.quant.timesteps)
@@ -241,10 +242,10 @@ class _Fit:
             if self.latents is not None:
                 for batch, free in zip(batches, frees, strict=True):
                     if free is not None:
-                        self.latents.observe(timestep, free.value, batch.latents)
-                self.latents.solve(timestep)
+                        self.latents.observe(stepped, free.value, batch.latents)
+                self.latents.solve(stepped)
                 for batch in batches:
-                    batch.latents = self.latents.correct(timestep, batch.latents)
+                    batch.latents = self.latents.correct(stepped, batch.latents)
             yield timestep
 
     def _check_enabled(self, timesteps: list[float]) -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from hfquant.affiner.config import AffinerConfig, StepperConfig
 from hfquant.affiner.hooks import refuse_attached
 from hfquant.affiner.runs import DenoisingLoop, own_copy
+from hfquant.calibration.batches import as_tensors
 from hfquant.config import ConfigError
 from hfquant.denoisers import find_denoiser
 
@@ -49,13 +50,17 @@ def as_pipeline(model: Any, name: str, scheduler: Any) -> Any:
 
 def check_alike(real: Any, quant: Any) -> None:
     """Raise ValueError if two pipelines differ in their schedulers' settings or their denoisers' shapes."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value  # saved and loaded, a tuple is a list
+
     one, other = ({"class": type(p.scheduler).__name__, **getattr(p.scheduler, "config", {})} for p in (real, quant))
     for key in one | other:
-        if not key.startswith("_") and one.get(key) != other.get(key):
+        if not key.startswith("_") and plain(one.get(key)) != plain(other.get(key)):
             raise ValueError(f"the schedulers differ in {key}: {one.get(key)!r} and {other.get(key)!r}")
     for key in ("in_channels", "out_channels", "sample_size", "patch_size"):
         mine, theirs = (getattr(getattr(find_denoiser(p), "config", None), key, None) for p in (real, quant))
-        if mine != theirs:
+        if plain(mine) != plain(theirs):
             raise ValueError(f"the denoisers differ in {key}: {mine!r} and {theirs!r}")
 
 
@@ -163,7 +168,8 @@ class _Call(NamedTuple):
             if len(row) == 1 and self.first and not self.accepts(next(iter(row))):
                 return {self.first: next(iter(row.values()))}
             self.check(f"dataset[{number}]", row)
-            return dict(row)
+            plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in row.items()}
+            return dict(as_tensors(plain))
         row = row.item() if isinstance(row, np.generic) else row
         if self.first is None or not isinstance(row, (str, int, float, Tensor)):
             raise ValueError(

@@ -83,6 +83,8 @@ class Run:
         intercept(self.pipeline.scheduler, self._around_step)  # never released: the copy ends with the run
         self.timesteps: list[float] = []
         self._finish, self._kwargs = finish, dict(kwargs)
+        devices = {"cpu", *(device_of(denoiser).type for denoiser in find_denoisers(self.pipeline))}
+        self._autocasts = [(d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d)]
         self._replies: SimpleQueue[Any] = SimpleQueue()
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -132,7 +134,10 @@ class Run:
     def _work(self) -> None:
         error: BaseException | None = None
         try:
-            with ExitStack() as stack, torch.no_grad():  # a thread does not inherit the caller's grad mode
+            # A thread does not inherit the caller's modes.
+            with ExitStack() as stack, torch.no_grad():
+                for device, dtype in self._autocasts:
+                    stack.enter_context(torch.autocast(device, dtype))
                 for denoiser in find_denoisers(self.pipeline) if self._at_denoiser else ():
                     hook = partial(self._behind_denoiser, timestep_reader(denoiser))
                     stack.callback(denoiser.register_forward_hook(hook, with_kwargs=True).remove)

@@ -4,6 +4,8 @@ import copy
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -80,7 +82,22 @@ def flux():
     return pipe, row, {"output_type": "latent", "height": 16, "width": 16}
 
 
-BUILDERS = {"unet": unet, "sd3": sd3, "flux": flux}
+def auraflow():
+    """Return a pipeline that passes its denoiser a thousandth of the scheduler's timestep."""
+    torch.manual_seed(4)
+    denoiser = AuraFlowTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
+        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32, out_channels=4,
+        pos_embed_max_size=256,
+    ).eval()  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipe = AuraFlowPipeline(None, None, vae=_vae(4), transformer=denoiser, scheduler=scheduler)
+    row = {f"{kind}prompt_embeds": torch.randn(5, 32) for kind in ("", "negative_")}
+    row |= {f"{kind}prompt_attention_mask": torch.ones(5) for kind in ("", "negative_")}
+    return pipe, row, {"guidance_scale": 4.0, "output_type": "latent", "height": 16, "width": 16}
+
+
+BUILDERS = {"unet": unet, "sd3": sd3, "flux": flux, "auraflow": auraflow}
 
 
 def real_and_quant(name):

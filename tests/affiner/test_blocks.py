@@ -65,6 +65,27 @@ def test_planted_distortions_are_undone_block_by_block():
     assert not torch.allclose(distorted, outputs(real, fresh), atol=1e-2)
 
 
+@pytest.mark.parametrize("how", ["in place", "wrapped"])
+def test_compiled_denoisers(how):
+    """Compiled code does not notice hooks that come and go after it was made."""
+    real, fresh = dit(), inputs(seed=5)[1]
+    quant = copy.deepcopy(real)
+    planted = [BlockMap(f"transformer_blocks.{i}", 0, torch.full((16,), 1.3), torch.full((16,), 0.5)) for i in (0, 2)]
+    hook_blocks(quant, planted)
+    distorted = outputs(quant, fresh)
+    compiled = quant
+    if how == "in place":
+        quant.compile(backend="eager")
+    else:
+        compiled = torch.compile(quant, backend="eager")
+    assert torch.allclose(outputs(compiled, fresh), distorted, atol=1e-5)
+    maps = fit_blocks(real, compiled, inputs(), config("transformer_blocks.*"), progress=False)
+    undo = hook_blocks(compiled, maps)
+    torch.testing.assert_close(outputs(compiled, fresh), outputs(real, fresh), rtol=1e-3, atol=1e-4)
+    undo()
+    assert torch.allclose(outputs(compiled, fresh), distorted, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["unet", "sd3", "flux"])
 def test_blocks_of_every_shape_lower_their_error(name):
     """Convolutional outputs have channels second, token outputs have them last; SD3 and FLUX blocks return tuples."""

@@ -252,6 +252,19 @@ def test_tac_moves_the_mean_of_latents():
     assert len(affiner.latents.errors) == 4
 
 
+def test_latents_go_by_the_schedulers_time():
+    """The denoiser's, by which a half of the guidance is corrected, may have another unit."""
+    real, quant, rows, arguments = real_and_quant("auraflow")
+    stepper = {"max_timestep": 4, "noise_target": "text", "enable_latent_affine": True}
+    affiner = load_affiner({"stepper": stepper, "extra_args": arguments}, rows, real, quant)
+    assert max(affiner.prediction.table) <= 1
+    assert max(affiner.latents.table) == 1000
+    plain, expected = call(quant, rows, arguments), call(real, rows, arguments)
+    with affiner.attach(quant):
+        found = call(quant, rows, arguments)
+    assert (found - expected).norm() <= (plain - expected).norm()
+
+
 def test_only_enabled_steps_are_corrected():
     config = toy_config(enable_timesteps=[1, 3])
     affiner = load_affiner(config, list(range(5)), Toy(), Toy(gain=[0.8, 0.9]), latents=noise())

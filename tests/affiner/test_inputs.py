@@ -6,9 +6,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DModel
 from torch.utils.data import IterableDataset
 
 from hfquant.affiner import inputs, load_affiner
+from hfquant.affiner.runs import DenoisingLoop
 from tests.affiner.pipelines import Recorder, Toy, noise, toy_config
 
 
@@ -52,7 +54,9 @@ def test_datasets_and_dicts_and_numbers_are_the_same():
         [{"class_labels": i} for i in range(3)],
         [np.int64(i) for i in range(3)],
         [torch.tensor(i) for i in range(3)],
+        [{"class_labels": np.asarray(i)} for i in range(3)],
         datasets.Dataset.from_dict({"class_labels": [0, 1, 2]}),
+        datasets.Dataset.from_dict({"class_labels": [0, 1, 2]}).with_format("numpy"),
         datasets.Dataset.from_dict({"label": [0, 1, 2]}),
         datasets.Dataset.from_dict({"label": [0, 1, 2]}).to_iterable_dataset(),
         Stream(range(3)),
@@ -87,3 +91,31 @@ def test_a_shuffled_stream_gives_every_row_once():
     assert sorted(rows) == list(range(6))
     assert rows != list(range(6))
     assert rows == drawn(Stream(range(6)), True, count=6)
+
+
+def test_rows_of_arrays_share_a_call():
+    rows = [{"class_labels": i, "extra": np.ones(3) * i} for i in range(3)]
+
+    class Takes(Toy):
+        def forward(self, sample, timestep, class_labels=None, extra=None, return_dict=True):
+            assert extra.shape == (len(sample), 3)
+            return super().forward(sample, timestep, class_labels)
+
+    real, quant = Takes(), Takes(gain=[0.9, 1.1])
+    load_affiner(toy_config(steps=2), rows, real, quant, latents=noise(3), shuffle=False)
+
+
+def test_a_reloaded_config_has_lists_for_tuples():
+    def unet():
+        torch.manual_seed(0)
+        return UNet2DModel(
+            sample_size=(8, 8), in_channels=2, out_channels=2, block_out_channels=(8, 8), norm_num_groups=4,
+            down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, layers_per_block=1,
+        ).eval()  # fmt: skip
+
+    real, quant = unet(), unet()
+    quant.register_to_config(sample_size=[8, 8])
+    inputs.check_alike(DenoisingLoop(real, DDIMScheduler()), DenoisingLoop(quant, DDIMScheduler()))
+    quant.register_to_config(sample_size=[8, 4])
+    with pytest.raises(ValueError, match="the denoisers differ in sample_size"):
+        inputs.check_alike(DenoisingLoop(real, DDIMScheduler()), DenoisingLoop(quant, DDIMScheduler()))

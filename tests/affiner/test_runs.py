@@ -41,6 +41,19 @@ def test_a_run_goes_on_with_what_it_is_given_and_can_be_left():
     assert type(loop.scheduler) is DDIMScheduler
 
 
+def test_the_callers_autocast_holds_in_runs():
+    """It belongs to a thread, and a run has its own."""
+    denoiser, seen = Toy(), []
+    denoiser.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    arguments = {"latents": noise(2), "class_labels": torch.arange(2), "num_inference_steps": 2}
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            run = Run(DenoisingLoop(denoiser, DDIMScheduler()), arguments)
+        while run.resume() is not None:
+            pass
+    assert seen == [True, True, False, False]
+
+
 def test_what_the_pipeline_raises_reaches_the_caller():
     run = Run(DenoisingLoop(Toy(), DDIMScheduler()), {"class_labels": torch.arange(2)})
     with pytest.raises(ValueError, match="pass latents"):
