@@ -119,10 +119,10 @@ def _register_diffusers() -> None:
     register_diffusers()
 
 
-def _accept_no_dtype() -> None:
-    from hfquant.integrations.compat import accept_no_dtype
+def _accept_own_dtype() -> None:
+    from hfquant.integrations.compat import accept_own_dtype
 
-    accept_no_dtype()
+    accept_own_dtype()
 
 
 def _register_peft() -> None:
@@ -140,6 +140,6 @@ def _register_diffusers_lora() -> None:
 # This imports no library: hfquant registers with each once the module that loads its models or adapters is imported.
 after_import("transformers.modeling_utils", _register_transformers)
 after_import("diffusers.quantizers.auto", _register_diffusers)
-after_import("diffusers.models.modeling_utils", _accept_no_dtype)
+after_import("diffusers.models.modeling_utils", _accept_own_dtype)
 after_import("diffusers.loaders.lora_pipeline", _register_diffusers_lora)
 after_import("peft", _register_peft)

@@ -36,7 +36,7 @@ __all__ = [
     "ConversionOps",
     "Transpose",
     "WeightConverter",
-    "accept_no_dtype",
+    "accept_own_dtype",
     "allow_needs_hfquant",
     "apply_gate",
     "check_before_merging",
@@ -179,20 +179,25 @@ def check_before_merging(check: Callable[[nn.Module], None]) -> None:
     LoraModel._check_merge_allowed = check_merge_allowed
 
 
-def accept_no_dtype() -> None:
-    """Make ``to(dtype=None)`` of a quantized diffusers model a no-op; ``save_lora_adapter`` calls it.
+def accept_own_dtype() -> None:
+    """Let a diffusers model quantized by us be cast to no dtype, or to the one that it has.
 
-    diffusers rejects it like a cast to a dtype.
+    diffusers rejects that like any other cast. ``save_lora_adapter`` calls ``to(dtype=None)``, ``from_pipe`` casts to
+    float32, and pipelines pass on the dtype that they are given.
     """
     from diffusers.models.modeling_utils import ModelMixin
 
     to = ModelMixin.to
 
     @wraps(to)
-    def without_none(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return to(self, *args, **{k: v for k, v in kwargs.items() if k != "dtype" or v is not None})
+    def without_own(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ours = type(getattr(self, "hf_quantizer", None)).__module__.startswith("hfquant.")
+        own = (None, self.dtype) if ours else (None,)
+        kwargs = {key: value for key, value in kwargs.items() if key != "dtype" or value not in own}
+        args = tuple(value for value in args if not (isinstance(value, torch.dtype) and value in own))
+        return to(self, *args, **kwargs) if args or kwargs else self
 
-    ModelMixin.to = without_none
+    ModelMixin.to = without_own
 
 
 def register_lora_base(kind: type[nn.Linear], floats: Callable[[Any], Tensor]) -> None:

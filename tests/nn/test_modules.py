@@ -145,6 +145,30 @@ def test_dequantized() -> None:
         assert torch.equal(linear.weight, weight.bfloat16())
 
 
+@pytest.mark.parametrize("config", ["w8a16", "w8a8-gptq"])
+def test_hooks_stay_with_their_layer(config: str) -> None:
+    """There and back; their handles still remove them."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).eval(), torch.randn(8, 32)
+    plain = model(x)
+    before = model[0].register_forward_pre_hook(lambda _m, args, kwargs: ((-args[0],), kwargs), with_kwargs=True)
+    after = model[2].register_forward_hook(lambda _m, _x, y: 3 * y)
+    hooked = model(x)
+    hfquant.quantize(model, [x], config)
+    late = model[2].register_forward_hook(lambda _m, _x, y: y + 1)
+    assert (model(x) - 1 - hooked).norm() < 0.05 * hooked.norm()
+    hfquant.dequantize(model)
+    assert (model(x) - 1 - hooked).norm() < 0.05 * hooked.norm()
+    for handle in (before, after, late):
+        handle.remove()
+    assert (model(x) - plain).norm() < 0.05 * plain.norm()
+    seen = []
+    model[0].register_full_backward_hook(lambda *_: seen.append(1))
+    hfquant.quantize(model, [x], config)
+    model(x.requires_grad_()).sum().backward()
+    assert seen == [1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dequantized_layers_have_the_dtype_that_they_had(dtype: torch.dtype) -> None:
     """A quantized layer without a bias has no parameter that tells it."""

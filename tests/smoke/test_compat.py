@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
+import hfquant
 from hfquant.integrations import compat
 
 
@@ -206,15 +207,25 @@ def test_the_flux_loader_pads_an_adapter_to_a_packed_linear(flux_loader: type) -
         assert torch.equal(value, torch.ones(2, 6) * (torch.arange(6) < 5))
 
 
-def test_a_cast_to_no_dtype_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cast_to_its_own_dtype_or_none_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers.models.modeling_utils import ModelMixin
 
     monkeypatch.setattr(ModelMixin, "to", ModelMixin.to)
-    compat.accept_no_dtype()
+    compat.accept_own_dtype()
     model = diffusers.DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1, sample_size=4)
     model.is_quantized = True
     assert model.to(dtype=None) is model
     assert model.to("cpu", dtype=None) is model
     for call in (lambda: model.to(torch.float16), lambda: model.to(dtype=torch.float32)):
+        with pytest.raises(ValueError, match="Casting a quantized model"):
+            call()
+    ours = hfquant.quantize(
+        diffusers.DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1, sample_size=4),
+        None,
+        "w8a16",
+    )
+    for same in (ours.to(torch.float32), ours.to("cpu", torch.float32), ours.to(dtype=torch.float32)):
+        assert same is ours
+    for call in (lambda: ours.to(torch.float16), lambda: ours.to("cpu", torch.bfloat16)):
         with pytest.raises(ValueError, match="Casting a quantized model"):
             call()
