@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from hfquant.formats.rotation import rotated
@@ -36,8 +37,12 @@ def linear(x: Tensor, operands: Operands, product: Product, real: bool) -> Tenso
 
     Raises:
         ValueError, TypeError: an operand has a wrong shape or dtype; a forced kernel cannot compute the product.
+        NotImplementedError: ``x`` has a tangent of forward-mode differentiation.
     """
-    direct = type(x) in (Tensor, Parameter) and not x.is_meta and not torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling()
+    if not traced and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError("quantized layers have no forward-mode derivative (jvp, jacfwd); use reverse mode")
+    direct = type(x) in (Tensor, Parameter) and not x.is_meta and not traced
     if direct and not (x.requires_grad and torch.is_grad_enabled()):
         return _run(x, operands, product, real)
     y: Tensor = torch.ops.hfquant.linear(x, *operands, product.key, real)

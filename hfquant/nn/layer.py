@@ -277,6 +277,9 @@ class QuantLayer(Checked):
             bias: [out].
         """
         transform, parts = self._transform, []
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            y = self.multiply_by(x, tensors, codes, None)
+            return y + bias.to(y.dtype)  # the op has no gradient for it
         for i, rows in enumerate(self._row_groups):
             operands = self._operands(i, rows, tensors, codes, bias)
             parts.append(linear(transform.input(x, tensors, i), operands, self.product, self.real_quant))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from hfquant.kernels.table import VARIABLE
 from hfquant.nn.direct import Direct, direct_call
@@ -64,10 +65,11 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
             if (call := self._direct) is None or call.key != key:
                 self._check(input)
                 call = self._direct = direct_call(self, input, key)
-            op, differentiable = call.op, input.requires_grad and torch.is_grad_enabled()
+            op, bias = call.op, self._parameters.get("bias")
+            learns = input.requires_grad or (bias is not None and bias.requires_grad)
             plain = input.is_cpu and input.is_contiguous() and weight.dtype == self._code_dtype
-            if op is not None and plain and not differentiable:
-                return op(input, weight, *map(tensors.get, call.names), self._parameters.get("bias"), *call.last)
+            if op is not None and plain and not (learns and torch.is_grad_enabled()) and forward_ad._current_level < 0:
+                return op(input, weight, *map(tensors.get, call.names), bias, *call.last)
         self._check(input)
         return self.multiply(input)
 

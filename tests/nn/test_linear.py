@@ -295,6 +295,38 @@ def test_state_dict_deepcopy_and_meta(real) -> None:
             assert not any(p.requires_grad for p in [*assigned.parameters(), *copied.parameters()])
 
 
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_bias_that_learns_has_a_gradient(requires_grad, real) -> None:
+    """As peft's `bias="lora_only"` has it, whether or not the input needs one."""
+    for case in cases("int8").values():
+        layer, _ = layer_of(case.plan(InputQuant(dynamic=True, axis=-1), real))
+        x = some_input(4)
+        y = layer(x)
+        layer.bias.requires_grad_(True)
+        found = layer(x.clone().requires_grad_(requires_grad))
+        torch.testing.assert_close(found, y, rtol=1e-5, atol=1e-4)
+        found.square().sum().backward()
+        torch.testing.assert_close(layer.bias.grad, (2 * y).sum(0), rtol=1e-4, atol=1e-3)
+        with torch.no_grad():
+            assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_forward_mode_differentiation_is_refused(real) -> None:
+    """Kernels would drop the tangent."""
+    layer, _ = layer_of(Case(WeightQuant(type="int8")).plan(InputQuant(), real))
+    x = some_input(3)
+    for _ in range(2):  # the second call goes directly to a kernel
+        layer(x)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jacfwd(layer)(x)
+    with torch.autograd.forward_ad.dual_level():
+        layer(x)  # no tangent
+
+
 def test_gradients_reach_the_input() -> None:
     """An adapter in front of a quantized linear must be able to train."""
     layer, _ = layer_of(Case(WeightQuant()).plan(None))

@@ -39,8 +39,8 @@ class Row(NamedTuple):
 
     @property
     def bits(self) -> float:
-        """Bits per weight, counting all tensors of the layers."""
-        return 8 * self.bytes / self.elements
+        """Bits per weight, counting all tensors of the layers; 0 if they share their codes with others."""
+        return 8 * self.bytes / self.elements if self.elements else 0.0
 
 
 class Left(NamedTuple):
@@ -192,10 +192,12 @@ def _component(name: str, model: nn.Module) -> Component:
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     for plan, number, tensors in (held for layer in layers.values() for held in layer.held()):
         rule = plan.config
-        elements = number * plan.in_features * plan.out_features
-        bias = tensors.get("bias")
+        # A tied layer shares its codes and their scales with one that is counted.
+        elements = 0 if plan.tied else number * plan.in_features * plan.out_features
+        own = {name: tensor for name, tensor in tensors.items() if not (plan.tied and name.startswith("weight"))}
+        bias = own.get("bias")
         parameters = elements + (0 if bias is None else bias.numel())
-        added = number, elements, parameters, sum(tensor.nbytes for tensor in tensors.values())
+        added = number, elements, parameters, sum(tensor.nbytes for tensor in own.values())
         key = _weights(rule.weight_quant), _inputs(rule.input_quant)
         counts[key] = [a + b for a, b in zip(counts[key], added, strict=True)]
     left: dict[str, dict[str, list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))

@@ -46,6 +46,21 @@ def test_sizes_add_up(checkpoint: Callable[[str], Path], name: str, config: Any)
         assert (row.layers, row.bits) == (len(weights), 8 * row.bytes / sum(weights))
 
 
+@pytest.mark.parametrize("preset", ["w8a16", "w8a8-dynamic"])
+def test_codes_that_two_layers_share_are_counted_once(preset: str) -> None:
+    original = small_models.llama()
+    original.config.tie_word_embeddings = True
+    original.tie_weights()
+    config = {"default": {**hfquant.PRESETS[preset]["default"], "include": ["embeddings", "output_heads"]}}
+    parameters = original.num_parameters()
+    model = hfquant.quantize(original, None, config)
+    assert "lm_head" in quant_linears(model)
+    (component,) = of_models(model).components
+    assert component.parameters == parameters
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    assert component.bytes == sum(tensors.values())
+
+
 def test_rows_and_reasons(checkpoint: Callable[[str], Path]) -> None:
     _, model = load(checkpoint, "llama", MIXED, modules_to_not_convert=["v_proj"])
     (component,) = of_models(model).components
