@@ -143,8 +143,8 @@ class _Padding:
         if mask is None or rows.dim() < 2:
             return None
         if rows.dim() == 2:
-            return mask.flatten() if len(rows) == mask.numel() else None
-        return mask if rows.shape[:2] == mask.shape else None
+            return mask.flatten().to(rows.device) if len(rows) == mask.numel() else None
+        return mask.to(rows.device) if rows.shape[:2] == mask.shape else None
 
 
 def _share(data: Iterable[Any], rank: int, size: int) -> Iterator[tuple[int, int, Any]]:

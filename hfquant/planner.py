@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -309,7 +310,8 @@ def _traces(
             return {}
         try:
             codes = {name: layer.weight_quant.format.code_dtype for name, layer in chosen.items()}
-            return trace(model, as_tensors(example), patterns=patterns, codes=codes)
+            example = as_tensors(example, list(signature(model.forward).parameters))
+            return trace(model, example, patterns=patterns, codes=codes)
         except PatternError as error:
             logger.warning(
                 "%s: pattern detection failed (%s); continuing without segments", type(model).__name__, error

@@ -150,8 +150,8 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
                     if verbose and run.group.main:
                         logger.info("%s", report)
                 if run.per_layer_mode:
-                    handles += [h for name in names for h in run.folding.unfolded(name, layers[name])]
                     replace_modules(run.model, {originals[name]: layers[name] for name in names})
+                    handles += [h for name in names for h in run.folding.unfolded(name, layers[name])]
         for handle in handles:
             handle.remove()
         plan = replace(run.plan, layers={name: layer.plan for name, layer in layers.items()})
@@ -181,6 +181,8 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
             log_share(run.model, run.facts.uncounted)
         return applied
     except BaseException:
+        for handle in handles:
+            handle.remove()
         back = [*finished.items(), *mended.modules.items()]
         replace_modules(run.model, {module: originals[name] for name, module in back if module is not originals[name]})
         raise

@@ -7,28 +7,26 @@ from typing import Any
 
 from torch import nn
 
+from hfquant.nn.float_modules import HOOKS
 from hfquant.offload import copy_hook
-
-#: Attributes of ``nn.Module`` that hold the hooks which users register.
-_HOOKS = (
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"),
-    *("_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
-)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Replace each key with its value wherever ``model`` refers to it; its hooks, and accelerate's, go along."""
+    found: set[nn.Module] = set()
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
+                found.add(child)
                 new = replacements[child]
                 new.training = child.training
                 parent._modules[name] = new
         _replace_in_attributes(parent, replacements)
     for old, new in replacements.items():
         copy_hook(old, new)
-        # Shared, so that handles of old hooks remove them from the new module.
-        vars(new).update({name: vars(old)[name] for name in _HOOKS})
+        if old in found:
+            # Shared, so that handles of old hooks remove them from the new module.
+            vars(new).update({name: vars(old)[name] for name in HOOKS})
 
 
 def _replace_in_attributes(parent: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

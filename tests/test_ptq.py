@@ -5,6 +5,7 @@ import logging
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -497,3 +498,87 @@ def test_within_inference_mode(config: str) -> None:
     y.sum().backward()
     assert x.grad is not None
     assert torch.equal(y, right(data[0]))
+
+
+@pytest.mark.parametrize("per_layer_mode", [False, True])
+def test_a_failure_leaves_hooks_in_place(per_layer_mode: bool) -> None:
+    net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    seen: list[int] = []
+    handles = [layer.register_forward_hook(lambda *_, i=i: seen.append(i)) for i, layer in enumerate(net)]
+    with torch.no_grad():
+        net[2].weight[0, 0] = torch.nan
+    for config in ("w8a16", "w8a8"):
+        with pytest.raises(ValueError, match="NaN"):
+            hfquant.quantize(net, [torch.randn(4, 16)], config, per_layer_mode=per_layer_mode)
+    seen.clear()
+    net(torch.randn(1, 16))
+    assert seen == [0, 1, 2]
+    for handle in handles:
+        handle.remove()
+    net(torch.randn(1, 16))
+    assert seen == [0, 1, 2]
+
+
+def test_layer_by_layer_folded_divisors_are_made_up_for_until_the_end() -> None:
+    """Later blocks are calibrated on what earlier ones give once all is in place."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+            with torch.no_grad():
+                self.norm.weight.mul_(4.0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.relu(self.up(self.norm(x))))
+
+    torch.manual_seed(0)
+    net, x, seen = nn.Sequential(nn.ModuleList([Block(), Block()])), torch.randn(32, 32), []
+    net.forward = lambda x: net[0][1](net[0][0](x))
+    right = net(x).detach()
+    first = net[0][0](x).detach()
+    net[0][1].register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach().clone()))
+    fold = {"opt": {"type": "smooth", "fold": True}, "weight_quant": {"type": "int8", "axis": -1}}
+    config = {"default": {**fold, "input_quant": {"type": "int8", "token_fallback": False}}}
+    hfquant.quantize(net, [x], config, per_layer_mode=True)
+    assert all((got - first).norm() < 0.05 * first.norm() for got in seen if type(got) is torch.Tensor)
+    assert (net(x) - right).norm() < 0.05 * right.norm()
+
+
+def test_hooks_of_users_neither_see_nor_stop_the_detection_of_patterns() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(64, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c(torch.cat([self.a(x), self.b(x)], -1))
+
+    class Keeper:
+        def __init__(self) -> None:
+            self.lock, self.seen = threading.Lock(), []
+
+        def see(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+            self.seen.append(output.detach())
+
+    net, keeper = Net(), Keeper()
+    net.a.register_forward_hook(keeper.see)
+    static = {"opt": {"type": "default"}, "input_quant": {"type": "int8"}}
+    hfquant.quantize(net, [torch.randn(4, 32)], {"default": static})
+    assert net.c.plan.input_segments == (32, 32)
+    assert {type(seen) for seen in keeper.seen} == {torch.Tensor}
+
+
+def test_positional_lists_are_traced(caplog: pytest.LogCaptureFixture) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.a, self.b = nn.Embedding(9, 32), nn.Linear(32, 32), nn.Linear(64, 8)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embedding(input_ids)
+            return self.b(torch.cat([self.a(x), x], -1))
+
+    net = hfquant.quantize(Net(), [([[1, 2, 3, 4]],)], {"default": {"opt": {"type": "default"}}})
+    assert net.b.plan.input_segments == (32, 32)
+    assert "pattern detection failed" not in caplog.text

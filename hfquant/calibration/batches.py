@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from itertools import islice, zip_longest
@@ -145,11 +145,18 @@ def forward(model: nn.Module, sample: Any, options: Mapping[str, Any] | None = N
     return model(*args, **kwargs)
 
 
-def as_tensors(sample: Any) -> Any:
-    """Return a sample with its arrays, and its lists whose names imply tensors, as tensors."""
+def as_tensors(sample: Any, names: Sequence[str] = ()) -> Any:
+    """Return a sample with its arrays, and its lists whose names imply tensors, as tensors.
+
+    Args:
+        sample: arguments of a call, in any form that :func:`forward` takes.
+        names: of positional arguments.
+    """
     if isinstance(sample, Mapping):
         return {name: _as_tensor(name, value) for name, value in sample.items()}
-    return tuple(_as_tensor("", v) for v in sample) if isinstance(sample, tuple) else _as_tensor("", sample)
+    if not isinstance(sample, tuple):
+        return _as_tensor("", sample)
+    return tuple(_as_tensor(n, value) for n, value in zip_longest(names[: len(sample)], sample, fillvalue=""))
 
 
 def decoder_side(model: nn.Module) -> set[nn.Module]:
@@ -185,10 +192,10 @@ def placed(
     """
     dtype, names = dtype_of(model), list(signature(model.forward).parameters)
     args = tuple(
-        _cast(name, _as_tensor(name, value), dtype)
-        for name, value in zip_longest(names[: len(args)], args, fillvalue="")
+        _cast(name, value, dtype)
+        for name, value in zip_longest(names[: len(args)], as_tensors(args, names), fillvalue="")
     )
-    kwargs = {name: _cast(name, _as_tensor(name, value), dtype) for name, value in kwargs.items()}
+    kwargs = {name: _cast(name, value, dtype) for name, value in as_tensors(kwargs).items()}
     return send_to_device((args, kwargs), device_of(model))
 
 

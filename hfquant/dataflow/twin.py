@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hfquant.nn.float_modules import HOOKS
+from hfquant.nn.kinds import layers_in
 from hfquant.offload import drop_wrappers, has_hook, hooks_of
 
 try:
@@ -147,6 +149,10 @@ def _twin(model: nn.Module, fake: bool) -> nn.Module:
     """Return a copy of the module tree in eval mode, with fake parameters or parameters that share storage."""
     memo: dict[int, Any] = {}
     for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            owner = getattr(hook, "__self__", hook)  # may hold what cannot be copied
+            if not isinstance(owner, nn.Module):
+                memo[id(owner)] = owner
         for shared in (getattr(module, "config", None), *hooks_of(module)):  # never written to; hooks may hold weights
             if not isinstance(shared, nn.Module):
                 memo[id(shared)] = shared
@@ -156,6 +162,11 @@ def _twin(model: nn.Module, fake: bool) -> nn.Module:
         twin: nn.Module = copy.deepcopy(model, memo)
     for module in twin.modules():
         drop_wrappers(module, fetch=not fake)
+    for name in layers_in(model):
+        # Users' hooks, most of which only keep what they see.
+        for hooks in (vars(twin.get_submodule(name))[key] for key in HOOKS):
+            if hooks:
+                hooks.clear()
     return twin.eval()
 
 

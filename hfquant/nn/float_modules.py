@@ -14,6 +14,12 @@ from torch.utils.hooks import RemovableHandle
 
 from hfquant.offload import forget_hook
 
+#: Attributes of ``nn.Module`` that hold the hooks which users register.
+HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"),
+    *("_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
+)
+
 
 def first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return a layer's input from the arguments of its forward."""
