@@ -230,7 +230,10 @@ def segment_ranges(stats: LayerStats, segments: Sequence[int]) -> tuple[Tensor, 
 
 
 def smoothing_vector(x: Tensor, w: Tensor, alpha: Strength) -> Tensor:
-    """Return ``s = x^alpha / w^(1 - alpha)``, or 1 if either magnitude is 0.
+    """Return ``s = x^alpha / w^(1 - alpha)``.
+
+    A channel with a magnitude of 0 takes no part in the product. It has ``s = 1``, unless its weights or its inputs
+    would then be the largest: the scale of all others depends on those.
 
     Args:
         x: [in], magnitude of each input channel, >= 0.
@@ -246,5 +249,10 @@ def smoothing_vector(x: Tensor, w: Tensor, alpha: Strength) -> Tensor:
     x, w = x.double(), w.double()
     scale = x.pow(alpha) / w.pow(1 - alpha)
     limits = torch.finfo(torch.float32)
-    scale = scale.clamp(limits.tiny, limits.max).float()
-    return torch.where((x == 0) | (w == 0), torch.ones_like(scale), scale)
+    scale = scale.clamp(limits.tiny, limits.max)
+    live = (x > 0) & (w > 0)
+    if not live.any():
+        return torch.ones_like(scale, dtype=torch.float32)
+    weights, inputs = (w * scale)[live].max(), (x / scale)[live].max()
+    dead = torch.where(w > 0, (weights / w).clamp(limits.tiny, 1.0), (x / inputs).clamp(1.0, limits.max))
+    return torch.where(live, scale, dead).float()

@@ -1,11 +1,15 @@
 """Smoothing against float64 formulas: the vector, the grid of strengths, and the effect on a layer."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import hfquant
 from hfquant.algorithms import Identity, Problem, Smooth
 from hfquant.algorithms.smooth import SearchAlpha, segment_ranges, smoothing_vector
 from hfquant.formats import FORMATS, GridRule, InputRule
@@ -23,12 +27,34 @@ def test_smoothing_vector_is_the_formula(alpha: float, seed: int) -> None:
 
 
 def test_smoothing_leaves_dead_channels_alone_and_stays_finite() -> None:
-    x = torch.tensor([0.0, 3.0, 0.0, 1e30, 1e-38])
-    w = torch.tensor([2.0, 0.0, 0.0, 1e-30, 1e30])
+    x = torch.tensor([0.0, 0.5, 0.0, 1e30, 1e-38])
+    w = torch.tensor([0.5, 0.0, 0.0, 1e-30, 1e30])
     found = smoothing_vector(x, w, 0.5)
     assert found[:3].tolist() == [1.0, 1.0, 1.0]
     assert found.isfinite().all()
     assert (found > 0).all()
+    assert torch.equal(smoothing_vector(torch.zeros(2), torch.ones(2), 0.5), torch.ones(2))
+
+
+def test_dead_channels_set_no_scale() -> None:
+    """Neither an input whose weights are 0 nor weights whose input is 0 are larger than all others once divided."""
+    x = torch.tensor([0.0, 3.0, 1e30, 1e-38])
+    w = torch.tensor([2.0, 0.0, 1e-30, 1e30])
+    found = smoothing_vector(x, w, 0.5)
+    assert found[:2].tolist() == [0.5, 3.0]
+    torch.manual_seed(0)
+    net, data = nn.Sequential(nn.Linear(64, 64, bias=False)), torch.randn(128, 64)
+    net[0].weight.data.normal_(0, 0.02)
+    config = {"opt": {"type": "smooth"}, "input_quant": {"type": "int8", "axis": -1, "dynamic": True}}
+
+    def error() -> float:
+        right = net(data)
+        quantized = hfquant.quantize(copy.deepcopy(net), [data], {"default": config})
+        return float((quantized(data) - right).norm() / right.norm())
+
+    before = error()
+    net[0].weight.data[:, ::8] = 0
+    assert error() < 1.2 * before
 
 
 def stats_of(x: torch.Tensor) -> LayerStats:
@@ -74,8 +100,11 @@ def test_columns_of_several_layers_count_by_their_geometric_mean(magnitude) -> N
     problem = Problem("a", GridRule(FORMATS["int8"], (7,)), None, (7,), stats_of(x), torch.float32, (5, 2, 9))
     found = opt.common_divisor(torch.cat(weights), problem)
     own = [torch.stack(opt.magnitudes(w, stats_of(x))).double() for w in weights]
-    exact = own[0][0].sqrt() / (own[0][1] * own[1][1] * own[2][1]) ** (1 / 6)
-    torch.testing.assert_close(found.double(), exact.nan_to_num(posinf=1.0), rtol=1e-5, atol=0)
+    inputs = own[0][0]
+    exact = inputs.sqrt() / (own[0][1] * own[1][1] * own[2][1]) ** (1 / 6)
+    exact[3] = 0  # a layer has no weights there
+    exact[3] = max(1.0, inputs[3] / (inputs / exact)[exact > 0].max())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
 
 
 def test_nothing_is_left_of_what_is_folded() -> None:
