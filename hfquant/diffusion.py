@@ -56,7 +56,8 @@ def quantize_pipeline(
     noise. The log reports how close the two are, and warns if the second is far off, black, or has NaN.
 
     Raises:
-        ValueError: The pipeline does not have a component named in `components`.
+        ValueError: The pipeline does not have a component named in `components`, or the config needs data and one of
+            them is an autoencoder.
         CalibrationError: The pipeline cannot run on the given data, or on the data generated for it.
     """
     config = HfQuantConfig.of(config)
@@ -68,6 +69,11 @@ def quantize_pipeline(
     loaders: dict[str, Any] = dict.fromkeys(models)
     image = None
     if config.needs_data:
+        if halves := [name for name, model in models.items() if hasattr(model, "encode") and hasattr(model, "decode")]:
+            raise ValueError(
+                f"{halves[0]}: pipelines call its encode and decode, whose inputs are not recorded: quantize it with a "
+                "config that needs no data"
+            )
         data = config.calibration if data is None else data
         spec = SelfSpec() if data is None else SelfSpec.of(data)
         kept = dump_path or (resume_dir and Path(resume_dir) / "inputs") or None

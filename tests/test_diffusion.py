@@ -27,6 +27,7 @@ from hfquant.denoisers import (
     to_grid,
 )
 from hfquant.nn.modules import quant_linears
+from tests.affiner import pipelines
 
 STATIC = {"default": {"weight_quant": {"type": "int8", "axis": -1}, "input_quant": {"type": "int8"}}}
 
@@ -215,3 +216,14 @@ def test_frames_are_told_from_channels_by_the_config() -> None:
     for shape in ((1, 4, 4, 2, 2), (1, 8, 4, 2, 2)):
         with pytest.raises(ValueError, match="take another number of frames"):
             has_frames_first(torch.empty(shape), denoiser)
+
+
+def test_autoencoders_are_not_calibrated() -> None:
+    """Pipelines call their halves, which nothing records; without data they are quantized."""
+    pipe, row, arguments = pipelines.unet()
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="vae: pipelines call its encode and decode"):
+        quantize_pipeline(pipe, [row], STATIC, components=["unet", "vae"], **arguments)
+    assert not quant_linears(pipe.unet)
+    quantize_pipeline(pipe, None, "w8a16", components=["vae"])
+    assert quant_linears(pipe.vae)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from hfquant.integrations.skeleton import Skeleton
     from hfquant.recipes import Recipe
 
 Debug = Annotated[bool, typer.Option("--debug", envvar="HFQUANT_DEBUG", help="Show tracebacks.")]
@@ -59,8 +60,12 @@ def parsed(value: str) -> Any:
         return value
 
 
+def _named(skeleton: Skeleton, models: Sequence[str]) -> list[str]:
+    return [type(skeleton.models[name]).__name__ for name in models]
+
+
 def chosen_recipe(
-    loads: str,
+    skeleton: Skeleton,
     components: Sequence[str],
     recipe: str | None,
     preset: str | None,
@@ -73,7 +78,7 @@ def chosen_recipe(
     """Return the named recipe, or one built from the other options.
 
     Args:
-        loads: class of the model or pipeline.
+        skeleton: the model or pipeline.
         components: the components to quantize, if no recipe is named.
         recipe, preset, config, skip: as given on the command line.
         calibration: fields of a calibration stream; replaces the recipe's data.
@@ -86,28 +91,35 @@ def chosen_recipe(
     """
     from hfquant import recipes
     from hfquant.config import parse
+    from hfquant.recipes.run import matches
     from hfquant.schema import ConfigError
 
     if len([given for given in (recipe, preset, config) if given is not None]) > 1:
         raise ConfigError("--recipe, --preset and --config exclude each other")
-    left = dict.fromkeys(skip, "by --skip")
     if recipe is not None:
         found = recipes.load(recipe)
         content = found.model_dump(mode="python", exclude_unset=True)
         for component in content["components"].values():
-            component["skip"] = {**component.get("skip", {}), **left}
             component.pop("expected", None)
     else:
         settings: Any = preset or ("w8a8-dynamic" if bits is None else "w4-auto")
         if config is not None:
             settings = json.loads(config.read_text(encoding="utf-8"))
-        entry = {"config": settings, "skip": left}
         content = {
             "title": "from the command line",
-            "models": [loads],
-            "loads": loads,
-            "components": {name: dict(entry) for name in components},
+            "models": [skeleton.kind],
+            "loads": skeleton.kind,
+            "components": {name: {"config": settings} for name in components},
         }
+    for glob in skip:
+        # Of several components, a glob often means one.
+        models = [name for name in content["components"] if name in skeleton.models]
+        meant = [name for name in models if matches(skeleton.models[name], glob)]
+        if models and not meant:
+            raise ConfigError(f"--skip: {glob!r} matches no module of {', '.join(_named(skeleton, models))}")
+        for name in meant:
+            component = content["components"][name]
+            component["skip"] = {**component.get("skip", {}), glob: "by --skip"}
     if bits is not None:
         for component in content["components"].values():
             rules = parse(component["config"]).raw

@@ -44,7 +44,7 @@ def plan(
 
         asked = None if dtype is None else floating(dtype)
         found = skeleton(model)
-        wanted = options.chosen_recipe(found.kind, component or found.denoisers, recipe, preset, config, skip or ())
+        wanted = options.chosen_recipe(found, component or found.denoisers, recipe, preset, config, skip or ())
         check_fits(wanted, found)
         plans = {n: plan_model(found.models[n], part.quant_config()) for n, part in wanted.components.items()}
         sizes = {n: planned_size(found.models[n], plans[n], (asked or _dtype(found.models[n])).itemsize) for n in plans}

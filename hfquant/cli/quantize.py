@@ -23,7 +23,11 @@ def quantize(
     config: options.ConfigFile = None,
     bits: Annotated[
         float | None,
-        typer.Option(help="Budget in stored bits per weight: use the data to choose each layer's format within it."),
+        typer.Option(
+            min=1,
+            max=32,
+            help="Budget in stored bits per weight: use the data to choose each layer's format within it.",
+        ),
     ] = None,
     component: options.Components = None,
     skip: options.Skip = None,
@@ -77,7 +81,7 @@ def quantize(
 
         found = skeleton(model)
         wanted = options.chosen_recipe(
-            found.kind, component or found.denoisers, recipe, preset, config, skip or (), stream, call, bits
+            found, component or found.denoisers, recipe, preset, config, skip or (), stream, call, bits
         )
         check_fits(wanted, found)
         start = time.perf_counter()

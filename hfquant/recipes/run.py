@@ -17,6 +17,7 @@ from hfquant.api import plan, quantize
 from hfquant.calibration import calibration_batches
 from hfquant.denoisers import is_pipeline
 from hfquant.diffusion import quantize_pipeline
+from hfquant.integrations.facts import facts_of
 from hfquant.integrations.hub import load as load_model
 from hfquant.integrations.sharing import save_pretrained
 from hfquant.integrations.skeleton import MODEL, Skeleton
@@ -39,12 +40,17 @@ def check_fits(recipe: Recipe, found: Skeleton) -> None:
     for name, component in recipe.components.items():
         if name not in found.models:
             raise ConfigError(f"components.{name}: a {found.kind} has no such model; it has {', '.join(found.models)}")
-        modules = [n for n, _ in found.models[name].named_modules()]
         for glob in (*component.override, *component.skip):
-            if not any(fnmatchcase(module, glob) for module in modules):
+            if not matches(found.models[name], glob):
                 raise ConfigError(
                     f"components.{name}: {glob!r} matches no module of {type(found.models[name]).__name__}"
                 )
+
+
+def matches(model: nn.Module, glob: str) -> bool:
+    """Return whether a glob matches a module of a model, or a parameter that holds fused experts."""
+    experts = [f"{path}.{name}" for path, layout in facts_of(model).experts.items() for name in layout.projections]
+    return any(fnmatchcase(name, glob) for name in (*dict(model.named_modules()), *experts))
 
 
 def planned(recipe: Recipe, found: Skeleton, width: int = 2) -> dict[str, PlannedSize]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from hfquant.cli import app
+from hfquant.cli import app, options
+from hfquant.recipes.run import check_fits
+from hfquant.schema import ConfigError
 from tests.cli.conftest import lines
+from tests.integrations import small_models
 from tests.recipes.tiny import PUBLISHED
 
 
@@ -70,3 +74,15 @@ def test_bad_input_is_one_line(arguments, message):
     assert result.exit_code == 1
     assert message in result.stderr
     assert len(lines(result.stderr)) == 1
+
+
+def test_what_is_skipped_may_be_in_one_component_or_an_experts_parameter():
+    unet, text, experts = small_models.unet(), small_models.llama(), small_models.mixtral()
+    found = SimpleNamespace(kind="APipeline", models={"unet": unet, "text": text, "experts": experts})
+    skip = ["conv_in", "*.experts.gate_up_proj"]
+    recipe = options.chosen_recipe(found, list(found.models), None, "w4a16", None, skip)
+    check_fits(recipe, found)
+    left = {name: list(component.skip) for name, component in recipe.components.items()}
+    assert left == {"unet": ["conv_in"], "text": [], "experts": ["*.experts.gate_up_proj"]}
+    with pytest.raises(ConfigError, match=r"--skip: 'conv_out' matches no module of LlamaForCausalLM"):
+        options.chosen_recipe(found, ["text"], None, "w4a16", None, ["conv_out"])
