@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     LlamaConfig,
@@ -143,6 +144,27 @@ def test_heads_and_tied_weights_of_transformers(tied) -> None:
     assert len(found.layers) == 2 * 7
     assert list(found.skipped) == ["model.embed_tokens", "lm_head"]
     assert found.skipped["lm_head"] == "the model's output head"
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("BertForSequenceClassification", ["classifier"]),
+        ("BertForTokenClassification", ["classifier"]),
+        ("RobertaForSequenceClassification", ["classifier.dense", "classifier.out_proj"]),
+        ("DistilBertForSequenceClassification", ["pre_classifier", "classifier"]),
+        ("LlamaForSequenceClassification", ["score"]),
+    ],
+)
+def test_heads_that_peft_trains(name, heads) -> None:
+    kind = getattr(transformers, name)
+    with torch.device("meta"):
+        model = kind(kind.config_class(vocab_size=32, num_hidden_layers=1, num_labels=5))
+    found = plan(model, OFF)
+    assert [name for name, why in found.skipped.items() if why == "the model's output head"] == heads
+    assert found.layers
+    included = plan(model, {"default": {**OFF["default"], "include": ["output_heads"]}})
+    assert included.layers.keys() >= set(heads)
 
 
 def test_kept_in_float32() -> None:

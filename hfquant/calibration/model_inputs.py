@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from inspect import signature
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,15 +21,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 1 << 20  # tokenizers without a limit report 1e30
+_PARAGRAPH_CHARS = 1 << 16
 
 
 class Reader(NamedTuple):
-    """The tokenizer or processor that converts raw rows to model inputs, and its limits."""
+    """The tokenizer or processor that converts raw rows to model inputs, its limit, and the torch module to run."""
 
     tokenizer: Any = None
     processor: Any = None
     limit: int = MAX_LENGTH
-    for_module: bool = False
+    model: Any = None
 
 
 def is_image(value: Any) -> bool:
@@ -42,10 +44,8 @@ def from_texts(values: Iterable[Any], spec: StreamSpec, reader: Reader, column: 
     first = next(texts)
     texts = chain([first], texts)
     if isinstance(first, str) and tokenizer is None:
-        if reader.for_module:
-            raise CalibrationError(
-                "calibration data: text needs a tokenizer; pass one as {'dataset': ..., 'tokenizer': tokenizer}"
-            )
+        if reader.model is not None:
+            raise _unreadable("text needs a tokenizer", "tokenizer")
         yield from grouped(islice(texts, spec.samples), size)
         return
     chats = is_chat(first)
@@ -60,7 +60,38 @@ def from_texts(values: Iterable[Any], spec: StreamSpec, reader: Reader, column: 
         sequences = _packed(_token_ids(texts, tokenizer, None, special=False), eos, seqlen)
     else:
         sequences = (ids for ids in _token_ids(texts, tokenizer, seqlen, special=not chats) if ids)
-    yield from _token_batches(_counted(sequences, spec.samples), size)
+    yield from _token_batches(_counted(sequences, spec.samples), size, reader.model)
+
+
+def _unreadable(what: str, argument: str) -> CalibrationError:
+    return CalibrationError(
+        f"calibration data: {what}; none was given or found with the model: pass one as "
+        f"{{'dataset': ..., {argument!r}: {argument}}}, or give batches of model inputs"
+    )
+
+
+def paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """Join lines up to the next empty line, or up to `_PARAGRAPH_CHARS` characters."""
+    held: list[str] = []
+    length = 0
+    for line in lines:
+        line = line.rstrip("\n")
+        if line.strip():
+            held.append(line)
+            length += len(line) + 1
+        if held and (not line.strip() or length > _PARAGRAPH_CHARS):
+            yield "\n".join(held)
+            held, length = [], 0
+    if held:
+        yield "\n".join(held)
+
+
+def unpadded(row: Mapping[str, Any], column: str) -> Any:
+    """Return a row's value; if the row has an attention mask as well, the tokens that it keeps."""
+    value, mask = row[column], row.get("attention_mask")
+    if value is None or mask is None:
+        return value
+    return [token for token, kept in zip(value, mask, strict=True) if kept]
 
 
 def is_chat(value: Any) -> bool:
@@ -124,18 +155,45 @@ def _counted(items: Iterable[Any], samples: int | None) -> Iterator[Any]:
         )
 
 
-def _token_batches(sequences: Iterable[list[int]], size: int) -> Iterator[Any]:
+def _token_batches(sequences: Iterable[list[int]], size: int, model: Any) -> Iterator[Any]:
     """Batch without padding: sequences of equal length form one tensor; mixed lengths form a list of tensors."""
     for group in grouped(sequences, size):
         lengths = dict.fromkeys(map(len, group))
         tensors = [torch.tensor([ids for ids in group if len(ids) == length]) for length in lengths]
-        inputs = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tensors]
+        batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tensors]
+        inputs = [with_decoder_inputs(batch, model) for batch in batches]
         yield inputs[0] if len(inputs) == 1 else inputs
 
 
-def images_batch(images: list[Any], processor: Any) -> Any:
+def with_decoder_inputs(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Return a model's inputs; for an encoder-decoder, let its decoder read the same tokens, behind its start token.
+
+    Some classes, such as BART, do so themselves. Others, such as T5, cannot run on the encoder's inputs alone.
+    """
+    config = getattr(model, "config", None)
+    takes = signature(model.forward).parameters if getattr(config, "is_encoder_decoder", False) else {}
+    given = inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds", "labels"}
+    if "input_ids" not in inputs or "decoder_input_ids" not in takes or given:
+        return inputs
+    starts = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos"))
+    start = next((token for token in starts if isinstance(token, int)), 0)
+    added = {"decoder_input_ids": _shifted(inputs["input_ids"], start)}
+    if "attention_mask" in inputs and "decoder_attention_mask" in takes:
+        added["decoder_attention_mask"] = _shifted(inputs["attention_mask"], 1)
+    return {**inputs, **added}
+
+
+def _shifted(rows: Tensor, first: int) -> Tensor:
+    """Return rows [batch, length] with ``first`` in front, at the same length."""
+    return torch.cat([torch.full_like(rows[:, :1], first), rows[:, :-1]], 1)
+
+
+def images_batch(images: list[Any], reader: Reader) -> Any:
     """Return images as the processor's {"pixel_values": ...}, or as {"image": [...]} if there is no processor."""
+    processor = reader.processor
     if processor is None:
+        if reader.model is not None:
+            raise _unreadable("images need a processor", "processor")
         return {"image": images}
     processor = getattr(processor, "image_processor", processor)
     return dict(processor(images=[image.convert("RGB") for image in images], return_tensors="pt"))

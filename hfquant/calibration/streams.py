@@ -31,7 +31,10 @@ from hfquant.calibration.model_inputs import (
     images_batch,
     is_chat,
     is_image,
+    paragraphs,
     stacked,
+    unpadded,
+    with_decoder_inputs,
 )
 from hfquant.console import counted
 from hfquant.hub_errors import hub_errors
@@ -40,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
 _COLUMNS = ("text", "prompt", "caption", "messages", "input_ids", "image", "latent", "latents")
-_PARAGRAPH_CHARS = 1 << 16
 #: Samples to read beyond those requested, for checking the quantized model.
 CHECKS = 2
 
@@ -63,7 +65,8 @@ class StreamSpec(BaseModel):
         split: which split to read; by default "train", or the only one of a `DatasetDict`.
         column: column to read, or {argument of the model: column}. By default the first known name: text, prompt,
             caption, messages, input_ids, image, latent (with a tokenizer, messages comes right after text). Chats
-            (lists of role and content) are rendered with the tokenizer's template.
+            (lists of role and content) are rendered with the tokenizer's template. Of input_ids alone, those that a
+            column attention_mask marks as padding are left out.
         samples: number of sequences (text) or rows (anything else) to read; None for all.
         seqlen: tokens per sequence, capped by the tokenizer's limit.
         seed: seed of the shuffle; None keeps the order of the source.
@@ -150,7 +153,8 @@ def calibration_batches(
         tokenizer: turns text into tokens; by default the processor's. Without one, text is returned as lists of
             prompts.
         processor: image processor; without one, images are returned as {"image": [...]}.
-        model: its position limit caps the sequence length; a torch module does not accept untokenized text.
+        model: its position limit caps the sequence length; a torch module accepts neither untokenized text nor
+            unprocessed images; an encoder-decoder reads tokens in both its halves.
         batch_size: samples per batch unless `calibration` sets it; 1 by default.
 
     Returns:
@@ -176,14 +180,16 @@ def calibration_batches(
         given.update(calibration)
         tokenizer, processor = given.pop("tokenizer", tokenizer), given.pop("processor", processor)
         tokenizer = tokenizer or getattr(processor, "tokenizer", None)
-        reader = Reader(tokenizer, processor, _length_limit(tokenizer, model), isinstance(model, nn.Module))
+        limit = _length_limit(tokenizer, model)
+        reader = Reader(tokenizer, processor, limit, model if isinstance(model, nn.Module) else None)
         spec = parse_spec(given)
         source = "there is no text in the list" if are_texts(spec.dataset) else f"{spec.dataset} gives no rows"
         provenance, rest = _provenance(spec), partial(_after, spec, reader)
         return Batches(lambda: _from_spec(spec, reader, spec.batch_size or size), source, provenance, rest)
     if isinstance(calibration, Sequence) and calibration and all(is_image(image) for image in calibration):
         images = {"dataset": counted(len(calibration), "image")}
-        return Batches(lambda: (images_batch(g, processor) for g in grouped(calibration, size)), "no images", images)
+        reader = Reader(None, processor)
+        return Batches(lambda: (images_batch(g, reader) for g in grouped(calibration, size)), "no images", images)
     CalibrationData(calibration)  # validates it
     if isinstance(calibration, Sequence) and not calibration:
         raise CalibrationError("calibration data: the list is empty")
@@ -264,21 +270,23 @@ def _from_spec(spec: StreamSpec, reader: Reader, size: int) -> Iterator[Any]:
     for column in columns.values():
         if column not in names:
             raise CalibrationError(f"{spec.dataset} has no column {column!r}; it has {names}")
-    data = data.select_columns(list(dict.fromkeys(columns.values())))
+    masks = ["attention_mask"] if columns.get("") == "input_ids" and "attention_mask" in names else []
+    data = data.select_columns(list(dict.fromkeys([*columns.values(), *masks])))
     if isinstance(spec.column, dict):
         for group in grouped(islice(_rows(data, spec), spec.samples), size):
-            yield {argument: stacked(name, [row[name] for row in group]) for argument, name in columns.items()}
+            inputs = {argument: stacked(name, [row[name] for row in group]) for argument, name in columns.items()}
+            yield with_decoder_inputs(inputs, reader.model)
         return
 
     column = columns[""]
     if is_lines and reader.tokenizer is not None:
         # Lines of a text file only make sense in order, so join them first and shuffle afterwards.
-        values: Iterator[Any] = _paragraphs(row[column] for row in data)
+        values: Iterator[Any] = paragraphs(row[column] for row in data)
         if spec.seed is not None:
             values = _shuffled(values, spec.buffer_size, spec.seed)
     else:
         # Skip nulls, and empty lines in a file of prompts.
-        values = (row[column] for row in _rows(data, spec))
+        values = (unpadded(row, column) for row in _rows(data, spec))
         values = (value for value in values if value is not None and not (is_lines and not value.strip()))
     first = next(values, None)
     if first is None:
@@ -288,7 +296,7 @@ def _from_spec(spec: StreamSpec, reader: Reader, size: int) -> Iterator[Any]:
         yield from from_texts(values, spec, reader, column, size)
     else:
         groups = grouped(islice(values, spec.samples), size)
-        yield from (images_batch(g, reader.processor) if is_image(first) else stacked(column, g) for g in groups)
+        yield from (images_batch(g, reader) if is_image(first) else stacked(column, g) for g in groups)
 
 
 def _after(spec: StreamSpec, reader: Reader) -> Iterator[Any]:
@@ -380,19 +388,3 @@ def _shuffled(items: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
         buffer[slot] = item
     draw.shuffle(buffer)
     yield from buffer
-
-
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Join lines up to the next empty line, or up to `_PARAGRAPH_CHARS` characters."""
-    held: list[str] = []
-    length = 0
-    for line in lines:
-        line = line.rstrip("\n")
-        if line.strip():
-            held.append(line)
-            length += len(line) + 1
-        if held and (not line.strip() or length > _PARAGRAPH_CHARS):
-            yield "\n".join(held)
-            held, length = [], 0
-    if held:
-        yield "\n".join(held)

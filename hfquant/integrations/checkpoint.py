@@ -23,7 +23,7 @@ from hfquant.experts import ExpertsLayout, first_linear
 from hfquant.integrations.compat import is_marked_initialized, mark_initialized
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.layer_plan import LayerPlan, layer_plan
-from hfquant.nn.experts import QuantExperts, stacked
+from hfquant.nn.experts import QuantExperts, stacked, tensor_name
 from hfquant.nn.kinds import kind_of, layers_in
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
@@ -221,8 +221,8 @@ def check_values(name: str, layer: QuantLayer | QuantExperts) -> None:
 
 
 def missing_tensors(names: Sequence[str]) -> CheckpointError:
-    """Return the error for tensors of quantized layers that a checkpoint lacks."""
-    return CheckpointError(f"the checkpoint lacks {_listed(names)} of quantized layers")
+    """Return the error for tensors that a checkpoint lacks."""
+    return CheckpointError(f"the checkpoint lacks {_listed(names)}")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -277,6 +277,24 @@ def quantized_experts(name: str, layer: QuantExperts, plan: LayerPlan, weights: 
         raise CheckpointError(f"{name}: expected shape {expected}, got {tuple(matrices.shape)}")
     solved = (solve(f"{name}.{i}", matrix, plan, None).tensors for i, matrix in enumerate(matrices))
     return stacked([QuantLinear.from_tensors(plan, tensors, None) for tensors in solved], ())[1]
+
+
+def quantized_tensors(key: str, layer: QuantLayer | QuantExperts, weight: Tensor) -> dict[str, Tensor]:
+    """Quantize a checkpoint's float tensor ``key`` without data; return the tensors of its layer, by checkpoint name.
+
+    Raises:
+        CheckpointError: its shape does not match the plan.
+        ValueError: it has NaN or Inf.
+    """
+    name, _, tensor = key.rpartition(".")
+    if isinstance(layer, QuantExperts):
+        stacks = quantized_experts(key, layer, layer.plans[tensor], weight)
+        return {f"{name}.{tensor_name(tensor, k)}": stack for k, stack in stacks.items()}
+    expected = layer.float_shape
+    if weight.shape != expected:
+        raise CheckpointError(f"{key}: expected shape {tuple(expected)}, got {tuple(weight.shape)}")
+    tensors = solve(name, layer.matrix(weight), layer.plan, None).tensors
+    return {f"{name}.{k}": layer.stored(k, v) for k, v in tensors.items()}
 
 
 def needs_no_data(plan: Plan) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from hfquant.calibration.batches import CalibrationError
@@ -12,32 +13,28 @@ from hfquant.calibration.self_made import SelfSpec
 from hfquant.calibration.streams import are_texts, calibration_batches, holds_set, is_source
 
 
-def transformers_batches(model: Any, calibration: Any) -> Any:
+def transformers_batches(model: Any, calibration: Any, file: str | None = None) -> Any:
     """Return batches for a transformers model, with the given tokenizer or the one saved with the model.
 
     Args:
         model: a loaded model; ``name_or_path`` is where to look for a tokenizer or image processor.
         calibration: anything that :func:`~hfquant.calibration.calibration_batches` accepts, a request for
             self-generated data (:class:`~hfquant.calibration.self_made.SelfSpec`), or None for the default request.
+        file: a file that the model's weights were read from; the tokenizer next to it goes first. None if unknown.
 
     Raises:
-        CalibrationError: the data is text without a tokenizer, or the model cannot generate its own.
+        CalibrationError: the model cannot generate its own data.
     """
     spec = SelfSpec() if calibration is None else SelfSpec.of(calibration)
     if spec is not None:
         from hfquant.integrations.self_made import Reader, self_made
 
-        reader = Reader(*_saved_with(model), _extractor_of(model))
+        reader = Reader(*_saved_with(model, file), _extractor_of(model, file))
         return self_made(model, spec, reader, asked=calibration is not None)
     tokenizer = processor = None
     given = isinstance(calibration, Mapping) and (calibration.get("tokenizer") or calibration.get("processor"))
     if is_raw(calibration) and not given:
-        tokenizer, processor = _saved_with(model)
-        if tokenizer is None and processor is None:
-            raise CalibrationError(
-                f"calibration data: {model.name_or_path!r} has neither tokenizer nor image processor; pass one as "
-                "calibration={'dataset': ..., 'tokenizer': tokenizer}, or give batches of model inputs"
-            )
+        tokenizer, processor = _saved_with(model, file)
     return calibration_batches(calibration, tokenizer=tokenizer, processor=processor, model=model)
 
 
@@ -70,16 +67,33 @@ def tokenizer_of(model: Any) -> Any:
     return _saved_with(model)[0]
 
 
-def _saved_with(model: Any) -> tuple[Any, Any]:
+def _saved_with(model: Any, file: str | None = None) -> tuple[Any, Any]:
+    """Return the tokenizer and the image processor saved with a model; None for each that is missing."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    found = []
-    for loader in (AutoTokenizer, AutoImageProcessor):
-        try:
-            found.append(loader.from_pretrained(model.name_or_path))
-        except (OSError, ValueError, KeyError, TypeError, ImportError):  # transformers' ways of saying there is none
-            found.append(None)
-    return found[0] if _has_words(found[0]) else None, found[1]
+    return _saved(AutoTokenizer, model, file, _has_words), _saved(AutoImageProcessor, model, file)
+
+
+def _saved(loader: Any, model: Any, file: str | None, usable: Callable[[Any], bool] = lambda found: True) -> Any:
+    for name, options in _places(model, file):
+        with suppress(OSError, ValueError, KeyError, TypeError, ImportError):  # transformers' ways of saying no
+            found = loader.from_pretrained(name, **options)
+            if usable(found):
+                return found
+    return None
+
+
+def _places(model: Any, file: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield where to look for what was saved with a model: next to its weights, then where its name points to."""
+    name, revision = model.name_or_path, getattr(model.config, "_commit_hash", None)
+    parts = () if file is None else Path(file).parent.parts
+    if revision in parts:  # a hub cache: CACHE_DIR/models--OWNER--NAME/snapshots/REVISION/SUBFOLDER
+        at = parts.index(revision)
+        cache, subfolder = Path(*parts[: at - 2]), "/".join(parts[at + 1 :])
+        yield name, {"revision": revision, "cache_dir": cache, "subfolder": subfolder}
+    elif parts:
+        yield str(Path(*parts)), {}
+    yield name, {} if revision is None else {"revision": revision}
 
 
 def _has_words(tokenizer: Any) -> bool:
@@ -95,14 +109,11 @@ def _has_words(tokenizer: Any) -> bool:
         return False
 
 
-def _extractor_of(model: Any) -> Any:
+def _extractor_of(model: Any, file: str | None) -> Any:
     from transformers import AutoFeatureExtractor
 
-    if getattr(model, "main_input_name", "") != "input_features":
-        return None
-    with suppress(OSError, ValueError, KeyError, TypeError, ImportError):
-        return AutoFeatureExtractor.from_pretrained(model.name_or_path)
-    return None
+    hears = getattr(model, "main_input_name", "") == "input_features"
+    return _saved(AutoFeatureExtractor, model, file) if hears else None
 
 
 def check_component_data(config: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,9 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
     pre_quantized: bool
 
     def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
+        # from_single_file does not say whether the file is quantized. It is if this is the config of its model.
+        own = quantization_config.layers or quantization_config.skipped or quantization_config.provenance
+        kwargs.setdefault("pre_quantized", bool(own))
         super().__init__(quantization_config, **kwargs)
         self.plan: Plan | None = None
         #: On-disk form of the quantized linears' codes, for saving.
@@ -126,8 +129,12 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
                 raise CheckpointError(f"the index lists {counted(len(lacking), 'tensor')} that no file has: {some}")
         return loaded_keys
 
-    def _process_model_before_weight_loading(self, model: ModelMixin, device_map: Any = None, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: ModelMixin, device_map: Any = None, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
         config, facts = self.quantization_config, facts_of(model)
+        if state_dict is not None:  # only from_single_file passes it
+            self._stored_names = set(state_dict)
         if self.pre_quantized:
             install_empty(model, stored_plans(model, config, facts), facts.experts, on_disk=True)
             check_names(model, self._stored_names)
@@ -140,6 +147,11 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
                 # A device map is inferred from the sizes that the tensors will have.
                 replaced = install_empty(model, self.plan.layers, facts.experts, on_disk=False)
                 self._put_back = partial(put_back, model, replaced)
+        if state_dict is not None:
+            # from_single_file looks for no missing tensors, and fails without naming them.
+            lacking = sorted(k for k, v in model.state_dict().items() if v.is_meta and k not in state_dict)
+            if lacking:
+                raise missing_tensors(lacking)
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
         """Raise if the checkpoint lacks a tensor of a linear that is, or will be, quantized."""

@@ -36,8 +36,7 @@ def facts_of(model: nn.Module) -> ModelFacts:
     skips.update(dict.fromkeys(_rescaled(model), "the model changes its weight when it runs"))
     pairs = (getattr(model, "all_tied_weights_keys", None) or {}).items()
     tied = {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in pairs if k.endswith(".weight")}
-    head = _head(model)
-    heads = [name for name, module in model.named_modules() if head is not None and module is head]
+    heads = _heads(model)
     return ModelFacts(
         skipped=skips,
         tied=tied,
@@ -79,7 +78,16 @@ def _rescaled(model: nn.Module) -> list[str]:
     return [f"{block}.{name}" for block in blocks for name in names]
 
 
-def _head(model: nn.Module) -> nn.Module | None:
+def _heads(model: nn.Module) -> list[str]:
+    """Return the names of output heads: the layer that returns logits of tokens, or the layers of a classifier.
+
+    peft trains the latter along with any adapter for such a task, and codes cannot be trained.
+    """
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head else None
-    return head if isinstance(head, nn.Module) else None
+    classifies = type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification"))
+    return [
+        name
+        for name, module in model.named_modules()
+        if module is head or (classifies and name.partition(".")[0].endswith(("classifier", "score")))
+    ]

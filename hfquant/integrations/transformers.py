@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from transformers.quantizers.base import HfQuantizer
 
 from hfquant.integrations.apply import own_config, quantize_attached
 from hfquant.integrations.checkpoint import (
-    CheckpointError,
     check_loaded,
     check_names,
     codes_on_disk,
@@ -24,7 +24,7 @@ from hfquant.integrations.checkpoint import (
     finish_loading,
     install_empty,
     needs_no_data,
-    quantized_experts,
+    quantized_tensors,
     stored_plans,
     tensor_names,
 )
@@ -44,12 +44,11 @@ from hfquant.integrations.data import transformers_batches
 from hfquant.integrations.facts import facts_of
 from hfquant.integrations.placement import check_offload_folder, put_back, quantize_left, without_working_memory
 from hfquant.integrations.sharing.facts import tags_of
-from hfquant.nn.experts import QuantExperts, tensor_name
+from hfquant.nn.experts import QuantExperts
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import dequantized, log_share, quant_modules
 from hfquant.offload import lend
 from hfquant.planner import Plan, plan_layers, warn_if_empty
-from hfquant.solver import solve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,8 +71,16 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         self.ties: dict[str, str] = {}
         #: Names of the tensors whose dtype is set by the format, not by the model.
         self.exact: set[str] = set()
+        #: The first file of the checkpoint, if there is one.
+        self._file: str | None = None
         #: While loading: puts back the linears that a device map sends to disk.
         self._put_back: Callable[[Mapping[str, Any]], None] | None = None
+        #: While loading: the layers that empty ones have replaced.
+        self._replaced: dict[str, nn.Module] = {}
+        #: While loading: the names of the tensors that are to arrive; parts of the names of those split off from them.
+        self._arriving: set[str] = set()
+        self._split_off: tuple[str, ...] = ()
+        self._missing_left = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Keep linears that a device map sends to disk in float; called again if the map was inferred."""
@@ -97,6 +104,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> None:
         config, facts = self.quantization_config, facts_of(model)
+        self._file = next(iter(checkpoint_files or ()), None)
         if self.pre_quantized:
             names = _stored_names(model, checkpoint_files)
             known = None if names is None or _is_own(model) else {*names, *names.values()}
@@ -117,10 +125,10 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             # A tied weight arrives under another name or not at all, so such linears are quantized after loading.
             tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
             arriving = {name: plan for name, plan in self.plan.layers.items() if name not in tied}
-            linears = install_empty(model, arriving, facts.experts, on_disk=False)
+            self._replaced = install_empty(model, arriving, facts.experts, on_disk=False)
             # transformers later reads offloaded tensors from the checkpoint's own file, so these linears must stay
             # float.
-            self._put_back = partial(put_back, model, linears)
+            self._put_back = partial(put_back, model, self._replaced)
             if isinstance(device_map, dict):
                 self._put_back(device_map)
 
@@ -157,6 +165,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         name, _, tensor = param_name.rpartition(".")
         if self.pre_quantized:
             return isinstance(model.get_submodule(name), (QuantLayer, QuantExperts))
+        self._arriving.add(param_name)  # transformers asks about all tensors before it converts any
         module = model.get_submodule(name)
         if isinstance(module, QuantExperts):
             return tensor in module.code_names
@@ -173,11 +182,31 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         updated = super().update_weight_conversions(weight_conversions, model)
         if self.pre_quantized:
             return [c for c in updated if not isinstance(c, WeightConverter)]
+        self._split_off = tuple(t for c in updated if isinstance(c, WeightConverter) for t in c.target_patterns[1:])
         return [_transposing_floats(c) if isinstance(c, WeightConverter) else c for c in updated]
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation run on each weight that :meth:`param_needs_quantization` claims."""
         return QuantizeWeight(self)
+
+    def leave_missing(self, model: PreTrainedModel, missing_keys: set[str]) -> None:
+        """Leave layers in float that get no tensor from the checkpoint of another class, such as a task head."""
+        if self._missing_left or _is_own(model):
+            return
+        self._missing_left = True
+        for name in [name for name in self._replaced if self.plan is not None and name in self.plan.layers]:
+            keys = {f"{name}.{key}" for key in self._replaced[name].state_dict()}
+            if self._arriving.isdisjoint(keys) and not any(part in f"{name}.weight" for part in self._split_off):
+                self.leave(model, name, "the checkpoint has no weight for it", missing_keys)
+
+    def leave(self, model: PreTrainedModel, name: str, why: str, missing_keys: set[str]) -> None:
+        """Leave a layer in float, for transformers to initialize and to warn about."""
+        assert self.plan is not None
+        quantized, floats = (set(layer.state_dict()) for layer in (model.get_submodule(name), self._replaced[name]))
+        missing_keys -= {f"{name}.{key}" for key in quantized - floats}
+        put_back(model, {name: self._replaced[name]})
+        layers = {n: plan for n, plan in self.plan.layers.items() if n != name}
+        self.plan = replace(self.plan, layers=layers, skipped={**self.plan.skipped, name: why})
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
@@ -186,7 +215,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             raise self.failure
         if not self.pre_quantized and self.plan is None:
             check_offload_folder(model)
-            loader = transformers_batches(model, config.calibration)
+            loader = transformers_batches(model, config.calibration, self._file)
             quantize_attached(model, loader, config, facts_of(model), attach)
             return model
         if self.plan is not None:
@@ -277,23 +306,28 @@ class QuantizeWeight(ConversionOps):
     def __init__(self, quantizer: HfQuantTransformersQuantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> dict[str, Tensor]:
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
         """Turn ``{"x.weight": float}`` into ``{"x.weight": codes, "x.weight_scale": ...}``, also for experts.
 
         Several arrive together if the checkpoint fuses them; linears among them that stay float pass through.
         """
-        assert model is not None
+        self.quantizer.leave_missing(model, kwargs["missing_keys"])
         converted: dict[str, Tensor] = {}
         for key, value in input_dict.items():
             name, _, tensor = key.rpartition(".")
             weight = value[0] if isinstance(value, list) else value
             layer = model.get_submodule(name)
+            if isinstance(layer, QuantLayer) and _has_other_outputs(layer, weight):
+                # A head for other labels. Whether it may be initialized, as a float one, is a setting of transformers.
+                why = "the checkpoint's weight has another number of outputs"
+                self.quantizer.leave(model, name, why, kwargs["missing_keys"])
+                layer = model.get_submodule(name)
             if not isinstance(layer, (QuantLayer, QuantExperts)) or tensor not in layer.code_names:
                 converted[key] = weight
                 continue
             try:
                 if self.quantizer.failure is None:
-                    converted.update(_quantized(key, layer, weight))
+                    converted.update(quantized_tensors(key, layer, weight))
                     continue
             except ValueError as error:
                 # transformers turns exceptions into lines of its report, so store this one and raise it when loading
@@ -306,17 +340,8 @@ class QuantizeWeight(ConversionOps):
         return converted
 
 
-def _quantized(key: str, layer: QuantLayer | QuantExperts, weight: Tensor) -> dict[str, Tensor]:
-    """Return the quantized tensors for a checkpoint's float tensor ``key``, by checkpoint name."""
-    name, _, tensor = key.rpartition(".")
-    if isinstance(layer, QuantExperts):
-        stacks = quantized_experts(key, layer, layer.plans[tensor], weight)
-        return {f"{name}.{tensor_name(tensor, k)}": stack for k, stack in stacks.items()}
-    expected = layer.float_shape
-    if weight.shape != expected:
-        raise CheckpointError(f"{key}: expected shape {tuple(expected)}, got {tuple(weight.shape)}")
-    tensors = solve(name, layer.matrix(weight), layer.plan, None).tensors
-    return {f"{name}.{k}": layer.stored(k, v) for k, v in tensors.items()}
+def _has_other_outputs(layer: QuantLayer, weight: Tensor) -> bool:
+    return weight.shape[1:] == layer.float_shape[1:] and weight.shape[:1] != layer.float_shape[:1]
 
 
 def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:

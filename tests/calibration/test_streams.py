@@ -13,15 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast
 
-from hfquant.calibration import BaseCalibSet, calibration_batches
+from hfquant.calibration import BaseCalibSet, LanguageModelSampler, calibration_batches, generate_calibrate_set
 from hfquant.calibration.batches import CalibrationError
-from hfquant.calibration.model_inputs import _packed
+from hfquant.calibration.model_inputs import _packed, paragraphs
 from hfquant.calibration.provenance import data_provenance
-from hfquant.calibration.streams import _paragraphs, _shuffled, _spread
+from hfquant.calibration.streams import _shuffled, _spread
 from tests.calibration.tiny_models import tiny_llama
+from tests.integrations import small_models
 
 WORDS = [f"w{i}" for i in range(200)]
 
@@ -107,7 +109,7 @@ def test_shuffling_loses_nothing(items, size):
 
 def test_paragraphs():
     lines = ["", "a\n", "b", " ", "", "c" * 70000, "d", "e"]
-    assert list(_paragraphs(lines)) == ["a\nb", "c" * 70000, "d\ne"]
+    assert list(paragraphs(lines)) == ["a\nb", "c" * 70000, "d\ne"]
 
 
 # ------------------------------------------------------------------------------------------------------ sources on disk
@@ -205,6 +207,26 @@ def test_columns():
         first("nope")
     with pytest.raises(ValueError, match=r"'column'.*choose one of"):
         list(calibration_batches(datasets.Dataset.from_dict({"a": [1], "b": [2]})))
+
+
+@pytest.mark.parametrize("form", ["lists", "tensors", "stream"])
+def test_padding_of_tokenized_rows_is_left_out(form):
+    padded = {"input_ids": [[1, 2, 3, 0], [0, 0, 0, 4], [5, 6, 0, 0]]}
+    masks = {"attention_mask": [[1, 1, 1, 0], [0, 0, 0, 1], [1, 1, 0, 0]]}
+    data = datasets.Dataset.from_dict({**padded, **masks, "label": [0, 1, 2]})
+    data = {"lists": data, "tensors": data.with_format("torch"), "stream": data.to_iterable_dataset()}[form]
+    spec = {"dataset": data, "seed": None, "batch_size": 3}
+    (packed,) = calibration_batches(spec, tokenizer=make_tokenizer())
+    assert packed["input_ids"].tolist() == [[1, 2, 3, 1, 4, 1, 5, 6, 1]]
+    assert packed["attention_mask"].all()
+    (apart,) = calibration_batches({**spec, "pack": False})
+    assert [part["input_ids"].tolist() for part in apart] == [[[1, 2, 3]], [[4]], [[5, 6]]]
+    # Columns chosen one by one are model inputs as they are.
+    (chosen,) = calibration_batches({**spec, "column": {"input_ids": "input_ids", "mask": "attention_mask"}})
+    assert {name: value.tolist() for name, value in chosen.items()} == {
+        "input_ids": padded["input_ids"],
+        "mask": masks["attention_mask"],
+    }
 
 
 class FakeProcessor:
@@ -427,6 +449,49 @@ def test_text_for_a_model_needs_a_tokenizer():
     for source in ({"dataset": ["a b"]}, ["a b"], datasets.Dataset.from_dict({"text": ["a b"]})):
         with pytest.raises(CalibrationError, match=r"text needs a tokenizer; .*'tokenizer': tokenizer"):
             list(calibration_batches(source, model=tiny_llama()))
+
+
+def test_images_for_a_model_need_a_processor():
+    data = datasets.Dataset.from_dict({"image": [Image.new("RGB", (2, 2))]})
+    with pytest.raises(CalibrationError, match=r"images need a processor; .*'processor': processor"):
+        list(calibration_batches(data, model=tiny_llama()))
+
+
+def decoder_inputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, list[list[int]]]:
+    """Return what was added to a model's inputs."""
+    data = datasets.Dataset.from_dict({name: value.tolist() for name, value in inputs.items()})
+    spec = {"dataset": data, "column": {name: name for name in inputs}, "seed": None, "batch_size": 2}
+    (batch,) = calibration_batches(spec, model=model)
+    return {name: value.tolist() for name, value in batch.items() if name not in inputs}
+
+
+def test_the_decoder_of_an_encoder_decoder_reads_the_same_tokens():
+    model, ids = small_models.t5(), torch.tensor([[5, 6, 7], [8, 9, 0]])
+    shifted = {"decoder_input_ids": [[3, 5, 6], [3, 8, 9]]}  # 3 is the start token
+    assert decoder_inputs(model, {"input_ids": ids}) == shifted
+    masked = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    assert decoder_inputs(model, masked) == {**shifted, "decoder_attention_mask": [[1, 1, 1], [1, 1, 1]]}
+    for name in ("decoder_input_ids", "labels"):
+        assert decoder_inputs(model, {"input_ids": ids, name: ids}) == {}
+    for other in (small_models.t5_encoder(), tiny_llama()):
+        assert decoder_inputs(other, masked) == {}
+    del model.config.decoder_start_token_id
+    assert decoder_inputs(model, {"input_ids": ids}) == {"decoder_input_ids": [[0, 5, 6], [0, 8, 9]]}
+
+
+@torch.no_grad()
+def test_decoder_inputs_are_those_that_bart_derives_itself():
+    model = small_models.bart()
+    (batch,) = calibration_batches(["w1 w2 w3 w4"], tokenizer=make_tokenizer(), model=model)
+    assert batch.keys() == {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}
+    derived = model(batch["input_ids"], batch["attention_mask"])
+    assert torch.equal(model(**batch).logits, derived.logits)
+
+
+def test_an_encoder_decoder_is_recorded_on_text():
+    data = {"dataset": TEXTS[:4], "tokenizer": make_tokenizer(), "seqlen": 4}
+    seen = generate_calibrate_set(small_models.t5(), LanguageModelSampler(), data, "decoder.block.0")
+    assert len(seen) > 1
 
 
 def test_a_stream_says_what_it_is_and_not_where_it_lies(tmp_path):

@@ -66,6 +66,16 @@ def t5_encoder() -> nn.Module:
     return T5EncoderModel(config).eval()
 
 
+def t5() -> nn.Module:
+    """Encoder-decoder that cannot run without inputs of its decoder."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(2)
+    sizes = {"vocab_size": 61, "d_model": 36, "d_kv": 9, "d_ff": 52, "num_layers": 1, "num_heads": 3}
+    tokens = {"decoder_start_token_id": 3, "pad_token_id": 0, "eos_token_id": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, **tokens)).eval()
+
+
 def bart(**overrides: Any) -> nn.Module:
     """Encoder-decoder whose two halves and head share one embedding."""
     from transformers import BartConfig, BartForConditionalGeneration

@@ -15,8 +15,9 @@ from peft import (
 )
 from peft.tuners.lora import Linear
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import DistilBertConfig, DistilBertForSequenceClassification, Trainer, TrainingArguments
 
+import hfquant
 from benchmarks.adapters import train
 from hfquant import PRESETS
 from hfquant.integrations.adapters import LoraQuantLinear
@@ -135,6 +136,16 @@ def test_preparing_for_kbit_training_keeps_codes_and_scales(recwarn) -> None:
     own = add_adapter(model)
     gradients(model, own, torch.zeros(()))
     assert all(p.grad.any() for p in own.values())
+
+
+def test_a_classifiers_head_is_trained_with_the_adapter() -> None:
+    sizes = {"vocab_size": 50, "dim": 64, "n_layers": 1, "n_heads": 2, "hidden_dim": 96}
+    model = DistilBertForSequenceClassification(DistilBertConfig(**sizes, num_labels=5))
+    hfquant.quantize(model, None, "w4a16")
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_lin"], task_type="SEQ_CLS"))
+    adapted(torch.arange(3, 11)[None], labels=torch.tensor([1])).loss.backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {name.split(".")[2] for name in trained if "lora" not in name} == {"pre_classifier", "classifier"}
 
 
 @pytest.mark.slow

@@ -11,14 +11,21 @@ import weakref
 import diffusers
 import pytest
 import torch
-from diffusers import AutoModel, FluxTransformer2DModel, SD3Transformer2DModel, WanTransformer3DModel
+from diffusers import (
+    AutoModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    WanTransformer3DModel,
+)
 from safetensors.torch import load_file
 from torch import nn
 
 import hfquant
 from hfquant import PRESETS, HfQuantConfig, QuantLinear
+from hfquant.integrations.checkpoint import CheckpointError
 from hfquant.nn.modules import quant_linears
-from tests.integrations import small_models
+from tests.integrations import lora_pipelines, small_models
 from tests.integrations.small_models import assert_same, denoiser_inputs, outputs, sqnr
 
 INT4 = {
@@ -239,6 +246,54 @@ def test_fusing_projections_of_a_quantized_model_raises_and_changes_nothing(name
     with pytest.raises(RuntimeError, match="floating point"):
         model.fuse_qkv_projections()
     assert_same(model, expected, denoiser_inputs(model))
+
+
+@pytest.fixture
+def one_file(tmp_path):
+    """A float model's folder, its only file of weights, and inputs."""
+    model = lora_pipelines.qwen_image()
+    model.save_pretrained(tmp_path / "float")
+    return tmp_path / "float", tmp_path / "float" / "diffusion_pytorch_model.safetensors", denoiser_inputs(model)
+
+
+@pytest.mark.parametrize("preset", ["w8a8-dynamic", "w8a8"])
+def test_single_file_is_quantized_as_a_folder_is(preset, one_file, tmp_path):
+    folder, file, inputs = one_file
+    config = HfQuantConfig(preset, calibration=[inputs] if preset == "w8a8" else None)
+    options = {"quantization_config": config, "torch_dtype": torch.bfloat16}
+    loaded = QwenImageTransformer2DModel.from_single_file(file, config=str(folder), **options)
+    assert quant_linears(loaded)
+    assert_same(loaded, QwenImageTransformer2DModel.from_pretrained(folder, **options), inputs)
+    loaded.save_pretrained(tmp_path / "quantized")
+    dtype = {"torch_dtype": torch.bfloat16}
+    assert_same(QwenImageTransformer2DModel.from_pretrained(tmp_path / "quantized", **dtype), loaded, inputs)
+
+
+@pytest.mark.parametrize("preset", ["w8a8-dynamic", "w8a8"])
+def test_quantized_single_file_loads_with_its_own_config(preset, one_file, tmp_path):
+    folder, _, inputs = one_file
+    config = HfQuantConfig(preset, calibration=[inputs] if preset == "w8a8" else None)
+    quantized = QwenImageTransformer2DModel.from_pretrained(folder, quantization_config=config)
+    quantized.save_pretrained(tmp_path / "quantized")
+    file = tmp_path / "quantized" / "diffusion_pytorch_model.safetensors"
+    own = HfQuantConfig.from_dict(quantized.config["quantization_config"])
+    again = QwenImageTransformer2DModel.from_single_file(file, config=str(folder), quantization_config=own)
+    assert_same(again, quantized, inputs)
+
+
+@pytest.mark.parametrize("name", ["img_in.weight", "img_in.bias", "txt_norm.weight", "img_in.weight_scale"])
+def test_single_file_without_a_tensor_is_rejected(name, one_file, tmp_path):
+    folder, file, inputs = one_file
+    configs = [HfQuantConfig("w8a8-dynamic"), HfQuantConfig("w8a8", calibration=[inputs])]
+    quantized = QwenImageTransformer2DModel.from_pretrained(folder, quantization_config=configs[0])
+    quantized.save_pretrained(tmp_path / "quantized")
+    own = HfQuantConfig.from_dict(quantized.config["quantization_config"])
+    cases = [(file, config) for config in configs if name != "img_in.weight_scale"]
+    for stored, config in [*cases, (tmp_path / "quantized" / file.name, own)]:
+        tensors = load_file(stored)
+        del tensors[name]
+        with pytest.raises(CheckpointError, match=rf"lacks 1 tensor \({name}\)"):
+            QwenImageTransformer2DModel.from_single_file(tensors, config=str(folder), quantization_config=config)
 
 
 def test_share_is_said_on_load(checkpoint, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import hfquant
 from hfquant import HfQuantConfig
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_linears, quant_modules
 from tests.integrations import small_models
 from tests.integrations.small_models import assert_same, outputs, sqnr, transformers_inputs
 from tests.integrations.test_transformers import WEIGHT_ONLY, ids
@@ -80,6 +81,77 @@ def test_a_class_that_initializes_by_the_shape_of_float_weights(preset, tmp_path
     inputs = transformers_inputs(model)
     assert sqnr(outputs(model, inputs), outputs(quantized, inputs)) > 10
     assert_same(Seeded.from_pretrained(tmp_path / "quantized"), quantized, inputs)
+
+
+SIZES = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 30}
+PATCHES = {"image_size": 8, "patch_size": 4, "use_swiglu_ffn": True}
+#: The class of a checkpoint, a class that it is loaded into, and the layer that it has no tensors of.
+LACKING = [
+    ("BertForMaskedLM", "BertModel", "BertConfig", SIZES, "pooler.dense"),
+    ("BertModel", "BertForQuestionAnswering", "BertConfig", SIZES, "qa_outputs"),
+    ("LlamaForCausalLM", "LlamaForSequenceClassification", "LlamaConfig", SIZES, "score"),
+    # Tensors that are renamed, merged into those of all experts, or split.
+    ("ViTForImageClassification", "ViTModel", "ViTConfig", SIZES | PATCHES, "pooler.dense"),
+    ("MixtralModel", "MixtralForSequenceClassification", "MixtralConfig", SIZES | {"num_local_experts": 2}, "score"),
+    ("Dinov2Model", "Dinov2ForImageClassification", "Dinov2Config", SIZES | PATCHES, "classifier"),
+]
+
+
+@pytest.mark.parametrize(("stored", "loaded", "config", "sizes", "lacking"), LACKING, ids=[row[1] for row in LACKING])
+def test_a_layer_that_a_float_checkpoint_lacks_stays_float(stored, loaded, config, sizes, lacking, tmp_path):
+    config = getattr(transformers, config)(**sizes, num_key_value_heads=2, pad_token_id=0)
+    getattr(transformers, stored)(config).save_pretrained(tmp_path / "float")
+    rules = HfQuantConfig({"default": WEIGHT_ONLY | {"include": ["output_heads"]}})
+    cls = getattr(transformers, loaded)
+    planned = hfquant.plan(cls(config), rules).layers
+    assert lacking in planned
+    model, info = cls.from_pretrained(tmp_path / "float", quantization_config=rules, output_loading_info=True)
+    layer, reason = model.get_submodule(lacking), "the checkpoint has no weight for it"
+    assert type(layer) is nn.Linear
+    assert layer.weight.std().item() == pytest.approx(config.initializer_range, rel=0.5)
+    assert info["missing_keys"] == {f"{lacking}.{key}" for key in layer.state_dict()}
+    assert [name for name, why in model.config.quantization_config.skipped.items() if why == reason] == [lacking]
+    experts = {f"{name}.{p}" for name, m in quant_modules(model).items() for p in getattr(m, "plans", ())}
+    assert {*quant_linears(model), *experts} == planned.keys() - {lacking}
+    model.save_pretrained(tmp_path / "quantized")
+    assert_same(cls.from_pretrained(tmp_path / "quantized"), model, transformers_inputs(model))
+
+
+def test_names_mapped_by_the_user_are_not_missing(tmp_path):
+    config = transformers.BertConfig(**SIZES)
+    other = transformers.BertModel(config)
+    other.save_pretrained(
+        tmp_path, state_dict={f"mine.{k}": v for k, v in other.state_dict().items() if "pool" not in k}
+    )
+    model = transformers.BertForQuestionAnswering.from_pretrained(
+        tmp_path, quantization_config=HfQuantConfig({"default": WEIGHT_ONLY}), key_mapping={"^mine": "bert"}
+    )
+    assert len(quant_linears(model)) == 6
+
+
+@pytest.mark.parametrize("ignore", [True, False])
+def test_a_head_for_other_labels(ignore, checkpoint):
+    """Initializing it is up to transformers, as in float."""
+    load = functools.partial(
+        transformers.ViTForImageClassification.from_pretrained,
+        checkpoint("vit"),
+        num_labels=7,
+        ignore_mismatched_sizes=ignore,
+        output_loading_info=True,
+        quantization_config=HfQuantConfig({"default": WEIGHT_ONLY}),
+    )
+    if not ignore:
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            load()
+        return
+    model, info = load()
+    assert type(model.classifier) is nn.Linear
+    assert model.classifier.weight.shape == (7, 36)
+    assert model.classifier.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.5)
+    assert {key for key, *_ in info["mismatched_keys"]} == {"classifier.weight", "classifier.bias"}
+    assert not info["missing_keys"]
+    assert "another number of outputs" in model.config.quantization_config.skipped["classifier"]
+    assert len(quant_linears(model)) == 12
 
 
 def test_base_model_whose_tensors_are_stored_under_older_names(checkpoint, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
+from pathlib import Path
 
 import datasets
 import pytest
@@ -146,7 +147,7 @@ def test_the_empty_tokenizer_of_a_folder_without_one_is_none(tmp_path):
     empty = transformers.AutoTokenizer.from_pretrained(tmp_path)  # it silently returns an empty one
     assert len(empty) == len(set(empty.all_special_ids))
     load = functools.partial(transformers.Qwen3ForCausalLM.from_pretrained, tmp_path)
-    with pytest.raises(hfquant.CalibrationError, match="neither tokenizer nor"):
+    with pytest.raises(hfquant.CalibrationError, match="text needs a tokenizer"):
         load(quantization_config=HfQuantConfig("w8a8", calibration=["a b c"]))
     made = load(quantization_config=HfQuantConfig("w8a8"))  # generates with the model's vocabulary
     assert len(quant_linears(made)) == 7
@@ -166,3 +167,78 @@ def test_a_bare_path_is_a_dataset(tmp_path):
     assert len(quant_linears(made[0])) > 0
     for model in made[1:]:
         assert_same(model, made[0], ids())
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_decoder_is_calibrated_on_text(name, checkpoint, tmp_path):
+    cls, inputs = type(model := getattr(small_models, name)()), transformers_inputs(getattr(small_models, name)())
+    config = HfQuantConfig("w8a8", calibration={"dataset": ["a b c d e", "f g h"], "tokenizer": word_tokenizer()})
+    made = cls.from_pretrained(checkpoint(name), quantization_config=config)
+    assert not [layer.name for layer in made.quant_report.layers if layer.fallback]
+    assert_same(made, hfquant.quantize(model, config.calibration, "w8a8"), inputs)
+    made.save_pretrained(tmp_path)
+    assert_same(cls.from_pretrained(tmp_path), made, inputs)
+
+
+TEXT = ["a b c d e", "f g h", "i j a b c d e f g"]
+
+
+def cached(cache: Path, revision: str, subfolder: str, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    """Write a Llama with a tokenizer as huggingface_hub caches a revision of the repository "me/llama"."""
+    repository, commit = cache / "models--me--llama", revision[0] * 40
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / revision).write_text(commit)
+    for part in (small_models.llama(), tokenizer):
+        part.save_pretrained(repository / "snapshots" / commit / subfolder)
+
+
+@pytest.mark.parametrize("subfolder", ["", "llm"])
+@pytest.mark.parametrize("place", ["hub", "folder"])
+def test_the_tokenizer_next_to_the_weights_goes_first(place, subfolder, tmp_path):
+    other = word_tokenizer()
+    other.add_tokens(["a b", "d e"])
+    if place == "hub":
+        cached(tmp_path, "main", subfolder, other)
+        cached(tmp_path, "branch", subfolder, word_tokenizer())
+        name, options = "me/llama", {"cache_dir": tmp_path, "revision": "branch", "subfolder": subfolder}
+    else:
+        other.save_pretrained(tmp_path)
+        for part in (small_models.llama(), word_tokenizer()):
+            part.save_pretrained(tmp_path / subfolder)
+        name, options = str(tmp_path), {"subfolder": subfolder}
+    made = [
+        LlamaForCausalLM.from_pretrained(
+            name, **options, quantization_config=HfQuantConfig("w8a8", calibration=calibration)
+        )
+        for calibration in (TEXT, {"dataset": TEXT, "tokenizer": word_tokenizer()})
+    ]
+    assert_same(*made, ids())
+
+
+def test_the_tokenizer_of_a_model_in_memory_is_that_of_its_revision(monkeypatch):
+    model, asked = small_models.llama(), []
+    model.name_or_path, model.config._commit_hash = "me/llama", "b" * 40
+
+    def load(name, **options):
+        asked.append((name, options))
+        return word_tokenizer()
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
+    hfquant.quantize(model, TEXT, "w8a8")
+    assert asked == [("me/llama", {"revision": "b" * 40})]
+
+
+@pytest.mark.parametrize("column", [None, "input_ids", {"input_ids": "input_ids"}])
+def test_tokens_need_no_tokenizer(column, tmp_path):
+    small_models.llama().save_pretrained(tmp_path)
+    rows = datasets.Dataset.from_dict({"input_ids": [[3, 4, 5, 6]] * 4})
+    config = HfQuantConfig("w8a8", calibration={"dataset": rows, "column": column})
+    assert quant_linears(LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config))
+
+
+def test_pixels_need_no_processor(checkpoint):
+    pixels = transformers_inputs(small_models.vit())["pixel_values"]
+    rows = datasets.Dataset.from_dict({"pixel_values": pixels.tolist()}).with_format("torch")
+    config = HfQuantConfig("w8a8", calibration={"dataset": rows, "column": {"pixel_values": "pixel_values"}})
+    model = transformers.ViTForImageClassification.from_pretrained(checkpoint("vit"), quantization_config=config)
+    assert quant_linears(model)

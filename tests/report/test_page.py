@@ -16,11 +16,14 @@ import torch
 
 import hfquant
 from hfquant.affiner import BlockwiseAffiner
+from hfquant.recipes.run import save
 from hfquant.report.gather import Inputs, gather
 from hfquant.report.images import PipelineComparison
 from hfquant.report.page import Report, block_of, columns, kind_of, override, page, quoted, worst
 from hfquant.report.quality import Figure, ModelComparison, TokenChange
 from hfquant.report.stored import StoredLayer, read_folder
+from tests.integrations import small_models
+from tests.integrations.test_transformers_data import word_tokenizer
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -234,6 +237,16 @@ class TestGather:
         assert what == "one forward pass, inputs 1 x 8"
         assert min(before, after) > 0
         assert "thread" in found.machine
+
+    def test_an_encoder_decoder_on_text(self, tmp_path):
+        full, quantized = tmp_path / "full", tmp_path / "quantized"
+        small_models.t5().save_pretrained(full)
+        word_tokenizer().save_pretrained(full)
+        save(hfquant.quantize(small_models.t5(), None, "w4a16"), quantized)
+        (tmp_path / "text.txt").write_text("a b c d e f g h")
+        found = gather(quantized, str(full), Inputs(str(tmp_path / "text.txt"), seqlen=8))
+        assert {figure.name for figure in found.comparison.figures} == {"KL divergence", "top-1 agreement"}
+        assert found.speed[0][0] == "one forward pass, inputs 1 x 8"
 
     def test_without_one(self, llama):
         found = gather(llama, None, Inputs())
