@@ -20,7 +20,9 @@ def compare(
         typer.Option(help="Text or dataset to compare language models on; default: Python's language reference."),
     ] = None,
     column: Annotated[list[str] | None, typer.Option(help="Column of the dataset.")] = None,
-    samples: Annotated[int, typer.Option(help="Number of text windows or images.")] = 16,
+    samples: Annotated[
+        int | None, typer.Option(help="Number of text windows (default: 16) or images (default: one per prompt).")
+    ] = None,
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt for a pipeline; repeatable.")] = None,
     arg: Annotated[
@@ -44,7 +46,7 @@ def compare(
         from hfquant.report.gather import Inputs, compared
 
         pair = [load(name, dtype, device) for name in (reference, other)]
-        inputs = Inputs(data, options.columns(column or ()), samples, seqlen, prompt or (), call, seed)
+        inputs = Inputs(data, options.columns(column or ()), samples, seqlen, prompt or (), call, seed, windows=16)
         found = compared(pair[0], pair[1], inputs)
         if images is not None:
             from hfquant.report.images import PipelineComparison, save_pairs

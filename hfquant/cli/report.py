@@ -22,7 +22,9 @@ def report(
         str | None,
         typer.Option(help="Text or dataset to compare language models on; default: Python's language reference."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Number of text windows or images.")] = 8,
+    samples: Annotated[
+        int | None, typer.Option(help="Number of text windows (default: 8) or images (default: one per prompt).")
+    ] = None,
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt for a pipeline; repeatable.")] = None,
     arg: Annotated[

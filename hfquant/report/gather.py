@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ class Inputs:
     Attributes:
         data: text or dataset for language models; None for Python's own manual.
         column: column of the dataset.
-        samples: number of text windows or images.
+        samples: number of text windows or images; None for :attr:`windows`, or one image per prompt.
+        windows: number of text windows if ``samples`` is None.
         seqlen: tokens per window.
         prompts: prompts for pipelines that take any.
         call: other arguments of a pipeline's call.
@@ -40,21 +42,36 @@ class Inputs:
 
     data: str | None = None
     column: str | dict[str, str] | None = None
-    samples: int = 8
+    samples: int | None = None
     seqlen: int = 256
     prompts: Sequence[str] = ()
     call: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    windows: int = 8
 
     def batches(self, model: Any) -> list[Any]:
-        """Return batches for a transformers model."""
+        """Return batches for a transformers model.
+
+        Raises:
+            ValueError: there are prompts or arguments of a call.
+        """
+        if self.prompts or self.call:
+            raise ValueError("prompts and arguments of a call are for pipelines; a model runs on data")
         source = {"dataset": builtin_text() if self.data is None else self.data, "column": self.column}
-        size = {"samples": self.samples, "seqlen": self.seqlen, "seed": self.seed, "batch_size": 1}
+        samples = self.windows if self.samples is None else self.samples
+        size = {"samples": samples, "seqlen": self.seqlen, "seed": self.seed, "batch_size": 1}
         return list(transformers_batches(model, {**source, **size}))
 
     def calls(self) -> list[dict[str, Any]]:
-        """Return the calls of a pipeline, one per prompt."""
-        return [{"prompt": text, **self.call} for text in self.prompts] or [dict(self.call)]
+        """Return the calls of a pipeline: one per prompt, or ``samples`` of them that take turns.
+
+        Raises:
+            ValueError: there is data or a column.
+        """
+        if self.data is not None or self.column:
+            raise ValueError("data and columns are for models; a pipeline runs on prompts and arguments of its call")
+        calls = [{"prompt": text, **self.call} for text in self.prompts] or [dict(self.call)]
+        return list(islice(cycle(calls), len(calls) if self.samples is None else self.samples))
 
 
 def compared(reference: Any, other: Any, inputs: Inputs) -> ModelComparison | PipelineComparison:

@@ -36,10 +36,21 @@ def test_pipelines(digits, tmp_path):
     assert len(list((tmp_path / "pairs").iterdir())) == 4
 
 
+def test_as_many_images_as_asked_for(digits, tmp_path):
+    more = ("--arg", "class_labels=[1]", "--arg", "num_inference_steps=2", "--images", tmp_path / "pairs")
+    result = compare(digits, digits, "--samples", 3, *more)
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "pairs").iterdir())) == 6
+
+
 def test_bad_input_is_one_line(digits, llama, text, tmp_path):
     for arguments, message in (
         ((digits, llama), "one is a pipeline, the other is not"),
         ((llama, tmp_path / "none"), "is not a folder"),
+        ((digits, digits, "--data", text), "a pipeline runs on prompts and arguments of its call"),
+        ((digits, digits, "--column", "prompt"), "a pipeline runs on prompts and arguments of its call"),
+        ((llama, llama, "--prompt", "a"), "prompts and arguments of a call are for pipelines"),
+        ((llama, llama, "--arg", "height=8"), "prompts and arguments of a call are for pipelines"),
         ((llama, llama, "--data", text, "--seqlen", 8, "--images", tmp_path / "x"), "only pipelines make images"),
     ):
         result = compare(*arguments)
