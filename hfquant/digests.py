@@ -46,11 +46,12 @@ def update(digest: xxhash.xxh3_128, value: Any) -> None:
 
 def update_with_weights(digest: xxhash.xxh3_128, module: nn.Module) -> None:
     """Feed a module's parameters and buffers to a digest: names, dtypes, shapes and all bytes, offloaded or not."""
-    for name, part in module.named_modules():
+    for name in [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]:
+        path, _, key = name.rpartition(".")
+        part = module.get_submodule(path)
         with align_module_device(part):
-            for key, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
-                digest.update(f"{name}.{key}".encode())
-                update(digest, tensor)
+            digest.update(name.encode())
+            update(digest, getattr(part, key))
 
 
 def digest_of(*values: Any) -> str:

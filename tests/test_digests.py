@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from accelerate import cpu_offload
 from PIL import Image
 from torch import nn
 
@@ -93,6 +94,30 @@ def weights_digest(module: nn.Module) -> str:
     digest = xxhash.xxh3_128()
     update_with_weights(digest, module)
     return digest.hexdigest()
+
+
+def test_the_digest_of_a_model_is_as_recorded() -> None:
+    """Stored in calibration sets: with another one, they could not be opened for the same model."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.arange(3.0))
+            self.a, self.norm, self.b = nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(2, 3)
+            self.b.weight = self.a.weight
+            for i, parameter in enumerate(self.parameters()):
+                parameter.data.fill_(i + 0.5)
+
+    assert weights_digest(Model()) == "b1f0e81e99530c82139a50382f9f67c0"
+
+
+def test_offloaded_weights_count() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    before = weights_digest(module)
+    cpu_offload(module, torch.device("cpu"), offload_buffers=True)
+    assert module[0].weight.is_meta
+    assert weights_digest(module) == before
 
 
 def test_a_module_s_names_parameters_and_buffers_count() -> None:

@@ -87,11 +87,14 @@ def paragraphs(lines: Iterable[str]) -> Iterator[str]:
 
 
 def unpadded(row: Mapping[str, Any], column: str) -> Any:
-    """Return a row's value; if the row has an attention mask as well, the tokens that it keeps."""
+    """Return a row's value; if the row has an attention mask of its tokens as well, those that it keeps."""
     value, mask = row[column], row.get("attention_mask")
-    if value is None or mask is None:
+    if value is None or mask is None or isinstance(value, str):
         return value
-    return [token for token, kept in zip(value, mask, strict=True) if kept]
+    flags = np.asarray(mask)
+    if flags.shape != (len(value),):  # not one for each token: a mask over pairs of them, say
+        return value
+    return [token for token, kept in zip(value, flags.tolist(), strict=True) if kept]
 
 
 def is_chat(value: Any) -> bool:
@@ -171,10 +174,13 @@ def with_decoder_inputs(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     Some classes, such as BART, do so themselves. Others, such as T5, cannot run on the encoder's inputs alone.
     """
     config = getattr(model, "config", None)
+    halves = [getattr(getattr(config, half, None), "vocab_size", None) for half in ("encoder", "decoder")]
     takes = signature(model.forward).parameters if getattr(config, "is_encoder_decoder", False) else {}
     given = inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds", "labels"}
     if "input_ids" not in inputs or "decoder_input_ids" not in takes or given:
         return inputs
+    if halves[0] != halves[1]:
+        raise CalibrationError("calibration data: the decoder has another vocabulary; give decoder_input_ids as well")
     starts = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos"))
     start = next((token for token in starts if isinstance(token, int)), 0)
     added = {"decoder_input_ids": _shifted(inputs["input_ids"], start)}

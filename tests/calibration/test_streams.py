@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, PreTrainedTokenizerFast
 
 from hfquant.calibration import BaseCalibSet, LanguageModelSampler, calibration_batches, generate_calibrate_set
 from hfquant.calibration.batches import CalibrationError
@@ -522,3 +522,19 @@ def test_samples_beyond_those_asked_for_are_held_out(tmp_path):
     assert calibration_batches({**spec, "samples": 7}).held_out == []
     assert calibration_batches(spec).held_out == []
     assert calibration_batches(texts).held_out == []
+
+
+@pytest.mark.parametrize("mask", [np.tril(np.ones((1, 4, 4))).tolist(), np.eye(4).tolist(), 1, [1, 1, 0]])
+def test_masks_that_are_not_of_tokens_are_ignored(mask):
+    rows = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 2, "attention_mask": [mask] * 2})
+    found = list(calibration_batches({"dataset": rows, "samples": 2, "seed": None}))
+    assert [batch["input_ids"].tolist() for batch in found] == [[[1, 2, 3, 4]]] * 2
+
+
+def test_a_decoder_of_another_vocabulary_needs_its_own_tokens():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    decoder = BertConfig(**sizes, vocab_size=10, is_decoder=True, add_cross_attention=True)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**sizes, vocab_size=20), decoder)
+    rows = datasets.Dataset.from_dict({"input_ids": [[11, 12, 13]] * 2})
+    with pytest.raises(CalibrationError, match="the decoder has another vocabulary"):
+        next(iter(calibration_batches({"dataset": rows}, model=EncoderDecoderModel(config))))
