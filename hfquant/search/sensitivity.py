@@ -84,8 +84,10 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
             if not x.is_floating_point() or not x.numel():
                 return output
             if not output.requires_grad:
-                # Neither a leaf nor a regular view: autograd rejects in-place operations on both.
-                output = torch.ops.aten._unsafe_view(output.detach().requires_grad_(), output.shape)
+                output = output.detach().requires_grad_()
+                if torch.is_grad_enabled():
+                    # Neither a leaf nor a regular view: autograd rejects in-place operations on both.
+                    output = torch.ops.aten._unsafe_view(output, output.shape)
             found = seen.setdefault(name, Seen())
             # A convolution's rows are windows, even if the shapes match a row-wise layer's: keep whole samples.
             by_rows = x.shape[:-1] == output.shape[:-1] and not isinstance(module, CONVS)
