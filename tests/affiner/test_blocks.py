@@ -84,8 +84,8 @@ def test_compiled_denoisers(how):
         quant.compile(backend="eager")
     else:
         compiled = torch.compile(quant, backend="eager")
-    for call in (*inputs(), fresh):
-        outputs(compiled, call)
+    for some in (*inputs(), fresh):
+        outputs(compiled, some)
     found = fit_blocks(real, compiled, inputs(), config("transformer_blocks.*"), progress=False)
     assert [each.module for each in found] == [each.module for each in maps]
     for one, other in zip(found, maps, strict=True):
