@@ -265,10 +265,10 @@ def _timeout() -> timedelta:
     return timedelta(seconds=seconds)
 
 
-def _connected(**options: Any) -> Any:
+def _connected(timeout: timedelta | None = None) -> Any:
     """Return a new group that all processes have connected to: one closed before that makes the others' setup fail."""
-    group = dist.new_group(backend="gloo", **options)
-    dist.monitored_barrier(group)
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    dist.monitored_barrier(group, timeout=timeout)
     return group
 
 
@@ -288,7 +288,7 @@ def processes() -> Iterator[Processes]:
         return
     timeout = _timeout()
     dist.destroy_process_group(_connected())  # with the launcher's timeout, until all have arrived
-    group = _connected(timeout=timeout)
+    group = _connected(timeout)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), group)
     finally:

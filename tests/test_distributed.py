@@ -281,7 +281,7 @@ def test_no_group_closes_before_all_have_connected_to_it(monkeypatch: pytest.Mon
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(distributed.dist, "new_group", lambda **_: next(groups))
-    monkeypatch.setattr(distributed.dist, "monitored_barrier", lambda group: done.append(("all connected", group)))
+    monkeypatch.setattr(distributed.dist, "monitored_barrier", lambda group, **_: done.append(("all connected", group)))
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda group: done.append(("closed", group)))
     with processes() as found:
         assert found == Processes(0, 2, "b")
