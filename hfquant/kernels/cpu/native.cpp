@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -112,6 +116,17 @@ Tensor empty(const std::vector<int64_t>& shape, const Tensor& like) {
   return Tensor(made);
 }
 
+// Asks for huge pages for a large output. glibc maps memory of more than 32 MB anew for each tensor, and the first write
+// to each small page faults, which takes up to as long as the product itself.
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t MAPPED = 32 << 20, HUGE = 2 << 20;
+  const uintptr_t from = reinterpret_cast<uintptr_t>(data), end = (from + bytes) / HUGE * HUGE;
+  const uintptr_t start = (from + HUGE - 1) / HUGE * HUGE;
+  if (static_cast<uintptr_t>(bytes) > MAPPED) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+#endif
+}
+
 // Multiplies `x` [.., K] by the weight. `spec` [7 + 2 segments] int64: bits of a weight code, or minus the number of
 // another format; group size (0: none); bits or format of an input code, likewise (0: floats); whether input scales are
 // per token; weight scales per row; rotation block size (0: none); number of segments; the segments' sizes; whether
@@ -196,6 +211,7 @@ Tensor linear(Tensor x, Tensor weight, MaybeTensor scale, MaybeTensor scale_row,
   Tensor y = empty(shape, x);
   job.y = y.mutable_data_ptr();
   job.y_type = job.x.type;
+  prefer_huge_pages(job.y, job.M * job.N * (job.y_type == FLOAT32 ? 4 : 2));
   if (job.M && job.N) choices()[isa].isa->run(job, on_torch_threads);
   return y;
 }

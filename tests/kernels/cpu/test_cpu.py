@@ -1,6 +1,7 @@
 """The C++ kernels against float64, on every instruction set that this machine has."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -293,3 +294,24 @@ def test_codes_of_dual_scales_and_segments(kernel, dynamic) -> None:
             assert bits_equal(linear(x, operands, product, True), expected), (dual, seed)
             if dynamic != "tensor":
                 assert bits_equal(linear(x[:5], operands, product, True), expected[:5])
+
+
+SMAPS = Path("/proc/self/smaps")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
+@pytest.mark.parametrize(("tokens", "huge"), [(2000, False), (2200, True)])
+def test_large_outputs_ask_for_huge_pages(kernel, tokens, huge) -> None:
+    """Memory above 32 MB is mapped anew each time; its pages need not be faulted one by one."""
+    made = sample(Spec(8, (8,), 0, out=4001), tokens)
+    y = linear(made.x, made.operands, made.product, True)
+    assert torch.equal(y[-3:], linear(made.x[-3:], made.operands, made.product, True))
+    middle, flags, here = y.data_ptr() + y.nbytes // 2, "", False
+    for line in SMAPS.read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(address, 16) for address in first.split("-"))
+            here = start <= middle < end
+        elif here and first == "VmFlags:":
+            flags = line
+    assert flags and ("hg" in flags.split()) == huge
