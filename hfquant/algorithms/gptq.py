@@ -121,29 +121,29 @@ def _inverse_cholesky(h: Tensor, damp: float, act_order: bool) -> tuple[Tensor, 
     """Return the upper Cholesky factor of the damped H^-1 and the order of the columns.
 
     Dead columns (inputs always zero) get a diagonal of 1 and are thus rounded to nearest. If the factorization fails,
-    the damping grows tenfold.
+    the damping grows tenfold. At most three float64 matrices of this size exist at a time: the Hessian of a wide layer
+    takes gigabytes.
     """
-    diagonal = h.diagonal()
     order = torch.arange(len(h), device=h.device)
     if act_order:
-        order = diagonal.argsort(descending=True, stable=True)
+        order = h.diagonal().argsort(descending=True, stable=True)
         h = h[order][:, order]
-    h = h.double()
-    mean = h.diagonal().mean()
+    mean = h.diagonal().double().mean()
     if not mean > 0:
         h, mean = torch.zeros_like(h), torch.ones_like(mean)
     dead = h.diagonal() == 0
     while damp <= 1.0:
         # Reversed, H is L L^T, so H^-1 is U^T U with U the inverse of L, reversed back. This takes half the time of
         # inverting H and factorizing the inverse.
-        damped = h.flip(0, 1)
+        damped = h.flip(0, 1).double()
         damped.diagonal().add_(damp * mean)
         damped.diagonal().masked_fill_(dead.flip(0), 1.0)
         factor, info = torch.linalg.cholesky_ex(damped)
+        del damped
         if info == 0:
-            upper = _inverse_triangular(factor).flip(0, 1)
+            upper = _inverse_triangular(factor)
             if upper.isfinite().all():
-                return upper.float(), order
+                return upper.float().flip(0, 1), order
         damp *= 10
     return None
 

@@ -314,4 +314,5 @@ def test_large_outputs_ask_for_huge_pages(kernel, tokens, huge) -> None:
             here = start <= middle < end
         elif here and first == "VmFlags:":
             flags = line
-    assert flags and ("hg" in flags.split()) == huge
+    assert flags
+    assert ("hg" in flags.split()) == huge
