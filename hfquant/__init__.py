@@ -119,10 +119,23 @@ def _register_diffusers() -> None:
     register_diffusers()
 
 
-def _accept_own_dtype() -> None:
+def _adapt_transformers_models() -> None:
+    from transformers.modeling_utils import PreTrainedModel
+
+    from hfquant.integrations import register_saving
+
+    _register_transformers()
+    register_saving(PreTrainedModel)
+
+
+def _adapt_diffusers_models() -> None:
+    from diffusers.models.modeling_utils import ModelMixin
+
+    from hfquant.integrations import register_saving
     from hfquant.integrations.compat import accept_own_dtype
 
     accept_own_dtype()
+    register_saving(ModelMixin)
 
 
 def _register_peft() -> None:
@@ -138,8 +151,8 @@ def _register_diffusers_lora() -> None:
 
 
 # This imports no library: hfquant registers with each once the module that loads its models or adapters is imported.
-after_import("transformers.modeling_utils", _register_transformers)
+after_import("transformers.modeling_utils", _adapt_transformers_models)
 after_import("diffusers.quantizers.auto", _register_diffusers)
-after_import("diffusers.models.modeling_utils", _accept_own_dtype)
+after_import("diffusers.models.modeling_utils", _adapt_diffusers_models)
 after_import("diffusers.loaders.lora_pipeline", _register_diffusers_lora)
 after_import("peft", _register_peft)

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 
 #: Names of the pipeline components that run at each step. Wan's second transformer handles the less noisy steps.
-DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet", "prior", "decoder")
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet", "prior", "decoder", "prior_prior")
+#: The denoisers of combined pipelines that run in a loop of their own, with a scheduler of their own, before the main
+#: loop.
+_FIRST_LOOP = ("prior_prior",)
+#: Attributes of components that only hold other models: several ControlNets, several T2I adapters.
+_HELD = ("nets", "adapters")
+#: Fields of pipelines' outputs that hold what was made, with what it is in words.
+OUTPUTS = {
+    **{"images": "images", "image": "images", "frames": "frames", "video": "frames", "audios": "audio"},
+    **{"image_embeds": "image embeddings", "image_embeddings": "image embeddings", "prompt_embeds": "text embeddings"},
+}
 #: Names of the timestep argument of denoisers' forward methods.
 TIME_ARGUMENTS = ("timestep", "timesteps", "t", "timestep_ratio", "r")
 
@@ -29,7 +39,7 @@ def is_pipeline(model: Any) -> bool:
 
 
 def denoiser_names(pipe: Any) -> list[str]:
-    """Return the names of the components that a pipeline runs at each step, the main one first.
+    """Return the names of the components that a pipeline runs at each step of a loop, the main one first.
 
     Raises:
         ValueError: The pipeline has no module named in `DENOISERS`.
@@ -43,11 +53,16 @@ def denoiser_names(pipe: Any) -> list[str]:
 
 def models_of(pipe: Any, name: str) -> dict[str, nn.Module]:
     """Return the component of that name, or the models it consists of (several ControlNets), by dotted name."""
-    component = pipe.components[name]
-    several = getattr(component, "nets", None)
-    if not isinstance(several, nn.ModuleList):
-        return {name: component}
-    return {f"{name}.nets.{i}": model for i, model in enumerate(several)}
+    return models_in(pipe.components[name], name)
+
+
+def models_in(component: nn.Module, name: str) -> dict[str, nn.Module]:
+    """Return a component by its name, or the models it consists of by dotted name."""
+    for held in _HELD:
+        several = getattr(component, held, None)
+        if isinstance(several, nn.ModuleList):
+            return {f"{name}.{held}.{i}": model for i, model in enumerate(several)}
+    return {name: component}
 
 
 def denoiser_name(pipe: Any) -> str:
@@ -61,12 +76,15 @@ def find_denoiser(model: Any) -> nn.Module:
 
 
 def find_denoisers(model: Any) -> list[nn.Module]:
-    """Return all denoisers of a pipeline, the main one first; a module is its own only denoiser.
+    """Return the denoisers in a pipeline's main loop, the main one first; a module is its own only denoiser.
 
     Raises:
         ValueError: The pipeline has none.
     """
-    return [model] if isinstance(model, nn.Module) else [getattr(model, name) for name in denoiser_names(model)]
+    if isinstance(model, nn.Module):
+        return [model]
+    main, *others = denoiser_names(model)
+    return [getattr(model, name) for name in (main, *(other for other in others if other not in _FIRST_LOOP))]
 
 
 def uncompiled(denoiser: nn.Module) -> nn.Module:
@@ -105,6 +123,12 @@ def with_tensor(output: Any, tensor: Tensor) -> Any:
     changed = copy.copy(output)
     changed[next(iter(output.keys()))] = tensor
     return changed
+
+
+def made_by(output: Any) -> tuple[str, Any]:
+    """Return what a pipeline has made, in the words of `OUTPUTS`, and its value; "" and the output if unknown."""
+    found = ((words, getattr(output, field, None)) for field, words in OUTPUTS.items())
+    return next((item for item in found if item[1] is not None), ("", output))
 
 
 def device_of(module: nn.Module) -> torch.device:

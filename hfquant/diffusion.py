@@ -40,7 +40,7 @@ def quantize_pipeline(
             runs on prompts, classes or images of its own.
         config: As for :func:`~hfquant.quantize`, the same for all components.
         components: Names of the modules to quantize; default: the denoisers. Other modules that run at each step, such
-            as a ControlNet, can be recorded and quantized the same way.
+            as a ControlNet, can be recorded and quantized the same way, all of several or one ("controlnet.nets.0").
         sampler: Which timesteps to keep; default: :class:`~hfquant.UniformSampler`.
         dump_path: Folder for the recorded inputs, one subfolder per component; default: inside `resume_dir` if given,
             else memory, or the Hugging Face cache if the pipeline runs on prompts of its own.
@@ -63,9 +63,11 @@ def quantize_pipeline(
     config = HfQuantConfig.of(config)
     names = list(components) if components is not None else denoiser_names(pipe)
     known = module_names(pipe)
-    if not names or (unknown := [name for name in names if name not in known]):
+    parts = {name: models_of(pipe, name) for name in known}
+    parts |= {full_name: {full_name: model} for held in list(parts.values()) for full_name, model in held.items()}
+    if not names or (unknown := [name for name in names if name not in parts]):
         raise ValueError(f"components: {names and unknown} is not a module of {type(pipe).__name__}; it has {known}")
-    models = {full_name: model for name in names for full_name, model in models_of(pipe, name).items()}
+    models = {full_name: model for name in names for full_name, model in parts[name].items()}
     loaders: dict[str, Any] = dict.fromkeys(models)
     image = None
     if config.needs_data:

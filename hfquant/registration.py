@@ -39,7 +39,7 @@ class _AfterImport(MetaPathFinder):
 
 
 def after_import(module: str, action: Callable[[], None]) -> None:
-    """Run ``action`` once ``module`` has been imported; immediately if it already has."""
+    """Run ``action`` once ``module`` has been imported; immediately if it already has. Call it once per module."""
     if module in sys.modules:
         action()
     else:

@@ -2,17 +2,38 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    KandinskyV22CombinedPipeline,
+    MultiControlNetModel,
+    PriorTransformer,
+    UnCLIPScheduler,
+    VQModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from huggingface_hub import constants
 from torch import nn
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
-from hfquant import HfQuantConfig, denoisers, quantize_pipeline
+from hfquant import HfQuantConfig, denoisers, load_calibrate_set, quantize_pipeline
 from hfquant.affiner import load_affiner
+from hfquant.affiner.hooks import attach
 from hfquant.demo import DigitsPipeline, load_digits_pipeline
 from hfquant.denoisers import (
     compute_dtype,
@@ -20,14 +41,19 @@ from hfquant.denoisers import (
     denoiser_names,
     eval_mode,
     find_denoiser,
+    find_denoisers,
     from_grid,
     has_frames_first,
     is_pipeline,
     time_reader,
     to_grid,
 )
+from hfquant.integrations.skeleton import skeleton
 from hfquant.nn.modules import quant_linears
 from tests.affiner import pipelines
+from tests.integrations import tiny_pipelines
+from tests.integrations.test_transformers_data import word_tokenizer
+from tests.integrations.tiny_pipelines import CASES
 
 STATIC = {"default": {"weight_quant": {"type": "int8", "axis": -1}, "input_quant": {"type": "int8"}}}
 
@@ -121,6 +147,101 @@ def test_wans_second_transformer_is_quantized_too() -> None:
     assert quant_linears(one.transformer_2)
     one.transformer = None
     assert find_denoiser(one) is one.transformer_2
+
+
+def test_one_of_several_controlnets_is_quantized() -> None:
+    pipe = CASES["sd-controlnet"].build()
+    pipe.controlnet = MultiControlNetModel([pipe.controlnet, CASES["sd-controlnet"].build().controlnet])
+    quantize_pipeline(pipe, None, "w8a16", components=["controlnet.nets.1"])
+    assert [bool(quant_linears(model)) for model in (pipe.unet, *pipe.controlnet.nets)] == [False, False, True]
+    with pytest.raises(ValueError, match=r"controlnet\.nets\.2.* is not a module"):
+        quantize_pipeline(pipe, None, "w8a16", components=["controlnet.nets.2"])
+
+
+def test_sdxl_casts_its_autoencoder_in_float16_alone() -> None:
+    """As docs/troubleshooting.md says: diffusers cannot cast a quantized autoencoder, and in bfloat16 need not."""
+    case = CASES["sdxl"]
+    for dtype in (torch.float16, torch.bfloat16):
+        pipe = case.build().to(dtype)
+        quantize_pipeline(pipe, None, "w8a16", components=["vae"])
+        assert quant_linears(pipe.vae)
+        batch = {name: value.to(dtype) for name, value in tiny_pipelines.batches(case, 1)[0].items()}
+        call = {**batch, **case.call, "output_type": "pt"}
+        if dtype == torch.float16:
+            with pytest.raises(ValueError, match="Casting a quantized model to a new `dtype` is unsupported"):
+                pipe(**call)
+        else:
+            assert pipe(**call).images.isfinite().all()
+
+
+def kandinsky() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "projection_dim": 16, "intermediate_size": 20, "num_hidden_layers": 1}
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = 8
+    text = CLIPTextConfig(vocab_size=13, num_attention_heads=2, max_position_embeddings=8, eos_token_id=2, **sizes)
+    image = CLIPVisionConfig(image_size=16, patch_size=8, num_attention_heads=2, **sizes)
+    unet = tiny_pipelines.unet(
+        out_channels=8,
+        encoder_hid_dim=16,
+        encoder_hid_dim_type="image_proj",
+        addition_embed_type="image",
+        cross_attention_dim=12,
+    )
+    prior = PriorTransformer(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        embedding_dim=16,
+        num_layers=1,
+        num_embeddings=8,
+        additional_embeddings=4,
+    )
+    decoder = VQModel(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, num_vq_embeddings=8)
+    steps = UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=10.0)
+    pipe = KandinskyV22CombinedPipeline(
+        unet.eval(), tiny_pipelines.ddim(), decoder.eval(), prior.eval(), CLIPVisionModelWithProjection(image).eval(),
+        CLIPTextModelWithProjection(text).eval(), tokenizer, steps, CLIPImageProcessor(crop_size=16, size=16),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+KANDINSKY_CALL = {"height": 16, "width": 16, "num_inference_steps": 3, "prior_num_inference_steps": 4}
+
+
+@pytest.mark.parametrize("data", [[{"prompt": "a b"}, {"prompt": "c"}], {"source": "self", "samples": 2}])
+def test_the_prior_of_a_combined_pipeline_is_quantized_too(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    pipe = kandinsky()
+    assert denoiser_names(pipe) == ["unet", "prior_prior"]
+    assert find_denoisers(pipe) == [pipe.unet]
+    quantize_pipeline(pipe, data, STATIC, dump_path=tmp_path / "inputs", **KANDINSKY_CALL)
+    for part in (pipe.unet, pipe.prior_prior):
+        assert quant_linears(part)
+        assert all(layer.plan.static_input for layer in quant_linears(part).values())
+    recorded = [load_calibrate_set(tmp_path / "inputs" / name) for name in ("unet", "prior_prior")]
+    assert [len(found) for found in recorded] == [2 * 3, 2 * 4]
+    assert skeleton_denoisers(pipe, tmp_path / "saved") == ["unet", "prior_prior"]
+
+
+def skeleton_denoisers(pipe: Any, folder: Path) -> list[str]:
+    pipe.save_pretrained(folder)
+    return skeleton(str(folder)).denoisers
+
+
+def test_an_affiner_leaves_the_prior_of_a_combined_pipeline_alone() -> None:
+    pipe, halving = kandinsky(), SimpleNamespace(correct=lambda timestep, batch: batch / 2)
+    seen: list[torch.Tensor] = []
+    pipe.prior_prior.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    call = {**KANDINSKY_CALL, "prior_num_inference_steps": 2}
+    images = []
+    for attached in (False, True):
+        with attach(pipe, halving, "text") if attached else nullcontext():
+            images.append(pipe("a b", generator=torch.Generator().manual_seed(0), output_type="pt", **call).images)
+    assert torch.stack(seen[:2]).equal(torch.stack(seen[2:]))
+    assert not images[0].equal(images[1])
 
 
 def test_an_affiner_corrects_the_steps_of_both_transformers() -> None:

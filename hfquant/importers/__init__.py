@@ -87,6 +87,8 @@ def import_checkpoint(dir: str | os.PathLike[str], dtype: torch.dtype | str = "a
     model, info = architecture.from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
     )
+    # Loaded from tensors, it would be named "None".
+    model.name_or_path = model.config._name_or_path = str(folder)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise CheckpointError(f"{folder} does not fit {wanted}: {problem} {sorted(map(str, info[problem]))[:5]}")

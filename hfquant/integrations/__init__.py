@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from hfquant.calibration.batches import CalibrationError
-from hfquant.integrations.apply import quantize_attached
+from hfquant.integrations.apply import attached, quantize_attached
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.facts import facts_of
 from hfquant.planner import ModelFacts
@@ -147,6 +147,17 @@ def register_diffusers() -> None:
 def register_peft() -> None:
     """Register quantized linears with peft's LoRA. Called once peft is imported."""
     import_module("hfquant.integrations.adapters")
+
+
+def register_saving(base: type) -> None:
+    """Make ``save_pretrained`` of a library's models also save parts of quantized models. Called once ``base`` exists.
+
+    Args:
+        base: the library's class of all models.
+    """
+    from hfquant.integrations.compat import saving_within
+
+    saving_within(base, lambda model: attached(model, attach))
 
 
 def register_diffusers_lora() -> None:

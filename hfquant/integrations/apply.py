@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,7 +17,11 @@ from hfquant.calibration.self_made import SelfMade, SelfSpec
 from hfquant.config import QuantRules
 from hfquant.distributed import processes
 from hfquant.integrations.config import HfQuantConfig
-from hfquant.nn.modules import quant_modules
+from hfquant.integrations.facts import facts_of
+from hfquant.layer_plan import LayerPlan
+from hfquant.nn.experts import QuantExperts
+from hfquant.nn.kinds import layers_in
+from hfquant.nn.modules import quant_linears, quant_modules
 from hfquant.planner import ModelFacts, Plan
 from hfquant.run import Settings
 from hfquant.search import search
@@ -101,3 +109,59 @@ def own_config(config: HfQuantConfig, plan: Plan, facts: ModelFacts, made: SelfS
     """Return a model's own copy of ``config``, with each layer's plan where it differs from the config's rule."""
     found = {n: p.differences(config.rules.resolve(*facts.aliases(n))) for n, p in plan.layers.items()}
     return config.for_model({n: difference for n, difference in found.items() if difference}, plan.skipped, made)
+
+
+@contextmanager
+def attached(model: nn.Module, attach: Callable[[Any, HfQuantConfig], None]) -> Iterator[None]:
+    """Within this context, a part of a quantized model, or a model with a quantized part, has what saving needs.
+
+    Only the model that is quantized carries a config. Saved as it is, codes of its parts would be taken for floats.
+
+    Args:
+        model: any model of either library.
+        attach: attaches a config to it.
+
+    Raises:
+        ValueError: a layer shares the codes of one outside of ``model``.
+    """
+    if getattr(model, "hf_quantizer", None) is not None or not quant_modules(model):
+        yield
+        return
+    restore = _snapshot(model)
+    attach(model, described(model))
+    try:
+        yield
+    finally:
+        restore()
+
+
+def described(model: nn.Module) -> HfQuantConfig:
+    """Return a config that describes the quantized layers of ``model`` as they are.
+
+    Raises:
+        ValueError: a layer shares the codes of one outside of ``model``.
+    """
+    plans: dict[str, LayerPlan] = {}
+    for name, layer in quant_modules(model).items():
+        if isinstance(layer, QuantExperts):
+            plans |= {f"{name}.{projection}".lstrip("."): plan for projection, plan in layer.plans.items()}
+        else:
+            plans[name] = layer.plan
+    plans |= {name: replace(plans[name], tied=owner) for name, owner in _owners(model).items()}
+    usual = Counter(json.dumps(plan.config.model_dump(mode="json")) for plan in plans.values()).most_common(1)[0][0]
+    facts = facts_of(model)
+    experts = [f"{name}.{p}".lstrip(".") for name, layout in facts.experts.items() for p in layout.projections]
+    skipped = {name: "not quantized" for name in (*layers_in(model), *experts) if name not in plans}
+    return own_config(HfQuantConfig({"default": json.loads(usual)}), Plan(plans, skipped), facts)
+
+
+def _owners(model: nn.Module) -> dict[str, str]:
+    """Return the name of each tied layer -> that of the layer whose codes it shares."""
+    layers = quant_linears(model)
+    owners = {id(layer.weight): name for name, layer in layers.items() if not layer.plan.tied}
+    tied = {name: layer for name, layer in layers.items() if layer.plan.tied}
+    if lost := next((name for name, layer in tied.items() if id(layer.weight) not in owners), None):
+        raise ValueError(
+            f"layer {lost!r} shares the codes of a layer outside of this {type(model).__name__}: save the whole model"
+        )
+    return {name: owners[id(layer.weight)] for name, layer in tied.items()}

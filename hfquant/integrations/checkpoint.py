@@ -32,6 +32,9 @@ from hfquant.planner import ModelFacts, Plan, matches
 from hfquant.replacing import replace_modules
 from hfquant.solver import solve
 
+#: Why a layer stays in float that the checkpoint of another class does not have.
+NOT_STORED = "the checkpoint has no weight for it"
+
 
 class CheckpointError(ValueError):
     """A quantized checkpoint that does not match its config. The message names the tensors."""
@@ -44,9 +47,10 @@ def stored_plans(
 
     Args:
         model: the model to load into, still float, possibly on the meta device.
-        config: the config from the checkpoint's config.json.
+        config: the config from the checkpoint's config.json. Layers without a tensor are added to those it skips, so
+            that the model can be saved.
         facts: facts about the model.
-        stored_names: names of the checkpoint's tensors; layers without any are left out. None: all must be present.
+        stored_names: names of the checkpoint's tensors; layers without any stay float. None: all must be present.
 
     Raises:
         ConfigError: the stored plan does not match the model.
@@ -59,11 +63,12 @@ def stored_plans(
     for name, (module, suffix) in layers.items():
         names = facts.aliases(name)
         tied = any("tied" in config.layers.get(n, ()) for n in names)
-        if stored_names is not None and not tied and not any(n + suffix in stored_names for n in names):
-            continue
         left = config.skipped.keys() & set(names) or matches(names, config.modules_to_not_convert or ())
         rule = config.rules.resolve(*names)
         if rule.enable and not left:
+            if stored_names is not None and not tied and not any(n + suffix in stored_names for n in names):
+                config.skipped[name] = NOT_STORED
+                continue
             stored = next((config.layers[n] for n in names if n in config.layers), None)
             plan = layer_plan(name, module, rule, stored)
             plans[name] = replace(plan, tied=next((n for n in facts.aliases(plan.tied) if n in layers), plan.tied))

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from functools import wraps
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,10 +48,13 @@ __all__ = [
     "mark_initialized",
     "names_in_model",
     "published_names",
+    "refuse_copying",
+    "refuse_fusing",
     "register_lora_base",
     "register_lora_layers",
     "replaced_when_quantized",
     "save_as_named",
+    "saving_within",
     "set_quantization_config",
     "set_quantized",
     "stored_names",
@@ -137,6 +140,18 @@ def save_as_named(model: PreTrainedModel) -> None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
     if any(isinstance(c, WeightConverter) for c in conversions):
         model._weight_conversions = [c for c in conversions if type(c) is WeightRenaming]
+
+
+def saving_within(base: type, context: Callable[[Any], AbstractContextManager[None]]) -> None:
+    """Make ``save_pretrained`` of a library's models run within ``context(model)``."""
+    save: Callable[..., Any] = base.save_pretrained  # type: ignore[attr-defined]
+
+    @wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with context(self):
+            return save(self, *args, **kwargs)
+
+    base.save_pretrained = save_pretrained  # type: ignore[attr-defined]
 
 
 def names_in_model(model: PreTrainedModel, keys: Sequence[str]) -> dict[str, str]:
@@ -263,3 +278,105 @@ def replaced_when_quantized(module: nn.Module, method: str) -> bool:
     """Return whether transformers replaces this module in checkpoints quantized with ``method``."""
     patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
     return patch is not None and method in patch["quantization_methods"]
+
+
+#: Attributes of an attention that diffusers concatenates when it fuses projections.
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def refuse_fusing(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
+    """Make diffusers refuse to fuse projections that are layers of these kinds, before it changes anything.
+
+    It concatenates weights without looking at their kind. A model whose projections stay in float is fused as usual.
+    """
+    from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+    from diffusers.models.attention_processor import Attention
+
+    @contextmanager
+    def unless_quantized(module: nn.Module, *_: Any) -> Iterator[None]:
+        for name, attention in module.named_modules():
+            if _fuses(attention) and _holds(attention, kinds):
+                raise ValueError(
+                    f"{type(module).__name__}: the projections of {name or 'this attention'} are quantized, so they "
+                    "cannot be fused: fuse the projections before quantizing, or dequantize first"
+                )
+        yield
+
+    for kind in (Attention, AttentionModuleMixin):
+        _run_within(kind, "fuse_projections", unless_quantized)
+    _run_within(AttentionMixin, "fuse_qkv_projections", unless_quantized)
+
+
+def _fuses(module: nn.Module) -> bool:
+    able = hasattr(module, "fuse_projections") and getattr(module, "_supports_qkv_fusion", True)
+    return able and not getattr(module, "fused_projections", False)
+
+
+def _holds(attention: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
+    found = (getattr(attention, name, None) for name in _PROJECTIONS)
+    return any(isinstance(part, kinds) for layer in found if layer is not None for part in layer.modules())
+
+
+def refuse_copying(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
+    """Make diffusers refuse to copy weights from layers of these kinds into a new float model.
+
+    Class methods such as ``ControlNetModel.from_unet`` do that with state dicts, partly with ``strict=False``, so that
+    codes might pass for floats. Those that only read a config, or share the modules themselves, work as usual.
+    """
+    from diffusers.utils import PushToHubMixin
+
+    @contextmanager
+    def unless_quantized(made: type, *given: Any) -> Iterator[None]:
+        def refuse(name: str, *_: Any) -> None:
+            raise ValueError(
+                f"a {made.__name__} copies float weights, and {name} of the model that it is to be made from is "
+                "quantized: make it from the float model and quantize it afterwards, for instance with "
+                "hfquant.quantize_pipeline, or dequantize first"
+            )
+
+        sources = (model for model in given if isinstance(model, nn.Module))
+        layers = [item for model in sources for item in model.named_modules() if isinstance(item[1], kinds)]
+        handles = [layer.register_state_dict_pre_hook(partial(refuse, name)) for name, layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    _run_within(PushToHubMixin, ("from_unet", "from_transformer"), unless_quantized)  # a base of all models
+
+
+def _run_within(
+    base: type, prefixes: str | tuple[str, ...], context: Callable[..., AbstractContextManager[None]]
+) -> None:
+    """Run methods of a class and its subclasses within ``context(*arguments)``, also of classes that are defined later.
+
+    Args:
+        base: the class.
+        prefixes: how the names of the methods or class methods begin.
+        context: called with the arguments of the call, including the object or the class itself.
+    """
+
+    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with context(*args, *kwargs.values()):
+                return function(*args, **kwargs)
+
+        return run
+
+    def adapt(kind: type) -> None:
+        for name, method in list(vars(kind).items()):
+            if name.startswith(prefixes):
+                own = isinstance(method, classmethod)
+                setattr(kind, name, classmethod(wrapped(method.__func__)) if own else wrapped(method))
+
+    def init_subclass(cls: type, **kwargs: Any) -> None:
+        super(base, cls).__init_subclass__(**kwargs)  # type: ignore[arg-type]
+        adapt(cls)
+
+    kinds: list[type] = [base]
+    for kind in kinds:
+        adapt(kind)
+        kinds.extend(set(kind.__subclasses__()).difference(kinds))
+    base.__init_subclass__ = classmethod(init_subclass)  # type: ignore[assignment]

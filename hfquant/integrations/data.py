@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.self_made import SelfSpec
 from hfquant.calibration.streams import are_texts, calibration_batches, holds_set, is_source
+from hfquant.integrations.sharing.origin import places
 
 
 def transformers_batches(model: Any, calibration: Any, file: str | None = None) -> Any:
@@ -75,25 +75,12 @@ def _saved_with(model: Any, file: str | None = None) -> tuple[Any, Any]:
 
 
 def _saved(loader: Any, model: Any, file: str | None, usable: Callable[[Any], bool] = lambda found: True) -> Any:
-    for name, options in _places(model, file):
+    for name, options in places(model, file):
         with suppress(OSError, ValueError, KeyError, TypeError, ImportError):  # transformers' ways of saying no
             found = loader.from_pretrained(name, **options)
             if usable(found):
                 return found
     return None
-
-
-def _places(model: Any, file: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield where to look for what was saved with a model: next to its weights, then where its name points to."""
-    name, revision = model.name_or_path, getattr(model.config, "_commit_hash", None)
-    parts = () if file is None else Path(file).parent.parts
-    if revision in parts:  # a hub cache: CACHE_DIR/models--OWNER--NAME/snapshots/REVISION/SUBFOLDER
-        at = parts.index(revision)
-        cache, subfolder = Path(*parts[: at - 2]), "/".join(parts[at + 1 :])
-        yield name, {"revision": revision, "cache_dir": cache, "subfolder": subfolder}
-    elif parts:
-        yield str(Path(*parts)), {}
-    yield name, {} if revision is None else {"revision": revision}
 
 
 def _has_words(tokenizer: Any) -> bool:

@@ -28,7 +28,7 @@ from hfquant.integrations.checkpoint import (
     stored_plans,
     tensor_names,
 )
-from hfquant.integrations.compat import set_quantization_config
+from hfquant.integrations.compat import refuse_copying, refuse_fusing, set_quantization_config
 from hfquant.integrations.config import METHOD, HfQuantConfig
 from hfquant.integrations.data import check_component_data, diffusers_batches
 from hfquant.integrations.experts import layout_of
@@ -46,6 +46,7 @@ from hfquant.nn.kinds import kind_of
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import dequantized, log_share, quant_modules
 from hfquant.planner import Plan, plan_layers, warn_if_empty
+from hfquant.registration import after_import
 from hfquant.replacing import replace_modules
 from hfquant.solver import solve
 
@@ -347,3 +348,6 @@ def attach(model: ModelMixin, config: HfQuantConfig) -> None:
 # diffusers has no public registration API.
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HfQuantConfig
 auto.AUTO_QUANTIZER_MAPPING[METHOD] = HfQuantDiffusersQuantizer
+# What diffusers itself does with weights, and cannot do with codes.
+refuse_copying((QuantLayer, QuantExperts))
+after_import("diffusers.models.attention", partial(refuse_fusing, (QuantLayer, QuantExperts)))

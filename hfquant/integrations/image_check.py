@@ -1,4 +1,4 @@
-"""The guard of a pipeline: compare one image in full precision with one quantized, from the same noise."""
+"""The guard of a pipeline: compare one image (or audio) in full precision with one quantized, from the same noise."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hfquant.calibration.samplers import calls_of, fresh_call, inference, seeded
+from hfquant.denoisers import made_by
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def picture(pipe: Any, batch: Any, arguments: Mapping[str, Any]) -> Tensor | Non
     except Exception as error:  # noqa: BLE001 (a pipeline without its decoder can still record)
         logger.info("%s cannot generate an image to check (%s: %s)", type(pipe).__name__, type(error).__name__, error)
         return None
-    found = next((v for n in ("images", "frames") if (v := getattr(output, n, None)) is not None), output)
+    _, found = made_by(output)
     found = found[0] if isinstance(found, tuple) else found
     if not isinstance(found, (Tensor, np.ndarray)):
         return None
@@ -50,26 +51,28 @@ def compare(name: str, right: Tensor | None, drawn: Tensor | None) -> float | No
 
     Args:
         name: name of the pipeline.
-        right: the full-precision image; None if there is none.
-        drawn: the image of the quantized pipeline.
+        right: the full-precision image, or other output such as audio; None if there is none.
+        drawn: that of the quantized pipeline.
 
     Returns:
         The peak signal-to-noise ratio in dB; None if there is nothing to compare.
     """
     if right is None or drawn is None or right.shape != drawn.shape:
         return None
+    is_image = right.dim() >= 4  # not audio or embeddings
+    what, flat, zero = ("image", "of one color", "black") if is_image else ("output", "constant", "silent (zero)")
     if bad := int((~drawn.isfinite()).sum()):
         if right.isfinite().all():
-            logger.warning("%s: %d of %d values of its image are NaN or Inf once quantized", name, bad, drawn.numel())
+            logger.warning(
+                "%s: %d of %d values of its %s are NaN or Inf once quantized", name, bad, drawn.numel(), what
+            )
         return None
     spread = float(right.max() - right.min())
     if spread and float(drawn.max() - drawn.min()) < 1e-3 * spread:
-        kind = "black" if float(drawn.abs().max()) < 1e-3 * spread else "of one color"
-        logger.warning("%s: its image is %s once quantized", name, kind)
+        kind = zero if float(drawn.abs().max()) < 1e-3 * spread else flat
+        logger.warning("%s: its %s is %s once quantized", name, what, kind)
     error = float((right - drawn).square().mean())
     ratio = 10 * math.log10(spread**2 / error) if error and spread else math.inf
-    if ratio < LEAST_PSNR:
-        logger.warning("%s: PSNR of the quantized pipeline's image against full precision: %.1f dB", name, ratio)
-    else:
-        logger.info("%s: PSNR of the quantized pipeline's image against full precision: %.1f dB", name, ratio)
+    level = logging.WARNING if ratio < LEAST_PSNR else logging.INFO
+    logger.log(level, "%s: PSNR of the quantized pipeline's %s against full precision: %.1f dB", name, what, ratio)
     return ratio

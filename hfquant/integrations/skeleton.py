@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from hfquant.denoisers import DENOISERS
+from hfquant.denoisers import DENOISERS, models_in
 from hfquant.hub_errors import hub_errors
 from hfquant.integrations.hub import MODEL_FILE, PIPELINE_FILE, is_pipeline_name
 
@@ -24,7 +26,8 @@ class Skeleton:
 
     Attributes:
         kind: class of the pipeline or of the model.
-        models: component name -> model in eval mode on the meta device; a single model is called "model".
+        models: component name -> model in eval mode on the meta device; a single model is called "model", and several
+            ControlNets of one component "controlnet.nets.0", "controlnet.nets.1", ...
     """
 
     kind: str
@@ -70,7 +73,7 @@ def _skeleton(name: str) -> Skeleton:
         if library == "transformers" and _is_model(class_name):
             found[component] = _transformers_model(name, component)
         elif library == "diffusers" and _is_model(class_name, diffusers=True):
-            found[component] = _diffusers_model(name, component, class_name)
+            found |= _diffusers_models(name, component, class_name)
     if not found:
         raise ValueError(f"{name} has no model among its components {', '.join(index)}.")
     return Skeleton(str(index.get("_class_name")), found)
@@ -101,14 +104,42 @@ def _transformers_model(name: str, subfolder: str) -> nn.Module:
         return kind._from_config(config).eval()
 
 
-def _diffusers_model(name: str, component: str, class_name: str) -> nn.Module:
+def _diffusers_models(name: str, component: str, class_name: str) -> dict[str, nn.Module]:
+    """Return the model of a component, or all that it holds (several ControlNets), by name."""
     import diffusers
 
     kind: Any = getattr(diffusers, class_name)
-    with open(_file(name, f"{component}/{MODEL_FILE}"), encoding="utf-8") as file:
+    if hasattr(kind, "from_config"):
+        return {component: _diffusers_model(name, component, class_name)}
+    # The class has no config of its own: it only holds models, each of which is stored in a folder.
+    folders = (subfolder(f"{component}.{number}") for number in count())
+    models = [_diffusers_model(name, folder) for folder in takewhile(partial(_has_model, name), folders)]
+    return models_in(kind(models), component) if models else {}
+
+
+def _diffusers_model(name: str, folder: str, class_name: str | None = None) -> nn.Module:
+    import diffusers
+
+    with open(_file(name, f"{folder}/{MODEL_FILE}"), encoding="utf-8") as file:
         config = json.load(file)
+    kind: Any = getattr(diffusers, class_name or config["_class_name"])
     with torch.device("meta"):
         return kind.from_config(config).eval()
+
+
+def subfolder(name: str) -> str:
+    """Return the folder of a pipeline in which a model is stored: "controlnet.nets.1" is in controlnet_1."""
+    component, *path = name.split(".")
+    return f"{component}_{path[-1]}" if path and path[-1] != "0" else component
+
+
+def _has_model(name: str, folder: str) -> bool:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(_file(name, f"{folder}/{MODEL_FILE}")).is_file()
+    except EntryNotFoundError:
+        return False
 
 
 def _file(name: str, path: str) -> str:

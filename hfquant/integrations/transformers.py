@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from hfquant.integrations.apply import own_config, quantize_attached
 from hfquant.integrations.checkpoint import (
+    NOT_STORED,
     check_loaded,
     check_names,
     codes_on_disk,
@@ -71,8 +72,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         self.ties: dict[str, str] = {}
         #: Names of the tensors whose dtype is set by the format, not by the model.
         self.exact: set[str] = set()
-        #: The first file of the checkpoint, if there is one.
-        self._file: str | None = None
+        #: The first file of the checkpoint that the model was loaded from, if there is one.
+        self.file: str | None = None
         #: While loading: puts back the linears that a device map sends to disk.
         self._put_back: Callable[[Mapping[str, Any]], None] | None = None
         #: While loading: the layers that empty ones have replaced.
@@ -104,7 +105,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> None:
         config, facts = self.quantization_config, facts_of(model)
-        self._file = next(iter(checkpoint_files or ()), None)
+        self.file = next(iter(checkpoint_files or ()), None)
         if self.pre_quantized:
             names = _stored_names(model, checkpoint_files)
             known = None if names is None or _is_own(model) else {*names, *names.values()}
@@ -197,7 +198,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         for name in [name for name in self._replaced if self.plan is not None and name in self.plan.layers]:
             keys = {f"{name}.{key}" for key in self._replaced[name].state_dict()}
             if self._arriving.isdisjoint(keys) and not any(part in f"{name}.weight" for part in self._split_off):
-                self.leave(model, name, "the checkpoint has no weight for it", missing_keys)
+                self.leave(model, name, NOT_STORED, missing_keys)
 
     def leave(self, model: PreTrainedModel, name: str, why: str, missing_keys: set[str]) -> None:
         """Leave a layer in float, for transformers to initialize and to warn about."""
@@ -215,7 +216,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             raise self.failure
         if not self.pre_quantized and self.plan is None:
             check_offload_folder(model)
-            loader = transformers_batches(model, config.calibration, self._file)
+            loader = transformers_batches(model, config.calibration, self.file)
             quantize_attached(model, loader, config, facts_of(model), attach)
             return model
         if self.plan is not None:
@@ -346,7 +347,9 @@ def _has_other_outputs(layer: QuantLayer, weight: Tensor) -> bool:
 
 def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
     """Mark ``model`` as quantized by ``config`` (its own copy) for transformers."""
+    file = getattr(getattr(model, "hf_quantizer", None), "file", None)
     model.hf_quantizer = HfQuantTransformersQuantizer(config, pre_quantized=True)
+    model.hf_quantizer.file = file
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.config.quantization_config = config

@@ -21,7 +21,7 @@ from hfquant.integrations.data import tokenizer_of, transformers_batches
 from hfquant.integrations.hub import load
 from hfquant.report.images import PipelineComparison, compare_pipelines
 from hfquant.report.page import Report
-from hfquant.report.quality import ModelComparison, builtin_text, compare_models
+from hfquant.report.quality import ModelComparison, NothingToCompare, builtin_text, compare_models
 from hfquant.report.stored import read_folder
 
 
@@ -112,9 +112,14 @@ def gather(
         note = "To measure quality and speed, pass the full-precision model as --reference."
         return Report(folder.absolute().name, models, affiner=affiner, notes=[note])
     pair = load(reference, dtype, device), load(str(folder), dtype, device)
-    comparison = compared(*pair, inputs)
+    comparison: ModelComparison | PipelineComparison | None = None
+    notes: list[str] = []
+    try:
+        comparison = compared(*pair, inputs)
+    except NothingToCompare as error:
+        notes = [f"Quality left out: {error}."]
     speed = [_timed(*pair, inputs)]
-    return Report(folder.absolute().name, models, comparison, speed, machine(pair[0].device), affiner)
+    return Report(folder.absolute().name, models, comparison, speed, machine(pair[0].device), affiner, notes=notes)
 
 
 def _timed(reference: Any, other: Any, inputs: Inputs, repeats: int = 3) -> tuple[str, float, float]:

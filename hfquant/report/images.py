@@ -1,7 +1,8 @@
-"""Compare two pipelines on the same noise: images side by side, and their similarity."""
+"""Compare two pipelines on the same noise: images side by side, and how similar they, or audio, are."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hfquant.denoisers import made_by
 from hfquant.report.perceptual import perceptual_figures
-from hfquant.report.quality import Figure, standard_error
+from hfquant.report.quality import Figure, NothingToCompare, compare_signals, standard_error
+
+_PICTURES = ("images", "frames")
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class PipelineComparison:
     """Result of comparing two pipelines on the same noise.
 
     Attributes:
-        figures: averages over the images.
-        images: (reference, other) pairs, [3, H, W] from 0 to 1; for a video, its middle frame.
+        figures: averages over the images, audio or embeddings.
+        images: (reference, other) pairs, [3, H, W] from 0 to 1; for a video, its middle frame. None of other outputs.
         left_out: metrics that could not be computed here -> the reason.
     """
 
@@ -34,9 +38,10 @@ class PipelineComparison:
 def compare_pipelines(
     reference: Any, other: Any, calls: Sequence[Mapping[str, Any]], seed: int = 0
 ) -> PipelineComparison:
-    """Run two pipelines on the same calls and the same noise, and compare their images.
+    """Run two pipelines on the same calls and the same noise, and compare what they make.
 
-    PSNR and SSIM (Wang et al., 2004) through torchmetrics; LPIPS, CLIP score and FID if their requirements are met.
+    Images: PSNR and SSIM (Wang et al., 2004) through torchmetrics; LPIPS, CLIP score and FID if their requirements are
+    met. Audio and embeddings: signal-to-noise ratio and cosine similarity.
 
     Args:
         reference: a diffusers pipeline.
@@ -45,9 +50,30 @@ def compare_pipelines(
         seed: seed of the noise; call i runs with seed + i.
 
     Raises:
-        ValueError: there are no calls, or the images differ in size.
+        ValueError: there are no calls, or the outputs differ in size.
+        NothingToCompare: the pipelines return none of the above.
         ImportError: torchmetrics is not installed.
     """
+    if not calls:
+        raise ValueError("nothing to compare: no calls given")
+    pairs: list[tuple[Tensor, Tensor]] = []
+    prompts: list[str | None] = []
+    what = ""
+    for i, call in enumerate(calls):
+        (what, a), (_, b) = (_made(pipe, call, seed + i) for pipe in (reference, other))
+        if a.shape != b.shape:
+            raise ValueError(f"the {what} differ in shape: {list(a.shape)} vs. {list(b.shape)}")
+        if what in _PICTURES:
+            _metrics()  # if it is missing, say so before the other calls
+        pairs += zip(a, b, strict=True)
+        prompts += _prompts(call, len(a))
+    if what not in _PICTURES:
+        return PipelineComparison(compare_signals(pairs, what), (), {})
+    more, left_out = perceptual_figures(pairs, prompts)
+    return PipelineComparison((*_picture_figures(pairs), *more), tuple(pairs), left_out)
+
+
+def _metrics() -> tuple[Any, Any]:
     try:
         from torchmetrics.functional.image import (
             peak_signal_noise_ratio,
@@ -55,16 +81,11 @@ def compare_pipelines(
         )
     except ImportError as error:
         raise ImportError('comparing pipelines requires torchmetrics: pip install "hfquant[compare]"') from error
-    if not calls:
-        raise ValueError("nothing to compare: no calls given")
-    pairs: list[tuple[Tensor, Tensor]] = []
-    prompts: list[str | None] = []
-    for i, call in enumerate(calls):
-        a, b = (_images(pipe, call, seed + i) for pipe in (reference, other))
-        if a.shape != b.shape:
-            raise ValueError(f"the images differ in shape: {list(a.shape)} vs. {list(b.shape)}")
-        pairs += zip(a, b, strict=True)
-        prompts += _prompts(call, len(a))
+    return peak_signal_noise_ratio, structural_similarity_index_measure
+
+
+def _picture_figures(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Figure]:
+    peak_signal_noise_ratio, structural_similarity = _metrics()
     psnr: list[Tensor] = []
     ssim: list[Tensor] = []
     for a, b in pairs:
@@ -75,25 +96,28 @@ def compare_pipelines(
         window: dict[str, Any] = (
             {} if side >= 16 else {"gaussian_kernel": False, "kernel_size": max(side // 2 - 1 + side // 2 % 2, 1)}
         )
-        alike: Any = structural_similarity_index_measure(b[None], a[None], data_range=1.0, **window)
-        ssim.append(alike)
-    figures = [
+        ssim.append(structural_similarity(b[None], a[None], data_range=1.0, **window))
+    return [
         Figure("PSNR", torch.stack(psnr).mean().item(), standard_error(torch.stack(psnr)), "dB"),
         Figure("SSIM", torch.stack(ssim).mean().item(), standard_error(torch.stack(ssim))),
     ]
-    more, left_out = perceptual_figures(pairs, prompts)
-    return PipelineComparison((*figures, *more), tuple(pairs), left_out)
 
 
-def _images(pipe: Any, call: Mapping[str, Any], seed: int) -> Tensor:
-    """Return the images of a call as [images, 3, H, W] from 0 to 1; for a video, its middle frame."""
-    generator = torch.Generator().manual_seed(seed)
-    output = pipe(**{"output_type": "pt", "generator": generator, **call})
-    found: Any = next((v for n in ("images", "frames") if (v := getattr(output, n, None)) is not None), None)
-    if found is None:
-        raise ValueError(f"{type(pipe).__name__} returns neither images nor frames")
-    images = found if isinstance(found, Tensor) else torch.stack([torch.as_tensor(image) for image in found])
-    images = images.detach().float().cpu()
+def _made(pipe: Any, call: Mapping[str, Any], seed: int) -> tuple[str, Tensor]:
+    """Return what a call makes, in words, and its samples [samples, ...]."""
+    options: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)}
+    if "output_type" in inspect.signature(pipe.__call__).parameters:
+        options["output_type"] = "pt"
+    what, found = made_by(pipe(**{**options, **call}))
+    if not what:
+        raise NothingToCompare(f"{type(pipe).__name__} returns no images, frames, audio or embeddings")
+    values = found if isinstance(found, Tensor) else torch.stack([torch.as_tensor(value) for value in found])
+    values = values.detach().float().cpu()
+    return what, _as_pictures(values) if what in _PICTURES else values
+
+
+def _as_pictures(images: Tensor) -> Tensor:
+    """Return images as [images, 3, H, W] from 0 to 1; for a video, its middle frame."""
     if images.dim() == 5:
         images = images[:, images.shape[1] // 2]
     if images.shape[1] not in (1, 3) and images.shape[-1] in (1, 3):
@@ -111,7 +135,13 @@ def _prompts(call: Mapping[str, Any], count: int) -> list[str | None]:
 
 
 def save_pairs(found: PipelineComparison, folder: Path) -> None:
-    """Write each pair of images as 0-reference.png, 0-other.png, and so on."""
+    """Write each pair of images as 0-reference.png, 0-other.png, and so on.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not found.images:
+        raise ValueError("the pipelines make no images")
     folder.mkdir(parents=True, exist_ok=True)
     for i, pair in enumerate(found.images):
         for name, image in zip(("reference", "other"), pair, strict=True):

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from hfquant.calibration.batches import device_of, evaluating, forward
 
 
+class NothingToCompare(ValueError):
+    """Models or pipelines that return nothing for which there is a metric."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """One measured number.
@@ -85,6 +89,7 @@ def compare_models(
 
     Raises:
         ValueError: there are no batches, or the outputs of the models differ in shape.
+        NothingToCompare: the models return neither logits nor hidden states.
         FloatingPointError: the other model's output contains NaN or Inf.
     """
     scores: list[dict[str, Tensor]] = []
@@ -94,7 +99,7 @@ def compare_models(
             outputs = [forward(model, batch) for model in (reference, other)]
             name = next((n for n in ("logits", "last_hidden_state") if getattr(outputs[0], n, None) is not None), None)
             if name is None:
-                raise ValueError(f"{type(reference).__name__} returns neither logits nor a last hidden state")
+                raise NothingToCompare(f"{type(reference).__name__} returns neither logits nor a last hidden state")
             p, q = (getattr(output, name).float().to(device_of(reference)) for output in outputs)
             if p.shape != q.shape:
                 raise ValueError(f"the outputs differ in shape: {list(p.shape)} vs. {list(q.shape)}")
@@ -103,7 +108,7 @@ def compare_models(
             tokens: Any = batch.get("input_ids") if isinstance(batch, Mapping) else None
             causal = _is_causal(reference) and tokens is not None and p.shape[:2] == tokens.shape
             if name == "last_hidden_state":
-                scores.append(_hidden_scores(p, q))
+                scores.append(_signal_scores(p, q))
                 continue
             if causal:
                 mask = batch.get("attention_mask")
@@ -118,6 +123,16 @@ def compare_models(
         raise ValueError("nothing to compare: no batches given")
     worst = sorted(changes, key=lambda item: -item[0])[:20]
     return ModelComparison(_figures(scores), tuple(change for _, change in worst))
+
+
+def compare_signals(pairs: Iterable[tuple[Tensor, Tensor]], what: str) -> tuple[Figure, ...]:
+    """Compare (reference, other) signals such as audio by signal-to-noise ratio and cosine similarity.
+
+    Args:
+        pairs: signals of any shape, which may differ from pair to pair.
+        what: what they are, in words.
+    """
+    return _figures([_signal_scores(p[None], q[None]) for p, q in pairs], what)
 
 
 def _is_causal(model: nn.Module) -> bool:
@@ -148,7 +163,7 @@ def _logit_scores(p: Tensor, q: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _hidden_scores(p: Tensor, q: Tensor) -> dict[str, Tensor]:
+def _signal_scores(p: Tensor, q: Tensor) -> dict[str, Tensor]:
     p, q = p.double().flatten(1), q.double().flatten(1)
     return {
         "signal": p.square().sum(1),
@@ -157,15 +172,15 @@ def _hidden_scores(p: Tensor, q: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _figures(scores: Sequence[Mapping[str, Tensor]]) -> tuple[Figure, ...]:
+def _figures(scores: Sequence[Mapping[str, Tensor]], what: str = "hidden states") -> tuple[Figure, ...]:
     total = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
     if "signal" in total:
         ratio = 10 * (total["signal"].sum() / total["noise"].sum()).log10()
         each = 10 * (total["signal"] / total["noise"]).log10()
         cosine = total["cosine"]
         return (
-            Figure("SQNR of hidden states", ratio.item(), standard_error(each), "dB"),
-            Figure("cosine similarity of hidden states", cosine.mean().item(), standard_error(cosine)),
+            Figure(f"SQNR of {what}", ratio.item(), standard_error(each), "dB"),
+            Figure(f"cosine similarity of {what}", cosine.mean().item(), standard_error(cosine)),
         )
     tokens = total["tokens"]
     figures = []

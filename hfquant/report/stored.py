@@ -15,7 +15,7 @@ from hfquant.integrations.compat import names_in_model
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.experts import holds_experts
 from hfquant.integrations.facts import facts_of
-from hfquant.integrations.skeleton import MODEL, Skeleton, skeleton
+from hfquant.integrations.skeleton import MODEL, Skeleton, skeleton, subfolder
 from hfquant.layer_plan import LayerPlan
 from hfquant.nn.experts import tensor_name
 from hfquant.report.layers import decibels
@@ -115,7 +115,7 @@ def read_folder(folder: str | Path) -> tuple[Skeleton, dict[str, StoredModel]]:
     found = skeleton(str(folder))
     models = {}
     for name, model in found.models.items():
-        path = Path(folder) if name == MODEL else Path(folder) / name
+        path = Path(folder) if name == MODEL else Path(folder) / subfolder(name)
         config = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
         if isinstance(config, Mapping) and config.get("quant_method") == "hfquant":
             models[name] = _stored_model(path, model, HfQuantConfig.from_dict(config))

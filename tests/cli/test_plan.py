@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from diffusers import MultiControlNetModel
 from typer.testing import CliRunner, Result
 
 from hfquant.cli import app, options
@@ -13,6 +14,7 @@ from hfquant.recipes.run import check_fits
 from hfquant.schema import ConfigError
 from tests.cli.conftest import lines
 from tests.integrations import small_models
+from tests.integrations.tiny_pipelines import CASES
 from tests.recipes.tiny import PUBLISHED
 
 
@@ -52,6 +54,16 @@ def test_a_search_is_said_to_decide_later(llama):
     assert "not final: quantizing chooses each layer's format on the data, within the bytes of w4a16-gptq" in " ".join(
         result.output.split()
     )
+
+
+def test_one_of_several_controlnets(tmp_path):
+    pipe = CASES["sd-controlnet"].build()
+    pipe.controlnet = MultiControlNetModel([pipe.controlnet, CASES["sd-controlnet"].build().controlnet])
+    pipe.save_pretrained(tmp_path)
+    names = ("unet", "controlnet.nets.1")
+    result = plan(tmp_path, "--preset", "w8a16", "--json", *(word for name in names for word in ("--component", name)))
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)) == set(names)
 
 
 def test_a_recipe_for_a_pipeline():

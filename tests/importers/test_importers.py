@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch import nn
 
 import hfquant
@@ -84,6 +86,18 @@ def test_it_saves_as_hfquant(name: str, tmp_path: Path) -> None:
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     check_weights(again, layers)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_what_lies_beside_the_weights_is_shared_too(tmp_path: Path) -> None:
+    written.write(tmp_path / "theirs", GPTQ, written.gptq)
+    words = Tokenizer(models.WordLevel({"<p>": 0, "a": 1}, "<p>"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "README.md").write_text("---\nlicense: mit\n---\n")
+    hfquant.save_pretrained(hfquant.import_checkpoint(tmp_path / "theirs"), tmp_path / "ours")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "ours").vocab == {"<p>": 0, "a": 1}
+    card = ModelCard.load(tmp_path / "ours" / "README.md")
+    assert (card.data.license, card.data.base_model) == ("mit", None)
+    assert "None" not in card.content
 
 
 def test_what_is_imported_is_exported_exactly(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -50,6 +51,35 @@ def test_images_that_are_spoiled_are_warned_of(spoil, message, caplog):
     with caplog.at_level(logging.WARNING, "hfquant"):
         compare("P", image(), spoil(image()))
     assert message in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: torch.zeros_like(x), "its output is silent (zero) once quantized"),
+        (lambda x: torch.full_like(x, 0.5), "its output is constant once quantized"),
+        (lambda x: x.index_fill(2, torch.tensor([2]), math.nan), "2 of 64 values of its output are NaN or Inf"),
+        (lambda x: -x, "output against full precision: "),
+    ],
+)
+def test_audio_that_is_spoiled_is_warned_of(spoil, message, caplog):
+    audio = torch.linspace(-1, 1, 64, dtype=torch.float64).sin().view(1, 2, 32)
+    with caplog.at_level(logging.WARNING, "hfquant"):
+        compare("P", audio, spoil(audio))
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize("field", ["audios", "image_embeds"])
+def test_audio_and_embeddings_are_checked(field):
+    class Pipe:
+        components: ClassVar[dict[str, Any]] = {}
+
+        def __call__(self, prompt: str, output_type: str = "pt") -> SimpleNamespace:
+            return SimpleNamespace(**{field: np.full((1, 2, 3), len(prompt))})
+
+    found = picture(Pipe(), {"prompt": "abc"}, {})
+    assert found is not None
+    assert found.equal(torch.full((1, 2, 3), 3.0, dtype=torch.float64))
 
 
 def test_nothing_to_compare_is_no_warning(caplog):

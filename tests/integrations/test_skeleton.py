@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import diffusers
 import pytest
+import torch
 
-from hfquant.integrations.skeleton import skeleton
+from hfquant.integrations.skeleton import skeleton, subfolder
+from tests.integrations.tiny_pipelines import CASES
 from tests.recipes.tiny import PUBLISHED
 
 
@@ -31,6 +34,43 @@ def test_published_models_have_their_size(name, kind, billions):
     assert all(p.is_meta for model in found.models.values() for p in model.parameters())
     assert found.is_pipeline == ("model" not in billions)
     assert found.denoisers == [n for n in billions if n.startswith("transformer")] or found.denoisers == ["model"]
+
+
+def test_several_controlnets_are_models_of_their_own(tmp_path):
+    pipe = CASES["sd-controlnet"].build()
+    other = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8, 12))
+    pipe.controlnet = diffusers.MultiControlNetModel([pipe.controlnet, other])
+    pipe.save_pretrained(tmp_path)
+    found = skeleton(str(tmp_path))
+    assert set(found.models) == {"vae", "unet", "controlnet.nets.0", "controlnet.nets.1"}
+    assert found.denoisers == ["unet"]
+    for name, real in zip(("controlnet.nets.0", "controlnet.nets.1"), pipe.controlnet.nets, strict=True):
+        assert sizes(found.models[name]) == sizes(real)
+        assert json.loads((tmp_path / subfolder(name) / "config.json").read_text())["_class_name"] == "ControlNetModel"
+
+
+def sizes(model: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def test_several_adapters_are_models_of_their_own(tmp_path):
+    adapters = [diffusers.T2IAdapter(channels=[4 * i, 8], num_res_blocks=1, downscale_factor=8) for i in (1, 2)]
+    diffusers.MultiAdapter(adapters).save_pretrained(str(tmp_path / "adapter"))
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"_class_name": "X", "adapter": ["diffusers", "MultiAdapter"]})
+    )
+    found = skeleton(str(tmp_path)).models
+    assert list(found) == ["adapter.adapters.0", "adapter.adapters.1"]
+    assert [sizes(model) for model in found.values()] == [sizes(adapter) for adapter in adapters]
+    assert [subfolder(name) for name in found] == ["adapter", "adapter_1"]
+
+
+def test_models_that_diffusers_could_not_have_saved_are_left_out(tmp_path):
+    CASES["sd-img2img"].build().save_pretrained(tmp_path)
+    file = tmp_path / "model_index.json"
+    index = json.loads(file.read_text()) | {"controlnet": ["diffusers", "SD3MultiControlNetModel"]}
+    file.write_text(json.dumps(index))
+    assert set(skeleton(str(tmp_path)).models) == {"vae", "unet"}
 
 
 def test_bad_folders(tmp_path):

@@ -43,6 +43,7 @@ def test_base_model_reads_a_task_models_checkpoint_and_back(checkpoint, tmp_path
     assert type(classifier.score) is nn.Linear
     assert len(quant_linears(classifier)) == 11
     assert classifier.score.weight.isfinite().all()
+    assert_comes_back(classifier, tmp_path / "classifier", ids())
 
 
 def test_base_model_with_a_pooler_the_checkpoint_lacks(tmp_path):
@@ -56,6 +57,14 @@ def test_base_model_with_a_pooler_the_checkpoint_lacks(tmp_path):
     assert len(quant_linears(base)) == 6
     inputs = {"input_ids": torch.arange(3, 9)[None]}
     assert torch.equal(outputs(base, inputs), outputs(model.bert, inputs))
+    assert_comes_back(base, tmp_path / "base", inputs)
+    assert base.config.quantization_config.skipped["pooler.dense"] == "the checkpoint has no weight for it"
+
+
+def assert_comes_back(model, folder, inputs):
+    """Save a model with layers that its checkpoint did not have, and reload it with them."""
+    model.eval().save_pretrained(folder)
+    assert_same(type(model).from_pretrained(folder), model, inputs)
 
 
 class Seeded(LlamaModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from hfquant.demo import load_digits_pipeline
 from hfquant.report.images import compare_pipelines, save_pairs
+from hfquant.report.quality import NothingToCompare
 
 
 class Painter:
@@ -65,10 +67,48 @@ def test_the_digits_pipeline(tmp_path):
     assert np.abs(stored - found.images[1][0].movedim(0, -1).numpy()).max() <= 0.5 / 255 + 1e-6
 
 
+class Player:
+    """A pipeline whose output is noise from its generator plus noise of its own; it takes no output type."""
+
+    def __init__(self, field: str, noise: float = 0.0) -> None:
+        self.field, self.noise = field, noise
+
+    def __call__(self, prompt: str, generator: torch.Generator) -> SimpleNamespace:
+        signal = torch.randn(2, 1, 4000, generator=generator)
+        signal += self.noise * torch.randn(2, 1, 4000, generator=generator)
+        return SimpleNamespace(**{self.field: signal.numpy() if self.noise else signal})
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [("audios", "audio"), ("image_embeds", "image embeddings"), ("image_embeddings", "image embeddings")],
+)
+def test_audio_and_embeddings_have_a_signal_to_noise_ratio(field, words, tmp_path):
+    found = compare_pipelines(Player(field), Player(field, 0.1), [{"prompt": "a"}, {"prompt": "b"}])
+    figures = {figure.name: figure for figure in found.figures}
+    assert set(figures) == {f"SQNR of {words}", f"cosine similarity of {words}"}
+    assert figures[f"SQNR of {words}"].value == pytest.approx(20, abs=0.3)
+    assert figures[f"SQNR of {words}"].unit == "dB"
+    assert figures[f"cosine similarity of {words}"].value == pytest.approx(1 / math.sqrt(1.01), abs=1e-3)
+    assert found.images == ()
+    assert found.left_out == {}
+    with pytest.raises(ValueError, match="make no images"):
+        save_pairs(found, tmp_path / "pairs")
+    same = compare_pipelines(Player(field), Player(field), [{"prompt": "a"}])
+    assert same.figures[0].value == math.inf
+
+
+def test_audio_needs_no_torchmetrics(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    assert compare_pipelines(Player("audios"), Player("audios", 0.1), [{"prompt": "a"}]).figures
+    with pytest.raises(ImportError, match="comparing pipelines requires torchmetrics"):
+        compare_pipelines(Painter(), Painter(), [{"prompt": "a"}])
+
+
 def test_bad_calls():
     with pytest.raises(ValueError, match="no calls"):
         compare_pipelines(Painter(), Painter(), [])
     with pytest.raises(ValueError, match="differ in shape"):
         compare_pipelines(Painter(), Painter(side=16), [{"prompt": "a"}])
-    with pytest.raises(ValueError, match="neither images nor frames"):
+    with pytest.raises(NothingToCompare, match="returns no images, frames, audio or embeddings"):
         compare_pipelines(lambda **call: SimpleNamespace(), Painter(), [{"prompt": "a"}])

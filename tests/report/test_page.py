@@ -10,12 +10,15 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import hfquant
 from hfquant.affiner import BlockwiseAffiner
+from hfquant.demo.pipeline import DigitsPipeline
 from hfquant.recipes.run import save
 from hfquant.report.gather import Inputs, gather
 from hfquant.report.images import PipelineComparison
@@ -253,6 +256,34 @@ class TestGather:
         assert found.comparison is None
         assert not found.speed
         assert "--reference" in found.notes[0]
+
+    def test_nothing_to_compare_is_said(self, digits, monkeypatch):
+        called = DigitsPipeline.__call__
+
+        def codes(self: DigitsPipeline, **call: Any) -> SimpleNamespace:
+            return SimpleNamespace(codes=called(self, **call).images)
+
+        monkeypatch.setattr(DigitsPipeline, "__call__", codes)
+        found = gather(digits, str(digits), Inputs(call={"class_labels": [1], "num_inference_steps": 2}))
+        assert found.comparison is None
+        assert found.speed[0][0] == "one pipeline call"
+        note = "Quality left out: DigitsPipeline returns no images, frames, audio or embeddings."
+        assert list(found.notes) == [note]
+        assert note in page(found)
+
+    def test_audio_has_figures_and_no_pictures(self, digits, monkeypatch):
+        called = DigitsPipeline.__call__
+
+        def audios(self: DigitsPipeline, **call: Any) -> SimpleNamespace:
+            return SimpleNamespace(audios=called(self, **call).images)
+
+        monkeypatch.setattr(DigitsPipeline, "__call__", audios)
+        found = gather(
+            digits, str(digits), Inputs(call={"class_labels": [1], "num_inference_steps": 2, "output_type": "pt"})
+        )
+        written = page(found)
+        assert "SQNR of audio" in written
+        assert "Images from the same noise" not in written
 
     def test_a_model_is_no_pipeline(self, llama, digits):
         with pytest.raises(ValueError, match="one is a pipeline"):

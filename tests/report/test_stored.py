@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import MultiControlNetModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -15,6 +16,7 @@ import hfquant
 from hfquant.integrations.checkpoint import CheckpointError
 from hfquant.recipes.run import save
 from hfquant.report.stored import REPORT_FILE, read_folder
+from tests.integrations.tiny_pipelines import CASES
 
 
 def test_a_pipeline(digits):
@@ -70,6 +72,18 @@ def test_experts_of_a_parameter_are_one_entry(tmp_path):
     assert layer.sqnr == pytest.approx(min(x.sqnr for x in own))
     weights = sum(x.shape[0] * x.shape[1] for x in stored.layers)
     assert stored.full_bytes == stored.bytes + 4 * weights - sum(x.bytes for x in stored.layers)
+
+
+def test_several_controlnets_are_read_from_their_folders(tmp_path):
+    pipe = CASES["sd-controlnet"].build()
+    pipe.controlnet = MultiControlNetModel([pipe.controlnet, CASES["sd-controlnet"].build().controlnet])
+    hfquant.quantize_pipeline(pipe, None, "w8a16", ["unet", "controlnet.nets.1"])
+    save(pipe, tmp_path)
+    models = read_folder(tmp_path)[1]
+    assert set(models) == {"unet", "controlnet.nets.1"}
+    tensors = load_file(tmp_path / "controlnet_1" / "diffusion_pytorch_model.safetensors")
+    assert models["controlnet.nets.1"].kind == "ControlNetModel"
+    assert models["controlnet.nets.1"].bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
 class TestBadFolders:

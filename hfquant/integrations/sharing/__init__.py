@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 from hfquant.integrations.sharing.card import content_of
-from hfquant.integrations.sharing.kinds import kind_of
+from hfquant.integrations.sharing.kinds import Kind, kind_of
 from hfquant.integrations.sharing.origin import CARD_FILE, origin_of
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
@@ -35,8 +36,9 @@ def save_pretrained(
             :meth:`~hfquant.BaseCalibSet.save`.
 
     Raises:
-        TypeError: ``thing`` is none of these.
-        ValueError: nothing in it is quantized, or the metadata of the existing README.md cannot be read.
+        TypeError: ``thing`` is none of these, or its own method has no such option.
+        ValueError: nothing in it is quantized, it has adapters, or the metadata of the existing README.md cannot be
+            read.
     """
     folder = Path(save_directory)
     _save(thing, folder, folder.name, base_model, options)
@@ -47,10 +49,12 @@ def push_to_hub(
     repo_id: str,
     *,
     subfolder: str = "",
+    revision: str | None = None,
     private: bool | None = None,
     token: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    commit_description: str | None = None,
     base_model: str | None = None,
     **options: Any,
 ) -> str:
@@ -63,10 +67,12 @@ def push_to_hub(
         thing: as for :func:`save_pretrained`; a calibration set becomes a dataset repository.
         repo_id: "user/name".
         subfolder: target folder in the repository.
+        revision: branch to commit to, created from the main one if necessary; default: the main one.
         private: whether a repository created here is private.
         token: hub token; by default the one stored on this machine.
         create_pr: open a pull request instead of committing.
         commit_message: message of the commit.
+        commit_description: description of the commit or of the pull request.
         base_model: as for :func:`save_pretrained`.
         **options: as for :func:`save_pretrained`.
 
@@ -80,13 +86,16 @@ def push_to_hub(
     from huggingface_hub import HfApi
 
     kind = kind_of(thing)
+    _check_options(kind, thing, options)
     api = HfApi(token=token)
     with _allowed(repo_id), tempfile.TemporaryDirectory() as temporary:
         repo_id = api.create_repo(repo_id, repo_type=kind.repo_type, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, repo_type=kind.repo_type, branch=revision, exist_ok=True)
         folder = Path(temporary)
         there = "/".join(filter(None, (subfolder, CARD_FILE)))
-        if api.file_exists(repo_id, there, repo_type=kind.repo_type):
-            card = Path(api.hf_hub_download(repo_id, there, repo_type=kind.repo_type))
+        if api.file_exists(repo_id, there, repo_type=kind.repo_type, revision=revision):
+            card = Path(api.hf_hub_download(repo_id, there, repo_type=kind.repo_type, revision=revision))
             (folder / CARD_FILE).write_bytes(card.read_bytes())
         _save(thing, folder, repo_id, base_model, options)
         commit = api.upload_folder(
@@ -94,7 +103,9 @@ def push_to_hub(
             repo_type=kind.repo_type,
             folder_path=folder,
             path_in_repo=subfolder or None,
+            revision=revision,
             commit_message=commit_message or f"Upload {kind.noun}",
+            commit_description=commit_description,
             create_pr=create_pr,
             delete_patterns=[*kind.leftovers, *_leftover_weights(folder)] or None,
         )
@@ -103,6 +114,7 @@ def push_to_hub(
 
 def _save(thing: Any, folder: Path, address: str, base_model: str | None, options: dict[str, Any]) -> None:
     kind, card = kind_of(thing), folder / CARD_FILE
+    _check_options(kind, thing, options)
     origin = origin_of(thing, base_model)
     # A card that cannot be kept raises here, before anything is written.
     existing = card.read_text(encoding="utf-8-sig") if card.is_file() else origin.quantized_card
@@ -110,6 +122,20 @@ def _save(thing: Any, folder: Path, address: str, base_model: str | None, option
     kind.save(thing, folder, options)
     if options.get("is_main_process", True):
         card.write_text(content, encoding="utf-8")
+
+
+def _check_options(kind: Kind, thing: Any, options: Iterable[str]) -> None:
+    """Raise TypeError for an option that the object's own method does not have; the libraries' methods ignore it."""
+    methods = [vars(base)[kind.method] for base in type(thing).__mro__ if kind.method in vars(base)]
+    named = {name for method in methods for name, p in list(signature(method).parameters.items())[2:] if _is_named(p)}
+    allowed = sorted(named - {"push_to_hub"})  # it would push without a card
+    if unknown := [name for name in options if name not in allowed]:
+        takes = f"its options are {', '.join(allowed)}" if allowed else "it has no options"
+        raise TypeError(f"{type(thing).__name__}.{kind.method} has no option {unknown[0]!r}; {takes}")
+
+
+def _is_named(parameter: Parameter) -> bool:
+    return parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from hfquant.calibration import BaseCalibSet
 from hfquant.calibration.provenance import without_secrets
 from hfquant.denoisers import module_names
 from hfquant.integrations import library
+from hfquant.integrations.apply import described
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.layer_config import InputQuant, WeightQuant
 from hfquant.nn.modules import quant_modules
@@ -181,7 +182,9 @@ def tags_of(model: nn.Module) -> list[str]:
 
 
 def config_of(model: Any) -> HfQuantConfig:
-    """Return the config that a quantized model of either library carries."""
+    """Return the config that a quantized model of either library carries; a part of one is described by its layers."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return described(model)
     config = model.config
     stored: HfQuantConfig = config["quantization_config"] if isinstance(config, Mapping) else config.quantization_config
     return stored

@@ -26,6 +26,7 @@ class Kind:
         facts: returns the facts for its card.
         repo_type: "model" or "dataset".
         leftovers: patterns of repository files that an earlier push of another size may have left.
+        method: its own method to save itself.
     """
 
     noun: str
@@ -33,6 +34,7 @@ class Kind:
     facts: Callable[[Any], Facts]
     repo_type: str = "model"
     leftovers: tuple[str, ...] = ()
+    method: str = "save_pretrained"
 
 
 def kind_of(thing: Any) -> Kind:
@@ -40,7 +42,7 @@ def kind_of(thing: Any) -> Kind:
 
     Raises:
         TypeError: it is not a kind that can be shared.
-        ValueError: it is a model or pipeline in which nothing is quantized.
+        ValueError: it is a model or pipeline in which nothing is quantized, or one with adapters.
     """
     if isinstance(thing, BaseCalibSet):
         return CALIBRATION_SET
@@ -53,8 +55,15 @@ def kind_of(thing: Any) -> Kind:
             f"expected a model of transformers or diffusers, a pipeline, an affiner or a calibration set, got "
             f"{type(thing).__name__}"
         )
-    if not any(quant_modules(model) for model in facts.models_of(thing).values()):
+    models = facts.models_of(thing)
+    if not any(quant_modules(model) for model in models.values()):
         raise ValueError(f"{type(thing).__name__} has no quantized layer: call its own save_pretrained or push_to_hub")
+    if any(getattr(model, "_hf_peft_config_loaded", False) for model in models.values()):
+        # transformers then saves the adapters alone, and diffusers saves the model under the names of peft's layers.
+        raise ValueError(
+            f"{type(thing).__name__} has adapters, which are saved on their own: share the model before it gets them, "
+            "or after they are merged (fused) and unloaded"
+        )
     return PIPELINE if pipeline else MODEL
 
 
@@ -80,4 +89,4 @@ MODEL = Kind("model", _save_model, facts.of_models)
 PIPELINE = Kind("pipeline", _save, facts.of_models)
 AFFINER = Kind("affiner", _save, facts.of_affiner)
 _CHUNKS = "chunk-[0-9]*.safetensors*", "shard-[0-9]*/*"
-CALIBRATION_SET = Kind("calibration set", _save_set, facts.of_set, "dataset", _CHUNKS)
+CALIBRATION_SET = Kind("calibration set", _save_set, facts.of_set, "dataset", _CHUNKS, "save")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ CARD_FILE = "README.md"
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
 _SNAPSHOT = re.compile(r"models--((?:(?!--)[^/\\])+(?:--(?:(?!--)[^/\\])+)?)[/\\]snapshots[/\\]")
+#: A folder of weights in the hub's cache.
+_IN_CACHE = re.compile(
+    r"(?P<cache>.*)[/\\]models--[^/\\]+[/\\]snapshots[/\\](?P<revision>[^/\\]+)(?:[/\\](?P<subfolder>.+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ def origin_of(thing: Any, base_model: str | None) -> Origin:
         base_model: hub id, if the user specifies it.
     """
     source = source_of(thing)
-    path = file_of(source, CARD_FILE)
+    found = (file_of(name, CARD_FILE, **options) for name, options in places(thing))
+    path = next(filter(None, found), None)
     try:
         content = path.read_text(encoding="utf-8-sig") if path else ""
         metadata = read_card(content, source).data.to_dict() if content else {}
@@ -59,6 +65,30 @@ def source_of(thing: Any) -> str:
     return str(getattr(thing, "name_or_path", None) or stored or "")
 
 
+def places(thing: Any, file: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield where to look for what was saved with a model: next to its weights, then where its name points to.
+
+    Args:
+        thing: a model or pipeline.
+        file: a file that its weights were read from; default: that which the quantizer of transformers has noted.
+
+    Yields:
+        A folder or hub id, and options of ``from_pretrained``: revision, cache_dir and subfolder.
+    """
+    name, revision = source_of(thing), getattr(getattr(thing, "config", None), "_commit_hash", None)
+    file = file or getattr(getattr(thing, "hf_quantizer", None), "file", None)
+    folder = "" if file is None else str(Path(file).parent)
+    at: dict[str, Any] = {} if revision is None else {"revision": revision}
+    if cached := _IN_CACHE.fullmatch(folder):
+        at = {"cache_dir": cached["cache"], "revision": cached["revision"]}
+        if cached["subfolder"]:
+            yield name, {**at, "subfolder": cached["subfolder"]}
+    elif folder:
+        yield folder, {}
+    if name:
+        yield name, at
+
+
 def hub_id(source: str) -> str | None:
     """Return the id of a repository, also for its folder in the cache; None for other folders."""
     from huggingface_hub.errors import HFValidationError
@@ -75,19 +105,24 @@ def hub_id(source: str) -> str | None:
     return source
 
 
-def file_of(source: str, name: str) -> Path | None:
-    """Return a file of a folder or hub repository; None if there is none, or it is currently unavailable."""
-    if not source:
-        return None
+def file_of(source: str, name: str, subfolder: str = "", **options: Any) -> Path | None:
+    """Return a file of a folder or hub repository; None if there is none, or it is currently unavailable.
+
+    Args:
+        source: the folder or hub id.
+        name: the file.
+        subfolder: where in it.
+        **options: revision and cache_dir of a repository.
+    """
     if Path(source).is_dir():
-        path = Path(source, name)
+        path = Path(source, subfolder, name)
         return path if path.is_file() else None
     if hub_id(source) is None:
         return None
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(source, name))
+        return Path(hf_hub_download(source, name, subfolder=subfolder or None, **options))
     except OSError:  # includes the client's errors
         return None
 
@@ -96,13 +131,11 @@ def save_processor(model: Any, folder: Path) -> None:
     """Save the tokenizer or processor that a transformers model came with, unless the folder already has one."""
     from transformers import AutoProcessor
 
-    source = source_of(model)
     if any((folder / name).is_file() for name in _PROCESSOR_FILES):
         return
-    if not any(file_of(source, name) for name in _PROCESSOR_FILES):
-        return
-    try:
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError):  # transformers' ways of saying that it cannot
-        return
-    processor.save_pretrained(folder)
+    for source, options in places(model):
+        if any(file_of(source, name, **options) for name in _PROCESSOR_FILES):
+            # These are transformers' ways of saying that it cannot.
+            with suppress(OSError, ValueError, KeyError, TypeError, ImportError):
+                AutoProcessor.from_pretrained(source, trust_remote_code=False, **options).save_pretrained(folder)
+                return

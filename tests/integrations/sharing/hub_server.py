@@ -22,7 +22,7 @@ _API = r"/api/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+)"
 
 @dataclass
 class Hub:
-    """The server's content. ``repos``: ("model", "user/name") -> path -> content."""
+    """The server's content. ``repos``: ("model", "user/name") -> path -> content; of a branch, "user/name@branch"."""
 
     endpoint: str = ""
     repos: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
@@ -66,11 +66,17 @@ class _Handler(BaseHTTPRequestHandler):
                 elif repo is not None and repo[1] in self.hub.gated:
                     self.answer({"error": "Access to this is restricted"}, 403, {"X-Error-Code": "GatedRepo"})
                 else:
+                    repo = repo and self._at(repo, groups.get("revision"))
                     action(self, *([repo] if repo else []), **groups)
                 return
         self.answer({"error": f"{self.command} {path}: this hub does not know it"}, 404)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    def _at(self, repo: tuple[str, str], revision: str | None) -> tuple[str, str]:
+        """Return the key of a branch, by its name or the commit id of its head; that of the repository for others."""
+        branches = [key for key in self.hub.repos if key[0] == repo[0] and key[1].startswith(f"{repo[1]}@")]
+        return next((b for b in branches if revision in (b[1].partition("@")[2], self.hub.sha(b))), repo)
 
     def _may_write(self, repo: tuple[str, str] | None) -> bool:
         if self.path.startswith(("/api/validate-yaml", "/lfs/")):
@@ -94,6 +100,12 @@ class _Handler(BaseHTTPRequestHandler):
         exists = repo in self.hub.repos
         self.hub.repos.setdefault(repo, {".gitattributes": b""})
         self.answer({"url": url}, 409 if exists else 200)
+
+    def branch(self, repo: tuple[str, str], name: str) -> None:
+        branch = repo[0], f"{repo[1]}@{name}"
+        exists = branch in self.hub.repos
+        self.hub.repos.setdefault(branch, dict(self.hub.repos[repo]))
+        self.answer({}, 409 if exists else 200)
 
     def validate(self) -> None:
         self.answer({"errors": [], "warnings": []})
@@ -159,6 +171,7 @@ def _oid(content: bytes) -> str:
 
 ROUTES = [
     (("POST",), r"/api/repos/create", _Handler.create),
+    (("POST",), rf"{_API}/branch/(?P<name>[^/]+)", _Handler.branch),
     (("POST",), r"/api/validate-yaml", _Handler.validate),
     (("GET",), _API, _Handler.info),
     (("GET",), rf"{_API}/revision/(?P<revision>[^/]+)", _Handler.info),

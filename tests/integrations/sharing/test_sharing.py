@@ -14,9 +14,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline
 from huggingface_hub import HfApi, ModelCard, snapshot_download
+from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import hfquant
 from hfquant import BaseCalibSet, BlockwiseAffiner, HfQuantConfig
@@ -170,6 +171,21 @@ def test_shards_of_an_earlier_push_go(hub: Hub, checkpoint: Checkpoint) -> None:
     assert_same(model, type(model).from_pretrained("me/model"))
 
 
+def test_a_push_to_a_branch_leaves_the_main_one_alone(hub: Hub, checkpoint: Checkpoint) -> None:
+    hfquant.push_to_hub(quantized(checkpoint("llama")), "me/model", token=TOKEN, max_shard_size="20kB")
+    before = dict(hub.repos["model", "me/model"])
+    smaller = quantized(checkpoint("llama"), preset="w4a16")
+    options = {"commit_message": "four bits", "commit_description": "for phones"}
+    for _ in range(2):  # the branch is new, and then it exists
+        hfquant.push_to_hub(smaller, "me/model", revision="w4", token=TOKEN, **options)
+    assert hub.repos["model", "me/model"] == before
+    on_branch = hub.repos["model", "me/model@w4"]
+    assert [path for path in on_branch if path.endswith(".safetensors")] == ["model.safetensors"]
+    assert ModelCard(on_branch["README.md"].decode()).data.tags == ["hfquant", "4-bit", "w4a16"]
+    assert_same(smaller, type(smaller).from_pretrained("me/model", revision="w4"))
+    assert hub.commits[-1] == ("me/model@w4", "four bits")
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_no_permission_is_one_clear_error(hub: Hub, checkpoint: Checkpoint, exists: bool) -> None:
     """For a repository that cannot be created, and for one that can be read but not written."""
@@ -273,7 +289,36 @@ def test_what_cannot_be_shared(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for thing in (small_models.llama(), pipeline()):
         with pytest.raises(ValueError, match=f"{type(thing).__name__} has no quantized layer"):
             hfquant.push_to_hub(thing, "me/float")
+    model = quantized(checkpoint("llama"))
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM.save_pretrained has no option 'shards'; .*max_shard_size"):
+        hfquant.save_pretrained(model, tmp_path, shards=2)
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM.save_pretrained has no option 'branch'"):
+        hfquant.push_to_hub(model, "me/model", branch="w4")
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="LlamaForCausalLM has adapters"):
+        hfquant.save_pretrained(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("subfolder", ["", "llm"])
+def test_the_tokenizer_and_card_are_those_of_the_revision(subfolder: str, tmp_path: Path) -> None:
+    """Also if they are in a subfolder, or in a cache elsewhere."""
+    words, others = tokenizer(), tokenizer()
+    others.add_tokens(["c"])
+    repository = tmp_path / "cache" / "models--me--llama"
+    for revision, saved, license in (("main", others, "mit"), ("branch", words, "apache-2.0")):
+        snapshot = repository / "snapshots" / (revision[0] * 40)
+        for part in (small_models.llama(), saved):
+            part.save_pretrained(snapshot / subfolder)
+        (snapshot / "README.md").write_text(f"---\nlicense: {license}\n---\n")
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(snapshot.name)
+    places = {"cache_dir": tmp_path / "cache", "revision": "branch", "subfolder": subfolder}
+    model = AutoModelForCausalLM.from_pretrained("me/llama", quantization_config=HfQuantConfig("w4a16"), **places)
+    hfquant.save_pretrained(model, tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").vocab == words.vocab
+    data = ModelCard.load(tmp_path / "saved" / "README.md").data
+    assert (data.base_model, data.license) == ("me/llama", "apache-2.0")
 
 
 def test_a_card_that_cannot_be_read_stops_before_anything_is_written(checkpoint: Checkpoint, tmp_path: Path) -> None:

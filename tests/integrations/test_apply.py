@@ -1,0 +1,156 @@
+"""Parts of quantized models, and models with quantized parts, are saved with a config of their own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import hfquant
+from hfquant.integrations.apply import described
+from hfquant.nn.modules import quant_modules
+from tests.integrations import small_models
+
+IDS = torch.arange(3, 21).view(2, 9)
+PIXELS = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+
+
+def llava() -> Any:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    images = {**text, "num_hidden_layers": 3, "image_size": 32, "patch_size": 8, "model_type": "clip_vision_model"}
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        text_config={**text, "num_key_value_heads": 2, "vocab_size": 200, "model_type": "llama"},
+        vision_config=images,
+        image_token_index=7,
+        image_seq_length=16,
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def quantized(model: nn.Module, preset: Any) -> Any:
+    hfquant.quantize(model, None, preset)
+    return model
+
+
+def output(model: nn.Module, *inputs: Any, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(*inputs, **kwargs)[0]
+
+
+def assert_comes_back(part: Any, folder: Path, *inputs: Any, ours: bool = False, **kwargs: Any) -> None:
+    """Save, load without a config, and compare tensors and outputs."""
+    before = dict(vars(part.config))
+    if ours:
+        hfquant.save_pretrained(part, folder)
+    else:
+        part.save_pretrained(folder)
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "hfquant"
+    assert vars(part.config).get("quantization_config") == before.get("quantization_config")
+    loaded = type(part).from_pretrained(folder)
+    mine, theirs = part.state_dict(), loaded.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    assert torch.equal(output(loaded, *inputs, **kwargs), output(part, *inputs, **kwargs))
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("preset", ["w8a8-dynamic", "w4a16"])
+def test_parts_of_a_model_come_back(preset: str, ours: bool, tmp_path: Path) -> None:
+    """Without a config, INT8 codes would load as float weights."""
+    model = quantized(llava(), preset)
+    assert_comes_back(model.model.language_model, tmp_path / "text", IDS, ours=ours)
+    assert_comes_back(model.model.vision_tower, tmp_path / "images", PIXELS, ours=ours)
+    model.save_pretrained(tmp_path / "whole")
+    assert "quantization_config" not in json.loads((tmp_path / "whole" / "config.json").read_text())["text_config"]
+    again = type(model).from_pretrained(tmp_path / "whole")
+    assert torch.equal(output(again, IDS), output(model, IDS))
+    if ours:
+        assert "language_model" not in (tmp_path / "text" / "README.md").read_text()
+
+
+def test_a_part_that_shares_the_config_of_the_whole_comes_back(tmp_path: Path) -> None:
+    model = quantized(small_models.llama_of_64(), "w4a16")
+    whole = model.config.quantization_config
+    assert_comes_back(model.model, tmp_path, IDS)
+    assert model.config.quantization_config is whole
+    small_models.assert_same(model, _reloaded(model, tmp_path / "whole"))
+
+
+def test_an_encoder_comes_back(tmp_path: Path) -> None:
+    assert_comes_back(quantized(small_models.t5(), "w8a8-dynamic").get_encoder(), tmp_path, IDS)
+
+
+def test_experts_of_a_part_come_back(tmp_path: Path) -> None:
+    model = quantized(small_models.mixtral(), "w8a8-dynamic")
+    assert_comes_back(model.model, tmp_path, IDS)
+
+
+def test_layers_in_other_formats_are_described(tmp_path: Path) -> None:
+    rules = {"default": {"weight_quant": {"type": "int8"}}, "*.mlp.*": {"weight_quant": {"type": "int4"}}}
+    model = quantized(small_models.llama(), {**rules, "*.o_proj": {"enable": False}})
+    assert_comes_back(model.model, tmp_path, IDS)
+    config = described(model.model)
+    assert config.skipped["layers.0.self_attn.o_proj"] == "not quantized"
+    plans = {name: layer.plan.config for name, layer in quant_modules(model.model).items()}
+    assert {str(plan.weight_quant.type) for plan in plans.values()} == {"int4", "int8"}
+
+
+def test_models_of_quantized_parts_come_back(tmp_path: Path) -> None:
+    from transformers import EncoderDecoderModel
+
+    halves = {}
+    for name in ("encoder", "decoder"):
+        halves[name] = tmp_path / name
+        quantized(small_models.bert(), "w8a8-dynamic").save_pretrained(halves[name])
+    model = EncoderDecoderModel.from_encoder_decoder_pretrained(halves["encoder"], halves["decoder"]).eval()
+    assert len(quant_modules(model)) > 20
+    assert_comes_back(model, tmp_path / "both", IDS, decoder_input_ids=IDS)
+
+    outer = llava()
+    quantized(outer.model.language_model, "w8a8-dynamic")
+    assert_comes_back(outer, tmp_path / "llava", IDS)
+
+
+def test_a_model_with_one_quantized_block_comes_back(tmp_path: Path) -> None:
+    model = small_models.llama()
+    hfquant.quantize(model.model.layers[1], None, "w8a8-dynamic")
+    assert_comes_back(model, tmp_path, IDS)
+
+
+def test_a_denoiser_with_one_quantized_block_comes_back(tmp_path: Path) -> None:
+    denoiser = small_models.dit()
+    hfquant.quantize(denoiser.transformer_blocks[0], None, "w8a8-dynamic")
+    denoiser.save_pretrained(tmp_path)
+    assert "quantization_config" not in denoiser.config
+    small_models.assert_same(denoiser, type(denoiser).from_pretrained(tmp_path))
+
+
+def test_codes_of_a_layer_outside_cannot_be_saved(tmp_path: Path) -> None:
+    rules = {
+        "default": {
+            "weight_quant": {"type": "int8"},
+            "calib": {"type": "amax"},
+            "opt": {"type": "default"},
+            "input_quant": None,
+            "include": ["embeddings", "output_heads"],
+        }
+    }
+    model = quantized(small_models.t5(), rules)
+    encoder = model.get_encoder()
+    with pytest.raises(ValueError, match="'embed_tokens' shares the codes of a layer outside of this T5Stack"):
+        encoder.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    small_models.assert_same(model, _reloaded(model, tmp_path / "whole"))
+
+
+def _reloaded(model: Any, folder: Path) -> Any:
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder)
