@@ -24,7 +24,7 @@ from benchmarks import metrics, models
 from benchmarks.quality import store
 from benchmarks.static import HELP, help_text
 
-PRESETS = ("w4a16-gptq", "w8a8-smooth", "w8a8")
+PRESETS = [name for name in hfquant.PRESETS if hfquant.HfQuantConfig(name).needs_data]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,7 +36,9 @@ from hfquant.integrations.words import Words, vocabulary
 
 logger = logging.getLogger(__name__)
 
-WINDOWS, WINDOW, BATCH = 16, 512, 4
+WINDOWS, WINDOW, BATCH = 32, 512, 4
+#: Images, sounds and other inputs filled with noise.
+NOISE = 16
 #: Maximum number of tokens that a decoder writes in response to its encoder's input.
 ANSWER = 128
 #: End-of-text token that never occurs, so that nothing ends a window.
@@ -288,7 +290,7 @@ def _say(model: Any, what: str, cost: str, asked: bool) -> None:
 
 def _noise(model: nn.Module, shapes: dict[str, Any], spec: SelfSpec, reader: Reader) -> SelfMade:
     rows = max(len(v) for v in shapes.values() if isinstance(v, Tensor) and v.dim())
-    spec = spec.settled(spec.samples or WINDOWS)
+    spec = spec.settled(spec.samples or NOISE)
     assert spec.samples is not None
     count = -(-spec.samples // rows)
     batches = [_filled(model, shapes, reader, generator(spec.seed, i)) for i in range(count + 1)]

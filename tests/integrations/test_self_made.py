@@ -137,9 +137,9 @@ def test_by_default_in_from_pretrained(dtype, checkpoint, tmp_path, caplog):
     said = [r.message for r in caplog.records if "calibrated on" in r.message]
     assert len(said) == 1
     assert "no calibration data was given" in said[0]
-    assert "16 windows of 64 tokens that it generates, about" in said[0]
+    assert "32 windows of 64 tokens that it generates, about" in said[0]
     assert "pass HfQuantConfig(..., calibration=...)" in said[0]
-    assert model.config.quantization_config.calibration == {"source": "self", "seed": 0, "samples": 16, "seqlen": 64}
+    assert model.config.quantization_config.calibration == {"source": "self", "seed": 0, "samples": 32, "seqlen": 64}
     model.save_pretrained(tmp_path)
     again = LlamaForCausalLM.from_pretrained(tmp_path)
     assert_same(again, model)
