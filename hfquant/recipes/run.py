@@ -20,7 +20,8 @@ from hfquant.diffusion import quantize_pipeline
 from hfquant.integrations.facts import facts_of
 from hfquant.integrations.hub import load as load_model
 from hfquant.integrations.sharing import save_pretrained
-from hfquant.integrations.skeleton import MODEL, Skeleton
+from hfquant.integrations.sharing.facts import models_of
+from hfquant.integrations.skeleton import MODEL, Skeleton, subfolder
 from hfquant.recipes.schema import ComponentRecipe, Recipe
 from hfquant.report.sizes import PlannedSize, planned_size
 from hfquant.report.stored import REPORT_FILE
@@ -143,11 +144,10 @@ def save(loaded: Any, folder: Path, affiner: Any = None) -> None:
         affiner: affiner of a pipeline; None for none.
     """
     save_pretrained(loaded, folder)
-    parts = loaded.components.items() if is_pipeline(loaded) else [("", loaded)]
-    for name, part in parts:
+    for name, part in models_of(loaded).items():
         report = getattr(part, "quant_report", None)
-        if isinstance(part, nn.Module) and report is not None:
-            path = folder / name / REPORT_FILE
+        if report is not None:
+            path = folder / subfolder(name) / REPORT_FILE
             path.write_text(json.dumps(report.to_dict(), indent=1, allow_nan=True) + "\n", encoding="utf-8")
     if affiner is not None:
         affiner.save_pretrained(folder / "affiner")

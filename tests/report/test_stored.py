@@ -84,6 +84,8 @@ def test_several_controlnets_are_read_from_their_folders(tmp_path):
     tensors = load_file(tmp_path / "controlnet_1" / "diffusion_pytorch_model.safetensors")
     assert models["controlnet.nets.1"].kind == "ControlNetModel"
     assert models["controlnet.nets.1"].bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert (tmp_path / "controlnet_1" / "quant_report.json").is_file()
+    assert "controlnet.nets.1" in (tmp_path / "README.md").read_text()
 
 
 class TestBadFolders:

@@ -14,6 +14,7 @@ from torch import nn
 
 from hfquant.calibration import BaseCalibSet
 from hfquant.calibration.provenance import without_secrets
+from hfquant.denoisers import models_of as parts_of
 from hfquant.denoisers import module_names
 from hfquant.integrations import library
 from hfquant.integrations.apply import described
@@ -137,10 +138,10 @@ class Facts:
 
 
 def models_of(thing: Any) -> dict[str, nn.Module]:
-    """Return the models of a pipeline by name, or ``{"": thing}``."""
+    """Return the models of a pipeline by name (each of several ControlNets), or ``{"": thing}``."""
     if isinstance(thing, nn.Module):
         return {"": thing}
-    return {name: thing.components[name] for name in module_names(thing)}
+    return {name: model for component in module_names(thing) for name, model in parts_of(thing, component).items()}
 
 
 def of_models(thing: Any) -> Facts:
