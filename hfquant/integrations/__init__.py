@@ -157,7 +157,7 @@ def register_saving(base: type) -> None:
     """
     from hfquant.integrations.compat import saving_within
 
-    saving_within(base, lambda model: attached(model, attach))
+    saving_within(base, lambda model, given: attached(model, attach, given))
 
 
 def register_diffusers_lora() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -94,8 +95,7 @@ def _searched(model: nn.Module, loader: Any, config: HfQuantConfig, facts: Model
 def _snapshot(model: nn.Module) -> Callable[[], None]:
     """Return a function that restores the current attributes of a model and its configs."""
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    before = [(o, dict(vars(o))) for o in (model, config, text) if hasattr(o, "__dict__")]
+    before = [(o, dict(vars(o))) for o in (model, config, *inner_configs(config)) if hasattr(o, "__dict__")]
 
     def restore() -> None:
         for holder, attributes in before:
@@ -105,14 +105,26 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
+def inner_configs(config: Any) -> list[Any]:
+    """Return the configs that a transformers config holds for parts of its model, at any depth."""
+    if not hasattr(config, "sub_configs"):
+        return []
+    held = [value for value in vars(config).values() if hasattr(value, "sub_configs")]
+    return [inner for value in held for inner in (value, *inner_configs(value))]
+
+
 def own_config(config: HfQuantConfig, plan: Plan, facts: ModelFacts, made: SelfSpec | None = None) -> HfQuantConfig:
     """Return a model's own copy of ``config``, with each layer's plan where it differs from the config's rule."""
     found = {n: p.differences(config.rules.resolve(*facts.aliases(n))) for n, p in plan.layers.items()}
     return config.for_model({n: difference for n, difference in found.items() if difference}, plan.skipped, made)
 
 
+#: Held while a model is saved. A part and the whole may share a config, which is changed meanwhile.
+_SAVING = threading.RLock()
+
+
 @contextmanager
-def attached(model: nn.Module, attach: Callable[[Any, HfQuantConfig], None]) -> Iterator[None]:
+def attached(model: Any, attach: Callable[[Any, HfQuantConfig], None], given: Any = None) -> Iterator[None]:
     """Within this context, a part of a quantized model, or a model with a quantized part, has what saving needs.
 
     Only the model that is quantized carries a config. Saved as it is, codes of its parts would be taken for floats.
@@ -120,19 +132,19 @@ def attached(model: nn.Module, attach: Callable[[Any, HfQuantConfig], None]) -> 
     Args:
         model: any model of either library.
         attach: attaches a config to it.
+        given: state dict to save instead of the model's own; None for that.
 
     Raises:
         ValueError: a layer shares the codes of one outside of ``model``.
     """
-    if getattr(model, "hf_quantizer", None) is not None or not quant_modules(model):
+    with _SAVING, ExitStack() as stack:
+        if quant_modules(model):
+            if getattr(model, "hf_quantizer", None) is None:
+                stack.callback(_snapshot(model))
+                attach(model, described(model))
+            stack.callback(setattr, model.hf_quantizer, "given", None)
+            model.hf_quantizer.given = given
         yield
-        return
-    restore = _snapshot(model)
-    attach(model, described(model))
-    try:
-        yield
-    finally:
-        restore()
 
 
 def described(model: nn.Module) -> HfQuantConfig:
@@ -150,7 +162,9 @@ def described(model: nn.Module) -> HfQuantConfig:
     plans |= {name: replace(plans[name], tied=owner) for name, owner in _owners(model).items()}
     usual = Counter(json.dumps(plan.config.model_dump(mode="json")) for plan in plans.values()).most_common(1)[0][0]
     facts = facts_of(model)
-    experts = [f"{name}.{p}".lstrip(".") for name, layout in facts.experts.items() for p in layout.projections]
+    layouts = {name: m.layout for name, m in quant_modules(model).items() if isinstance(m, QuantExperts)}
+    layouts |= facts.experts
+    experts = [f"{name}.{p}".lstrip(".") for name, layout in layouts.items() for p in layout.projections]
     skipped = {name: "not quantized" for name in (*layers_in(model), *experts) if name not in plans}
     return own_config(HfQuantConfig({"default": json.loads(usual)}), Plan(plans, skipped), facts)
 

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import partial, wraps
+from functools import wraps
+from inspect import isfunction, signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,13 +144,18 @@ def save_as_named(model: PreTrainedModel) -> None:
         model._weight_conversions = [c for c in conversions if type(c) is WeightRenaming]
 
 
-def saving_within(base: type, context: Callable[[Any], AbstractContextManager[None]]) -> None:
-    """Make ``save_pretrained`` of a library's models run within ``context(model)``."""
+def saving_within(base: type, context: Callable[[Any, Any], AbstractContextManager[None]]) -> None:
+    """Make ``save_pretrained`` of a library's models run within ``context(model, state_dict)``.
+
+    The second argument is the state dict that the caller gave, if any.
+    """
     save: Callable[..., Any] = base.save_pretrained  # type: ignore[attr-defined]
+    parameters = signature(save)
 
     @wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with context(self):
+        given = parameters.bind_partial(self, *args, **kwargs).arguments.get("state_dict")
+        with context(self, given):
             return save(self, *args, **kwargs)
 
     base.save_pretrained = save_pretrained  # type: ignore[attr-defined]
@@ -327,19 +334,24 @@ def refuse_copying(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None
 
     @contextmanager
     def unless_quantized(made: type, *given: Any) -> Iterator[None]:
-        def refuse(name: str, *_: Any) -> None:
-            raise ValueError(
-                f"a {made.__name__} copies float weights, and {name} of the model that it is to be made from is "
-                "quantized: make it from the float model and quantize it afterwards, for instance with "
-                "hfquant.quantize_pipeline, or dequantize first"
-            )
+        copying = True
+
+        def refuse(layer: nn.Module, *_: Any) -> None:
+            if copying:  # a layer that is itself copied keeps this hook
+                raise ValueError(
+                    f"a {made.__name__} copies float weights, and {names[layer]} of the model that it is to be made "
+                    "from is quantized: make it from the float model and quantize it afterwards, for instance with "
+                    "hfquant.quantize_pipeline, or dequantize first"
+                )
 
         sources = (model for model in given if isinstance(model, nn.Module))
         layers = [item for model in sources for item in model.named_modules() if isinstance(item[1], kinds)]
-        handles = [layer.register_state_dict_pre_hook(partial(refuse, name)) for name, layer in layers]
+        names = defaultdict(lambda: "a layer", {layer: name for name, layer in layers})
+        handles = [layer.register_state_dict_pre_hook(refuse) for _, layer in layers]
         try:
             yield
         finally:
+            copying = False
             for handle in handles:
                 handle.remove()
 
@@ -367,9 +379,10 @@ def _run_within(
 
     def adapt(kind: type) -> None:
         for name, method in list(vars(kind).items()):
-            if name.startswith(prefixes):
-                own = isinstance(method, classmethod)
-                setattr(kind, name, classmethod(wrapped(method.__func__)) if own else wrapped(method))
+            if name.startswith(prefixes) and isinstance(method, classmethod):
+                setattr(kind, name, classmethod(wrapped(method.__func__)))
+            elif name.startswith(prefixes) and isfunction(method):
+                setattr(kind, name, wrapped(method))
 
     def init_subclass(cls: type, **kwargs: Any) -> None:
         super(base, cls).__init_subclass__(**kwargs)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from hfquant.integrations.apply import own_config, quantize_attached
+from hfquant.integrations.apply import inner_configs, own_config, quantize_attached
 from hfquant.integrations.checkpoint import (
     NOT_STORED,
     check_loaded,
@@ -74,6 +74,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         self.exact: set[str] = set()
         #: The first file of the checkpoint that the model was loaded from, if there is one.
         self.file: str | None = None
+        #: While saving: the tensors to save instead of the model's own.
+        self.given: Mapping[str, Tensor] | None = None
         #: While loading: puts back the linears that a device map sends to disk.
         self._put_back: Callable[[Mapping[str, Any]], None] | None = None
         #: While loading: the layers that empty ones have replaced.
@@ -235,12 +237,13 @@ class HfQuantTransformersQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors in their stored form."""
-        state_dict = model.state_dict()
+        state_dict = model.state_dict() if self.given is None else dict(self.given)
         forms = disk_forms(model)
         for key, form in forms.items():
             # transformers reads offloaded tensors itself, in their current shape; replace those without their on-disk
             # shape.
-            if form is not None and state_dict[key].is_meta and hasattr(model, "hf_device_map"):
+            tensor = state_dict.get(key)
+            if form is not None and tensor is not None and tensor.is_meta and hasattr(model, "hf_device_map"):
                 codes = load_offloaded_parameter(model, key)
                 if codes.dim() < len(form[0]):
                     state_dict[key] = codes
@@ -352,6 +355,9 @@ def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
     model.hf_quantizer.file = file
     model.is_quantized = True
     model.quantization_method = config.quant_method
+    for inner in inner_configs(model.config):  # of parts that were quantized on their own
+        vars(inner).pop("quantization_config", None)
+        drop_needs_hfquant(inner)
     model.config.quantization_config = config
     set_quantized(model, True)
     model.add_model_tags(tags_of(model))

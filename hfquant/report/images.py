@@ -106,7 +106,8 @@ def _picture_figures(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Figure]:
 def _made(pipe: Any, call: Mapping[str, Any], seed: int) -> tuple[str, Tensor]:
     """Return what a call makes, in words, and its samples [samples, ...]."""
     options: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)}
-    if "output_type" in inspect.signature(pipe.__call__).parameters:
+    takes = inspect.signature(pipe.__call__).parameters
+    if "output_type" in takes or any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
         options["output_type"] = "pt"
     what, found = made_by(pipe(**{**options, **call}))
     if not what:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,42 @@ def test_a_denoiser_with_one_quantized_block_comes_back(tmp_path: Path) -> None:
     denoiser.save_pretrained(tmp_path)
     assert "quantization_config" not in denoiser.config
     small_models.assert_same(denoiser, type(denoiser).from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("left", ["*.down_proj", "*.gate_up_proj"])
+def test_experts_in_part_quantized_come_back(left: str, tmp_path: Path) -> None:
+    model = quantized(small_models.mixtral(), {"default": {}, left: {"enable": False}})
+    assert_comes_back(model.model, tmp_path, IDS)
+
+
+def test_a_part_and_the_whole_are_saved_at_the_same_time(tmp_path: Path) -> None:
+    """They share a config."""
+    model = quantized(small_models.llama(), "w8a16")
+    names = [(thing, tmp_path / f"{kind}{i}") for i in range(10) for kind, thing in (("a", model), ("b", model.model))]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda item: item[0].save_pretrained(item[1]), names))
+    for thing, folder in names:
+        small_models.assert_same(thing, type(thing).from_pretrained(folder))
+
+
+def test_a_given_state_dict_is_saved(tmp_path: Path) -> None:
+    for number, model in enumerate((small_models.llama(), small_models.llama())):
+        hfquant.quantize(model if number else model.model.layers[1], None, "w8a16")
+        given = {k: torch.full_like(v, 5) if v.dtype == torch.float32 else v for k, v in model.state_dict().items()}
+        model.save_pretrained(tmp_path / str(number), state_dict=given)
+        loaded = type(model).from_pretrained(tmp_path / str(number)).state_dict()
+        assert loaded.keys() == given.keys()
+        assert all(torch.equal(tensor, given[name]) for name, tensor in loaded.items())
+
+
+def test_a_model_of_quantized_parts_is_dequantized(tmp_path: Path) -> None:
+    model = llava()
+    quantized(model.model.language_model, "w8a8-dynamic")
+    loaded = hfquant.dequantize(_reloaded(model, tmp_path / "quantized"))
+    assert not quant_modules(loaded)
+    assert "hfquant" not in json.dumps(loaded.config.to_dict())
+    again = _reloaded(loaded, tmp_path / "float")
+    assert torch.equal(output(again, IDS), output(loaded, IDS))
 
 
 def test_codes_of_a_layer_outside_cannot_be_saved(tmp_path: Path) -> None:

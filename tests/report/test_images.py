@@ -44,6 +44,14 @@ def test_equal_pipelines():
     assert found.figures[1].value == pytest.approx(1)
 
 
+def test_a_pipeline_that_passes_its_arguments_on():
+    class Wrapped(Painter):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    assert compare_pipelines(Wrapped(), Painter(), [{"prompt": "a"}]).figures[0].value == math.inf
+
+
 def test_what_cannot_be_had_is_named():
     left = compare_pipelines(Painter(), Painter(), [{"prompt": "a"}]).left_out
     assert set(left) == {"LPIPS", "CLIP score", "FID"}

@@ -338,3 +338,28 @@ def test_classes_defined_later_refuse_too() -> None:
     assert Later.from_unet(unet()) == f"Later of {len(unet().mid_block.state_dict())} tensors"
     with pytest.raises(ValueError, match="a Later copies float weights, and mid_block"):
         Later.from_unet(unet=hfquant.quantize(unet(), None, "w8a16"))
+
+
+def test_modules_copied_as_they_are_can_be_saved(tmp_path: Path) -> None:
+    class Shares(diffusers.ControlNetModel):
+        from_unet_keys = ("mid_block",)
+
+        @classmethod
+        def from_unet(cls, unet: nn.Module) -> Shares:
+            made = cls.from_config(unet.config)
+            for key in cls.from_unet_keys:
+                setattr(made, key, copy.deepcopy(getattr(unet, key)))
+            return made
+
+        @staticmethod
+        def from_unet_named(name: str) -> str:
+            return name
+
+        @property
+        def from_unet_kind(self) -> str:
+            return type(self).__name__
+
+    made = Shares.from_unet(hfquant.quantize(unet(), None, "w8a16"))
+    made.save_pretrained(tmp_path)
+    assert list(tmp_path.glob("*.safetensors"))
+    assert (made.from_unet_named("a"), made.from_unet_kind) == ("a", "Shares")

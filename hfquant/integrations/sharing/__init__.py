@@ -20,6 +20,7 @@ from hfquant.integrations.sharing.card import content_of
 from hfquant.integrations.sharing.kinds import Kind, kind_of
 from hfquant.integrations.sharing.origin import CARD_FILE, origin_of
 
+_LIBRARIES = ("hfquant.", "transformers.", "diffusers.")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
@@ -127,11 +128,15 @@ def _save(thing: Any, folder: Path, address: str, base_model: str | None, option
 def _check_options(kind: Kind, thing: Any, options: Iterable[str]) -> None:
     """Raise TypeError for an option that the object's own method does not have; the libraries' methods ignore it."""
     methods = [vars(base)[kind.method] for base in type(thing).__mro__ if kind.method in vars(base)]
+    if not methods[0].__module__.startswith(_LIBRARIES):  # a user's own method may take any
+        return
     named = {name for method in methods for name, p in list(signature(method).parameters.items())[2:] if _is_named(p)}
-    allowed = sorted(named - {"push_to_hub"})  # it would push without a card
+    # transformers has dropped the first, which diffusers has. The last would push without a card.
+    allowed = sorted((named | {"safe_serialization"}) - {"push_to_hub"})
     if unknown := [name for name in options if name not in allowed]:
-        takes = f"its options are {', '.join(allowed)}" if allowed else "it has no options"
-        raise TypeError(f"{type(thing).__name__}.{kind.method} has no option {unknown[0]!r}; {takes}")
+        raise TypeError(
+            f"{type(thing).__name__}.{kind.method} has no option {unknown[0]!r}; its options are {', '.join(allowed)}"
+        )
 
 
 def _is_named(parameter: Parameter) -> bool:

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hfquant
 from hfquant import BaseCalibSet, BlockwiseAffiner, HfQuantConfig
@@ -298,6 +298,23 @@ def test_what_cannot_be_shared(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="LlamaForCausalLM has adapters"):
         hfquant.save_pretrained(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+class Extra(LlamaForCausalLM):
+    """A class of a user's own, with an option of its own."""
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        (Path(save_directory) / "extra.txt").write_text(kwargs.pop("extra"))
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def test_options_that_are_taken(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    hfquant.save_pretrained(quantized(checkpoint("llama")), tmp_path, safe_serialization=True, max_shard_size="20kB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    (tmp_path / "own").mkdir()
+    model = Extra.from_pretrained(checkpoint("llama"), quantization_config=HfQuantConfig("w8a16"))
+    hfquant.save_pretrained(model, tmp_path / "own", extra="more")
+    assert (tmp_path / "own" / "extra.txt").read_text() == "more"
 
 
 @pytest.mark.parametrize("subfolder", ["", "llm"])
