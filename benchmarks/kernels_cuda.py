@@ -5,7 +5,8 @@
 Prints a Markdown table: for each shape and product, the speed of the layer with bfloat16 or float16 in and out relative
 to ``F.linear`` in the same dtype. Times include input quantization, scales and bias. Each product is captured in a CUDA
 graph, so only the device is timed; with ``--eager`` it is called from Python. Repeats are interleaved and medians are
-taken. Before timing, each product is compared with the reference, and a wrong one ends the run.
+taken. Before timing, each product is compared with the reference, and a wrong one ends the run. Rotated inputs are
+rotated by the op, so these products are timed as a layer calls them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.nn.functional import linear
 from hfquant.formats import FORMATS, InputRule, split_columns
 from hfquant.kernels import reference
 from hfquant.kernels.base import Operands, Product
+from hfquant.kernels.op import rotating
 from hfquant.kernels.table import KERNELS, obstacle
 
 #: Tokens, input features, output features.
@@ -43,13 +45,16 @@ class Kind:
     segments: int = 1
     dual: bool = False
     rank: int = 0
+    symmetric: bool = True
+    rotation: int = 0
 
     def product(self, columns: int) -> Product:
         """Return the product for ``columns`` input features."""
         sizes = (columns // self.segments,) * self.segments
         flags = (self.dual,) * self.segments
         rule = InputRule(FORMATS[self.input], True, True, sizes, flags) if self.input else None
-        return Product(FORMATS[self.weight], split_columns(sizes, self.group), sizes, rule)
+        blocks = split_columns(sizes, self.group)
+        return Product(FORMATS[self.weight], blocks, sizes, rule, self.symmetric, self.rotation)
 
     def operands(self, product: Product, out: int, dtype: torch.dtype, device: str) -> Operands:
         """Return random operands of a product."""
@@ -57,8 +62,10 @@ class Kind:
         weight = torch.randn(out, columns) / columns**0.5
         codes = form.quantize(weight, weight.abs().amax(1, keepdim=True) / form.qmax)
         scale = torch.randint(96, 256, (out, groups), dtype=torch.uint8) if self.group else torch.rand(out, groups)
+        zeros = None if self.symmetric else form.pack(torch.randint(-4, 4, (out, groups), dtype=torch.int8))
         tensors = {
             "weight": form.pack(codes),
+            "zero_point": zeros,
             "scale": scale,
             "scale_row": torch.rand(out, 1) / form.qmax if self.group else None,
             "down": (torch.randn(self.rank, columns) / columns).to(dtype) if self.rank else None,
@@ -78,6 +85,8 @@ KINDS = {
     "W4A8 group 64": Kind("triton-integer", "int4", "int8", 64),
     "W4A16 group 64": Kind("triton-weight-only", "int4", None, 64),
     "W8A16": Kind("triton-weight-only", "int8"),
+    "W4A16 group 32, as w4a16-gptq": Kind("triton-weight-only", "int4", group=32, symmetric=False, rotation=64),
+    "W6A16 group 64, as w6a16": Kind("triton-weight-only", "int6", group=64, symmetric=False),
     "FP8, torch._scaled_mm": Kind("scaled-mm", "fp8e4m3", "fp8e4m3"),
 }
 
@@ -93,16 +102,17 @@ def runs_of(tokens: int, columns: int, out: int, dtype: torch.dtype, device: str
     runs: dict[str, Callable[[], Tensor]] = {"F.linear": lambda: linear(x, weight, bias)}
     for name, kind in KINDS.items():
         product, kernel = kind.product(columns), KERNELS[kind.kernel]
+        run = rotating(kernel.run) if kind.rotation else kernel.run
         if obstacle(kernel, product, device):
             continue
         operands = kind.operands(product, out, dtype, device)
         expected = reference.run(x, operands, product).float()
-        error = float((kernel.run(x, operands, product).float() - expected).abs().max() / expected.abs().max())
+        error = float((run(x, operands, product).float() - expected).abs().max() / expected.abs().max())
         if not error < 2 * torch.finfo(dtype).eps:
             raise RuntimeError(
                 f"{name} at {(tokens, columns, out)} in {dtype}: off by {error:.1e} of the largest output"
             )
-        runs[name] = lambda kernel=kernel, operands=operands, product=product: kernel.run(x, operands, product)
+        runs[name] = lambda run=run, operands=operands, product=product: run(x, operands, product)
     return runs
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,9 @@ def rotated(x: Tensor, size: int) -> Tensor:
     parts = []
     if whole:
         blocks = x[..., :whole].unflatten(-1, (-1, size))
-        parts.append((blocks @ _matrix(size, x)).flatten(-2))
+        # In half precision, only the matrices of powers of four are exact.
+        wide = blocks.float() if x.dtype.itemsize == 2 and size.bit_length() % 2 == 0 else blocks
+        parts.append((wide @ _matrix(size, wide)).to(x.dtype).flatten(-2))
     if whole < x.shape[-1]:
         rest = x[..., whole:]
         parts.append(rotated(rest, size // 2) if size > 2 else rest)
@@ -36,15 +40,22 @@ def hadamard(size: int) -> Tensor:
     return matrix / size**0.5
 
 
-_known: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+def keep(columns: int, size: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Create the matrices with which :func:`rotated` will rotate ``columns`` channels in blocks of ``size``."""
+    while size > 1:
+        if columns >= size:
+            _kept(size, device, dtype)
+        columns, size = columns % size, size // 2
+
+
+@cache
+def _kept(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
+        return hadamard(size).to(device, dtype)
 
 
 def _matrix(size: int, like: Tensor) -> Tensor:
     """Return the matrix with the device and dtype of another tensor, cached for each pair."""
     if torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter):
         return hadamard(size).to(like)  # a traced tensor must not outlive its trace
-    key = size, like.device, like.dtype
-    if key not in _known:
-        with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-            _known[key] = hadamard(size).to(like)
-    return _known[key]
+    return _kept(size, like.device, like.dtype)

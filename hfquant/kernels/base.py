@@ -48,6 +48,10 @@ class Product:
         object.__setattr__(self, "key", self._key())
         object.__setattr__(self, "unrotated", replace(self, rotation=0) if self.rotation else self)
 
+    def __hash__(self) -> int:
+        # A text keeps its hash; that of thousands of columns would be computed anew for each cached function.
+        return hash(self.key)
+
     def _key(self) -> str:
         rule = self.input
         spec: dict[str, object] = {

@@ -36,7 +36,8 @@ def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
     """Return ``x`` [tokens, in] times the weight, [tokens, out]."""
     raw = x.float()
     values, scale = operands.quantized_input(raw, product)
-    if scale is not None:
+    late = _scales_later(x, product)
+    if scale is not None and not late:
         values = values * expand_columns(scale, product.segments)
     values = values.to(_dtype(x, operands, product))
     y = values.new_empty(len(x), len(operands.weight))
@@ -46,7 +47,16 @@ def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
             y = values @ weight.T
         else:
             torch.mm(values, weight.T, out=y[:, rows])
+    if scale is not None and late:
+        y = y * scale
     return operands.added(raw, y).to(x.dtype)
+
+
+def _scales_later(x: Tensor, product: Product) -> bool:
+    """Return whether to scale the output, not the input: FP8 codes are exact in bfloat16 until they are scaled."""
+    rule = product.input
+    eights = rule is not None and rule.format.bits == 8 and not rule.format.is_integer
+    return eights and len(product.segments) == 1 and x.dtype == torch.bfloat16 and not x.is_cpu
 
 
 def _dtype(x: Tensor, operands: Operands, product: Product) -> torch.dtype:
@@ -56,9 +66,10 @@ def _dtype(x: Tensor, operands: Operands, product: Product) -> torch.dtype:
     weights of 16 bits are exact in one dtype at most.
     """
     form, half = product.weight, x.dtype
-    fits = half == torch.float16 or (half == torch.bfloat16 and product.input is None)
+    undivided, unscaled = operands.divisor is None, product.input is None or _scales_later(x, product)
+    fits = (half == torch.float16 and undivided) or (half == torch.bfloat16 and unscaled)
     exact = form.bits <= 8 or (isinstance(form, CastFormat) and form.dtype == half)
-    return half if fits and exact and operands.divisor is None and not x.is_cpu else torch.float32
+    return half if fits and exact and not x.is_cpu else torch.float32
 
 
 def gradient(grad: Tensor, operands: Operands, product: Product) -> Tensor:

@@ -52,6 +52,8 @@ def missing_on_cpu() -> str:
 
 def missing_on_cuda() -> str:
     """Return what this machine lacks; "" if nothing."""
+    if torch.version.hip is not None:
+        return "it has not been tried on AMD devices"
     return "" if torch.cuda.is_available() else "there is no CUDA device"
 
 

@@ -6,17 +6,20 @@ of the product would cost as much as a small layer.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils._mode_utils import no_dispatch
 
-from hfquant.formats.rotation import rotated
+from hfquant.formats.rotation import keep, rotated
 from hfquant.kernels import dequantize
 from hfquant.kernels.base import Operands, Product, Run, product_of
 from hfquant.kernels.table import pick
+from hfquant.kernels.triton import host
 
 _library = torch.library.Library("hfquant", "DEF")
 _library.define(
@@ -55,19 +58,31 @@ def _run(x: Tensor, operands: Operands, product: Product, real: bool) -> Tensor:
         return x.new_zeros(*x.shape[:-1], out)
     device = "cpu" if x.is_cpu else x.device.type  # is_cpu takes a tenth of the time
     kernel = pick(product, device, x.dtype, size // product.in_features, out) if real else dequantize.KERNEL
-    run = _rotated(kernel.run) if product.rotation and not kernel.rotates else kernel.run
+    run = rotating(kernel.run) if product.rotation and not kernel.rotates else kernel.run
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return run(x, operands, product)
     return run(x, operands, product)
 
 
-def _rotated(run: Run) -> Run:
-    """Wrap ``run`` so that it receives the input already divided and rotated."""
+#: Devices on which kernels that do not rotate multiply in float32.
+_IN_FLOAT32 = ("cpu",)
+
+
+def rotating(run: Run) -> Run:
+    """Wrap ``run`` so that it receives the input already divided and rotated.
+
+    It is then float32, but on a GPU, a bfloat16 input that is not quantized afterwards stays bfloat16, as in the float
+    model: products of that dtype are several times faster there. Float16 may not hold what is divided.
+    """
 
     def of_raw(x: Tensor, operands: Operands, product: Product) -> Tensor:
-        divided = x.float() if operands.divisor is None else x.float() / operands.divisor
+        half = x.dtype == torch.bfloat16 and product.input is None and x.device.type not in _IN_FLOAT32
+        divided = x if half else x.float()
+        if operands.divisor is not None:
+            divided = divided.float() / operands.divisor
         turned = rotated(divided, product.rotation)
+        turned = turned.to(x.dtype) if half else turned
         return run(turned, operands._replace(divisor=None), product.unrotated).to(x.dtype)
 
     return of_raw
@@ -84,10 +99,27 @@ def _op(x: Tensor, *arguments: Any) -> Tensor:
 
 def _fake(x: Tensor, *arguments: Any) -> Tensor:
     *tensors, key, _ = arguments
-    operands = Operands(*tensors)
+    operands, product = Operands(*tensors), product_of(key)
     # Checked here too: a meta weight with a real input is dispatched here, and nothing would be computed.
-    check(x, operands, product_of(key))
+    check(x, operands, product)
+    if x.device.type in _KEEPING:
+        _prepare(product, x.device)
     return x.new_empty(*x.shape[:-1], operands.weight.shape[0])
+
+
+#: Devices whose kernels keep tensors of their own.
+_KEEPING = ("cuda",)
+
+
+@cache
+def _prepare(product: Product, device: torch.device) -> None:
+    """Create what kernels keep for a product. A call that warms up a CUDA graph would do so in the graph's memory."""
+    with no_dispatch():
+        host.layout(product, device)
+        if product.input is not None:
+            host.segments_of(product, device)
+        for dtype in (torch.float32, torch.bfloat16):
+            keep(product.in_features, product.rotation, device, dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

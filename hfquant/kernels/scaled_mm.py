@@ -1,12 +1,14 @@
 """``torch._scaled_mm``, FP8 x FP8, on CUDA devices that multiply FP8 (compute capability 8.9 and above).
 
-Codes are multiplied without scales into float32, one input segment at a time, and scaled afterwards. One code path thus
-serves per-tensor, per-token and per-row scales, whichever of them the cuBLAS version supports. The sums are as precise
-as the device's tensor cores (``use_fast_accum`` is off).
+In bfloat16 models, E4M3 weights with one scale per row are multiplied by a whole input in one call, which also scales
+and adds the bias. Everything else is multiplied without scales into float32, one input segment at a time, and scaled
+afterwards: torch scales by row only if the output is bfloat16, and not per segment. The sums are as precise as the
+device's tensor cores (``use_fast_accum`` is off).
 """
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 
 import torch
@@ -54,22 +56,54 @@ def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
     Raises:
         ValueError: on CUDA, the number of output features is not a multiple of 16 (only if this kernel is forced).
     """
-    weight, out = operands.weight, len(operands.weight)
+    out = len(operands.weight)
     if x.is_cuda and out % MULTIPLE:
         raise ValueError(f"scaled_mm: {out} output features are not a multiple of {MULTIPLE}")
     codes, scale = _quantized(x, operands, product)
-    form, row = product.weight, operands.grid(product).scale
-    assert isinstance(form, FloatFormat)
-    assert row is not None
-    floats, one, start = weight.view(form.dtype), _one(x.device), 0
+    if scales_in_product(x, product):
+        y, operands = _scaled_product(codes, scale, operands, product), operands._replace(bias=None)
+        if operands.down is None:
+            return y
+    else:
+        y = _product(codes, scale, operands, product)
+    return operands.added(x if operands.down is None else x.float(), y).to(x.dtype)
+
+
+def scales_in_product(x: Tensor, product: Product) -> bool:
+    """Return whether torch's product can also scale by row and by token; torch for Windows is built without it."""
+    whole = len(product.segments) == 1 and product.weight.name == "fp8e4m3"
+    return whole and x.dtype == torch.bfloat16 and sys.platform != "win32"
+
+
+def _scaled_product(codes: Tensor, scale: Tensor, operands: Operands, product: Product) -> Tensor:
+    """Return the scaled product plus the bias, [tokens, out] bfloat16."""
+    weight, row, bias = *_weight(operands, product), operands.bias
+    per_token = scale.reshape(-1, 1).expand(len(codes), 1).contiguous()
+    bias = None if bias is None else bias.bfloat16()
+    return torch._scaled_mm(codes, weight.T, per_token, row.view(1, -1), bias=bias, out_dtype=torch.bfloat16)
+
+
+def _product(codes: Tensor, scale: Tensor, operands: Operands, product: Product) -> Tensor:
+    """Return the sum of the segments' scaled products, [tokens, out] float32."""
+    weight, row = _weight(operands, product)
+    # Not kept between calls: a CUDA graph must not own a tensor that is.
+    one, start = scale.new_ones(()), 0
     y: Tensor | None = None
     for i, size in enumerate(product.segments):
         columns = slice(start, start + size)
-        part = torch._scaled_mm(codes[:, columns], floats[:, columns].T, one, one, out_dtype=torch.float32)
+        part = torch._scaled_mm(codes[:, columns], weight[:, columns].T, one, one, out_dtype=torch.float32)
         part.mul_(row[:, i]).mul_(scale[..., i : i + 1])
         y, start = part if y is None else y.add_(part), start + size
     assert y is not None
-    return operands.added(x.float(), y).to(x.dtype)
+    return y
+
+
+def _weight(operands: Operands, product: Product) -> tuple[Tensor, Tensor]:
+    """Return the weight codes [out, in] in an FP8 dtype and their scales [out, segments] float32."""
+    row = operands.grid(product).scale
+    assert isinstance(product.weight, FloatFormat)
+    assert row is not None
+    return operands.weight.view(product.weight.dtype), row
 
 
 def _quantized(x: Tensor, operands: Operands, product: Product) -> tuple[Tensor, Tensor]:
@@ -87,11 +121,6 @@ def _quantized(x: Tensor, operands: Operands, product: Product) -> tuple[Tensor,
 
 
 _missing_triton = lru_cache(maxsize=1)(host.missing)
-
-
-@lru_cache(maxsize=64)
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
 
 
 def _pays(product: Product, dtype: torch.dtype, tokens: int, out: int) -> bool:

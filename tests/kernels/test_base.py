@@ -1,6 +1,7 @@
 """A product as an object and as text, and what it derives from its tensors."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -115,3 +116,12 @@ def test_the_float_branch_acts_on_the_raw_input() -> None:
     values, scale = operands.quantized_input(x, Product(INT8, (64,), (64,), None))
     assert scale is None
     assert torch.equal(values, x / operands.divisor)
+
+
+def test_hash_is_that_of_equal_products_in_every_process() -> None:
+    again = pickle.loads(pickle.dumps(PRODUCT))
+    assert again is not PRODUCT
+    assert again == PRODUCT
+    assert hash(again) == hash(PRODUCT) == hash(product_of(PRODUCT.key))
+    # A hash that was stored would be one of another process.
+    assert not any(value == hash(PRODUCT) for value in vars(PRODUCT).values())

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from hfquant.formats import FORMATS, InputRule
+from hfquant.formats import FORMATS, InputRule, rotation
 from hfquant.kernels import cpu, dequantize
 from hfquant.kernels.base import Operands, Product
 from hfquant.kernels.op import linear
+from hfquant.kernels.triton import host
 from hfquant.layer_config import InputQuant
 from hfquant.layer_plan import LayerPlan
 from tests import oracle
@@ -123,6 +124,33 @@ def test_kernels_that_do_not_rotate_get_what_is_rotated(real, monkeypatch) -> No
     assert given == [(torch.float32, None, 0)] * 2
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_rotated_input_that_is_not_quantized_stays_bfloat16(dtype, size, divided, gpu, monkeypatch) -> None:
+    """On a GPU, whose products in that dtype are faster."""
+    given = []
+    if gpu:
+        monkeypatch.setattr("hfquant.kernels.op._IN_FLOAT32", ())
+
+    def run(x: torch.Tensor, operands: Operands, product: Product) -> torch.Tensor:
+        given.append(x)
+        return dequantize.run(x, operands, product)
+
+    monkeypatch.setattr("hfquant.kernels.op.pick", lambda *of: replace(dequantize.KERNEL, run=run, rotates=False))
+    product = Product(FORMATS["int8"], (80,), (80,), None, rotation=size)
+    codes, divisor = torch.randint(-128, 128, (7, 80), dtype=torch.int8), torch.rand(80) + 0.5
+    x = torch.randn(5, 80).to(dtype)
+    y = linear(x, Operands(codes, torch.rand(7, 1), divisor=divisor if divided else None), product, True)
+    assert y.dtype == dtype
+    raw = x.double() / divisor.double() if divided else x.double()
+    exact = raw @ torch.from_numpy(by_hand(80, size))
+    assert given[0].dtype == (torch.bfloat16 if gpu and dtype == torch.bfloat16 else torch.float32)
+    # Rounded once, at the end.
+    torch.testing.assert_close(given[0].double(), exact, rtol=torch.finfo(given[0].dtype).eps / 2 + 1e-6, atol=1e-6)
+
+
 def test_the_gradient_is_rotated_back() -> None:
     product = Product(FORMATS["int8"], (40,), (40,), None, rotation=16)
     codes, divisor = torch.randint(-128, 128, (7, 40), dtype=torch.int8), torch.rand(40) + 0.5
@@ -183,6 +211,32 @@ def test_compiles_whole_and_equals_eager(case, backend, real) -> None:
     compiled(ours).sum().backward()
     layer(theirs).sum().backward()
     assert distance(ours.grad, theirs.grad) < 1e-6
+
+
+def test_tracing_creates_what_kernels_keep(monkeypatch) -> None:
+    """On a GPU, a CUDA graph would own what its first call creates."""
+    monkeypatch.setattr("hfquant.kernels.op._KEEPING", ("cpu",))
+    rule = InputRule(FORMATS["int8"], True, True, (16, 27), (False,) * 2)
+    product = Product(FORMATS["int8"], (16, 27), (16, 27), rule, rotation=16)
+    codes = torch.randint(-128, 128, (7, 43), dtype=torch.int8)
+    operands, x = Operands(codes, torch.rand(7, 2)), torch.randn(3, 43)
+    caches = (rotation._kept, host.layout, host.segments_of)
+    for kept in caches:
+        kept.cache_clear()
+    sizes = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        sizes.extend(kept.cache_info().currsize for kept in caches)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(lambda x: linear(x, operands, product, False), fullgraph=True, backend=backend)(x)
+    # Three matrices of two dtypes: 43 channels are rotated in blocks of 16, 8 and 2.
+    assert sizes == [6, 1, 1]
+    bounds = host.layout(product, codes.device).blocks, host.segments_of(product, codes.device).bounds
+    matrices = [rotation._kept(size, codes.device, dtype) for size in (16, 8, 2) for dtype in (x.dtype, torch.bfloat16)]
+    assert rotation._kept.cache_info().misses == 6
+    assert all(type(tensor) is torch.Tensor for tensor in (*bounds, *matrices))
 
 
 @both_modes

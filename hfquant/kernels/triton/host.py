@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import accumulate
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ def missing() -> str:
         return "the package triton is not installed"
     if not torch.cuda.is_available():
         return "there is no CUDA device"
+    if torch.version.hip is not None:
+        return "the Triton kernels do not compile for AMD devices"
     major, minor = torch.cuda.get_device_capability()
     return "" if major >= 8 else f"it needs compute capability 8.0, this device has {major}.{minor}"
 
@@ -45,19 +48,19 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile(tokens: int, columns: tuple[int, ...], longest: int, light: bool = False) -> Tile:
+def tile(tokens: int, columns: int, longest: int, light: bool = False) -> Tile:
     """Return the tile shape for a number of tokens.
 
     Args:
         tokens: rows of the input.
-        columns: sizes of the column blocks.
+        columns: size of the largest column block.
         longest: upper limit of BK above FEW tokens (shared memory).
         light: whether a program keeps little besides one accumulator per value; others spill registers at 128 x 128
             (seen in the output of ptxas for compute capability 8.0 and 9.0).
     """
-    width = _power_of_two(max(columns), 32)
+    width = _power_of_two(columns, 32)
     if tokens <= FEW:
-        return Tile(1, 16, min(width, 256), 4, 3)
+        return Tile(1, 16, min(width, 256), 4, 4)
     width = min(width, longest)
     if tokens <= 16:
         return Tile(16, 32, width, 4, 4)
@@ -75,29 +78,52 @@ class Layout(NamedTuple):
     """Layout of the column blocks of a product.
 
     Attributes:
-        blocks: [3, G] int32 on the device: first column, end column (exclusive), input segment.
-        group: the block size if all blocks have the same and there is one segment, else 0.
+        blocks: [3, G] int32 on the device: first column, end column (exclusive), input segment; None with ``group``.
+        group: the block size if all blocks, and all input segments, have the same, else 0.
+        in_segment: with ``group``, number of blocks in an input segment.
+        longest: size of the largest block.
         aligned: whether all blocks start and end at multiples of 16.
-        pairs: whether each block starts at an even column.
+        sets: whether each block starts with a set of codes that fill whole bytes.
+        several: whether there are several equal blocks.
     """
 
-    blocks: Tensor
+    blocks: Tensor | None
     group: int
+    in_segment: int
+    longest: int
     aligned: bool
-    pairs: bool
+    sets: bool
+    several: bool
+
+    def steps(self, width: int) -> int:
+        """Return STEPS of the programs :mod:`.integer` and :mod:`.weight_only` with BK = ``width``."""
+        if self.longest <= width:
+            return 1
+        return -(-self.group // width) if self.several else 0
 
 
 @lru_cache(maxsize=1024)
 def layout(product: Product, device: torch.device) -> Layout:
     """Return the layout of a product's column blocks; cached."""
-    sizes = product.columns
-    rows = [*_bounds(sizes), segment_of(sizes, product.segments)]
-    same = len(set(sizes)) == 1 and len(product.segments) == 1
-    pairs = all(size % 2 == 0 for size in sizes[:-1])
+    sizes, bits = product.columns, product.weight.bits
+    alike = len(set(sizes)) == len(set(product.segments)) == 1
+    blocks = None
+    if not alike:
+        # The programs compute the bounds of equal blocks: a CUDA graph must not own a tensor that is kept.
+        rows = [*_bounds(sizes), segment_of(sizes, product.segments)]
+        blocks = torch.tensor(rows, dtype=torch.int32, device=device)
     aligned = all(size % 16 == 0 for size in sizes)
-    return Layout(torch.tensor(rows, dtype=torch.int32, device=device), sizes[0] if same else 0, aligned, pairs)
+    sets = all(size % codes_per_set(bits) == 0 for size in sizes[:-1])
+    group, in_segment = (sizes[0], len(sizes) // len(product.segments)) if alike else (0, 1)
+    return Layout(blocks, group, in_segment, max(sizes), aligned, sets, alike and len(sizes) > 1)
 
 
+def codes_per_set(bits: int) -> int:
+    """Return the fewest codes of ``bits`` bits that fill whole bytes."""
+    return 8 // gcd(bits, 8)
+
+
+@lru_cache(maxsize=1024)
 def in_groups(product: Product) -> bool:
     """Return whether ``programs.few`` can compute the product: equal groups, a power of two, in one segment."""
     size = product.columns[0]
@@ -105,13 +131,32 @@ def in_groups(product: Product) -> bool:
     return same and 2 <= size <= 256 and size & (size - 1) == 0
 
 
+class Segments(NamedTuple):
+    """Layout of the input segments of a product.
+
+    Attributes:
+        bounds: [3, S] int32 on the device: first column, end column (exclusive), largest dual-scale exponent; None if
+            all segments have the same size and exponent.
+        size, most: these two, if so.
+        aligned: whether all segments start and end at multiples of 16.
+    """
+
+    bounds: Tensor | None
+    size: int
+    most: int
+    aligned: bool
+
+
 @lru_cache(maxsize=1024)
-def segments_of(product: Product, device: torch.device) -> Tensor:
-    """Return [3, S] int32: each segment's first column, end column (exclusive) and largest dual-scale exponent."""
-    rule = product.input
+def segments_of(product: Product, device: torch.device) -> Segments:
+    """Return the layout of a product's input segments; cached."""
+    rule, sizes = product.input, product.segments
     assert rule is not None
     most = [rule.format.max_dual_exponent if dual else 0 for dual in rule.dual]
-    return torch.tensor([*_bounds(product.segments), most], dtype=torch.int32, device=device)
+    aligned = all(size % 16 == 0 for size in sizes)
+    if len(set(sizes)) == len(set(most)) == 1:
+        return Segments(None, sizes[0], most[0], aligned)
+    return Segments(torch.tensor([*_bounds(sizes), most], dtype=torch.int32, device=device), 0, 0, aligned)
 
 
 def _bounds(sizes: tuple[int, ...]) -> tuple[list[int], list[int]]:
@@ -126,25 +171,23 @@ class Branch(NamedTuple):
         narrow: [tokens, rank] float32, the raw input times ``down^T``.
         up: [out, rank], any float dtype.
         rank: rank of the branch.
-        padded: the rank rounded up to a power of two, at least 16.
     """
 
     narrow: Tensor | None
     up: Tensor | None
     rank: int
-    padded: int
 
 
 def branch(x: Tensor, operands: Operands) -> Branch:
     """Return the low-rank branch for ``x`` [tokens, in]."""
     down, up = operands.down, operands.up
     if down is None or up is None or not len(down):
-        return Branch(None, None, 0, 16)
+        return Branch(None, None, 0)
     if x.is_cuda and x.dtype == down.dtype != torch.float32:
         narrow = torch.mm(x, down.T, out_dtype=torch.float32)
     else:
         narrow = x.float() @ down.float().T
-    return Branch(narrow, rows_contiguous(up), len(down), _power_of_two(len(down), 16))
+    return Branch(narrow, rows_contiguous(up), len(down))
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
@@ -180,12 +223,13 @@ def few_tokens(
 
     tokens, out = y.shape
     group, width, rows = product.columns[0], product.in_features, 16
-    step = min(_power_of_two(width, group), 256)
+    # At least a set of codes, and at most what gives each of 128 threads 4 bytes of the input: less is not pipelined.
+    step = min(_power_of_two(width, max(group, 8)), 512 if x.dim() == 3 else 256)
     with torch.cuda.device_of(x):
         few_tokens_product[(-(-out // rows) * tokens,)](
             x, input_scale, divisor, operands.weight, operands.scale, operands.scale_row, operands.zero_point,
             low.narrow, low.up, operands.bias, y, tokens, out, width, len(product.columns), x.stride(-2), stride(x),
             stride(operands.weight), stride(operands.scale), stride(operands.zero_point), stride(low.up), low.rank,
-            BITS=product.weight.bits, PLANES=len(x) if x.dim() == 3 else 1, GROUP=group, RANK=low.padded,
-            BN=rows, BK=step, num_warps=4,
+            BITS=product.weight.bits, PLANES=len(x) if x.dim() == 3 else 1, GROUP=group,
+            BN=rows, BK=step, STAGES=4, num_warps=4,
         )  # fmt: skip

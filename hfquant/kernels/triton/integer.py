@@ -6,6 +6,8 @@ block, adds the low-rank branch and the bias, and stores the result in the input
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from hfquant.kernels.triton.host import (
 )
 
 
+@lru_cache(maxsize=1024)
 def largest_sum(product: Product) -> int:
     """Return an upper bound on the sums of products over one column block, partial sums included."""
     assert product.input is not None
@@ -65,7 +68,8 @@ def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
         few_tokens(codes, scales, None, operands._replace(weight=weight), low, y, product)
         return y
     light = len(codes) == len(product.columns) == 1
-    where, shape = layout(product, x.device), tile(tokens, product.columns, 128, light)
+    where = layout(product, x.device)
+    shape = tile(tokens, where.longest, 128, light)
     with torch.cuda.device_of(x):
         integer_product[(-(-tokens // shape.BM) * -(-out // shape.BN),)](
             codes, scales, weight, operands.scale, operands.scale_row, operands.zero_point,
@@ -74,8 +78,8 @@ def run(x: Tensor, operands: Operands, product: Product) -> Tensor:
             stride(codes), stride(weight), stride(operands.scale), stride(operands.zero_point),
             stride(low.up), low.rank,
             BITS=product.weight.bits, PLANES=len(codes), WIDE=largest_sum(product) >= 2**31, GROUP=where.group,
-            ALIGNED=where.aligned, PAIRS=product.weight.bits == 4 and where.pairs,
-            SINGLE=max(product.columns) <= shape.BK, RANK=low.padded, **shape._asdict(),
+            IN_SEGMENT=where.in_segment, ALIGNED=where.aligned, SETS=where.sets, STEPS=where.steps(shape.BK),
+            STAGES=shape.num_stages, **shape._asdict(),
         )  # fmt: skip
     return y
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from hfquant.formats import InputRule, NumberFormat
 from hfquant.formats.base import _MAX_AMAX
 from hfquant.kernels.base import Operands, Product
-from hfquant.kernels.triton.host import rows_contiguous, segments_of
+from hfquant.kernels.triton.host import Segments, rows_contiguous, segments_of
 
 #: Most columns that a program holds; longer segments are read twice (the second time from cache).
 BLOCK = 8192
@@ -53,23 +53,23 @@ def quantize(x: Tensor, operands: Operands, product: Product) -> tuple[Tensor, T
         if rule.dynamic and not rule.per_token:
             given, given_neg = _scales_of_tensor(x, operands.divisor, segments, rule, rows, block, warps)
         programs.quantize[(-(-len(x) // rows), count)](
-            x, operands.divisor, given, given_neg if dual else None, codes, scales, segments,
-            len(x), x.shape[1], count, x.stride(0), codes.stride(0),
-            QMAX=rule.format.qmax, LIMIT=_MAX_AMAX, DUAL=dual, MANTISSA=MANTISSA.get(rule.format.name, 0),
-            ROWS=rows, BLOCK=block, ONE=longest <= block, num_warps=warps,
+            x, operands.divisor, given, given_neg if dual else None, codes, scales, segments.bounds,
+            len(x), x.shape[1], count, segments.size, x.stride(0), codes.stride(0),
+            QMAX=rule.format.qmax, LIMIT=_MAX_AMAX, DUAL=dual, MOST=segments.most, ALIGNED=segments.aligned,
+            MANTISSA=MANTISSA.get(rule.format.name, 0), ROWS=rows, BLOCK=block, ONE=longest <= block, num_warps=warps,
         )  # fmt: skip
     return codes, scales
 
 
 def _scales_of_tensor(
-    x: Tensor, divisor: Tensor | None, segments: Tensor, rule: InputRule, rows: int, block: int, warps: int
+    x: Tensor, divisor: Tensor | None, segments: Segments, rule: InputRule, rows: int, block: int, warps: int
 ) -> tuple[Tensor, Tensor]:
     """Return the per-tensor scales of both sides, [segments] float32 each; NaN if a segment is not finite."""
     from hfquant.kernels.triton.programs import quantize as programs
 
     low, high = torch.empty(2, len(x), len(rule.segments), dtype=torch.float32, device=x.device)
     programs.ranges[(-(-len(x) // rows), len(rule.segments))](
-        x, divisor, low, high, segments, len(x), len(rule.segments), x.stride(0),
-        ROWS=rows, BLOCK=block, num_warps=warps,
+        x, divisor, low, high, segments.bounds, len(x), len(rule.segments), segments.size, x.stride(0),
+        ALIGNED=segments.aligned, ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return rule.scales(low.amin(0), high.amax(0))

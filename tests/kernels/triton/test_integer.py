@@ -33,10 +33,10 @@ def test_layers(number, quant) -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 20, 70])
 @pytest.mark.parametrize("group", [16, 32, 128])
 def test_groups_of_a_wide_layer(group, tokens) -> None:
-    case = Case(WeightQuant(type="int4", group_size=group, symmetric=tokens == 3), inputs=(384,), outputs=(70,))
+    case = Case(WeightQuant(type="int4", group_size=group, symmetric=tokens == 3), inputs=(640,), outputs=(70,))
     plan = case.plan(INPUTS["token"], True)
     layer, tensors = layer_of(plan)
-    x = some_input(tokens, features=384)
+    x = some_input(tokens, features=640)
     assert_close(run_layer(integer.run, layer, x), *forward_by_hand(plan, tensors, x))
 
 

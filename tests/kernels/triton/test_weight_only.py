@@ -39,9 +39,11 @@ def test_dtypes(form, name, dtype) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 70])
-@pytest.mark.parametrize("group", [16, 64, 128])
-def test_groups_of_a_wide_layer(group, tokens) -> None:
-    case = Case(WeightQuant(type="int4", group_size=group, symmetric=False), inputs=(384,), outputs=(70,))
+@pytest.mark.parametrize(
+    ("form", "group"), [("int4", 16), ("int4", 64), ("int4", 128), ("int3", 64), ("int6", 128), ("int7", 32)]
+)
+def test_groups_of_a_wide_layer(form, group, tokens) -> None:
+    case = Case(WeightQuant(type=form, group_size=group, symmetric=False), inputs=(384,), outputs=(70,))
     plan = case.plan(None, True)
     layer, tensors = layer_of(plan)
     x = some_input(tokens, features=384)

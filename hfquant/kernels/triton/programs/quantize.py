@@ -89,6 +89,25 @@ def _float_code(value: tl.tensor, MANTISSA: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def _columns_of(segments: tl.tensor, s: tl.tensor, S: tl.tensor, size: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
+    """Return first and end column (exclusive) of segment ``s``.
+
+    Args:
+        segments: [3, S] int32: first column, end column, largest dual-scale exponent; None if all are alike.
+        s, S: index and number of segments.
+        size: size of a segment, if all are alike.
+        ALIGNED: whether all segments start and end at multiples of 16 (then 16 bytes are loaded at a time).
+    """
+    if segments is None:
+        start, end = s * size, (s + 1) * size
+    else:
+        start, end = tl.load(segments + s), tl.load(segments + S + s)
+    if ALIGNED:
+        start, end = tl.multiple_of(start, 16), tl.multiple_of(end, 16)
+    return start, end
+
+
+@triton.jit
 def ranges(
     x: tl.tensor,
     divisor: tl.tensor,
@@ -97,7 +116,9 @@ def ranges(
     segments: tl.tensor,
     M: tl.tensor,
     S: tl.tensor,
+    size: tl.tensor,
     stride_x: tl.tensor,
+    ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -107,13 +128,13 @@ def ranges(
         x: [M, K] float, rows ``stride_x`` apart.
         divisor: [K] float32 or None.
         low_out, high_out: the outputs.
-        segments, M, S: see :func:`quantize`.
+        segments, M, S, size, ALIGNED: see :func:`quantize`.
         stride_x: row stride.
         ROWS, BLOCK: tokens per program, columns read at a time.
     """
     m, s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     in_m = m < M
-    start, end = tl.load(segments + s), tl.load(segments + S + s)
+    start, end = _columns_of(segments, s, S, size, ALIGNED)
     low, high, spoiled = _range_of_rows(x + m * stride_x, divisor, in_m, start, end, ROWS, BLOCK)
     spoil = tl.where(spoiled != 0, float("nan"), 0.0)
     tl.store(low_out + m * S + s, low + spoil, mask=in_m)
@@ -132,11 +153,14 @@ def quantize(
     M: tl.tensor,
     K: tl.tensor,
     S: tl.tensor,
+    size: tl.tensor,
     stride_x: tl.tensor,
     stride_plane: tl.tensor,
     QMAX: tl.constexpr,
     LIMIT: tl.constexpr,
     DUAL: tl.constexpr,
+    MOST: tl.constexpr,
+    ALIGNED: tl.constexpr,
     MANTISSA: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -150,19 +174,20 @@ def quantize(
         given, given_neg: [S] float32, scales of the positive and the negative side; None to use the token's range.
         codes: one plane, or two with DUAL: ``code = 256 * second + first``.
         scales: the outputs; with DUAL, those of the negative side.
-        segments: [3, S] int32: first column, end column (exclusive), largest dual-scale exponent.
+        segments, size, ALIGNED: see ``_columns_of``.
         M, K, S: tokens, columns, segments.
         stride_x, stride_plane: strides between rows of ``x`` and between planes of codes.
         QMAX: largest value that a code stands for.
         LIMIT: magnitudes are clipped to this before scales are computed.
         DUAL: whether any segment has dual scale.
+        MOST: largest dual-scale exponent, if all segments are alike.
         MANTISSA: mantissa bits of FP8; 0 for integers.
         ROWS, BLOCK: tokens per program, columns at a time.
         ONE: whether every segment fits one block and is read only once.
     """
     m, s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     in_m = m < M
-    start, end = tl.load(segments + s), tl.load(segments + S + s)
+    start, end = _columns_of(segments, s, S, size, ALIGNED)
     row = x + m * stride_x
     if ONE:
         value = _loaded(row, divisor, in_m, start, end, BLOCK)
@@ -174,7 +199,8 @@ def quantize(
         positive = tl.where(amax == 0.0, 1.0, tl.maximum(tl.div_rn(amax, QMAX), _NORMAL))
         negative = positive
         if DUAL:
-            exponent = _dual_exponent(low, high, tl.load(segments + 2 * S + s))
+            most = MOST if segments is None else tl.load(segments + 2 * S + s)
+            exponent = _dual_exponent(low, high, most)
             negative = positive * ((127 - exponent) << 23).to(tl.float32, bitcast=True)
             negative = tl.where(negative < _NORMAL, positive, negative)
     else:

@@ -31,36 +31,77 @@ def unpacked(row: tl.tensor, column: tl.tensor, mask: tl.tensor, BITS: tl.conste
 
 
 @triton.jit
+def _codes_of_words(
+    word: tl.tensor,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    BITS: tl.constexpr,
+    CODES: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:
+    """Return codes FIRST, FIRST + STEP, ... of words that hold CODES codes each, as int8 [*word.shape, 2, 2, ...]."""
+    if STEP == CODES:
+        # Shift to the top and back down: the arithmetic shift extends the sign.
+        code = ((word << (WIDTH - BITS * (FIRST + 1))) >> (WIDTH - BITS)).to(tl.int8)
+    else:
+        code = tl.join(
+            _codes_of_words(word, FIRST, STEP * 2, BITS, CODES, WIDTH),
+            _codes_of_words(word, FIRST + STEP, STEP * 2, BITS, CODES, WIDTH),
+        )
+    return code
+
+
+@triton.jit
 def weight_tile(
     row: tl.tensor,
     in_n: tl.tensor,
     start: tl.tensor,
     end: tl.tensor,
     BITS: tl.constexpr,
-    PAIRS: tl.constexpr,
+    SETS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ) -> tl.tensor:
-    """Return codes [BN, BK] int8 of the columns from ``start``, 0 from ``end`` on (except a byte's second nibble).
+    """Return codes [BN, BK] int8 of the columns from ``start``, 0 from ``end`` on (except in the set of the last one).
 
     Args:
         row: pointers to the first byte of each row, [BN].
         in_n: which rows exist, [BN].
         start, end: first column, end column (exclusive).
         BITS: bits of a code.
-        PAIRS: whether codes are nibbles and ``start`` is even; each byte is then read once, in wide loads.
+        SETS: whether ``start`` is the first code of a set: the fewest codes that fill whole bytes (see
+            ``host.codes_per_set``). Each byte is then read once, and nibbles and smaller codes in wide loads.
         BN, BK: shape of the tile.
     """
-    if PAIRS:
-        byte = start // 2 + tl.arange(0, BK // 2)
-        mask = in_n[:, None] & (byte * 2 < end)[None, :]
-        pair = tl.load(row[:, None] + byte[None, :], mask=mask, other=0).to(tl.int32)
-        low = ((pair << 28) >> 28).to(tl.int8)
-        tile = tl.reshape(tl.join(low, (pair >> 4).to(tl.int8)), (BN, BK))
+    if SETS and BITS < 8:
+        CODES: tl.constexpr = 8 if BITS % 2 == 1 else 4 if BITS % 4 == 2 else 2
+        BYTES: tl.constexpr = CODES * BITS // 8
+        byte = start // CODES * BYTES + tl.arange(0, BK // CODES) * BYTES
+        # This is ceil(end * BITS / 8), written so that the compiler sees how many bytes share a mask: a mask per byte
+        # forbids wide loads.
+        limit = end - end * (8 - BITS) // 8
+        WIDTH: tl.constexpr = 32 if BYTES <= 4 else 64
+        word = tl.zeros((BN, BK // CODES), tl.int32 if WIDTH == 32 else tl.int64)
+        for i in tl.static_range(BYTES):
+            mask = in_n[:, None] & (byte + i < limit)[None, :]
+            part = tl.load(row[:, None] + (byte + i)[None, :], mask=mask, other=0)
+            word |= (part.to(word.dtype) & 255) << (8 * i)
+        tile = tl.reshape(_codes_of_words(word, 0, 1, BITS, CODES, WIDTH), (BN, BK))
     else:
         column = start + tl.arange(0, BK)
         tile = unpacked(row[:, None], column[None, :], in_n[:, None] & (column < end)[None, :], BITS)
     return tile
+
+
+@triton.jit
+def zero_of(
+    zero_point: tl.tensor, n: tl.tensor, in_n: tl.tensor, g: tl.tensor, stride: tl.tensor, BITS: tl.constexpr
+) -> tl.tensor:
+    """Return the zero points [BN] int8 of column block ``g``; None if there are none."""
+    zero = None
+    if zero_point is not None:
+        zero = unpacked(zero_point + n.to(tl.int64) * stride, g + tl.zeros((1,), tl.int32), in_n, BITS)
+    return zero
 
 
 @triton.jit
@@ -76,18 +117,26 @@ def block_scale(
 
 
 @triton.jit
-def block_of(blocks: tl.tensor, g: tl.tensor, G: tl.tensor, GROUP: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
+def block_of(
+    blocks: tl.tensor,
+    g: tl.tensor,
+    G: tl.tensor,
+    GROUP: tl.constexpr,
+    IN_SEGMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> tl.tensor:
     """Return first column, end column (exclusive) and input segment of block ``g``.
 
     Args:
-        blocks: [3, G] int32, these three for each block.
+        blocks: [3, G] int32, these three for each block; None with GROUP.
         g: index of the block.
         G: number of blocks.
-        GROUP: the block size if all blocks have the same and there is one input segment (nothing is read then), else 0.
+        GROUP: the block size if all blocks, and all input segments, have the same size, else 0.
+        IN_SEGMENT: with GROUP, number of blocks in an input segment.
         ALIGNED: whether all blocks start and end at multiples of 16 (then 16 bytes are loaded at a time).
     """
     if GROUP > 0:
-        start, end, segment = g * GROUP, (g + 1) * GROUP, 0
+        start, end, segment = g * GROUP, (g + 1) * GROUP, g // IN_SEGMENT
     else:
         start, end, segment = tl.load(blocks + g), tl.load(blocks + G + g), tl.load(blocks + 2 * G + g)
         if ALIGNED:
@@ -125,7 +174,6 @@ def finish(
     stride_up: tl.tensor,
     stride_y: tl.tensor,
     rank: tl.tensor,
-    RANK: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
     """Apply the epilogue to a tile [BM, BN] float32: add low-rank branch and bias, store in ``y``'s dtype.
@@ -138,18 +186,17 @@ def finish(
         y: the output [tokens, out].
         stride_up, stride_y: row strides.
         rank: rank of the branch.
-        RANK: the rank rounded up to a power of two, at least 16.
         VECTOR: whether BM is 1.
     """
     if narrow is not None:
-        r = tl.arange(0, RANK)
-        left = tl.load(
-            narrow + m[:, None].to(tl.int64) * rank + r[None, :], mask=in_m[:, None] & (r < rank)[None, :], other=0
-        )
-        right = tl.load(
-            up + n[:, None].to(tl.int64) * stride_up + r[None, :], mask=in_n[:, None] & (r < rank)[None, :], other=0
-        )
-        total = multiplied(left, right.to(tl.float32), total, VECTOR)
+        # In short steps, and not pipelined: of a high rank, the whole tiles would not fit shared memory and registers.
+        left = narrow + m[:, None].to(tl.int64) * rank
+        right = up + n[:, None].to(tl.int64) * stride_up
+        for first in tl.range(0, rank, 32, num_stages=1):
+            r = first + tl.arange(0, 32)[None, :]
+            a = tl.load(left + r, mask=in_m[:, None] & (r < rank), other=0)
+            b = tl.load(right + r, mask=in_n[:, None] & (r < rank), other=0)
+            total = multiplied(a, b.to(tl.float32), total, VECTOR)
     if bias is not None:
         total += tl.load(bias + n, mask=in_n, other=0).to(tl.float32)[None, :]
     place = y + m[:, None].to(tl.int64) * stride_y + n[None, :]
