@@ -116,13 +116,13 @@ Tensor empty(const std::vector<int64_t>& shape, const Tensor& like) {
   return Tensor(made);
 }
 
-// Asks for huge pages for a large output. glibc maps memory of more than 32 MB anew for each tensor, and the first write
-// to each small page faults, which takes up to as long as the product itself.
+// Asks for huge pages for a large output. glibc usually maps memory of more than 32 MB anew for each tensor, and the first
+// write to each small page faults, which takes up to as long as the product itself.
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-  constexpr uintptr_t MAPPED = 32 << 20, HUGE = 2 << 20;
-  const uintptr_t from = reinterpret_cast<uintptr_t>(data), end = (from + bytes) / HUGE * HUGE;
-  const uintptr_t start = (from + HUGE - 1) / HUGE * HUGE;
+  constexpr uintptr_t MAPPED = 32 << 20, PAGE = 2 << 20;
+  const uintptr_t from = reinterpret_cast<uintptr_t>(data), end = (from + bytes) / PAGE * PAGE;
+  const uintptr_t start = (from + PAGE - 1) / PAGE * PAGE;
   if (static_cast<uintptr_t>(bytes) > MAPPED) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
 #endif
 }

@@ -300,10 +300,9 @@ SMAPS = Path("/proc/self/smaps")
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
-@pytest.mark.parametrize(("tokens", "huge"), [(2000, False), (2200, True)])
-def test_large_outputs_ask_for_huge_pages(kernel, tokens, huge) -> None:
+def test_large_outputs_ask_for_huge_pages(kernel) -> None:
     """Memory above 32 MB is mapped anew each time; its pages need not be faulted one by one."""
-    made = sample(Spec(8, (8,), 0, out=4001), tokens)
+    made = sample(Spec(8, (8,), 0, out=4001), 2200)
     y = linear(made.x, made.operands, made.product, True)
     assert torch.equal(y[-3:], linear(made.x[-3:], made.operands, made.product, True))
     middle, flags, here = y.data_ptr() + y.nbytes // 2, "", False
@@ -314,5 +313,4 @@ def test_large_outputs_ask_for_huge_pages(kernel, tokens, huge) -> None:
             here = start <= middle < end
         elif here and first == "VmFlags:":
             flags = line
-    assert flags
-    assert ("hg" in flags.split()) == huge
+    assert "hg" in flags.split()
