@@ -114,7 +114,7 @@ def file_of(source: str, name: str, subfolder: str = "", **options: Any) -> Path
         subfolder: where in it.
         **options: revision and cache_dir of a repository.
     """
-    if Path(source).is_dir():
+    if source and Path(source).is_dir():
         path = Path(source, subfolder, name)
         return path if path.is_file() else None
     if hub_id(source) is None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hfquant.integrations.sharing.origin import Origin, file_of, hub_id, origin_of, source_of
+from hfquant.integrations.sharing.origin import Origin, file_of, hub_id, origin_of, places, source_of
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,13 @@ def test_a_folder_is_no_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert file_of("org/model", "README.md") is None
     Path("org/model/README.md").write_text("# A\n")
     assert file_of("org/model", "README.md") == Path("org/model/README.md")
+
+
+def test_a_model_of_no_source_has_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "README.md").write_text("of something else")
+    monkeypatch.chdir(tmp_path)
+    assert file_of("", "README.md") is None
+    assert list(places(SimpleNamespace(config={}))) == []
 
 
 def test_sources_of_both_libraries() -> None:
