@@ -14,7 +14,6 @@ ELSEWHERE = {
     "algorithms/base.py": "test_axes.py",
     "api.py": "test_ptq.py",
     "calibration/files.py": "calibration/test_storage.py",
-    "calibration/model_inputs.py": "calibration/test_streams.py",
     "calibration/provenance.py": "calibration/test_generate.py",
     "cli/__init__.py": "cli/test_calibrate.py",
     "cli/demo.py": "cli/test_recipe.py",

@@ -223,3 +223,20 @@ def grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     items = iter(items)
     while group := list(islice(items, size)):
         yield group
+
+
+def text_config(model: Any) -> Any:
+    """Return the config of a model's text part, which is the whole for most."""
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def text_positions(model: Any) -> int | None:
+    """Return the most tokens that a model's table of positions allows, None if its config sets no limit.
+
+    RoBERTa and its kin count positions from after the padding token, so the first rows of their tables are not used.
+    """
+    most: int | None = getattr(text_config(model), "max_position_embeddings", None)
+    # Not every table is an nn.Embedding: I-BERT has a class of its own.
+    found = (getattr(module, "padding_idx", None) for n, module in model.named_modules() if "position_embed" in n)
+    unused = max((index + 1 for index in found if index is not None), default=0)
+    return most if most is None else most - unused

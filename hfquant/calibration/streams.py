@@ -33,6 +33,7 @@ from hfquant.calibration.model_inputs import (
     is_image,
     paragraphs,
     stacked,
+    text_positions,
     unpadded,
     with_decoder_inputs,
 )
@@ -227,8 +228,8 @@ def _provenance(spec: StreamSpec) -> dict[str, Any]:
 
 
 def _length_limit(tokenizer: Any, model: Any) -> int:
-    config = getattr(model, "config", None)
-    limits = (getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None))
+    positions = text_positions(model) if isinstance(model, nn.Module) and hasattr(model, "config") else None
+    limits = (getattr(tokenizer, "model_max_length", None), positions)
     return min([MAX_LENGTH, *(int(limit) for limit in limits if isinstance(limit, (int, float)) and limit > 0)])
 
 

@@ -64,6 +64,12 @@ def _named(skeleton: Skeleton, models: Sequence[str]) -> list[str]:
     return [type(skeleton.models[name]).__name__ for name in models]
 
 
+def _models(skeleton: Skeleton, component: str) -> list[str]:
+    """Return a component's models: itself, or those it consists of (several ControlNets)."""
+    held = [name for name in skeleton.models if name.startswith(f"{component}.")]
+    return [component] if component in skeleton.models else held or [component]
+
+
 def chosen_recipe(
     skeleton: Skeleton,
     components: Sequence[str],
@@ -109,7 +115,7 @@ def chosen_recipe(
             "title": "from the command line",
             "models": [skeleton.kind],
             "loads": skeleton.kind,
-            "components": {name: {"config": settings} for name in components},
+            "components": {model: {"config": settings} for name in components for model in _models(skeleton, name)},
         }
     for glob in skip:
         # Of several components, a glob often means one.

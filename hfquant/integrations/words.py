@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfquant.calibration.model_inputs import text_config, text_positions
 from hfquant.calibration.self_made import random_ids
 
 logger = logging.getLogger(__name__)
@@ -25,14 +26,14 @@ class Words:
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        config, size = _text_config(model), vocabulary(model)
+        config, size = text_config(model), vocabulary(model)
         known = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "decoder_start")}
         special = {token for token in known.values() if isinstance(token, int)}
         self.start: int = next((t for t in (known["decoder_start"], known["bos"]) if isinstance(t, int)), 0)
         self.frame: tuple[list[int], list[int]] = ([], [])
         self.mask: int | None = None
         self._chat: list[int] = []
-        limits = [_positions(model, config), getattr(config, "n_positions", None)]
+        limits = [text_positions(model), getattr(config, "n_positions", None)]
         if tokenizer is not None:
             size, special = min(size, len(tokenizer)), set(tokenizer.all_special_ids)
             self.mask = getattr(tokenizer, "mask_token_id", None)
@@ -62,20 +63,7 @@ class Words:
 
 def vocabulary(model: Any) -> int:
     """Return the size of a model's vocabulary."""
-    return int(_text_config(model).vocab_size)
-
-
-def _text_config(model: Any) -> Any:
-    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-
-
-def _positions(model: Any, config: Any) -> int | None:
-    """Return the number of token positions; RoBERTa and its kin count from after the padding token."""
-    most: int | None = getattr(config, "max_position_embeddings", None)
-    # Not every table is an nn.Embedding: I-BERT has a class of its own.
-    found = (getattr(module, "padding_idx", None) for n, module in model.named_modules() if "position_embed" in n)
-    unused = max((index + 1 for index in found if index is not None), default=0)
-    return most if most is None else most - unused
+    return int(text_config(model).vocab_size)
 
 
 def _frame(tokenizer: Any, special: set[int]) -> tuple[list[int], list[int]]:

@@ -165,18 +165,24 @@ def _logit_scores(p: Tensor, q: Tensor) -> dict[str, Tensor]:
 
 def _signal_scores(p: Tensor, q: Tensor) -> dict[str, Tensor]:
     p, q = p.double().flatten(1), q.double().flatten(1)
+    noise = (p - q).square().sum(1)
     return {
         "signal": p.square().sum(1),
-        "noise": (p - q).square().sum(1),
-        "cosine": F.cosine_similarity(p, q, dim=1),
+        "noise": noise,
+        "cosine": F.cosine_similarity(p, q, dim=1).where(noise > 0, 1.0),
     }
+
+
+def _decibels(signal: Tensor, noise: Tensor) -> Tensor:
+    """Return the ratio in dB; infinite without noise, even where there is no signal either."""
+    return (10 * (signal / noise).log10()).where(noise > 0, math.inf)
 
 
 def _figures(scores: Sequence[Mapping[str, Tensor]], what: str = "hidden states") -> tuple[Figure, ...]:
     total = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
     if "signal" in total:
-        ratio = 10 * (total["signal"].sum() / total["noise"].sum()).log10()
-        each = 10 * (total["signal"] / total["noise"]).log10()
+        ratio = _decibels(total["signal"].sum(), total["noise"].sum())
+        each = _decibels(total["signal"], total["noise"])
         cosine = total["cosine"]
         return (
             Figure(f"SQNR of {what}", ratio.item(), standard_error(each), "dB"),

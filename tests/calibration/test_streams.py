@@ -11,45 +11,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, PreTrainedTokenizerFast
+from transformers import RobertaConfig, RobertaModel
 
 from hfquant.calibration import BaseCalibSet, LanguageModelSampler, calibration_batches, generate_calibrate_set
 from hfquant.calibration.batches import CalibrationError
-from hfquant.calibration.model_inputs import _packed, paragraphs
 from hfquant.calibration.provenance import data_provenance
 from hfquant.calibration.streams import _shuffled, _spread
 from tests.calibration.tiny_models import tiny_llama
+from tests.calibration.word_texts import TEXTS, WORDS, flat, ids_of, make_tokenizer
 from tests.integrations import small_models
-
-WORDS = [f"w{i}" for i in range(200)]
-
-
-def make_tokenizer(*, bert: bool = False, limit: int = 10**30) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per word: w7 is token 7 + 4."""
-    vocab = {word: i for i, word in enumerate(["<unk>", "<eos>", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"eos_token": "<eos>"}
-    if bert:
-        tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-        special = {"cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", model_max_length=limit, **special)
-
-
-TEXTS = [" ".join(WORDS[i : i + 1 + i % 5]) for i in range(0, 180, 3)]
-
-
-def ids_of(texts) -> list[int]:
-    return [token for text in texts for token in [*(int(word[1:]) + 4 for word in text.split()), 1]]
-
-
-def flat(batches) -> list[int]:
-    parts = itertools.chain.from_iterable(batch if isinstance(batch, list) else [batch] for batch in batches)
-    return [token for part in parts for token in part["input_ids"].flatten().tolist()]
 
 
 def test_list_of_strings_is_packed_without_loss():
@@ -68,28 +39,8 @@ def test_list_of_strings_is_packed_without_loss():
     ]
 
 
-def test_sequences_for_an_encoder_are_not_packed_or_padded():
-    batches = list(calibration_batches(TEXTS[:4], tokenizer=make_tokenizer(bert=True, limit=4), batch_size=4))
-    parts = batches[0]
-    assert sum(len(part["input_ids"]) for part in parts) == 4
-    for part in parts:
-        assert (part["input_ids"][:, 0] == 2).all()
-        assert (part["input_ids"][:, -1] == 3).all()
-        assert part["input_ids"].shape[1] <= 4
-    tiny = calibration_batches(["w1 w2", "w3 w4"], tokenizer=make_tokenizer(bert=True), batch_size=2)
-    assert next(iter(tiny))["input_ids"].tolist() == [[2, 5, 6, 3], [2, 7, 8, 3]]
-
-
 def test_strings_without_tokenizer_are_prompts():
     assert list(calibration_batches(["a", "b", "c"], batch_size=2)) == [["a", "b"], ["c"]]
-
-
-@given(st.lists(st.lists(st.integers(2, 99), max_size=12), max_size=12), st.integers(1, 9))
-def test_packing(documents, seqlen):
-    packed = list(_packed(documents, 1, seqlen))
-    assert [t for sequence in packed for t in sequence] == [t for d in documents if d for t in [*d, 1]]
-    assert all(len(sequence) == seqlen for sequence in packed[:-1])
-    assert not packed or 0 < len(packed[-1]) <= seqlen
 
 
 @given(st.integers(0, 500), st.integers(0, 5))
@@ -105,14 +56,6 @@ def test_spread_covers_evenly():
 @given(st.lists(st.integers(), max_size=60), st.integers(1, 20))
 def test_shuffling_loses_nothing(items, size):
     assert sorted(_shuffled(items, size, 0)) == sorted(items)
-
-
-def test_paragraphs():
-    lines = ["", "a\n", "b", " ", "", "c" * 70000, "d", "e"]
-    assert list(paragraphs(lines)) == ["a\nb", "c" * 70000, "d\ne"]
-
-
-# ------------------------------------------------------------------------------------------------------ sources on disk
 
 
 def write_texts(tmp_path, kind: str) -> str:
@@ -209,50 +152,6 @@ def test_columns():
         list(calibration_batches(datasets.Dataset.from_dict({"a": [1], "b": [2]})))
 
 
-@pytest.mark.parametrize("form", ["lists", "tensors", "stream"])
-def test_padding_of_tokenized_rows_is_left_out(form):
-    padded = {"input_ids": [[1, 2, 3, 0], [0, 0, 0, 4], [5, 6, 0, 0]]}
-    masks = {"attention_mask": [[1, 1, 1, 0], [0, 0, 0, 1], [1, 1, 0, 0]]}
-    data = datasets.Dataset.from_dict({**padded, **masks, "label": [0, 1, 2]})
-    data = {"lists": data, "tensors": data.with_format("torch"), "stream": data.to_iterable_dataset()}[form]
-    spec = {"dataset": data, "seed": None, "batch_size": 3}
-    (packed,) = calibration_batches(spec, tokenizer=make_tokenizer())
-    assert packed["input_ids"].tolist() == [[1, 2, 3, 1, 4, 1, 5, 6, 1]]
-    assert packed["attention_mask"].all()
-    (apart,) = calibration_batches({**spec, "pack": False})
-    assert [part["input_ids"].tolist() for part in apart] == [[[1, 2, 3]], [[4]], [[5, 6]]]
-    # Columns chosen one by one are model inputs as they are.
-    (chosen,) = calibration_batches({**spec, "column": {"input_ids": "input_ids", "mask": "attention_mask"}})
-    assert {name: value.tolist() for name, value in chosen.items()} == {
-        "input_ids": padded["input_ids"],
-        "mask": masks["attention_mask"],
-    }
-
-
-class FakeProcessor:
-    """The interface of an image processor."""
-
-    def __call__(self, images, return_tensors):
-        assert return_tensors == "pt"
-        return {"pixel_values": torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])}
-
-
-def test_images(tmp_path):
-    for i in range(5):
-        Image.new("L", (4, 3), color=i * 10).save(tmp_path / f"{i}.png")
-    spec = {"dataset": str(tmp_path), "batch_size": 2, "seed": None}
-    pixels = [batch["pixel_values"] for batch in calibration_batches(spec, processor=FakeProcessor())]
-    assert [tuple(batch.shape) for batch in pixels] == [(2, 3, 3, 4), (2, 3, 3, 4), (1, 3, 3, 4)]
-    assert [int(image[0, 0, 0]) for batch in pixels for image in batch] == [0, 10, 20, 30, 40]
-    plain = list(calibration_batches(spec))
-    assert [image.size for image in plain[0]["image"]] == [(4, 3)] * 2
-    images = [image for batch in plain for image in batch["image"]]
-    assert torch.equal(
-        torch.cat([b["pixel_values"] for b in calibration_batches(images, processor=FakeProcessor())]),
-        torch.cat(pixels),
-    )
-
-
 class LengthTokenizer:
     """One token per four characters: as much output as a real tokenizer, at no cost."""
 
@@ -286,9 +185,6 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     assert large[0] < 1.1 * small[0]
 
 
-# ------------------------------------------------------------------------------------------------------- other sources
-
-
 def test_calibration_sets(tmp_path):
     samples = [{"x": torch.full((2,), i)} for i in range(3)]
     stored = BaseCalibSet.from_samples(samples).save(tmp_path / "set")
@@ -310,6 +206,19 @@ def test_model_inputs_pass_through():
 def test_model_limits_the_length():
     batches = calibration_batches([" ".join(WORDS)], tokenizer=make_tokenizer(), model=tiny_llama())
     assert max(batch["input_ids"].shape[1] for batch in batches) == 64
+
+
+@torch.no_grad()
+def test_positions_that_roberta_does_not_use_do_not_count():
+    config = RobertaConfig(
+        vocab_size=300, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+        max_position_embeddings=34, pad_token_id=1,
+    )  # fmt: skip
+    model = RobertaModel(config).eval()
+    batches = list(calibration_batches([" ".join(WORDS)], tokenizer=make_tokenizer(), model=model))
+    assert max(batch["input_ids"].shape[1] for batch in batches) == 32
+    for batch in batches:
+        model(**batch)
 
 
 @pytest.mark.parametrize(
@@ -356,46 +265,6 @@ def test_caller_s_dict_is_not_changed():
     assert source == before
 
 
-# --------------------------------------------------------------------------------------------- a source of every kind
-
-
-def chat_tokenizer(template: str | None = "{% for m in messages %}{{ m['content'] }} {% endfor %}"):
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-CHATS = [[{"role": "user", "content": text}, {"role": "assistant", "content": "w9 w8"}] for text in ("w1 w2", "w3")]
-
-
-def test_a_column_of_chats():
-    data = datasets.Dataset.from_dict({"prompt": ["x", "y"], "messages": CHATS})
-    spec = {"dataset": data, "seed": None, "samples": None}
-    batches = list(calibration_batches(spec, tokenizer=chat_tokenizer()))
-    assert flat(batches) == ids_of(["w1 w2 w9 w8", "w3 w9 w8"])
-    named = list(calibration_batches({**spec, "column": "messages", "pack": False}, tokenizer=chat_tokenizer()))
-    assert [batch["input_ids"].tolist() for batch in named] == [[[5, 6, 13, 12]], [[7, 13, 12]]]
-    assert list(calibration_batches(spec, batch_size=2)) == [["x", "y"]], "without a tokenizer the prompts are wanted"
-
-
-@pytest.mark.parametrize(
-    ("column", "tokenizer", "message"),
-    [
-        (CHATS, chat_tokenizer(None), "column 'messages' holds chats, but the tokenizer has no chat template"),
-        (CHATS, None, "column 'messages' holds chats, but there is no tokenizer"),
-        (
-            [[{"from": "a", "value": "b"}]],
-            chat_tokenizer(),
-            r"holds lists of dicts with keys \['from', 'value'\], .*'role'",
-        ),
-    ],
-)
-def test_chats_that_cannot_be_read(column, tokenizer, message):
-    data = datasets.Dataset.from_dict({"messages": column})
-    with pytest.raises(CalibrationError, match=message):
-        list(calibration_batches(data, tokenizer=tokenizer))
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_dataset_dicts(streaming):
     one, other = (datasets.Dataset.from_dict({"text": [text]}) for text in ("w1", "w2"))
@@ -432,62 +301,6 @@ def test_a_list_of_strings_named_by_a_dict():
     assert list(calibration_batches({"dataset": ["a", "b"], "seed": None, "batch_size": 2})) == [["a", "b"]]
 
 
-@pytest.mark.parametrize(
-    ("column", "message"),
-    [([[1, 2], [3]], "column 'x': the rows cannot be stacked"), ([{"a": 1}], None), ([None, None], "empty")],
-)
-def test_rows_that_make_no_tensor(column, message):
-    batches = calibration_batches({"dataset": datasets.Dataset.from_dict({"x": column}), "batch_size": 2, "seed": None})
-    if message is None:
-        assert list(batches) == [column]
-        return
-    with pytest.raises(CalibrationError, match=message):
-        list(batches)
-
-
-def test_text_for_a_model_needs_a_tokenizer():
-    for source in ({"dataset": ["a b"]}, ["a b"], datasets.Dataset.from_dict({"text": ["a b"]})):
-        with pytest.raises(CalibrationError, match=r"text needs a tokenizer; .*'tokenizer': tokenizer"):
-            list(calibration_batches(source, model=tiny_llama()))
-
-
-def test_images_for_a_model_need_a_processor():
-    data = datasets.Dataset.from_dict({"image": [Image.new("RGB", (2, 2))]})
-    with pytest.raises(CalibrationError, match=r"images need a processor; .*'processor': processor"):
-        list(calibration_batches(data, model=tiny_llama()))
-
-
-def decoder_inputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, list[list[int]]]:
-    """Return what was added to a model's inputs."""
-    data = datasets.Dataset.from_dict({name: value.tolist() for name, value in inputs.items()})
-    spec = {"dataset": data, "column": {name: name for name in inputs}, "seed": None, "batch_size": 2}
-    (batch,) = calibration_batches(spec, model=model)
-    return {name: value.tolist() for name, value in batch.items() if name not in inputs}
-
-
-def test_the_decoder_of_an_encoder_decoder_reads_the_same_tokens():
-    model, ids = small_models.t5(), torch.tensor([[5, 6, 7], [8, 9, 0]])
-    shifted = {"decoder_input_ids": [[3, 5, 6], [3, 8, 9]]}  # 3 is the start token
-    assert decoder_inputs(model, {"input_ids": ids}) == shifted
-    masked = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
-    assert decoder_inputs(model, masked) == {**shifted, "decoder_attention_mask": [[1, 1, 1], [1, 1, 1]]}
-    for name in ("decoder_input_ids", "labels"):
-        assert decoder_inputs(model, {"input_ids": ids, name: ids}) == {}
-    for other in (small_models.t5_encoder(), tiny_llama()):
-        assert decoder_inputs(other, masked) == {}
-    del model.config.decoder_start_token_id
-    assert decoder_inputs(model, {"input_ids": ids}) == {"decoder_input_ids": [[0, 5, 6], [0, 8, 9]]}
-
-
-@torch.no_grad()
-def test_decoder_inputs_are_those_that_bart_derives_itself():
-    model = small_models.bart()
-    (batch,) = calibration_batches(["w1 w2 w3 w4"], tokenizer=make_tokenizer(), model=model)
-    assert batch.keys() == {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}
-    derived = model(batch["input_ids"], batch["attention_mask"])
-    assert torch.equal(model(**batch).logits, derived.logits)
-
-
 def test_an_encoder_decoder_is_recorded_on_text():
     data = {"dataset": TEXTS[:4], "tokenizer": make_tokenizer(), "seqlen": 4}
     seen = generate_calibrate_set(small_models.t5(), LanguageModelSampler(), data, "decoder.block.0")
@@ -522,19 +335,3 @@ def test_samples_beyond_those_asked_for_are_held_out(tmp_path):
     assert calibration_batches({**spec, "samples": 7}).held_out == []
     assert calibration_batches(spec).held_out == []
     assert calibration_batches(texts).held_out == []
-
-
-@pytest.mark.parametrize("mask", [np.tril(np.ones((1, 4, 4))).tolist(), np.eye(4).tolist(), 1, [1, 1, 0]])
-def test_masks_that_are_not_of_tokens_are_ignored(mask):
-    rows = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 2, "attention_mask": [mask] * 2})
-    found = list(calibration_batches({"dataset": rows, "samples": 2, "seed": None, "pack": False}))
-    assert [batch["input_ids"].tolist() for batch in found] == [[[1, 2, 3, 4]]] * 2
-
-
-def test_a_decoder_of_another_vocabulary_needs_its_own_tokens():
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    decoder = BertConfig(**sizes, vocab_size=10, is_decoder=True, add_cross_attention=True)
-    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**sizes, vocab_size=20), decoder)
-    rows = datasets.Dataset.from_dict({"input_ids": [[11, 12, 13]] * 2})
-    with pytest.raises(CalibrationError, match="the decoder has another vocabulary"):
-        next(iter(calibration_batches({"dataset": rows}, model=EncoderDecoderModel(config))))

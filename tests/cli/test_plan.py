@@ -56,14 +56,19 @@ def test_a_search_is_said_to_decide_later(llama):
     )
 
 
-def test_one_of_several_controlnets(tmp_path):
+def test_one_or_all_of_several_controlnets(tmp_path):
     pipe = CASES["sd-controlnet"].build()
     pipe.controlnet = MultiControlNetModel([pipe.controlnet, CASES["sd-controlnet"].build().controlnet])
     pipe.save_pretrained(tmp_path)
-    names = ("unet", "controlnet.nets.1")
-    result = plan(tmp_path, "--preset", "w8a16", "--json", *(word for name in names for word in ("--component", name)))
-    assert result.exit_code == 0, result.output
-    assert set(json.loads(result.stdout)) == set(names)
+
+    def planned(*names: str) -> set[str]:
+        words = (word for name in names for word in ("--component", name))
+        result = plan(tmp_path, "--preset", "w8a16", "--json", *words)
+        assert result.exit_code == 0, result.output
+        return set(json.loads(result.stdout))
+
+    assert planned("unet", "controlnet.nets.1") == {"unet", "controlnet.nets.1"}
+    assert planned("controlnet") == {"controlnet.nets.0", "controlnet.nets.1"}
 
 
 def test_a_recipe_for_a_pipeline():

@@ -101,6 +101,16 @@ def test_hidden_states():
     assert found["cosine similarity of hidden states"][0] == pytest.approx(1)
 
 
+def test_outputs_of_nothing_but_zeros():
+    silent, loud = torch.zeros(1, 3, 4), torch.randn(1, 3, 4)
+    alike = figures(compare_models(Encoder(1.0), Encoder(1.0), [silent, loud]))
+    assert alike["SQNR of hidden states"][0] == math.inf
+    assert alike["cosine similarity of hidden states"][0] == 1
+    found = figures(compare_models(Encoder(1.0), Encoder(1.1), [silent, loud]))
+    assert found["SQNR of hidden states"][0] == pytest.approx(20, abs=1e-3)
+    assert found["cosine similarity of hidden states"][0] == pytest.approx(1)
+
+
 def test_bad_models(pair):
     with pytest.raises(ValueError, match="no batches"):
         compare_models(*pair, [])

@@ -37,8 +37,18 @@ UNSEEN = {
     "SanaWMTransformer3DModel": ("_cam", "plucker"),  # for camera paths
 }
 
+# Classes that take more than four seconds to build and trace, of kinds that faster ones cover too.
+SLOW = {
+    *("AudioLDM2UNet2DConditionModel", "AutoencoderKLLTXVideo", "AutoencoderKLMiniMaxH3Audio", "AutoencoderKLMochi"),
+    *("AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan", "AutoencoderSAME"),
+    *("AutoencoderVidTok", "BriaFibo2Transformer2DModel", "BriaTransformer2DModel", "ConsistencyDecoderVAE"),
+    *("DreamLiteUNetModel", "I2VGenXLUNet", "Kandinsky3UNet", "Kandinsky6SRVAE", "Kandinsky6Transformer3DModel"),
+}
 
-@pytest.mark.parametrize("name", exported())
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in exported()]
+)
 def test_every_exported_class(name):
     """On meta (with real weights if control flow depends on values), the forward runs, so its linears are seen."""
     model = build(name)
@@ -58,5 +68,5 @@ def test_every_exported_class(name):
 
 
 def test_lists_name_exported_classes():
-    assert NONE.keys() | UNWATCHED.keys() | UNSEEN.keys() <= exported().keys()
+    assert NONE.keys() | UNWATCHED.keys() | UNSEEN.keys() | SLOW <= exported().keys()
     assert not NONE.keys() & UNWATCHED.keys()
