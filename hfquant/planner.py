@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from hfquant.autoencoders import autoencoder_convs
-from hfquant.calibration.batches import as_tensors
+from hfquant.calibration.batches import as_tensors, batched
 from hfquant.config import QuantRules
 from hfquant.console import counted
 from hfquant.dataflow import LinearTrace, PatternError, obstacles_in_source, trace
@@ -310,7 +310,7 @@ def _traces(
             return {}
         try:
             codes = {name: layer.weight_quant.format.code_dtype for name, layer in chosen.items()}
-            example = as_tensors(example, list(signature(model.forward).parameters))
+            example = as_tensors(batched(model, example), list(signature(model.forward).parameters))
             return trace(model, example, patterns=patterns, codes=codes)
         except PatternError as error:
             logger.warning(

@@ -177,7 +177,7 @@ def mask_of(model: nn.Module, sample: Any, name: str) -> Tensor | None:
     """Return the argument ``name`` of a call of ``model``, if it is a mask over [batch, tokens]; else None."""
     if isinstance(sample, tuple):
         sample = dict(zip(signature(model.forward).parameters, sample, strict=False))
-    mask = _as_tensor(name, sample.get(name)) if isinstance(sample, Mapping) else None
+    mask = _as_tensor(name, batched(model, sample).get(name)) if isinstance(sample, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
@@ -191,12 +191,44 @@ def placed(
     cast themselves.
     """
     dtype, names = dtype_of(model), list(signature(model.forward).parameters)
+    args, kwargs = batched(model, args), batched(model, kwargs)
     args = tuple(
         _cast(name, value, dtype)
         for name, value in zip_longest(names[: len(args)], as_tensors(args, names), fillvalue="")
     )
     kwargs = {name: _cast(name, value, dtype) for name, value in as_tensors(kwargs).items()}
     return send_to_device((args, kwargs), device_of(model))
+
+
+def batched(model: nn.Module, sample: Any) -> Any:
+    """Return a sample of a transformers model with a batch dimension, if it is token ids of a single text without one.
+
+    A tokenizer returns these for a text that is not in a list. All vectors of the same length get the dimension.
+
+    Raises:
+        CalibrationError: a tensor in the place of token ids does not hold integers.
+    """
+    if not hasattr(model, "main_input_name"):
+        return sample
+    if not isinstance(sample, Mapping):
+        args = sample if isinstance(sample, tuple) else (sample,)
+        named = dict(zip(signature(model.forward).parameters, args, strict=False))
+        values = (*batched(model, named).values(), *args[len(named) :])
+        return values if isinstance(sample, tuple) else values[0]
+    ids = sample.get("input_ids")
+    if isinstance(ids, list) and ids and isinstance(ids[0], int):
+        ids = np.asarray(ids)
+    if not isinstance(ids, (Tensor, np.ndarray)):
+        return sample
+    if (ids.is_floating_point() if isinstance(ids, Tensor) else ids.dtype.kind not in "iu") or not ids.ndim:
+        raise CalibrationError(
+            f"calibration data: {type(model).__name__} reads token ids, which are integers [batch, length], "
+            f"got {ids.dtype} {list(ids.shape)}"
+        )
+    if ids.ndim > 1:
+        return sample
+    found = as_tensors(sample)
+    return {n: v[None] if isinstance(v, Tensor) and v.shape == ids.shape else v for n, v in found.items()}
 
 
 def _cast(name: str, value: Any, dtype: torch.dtype | None) -> Any:

@@ -18,8 +18,9 @@ from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set, open_
 from hfquant.calibration.provenance import differences, provenance
 from hfquant.calibration.recorder import Recording, find_layer
 from hfquant.calibration.samplers import BaseSampler, seeded
+from hfquant.calibration.sources import is_source
 from hfquant.calibration.storage import CalibSetError, Cursor, Index
-from hfquant.calibration.streams import calibration_batches, is_source
+from hfquant.calibration.streams import calibration_batches
 from hfquant.console import counted, progress_bar
 from hfquant.digests import update
 from hfquant.distributed import processes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import signature
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -70,6 +70,21 @@ def _unreadable(what: str, argument: str) -> CalibrationError:
     )
 
 
+def check_readable(column: str, value: Any, names: Sequence[str], reader: Reader) -> None:
+    """Raise if a column holds single numbers and the model reads something else: text, tokens or images.
+
+    Raises:
+        CalibrationError: names the columns.
+    """
+    single = isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
+    if single and (reader.tokenizer is not None or hasattr(reader.model, "main_input_name")):
+        wanted = getattr(reader.model, "main_input_name", "input_ids")
+        raise CalibrationError(
+            f"column {column!r} holds numbers, not {'text' if wanted == 'input_ids' else wanted}; choose another with "
+            f"{{'dataset': ..., 'column': ...}} if there is one: the columns are {list(names)}"
+        )
+
+
 def paragraphs(lines: Iterable[str]) -> Iterator[str]:
     """Join lines up to the next empty line, or up to `_PARAGRAPH_CHARS` characters."""
     held: list[str] = []
@@ -123,10 +138,25 @@ def _token_ids(values: Iterable[Any], tokenizer: Any, seqlen: int | None, *, spe
     """Yield the tokens of each text, in full or truncated to ``seqlen``, with or without special tokens."""
     cut = {} if seqlen is None else {"truncation": True, "max_length": seqlen}
     for value in values:
-        if isinstance(value, str):  # verbose=False: a text over the model's limit is fine here
-            yield tokenizer(value, add_special_tokens=special, verbose=False, **cut)["input_ids"]
-        else:
-            yield [int(token) for token in value][:seqlen]
+        try:
+            if isinstance(value, str):  # verbose=False: a text over the model's limit is fine here
+                ids = tokenizer(value, add_special_tokens=special, verbose=False, **cut)["input_ids"]
+            else:
+                ids = [int(token) for token in value][:seqlen]
+        except (TypeError, ValueError) as error:
+            raise CalibrationError(
+                f"calibration data: {value!a:.80} cannot be tokenized: {_broken(value) or error}"
+            ) from error
+        yield ids
+
+
+def _broken(value: Any) -> str:
+    """Return why a text cannot be encoded, for which tokenizers have no clear words; "" if it can, or is no text."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        return f"it has half a surrogate pair at position {error.start}"
+    return ""
 
 
 def _packed(documents: Iterable[list[int]], eos: int | None, seqlen: int) -> Iterator[list[int]]:

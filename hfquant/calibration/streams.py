@@ -26,6 +26,7 @@ from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set
 from hfquant.calibration.model_inputs import (
     MAX_LENGTH,
     Reader,
+    check_readable,
     from_texts,
     grouped,
     images_batch,
@@ -37,13 +38,13 @@ from hfquant.calibration.model_inputs import (
     unpadded,
     with_decoder_inputs,
 )
+from hfquant.calibration.sources import COLUMNS, are_rows, are_texts, is_source, of_datasets, openable
 from hfquant.console import counted
 from hfquant.hub_errors import hub_errors
 
 logger = logging.getLogger(__name__)
 
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
-_COLUMNS = ("text", "prompt", "caption", "messages", "input_ids", "image", "latent", "latents")
 #: Samples to read beyond those requested, for checking the quantized model.
 CHECKS = 2
 
@@ -51,7 +52,7 @@ _Positive = Annotated[int, Field(gt=0)]
 
 
 def _check_dataset(value: Any) -> Any:
-    if isinstance(value, (str, os.PathLike)) or _of_datasets(value) or are_texts(value):
+    if isinstance(value, (str, os.PathLike)) or of_datasets(value) or are_texts(value):
         return value
     raise ValueError("must be a hub id, a path, a datasets object or a list of strings")
 
@@ -60,8 +61,8 @@ class StreamSpec(BaseModel):
     """A calibration stream as written by the user: `{"dataset": ..., ...}`.
 
     Attributes:
-        dataset: hub id, local file or folder, a `datasets` object, or a list of strings (all read, in order, unless
-            `samples` and `seed` say otherwise).
+        dataset: hub id, local file or folder, a `datasets` object, or a list of strings or rows (all read, in order,
+            unless `samples` and `seed` say otherwise).
         name: configuration of a hub dataset.
         split: which split to read; by default "train", or the only one of a `DatasetDict`.
         column: column to read, or {argument of the model: column}. By default the first known name: text, prompt,
@@ -127,11 +128,6 @@ class Batches(Iterable[Any]):
             raise CalibrationError(f"the calibration data is empty: {self._empty}")
 
 
-def is_source(data: Any) -> bool:
-    """Return whether data still has to be turned into batches: a dict naming a dataset, a datasets object or a path."""
-    return isinstance(data, (Mapping, str, os.PathLike)) or _of_datasets(data)
-
-
 def calibration_batches(
     calibration: Any,
     *,
@@ -148,7 +144,8 @@ def calibration_batches(
             - a dict, see :class:`StreamSpec`: `{"dataset": "wikitext.parquet", "column": "text", "samples": 128}`; it
               may also hold the `tokenizer` or `processor`;
             - a `datasets` object, a path or a hub id, treated as `{"dataset": ...}`;
-            - a list of strings;
+            - a list of strings, a column of a dataset or a pandas Series that holds text; None is skipped;
+            - a list of dicts of strings, as rows of a dataset (for a torch module as `model` only);
             - a calibration set or its path;
             - a DataLoader or any other re-iterable collection of model inputs, returned unchanged.
         tokenizer: turns text into tokens; by default the processor's. Without one, text is returned as lists of
@@ -173,12 +170,11 @@ def calibration_batches(
         calibration = _stored(calibration)
     if isinstance(calibration, BaseCalibSet):
         return calibration.get_dataloader(batch_size=size)
-    if isinstance(calibration, (str, os.PathLike)) or _of_datasets(calibration) or are_texts(calibration):
-        calibration = {"dataset": calibration}
-    if isinstance(calibration, Mapping):
-        # Read the whole list, in the caller's order.
-        given = {"samples": None, "seed": None} if are_texts(calibration.get("dataset")) else {}
-        given.update(calibration)
+    # Dicts of strings may be calls of a pipeline, but a torch module takes none.
+    calls = are_rows(calibration) and not isinstance(model, nn.Module)
+    is_spec = isinstance(calibration, Mapping) and not of_datasets(calibration)
+    if is_spec or are_texts(calibration) or (is_source(calibration) and not calls):
+        given = openable(calibration if is_spec else {"dataset": calibration})
         tokenizer, processor = given.pop("tokenizer", tokenizer), given.pop("processor", processor)
         tokenizer = tokenizer or getattr(processor, "tokenizer", None)
         limit = _length_limit(tokenizer, model)
@@ -219,7 +215,7 @@ def _provenance(spec: StreamSpec) -> dict[str, Any]:
     source = spec.dataset
     if are_texts(source):
         name = counted(len(source), "text")
-    elif _of_datasets(source):
+    elif of_datasets(source):
         info = getattr(source, "info", None)
         name = getattr(info, "dataset_name", None) or getattr(info, "builder_name", None) or type(source).__name__
     else:
@@ -246,15 +242,6 @@ def holds_set(path: str | os.PathLike[str]) -> bool:
     """Return whether there is a calibration set at ``path``, finished or not."""
     path = Path(path)
     return path.is_dir() and ((path / storage.INDEX).exists() or any(path.glob("shard-*-of-*")))
-
-
-def _of_datasets(value: Any) -> bool:
-    return type(value).__module__.startswith("datasets.") and (hasattr(value, "features") or isinstance(value, Mapping))
-
-
-def are_texts(value: Any) -> bool:
-    """Return whether ``value`` is a non-empty list of strings."""
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(text, str) for text in value)
 
 
 # ------------------------------------------------------------------------------------------------- rows of a dataset
@@ -292,6 +279,7 @@ def _from_spec(spec: StreamSpec, reader: Reader, size: int) -> Iterator[Any]:
     first = next(values, None)
     if first is None:
         return
+    check_readable(column, first, names, reader)
     values = chain([first], values)
     if isinstance(first, str) or column == "input_ids" or is_chat(first):
         yield from from_texts(values, spec, reader, column, size)
@@ -312,7 +300,7 @@ def _open(spec: StreamSpec) -> tuple[Any, bool]:
     import datasets
 
     source = spec.dataset
-    if _of_datasets(source):
+    if of_datasets(source):
         return _split(source, spec), False
     path = Path(source)
     options: dict[str, Any] = {"split": spec.split or "train", "streaming": True}
@@ -347,7 +335,7 @@ def _split(data: Any, spec: StreamSpec) -> Any:
 
 
 def _default_column(names: list[str], reader: Reader) -> str:
-    order = _COLUMNS if reader.tokenizer is None else ("text", "messages", *_COLUMNS)
+    order = COLUMNS if reader.tokenizer is None else ("text", "messages", *COLUMNS)
     found = next((name for name in order if name in names), names[0] if len(names) == 1 else None)
     if found is None:
         raise CalibrationError(f"calibration['column']: choose one of {names}")

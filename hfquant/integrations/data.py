@@ -9,7 +9,8 @@ from typing import Any
 
 from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.self_made import SelfSpec
-from hfquant.calibration.streams import are_texts, calibration_batches, holds_set, is_source
+from hfquant.calibration.sources import are_texts, is_source
+from hfquant.calibration.streams import calibration_batches, holds_set
 from hfquant.integrations.sharing.origin import places
 
 
@@ -56,7 +57,7 @@ def diffusers_batches(calibration: Any) -> Any:
 
 
 def is_raw(calibration: Any) -> bool:
-    """Return whether the data still needs tokenizing or other processing: a dataset or a list of strings."""
+    """Return whether the data still needs tokenizing or other processing: a dataset, or a list of strings or rows."""
     if isinstance(calibration, (str, os.PathLike)):
         return not holds_set(calibration)
     return is_source(calibration) or are_texts(calibration)

@@ -8,7 +8,7 @@ import torch
 
 from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.self_made import SelfMade, SelfSpec, draw, fill_masks, generator, pink_noise, random_ids
-from hfquant.calibration.streams import is_source
+from hfquant.calibration.sources import is_source
 
 
 def test_tokens_are_drawn_as_the_softmax_says():
