@@ -123,9 +123,12 @@ def _adapt_transformers_models() -> None:
     from transformers.modeling_utils import PreTrainedModel
 
     from hfquant.integrations import register_saving
+    from hfquant.integrations.refusals import refuse_resizing
+    from hfquant.nn.layer import QuantLayer
 
     _register_transformers()
     register_saving(PreTrainedModel)
+    refuse_resizing(PreTrainedModel, QuantLayer)
 
 
 def _adapt_diffusers_models() -> None:

@@ -47,6 +47,7 @@ ELSEWHERE = {
     "integrations/examples/sketch.py": "integrations/examples/test_examples.py",
     "integrations/facts.py": "test_planner.py",
     "integrations/hub.py": "cli/test_calibrate.py",
+    "integrations/refusals.py": "smoke/test_refusals.py",
     "integrations/sharing/kinds.py": "integrations/sharing/test_sharing.py",
     "layer_config.py": "test_config.py",
     "nn/layer.py": "nn/test_linear.py",

@@ -85,8 +85,7 @@ def calibrate(
     """
     if sampler is not None:
         _check_sampler(sampler, timesteps=timesteps, mean=mean, std=std)
-    call_arguments = options.pairs("--arg", arg or ())
-    call = {key: options.parsed(value) for key, value in call_arguments.items()}
+    call = options.call_arguments(arg or ())
     if steps is not None:
         call["num_inference_steps"] = steps
     if guidance_scale is not None:

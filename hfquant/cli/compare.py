@@ -26,7 +26,10 @@ def compare(
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt for a pipeline; repeatable.")] = None,
     arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Argument of the pipeline call, as JSON or a string.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Argument of the pipeline call, as JSON or a string; for an image, its file."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed for the noise of pipelines and the order of the data.")] = 0,
     images: Annotated[Path | None, typer.Option(help="Folder for the pairs of images, as PNG.")] = None,
@@ -40,7 +43,7 @@ def compare(
     Language models: perplexity, KL divergence and top-1 agreement. Pipelines: PSNR and SSIM of the images; LPIPS, CLIP
     score and FID if the weights that they need are available.
     """
-    call = {key: options.parsed(value) for key, value in options.pairs("--arg", arg or ()).items()}
+    call = options.call_arguments(arg or ())
     with errors_in_one_line(debug):
         from hfquant.integrations.hub import load
         from hfquant.report.gather import Inputs, compared

@@ -60,6 +60,26 @@ def parsed(value: str) -> Any:
         return value
 
 
+def call_arguments(values: Sequence[str]) -> dict[str, Any]:
+    """Return the values of `--arg`, arguments of a pipeline's call: JSON, strings, and images read from files."""
+    from hfquant.integrations.self_made_runs import PICTURE_ARGUMENTS
+
+    found = {key: parsed(value) for key, value in pairs("--arg", values).items()}
+    return {
+        key: _picture(key, value) if key in PICTURE_ARGUMENTS and isinstance(value, str) else value
+        for key, value in found.items()
+    }
+
+
+def _picture(name: str, file: str) -> Any:
+    from PIL import Image
+
+    try:
+        return Image.open(file).convert("RGB")
+    except OSError as error:
+        raise typer.BadParameter(f"{name}: cannot read {file!r} as an image", param_hint="--arg") from error
+
+
 def _named(skeleton: Skeleton, models: Sequence[str]) -> list[str]:
     return [type(skeleton.models[name]).__name__ for name in models]
 
@@ -92,11 +112,13 @@ def chosen_recipe(
         bits: budget of stored bits per weight, for each component to choose its formats.
 
     Raises:
-        ConfigError: more than one of recipe, preset and config is given, or the one given is invalid.
+        ConfigError: more than one of recipe, preset and config is given, the one given is invalid, or no component is
+            given and the pipeline has no known denoiser.
         FileNotFoundError: no such file.
     """
     from hfquant import recipes
     from hfquant.config import parse
+    from hfquant.denoisers import DENOISERS
     from hfquant.recipes.run import matches
     from hfquant.schema import ConfigError
 
@@ -107,6 +129,11 @@ def chosen_recipe(
         content = found.model_dump(mode="python", exclude_unset=True)
         for component in content["components"].values():
             component.pop("expected", None)
+    elif not components:
+        raise ConfigError(
+            f"{skeleton.kind} has no component that is known to be a denoiser ({', '.join(DENOISERS)}): choose from "
+            f"its models with --component: {', '.join(skeleton.models)}"
+        )
     else:
         settings: Any = preset or ("w8a8-dynamic" if bits is None else "w4-auto")
         if config is not None:

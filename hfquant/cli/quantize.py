@@ -64,7 +64,7 @@ def quantize(
     Without --recipe, --preset and --config, the preset is w8a8-dynamic, or w4-auto with --bits. Solved layers are kept
     beside --out until it is written: repeat the same command to resume after an interruption.
     """
-    call = {key: options.parsed(value) for key, value in options.pairs("--arg", arg or ()).items()}
+    call = options.call_arguments(arg or ())
     reading = options.given(
         {"column": options.columns(column or ()), "name": name, "split": split, "samples": samples, "seqlen": seqlen}
     )

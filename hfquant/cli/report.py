@@ -28,14 +28,17 @@ def report(
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt for a pipeline; repeatable.")] = None,
     arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Argument of the pipeline call, as JSON or a string.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Argument of the pipeline call, as JSON or a string; for an image, its file."
+        ),
     ] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     debug: options.Debug = False,
 ) -> None:
     """Write one self-contained HTML page: sizes, every layer's error, what to fix, and how far from full precision."""
-    call = {key: options.parsed(value) for key, value in options.pairs("--arg", arg or ()).items()}
+    call = options.call_arguments(arg or ())
     with errors_in_one_line(debug):
         from hfquant.report.gather import Inputs, gather
 

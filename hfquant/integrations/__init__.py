@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from hfquant.calibration.batches import CalibrationError
-from hfquant.integrations.apply import attached, quantize_attached
+from hfquant.integrations.apply import attached, inner_configs, quantize_attached
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.facts import facts_of
 from hfquant.planner import ModelFacts
@@ -152,12 +153,22 @@ def register_peft() -> None:
 def register_saving(base: type) -> None:
     """Make ``save_pretrained`` of a library's models also save parts of quantized models. Called once ``base`` exists.
 
+    A float model made from the config of a quantized one is saved without its ``quantization_config``.
+
     Args:
         base: the library's class of all models.
     """
-    from hfquant.integrations.compat import saving_within
+    from hfquant.integrations.compat import config_of_floats, saving_within
+    from hfquant.integrations.config import METHOD
+    from hfquant.nn.modules import quant_modules
 
-    saving_within(base, lambda model, given: attached(model, attach, given))
+    @contextmanager
+    def saving(model: Any, given: Any) -> Iterator[None]:
+        floats = None if quant_modules(model) else config_of_floats(model, inner_configs(model.config), METHOD)
+        with attached(model, attach, given), floats or nullcontext():
+            yield
+
+    saving_within(base, saving)
 
 
 def register_diffusers_lora() -> None:

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from hfquant.integrations.compat import check_before_merging, register_lora_layers
+from hfquant.integrations.refusals import refuse_training
 from hfquant.nn.conv import QuantConv
 from hfquant.nn.embedding import QuantEmbedding
 from hfquant.nn.experts import QuantExperts
@@ -290,3 +291,4 @@ register_lora_layers(
     }
 )
 check_before_merging(check_mergeable)
+refuse_training((QuantLayer, QuantExperts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -128,6 +128,7 @@ def attached(model: Any, attach: Callable[[Any, HfQuantConfig], None], given: An
     """Within this context, a part of a quantized model, or a model with a quantized part, has what saving needs.
 
     Only the model that is quantized carries a config. Saved as it is, codes of its parts would be taken for floats.
+    Configs of parts get one as well, for classes that load a part from the folder of the whole (CLIP's towers).
 
     Args:
         model: any model of either library.
@@ -142,6 +143,9 @@ def attached(model: Any, attach: Callable[[Any, HfQuantConfig], None], given: An
             if getattr(model, "hf_quantizer", None) is None:
                 stack.callback(_snapshot(model))
                 attach(model, described(model))
+            for inner, config in part_configs(model):
+                stack.callback(vars(inner).pop, "quantization_config", None)
+                inner.quantization_config = config
             stack.callback(setattr, model.hf_quantizer, "given", None)
             model.hf_quantizer.given = given
         yield
@@ -153,20 +157,61 @@ def described(model: nn.Module) -> HfQuantConfig:
     Raises:
         ValueError: a layer shares the codes of one outside of ``model``.
     """
+    plans = _plans_in(model)
+    return _describing(plans, _left_in(model, plans))
+
+
+def part_configs(model: nn.Module) -> list[tuple[Any, HfQuantConfig]]:
+    """Return the inner configs of parts with quantized layers, each with a config that describes the part alone.
+
+    Layers of the part have the names that they have in it. Those of no part keep theirs, for classes that hold a part
+    and what follows it (a tower and its projection).
+    """
+    inner = {id(config): config for config in inner_configs(_config(model))}
+    # A part is the outermost module that has a config.
+    parts = {name: found for name, m in model.named_modules() if (found := inner.pop(id(_config(m)), None)) is not None}
+    plans = _plans_in(model) if parts else {}
+    left = _left_in(model, plans) if parts else []
+    found = []
+    for part, config in parts.items():
+        names = {name: name for name in (*plans, *left) if not name.startswith(tuple(f"{p}." for p in parts))}
+        names |= {n: n.removeprefix(f"{part}.") for n in (*plans, *left) if n.startswith(f"{part}.")}
+        # A checkpoint has the codes of tied layers only once, under the name of their owner.
+        own = {n: plan for n, plan in plans.items() if n in names and (not plan.tied or plan.tied in names)}
+        if any(name.startswith(f"{part}.") for name in own):
+            renamed = {names[n]: replace(plan, tied=names.get(plan.tied, "")) for n, plan in own.items()}
+            found.append((config, _describing(renamed, [names[n] for n in names if n not in own])))
+    return found
+
+
+def _config(module: Any) -> Any:
+    return getattr(module, "config", None)
+
+
+def _plans_in(model: nn.Module) -> dict[str, LayerPlan]:
+    """Return the plans of a model's quantized layers and expert parameters, by name."""
     plans: dict[str, LayerPlan] = {}
     for name, layer in quant_modules(model).items():
         if isinstance(layer, QuantExperts):
             plans |= {f"{name}.{projection}".lstrip("."): plan for projection, plan in layer.plans.items()}
         else:
             plans[name] = layer.plan
-    plans |= {name: replace(plans[name], tied=owner) for name, owner in _owners(model).items()}
-    usual = Counter(json.dumps(plan.config.model_dump(mode="json")) for plan in plans.values()).most_common(1)[0][0]
-    facts = facts_of(model)
+    return plans | {name: replace(plans[name], tied=owner) for name, owner in _owners(model).items()}
+
+
+def _left_in(model: nn.Module, plans: Mapping[str, LayerPlan]) -> list[str]:
+    """Return the names of the layers and expert parameters that could be quantized but are in float."""
     layouts = {name: m.layout for name, m in quant_modules(model).items() if isinstance(m, QuantExperts)}
-    layouts |= facts.experts
+    layouts |= facts_of(model).experts
     experts = [f"{name}.{p}".lstrip(".") for name, layout in layouts.items() for p in layout.projections]
-    skipped = {name: "not quantized" for name in (*layers_in(model), *experts) if name not in plans}
-    return own_config(HfQuantConfig({"default": json.loads(usual)}), Plan(plans, skipped), facts)
+    return [name for name in (*layers_in(model), *experts) if name not in plans]
+
+
+def _describing(plans: dict[str, LayerPlan], left: Sequence[str]) -> HfQuantConfig:
+    """Return a config for layers with these plans, and others left in float. Its one rule holds for any name."""
+    usual = Counter(json.dumps(plan.config.model_dump(mode="json")) for plan in plans.values()).most_common(1)[0][0]
+    skipped = dict.fromkeys(left, "not quantized")
+    return own_config(HfQuantConfig({"default": json.loads(usual)}), Plan(plans, skipped), ModelFacts())
 
 
 def _owners(model: nn.Module) -> dict[str, str]:

@@ -35,6 +35,12 @@ from hfquant.solver import solve
 #: Why a layer stays in float that the checkpoint of another class does not have.
 NOT_STORED = "the checkpoint has no weight for it"
 
+#: Why a checkpoint has floats in place of codes, and what to do.
+ARE_FLOATS = (
+    "the checkpoint's weights are float, but its config says that they are quantized: remove quantization_config from "
+    "the config (config.json, or the object passed as config=)"
+)
+
 
 class CheckpointError(ValueError):
     """A quantized checkpoint that does not match its config. The message names the tensors."""
@@ -159,18 +165,22 @@ def check_names(model: nn.Module, names: Iterable[str]) -> None:
         names: names of the checkpoint's tensors, as spelled in the model.
 
     Raises:
-        CheckpointError: names the tensors.
+        CheckpointError: names the tensors, or says that the checkpoint is a float one.
     """
-    layers = quant_modules(model)
+    layers, names = quant_modules(model), set(names)
+    codes = {f"{name}.{key}" for name, layer in layers.items() for key in layer.code_names}
+    others = {key for layer in layers.values() for key in layer.specs().keys() - {*layer.code_names, "bias"}}
+    if others and not names.isdisjoint(codes) and others.isdisjoint(name.rpartition(".")[2] for name in names):
+        raise CheckpointError(ARE_FLOATS)
     left = []
-    for name in names:
+    for name in sorted(names):
         parent, _, tensor = name.rpartition(".")
         layer = layers.get(parent)
         if layer is not None and {**layer._parameters, **layer._buffers}.get(tensor) is None:
             left.append(name)
     if left:
         raise CheckpointError(
-            f"the checkpoint has {_listed(sorted(left))} of quantized layers that its config does not explain: "
+            f"the checkpoint has {_listed(left)} of quantized layers that its config does not explain: "
             "another config wrote these weights"
         )
 
@@ -198,9 +208,10 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
                 continue
             fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
             if not fits or tuple(tensor.shape) != shape:
+                floats = key in layer.code_names and tensor.is_floating_point()
                 raise CheckpointError(
                     f"{name}.{key}: expected shape {shape} of {dtype or 'floats'}, "
-                    f"got {tuple(tensor.shape)} of {tensor.dtype}"
+                    f"got {tuple(tensor.shape)} of {tensor.dtype}{f': {ARE_FLOATS}' if floats else ''}"
                 )
     if missing:
         raise missing_tensors(missing)

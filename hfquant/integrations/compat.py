@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import wraps
-from inspect import isfunction, signature
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +41,7 @@ __all__ = [
     "allow_needs_hfquant",
     "apply_gate",
     "check_before_merging",
+    "config_of_floats",
     "declares_experts",
     "drop_needs_hfquant",
     "is_marked_initialized",
@@ -50,8 +50,6 @@ __all__ = [
     "mark_initialized",
     "names_in_model",
     "published_names",
-    "refuse_copying",
-    "refuse_fusing",
     "register_lora_base",
     "register_lora_layers",
     "replaced_when_quantized",
@@ -159,6 +157,46 @@ def saving_within(base: type, context: Callable[[Any, Any], AbstractContextManag
             return save(self, *args, **kwargs)
 
     base.save_pretrained = save_pretrained  # type: ignore[attr-defined]
+
+
+@contextmanager
+def config_of_floats(model: Any, inner: Sequence[Any], method: str) -> Iterator[None]:
+    """Within this context, no config of a float model says that it is quantized with ``method``.
+
+    A model made from the config of a quantized checkpoint has its ``quantization_config``.
+
+    Args:
+        model: a model of either library.
+        inner: the configs that a transformers model's config holds for its parts.
+        method: the ``quant_method``.
+    """
+    config = model.config
+    if isinstance(config, Mapping):  # of diffusers, whose configs are frozen
+        held = config.get("quantization_config")
+        if not _is_of(method, held):
+            yield
+            return
+        set_quantization_config(model, None)
+        try:
+            yield
+        finally:
+            set_quantization_config(model, held)
+        return
+    said = [
+        (c, c.quantization_config) for c in (config, *inner) if _is_of(method, getattr(c, "quantization_config", 0))
+    ]
+    for each, _ in said:
+        del each.quantization_config
+    try:
+        yield
+    finally:
+        for each, held in said:
+            each.quantization_config = held
+
+
+def _is_of(method: str, config: Any) -> bool:
+    named = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    return bool(named == method)
 
 
 def names_in_model(model: PreTrainedModel, keys: Sequence[str]) -> dict[str, str]:
@@ -285,111 +323,3 @@ def replaced_when_quantized(module: nn.Module, method: str) -> bool:
     """Return whether transformers replaces this module in checkpoints quantized with ``method``."""
     patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
     return patch is not None and method in patch["quantization_methods"]
-
-
-#: Attributes of an attention that diffusers concatenates when it fuses projections.
-_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-
-
-def refuse_fusing(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
-    """Make diffusers refuse to fuse projections that are layers of these kinds, before it changes anything.
-
-    It concatenates weights without looking at their kind. A model whose projections stay in float is fused as usual.
-    """
-    from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
-    from diffusers.models.attention_processor import Attention
-
-    @contextmanager
-    def unless_quantized(module: nn.Module, *_: Any) -> Iterator[None]:
-        for name, attention in module.named_modules():
-            if _fuses(attention) and _holds(attention, kinds):
-                raise ValueError(
-                    f"{type(module).__name__}: the projections of {name or 'this attention'} are quantized, so they "
-                    "cannot be fused: fuse the projections before quantizing, or dequantize first"
-                )
-        yield
-
-    for kind in (Attention, AttentionModuleMixin):
-        _run_within(kind, "fuse_projections", unless_quantized)
-    _run_within(AttentionMixin, "fuse_qkv_projections", unless_quantized)
-
-
-def _fuses(module: nn.Module) -> bool:
-    able = hasattr(module, "fuse_projections") and getattr(module, "_supports_qkv_fusion", True)
-    return able and not getattr(module, "fused_projections", False)
-
-
-def _holds(attention: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
-    found = (getattr(attention, name, None) for name in _PROJECTIONS)
-    return any(isinstance(part, kinds) for layer in found if layer is not None for part in layer.modules())
-
-
-def refuse_copying(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
-    """Make diffusers refuse to copy weights from layers of these kinds into a new float model.
-
-    Class methods such as ``ControlNetModel.from_unet`` do that with state dicts, partly with ``strict=False``, so that
-    codes might pass for floats. Those that only read a config, or share the modules themselves, work as usual.
-    """
-    from diffusers.utils import PushToHubMixin
-
-    @contextmanager
-    def unless_quantized(made: type, *given: Any) -> Iterator[None]:
-        copying = True
-
-        def refuse(layer: nn.Module, *_: Any) -> None:
-            if copying:  # a layer that is itself copied keeps this hook
-                raise ValueError(
-                    f"a {made.__name__} copies float weights, and {names[layer]} of the model that it is to be made "
-                    "from is quantized: make it from the float model and quantize it afterwards, for instance with "
-                    "hfquant.quantize_pipeline, or dequantize first"
-                )
-
-        sources = (model for model in given if isinstance(model, nn.Module))
-        layers = [item for model in sources for item in model.named_modules() if isinstance(item[1], kinds)]
-        names = defaultdict(lambda: "a layer", {layer: name for name, layer in layers})
-        handles = [layer.register_state_dict_pre_hook(refuse) for _, layer in layers]
-        try:
-            yield
-        finally:
-            copying = False
-            for handle in handles:
-                handle.remove()
-
-    _run_within(PushToHubMixin, ("from_unet", "from_transformer"), unless_quantized)  # a base of all models
-
-
-def _run_within(
-    base: type, prefixes: str | tuple[str, ...], context: Callable[..., AbstractContextManager[None]]
-) -> None:
-    """Run methods of a class and its subclasses within ``context(*arguments)``, also of classes that are defined later.
-
-    Args:
-        base: the class.
-        prefixes: how the names of the methods or class methods begin.
-        context: called with the arguments of the call, including the object or the class itself.
-    """
-
-    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with context(*args, *kwargs.values()):
-                return function(*args, **kwargs)
-
-        return run
-
-    def adapt(kind: type) -> None:
-        for name, method in list(vars(kind).items()):
-            if name.startswith(prefixes) and isinstance(method, classmethod):
-                setattr(kind, name, classmethod(wrapped(method.__func__)))
-            elif name.startswith(prefixes) and isfunction(method):
-                setattr(kind, name, wrapped(method))
-
-    def init_subclass(cls: type, **kwargs: Any) -> None:
-        super(base, cls).__init_subclass__(**kwargs)  # type: ignore[arg-type]
-        adapt(cls)
-
-    kinds: list[type] = [base]
-    for kind in kinds:
-        adapt(kind)
-        kinds.extend(set(kind.__subclasses__()).difference(kinds))
-    base.__init_subclass__ = classmethod(init_subclass)  # type: ignore[assignment]

@@ -28,7 +28,7 @@ from hfquant.integrations.checkpoint import (
     stored_plans,
     tensor_names,
 )
-from hfquant.integrations.compat import refuse_copying, refuse_fusing, set_quantization_config
+from hfquant.integrations.compat import set_quantization_config
 from hfquant.integrations.config import METHOD, HfQuantConfig
 from hfquant.integrations.data import check_component_data, diffusers_batches
 from hfquant.integrations.experts import layout_of
@@ -41,6 +41,7 @@ from hfquant.integrations.placement import (
     tensor_bytes,
     without_working_memory,
 )
+from hfquant.integrations.refusals import refuse_copying, refuse_fusing
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.layer import QuantLayer

@@ -41,7 +41,8 @@ PROMPTS = (
 STEPS = 20
 #: Calls recorded from one more run, for checking the result.
 CHECKS = 2
-_PICTURES = ("image", "control_image", "mask_image")
+#: Arguments of pipelines' calls that are images.
+PICTURE_ARGUMENTS = ("image", "control_image", "mask_image")
 _CLASSES = ("class_labels", "class_label")
 
 
@@ -59,7 +60,7 @@ def own_calls(pipe: Any, count: int, seed: int, given: Mapping[str, Any]) -> lis
         if parameters.get("num_inference_steps") is not None:
             default = parameters["num_inference_steps"].default
             call["num_inference_steps"] = min(default, STEPS) if isinstance(default, int) else STEPS
-        for name in _PICTURES:
+        for name in PICTURE_ARGUMENTS:
             if name in parameters:
                 call[name] = _picture(pipe, given, generator(seed, i))
         calls.append({name: value for name, value in call.items() if name not in given})
@@ -110,27 +111,35 @@ def self_made_runs(
     """
     spec = spec.settled(spec.samples or len(PROMPTS))
     assert spec.samples is not None
-    arguments = dict(arguments)
+    given = arguments = dict(arguments)
     parameters = inspect.signature(type(pipe).__call__).parameters
     if "vae" in pipe.components and "vae" not in names and "output_type" in parameters:
-        arguments.setdefault("output_type", "latent")  # the decoder is not recorded
+        arguments = {"output_type": "latent", **given}  # the decoder is not recorded
     calls = own_calls(pipe, spec.samples + 1, spec.seed, arguments)
     _say(pipe, calls[:-1], names, arguments, asked)
+
+    def made_for(name: str) -> SelfMade:
+        chosen = sampler or UniformSampler(seed=spec.seed)
+        seen = _recorded(pipe, chosen, calls[:-1], name, dump_path, arguments)
+        other = generate_calibrate_set(pipe, UniformSampler(CHECKS, seed=spec.seed + 1), calls[-1:], name, **arguments)
+        checks = [other[i] for i in range(min(CHECKS, len(other)))]
+        return SelfMade(seen.get_dataloader(batch_size=batch_size), checks, spec)
+
     made = {}
     for name in names:
         try:
-            chosen = sampler or UniformSampler(seed=spec.seed)
-            seen = _recorded(pipe, chosen, calls[:-1], name, dump_path, arguments)
-            other = generate_calibrate_set(
-                pipe, UniformSampler(CHECKS, seed=spec.seed + 1), calls[-1:], name, **arguments
-            )
+            try:
+                made[name] = made_for(name)
+            except Exception:
+                if arguments == given:
+                    raise
+                arguments = given  # some pipelines return no latents (Marigold's) and refuse to run
+                made[name] = made_for(name)
         except Exception as error:
             raise CalibrationError(
                 f"{type(pipe).__name__} cannot run on built-in inputs ({type(error).__name__}: {error}): pass "
                 "prompts, call arguments or a dataset as data"
             ) from error
-        checks = [other[i] for i in range(min(CHECKS, len(other)))]
-        made[name] = SelfMade(seen.get_dataloader(batch_size=batch_size), checks, spec)
     return made
 
 

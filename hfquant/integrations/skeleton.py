@@ -70,26 +70,37 @@ def _skeleton(name: str) -> Skeleton:
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
             continue  # not a component, or a disabled one
         library, class_name = entry
-        if library == "transformers" and _is_model(class_name):
-            found[component] = _transformers_model(name, component)
-        elif library == "diffusers" and _is_model(class_name, diffusers=True):
-            found |= _diffusers_models(name, component, class_name)
+        if library == "transformers":
+            if _is_transformers_model(class_name):
+                found[component] = _transformers_model(name, component)
+        elif (kind := _diffusers_class(library, class_name)) is not None:
+            found |= _diffusers_models(name, component, kind)
     if not found:
         raise ValueError(f"{name} has no model among its components {', '.join(index)}.")
     return Skeleton(str(index.get("_class_name")), found)
 
 
-def _is_model(class_name: str, diffusers: bool = False) -> bool:
-    """Return whether a class of either library is a model (not a tokenizer, a processor or a scheduler)."""
-    if diffusers:
-        import diffusers as library
-        from diffusers.models.modeling_utils import ModelMixin as Base
-    else:
-        import transformers as library
-        from transformers.modeling_utils import PreTrainedModel as Base
+def _is_transformers_model(class_name: str) -> bool:
+    """Return whether a class of transformers is a model (not a tokenizer or a processor)."""
+    import transformers
 
-    kind = getattr(library, class_name, None)
-    return isinstance(kind, type) and issubclass(kind, Base)
+    kind = getattr(transformers, class_name, None)
+    return isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+
+
+def _diffusers_class(library: str, class_name: str) -> Any:
+    """Return a class of models of diffusers, or None for anything else (a scheduler, a class of another library).
+
+    Args:
+        library: "diffusers", or the module of a pipeline in which the class is defined, such as "audioldm2".
+        class_name: name of the class.
+    """
+    import diffusers
+    from diffusers.models.modeling_utils import ModelMixin
+
+    module = diffusers if library == "diffusers" else getattr(diffusers.pipelines, library, None)
+    kind = getattr(module, class_name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, ModelMixin) else None
 
 
 def _transformers_model(name: str, subfolder: str) -> nn.Module:
@@ -104,25 +115,22 @@ def _transformers_model(name: str, subfolder: str) -> nn.Module:
         return kind._from_config(config).eval()
 
 
-def _diffusers_models(name: str, component: str, class_name: str) -> dict[str, nn.Module]:
+def _diffusers_models(name: str, component: str, kind: Any) -> dict[str, nn.Module]:
     """Return the model of a component, or all that it holds (several ControlNets), by name."""
-    import diffusers
-
-    kind: Any = getattr(diffusers, class_name)
     if hasattr(kind, "from_config"):
-        return {component: _diffusers_model(name, component, class_name)}
+        return {component: _diffusers_model(name, component, kind)}
     # The class has no config of its own: it only holds models, each of which is stored in a folder.
     folders = (subfolder(f"{component}.{number}") for number in count())
     models = [_diffusers_model(name, folder) for folder in takewhile(partial(_has_model, name), folders)]
     return models_in(kind(models), component) if models else {}
 
 
-def _diffusers_model(name: str, folder: str, class_name: str | None = None) -> nn.Module:
+def _diffusers_model(name: str, folder: str, kind: Any = None) -> nn.Module:
     import diffusers
 
     with open(_file(name, f"{folder}/{MODEL_FILE}"), encoding="utf-8") as file:
         config = json.load(file)
-    kind: Any = getattr(diffusers, class_name or config["_class_name"])
+    kind = kind or getattr(diffusers, config["_class_name"])
     with torch.device("meta"):
         return kind.from_config(config).eval()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,7 +20,6 @@ from hfquant.integrations.checkpoint import (
     check_names,
     codes_on_disk,
     disk_forms,
-    experts_shape,
     finish_loading,
     install_empty,
     needs_no_data,
@@ -31,7 +29,6 @@ from hfquant.integrations.checkpoint import (
 )
 from hfquant.integrations.compat import (
     ConversionOps,
-    Transpose,
     WeightConverter,
     allow_needs_hfquant,
     drop_needs_hfquant,
@@ -41,6 +38,7 @@ from hfquant.integrations.compat import (
     set_quantized,
 )
 from hfquant.integrations.config import METHOD, HfQuantConfig
+from hfquant.integrations.conversion import transposing_floats
 from hfquant.integrations.data import transformers_batches
 from hfquant.integrations.facts import facts_of
 from hfquant.integrations.placement import check_offload_folder, put_back, quantize_left, without_working_memory
@@ -95,8 +93,10 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         return without_working_memory(max_memory, self.plan)
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Return the config to build the model from; since hfquant is registered, drop the reminder to import it."""
+        """Return the config to build the model from, without what only loading a folder or a part of it needs."""
         drop_needs_hfquant(config)
+        for inner in inner_configs(config):
+            vars(inner).pop("quantization_config", None)
         return config
 
     def _process_model_before_weight_loading(
@@ -186,7 +186,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         if self.pre_quantized:
             return [c for c in updated if not isinstance(c, WeightConverter)]
         self._split_off = tuple(t for c in updated if isinstance(c, WeightConverter) for t in c.target_patterns[1:])
-        return [_transposing_floats(c) if isinstance(c, WeightConverter) else c for c in updated]
+        return [transposing_floats(c) if isinstance(c, WeightConverter) else c for c in updated]
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation run on each weight that :meth:`param_needs_quantization` claims."""
@@ -266,42 +266,6 @@ class HfQuantTransformersQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Return True: adapters can be trained, with a gradient that bypasses the rounding; codes cannot."""
         return True
-
-
-class _TransposeFloats(Transpose):
-    """Transpose what a checkpoint stores transposed relative to the float model; the shapes of codes match neither."""
-
-    def convert(self, *args: Any, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = super().convert(*args, model=_FloatShapes(model), **kwargs)
-        return found
-
-
-class _FloatShapes:
-    """Stand in for a model when a parameter's shape is read: for codes, return the float weight's shape."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def get_parameter(self, key: str) -> Tensor:
-        name, _, tensor = key.rpartition(".")
-        module = self.model.get_submodule(name)
-        if isinstance(module, QuantExperts) and tensor in module.plans:
-            return torch.empty(experts_shape(module, tensor), device="meta")
-        if isinstance(module, QuantLayer) and tensor == "weight":
-            return torch.empty(module.float_shape, device="meta")
-        return self.model.get_parameter(key)
-
-
-def _transposing_floats(converter: WeightConverter) -> WeightConverter:
-    """Return a converter whose shape-dependent transpositions use the shapes of the float model."""
-    if not any(isinstance(op, Transpose) and op.check_dims for op in converter.operations):
-        return converter
-    changed = copy.copy(converter)
-    changed.operations = [
-        _TransposeFloats(op.dim0, op.dim1, check_dims=True) if isinstance(op, Transpose) and op.check_dims else op
-        for op in converter.operations
-    ]
-    return changed
 
 
 class QuantizeWeight(ConversionOps):

@@ -21,7 +21,7 @@ from hfquant.integrations.data import tokenizer_of, transformers_batches
 from hfquant.integrations.hub import load
 from hfquant.report.images import PipelineComparison, compare_pipelines
 from hfquant.report.page import Report
-from hfquant.report.quality import ModelComparison, NothingToCompare, builtin_text, compare_models
+from hfquant.report.quality import MissingArguments, ModelComparison, NothingToCompare, builtin_text, compare_models
 from hfquant.report.stored import read_folder
 
 
@@ -114,11 +114,15 @@ def gather(
     pair = load(reference, dtype, device), load(str(folder), dtype, device)
     comparison: ModelComparison | PipelineComparison | None = None
     notes: list[str] = []
+    speed: list[tuple[str, float, float]] = []
     try:
         comparison = compared(*pair, inputs)
+        speed = [_timed(*pair, inputs)]
+    except MissingArguments as error:
+        notes = [f"Quality and speed left out: {error}."]
     except NothingToCompare as error:
         notes = [f"Quality left out: {error}."]
-    speed = [_timed(*pair, inputs)]
+        speed = [_timed(*pair, inputs)]
     return Report(folder.absolute().name, models, comparison, speed, machine(pair[0].device), affiner, notes=notes)
 
 

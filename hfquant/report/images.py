@@ -6,6 +6,8 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import Parameter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from hfquant.denoisers import made_by
+from hfquant.integrations.self_made_runs import PICTURE_ARGUMENTS
 from hfquant.report.perceptual import perceptual_figures
-from hfquant.report.quality import Figure, NothingToCompare, compare_signals, standard_error
+from hfquant.report.quality import Figure, MissingArguments, NothingToCompare, compare_signals, standard_error
 
 _PICTURES = ("images", "frames")
+#: Arguments that every call gets from here.
+_OWN_ARGUMENTS = ("generator", "output_type")
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,13 @@ def compare_pipelines(
     Raises:
         ValueError: there are no calls, or the outputs differ in size.
         NothingToCompare: the pipelines return none of the above.
+        MissingArguments: a call lacks arguments that they require.
         ImportError: torchmetrics is not installed.
     """
     if not calls:
         raise ValueError("nothing to compare: no calls given")
+    for pipe, call in product((reference, other), calls):
+        check_arguments(pipe, call)
     pairs: list[tuple[Tensor, Tensor]] = []
     prompts: list[str | None] = []
     what = ""
@@ -71,6 +79,23 @@ def compare_pipelines(
         return PipelineComparison(compare_signals(pairs, what), (), {})
     more, left_out = perceptual_figures(pairs, prompts)
     return PipelineComparison((*_picture_figures(pairs), *more), tuple(pairs), left_out)
+
+
+def check_arguments(pipe: Any, call: Mapping[str, Any]) -> None:
+    """Check that a call has all arguments that a pipeline requires.
+
+    Raises:
+        MissingArguments: names them.
+    """
+    named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    takes = inspect.signature(pipe.__call__).parameters.values()
+    required = [p.name for p in takes if p.default is p.empty and p.kind in named]
+    if missing := [name for name in required if name not in (*call, *_OWN_ARGUMENTS)]:
+        options = " ".join(f"--arg {name}={'FILE' if name in PICTURE_ARGUMENTS else 'VALUE'}" for name in missing)
+        raise MissingArguments(
+            f"{type(pipe).__name__} requires {' and '.join(missing)}: pass {options} on the command line, or a call "
+            "that has it"
+        )
 
 
 def _metrics() -> tuple[Any, Any]:

@@ -18,6 +18,10 @@ class NothingToCompare(ValueError):
     """Models or pipelines that return nothing for which there is a metric."""
 
 
+class MissingArguments(NothingToCompare):
+    """Pipelines that do not run on the given arguments because they require others."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """One measured number.

@@ -32,6 +32,9 @@ __all__ = ["BitSearch", "Choice", "choose", "search"]
 
 logger = logging.getLogger(__name__)
 
+#: Divergence up to which outputs count as equal; float32 leaves a KL divergence of equal ones below it.
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class BitSearch:
@@ -124,7 +127,9 @@ def choose(measured: Measured, judge: Judge, limit: int, tries: int = TRIES) -> 
             kept[key] = judge.divergence(measured.modules(chosen))
         return kept[key]
 
-    if not measured.gradients:
+    why = "no layer has a gradient" if not measured.gradients else _cut_off(measured, judge)
+    if why:
+        logger.info("%s: estimating harm by forward differences", why)
         table = _by_differences(measured, judge)
     weightings: dict[str, Callable[[str, Option], float]] = {
         "output": lambda _, option: option.error,
@@ -148,14 +153,29 @@ def choose(measured: Measured, judge: Judge, limit: int, tries: int = TRIES) -> 
     return chosen, found
 
 
+def _cut_off(measured: Measured, judge: Judge) -> str:
+    """Return in words that layers without a gradient affect the output all the same; "" if they do not.
+
+    A model may run a part without gradients, or pass on a copy that is detached from it.
+    """
+    smallest = {u: min(measured.table[u], key=lambda option: option.bytes).name for u in measured.unreached}
+    if not smallest or _one(judge).divergence(measured.modules(smallest)).max().item() <= _ROUNDING:
+        return ""
+    named = ", ".join(list(smallest)[:3]) + (" ..." if len(smallest) > 3 else "")
+    return f"no gradient reaches {named}, but the output depends on it"
+
+
+def _one(judge: Judge) -> Judge:
+    return replace(judge, data=judge.data[:1], expected=judge.expected[:1])
+
+
 def _by_differences(measured: Measured, judge: Judge) -> dict[str, list[Option]]:
     """Return the table with harm estimated by forward differences.
 
     A layer's smallest choice is measured by the divergence of the output with only that layer replaced; its other
     choices follow in proportion to the layer's own error.
     """
-    one = replace(judge, data=judge.data[:1], expected=judge.expected[:1])
-    table = {}
+    one, table = _one(judge), {}
     for unit, options in measured.table.items():
         smallest = min(options, key=lambda option: option.bytes)
         moved = one.divergence(measured.modules({unit: smallest.name})).mean().item()

@@ -40,6 +40,7 @@ class Measured:
         members: layer -> its names in ``solved``.
         plans: choice -> plans of all layers, including those that are not chosen for.
         gradients: whether harm is weighted by gradients.
+        unreached: layers that no gradient reached, so that their harm is 0.
     """
 
     table: dict[str, list[Option]]
@@ -47,6 +48,7 @@ class Measured:
     members: dict[str, list[str]]
     plans: dict[str, dict[str, LayerPlan]] = field(default_factory=dict)
     gradients: bool = True
+    unreached: Sequence[str] = ()
 
     @property
     def weights(self) -> int:
@@ -101,8 +103,9 @@ def measure(
     table = {}
     for unit, found in members.items():
         table[unit] = [_option(model, label, found, plans[label], solved, seen) for label in plans]
-    gradients = all(found.has_gradients for found in seen.values())
-    return Measured(table, solved, members, plans, gradients)
+    reached = {name for name, found in seen.items() if found.is_reached}
+    unreached = [unit for unit, found in members.items() if reached.isdisjoint(found)]
+    return Measured(table, solved, members, plans, bool(reached), unreached)
 
 
 def _groups(model: nn.Module, names: Sequence[str], plans: Mapping[str, Mapping[str, LayerPlan]]) -> list[list[str]]:

@@ -59,6 +59,7 @@ class Judge:
         """Return how far ``layers`` shift the output, for each element of the batches, [n] float64.
 
         This is the mean KL divergence per token (or label) for distributions, and the relative squared error otherwise.
+        Neither is negative, except by rounding errors, which are cut off.
         """
         originals = {name: self.model.get_submodule(name) for name in layers}
         try:
@@ -67,7 +68,7 @@ class Judge:
                 found = [self._apart(sample, before) for sample, before in zip(self.data, self.expected, strict=True)]
         finally:
             replace_modules(self.model, {layer: originals[name] for name, layer in layers.items()})
-        return torch.cat(found).double().cpu()
+        return torch.cat(found).double().cpu().clamp(min=0)
 
     def _apart(self, sample: Any, before: Tensor) -> Tensor:
         output = main_tensor(forward(self.model, sample))

@@ -37,7 +37,7 @@ class Seen:
 
     Attributes:
         inputs: [rows, in] each, or whole inputs if the layer does not map rows to rows.
-        squares: squared gradients in the shape of the outputs; fewer than ``inputs`` if some are missing.
+        squares: squared gradients in the shape of the outputs, or 0 where none arrived; empty without a backward.
         kept, rows: number of rows in ``inputs``, and number of rows that the layer saw.
     """
 
@@ -48,8 +48,13 @@ class Seen:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether every input has gradients."""
-        return len(self.squares) == len(self.inputs) > 0 and all(squares.numel() for squares in self.squares)
+        """Whether every input has gradients, be they zero."""
+        return len(self.squares) == len(self.inputs) > 0
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether any gradient is other than zero."""
+        return any(bool(squares.any()) for squares in self.squares)
 
     @torch.no_grad()
     def errors(self, layer: nn.Module, other: nn.Module) -> tuple[float, float]:
@@ -72,7 +77,8 @@ class Seen:
 def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any], seed: int = 0) -> dict[str, Seen]:
     """Run ``model`` forward and backward over the data; return a sample for each layer that ran on floats.
 
-    If a backward is not possible, the samples have no gradients (with one warning).
+    Where none arrives (the output does not depend on the layer, or is cut off from it), it is 0. If a backward is not
+    possible, the samples have no gradients (with one warning).
     """
     seen: dict[str, Seen] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -108,8 +114,7 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
 
             def add(gradient: Tensor) -> None:
                 # Backward reaches later calls of a module first.
-                while len(found.squares) <= place:
-                    found.squares.append(torch.empty(0))
+                _extend(found.squares, place + 1)
                 found.squares[place] = picked(gradient).float().square()
 
             output.register_hook(add)
@@ -125,6 +130,8 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
         with evaluating(model), torch.enable_grad():
             for sample in data:
                 loss_of(model, forward(model, sample), generator).backward()
+        for found in seen.values():
+            _extend(found.squares, len(found.inputs))
     except RuntimeError as error:
         logger.warning("the model's output has no gradient (%s): using forward differences instead", error)
         for found in seen.values():
@@ -135,6 +142,11 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
         for parameter in learning:
             parameter.requires_grad_()
     return seen
+
+
+def _extend(squares: list[Tensor], count: int) -> None:
+    """Append zeros, which broadcast, until there are ``count`` entries."""
+    squares += [torch.zeros(()) for _ in range(count - len(squares))]
 
 
 def loss_of(model: nn.Module, output: Any, generator: torch.Generator) -> Tensor:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import pytest
+import typer
+from PIL import Image
 from typer.testing import CliRunner, Result
 
-from hfquant.cli import app
+from hfquant.cli import app, options
+from hfquant.demo.pipeline import DigitsPipeline
 from tests.cli.conftest import lines
 
 
@@ -41,6 +46,29 @@ def test_as_many_images_as_asked_for(digits, tmp_path):
     result = compare(digits, digits, "--samples", 3, *more)
     assert result.exit_code == 0, result.output
     assert len(list((tmp_path / "pairs").iterdir())) == 6
+
+
+def test_images_are_read_from_files(tmp_path):
+    Image.new("L", (4, 6), 7).save(tmp_path / "photo.png")
+    found = options.call_arguments([f"image={tmp_path / 'photo.png'}", "steps=2", "prompt=photo.png", "mask_image=[1]"])
+    picture = found.pop("image")
+    assert (picture.mode, picture.size, picture.getpixel((0, 0))) == ("RGB", (4, 6), (7, 7, 7))
+    assert found == {"steps": 2, "prompt": "photo.png", "mask_image": [1]}
+    (tmp_path / "text.png").write_text("a")
+    for file in ("text.png", "none.png"):
+        with pytest.raises(typer.BadParameter, match=f"image: cannot read .*{file}' as an image"):
+            options.call_arguments([f"image={tmp_path / file}"])
+
+
+def test_an_argument_that_a_pipeline_requires_is_named(digits, monkeypatch):
+    def call(self: DigitsPipeline, image: Any, num_inference_steps: int = 2) -> None:
+        raise AssertionError("it cannot run")
+
+    monkeypatch.setattr(DigitsPipeline, "__call__", call)
+    result = compare(digits, digits)
+    assert result.exit_code == 1
+    assert "DigitsPipeline requires image: pass --arg image=FILE on the command line" in result.stderr
+    assert len(lines(result.stderr)) == 1
 
 
 def test_bad_input_is_one_line(digits, llama, text, tmp_path):

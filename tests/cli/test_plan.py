@@ -14,6 +14,7 @@ from hfquant.recipes.run import check_fits
 from hfquant.schema import ConfigError
 from tests.cli.conftest import lines
 from tests.integrations import small_models
+from tests.integrations.test_skeleton import audio_ldm2
 from tests.integrations.tiny_pipelines import CASES
 from tests.recipes.tiny import PUBLISHED
 
@@ -69,6 +70,29 @@ def test_one_or_all_of_several_controlnets(tmp_path):
 
     assert planned("unet", "controlnet.nets.1") == {"unet", "controlnet.nets.1"}
     assert planned("controlnet") == {"controlnet.nets.0", "controlnet.nets.1"}
+
+
+def test_a_denoiser_that_is_defined_in_the_module_of_a_pipeline(tmp_path):
+    audio_ldm2(tmp_path, "w8a16")
+    result = plan(tmp_path, "--preset", "w8a16", "--json")
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)) == {"unet"}
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["unet"]["class"] == "AudioLDM2UNet2DConditionModel"
+
+
+def test_a_pipeline_without_a_known_denoiser(tmp_path):
+    audio_ldm2(tmp_path)
+    file = tmp_path / "model_index.json"
+    file.write_text(file.read_text().replace('"unet": [', '"generator": ['))
+    (tmp_path / "unet").rename(tmp_path / "generator")
+    result = plan(tmp_path, "--preset", "w8a16")
+    assert result.exit_code == 1
+    assert "AudioLDM2Pipeline has no component that is known to be a denoiser (transformer, " in result.stderr
+    assert "choose from its models with --component: generator, projection_model" in result.stderr
+    assert len(lines(result.stderr)) == 1
+    assert plan(tmp_path, "--preset", "w8a16", "--component", "generator").exit_code == 0
 
 
 def test_a_recipe_for_a_pipeline():

@@ -256,3 +256,24 @@ def test_options_at_bfloat16(option: str, preset: str) -> None:
             layer.unmerge()
     assert_equal(state_of(ours), state)
     assert len(quant_linears(ours)) == 14
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("modules_to_save", ["embed_tokens"]), ("modules_to_save", ["mlp"]), ("trainable_token_indices", [1, 2])],
+)
+def test_codes_are_not_trained_themselves(option: str, value: Any, tied: bool) -> None:
+    model = hfquant.quantize(small_models.llama(tie_word_embeddings=tied), None, EVERYTHING)
+    with pytest.raises(
+        ValueError, match=r"would train the weight of a Quant.*, whose codes are integers: leave the la"
+    ):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], **{option: value}))
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [1, 2]}])
+def test_embeddings_in_float_are_trained_as_usual(options: dict[str, Any]) -> None:
+    model = hfquant.quantize(small_models.llama(tie_word_embeddings=False), None, {"default": WEIGHTS})
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], **options))
+    adapted(input_ids=torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()
+    assert any(p.grad is not None and "embed_tokens" in name for name, p in adapted.named_parameters())

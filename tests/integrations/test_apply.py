@@ -70,8 +70,8 @@ def test_parts_of_a_model_come_back(preset: str, ours: bool, tmp_path: Path) -> 
     assert_comes_back(model.model.language_model, tmp_path / "text", IDS, ours=ours)
     assert_comes_back(model.model.vision_tower, tmp_path / "images", PIXELS, ours=ours)
     model.save_pretrained(tmp_path / "whole")
-    assert "quantization_config" not in json.loads((tmp_path / "whole" / "config.json").read_text())["text_config"]
     again = type(model).from_pretrained(tmp_path / "whole")
+    assert "quantization_config" not in vars(model.config.text_config) | vars(again.config.text_config)
     assert torch.equal(output(again, IDS), output(model, IDS))
     if ours:
         assert "language_model" not in (tmp_path / "text" / "README.md").read_text()
@@ -191,3 +191,67 @@ def test_codes_of_a_layer_outside_cannot_be_saved(tmp_path: Path) -> None:
 def _reloaded(model: Any, folder: Path) -> Any:
     model.save_pretrained(folder)
     return type(model).from_pretrained(folder)
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def two_towers(kind: str) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    text = {**SIZES, "vocab_size": 200, "max_position_embeddings": 40, "eos_token_id": 2, "bos_token_id": 1}
+    images = {**SIZES, "image_size": 32, "patch_size": 8}
+    if kind == "CLIP":
+        text, images = {**text, "projection_dim": 48}, {**images, "projection_dim": 48}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=images)
+    if kind == "CLIP":
+        config.projection_dim = 48
+    return getattr(transformers, f"{kind}Model")(config).eval()
+
+
+@pytest.mark.parametrize("preset", ["w8a16", "w8a8", "w4a8-gptq"])
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_a_tower_is_loaded_from_the_folder_of_the_whole(kind: str, preset: str, tmp_path: Path) -> None:
+    import transformers
+
+    model, inputs = two_towers(kind), {"input_ids": IDS, "pixel_values": PIXELS.expand(2, -1, -1, -1)}
+    hfquant.quantize(model, [inputs] * 2, preset)
+    before = {name: dict(vars(part)) for name, part in vars(model.config).items() if hasattr(part, "sub_configs")}
+    assert len(before) == 2
+    model.save_pretrained(tmp_path)
+    assert all(vars(getattr(model.config, name)) == part for name, part in before.items())
+    for name, tower, given in (("Text", model.text_model, IDS), ("Vision", model.vision_model, PIXELS)):
+        loaded = getattr(transformers, f"{kind}{name}Model").from_pretrained(tmp_path)
+        assert quant_modules(loaded).keys() == quant_modules(tower).keys()
+        assert torch.equal(output(loaded, given), output(tower, given))
+        assert_comes_back(loaded, tmp_path / name, given)
+    with torch.no_grad():
+        found = model(**inputs)
+    if kind == "CLIP":
+        whole = {"Text": (IDS, model.get_text_features(IDS)), "Vision": (PIXELS, model.get_image_features(PIXELS))}
+        for name, (given, features) in whole.items():
+            loaded = getattr(transformers, f"CLIP{name}ModelWithProjection").from_pretrained(tmp_path)
+            assert torch.equal(output(loaded, given), features.pooler_output)
+    again = type(model).from_pretrained(tmp_path)
+    assert "hfquant" not in json.dumps([again.config.text_config.to_dict(), again.config.vision_config.to_dict()])
+    for loaded in (again, _reloaded(again, tmp_path / "again")):
+        with torch.no_grad():
+            assert torch.equal(loaded(**inputs).logits_per_image, found.logits_per_image)
+
+
+def test_older_folders_of_a_whole_and_a_float_tower_are_loaded(tmp_path: Path) -> None:
+    from transformers import CLIPModel, CLIPVisionModel
+
+    model = two_towers("CLIP")
+    hfquant.quantize(model, None, {"default": {"weight_quant": {"type": "int8"}}, "vision_model.*": {"enable": False}})
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in config["vision_config"]
+    tower = CLIPVisionModel.from_pretrained(tmp_path)
+    assert not quant_modules(tower)
+    assert torch.equal(output(tower, PIXELS), output(model.vision_model, PIXELS))
+    del config["text_config"]["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = CLIPModel.from_pretrained(tmp_path)
+    assert quant_modules(again).keys() == quant_modules(model).keys()

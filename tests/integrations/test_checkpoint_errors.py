@@ -14,7 +14,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPConfig, CLIPModel, LlamaForCausalLM
 
 import hfquant
 from hfquant import PRESETS, CalibrationError, ConfigError, HfQuantConfig
@@ -382,3 +382,61 @@ def test_a_user_pattern_is_a_pattern_and_a_skipped_name_is_exact(tmp_path):
 
     same = LlamaForCausalLM.from_pretrained(edited(tmp_path, tmp_path / "other", skip_bare_name))
     assert quant_linears(same).keys() == quant_linears(model).keys()
+
+
+FLOATS = r"the checkpoint's weights are float, but .* remove quantization_config from the config \(config.json, or the"
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+@both_libraries
+def test_a_float_model_of_a_quantized_model_s_config_is_saved_as_what_it_is(library, static_folders, tmp_path):
+    if library == "transformers":
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(static_folders[library]))
+    else:
+        model = CLASSES[library].from_config(CLASSES[library].load_config(static_folders[library]))
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in config_in(tmp_path)
+    stays = dict(model.config) if library == "diffusers" else model.config.to_dict()
+    assert stays["quantization_config"]["quant_method"] == "hfquant"
+    again = CLASSES[library].from_pretrained(tmp_path)
+    assert not quant_linears(again)
+    assert torch.equal(outputs(again, inputs(library)), outputs(model.eval(), inputs(library)))
+
+
+def test_neither_do_the_configs_of_its_parts(tmp_path):
+    config = CLIPConfig(
+        text_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        projection_dim=8,
+    )
+    ours, other = HfQuantConfig("w8a16").to_dict(), {"quant_method": "other"}
+    model = CLIPModel(config)
+    config.text_config.quantization_config, config.vision_config.quantization_config = ours, other
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in config_in(tmp_path)["text_config"]
+    assert config_in(tmp_path)["vision_config"]["quantization_config"] == other
+    assert config.text_config.quantization_config is ours
+
+
+@both_libraries
+def test_floats_where_the_config_says_codes(library, static_folders, checkpoint, tmp_path):
+    if library == "transformers":
+        config = AutoConfig.from_pretrained(static_folders[library])
+        with pytest.raises(CheckpointError, match=FLOATS):
+            AutoModelForCausalLM.from_pretrained(checkpoint(LIBRARIES[library]), config=config)
+    shutil.copytree(checkpoint(LIBRARIES[library]), tmp_path / "both")
+    shutil.copy(static_folders[library] / "config.json", tmp_path / "both")
+    with pytest.raises(CheckpointError, match=FLOATS):
+        CLASSES[library].from_pretrained(tmp_path / "both")
+
+
+def test_floats_in_place_of_the_codes_of_one_layer(static_folders, tmp_path):
+    key = f"{LAYER['transformers']}.weight"
+    folder = damaged(
+        static_folders["transformers"], "transformers", tmp_path / "a", lambda t: t.update({key: t[key].float()})
+    )
+    with pytest.raises(CheckpointError, match=rf"{key}: expected .* of torch.int8, got .*float32: {FLOATS}"):
+        LlamaForCausalLM.from_pretrained(folder)

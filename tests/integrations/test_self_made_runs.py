@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    MarigoldDepthPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from huggingface_hub import constants
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -60,6 +69,16 @@ def image() -> Any:
     return StableDiffusionImg2ImgPipeline(**text_parts())
 
 
+def marigold() -> Any:
+    parts = {k: v for k, v in text_parts().items() if k in ("text_encoder", "tokenizer", "vae", "scheduler")}
+    unet = UNet2DConditionModel.from_config({**tiny_unet().config, "in_channels": 4}).eval()
+    # Its prompt is empty, so without a first token there would be none.
+    first = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    parts["tokenizer"].backend_tokenizer.post_processor = first
+    sizes = {"default_denoising_steps": 2, "default_processing_resolution": 16}
+    return MarigoldDepthPipeline(**parts, unet=unet, prediction_type="depth", **sizes)
+
+
 def unconditional() -> Any:
     torch.manual_seed(0)
     unet = UNet2DModel(
@@ -90,6 +109,16 @@ def test_every_kind_of_pipeline_runs_by_itself(name, caplog):
     assert denoiser(pipe).config["quantization_config"].calibration == {"source": "self", "seed": 0, "samples": 2}
     assert "2 runs of 3 steps" in caplog.text
     assert "PSNR of the quantized pipeline's image" in caplog.text
+
+
+def test_a_pipeline_that_returns_no_latents_runs_without_asking_for_them(tmp_path):
+    """Marigold's refuse any output type but those of images."""
+    pipe = marigold()
+    pipe.set_progress_bar_config(disable=True)
+    quantize_pipeline(pipe, FEW, "w8a8", dump_path=tmp_path / "recorded", num_inference_steps=2)
+    assert quant_linears(pipe.unet)
+    with pytest.raises(CalibrationError, match=r"MarigoldDepthPipeline cannot run on built-in inputs .*output_type"):
+        quantize_pipeline(marigold(), FEW, "w8a8", num_inference_steps=2, output_type="latent")
 
 
 def test_by_default_with_one_line_and_kept_for_the_next_time(caplog, monkeypatch):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 
+import hfquant
 from hfquant.integrations.skeleton import skeleton, subfolder
 from tests.integrations.tiny_pipelines import CASES
 from tests.recipes.tiny import PUBLISHED
@@ -63,6 +65,40 @@ def test_several_adapters_are_models_of_their_own(tmp_path):
     assert list(found) == ["adapter.adapters.0", "adapter.adapters.1"]
     assert [sizes(model) for model in found.values()] == [sizes(adapter) for adapter in adapters]
     assert [subfolder(name) for name in found] == ["adapter", "adapter_1"]
+
+
+def test_a_denoiser_that_is_defined_in_the_module_of_a_pipeline(tmp_path):
+    audio_ldm2(tmp_path)
+    found = skeleton(str(tmp_path))
+    assert {name: type(model).__name__ for name, model in found.models.items()} == {
+        "unet": "AudioLDM2UNet2DConditionModel",
+        "projection_model": "AudioLDM2ProjectionModel",
+    }
+    assert found.denoisers == ["unet"]
+    assert all(p.is_meta for model in found.models.values() for p in model.parameters())
+
+
+def audio_ldm2(folder: Path, preset: str | None = None) -> None:
+    """Write what the command line reads of an AudioLDM2 pipeline, with a quantized denoiser if a preset is given."""
+    unet = diffusers.AudioLDM2UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=(8, 16),
+    )  # fmt: skip
+    if preset is not None:
+        hfquant.quantize(unet, None, preset)
+    unet.save_pretrained(folder / "unet")
+    projection = diffusers.AudioLDM2ProjectionModel(text_encoder_dim=8, text_encoder_1_dim=8, langauge_model_dim=8)
+    projection.save_pretrained(folder / "projection_model")
+    index = {
+        "_class_name": "AudioLDM2Pipeline",
+        "unet": ["audioldm2", "AudioLDM2UNet2DConditionModel"],
+        "projection_model": ["audioldm2", "AudioLDM2ProjectionModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "other": ["their_module", "TheirModel"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 def test_models_that_diffusers_could_not_have_saved_are_left_out(tmp_path):

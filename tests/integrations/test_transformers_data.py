@@ -6,8 +6,10 @@ import functools
 import gc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -242,3 +244,58 @@ def test_pixels_need_no_processor(checkpoint):
     config = HfQuantConfig("w8a8", calibration={"dataset": rows, "column": {"pixel_values": "pixel_values"}})
     model = transformers.ViTForImageClassification.from_pretrained(checkpoint("vit"), quantization_config=config)
     assert quant_linears(model)
+
+
+@pytest.mark.parametrize("how", ["quantize", "from_pretrained", "sampler"])
+@pytest.mark.parametrize("kind", ["lists", "arrays", "tensors", "alone", "tuple"])
+def test_token_ids_of_a_single_text_get_a_batch_dimension(kind, how, checkpoint):
+    encoded = word_tokenizer()("a b c d e", padding="max_length", max_length=8)
+    if kind in ("alone", "tuple"):
+        encoded = {"input_ids": encoded["input_ids"]}
+    whole = {name: torch.tensor([values]) for name, values in encoded.items()}
+    data: list[Any] = {
+        "lists": lambda: [encoded],
+        "arrays": lambda: [{name: np.array(values) for name, values in encoded.items()}],
+        "tensors": lambda: [{name: torch.tensor(values) for name, values in encoded.items()}],
+        "alone": lambda: [torch.tensor(encoded["input_ids"])],
+        "tuple": lambda: [(torch.tensor(encoded["input_ids"]),)],
+    }[kind]()
+    if how == "quantize":
+        model = hfquant.quantize(small_models.llama(), data, "w8a8")
+    elif how == "from_pretrained":
+        config = HfQuantConfig("w8a8", calibration=data)
+        model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
+    else:
+        seen = hfquant.generate_calibrate_set(small_models.llama(), hfquant.LanguageModelSampler(), data, "")
+        model = hfquant.quantize(small_models.llama(), seen.get_dataloader(), "w8a8")
+    assert_same(model, hfquant.quantize(small_models.llama(), [whole], "w8a8"), ids())
+    if len(whole) > 1:  # padding does not count
+        short = hfquant.quantize(small_models.llama(), [{n: v[:, :5] for n, v in whole.items()}], "w8a8")
+        for name, layer in quant_linears(model).items():
+            torch.testing.assert_close(layer.input_scale, short.get_submodule(name).input_scale)
+
+
+def test_token_ids_that_are_none():
+    for data, found in (
+        ([torch.rand(10)], r"torch.float32 \[10\]"),
+        ([{"input_ids": np.ones((2, 3))}], r"float64 \[2, 3\]"),
+        ([(torch.tensor(3),)], r"torch.int64 \[\]"),
+    ):
+        with pytest.raises(
+            hfquant.CalibrationError, match=r"LlamaForCausalLM reads .* integers \[batch, length\], got " + found
+        ):
+            hfquant.quantize(small_models.llama(), data, "w8a8")
+
+
+def test_rows_and_columns_of_text(tmp_path):
+    small_models.llama().save_pretrained(tmp_path / "float")
+    word_tokenizer().save_pretrained(tmp_path / "float")
+    column = datasets.Dataset.from_dict({"text": TEXT})["text"]
+    made = []
+    for data in (TEXT, column, [{"text": text} for text in TEXT], [*TEXT, None]):
+        config = HfQuantConfig("w8a8", calibration=data)
+        made.append(LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config))
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "float")
+        made.append(hfquant.quantize(model, data, "w8a8"))
+    for model in made[1:]:
+        assert_same(model, made[0], ids())

@@ -271,6 +271,19 @@ class TestGather:
         assert list(found.notes) == [note]
         assert note in page(found)
 
+    def test_arguments_that_a_pipeline_requires_are_named(self, digits, monkeypatch):
+        def call(self: DigitsPipeline, image: Any, strength: float, steps: int = 2, **more: Any) -> None:
+            raise AssertionError("it cannot run")
+
+        monkeypatch.setattr(DigitsPipeline, "__call__", call)
+        found = gather(digits, str(digits), Inputs(call={"steps": 2}))
+        assert found.comparison is None
+        assert not found.speed
+        options = "pass --arg image=FILE --arg strength=VALUE on the command line, or a call that has it"
+        note = f"Quality and speed left out: DigitsPipeline requires image and strength: {options}."
+        assert list(found.notes) == [note]
+        assert note in page(found)
+
     def test_audio_has_figures_and_no_pictures(self, digits, monkeypatch):
         called = DigitsPipeline.__call__
 

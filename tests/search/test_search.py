@@ -77,6 +77,54 @@ def test_without_a_gradient_forward_differences_decide(caplog):
     assert found.chosen == {"loud": "int8", "quiet": "int4"}
 
 
+class Aside(Net):
+    """A net with a layer that no gradient reaches; the output depends on it only if its share is not 0."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.aside, self.share = nn.Linear(64, 64, bias=False), share
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            aside = self.share * self.aside(x)
+        return super().forward(x) + aside
+
+
+@pytest.mark.parametrize(("share", "least"), [(0.0, "aside"), (1000.0, "quiet")])
+def test_a_layer_without_a_gradient_counts_if_the_output_depends_on_it(share, least, caplog):
+    caplog.set_level("INFO", "hfquant")
+    found = search(Aside(share), inputs(), 8.0, ("int4", "int8"), BASE)
+    assert ("no gradient reaches aside, but" in caplog.text) == bool(share)
+    assert found.chosen == {"loud": "int8", "quiet": "int8", "aside": "int8"} | {least: "int4"}
+
+
+def test_layers_of_a_model_that_do_not_affect_its_output():
+    """LLaVA reads the last but one layer of its vision tower."""
+    from tests.integrations.test_apply import llava
+
+    generator = torch.Generator().manual_seed(0)
+    data = []
+    for _ in range(4):
+        ids = torch.randint(8, 200, (1, 40), generator=generator)
+        ids[:, 2:18] = 7
+        data.append({"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32, generator=generator)})
+    model = llava()
+    found = search(model, data, 6.0, ("int4", "int8"), BASE, facts_of(model))
+    assert all(math.isfinite(value) and value >= 0 for value in (*found.judged.values(), found.error, found.bound))
+    assert {label for name, label in found.chosen.items() if ".vision_tower." in name and ".layers.2." in name} == {
+        "int4"
+    }
+
+
+def test_divergences_below_zero_are_rounding_errors(monkeypatch):
+    from hfquant.search import repair
+
+    monkeypatch.setattr(repair, "divergence", lambda output, *_: torch.full((len(output),), -1e-9))
+    for net in (Net(), NoGradient()):
+        found = search(net, inputs(), 7.2, ("int4", "int8"), BASE)
+        assert set(found.judged.values()) == {0.0}
+
+
 def test_the_bytes_of_a_preset_are_a_budget():
     net = Net()
     found = search(net, inputs(), "w4a16", ("int3", "int4", "int8"), BASE)

@@ -122,6 +122,29 @@ def test_without_a_gradient_there_are_inputs(caplog):
     assert harm == relative > 0
 
 
+class Aside(Net):
+    """A net with a layer that runs but that the output does not depend on, as the last one of LLaVA's vision tower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside(x)
+        return super().forward(x)
+
+
+def test_a_layer_that_no_gradient_reaches_does_no_harm(caplog):
+    net = Aside()
+    found = watch(net, {name: net.get_submodule(name) for name in ("loud", "quiet", "aside")}, inputs())
+    assert not caplog.records
+    assert {name: seen.is_reached for name, seen in found.items()} == {"loud": True, "quiet": True, "aside": False}
+    assert all(seen.has_gradients for seen in found.values())
+    harm, relative = found["aside"].errors(net.aside, nn.Linear(64, 64))
+    assert harm == 0 < relative
+    assert found["loud"].errors(net.loud, nn.Linear(64, 64))[0] > 0
+
+
 def test_layers_called_by_keyword_and_changed_in_place(caplog):
     class Inner(nn.Module):
         def __init__(self):

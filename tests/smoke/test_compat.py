@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 import transformers
-from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_flux import FluxAttention
-from diffusers.models.transformers.transformer_wan import WanAttention
 from safetensors.torch import load_file
 from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 import hfquant
-from hfquant import HfQuantConfig
 from hfquant.integrations import compat
 
 
@@ -236,130 +229,3 @@ def test_a_cast_to_its_own_dtype_or_none_changes_nothing(monkeypatch: pytest.Mon
     for call in (lambda: ours.to(torch.float16), lambda: ours.to("cpu", torch.bfloat16)):
         with pytest.raises(ValueError, match="Casting a quantized model"):
             call()
-
-
-ATTENTIONS: dict[str, Callable[[], nn.Module]] = {
-    "attention": lambda: Attention(8, heads=2, dim_head=4),
-    "joint": lambda: FluxAttention(8, heads=2, dim_head=4, added_kv_proj_dim=6),
-    "own": lambda: WanAttention(8, heads=2, dim_head=4),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "part"), [("attention", "to_k"), ("joint", "to_q"), ("joint", "add_v_proj"), ("own", "to_v")]
-)
-def test_quantized_projections_are_not_fused(name: str, part: str) -> None:
-    attention = ATTENTIONS[name]()
-    others = [other for other, layer in attention.named_modules() if isinstance(layer, nn.Linear) and other != part]
-    hfquant.quantize(attention, None, HfQuantConfig("w8a16", modules_to_not_convert=others))
-    assert isinstance(getattr(attention, part), hfquant.QuantLinear)
-    before = set(attention.state_dict())
-    with pytest.raises(ValueError, match="fuse the projections before quantizing, or dequantize first"):
-        attention.fuse_projections()
-    assert set(attention.state_dict()) == before
-    assert not attention.fused_projections
-
-
-@pytest.mark.parametrize("name", ATTENTIONS)
-def test_projections_in_float_are_fused(name: str) -> None:
-    attention = ATTENTIONS[name]()
-    with torch.no_grad():
-        attention.fuse_projections()
-    assert attention.fused_projections
-    assert attention.to_qkv.weight.shape == (24, 8)
-
-
-UNETS = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "cross_attention_dim": 8, "norm_num_groups": 4}
-
-
-def unet() -> nn.Module:
-    ups = {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 2, "attention_head_dim": 4}
-    return diffusers.UNet2DConditionModel(sample_size=8, block_out_channels=(8, 16), **UNETS, **ups)
-
-
-def wan() -> nn.Module:
-    sizes = {"num_attention_heads": 1, "attention_head_dim": 12, "num_layers": 2, "freq_dim": 8, "ffn_dim": 16}
-    return diffusers.WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=8, **sizes)
-
-
-@pytest.mark.parametrize("build", [unet, wan])
-def test_a_model_is_fused_before_it_is_quantized_and_not_after(build: Callable[[], nn.Module], tmp_path: Path) -> None:
-    """Nothing is fused if only a later attention is quantized, and the model can be saved afterwards."""
-    attentions = [name for name, module in build().named_modules() if hasattr(module, "fuse_projections")]
-    model = hfquant.quantize(build(), None, HfQuantConfig("w8a16", modules_to_not_convert=[attentions[0]]))
-    before = set(model.state_dict())
-    with pytest.raises(ValueError, match=f"the projections of {attentions[1]} are quantized"):
-        model.fuse_qkv_projections()
-    assert set(model.state_dict()) == before
-    model.save_pretrained(tmp_path)
-    plain = hfquant.dequantize(model)
-    plain.fuse_qkv_projections()
-    assert set(plain.state_dict()) > set(build().state_dict())
-
-
-def test_models_that_copy_float_weights_are_not_made_from_quantized_ones() -> None:
-    float_unet, quantized = unet(), hfquant.quantize(unet(), None, "w8a16")
-    for make in (
-        diffusers.ControlNetModel.from_unet,
-        diffusers.UNetMotionModel.from_unet2d,
-        partial(diffusers.UNetControlNetXSModel.from_unet, size_ratio=0.5, ctrl_optional_kwargs={}),
-    ):
-        with pytest.raises(ValueError, match=r"a \w+ copies float weights, and \S+ of the model .* is quantized"):
-            make(quantized)
-        make(float_unet)
-        make(hfquant.dequantize(copy.deepcopy(quantized)))
-    assert not any(layer._state_dict_pre_hooks for layer in quantized.modules())
-
-
-def test_codes_are_not_copied_as_floats() -> None:
-    """FLUX's blocks are copied with ``strict=False``, which lets codes pass; layers in float may be copied."""
-    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
-    made = {"in_channels": 4, "joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": (4, 4, 8)}
-    model = diffusers.FluxTransformer2DModel(**made, **sizes)
-    config = HfQuantConfig("w8a16", modules_to_not_convert=["time_text_embed", "context_embedder", "x_embedder"])
-    hfquant.quantize(model, None, config)
-    with pytest.raises(ValueError, match="a FluxControlNetModel copies float weights, and transformer_blocks"):
-        diffusers.FluxControlNetModel.from_transformer(model, **sizes)
-    diffusers.FluxControlNetModel.from_transformer(model, **sizes, load_weights_from_transformer=False)
-
-
-def test_models_that_only_read_a_config_are_made_from_quantized_ones() -> None:
-    quantized = hfquant.quantize(unet(), None, "w8a16")
-    assert diffusers.ControlNetXSAdapter.from_unet(quantized, size_ratio=0.5).config.base_block_out_channels == (8, 16)
-    diffusers.ControlNetModel.from_unet(quantized, load_weights_from_unet=False)
-
-
-def test_classes_defined_later_refuse_too() -> None:
-    class Later(diffusers.ControlNetModel):
-        @classmethod
-        def from_unet(cls, unet: nn.Module, **options: object) -> str:
-            return f"{cls.__name__} of {len(unet.mid_block.state_dict())} tensors"
-
-    assert Later.from_unet(unet()) == f"Later of {len(unet().mid_block.state_dict())} tensors"
-    with pytest.raises(ValueError, match="a Later copies float weights, and mid_block"):
-        Later.from_unet(unet=hfquant.quantize(unet(), None, "w8a16"))
-
-
-def test_modules_copied_as_they_are_can_be_saved(tmp_path: Path) -> None:
-    class Shares(diffusers.ControlNetModel):
-        from_unet_keys = ("mid_block",)
-
-        @classmethod
-        def from_unet(cls, unet: nn.Module) -> Shares:
-            made = cls.from_config(unet.config)
-            for key in cls.from_unet_keys:
-                setattr(made, key, copy.deepcopy(getattr(unet, key)))
-            return made
-
-        @staticmethod
-        def from_unet_named(name: str) -> str:
-            return name
-
-        @property
-        def from_unet_kind(self) -> str:
-            return type(self).__name__
-
-    made = Shares.from_unet(hfquant.quantize(unet(), None, "w8a16"))
-    made.save_pretrained(tmp_path)
-    assert list(tmp_path.glob("*.safetensors"))
-    assert (made.from_unet_named("a"), made.from_unet_kind) == ("a", "Shares")

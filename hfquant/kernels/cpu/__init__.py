@@ -8,6 +8,8 @@ are rounded on the fly (floats.h).
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -43,14 +45,32 @@ def _missing() -> str:
     return ""
 
 
+@contextmanager
+def _unrecorded() -> Iterator[None]:
+    """Keep ``torch.jit.trace`` from recording what runs once only: a layer's first call may be traced."""
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+
+
+@cache
+def _instruction_sets() -> int:
+    """Return the instruction sets of this CPU, as bits."""
+    with _unrecorded():
+        found: int = torch.ops.hfquant_cpu.instruction_sets()
+    return found
+
+
 @cache
 def _lacks(number: int) -> str:
     if why := _missing():
         return why
-    here: int = torch.ops.hfquant_cpu.instruction_sets()
     name = INSTRUCTION_SETS[number]
     # Intel's CPUs have it too, at less than the speed of float32.
-    return "" if here >> number & 1 else f"this CPU has no {'fast ' if name == BFLOAT16 else ''}{name}"
+    return "" if _instruction_sets() >> number & 1 else f"this CPU has no {'fast ' if name == BFLOAT16 else ''}{name}"
 
 
 def multiplies_bfloat16() -> bool:
@@ -88,7 +108,8 @@ def spec_of(key: str) -> Tensor:
     bits, per_token = (0, True) if rule is None else (_code(rule.format), rule.per_token)
     dual = rule.dual if rule is not None else (False,) * len(product.segments)
     head = [_code(product.weight), _group_size(product) or 0, bits, per_token, len(product.columns), rotation]
-    return torch.tensor([*head, len(product.segments), *product.segments, *dual], dtype=torch.int64)
+    with _unrecorded():
+        return torch.tensor([*head, len(product.segments), *product.segments, *dual], dtype=torch.int64)
 
 
 def _code(form: NumberFormat) -> int:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import hfquant
 from hfquant.kernels import cpu, table
 from hfquant.kernels.base import product_of
 from hfquant.kernels.cpu import build
@@ -81,7 +83,7 @@ def sources(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def fresh():
     """Reset the table to the state of a process that has not loaded the library yet."""
-    caches = (cpu._missing, cpu._lacks, table._pick)
+    caches = (cpu._missing, cpu._instruction_sets, cpu._lacks, cpu.spec_of, table._pick)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -319,6 +321,14 @@ def test_torchs_own_ops_take_over_with_one_line(broken, compiler, monkeypatch, c
     monkeypatch.setenv("HFQUANT_KERNEL", "scalar")
     with pytest.raises(ValueError, match=r"scalar cannot compute .* here: the C\+\+ kernels could not be"):
         table.pick(product_of(form), "cpu", torch.float32, 1, 64)
+
+
+def test_the_first_call_may_be_traced(fresh) -> None:
+    layer, x = hfquant.quantize(nn.Sequential(nn.Linear(16, 8)), None, "w8a16"), torch.randn(3, 16)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)
+        assert torch.equal(traced(2 * x), layer(2 * x))
+    assert torch._C._get_tracing_state() is None
 
 
 @pytest.mark.slow

@@ -1,0 +1,182 @@
+"""Methods of the libraries that copy or concatenate float weights; they refuse quantized ones, before any change."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
+from inspect import isfunction
+from typing import Any
+
+from torch import nn
+
+__all__ = ["refuse_copying", "refuse_fusing", "refuse_resizing", "refuse_training"]
+
+#: Attributes of an attention that diffusers concatenates when it fuses projections.
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def refuse_fusing(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
+    """Make diffusers refuse to fuse projections that are layers of these kinds, before it changes anything.
+
+    It concatenates weights without looking at their kind. A model whose projections stay in float is fused as usual.
+    """
+    from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+    from diffusers.models.attention_processor import Attention
+
+    @contextmanager
+    def unless_quantized(module: nn.Module, *_: Any) -> Iterator[None]:
+        for name, attention in module.named_modules():
+            if _fuses(attention) and _holds(attention, kinds):
+                raise ValueError(
+                    f"{type(module).__name__}: the projections of {name or 'this attention'} are quantized, so they "
+                    "cannot be fused: fuse the projections before quantizing, or dequantize first"
+                )
+        yield
+
+    for kind in (Attention, AttentionModuleMixin):
+        _run_within(kind, "fuse_projections", unless_quantized)
+    _run_within(AttentionMixin, "fuse_qkv_projections", unless_quantized)
+
+
+def _fuses(module: nn.Module) -> bool:
+    able = hasattr(module, "fuse_projections") and getattr(module, "_supports_qkv_fusion", True)
+    return able and not getattr(module, "fused_projections", False)
+
+
+def _holds(attention: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
+    found = (getattr(attention, name, None) for name in _PROJECTIONS)
+    return any(isinstance(part, kinds) for layer in found if layer is not None for part in layer.modules())
+
+
+def refuse_copying(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
+    """Make diffusers refuse to copy weights from layers of these kinds into a new float model.
+
+    Class methods such as ``ControlNetModel.from_unet`` do that with state dicts, partly with ``strict=False``, so that
+    codes might pass for floats. Those that only read a config, or share the modules themselves, work as usual.
+    """
+    from diffusers.utils import PushToHubMixin
+
+    @contextmanager
+    def unless_quantized(made: type, *given: Any) -> Iterator[None]:
+        copying = True
+
+        def refuse(layer: nn.Module, *_: Any) -> None:
+            if copying:  # a layer that is itself copied keeps this hook
+                raise ValueError(
+                    f"a {made.__name__} copies float weights, and {names[layer]} of the model that it is to be made "
+                    "from is quantized: make it from the float model and quantize it afterwards, for instance with "
+                    "hfquant.quantize_pipeline, or dequantize first"
+                )
+
+        sources = (model for model in given if isinstance(model, nn.Module))
+        layers = [item for model in sources for item in model.named_modules() if isinstance(item[1], kinds)]
+        names = defaultdict(lambda: "a layer", {layer: name for name, layer in layers})
+        handles = [layer.register_state_dict_pre_hook(refuse) for _, layer in layers]
+        try:
+            yield
+        finally:
+            copying = False
+            for handle in handles:
+                handle.remove()
+
+    _run_within(PushToHubMixin, ("from_unet", "from_transformer"), unless_quantized)  # a base of all models
+
+
+def refuse_resizing(base: type, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
+    """Make models of transformers refuse to resize embeddings or heads of these kinds, before it changes anything.
+
+    It copies rows of weights into new float ones. Subclasses that override the method call that of ``base`` first.
+
+    Args:
+        base: transformers' class of all models.
+        kinds: classes of quantized layers.
+    """
+    resize: Callable[..., Any] = base.resize_token_embeddings  # type: ignore[attr-defined]
+
+    @wraps(resize)
+    def resize_token_embeddings(
+        self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        layers = (getattr(self, get, lambda: None)() for get in _WITH_VOCABULARY)
+        for layer in [layer for layer in layers if layer is not None]:
+            quantized = any(isinstance(part, kinds) for part in layer.modules())
+            if quantized and len(layer.weight) != _rounded_up(new_num_tokens, pad_to_multiple_of, len(layer.weight)):
+                name = next((name for name, module in self.named_modules() if module is layer), "its embedding")
+                raise ValueError(
+                    f"{type(self).__name__}: {name} is quantized, so it cannot be resized: resize before quantizing, "
+                    "or call hfquant.dequantize(model) first, or leave it out of `include`"
+                )
+        return resize(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+    base.resize_token_embeddings = resize_token_embeddings  # type: ignore[attr-defined]
+
+
+#: Methods that return layers with a row for each token, of which a model has some.
+_WITH_VOCABULARY = ("get_input_embeddings", "get_per_layer_input_embeddings", "get_output_embeddings")
+
+
+def _rounded_up(wanted: int | None, multiple: int | None, present: int) -> int:
+    count = present if wanted is None else wanted
+    return count if multiple is None else -(-count // multiple) * multiple
+
+
+def refuse_training(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
+    """Make peft refuse to train weights of these kinds themselves, instead of an adapter next to them."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for wrapper, option in ((ModulesToSaveWrapper, "modules_to_save"), (TrainableTokensLayer, "trainable tokens")):
+        wrapper.__init__ = _unless_holding(kinds, wrapper.__init__, option)
+
+
+def _unless_holding(kinds: Any, init: Callable[..., None], option: str) -> Callable[..., None]:
+    @wraps(init)
+    def unless_quantized(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if found := next((part for part in module.modules() if isinstance(part, kinds)), None):
+            raise ValueError(
+                f"{option}: this would train the weight of a {type(found).__name__}, whose codes are integers: leave "
+                "the layer in float (out of `include`, or in modules_to_not_convert), or train a LoRA on it by naming "
+                "it in target_modules"
+            )
+        init(self, module, *args, **kwargs)
+
+    return unless_quantized
+
+
+def _run_within(
+    base: type, prefixes: str | tuple[str, ...], context: Callable[..., AbstractContextManager[None]]
+) -> None:
+    """Run methods of a class and its subclasses within ``context(*arguments)``, also of classes that are defined later.
+
+    Args:
+        base: the class.
+        prefixes: how the names of the methods or class methods begin.
+        context: called with the arguments of the call, including the object or the class itself.
+    """
+
+    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with context(*args, *kwargs.values()):
+                return function(*args, **kwargs)
+
+        return run
+
+    def adapt(kind: type) -> None:
+        for name, method in list(vars(kind).items()):
+            if name.startswith(prefixes) and isinstance(method, classmethod):
+                setattr(kind, name, classmethod(wrapped(method.__func__)))
+            elif name.startswith(prefixes) and isfunction(method):
+                setattr(kind, name, wrapped(method))
+
+    def init_subclass(cls: type, **kwargs: Any) -> None:
+        super(base, cls).__init_subclass__(**kwargs)  # type: ignore[arg-type]
+        adapt(cls)
+
+    kinds: list[type] = [base]
+    for kind in kinds:
+        adapt(kind)
+        kinds.extend(set(kind.__subclasses__()).difference(kinds))
+    base.__init_subclass__ = classmethod(init_subclass)  # type: ignore[assignment]
