@@ -25,6 +25,7 @@ _HELD = ("nets", "adapters")
 #: Fields of pipelines' outputs that hold what was made, with what it is in words.
 OUTPUTS = {
     **{"images": "images", "image": "images", "frames": "frames", "video": "frames", "audios": "audio"},
+    **{"prediction": "predictions"},  # of depth or normals
     **{"image_embeds": "image embeddings", "image_embeddings": "image embeddings", "prompt_embeds": "text embeddings"},
 }
 #: Names of the timestep argument of denoisers' forward methods.

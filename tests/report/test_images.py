@@ -89,7 +89,12 @@ class Player:
 
 @pytest.mark.parametrize(
     ("field", "words"),
-    [("audios", "audio"), ("image_embeds", "image embeddings"), ("image_embeddings", "image embeddings")],
+    [
+        ("audios", "audio"),
+        ("prediction", "predictions"),
+        ("image_embeds", "image embeddings"),
+        ("image_embeddings", "image embeddings"),
+    ],
 )
 def test_audio_and_embeddings_have_a_signal_to_noise_ratio(field, words, tmp_path):
     found = compare_pipelines(Player(field), Player(field, 0.1), [{"prompt": "a"}, {"prompt": "b"}])

@@ -38,43 +38,55 @@ struct Visit {
   int32_t step, begin, end;
 };
 
-// Weight groups of the columns in each vector of a row, and the order in which vectors are multiplied.
+// How a row's vectors are multiplied: one after another, or group by group (whole), where vectors that two groups share
+// are visited twice.
 struct Steps {
-  bool fit = true;             // each lane's columns share one weight scale and one input scale
-  bool whole = false;          // multiplies group by group: vectors that two groups share are visited twice
-  std::vector<int32_t> group;  // first group of each vector
+  bool fit = true;    // each lane's columns share one weight scale and one input scale
+  bool whole = false;
+  std::vector<int32_t> group;  // unless whole: first group of each vector
   std::vector<int32_t> lanes;  // [LANES] per vector: each lane's group, relative to the first
-  std::vector<Visit> visits;
-  std::vector<int32_t> ends;   // if whole: the end of each group's visits
+  std::vector<Visit> visits;   // if whole
+  std::vector<int32_t> ends;   // of each group's visits
+
+  int64_t count() const { return whole ? visits.size() : group.size(); }
+  Visit visit(const Job& job, int64_t i) const {
+    return whole ? visits[i] : Visit{static_cast<int32_t>(i), 0, static_cast<int32_t>(job.K)};
+  }
 
   template <class Format>
   static Steps of(const Job& job, const std::vector<Block>& blocks) {
     constexpr int LANE = Format::CODES / LANES;
     const int64_t count = (job.K + Format::CODES - 1) / Format::CODES, groups = blocks.size();
     Steps steps;
+    int64_t visits = 0;
+    for (const Block& b : blocks) {
+      steps.fit = steps.fit && b.start % LANE == 0;
+      visits += (b.start + b.size - 1) / Format::CODES - b.start / Format::CODES + 1;
+    }
+    // Lane by lane, the sums of each vector are scaled; group by group, those of each group.
+    constexpr int64_t MULTIPLY = Format::OPERATIONS + Format::VECTORS, SCALE = 4;
+    steps.whole = groups > 1 && groups == job.G && !long_codes(job) &&
+                  (!steps.fit || visits * MULTIPLY + groups * SCALE < count * (MULTIPLY + SCALE));
+    if (steps.whole) {
+      steps.visits.reserve(visits);
+      steps.ends.reserve(groups);
+      for (const Block& b : blocks) {
+        for (int32_t step = b.start / Format::CODES; step * Format::CODES < b.start + b.size; ++step)
+          steps.visits.push_back({step, b.start, b.start + b.size});
+        steps.ends.push_back(steps.visits.size());
+      }
+      return steps;
+    }
     steps.group.resize(count);
     steps.lanes.resize(count * LANES);
     for (const Block& b : blocks) {
-      const int32_t end = b.start + b.size;
-      steps.fit = steps.fit && b.start % LANE == 0;
-      std::fill(steps.lanes.begin() + b.start / LANE, steps.lanes.begin() + (end + LANE - 1) / LANE, b.group);
-      for (int32_t step = b.start / Format::CODES; step * Format::CODES < end; ++step)
-        steps.visits.push_back({step, b.start, end});
-      steps.ends.push_back(steps.visits.size());
+      const int64_t end = (b.start + b.size + LANE - 1) / LANE;
+      std::fill(steps.lanes.begin() + b.start / LANE, steps.lanes.begin() + end, b.group);
     }
     for (int64_t i = 0; i < count; ++i) {
       int32_t* lanes = steps.lanes.data() + i * LANES;
       steps.group[i] = lanes[0];
       for (int lane = 0; lane < LANES; ++lane) lanes[lane] = std::max(lanes[lane] - steps.group[i], 0);
-    }
-    // Lane by lane, the sums of each vector are scaled; group by group, those of each group.
-    constexpr int64_t MULTIPLY = Format::OPERATIONS + Format::VECTORS, SCALE = 4;
-    const int64_t by_groups = steps.visits.size() * MULTIPLY + groups * SCALE;
-    steps.whole = groups > 1 && groups == job.G && !long_codes(job) &&
-                  (!steps.fit || by_groups < count * (MULTIPLY + SCALE));
-    if (!steps.whole) {
-      steps.visits.clear();
-      for (int32_t step = 0; step < count; ++step) steps.visits.push_back({step, 0, static_cast<int32_t>(job.K)});
     }
     return steps;
   }
@@ -126,11 +138,12 @@ void layout_line(const Job& job, const std::vector<Block>& blocks, const int16_t
   constexpr int LANE = Format::CODES / LANES;
   const Steps& steps = lines.steps;
   int8_t* __restrict line = lines.codes + m * PLANES * lines.bytes;
-  int32_t* of_lanes = of_sums.get<int32_t>(steps.visits.size() * LANES);
+  int32_t* of_lanes = of_sums.get<int32_t>(steps.count() * LANES);
   int32_t* of_visit = of_lanes;
   Ints ones[Format::VECTORS];
   for (Ints& v : ones) v = repeat(std::is_same_v<Format, Wide> ? 0x00010001 : 0x01010101);
-  for (const Visit& visit : steps.visits) {
+  for (int64_t i = 0; i < steps.count(); ++i) {
+    const Visit visit = steps.visit(job, i);
     const int32_t first = visit.step * Format::CODES, last = first + Format::CODES;
     const int16_t* from = codes + first;
     int16_t part[Format::CODES];
@@ -145,10 +158,10 @@ void layout_line(const Job& job, const std::vector<Block>& blocks, const int16_t
     } else {
       int8_t* __restrict low = line + (PLANES - 1) * lines.bytes;
       for (int v = 0; v < Format::VECTORS; ++v)
-        for (int i = 0; i < BYTES; ++i) low[v * BYTES + i] = static_cast<int8_t>(from[i * Format::VECTORS + v]);
+        for (int k = 0; k < BYTES; ++k) low[v * BYTES + k] = static_cast<int8_t>(from[k * Format::VECTORS + v]);
       for (int v = 0; PLANES == 2 && v < Format::VECTORS; ++v)
-        for (int i = 0; i < BYTES; ++i)
-          line[v * BYTES + i] = static_cast<int8_t>((from[i * Format::VECTORS + v] + 128) >> 8);
+        for (int k = 0; k < BYTES; ++k)
+          line[v * BYTES + k] = static_cast<int8_t>((from[k * Format::VECTORS + v] + 128) >> 8);
     }
     store(of_visit, dot<Format, PLANES>(ones, line, lines.bytes, zeros()));
     of_visit += LANES, line += Format::VECTORS * BYTES;
@@ -426,7 +439,7 @@ bool by_rows(const Job& job, const std::vector<Block>& blocks, Steps steps, Para
   Lines lines;
   lines.steps = std::move(steps);
   lines.planes = PLANES_OF<Format, LONG>;
-  lines.bytes = lines.steps.visits.size() * Format::VECTORS * BYTES;
+  lines.bytes = lines.steps.count() * Format::VECTORS * BYTES;
   lines.scales = input_scales(job);
   lines.groups = (job.G + LANES - 1) / LANES * LANES;
   lines.codes = of_codes.get<int8_t>(job.M * lines.planes * lines.bytes);
