@@ -256,8 +256,11 @@ def grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def text_config(model: Any) -> Any:
-    """Return the config of a model's text part, which is the whole for most."""
-    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    """Return the config of a model's text part: the whole for most, and for those with several (MusicGen)."""
+    try:
+        return model.config.get_text_config()
+    except (AttributeError, ValueError):
+        return model.config
 
 
 def text_positions(model: Any) -> int | None:

@@ -37,12 +37,17 @@ def are_texts(value: Any) -> bool:
 
 
 def are_rows(value: Any) -> bool:
-    """Return whether ``value`` is a list of dicts as a dataset yields them: with text or chats, and without tensors."""
+    """Return whether ``value`` is a list of dicts as a dataset yields them: with text or chats, and without tensors.
+
+    Samples for a forward that takes a string among tokens are not rows.
+    """
     if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], Mapping):
         return False
     held = list(value[0].values())
-    readable = any(isinstance(v, str) or is_chat(v) for v in held) or not {"text", "messages"}.isdisjoint(value[0])
-    return readable and not any(isinstance(v, (Tensor, np.ndarray)) for v in held)
+    if any(isinstance(v, (Tensor, np.ndarray)) for v in held):
+        return False
+    readable = "input_ids" not in value[0] and any(isinstance(v, str) or is_chat(v) for v in held)
+    return readable or not {"text", "messages"}.isdisjoint(value[0])
 
 
 def openable(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -107,8 +107,9 @@ def compare_models(
             p, q = (getattr(output, name).float().to(device_of(reference)) for output in outputs)
             if p.shape != q.shape:
                 raise ValueError(f"the outputs differ in shape: {list(p.shape)} vs. {list(q.shape)}")
-            if not q.isfinite().all():
-                raise FloatingPointError(f"{type(other).__name__}: the output contains NaN or Inf")
+            for model, output in ((reference, p), (other, q)):
+                if not output.isfinite().all():
+                    raise FloatingPointError(f"{type(model).__name__}: the output contains NaN or Inf")
             tokens: Any = batch.get("input_ids") if isinstance(batch, Mapping) else None
             causal = _is_causal(reference) and tokens is not None and p.shape[:2] == tokens.shape
             if name == "last_hidden_state":
@@ -173,13 +174,13 @@ def _signal_scores(p: Tensor, q: Tensor) -> dict[str, Tensor]:
     return {
         "signal": p.square().sum(1),
         "noise": noise,
-        "cosine": F.cosine_similarity(p, q, dim=1).where(noise > 0, 1.0),
+        "cosine": F.cosine_similarity(p, q, dim=1).where(noise != 0, 1.0),
     }
 
 
 def _decibels(signal: Tensor, noise: Tensor) -> Tensor:
     """Return the ratio in dB; infinite without noise, even where there is no signal either."""
-    return (10 * (signal / noise).log10()).where(noise > 0, math.inf)
+    return (10 * (signal / noise).log10()).where(noise != 0, math.inf)
 
 
 def _figures(scores: Sequence[Mapping[str, Tensor]], what: str = "hidden states") -> tuple[Figure, ...]:

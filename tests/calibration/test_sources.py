@@ -52,6 +52,11 @@ def test_rows_are_calls_of_a_pipeline():
     assert calibration_batches(calls) is calls
 
 
+def test_a_string_among_tokens_does_not_make_a_row():
+    samples = [{"input_ids": [[3, 4, 5]], "task": "retrieval"}] * 2
+    assert calibration_batches(samples, tokenizer=make_tokenizer(), model=tiny_llama()) is samples
+
+
 def test_chats_in_rows():
     rows = [{"messages": [{"role": "user", "content": "w1"}]}]
     with pytest.raises(CalibrationError, match="column 'messages' holds chats, but the tokenizer has no chat template"):

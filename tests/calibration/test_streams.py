@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import RobertaConfig, RobertaModel
+from transformers import MusicgenConfig, MusicgenForConditionalGeneration, RobertaConfig, RobertaModel
 
 from hfquant.calibration import BaseCalibSet, LanguageModelSampler, calibration_batches, generate_calibrate_set
 from hfquant.calibration.batches import CalibrationError
@@ -206,6 +206,19 @@ def test_model_inputs_pass_through():
 def test_model_limits_the_length():
     batches = calibration_batches([" ".join(WORDS)], tokenizer=make_tokenizer(), model=tiny_llama())
     assert max(batch["input_ids"].shape[1] for batch in batches) == 64
+
+
+def test_a_model_with_two_text_parts_sets_no_limit():
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MusicgenConfig(
+        text_encoder={"model_type": "t5", "vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 20, "num_layers": 1},
+        audio_encoder={"model_type": "encodec", "num_filters": 4, "hidden_size": 8, "codebook_size": 16},
+        decoder={"model_type": "musicgen_decoder", "vocab_size": 16, "hidden_size": 16, "ffn_dim": 20, **small},
+    )
+    rows = datasets.Dataset.from_dict({"ids": [[3, 4, 5]] * 2, "codes": [[[1, 2], [3, 4]]] * 2})
+    spec = {"dataset": rows, "column": {"input_ids": "ids", "decoder_input_ids": "codes"}}
+    batches = list(calibration_batches(spec, model=MusicgenForConditionalGeneration(config)))
+    assert [batch["input_ids"].tolist() for batch in batches] == [[[3, 4, 5]]] * 2
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hfquant.report.quality import builtin_text, compare_models
+from hfquant.report.quality import builtin_text, compare_models, compare_signals
 from tests.report.conftest import small_llama
 
 
@@ -116,6 +116,10 @@ def test_bad_models(pair):
         compare_models(*pair, [])
     with pytest.raises(FloatingPointError, match="NaN or Inf"):
         compare_models(Encoder(1.0), Encoder(math.nan), [torch.ones(1, 2, 3)])
+    with pytest.raises(FloatingPointError, match="NaN or Inf"):
+        compare_models(Encoder(math.nan), Encoder(1.0), [torch.ones(1, 2, 3)])
+    broken = compare_signals([(torch.ones(3), torch.full((3,), math.nan))], "audio")
+    assert all(math.isnan(figure.value) for figure in broken)
     with pytest.raises(ValueError, match="neither logits nor"):
         compare_models(nn.Identity(), nn.Identity(), [torch.ones(1, 2)])
 

@@ -37,6 +37,18 @@ def _encodings(s: Sketch) -> list[tuple[Tensor, Tensor]]:
     return [(torch.zeros(BATCH, TOKENS, s.need("d_model")), torch.ones(BATCH, TOKENS))]
 
 
+def _attended(s: Sketch, *places: int) -> Tensor | None:
+    """Return what AudioLDM2's attentions at these places of a block read: generated audio features, or text.
+
+    A block lists the width that each of its attentions reads, None for itself, or has one width.
+    """
+    block = s.need("cross_attention_dim")
+    block = block[-1] if isinstance(block, (list, tuple)) else block
+    widths = list(block) if isinstance(block, (list, tuple)) else [block]
+    found = [width for width in (widths[place] for place in places if place < len(widths)) if width is not None]
+    return torch.zeros(BATCH, TOKENS, found[0]) if found else None
+
+
 CODEC_EXCEPTIONS: dict[str, dict[str, Any]] = {
     "AceStepAudioTokenizer": {
         "hidden_states": lambda s: torch.zeros(
@@ -76,6 +88,10 @@ CODEC_EXCEPTIONS: dict[str, dict[str, Any]] = {
         ),
         "attention_mask": ones(BATCH, TOKENS, dtype=torch.long),
         "attention_mask_1": lambda s: torch.ones(BATCH, s.field("max_seq_length", default=TOKENS), dtype=torch.long),
+    },
+    "AudioLDM2UNet2DConditionModel": {
+        "encoder_hidden_states": lambda s: _attended(s, 0, 1),
+        "encoder_hidden_states_1": lambda s: _attended(s, 2, 3),
     },
     "CLIPImageProjection": {"x": wide("hidden_size", tokens=None)},
     "Cosmos3AVAEAudioTokenizer": {

@@ -464,3 +464,20 @@ def test_models_that_take_several_inputs(kind):
     assert {name: value.dim() for name, value in inputs.items()} == SEVERAL[kind]
     with torch.no_grad():
         assert model(**inputs) is not None
+
+
+@pytest.mark.parametrize("widths", [[[None, 8, 16]] * 2, [8, 16], 16], ids=["published", "of each block", "one"])
+def test_what_attentions_of_audioldm2_read(widths):
+    """Published U-Nets list a width for each attention of a block; None attends to itself."""
+    from diffusers.pipelines.audioldm2 import AudioLDM2UNet2DConditionModel
+
+    model = AudioLDM2UNet2DConditionModel(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        cross_attention_dim=widths,
+        layers_per_block=1,
+        norm_num_groups=8,
+    )
+    found = trace(model, example_inputs(model))
+    assert {name for name, module in model.named_modules() if type(module) is nn.Linear} <= found.keys()
