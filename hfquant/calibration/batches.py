@@ -203,7 +203,8 @@ def placed(
 def batched(model: nn.Module, sample: Any) -> Any:
     """Return a sample of a transformers model with a batch dimension, if it is token ids of a single text without one.
 
-    A tokenizer returns these for a text that is not in a list. All vectors of the same length get the dimension.
+    A tokenizer returns these for a text that is not in a list. All vectors of the same length get the dimension, and
+    those that a decoder reads.
 
     Raises:
         CalibrationError: a tensor in the place of token ids does not hold integers.
@@ -227,8 +228,13 @@ def batched(model: nn.Module, sample: Any) -> Any:
         )
     if ids.ndim > 1:
         return sample
-    found = as_tensors(sample)
-    return {n: v[None] if isinstance(v, Tensor) and v.shape == ids.shape else v for n, v in found.items()}
+
+    def one_text(name: str, value: Any) -> bool:
+        vector = isinstance(value, Tensor) and value.dim() == 1
+        decoded = name.startswith("decoder_") or (name == "labels" and vector and len(value) > 1)
+        return vector and (decoded or value.shape == ids.shape)
+
+    return {n: v[None] if one_text(n, v) else v for n, v in as_tensors(sample).items()}
 
 
 def _cast(name: str, value: Any, dtype: torch.dtype | None) -> Any:

@@ -56,7 +56,7 @@ def openable(spec: Mapping[str, Any]) -> dict[str, Any]:
     Lists, and what is read like one, are read whole and in order unless the spec says otherwise.
 
     Raises:
-        CalibrationError: a column holds something other than text, or a list something that is neither text nor None.
+        CalibrationError: a column holds no text or something else, or a list something that is neither text nor None.
     """
     data: Any = spec.get("dataset")
     if of_datasets(data) and hasattr(data, "column_name"):
@@ -69,6 +69,8 @@ def openable(spec: Mapping[str, Any]) -> dict[str, Any]:
         data = list(data)
     elif _is_series(data):
         data = data.dropna().tolist()
+    if isinstance(data, list) and not any(item is not None for item in data):
+        raise CalibrationError("calibration data: there is no text in it")
     if are_rows(data):
         return {"samples": None, "seed": None, **spec, "dataset": _dataset(data)}
     if are_texts(data):

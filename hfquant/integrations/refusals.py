@@ -100,10 +100,12 @@ def refuse_resizing(base: type, kinds: type[nn.Module] | tuple[type[nn.Module], 
         self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         layers = (getattr(self, get, lambda: None)() for get in _WITH_VOCABULARY)
-        for layer in [layer for layer in layers if layer is not None]:
-            quantized = any(isinstance(part, kinds) for part in layer.modules())
-            if quantized and len(layer.weight) != _rounded_up(new_num_tokens, pad_to_multiple_of, len(layer.weight)):
-                name = next((name for name, module in self.named_modules() if module is layer), "its embedding")
+        # A decoder of audio has a list of embeddings.
+        parts = (part for layer in layers if layer is not None for part in layer.modules() if isinstance(part, kinds))
+        for part in parts:
+            rows = len(part.weight)  # type: ignore[arg-type]
+            if rows != _rounded_up(new_num_tokens, pad_to_multiple_of, rows):
+                name = next((name for name, module in self.named_modules() if module is part), "its embedding")
                 raise ValueError(
                     f"{type(self).__name__}: {name} is quantized, so it cannot be resized: resize before quantizing, "
                     "or call hfquant.dequantize(model) first, or leave it out of `include`"

@@ -267,6 +267,10 @@ def test_bad_sources(tmp_path):
     ]:
         with pytest.raises(error, match=message):
             list(calibration_batches({"dataset": str(source)}, tokenizer=make_tokenizer()))
+    for nothing in ([], [None]):
+        column = datasets.Dataset.from_dict({"text": nothing})["text"]
+        with pytest.raises(CalibrationError, match="there is no text in it"):
+            calibration_batches(column, tokenizer=make_tokenizer())
     with pytest.raises(ValueError, match="no text in the list"):
         list(calibration_batches(["", " "], tokenizer=make_tokenizer()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import weakref
@@ -273,6 +274,15 @@ def test_token_ids_of_a_single_text_get_a_batch_dimension(kind, how, checkpoint)
         short = hfquant.quantize(small_models.llama(), [{n: v[:, :5] for n, v in whole.items()}], "w8a8")
         for name, layer in quant_linears(model).items():
             torch.testing.assert_close(layer.input_scale, short.get_submodule(name).input_scale)
+
+
+def test_what_the_decoder_reads_gets_a_batch_dimension_too():
+    model = small_models.bart()
+    single = {"input_ids": [4, 5, 6, 7], "decoder_input_ids": [2, 4, 5], "decoder_attention_mask": [1, 1, 1]}
+    whole = {name: torch.tensor([values]) for name, values in single.items()}
+    made = [hfquant.quantize(copy.deepcopy(model), [sample], "w8a8") for sample in (single, whole)]
+    with torch.no_grad():
+        assert torch.equal(*(quantized(**whole).logits for quantized in made))
 
 
 def test_token_ids_that_are_none():

@@ -186,6 +186,15 @@ def test_quantized_embeddings_and_heads_are_not_resized(
     assert plain(torch.tensor([[1, 2]])).logits.shape[-1] == plain.config.vocab_size != 32
 
 
+def test_a_list_of_quantized_embeddings_is_not_resized() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16, "num_codebooks": 2}
+    model = transformers.MusicgenForCausalLM(transformers.MusicgenDecoderConfig(vocab_size=16, **sizes))
+    rule = {"weight_quant": {"type": "int8"}, "input_quant": None, "include": ["embeddings"]}
+    hfquant.quantize(model, None, {"default": {**rule, "opt": {"type": "default"}}})
+    with pytest.raises(ValueError, match=r"embed_tokens\.0 is quantized, so it cannot be resized"):
+        model.resize_token_embeddings(30)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_embeddings_and_heads_in_float_are_resized(tied: bool) -> None:
     model = llama([], tied)

@@ -63,10 +63,12 @@ struct Steps {
       steps.fit = steps.fit && b.start % LANE == 0;
       visits += (b.start + b.size - 1) / Format::CODES - b.start / Format::CODES + 1;
     }
-    // Lane by lane, the sums of each vector are scaled; group by group, those of each group.
-    constexpr int64_t MULTIPLY = Format::OPERATIONS + Format::VECTORS, SCALE = 4;
-    steps.whole = groups > 1 && groups == job.G && !long_codes(job) &&
-                  (!steps.fit || visits * MULTIPLY + groups * SCALE < count * (MULTIPLY + SCALE));
+    // Lane by lane, the sums of each vector are scaled; group by group, those of each group. If groups are not whole
+    // lanes, tiles are the alternative: they unpack each vector once, at the cost of multiplying it about MOST times.
+    constexpr int64_t MULTIPLY = Format::OPERATIONS + Format::VECTORS, SCALE = 4, SCALE_GROUP = 5, MOST = 48;
+    const bool pays = steps.fit ? visits * MULTIPLY + groups * SCALE_GROUP < count * (MULTIPLY + SCALE)
+                                : visits * job.M <= count * MOST;
+    steps.whole = groups > 1 && groups == job.G && !long_codes(job) && pays;
     if (steps.whole) {
       steps.visits.reserve(visits);
       steps.ends.reserve(groups);
