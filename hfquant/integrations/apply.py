@@ -17,6 +17,7 @@ from hfquant.calibration.provenance import data_provenance
 from hfquant.calibration.self_made import SelfMade, SelfSpec
 from hfquant.config import QuantRules
 from hfquant.distributed import processes
+from hfquant.integrations.checkpoint import stored_config
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.facts import facts_of
 from hfquant.layer_plan import LayerPlan
@@ -106,11 +107,14 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
 
 
 def inner_configs(config: Any) -> list[Any]:
-    """Return the configs that a transformers config holds for parts of its model, at any depth."""
-    if not hasattr(config, "sub_configs"):
-        return []
-    held = [value for value in vars(config).values() if hasattr(value, "sub_configs")]
-    return [inner for value in held for inner in (value, *inner_configs(value))]
+    """Return the configs that a transformers config holds for parts of its model, at any depth, each once."""
+    found = {id(config): config}
+    waiting = [config] if hasattr(config, "sub_configs") else []
+    while waiting:
+        held = {id(value): value for value in vars(waiting.pop(0)).values() if hasattr(value, "sub_configs")}
+        waiting += [value for key, value in held.items() if key not in found]
+        found |= held
+    return list(found.values())[1:]
 
 
 def own_config(config: HfQuantConfig, plan: Plan, facts: ModelFacts, made: SelfSpec | None = None) -> HfQuantConfig:
@@ -140,15 +144,34 @@ def attached(model: Any, attach: Callable[[Any, HfQuantConfig], None], given: An
     """
     with _SAVING, ExitStack() as stack:
         if quant_modules(model):
-            if getattr(model, "hf_quantizer", None) is None:
+            if not _is_described(model):
                 stack.callback(_snapshot(model))
                 attach(model, described(model))
             for inner, config in part_configs(model):
-                stack.callback(vars(inner).pop, "quantization_config", None)
+                stack.callback(_snapshot(inner))  # a part that was quantized on its own has a config already
                 inner.quantization_config = config
             stack.callback(setattr, model.hf_quantizer, "given", None)
             model.hf_quantizer.given = given
         yield
+
+
+def _is_described(model: Any) -> bool:
+    """Return whether a model has a config that describes its layers: a part may have been (de)quantized since.
+
+    Layers of a model with adapters have other names, under which they are not saved.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    config = getattr(quantizer, "quantization_config", None)
+    if not isinstance(config, HfQuantConfig) or getattr(model, "peft_config", None):
+        return quantizer is not None
+    plans, facts, kinds = _plans_in(model), facts_of(model), layers_in(model)
+    for name in (*plans, *_left_in(model, plans)):
+        found = stored_config(config, facts.aliases(name))
+        if found is not None and name in kinds:
+            found = kinds[name].fitted(found)
+        if found != (plans[name].config if name in plans else None):
+            return False
+    return True
 
 
 def described(model: nn.Module) -> HfQuantConfig:
@@ -164,8 +187,8 @@ def described(model: nn.Module) -> HfQuantConfig:
 def part_configs(model: nn.Module) -> list[tuple[Any, HfQuantConfig]]:
     """Return the inner configs of parts with quantized layers, each with a config that describes the part alone.
 
-    Layers of the part have the names that they have in it. Those of no part keep theirs, for classes that hold a part
-    and what follows it (a tower and its projection).
+    Layers of the part have the names that they have in it, and in the whole as well: classes that hold a part and what
+    follows it (a tower and its projection) use either. Those of no part keep theirs.
     """
     inner = {id(config): config for config in inner_configs(_config(model))}
     # A part is the outermost module that has a config.
@@ -174,13 +197,16 @@ def part_configs(model: nn.Module) -> list[tuple[Any, HfQuantConfig]]:
     left = _left_in(model, plans) if parts else []
     found = []
     for part, config in parts.items():
-        names = {name: name for name in (*plans, *left) if not name.startswith(tuple(f"{p}." for p in parts))}
-        names |= {n: n.removeprefix(f"{part}.") for n in (*plans, *left) if n.startswith(f"{part}.")}
+        start, starts = f"{part}.", tuple(f"{other}." for other in parts)
+        names = {n: n for n in (*plans, *left) if n.startswith(start) or not n.startswith(starts)}
         # A checkpoint has the codes of tied layers only once, under the name of their owner.
         own = {n: plan for n, plan in plans.items() if n in names and (not plan.tied or plan.tied in names)}
-        if any(name.startswith(f"{part}.") for name in own):
-            renamed = {names[n]: replace(plan, tied=names.get(plan.tied, "")) for n, plan in own.items()}
-            found.append((config, _describing(renamed, [names[n] for n in names if n not in own])))
+        if any(name.startswith(start) for name in own):
+            # If a layer's name in the part is that of another one in the whole, it means the one in the part.
+            names |= {n.removeprefix(start): n for n in names if n.startswith(start)}
+            inside = {n: replace(own[n], tied=own[n].tied.removeprefix(start)) for n in own}
+            used = {name: (inside if name != n else own)[n] for name, n in names.items() if n in own}
+            found.append((config, _describing(used, [name for name, n in names.items() if n not in own])))
     return found
 
 

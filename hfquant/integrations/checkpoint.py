@@ -12,16 +12,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hfquant.config import ConfigError
+from hfquant.config import ConfigError, QuantRules
 from hfquant.console import counted
 from hfquant.experts import ExpertsLayout, first_linear
 from hfquant.integrations.compat import is_marked_initialized, mark_initialized
 from hfquant.integrations.config import HfQuantConfig
+from hfquant.layer_config import LayerConfig
 from hfquant.layer_plan import LayerPlan, layer_plan
 from hfquant.nn.experts import QuantExperts, stacked, tensor_name
 from hfquant.nn.kinds import kind_of, layers_in
@@ -38,7 +40,8 @@ NOT_STORED = "the checkpoint has no weight for it"
 #: Why a checkpoint has floats in place of codes, and what to do.
 ARE_FLOATS = (
     "the checkpoint's weights are float, but its config says that they are quantized: remove quantization_config from "
-    "the config (config.json, or the object passed as config=)"
+    "the config (config.json, or the object passed as config=) and, to load one part of a model, from that of the part "
+    "(text_config, vision_config, ...)"
 )
 
 
@@ -69,19 +72,40 @@ def stored_plans(
     for name, (module, suffix) in layers.items():
         names = facts.aliases(name)
         tied = any("tied" in config.layers.get(n, ()) for n in names)
-        left = config.skipped.keys() & set(names) or matches(names, config.modules_to_not_convert or ())
-        rule = config.rules.resolve(*names)
-        if rule.enable and not left:
+        if not _is_left(config, names):
             if stored_names is not None and not tied and not any(n + suffix in stored_names for n in names):
                 config.skipped[name] = NOT_STORED
                 continue
-            stored = next((config.layers[n] for n in names if n in config.layers), None)
-            plan = layer_plan(name, module, rule, stored)
+            plan = layer_plan(name, module, config.rules.resolve(*names), _stored(config, names))
             plans[name] = replace(plan, tied=next((n for n in facts.aliases(plan.tied) if n in layers), plan.tied))
     for name, plan in plans.items():
         if plan.tied and plan.tied not in plans:
             raise ConfigError(f"layer {name!r}: it is tied to {plan.tied!r}, which is not quantized")
     return plans
+
+
+def stored_config(config: HfQuantConfig, names: Sequence[str]) -> LayerConfig | None:
+    """Return how a model's own config says that a layer is quantized; None if it says that the layer is in float.
+
+    Args:
+        config: the model's own config.
+        names: the layer's name and its aliases.
+    """
+    if _is_left(config, names):
+        return None
+    stored = _stored(config, names) or {}
+    return QuantRules({"default": stored["config"]}).default if "config" in stored else config.rules.resolve(*names)
+
+
+def _is_left(config: HfQuantConfig, names: Sequence[str]) -> bool:
+    """Return whether a model's own config says that a layer with these names is in float."""
+    left = config.skipped.keys() & set(names) or matches(names, config.modules_to_not_convert or ())
+    return bool(left) or not config.rules.resolve(*names).enable
+
+
+def _stored(config: HfQuantConfig, names: Sequence[str]) -> dict[str, Any] | None:
+    """Return what a model's own config says of a layer with these names beyond its rules."""
+    return next((config.layers[n] for n in names if n in config.layers), None)
 
 
 def install_empty(
@@ -198,7 +222,11 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
         CheckpointError: names the tensors.
     """
     missing: list[str] = []
-    for name, layer in quant_modules(model).items():
+    layers = quant_modules(model)
+    codes = [layer.get_parameter(key) for layer in layers.values() for key in layer.code_names]
+    arrived = [tensor for tensor in codes if not tensor.is_meta and is_marked_initialized(tensor)]
+    why = f": {ARE_FLOATS}" if arrived and all(tensor.is_floating_point() for tensor in arrived) else ""
+    for name, layer in layers.items():
         for key, (shape, dtype) in layer.specs(on_disk).items():
             tensor = getattr(layer, key)
             if tensor.device.type == "meta":  # offloaded to disk
@@ -208,10 +236,9 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
                 continue
             fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
             if not fits or tuple(tensor.shape) != shape:
-                floats = key in layer.code_names and tensor.is_floating_point()
                 raise CheckpointError(
                     f"{name}.{key}: expected shape {shape} of {dtype or 'floats'}, "
-                    f"got {tuple(tensor.shape)} of {tensor.dtype}{f': {ARE_FLOATS}' if floats else ''}"
+                    f"got {tuple(tensor.shape)} of {tensor.dtype}{why}"
                 )
     if missing:
         raise missing_tensors(missing)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import wraps
@@ -40,11 +41,13 @@ __all__ = [
     "accept_own_dtype",
     "allow_needs_hfquant",
     "apply_gate",
+    "before_quantizer",
     "check_before_merging",
     "config_of_floats",
     "declares_experts",
     "drop_needs_hfquant",
     "is_marked_initialized",
+    "is_of",
     "keep_in_fp32",
     "load_offloaded_parameter",
     "mark_initialized",
@@ -173,7 +176,7 @@ def config_of_floats(model: Any, inner: Sequence[Any], method: str) -> Iterator[
     config = model.config
     if isinstance(config, Mapping):  # of diffusers, whose configs are frozen
         held = config.get("quantization_config")
-        if not _is_of(method, held):
+        if not is_of(method, held):
             yield
             return
         set_quantization_config(model, None)
@@ -182,19 +185,18 @@ def config_of_floats(model: Any, inner: Sequence[Any], method: str) -> Iterator[
         finally:
             set_quantization_config(model, held)
         return
-    said = [
-        (c, c.quantization_config) for c in (config, *inner) if _is_of(method, getattr(c, "quantization_config", 0))
-    ]
-    for each, _ in said:
-        del each.quantization_config
+    said = [(c, c.quantization_config) for c in (config, *inner) if is_of(method, getattr(c, "quantization_config", 0))]
     try:
+        for each, _ in said:
+            del each.quantization_config
         yield
     finally:
         for each, held in said:
             each.quantization_config = held
 
 
-def _is_of(method: str, config: Any) -> bool:
+def is_of(method: str, config: Any) -> bool:
+    """Return whether a quantization config, or a dict of one, has this ``quant_method``."""
     named = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
     return bool(named == method)
 
@@ -301,6 +303,27 @@ def register_lora_base(kind: type[nn.Linear], floats: Callable[[Any], Tensor]) -
     loader._calculate_module_shape = staticmethod(calculate_module_shape)
     loader._maybe_expand_lora_state_dict = classmethod(expand_lora)
     lora_pipeline._maybe_dequantize_weight_for_expanded_lora = dequantize
+
+
+def before_quantizer(prepare: Callable[[Any], None]) -> None:
+    """Make transformers call ``prepare`` with the config of a model to load, before it looks for a quantizer.
+
+    Without a ``quantization_config`` in a composite model's config, it takes that of the text model's config. By the
+    time that a quantizer is asked, it cannot be told that it is not for this model.
+    """
+    from transformers.quantizers import auto
+
+    get = auto.get_hf_quantizer
+
+    @wraps(get)
+    def get_hf_quantizer(config: Any, *args: Any, **kwargs: Any) -> Any:
+        prepare(config)
+        return get(config, *args, **kwargs)
+
+    # Models' module imports the function by name, and may have done so already.
+    for module in (auto, sys.modules.get("transformers.modeling_utils")):
+        if hasattr(module, "get_hf_quantizer"):
+            module.get_hf_quantizer = get_hf_quantizer  # type: ignore[union-attr]
 
 
 def stored_names(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

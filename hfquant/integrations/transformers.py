@@ -31,7 +31,9 @@ from hfquant.integrations.compat import (
     ConversionOps,
     WeightConverter,
     allow_needs_hfquant,
+    before_quantizer,
     drop_needs_hfquant,
+    is_of,
     load_offloaded_parameter,
     names_in_model,
     save_as_named,
@@ -93,10 +95,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         return without_working_memory(max_memory, self.plan)
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Return the config to build the model from, without what only loading a folder or a part of it needs."""
+        """Return the config to build the model from, without what only loading a folder needs."""
         drop_needs_hfquant(config)
-        for inner in inner_configs(config):
-            vars(inner).pop("quantization_config", None)
         return config
 
     def _process_model_before_weight_loading(
@@ -329,6 +329,13 @@ def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
     save_as_named(model)
 
 
+def _drop_those_of_parts(config: Any) -> None:
+    """Drop our configs for loading only a part, from the config of the whole, so that none is taken for the whole's."""
+    for inner in inner_configs(config):
+        if is_of(METHOD, getattr(inner, "quantization_config", None)):
+            vars(inner).pop("quantization_config", None)
+
+
 def _untie(model: PreTrainedModel) -> None:
     """Untie a quantized head from the embedding, so that a later ``tie_weights()`` does not tie it again."""
     tied = model.all_tied_weights_keys
@@ -367,3 +374,4 @@ if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
     auto.register_quantization_config(METHOD)(HfQuantConfig)
     auto.register_quantizer(METHOD)(HfQuantTransformersQuantizer)
     allow_needs_hfquant()
+    before_quantizer(_drop_those_of_parts)

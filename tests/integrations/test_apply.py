@@ -14,7 +14,7 @@ from torch import nn
 import hfquant
 from hfquant.integrations.apply import described
 from hfquant.nn.modules import quant_modules
-from tests.integrations import small_models
+from tests.integrations import small_models, tiny_transformers
 
 IDS = torch.arange(3, 21).view(2, 9)
 PIXELS = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
@@ -255,3 +255,69 @@ def test_older_folders_of_a_whole_and_a_float_tower_are_loaded(tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps(config))
     again = CLIPModel.from_pretrained(tmp_path)
     assert quant_modules(again).keys() == quant_modules(model).keys()
+
+
+def assert_same_tensors(model: nn.Module, other: nn.Module) -> None:
+    mine, theirs = model.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Llava"])
+def test_without_the_config_of_the_whole_those_of_its_parts_do_not_count(kind: str, tmp_path: Path) -> None:
+    """transformers takes the text model's for that of the whole if the whole has none."""
+    from transformers import AutoConfig
+
+    model = two_towers("CLIP") if kind == "CLIP" else llava()
+    before = model.state_dict()
+    model.save_pretrained(tmp_path / "float")
+    quantized(model, "w8a16").save_pretrained(tmp_path / "quantized")
+    config = AutoConfig.from_pretrained(tmp_path / "quantized")
+    assert config.text_config.quantization_config
+    del config.quantization_config
+    loaded = type(model).from_pretrained(tmp_path / "float", config=config)
+    assert not quant_modules(loaded)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+    again = hfquant.HfQuantConfig("w8a16")
+    loaded = type(model).from_pretrained(tmp_path / "float", config=config, quantization_config=again)
+    assert quant_modules(loaded).keys() == quant_modules(model).keys()
+
+
+def test_a_part_keeps_its_own_config_when_the_whole_is_saved(tmp_path: Path) -> None:
+    """Both a whole without a config and one whose config says that the part is in float."""
+    model = llava()
+    quantized(model.model.language_model, "w8a16")
+    model = _reloaded(model, tmp_path / "text")
+    tower = quantized(model.model.vision_tower, "w4a16")
+    own, whole = tower.config.quantization_config, model.config.quantization_config
+    assert_same_tensors(model, _reloaded(model, tmp_path / "both"))
+    assert tower.config.quantization_config is own
+    assert model.config.quantization_config is whole
+    assert_comes_back(tower, tmp_path / "tower", PIXELS)
+
+
+def test_a_part_that_is_no_longer_quantized_is_saved_in_float(tmp_path: Path) -> None:
+    model = _reloaded(quantized(llava(), "w8a16"), tmp_path / "quantized")
+    layers = len(quant_modules(model))
+    hfquant.dequantize(model.model.vision_tower.encoder.layers[0].mlp)
+    assert len(quant_modules(model)) == layers - 2
+    assert_same_tensors(model, _reloaded(model, tmp_path / "less"))
+
+
+@pytest.mark.parametrize("include", [[], ["embeddings"]])
+def test_a_tower_whose_class_does_not_name_its_part_is_loaded(include: list[str], tmp_path: Path) -> None:
+    """``base_model_prefix`` is that of the whole, so its layers have the whole's names."""
+    import transformers
+
+    torch.manual_seed(0)
+    model = tiny_transformers.build("ClapModel", "cpu").eval()
+    plain = {"opt": {"type": "default"}, "calib": {"type": "amax"}, "input_quant": None, "include": include}
+    hfquant.quantize(model, None, {"default": {"weight_quant": {"type": "int8"}, **plain}})
+    model.save_pretrained(tmp_path)
+    for name in ("Text", "Audio"):
+        loaded = getattr(transformers, f"Clap{name}ModelWithProjection").from_pretrained(tmp_path)
+        mine, theirs = quant_modules(model), quant_modules(loaded)
+        starts = (f"{name.lower()}_model.", f"{name.lower()}_projection.")
+        assert theirs.keys() == {key for key in mine if key.startswith(starts)}
+        assert all(torch.equal(layer.weight, mine[key].weight) for key, layer in theirs.items())
+        assert_same_tensors(loaded, _reloaded(loaded, tmp_path / name))
