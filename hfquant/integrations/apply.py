@@ -244,9 +244,17 @@ def _owners(model: nn.Module) -> dict[str, str]:
     """Return the name of each tied layer -> that of the layer whose codes it shares."""
     layers = quant_linears(model)
     owners = {id(layer.weight): name for name, layer in layers.items() if not layer.plan.tied}
-    tied = {name: layer for name, layer in layers.items() if layer.plan.tied}
-    if lost := next((name for name, layer in tied.items() if id(layer.weight) not in owners), None):
-        raise ValueError(
-            f"layer {lost!r} shares the codes of a layer outside of this {type(model).__name__}: save the whole model"
-        )
-    return {name: owners[id(layer.weight)] for name, layer in tied.items()}
+    found = {}
+    for name, layer in layers.items():
+        if not layer.plan.tied:
+            continue
+        owner, known = owners.get(id(layer.weight)), layers.get(layer.plan.tied)
+        if owner is None and known is not None and (layer.weight.is_meta or known.weight.is_meta):
+            owner = layer.plan.tied  # one of them is on disk
+        if owner is None:
+            raise ValueError(
+                f"layer {name!r} shares the codes of a layer outside of this {type(model).__name__}: save the whole "
+                "model"
+            )
+        found[name] = owner
+    return found
