@@ -224,6 +224,8 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         if self.plan is not None:
             quantize_left(model, self.plan)
         check_loaded(model, self.pre_quantized)
+        if self.pre_quantized and not _is_own(model):
+            _drop_other_names(config, model)
         finish_loading(model)
         self._recall_ties(model)
         set_quantized(model, True)
@@ -352,6 +354,26 @@ def _still_tied(model: PreTrainedModel, *keys: str) -> bool:
         return True
     one, other = (model.get_parameter(key) for key in keys)
     return one is other or (not one.is_meta and one.data_ptr() == other.data_ptr())
+
+
+def _drop_other_names(config: HfQuantConfig, model: PreTrainedModel) -> None:
+    """Drop entries that repeat one under the name that a layer has in another class.
+
+    Configs of parts name their layers as in the part and as in the whole. No other entry than one of a layer that the
+    model lacks can be mistaken for such a repetition.
+    """
+    names = {name for name, _ in model.named_modules()}
+    for entries in (config.layers, config.skipped):
+        own = names & entries.keys()
+        shorter = {ending for name in own for ending in _endings(name)}
+        for other in [name for name in entries if name not in own]:
+            if other in shorter or not own.isdisjoint(_endings(other)):
+                del entries[other]
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def _is_own(model: PreTrainedModel) -> bool:

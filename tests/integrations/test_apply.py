@@ -226,6 +226,9 @@ def test_a_tower_is_loaded_from_the_folder_of_the_whole(kind: str, preset: str, 
         assert quant_modules(loaded).keys() == quant_modules(tower).keys()
         assert torch.equal(output(loaded, given), output(tower, given))
         assert_comes_back(loaded, tmp_path / name, given)
+        saved = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert saved["skipped"]
+        assert {*saved["layers"], *saved["skipped"]} <= {n for n, _ in loaded.named_modules()}  # under one name each
     with torch.no_grad():
         found = model(**inputs)
     if kind == "CLIP":
@@ -233,6 +236,7 @@ def test_a_tower_is_loaded_from_the_folder_of_the_whole(kind: str, preset: str, 
         for name, (given, features) in whole.items():
             loaded = getattr(transformers, f"CLIP{name}ModelWithProjection").from_pretrained(tmp_path)
             assert torch.equal(output(loaded, given), features.pooler_output)
+            assert {*loaded.config.quantization_config.skipped} <= {n for n, _ in loaded.named_modules()}
     again = type(model).from_pretrained(tmp_path)
     assert "hfquant" not in json.dumps([again.config.text_config.to_dict(), again.config.vision_config.to_dict()])
     for loaded in (again, _reloaded(again, tmp_path / "again")):
