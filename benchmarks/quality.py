@@ -58,7 +58,7 @@ def smollm2(args: argparse.Namespace) -> Subject:
     """Return SmolLM2, scored by perplexity, KL and top-1 agreement on the dataset descriptions."""
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = models.smollm2()
+    model, tokenizer = models.smollm2(args.shuffle)
     windows = metrics.evaluation_windows(tokenizer, models.evaluation_texts(), full=args.full)
     ref = metrics.reference(model, windows)
 
@@ -75,10 +75,11 @@ def smollm2(args: argparse.Namespace) -> Subject:
 
     return Subject(
         model,
-        lambda config: AutoModelForCausalLM.from_pretrained(models.smollm2_folder(), quantization_config=config),
+        lambda c: AutoModelForCausalLM.from_pretrained(models.smollm2_folder(args.shuffle), quantization_config=c),
         models.token_batches(tokenizer, models.calibration_text(), count=args.samples),
         score,
-        {"evaluation tokens": sum(map(len, ref.states)), "calibration tokens": 512 * args.samples},
+        {"evaluation tokens": sum(map(len, ref.states)), "calibration tokens": 512 * args.samples}
+        | ({"is the shuffle": args.shuffle} if args.shuffle != models.SHUFFLE else {}),
     )
 
 
@@ -228,6 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file that rows are added to; a .md of the same name goes beside it")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows (images for digits)")
     parser.add_argument("--full", action="store_true", help="all windows of each evaluation text, not only the first")
+    parser.add_argument("--shuffle", type=int, default=models.SHUFFLE, help="seed of the order of SmolLM2's channels")
     parser.add_argument("--threads", type=int, help="torch threads")
     args = parser.parse_args(argv)
 

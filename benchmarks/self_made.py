@@ -14,10 +14,11 @@ import copy
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 import hfquant
 from benchmarks import metrics, models
@@ -37,12 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     model, tokenizer = models.smollm2()
-    texts = {
-        "dataset descriptions": metrics.evaluation_windows(tokenizer, models.evaluation_texts()),
-        "numpy's help": models.token_batches(tokenizer, help_text(HELP[1]), count=12, batch_size=1),
-    }
-    texts["numpy's help"] = [batch["input_ids"] for batch in texts["numpy's help"]]
-    references = {name: metrics.reference(model, windows) for name, windows in texts.items()}
+    references = {name: metrics.reference(model, windows) for name, windows in two_texts(tokenizer).items()}
     real = models.token_batches(tokenizer, models.calibration_text())
     arms: dict[str, Any] = {"real text": real, **{f"self-made, seed {s}": own(s) for s in args.seeds}}
     stored = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
@@ -60,9 +56,18 @@ def main(argv: list[str] | None = None) -> int:
                 rows[name] |= {f"{text}: KL": scores.kl, f"{text}: error": scores.kl_error}
             print(name, rows[name], file=sys.stderr, flush=True)
             if args.json:
-                store(args.json, rows, markdown(rows, texts))
-    print(markdown(rows, texts))
+                store(args.json, rows, markdown(rows, references))
+    print(markdown(rows, references))
     return 0
+
+
+def two_texts(tokenizer: Any) -> dict[str, list[Tensor]]:
+    """Return windows of two kinds of text that no calibration uses, ``[1, tokens]`` int64 each."""
+    numpy_help = models.token_batches(tokenizer, help_text(HELP[1]), count=12, batch_size=1)
+    return {
+        "dataset descriptions": metrics.evaluation_windows(tokenizer, models.evaluation_texts()),
+        "numpy's help": [batch["input_ids"] for batch in numpy_help],
+    }
 
 
 def own(seed: int) -> dict[str, Any]:
@@ -70,8 +75,9 @@ def own(seed: int) -> dict[str, Any]:
     return {"source": "self", "seed": seed}
 
 
-def markdown(rows: dict[str, dict[str, float]], texts: dict[str, list[torch.Tensor]]) -> str:
+def markdown(rows: dict[str, dict[str, float]], texts: Iterable[str]) -> str:
     """Return a table of KL to full precision in nats per token, with standard errors, and CPU seconds to quantize."""
+    texts = list(texts)
     lines = ["| KL to full precision | " + " | ".join(texts) + " | seconds |", "| --- |" + " ---: |" * (len(texts) + 1)]
     for name, row in rows.items():
         cells = [f"{row[f'{text}: KL']:.4f} ± {row[f'{text}: error']:.4f}" for text in texts]

@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -37,6 +38,46 @@ def is_pipeline(model: Any) -> bool:
     return (
         not isinstance(model, nn.Module) and callable(model) and isinstance(getattr(model, "components", None), Mapping)
     )
+
+
+def refuse_cached(model: Any, name: str, purpose: str) -> None:
+    """Raise ValueError if a cache of diffusers is enabled on a denoiser, which skips layers or reuses their outputs.
+
+    Args:
+        model: The denoiser.
+        name: What the message calls it.
+        purpose: What it cannot be for this reason, as in "calibrated".
+    """
+    if getattr(model, "is_cache_enabled", False):
+        raise ValueError(
+            f"{name}: its cache skips layers or reuses their outputs, so it cannot be {purpose}: call disable_cache() "
+            "on it first, and enable_cache again afterwards"
+        )
+
+
+def modular_blocks(model: Any) -> Any:
+    """Return the blocks of a modular pipeline (diffusers' ModularPipeline); None for anything else."""
+    blocks = getattr(model, "blocks", None) if is_pipeline(model) else None
+    return blocks if hasattr(blocks, "inputs") else None
+
+
+def call_parameters(pipe: Any) -> dict[str, Parameter]:
+    """Return the parameters of a pipeline's call by name; the first is what a lone argument is passed as.
+
+    The call of a modular pipeline is `(state, output, **inputs)`: the inputs of its blocks come first, starting with
+    the prompt if it has one. Those that it requires have no default.
+    """
+    own = dict(list(inspect.signature(type(pipe).__call__).parameters.items())[1:])  # without self
+    blocks = modular_blocks(pipe)
+    if blocks is None:
+        return own
+    inputs: dict[str, Parameter] = {}
+    for item in sorted(blocks.inputs, key=lambda item: item.name != "prompt"):
+        default = Parameter.empty if item.required and item.default is None else item.default
+        for name in (item.name, item.kwargs_type):  # some are passed together, as a dict under the latter name
+            if name is not None:
+                inputs.setdefault(name, Parameter(name, Parameter.KEYWORD_ONLY, default=default))
+    return inputs | {name: parameter for name, parameter in own.items() if parameter.kind is not Parameter.VAR_KEYWORD}
 
 
 def denoiser_names(pipe: Any) -> list[str]:

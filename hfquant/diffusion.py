@@ -9,7 +9,7 @@ from typing import Any
 
 from hfquant.calibration import BaseSampler, UniformSampler, calibration_batches, generate_calibrate_set
 from hfquant.calibration.self_made import SelfSpec
-from hfquant.denoisers import denoiser_names, models_of, module_names
+from hfquant.denoisers import denoiser_names, models_of, module_names, refuse_cached
 from hfquant.integrations import quantize_model
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.image_check import compare, picture
@@ -56,11 +56,14 @@ def quantize_pipeline(
     noise. The log reports how close the two are, and warns if the second is far off, black, or has NaN.
 
     Raises:
+        TypeError: `components` is a string.
         ValueError: The pipeline does not have a component named in `components`, or the config needs data and one of
-            them is an autoencoder.
+            them is an autoencoder or has a cache enabled.
         CalibrationError: The pipeline cannot run on the given data, or on the data generated for it.
     """
     config = HfQuantConfig.of(config)
+    if isinstance(components, str):
+        raise TypeError(f"components: expected a list of names, got the string {components!r}")
     names = list(components) if components is not None else denoiser_names(pipe)
     known = module_names(pipe)
     parts = {name: models_of(pipe, name) for name in known}
@@ -76,6 +79,8 @@ def quantize_pipeline(
                 f"{halves[0]}: pipelines call its encode and decode, whose inputs are not recorded: quantize it with a "
                 "config that needs no data"
             )
+        for name, model in models.items():
+            refuse_cached(model, f"pipe.{name}", "calibrated")
         data = config.calibration if data is None else data
         spec = SelfSpec() if data is None else SelfSpec.of(data)
         kept = dump_path or (resume_dir and Path(resume_dir) / "inputs") or None

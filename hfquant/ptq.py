@@ -24,6 +24,7 @@ from hfquant.guard import Comparison, Mends, mend
 from hfquant.layer_plan import LayerPlan
 from hfquant.memory import release_free_memory
 from hfquant.nn.experts import fuse, plans_of
+from hfquant.nn.kinds import layers_in
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import log_share, quant_modules, tie
 from hfquant.observe import observe
@@ -87,13 +88,15 @@ def quantize(
     Raises:
         ConfigError: the config does not fit a layer.
         CalibrationError: data is missing, empty, or has NaN or Inf.
-        ValueError: the model is already quantized or group offloaded, has no layers, or differs between processes.
+        ValueError: the model is already quantized or group offloaded, stores weights as FP8, has no layers, or differs
+            between processes.
         RuntimeError: quantization failed in another process; the message names the process and the cause.
     """
     settings, facts = settings or Settings(), facts or ModelFacts()
     if quant_modules(model):
         raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
     refuse_group_offloaded(model)
+    _refuse_stored_in_8_bits(model)
     # Without data there is little to share, and the caller may be quantizing in one process only.
     sharing = processes() if rules.needs_data else nullcontext(Processes())
     shown = log_shown() if settings.verbose else nullcontext()
@@ -108,6 +111,17 @@ def quantize(
                 finish(applied)
             return applied
         return _applied(_folded(run), settings.verbose, finish)
+
+
+def _refuse_stored_in_8_bits(model: nn.Module) -> None:
+    """Reject weights that hooks cast for each call, as with diffusers' layerwise casting: codes cannot be cast."""
+    for name in layers_in(model):
+        weight = model.get_submodule(name).get_parameter("weight")
+        if weight.is_floating_point() and weight.dtype.itemsize == 1:
+            raise ValueError(
+                f"layer {name!r} stores its weight as {weight.dtype}: call enable_layerwise_casting after quantizing, "
+                "or cast the model to float32 or bfloat16 first"
+            )
 
 
 def _folded(run: Run) -> Run:

@@ -12,10 +12,13 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKLWan,
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     KandinskyV22CombinedPipeline,
     MultiControlNetModel,
     PriorTransformer,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
     UnCLIPScheduler,
     VQModel,
     WanPipeline,
@@ -31,6 +34,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+import hfquant
 from hfquant import HfQuantConfig, denoisers, load_calibrate_set, quantize_pipeline
 from hfquant.affiner import load_affiner
 from hfquant.affiner.hooks import attach
@@ -348,3 +352,44 @@ def test_autoencoders_are_not_calibrated() -> None:
     assert not quant_linears(pipe.unet)
     quantize_pipeline(pipe, None, "w8a16", components=["vae"])
     assert quant_linears(pipe.vae)
+
+
+CACHES = {
+    "first block": FirstBlockCacheConfig(threshold=5.0),
+    "taylorseer": TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1),
+    "pyramid": PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(0, 1000),
+        current_timestep_callback=lambda: 500,
+    ),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_denoiser_is_not_calibrated_while_its_cache_is_enabled(cache: str) -> None:
+    """Its layers would not all run in each step, or the cache fails outside of the pipeline."""
+    case = CASES["ltx"]
+    pipe, data = case.build(), tiny_pipelines.batches(case, 1)
+    pipe.transformer.enable_cache(CACHES[cache])
+    advice = r"its cache .* cannot be calibrated: call disable_cache\(\) on it first"
+    with pytest.raises(ValueError, match=rf"pipe\.transformer: {advice}"):
+        quantize_pipeline(pipe, data, STATIC, **case.call)
+    with pytest.raises(ValueError, match=rf"LTXVideoTransformer3DModel: {advice}"):
+        hfquant.quantize(pipe.transformer, [{}], STATIC)
+    with pytest.raises(ValueError, match=r"model_real's LTXVideoTransformer3DModel: .* cannot be a reference"):
+        hfquant.load_affiner({}, data, pipe, case.build())
+    assert not quant_linears(pipe.transformer)
+    assert pipe.transformer.is_cache_enabled
+    pipe.transformer.disable_cache()
+    quantize_pipeline(pipe, data, STATIC, **case.call)
+    pipe.transformer.enable_cache(CACHES[cache])
+    assert quant_linears(pipe.transformer)
+    assert tiny_pipelines.run(pipe, case).isfinite().all()
+
+
+def test_a_denoiser_is_quantized_without_data_while_its_cache_is_enabled() -> None:
+    pipe = CASES["ltx"].build()
+    pipe.transformer.enable_cache(CACHES["first block"])
+    quantize_pipeline(pipe, None, "w8a16")
+    assert quant_linears(pipe.transformer)
+    assert tiny_pipelines.run(pipe, CASES["ltx"]).isfinite().all()

@@ -95,14 +95,17 @@ def _marked(page: Path) -> Any:
 
 
 @pytest.mark.parametrize("page", [_marked(p) for p in PAGES if any(b.language != "yaml" for b in blocks(p))])
-def test_the_code_of_a_page_runs(page: Path, desk: Path) -> None:
+def test_the_code_of_a_page_runs(page: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.not_run:
             continue
         if block.language == "python":
             code = "\n" * block.line + block.text
+            capsys.readouterr()
             exec(compile(code, str(page), "exec"), namespace)  # noqa: S102 (this project's own pages)
+            if re.search(r"^except .*:$", block.text, re.MULTILINE):
+                assert capsys.readouterr().out, f"{page.name}:{block.line}: the error that it shows is not raised"
         elif block.language == "bash":
             for program, *arguments in commands(block.text):
                 if program in SET_UP:
@@ -110,6 +113,16 @@ def test_the_code_of_a_page_runs(page: Path, desk: Path) -> None:
                 assert program == "hfquant", f"{page.name}:{block.line}: a test cannot run {program!r}"
                 result = CliRunner().invoke(app, arguments)
                 assert result.exit_code == 0, f"{page.name}:{block.line}: {arguments}\n{result.output}"
+
+
+def test_an_error_that_a_page_shows_must_be_raised(tmp_path: Path, desk: Path, capsys: Any) -> None:
+    page = tmp_path / "page.md"
+    block = "```python\ntry:\n    int('{}')\nexcept ValueError as error:\n    print(error)\n```\n"
+    page.write_text(block.format("a"))
+    test_the_code_of_a_page_runs(page, desk, capsys)
+    page.write_text(block.format("1"))
+    with pytest.raises(AssertionError, match=r"page.md:1: the error that it shows is not raised"):
+        test_the_code_of_a_page_runs(page, desk, capsys)
 
 
 def test_every_block_is_run_or_says_why_not() -> None:

@@ -22,7 +22,7 @@ from hfquant.affiner.runs import Event, Run
 from hfquant.calibration.samplers import fresh_call, seeded
 from hfquant.config import ConfigError
 from hfquant.console import progress_bar
-from hfquant.denoisers import compute_dtype, eval_mode, find_denoiser, has_frames_first
+from hfquant.denoisers import compute_dtype, eval_mode, find_denoiser, find_denoisers, has_frames_first, refuse_cached
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,9 @@ def load_affiner(
         ConfigError: The config is invalid.
         TypeError: A model is neither a pipeline nor a module, or the two are of different kinds.
         ValueError: The dataset is empty, rows or latents do not fit, the models differ in shapes or schedulers, an
-            affiner is attached to one of them, the layout of the latents is unknown, guidance is missing for the noise
-            target, a step is enabled that does not exist, or a model predicts NaN or infinity.
+            affiner is attached to one of them, a cache is enabled on the real one, the layout of the latents is
+            unknown, guidance is missing for the noise target, a step is enabled that does not exist, or a model
+            predicts NaN or infinity.
     """
     scheduler = None
     if isinstance(config, Mapping):
@@ -80,6 +81,8 @@ def load_affiner(
         raise TypeError("model_real and model_quant must both be pipelines or both be denoisers")
     real, quant = (as_pipeline(m, n, scheduler) for m, n in ((model_real, "model_real"), (model_quant, "model_quant")))
     check_alike(real, quant)
+    for denoiser in find_denoisers(real):
+        refuse_cached(denoiser, f"model_real's {type(denoiser).__name__}", "a reference")
     samples = call_batches(dataset, real, latents, shuffle, checked)
     _align(affiner, checked, real, quant, samples)
     return affiner

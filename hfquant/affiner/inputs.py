@@ -17,7 +17,7 @@ from hfquant.affiner.hooks import refuse_attached
 from hfquant.affiner.runs import DenoisingLoop, own_copy
 from hfquant.calibration.batches import as_tensors
 from hfquant.config import ConfigError
-from hfquant.denoisers import find_denoiser
+from hfquant.denoisers import call_parameters, find_denoiser
 
 Samples = list[dict[str, Any]]
 #: Size of the shuffle buffer for streams, in rows.
@@ -210,6 +210,6 @@ def _call_of(pipeline: Any) -> _Call:
         model = list(inspect.signature(pipeline.transformer.forward).parameters)
         labels = next((n for n in ("class_labels", "encoder_hidden_states") if n in model), None)
         return _Call(type(pipeline.transformer).__name__, labels, own | set(model), False, True)
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    names = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD][1:]
-    return _Call(type(pipeline).__name__, next(iter(names), None), set(names), len(names) + 1 < len(parameters), False)
+    parameters = call_parameters(pipeline)
+    names = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
+    return _Call(type(pipeline).__name__, next(iter(names), None), set(names), len(names) < len(parameters), False)

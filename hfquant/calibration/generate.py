@@ -54,7 +54,7 @@ def generate_calibrate_set(
             Alternatively a source of batches: a dict naming a dataset, a `datasets` object or a path (see
             :func:`calibration_batches`).
         calib_layer: layer whose inputs are collected, or its name ("transformer", "unet.mid_block", ...).
-        dump_path: directory to write to; None keeps the set in memory.
+        dump_path: directory to write to, empty or with this set, unfinished or not; None keeps the set in memory.
         chunk_size: samples per stored chunk; generation holds at most one chunk in memory.
         compress: compress chunks with zstd.
         **kwargs: arguments of the pipeline's or model's call (guidance_scale, num_inference_steps, ...).
@@ -69,6 +69,7 @@ def generate_calibrate_set(
         ValueError: unknown layer, bad argument, or a `generator` (seed the sampler instead).
         CalibrationError: no data, or the layer never ran.
         CalibSetError: `dump_path` holds a different set, one of other data, or a damaged one.
+        FileExistsError: `dump_path` holds files that are not of a set.
         RuntimeError: generation failed in another process.
     """
     with processes() as group:
@@ -133,6 +134,7 @@ def generate_shard(
             collected.setdefault(cursor.batch if shard[1] > 1 else 0, Recording()).take(recording, position)
         return BaseCalibSet(list(collected.values()) or [Recording()], provenance=origin)
 
+    storage.check_unmixed(Path(dump_path))
     if others := storage.writers(Path(dump_path)) - {shard[1]}:
         raise CalibSetError(
             f"{dump_path} was begun by {min(others)} process(es), this run has {shard[1]}: use the same "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hfquant.calibration.batches import applicable, options_for, placed, samples
 from hfquant.calibration.recorder import Recording, Target, find_layer, record
 from hfquant.calibration.self_made import generator, seed_of
-from hfquant.denoisers import is_pipeline, time_reader
+from hfquant.denoisers import call_parameters, is_pipeline, modular_blocks, time_reader
 
 
 class BaseSampler:
@@ -82,7 +82,7 @@ class BaseSampler:
         """
         target = find_layer(model, calib_layer)
         recording = Recording()
-        for i, (args, kwargs) in enumerate(calls_of(batch)):
+        for i, (args, kwargs) in enumerate(calls_of(model, batch)):
             kwargs = {**(call_kwargs or {}), **kwargs}
             run, steps = self._record_run(model, target, args, kwargs, (self.seed, index, i), steps)
             for j in range(len(run)):
@@ -241,13 +241,25 @@ def _scheduled_steps(pipeline: Any) -> int:
     return 1 if timesteps is None else len(torch.unique_consecutive(torch.as_tensor(timesteps)))
 
 
-def calls_of(batch: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Return the calls (args, kwargs) that a batch represents."""
+def calls_of(model: Any, batch: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return the calls (args, kwargs) of a pipeline or module that a batch represents.
+
+    Raises:
+        TypeError: The batch has several positional arguments, and the pipeline, a modular one, takes none.
+    """
     if isinstance(batch, list) and any(isinstance(item, (Mapping, tuple, list, Tensor)) for item in batch):
-        return [call for sample in samples(batch) for call in calls_of(sample)]
+        return [call for sample in samples(batch) for call in calls_of(model, sample)]
     if isinstance(batch, Mapping):
         return [((), dict(batch))]
-    return [(batch if isinstance(batch, tuple) else (batch,), {})]
+    args = batch if isinstance(batch, tuple) else (batch,)
+    if modular_blocks(model) is None:
+        return [(args, {})]
+    if len(args) != 1:
+        raise TypeError(
+            f"{type(model).__name__} takes its arguments by name: pass a dict of them as a batch, got a tuple of "
+            f"{len(args)}"
+        )
+    return [((), {next(iter(call_parameters(model))): args[0]})]
 
 
 def fresh_call(sample: Mapping[str, Any]) -> dict[str, Any]:

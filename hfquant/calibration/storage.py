@@ -332,6 +332,19 @@ def writers(directory: Path) -> set[int]:
     return {int(path.name[-5:]) for path in shards(directory)} | ({1} if (directory / INDEX).exists() else set())
 
 
+def check_unmixed(directory: Path) -> None:
+    """Check that a set written to ``directory`` would not be mixed with other files.
+
+    Raises:
+        FileExistsError: there are files but nothing of a set, finished or not.
+    """
+    found = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    if found and not any(re.match(rf"{re.escape(INDEX)}|(chunk|shard)-\d{{5}}", name) for name in found):
+        raise FileExistsError(
+            f"{directory} is not empty and holds no calibration set; choose another path, or remove it first"
+        )
+
+
 def _chunk_name(number: int, compress: bool) -> str:
     return f"chunk-{number:05d}.safetensors{'.zst' if compress else ''}"
 

@@ -48,6 +48,9 @@ _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "
 #: Samples to read beyond those requested, for checking the quantized model.
 CHECKS = 2
 
+#: Keys of a stream that apply to a calibration set.
+_SET_KEYS = {"dataset", "samples", "batch_size"}
+
 _Positive = Annotated[int, Field(gt=0)]
 
 
@@ -62,7 +65,8 @@ class StreamSpec(BaseModel):
 
     Attributes:
         dataset: hub id, local file or folder, a `datasets` object, or a list of strings or rows (all read, in order,
-            unless `samples` and `seed` say otherwise).
+            unless `samples` and `seed` say otherwise). Or the path of a calibration set (read whole, in order, unless
+            `samples` says how many; only `batch_size` applies otherwise).
         name: configuration of a hub dataset.
         split: which split to read; by default "train", or the only one of a `DatasetDict`.
         column: column to read, or {argument of the model: column}. By default the first known name: text, prompt,
@@ -146,7 +150,7 @@ def calibration_batches(
             - a `datasets` object, a path or a hub id, treated as `{"dataset": ...}`;
             - a list of strings, a column of a dataset or a pandas Series that holds text; None is skipped;
             - a list of dicts of strings, as rows of a dataset (for a torch module as `model` only);
-            - a calibration set or its path;
+            - a calibration set or its path; in a dict, with `samples` to take only its first ones;
             - a DataLoader or any other re-iterable collection of model inputs, returned unchanged.
         tokenizer: turns text into tokens; by default the processor's. Without one, text is returned as lists of
             prompts.
@@ -167,7 +171,9 @@ def calibration_batches(
     """
     size = batch_size or 1
     if isinstance(calibration, (str, os.PathLike)) and holds_set(calibration):
-        calibration = _stored(calibration)
+        calibration = {"dataset": calibration}
+    if isinstance(calibration, Mapping) and names_set(calibration):
+        return _of_set(parse_spec(calibration), size)
     if isinstance(calibration, BaseCalibSet):
         return calibration.get_dataloader(batch_size=size)
     # Dicts of strings may be calls of a pipeline, but a torch module takes none.
@@ -199,6 +205,12 @@ def parse_spec(spec: Mapping[str, Any]) -> StreamSpec:
     Raises:
         CalibrationError: the message names the key.
     """
+    others = [key for key, value in spec.items() if key not in _SET_KEYS and value is not None]
+    if others and names_set(spec):
+        raise CalibrationError(
+            f"calibration: {spec['dataset']} is a calibration set, ready to use, so {' and '.join(map(repr, others))} "
+            "cannot apply to it; allowed are 'samples' and 'batch_size'"
+        )
     try:
         return StreamSpec.model_validate(spec)
     except ValidationError as error:
@@ -229,13 +241,20 @@ def _length_limit(tokenizer: Any, model: Any) -> int:
     return min([MAX_LENGTH, *(int(limit) for limit in limits if isinstance(limit, (int, float)) and limit > 0)])
 
 
-def _stored(path: str | os.PathLike[str]) -> BaseCalibSet:
-    stored = load_calibrate_set(path)
+def _of_set(spec: StreamSpec, size: int) -> Iterable[Any]:
+    stored = load_calibrate_set(spec.dataset)
     if stored is None:
         raise CalibrationError(
-            f"{path} holds no finished calibration set: call generate_calibrate_set again to finish it"
+            f"{spec.dataset} holds no finished calibration set: call generate_calibrate_set again to finish it"
         )
-    return stored
+    wanted = spec.samples if spec.samples and "samples" in spec.model_fields_set else len(stored)
+    return stored.get_dataloader(spec.batch_size or size, sampler=range(min(wanted, len(stored))))
+
+
+def names_set(spec: Mapping[str, Any]) -> bool:
+    """Return whether the `dataset` of a stream is the path of a calibration set."""
+    dataset = spec.get("dataset")
+    return isinstance(dataset, (str, os.PathLike)) and holds_set(dataset)
 
 
 def holds_set(path: str | os.PathLike[str]) -> bool:

@@ -75,9 +75,9 @@ def calibrate(
     arg: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other argument of the call, as JSON or a string.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Dtype to load the model in, such as bfloat16.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device to run the model on, such as cuda.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", envvar="HFQUANT_DEBUG", help="Show tracebacks.")] = False,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    debug: options.Debug = False,
 ) -> None:
     """Record what a layer sees while the model runs over a dataset, as a calibration set on disk.
 
@@ -100,7 +100,7 @@ def calibrate(
     if made_itself:
         spec = {"source": source, "seed": seed, **options.given({"samples": samples, "seqlen": seqlen})}
     with errors_in_one_line(debug), log_shown():
-        from hfquant.calibration import calibration_batches, generate_calibrate_set
+        from hfquant.calibration import calibration_batches, generate_calibrate_set, storage
         from hfquant.calibration.self_made import SelfSpec
         from hfquant.denoisers import denoiser_name, is_pipeline
         from hfquant.distributed import is_main
@@ -108,6 +108,8 @@ def calibrate(
         from hfquant.integrations.hub import load
         from hfquant.integrations.self_made_runs import PROMPTS, own_calls
 
+        options.check_no_set("--source", source)
+        storage.check_unmixed(out)
         loaded = load(model, dtype, device)
         pipeline = is_pipeline(loaded)
         kind = sampler or (SamplerName.UNIFORM if pipeline else SamplerName.LANGUAGE)

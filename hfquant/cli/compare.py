@@ -48,6 +48,7 @@ def compare(
         from hfquant.integrations.hub import load
         from hfquant.report.gather import Inputs, compared
 
+        options.check_no_set("--data", data)
         pair = [load(name, dtype, device) for name in (reference, other)]
         inputs = Inputs(data, options.columns(column or ()), samples, seqlen, prompt or (), call, seed, windows=16)
         found = compared(pair[0], pair[1], inputs)

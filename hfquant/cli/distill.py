@@ -29,8 +29,11 @@ def distill(
         ),
     ] = None,
     column: Annotated[list[str] | None, typer.Option(help="Column to read; default: text, prompt or similar.")] = None,
-    samples: Annotated[int, typer.Option(help="Sequences or rows to read; a quarter of them is held out.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Sequences or rows to read, a quarter of them held out; default: 128, or all of a set."),
+    ] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per sequence; default: 512.")] = None,
     component: Annotated[
         str | None, typer.Option(help="Component of a pipeline to train; default: its denoiser.")
     ] = None,
@@ -56,18 +59,17 @@ def distill(
     with errors_in_one_line(debug), log_shown():
         check_empty(out)
         from hfquant import api
-        from hfquant.calibration.streams import holds_set
+        from hfquant.calibration.streams import calibration_batches, holds_set
         from hfquant.denoisers import denoiser_name, is_pipeline
         from hfquant.integrations.hub import load
         from hfquant.recipes.run import save
 
-        data: Any = calibration
+        data: Any = None
         recorded = calibration is not None and holds_set(calibration)
-        if calibration is not None and not recorded:
-            data = {
-                **{"dataset": calibration, "column": options.columns(column or ())},
-                **{"samples": samples, "seqlen": seqlen, "seed": seed},
-            }
+        if calibration is not None:
+            reading = {"column": options.columns(column or ()), "samples": samples, "seqlen": seqlen}
+            data = {"dataset": calibration, **options.given(reading)}
+            data = calibration_batches(data) if recorded else {**data, "seed": seed}
         loaded, float_model = load(model, None, device), load(teacher, None, device)
         if is_pipeline(loaded) != is_pipeline(float_model):
             raise ValueError(f"{model} and {teacher}: one is a pipeline, the other is not")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 
 if TYPE_CHECKING:
@@ -56,11 +57,7 @@ def kernels(
     number = getattr(torch, dtype, None)
     if not (isinstance(number, torch.dtype) and number.is_floating_point):
         raise typer.BadParameter(f"{dtype!r} is not a floating-point dtype of torch", param_hint="--dtype")
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(str(error).splitlines()[0], param_hint="--device") from None
+    place = torch.device(options.usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     console = Console(markup=False, highlight=False, soft_wrap=True)
     with errors_in_one_line(debug):
         _print_kernels(console, place.type)

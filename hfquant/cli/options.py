@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,15 +13,40 @@ if TYPE_CHECKING:
     from hfquant.integrations.skeleton import Skeleton
     from hfquant.recipes import Recipe
 
+
+def usable_device(name: str) -> str:
+    """Return the device if this machine has it, so that a wrong one is refused before anything is loaded.
+
+    Raises:
+        BadParameter: there is no such device.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=torch.device(name))
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        raise typer.BadParameter(f"{name!r} cannot be used: {why}", param_hint="--device") from None
+    return name
+
+
+def _usable_if_given(name: str | None) -> str | None:
+    return None if name is None else usable_device(name)
+
+
 Debug = Annotated[bool, typer.Option("--debug", envvar="HFQUANT_DEBUG", help="Show tracebacks.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Dtype = Annotated[str | None, typer.Option(help="Dtype to load the model in, such as bfloat16.")]
-Device = Annotated[str | None, typer.Option(help="Device to run the model on, such as cuda.")]
+Device = Annotated[
+    str | None, typer.Option(callback=_usable_if_given, help="Device to run the model on, such as cuda.")
+]
 RecipeName = Annotated[
     str | None, typer.Option("--recipe", help="Name of a recipe (`hfquant recipe list`), or a YAML file.")
 ]
 Preset = Annotated[str | None, typer.Option("--preset", help="Name of a preset, such as w4a16-gptq.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="JSON file with a config.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="JSON file with a config, or with a preset's name in quotes.")
+]
 Components = Annotated[
     list[str] | None,
     typer.Option("--component", help="Pipeline component to quantize; repeatable; default: the denoisers."),
@@ -78,6 +103,57 @@ def _picture(name: str, file: str) -> Any:
         return Image.open(file).convert("RGB")
     except OSError as error:
         raise typer.BadParameter(f"{name}: cannot read {file!r} as an image", param_hint="--arg") from error
+
+
+def check_no_set(option: str, source: str | None) -> None:
+    """Raise CalibrationError if a source of data to read is a calibration set.
+
+    Args:
+        option: name of the option that names the source.
+        source: its value.
+    """
+    from hfquant.calibration.batches import CalibrationError
+    from hfquant.calibration.streams import holds_set
+
+    if source is not None and holds_set(source):
+        raise CalibrationError(
+            f"{option}: {source} is a calibration set, which `hfquant quantize` and `hfquant distill` read with "
+            "--calibration; pass a dataset or a file here"
+        )
+
+
+def check_float(model: str, skeleton: Skeleton, components: Iterable[str]) -> None:
+    """Raise ValueError if one of the components to quantize is already quantized with hfquant.
+
+    Args:
+        model: folder or hub id, for the message.
+        skeleton: what it holds.
+        components: names of components; unknown ones are ignored.
+    """
+    from hfquant.integrations.compat import is_of
+    from hfquant.integrations.config import METHOD
+
+    for name in components:
+        config = getattr(skeleton.models.get(name), "config", None)
+        if is_of(METHOD, getattr(config, "quantization_config", None)):
+            kind = type(skeleton.models[name]).__name__
+            raise ValueError(f"{model}: {kind} is already quantized; pass the model in full precision")
+
+
+def _read_config(file: Path) -> Any:
+    """Read a config from a JSON file."""
+    from hfquant.schema import ConfigError
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))  # some Windows programs begin a file with a BOM
+    except ValueError as error:  # JSON or UTF-8
+        raise ConfigError(f"--config: {file} is not valid JSON: {error}") from None
+    if not isinstance(content, (dict, str)):
+        raise ConfigError(
+            f'--config: {file} must hold a JSON object, such as {{"default": ...}}, or a preset\'s name in quotes, '
+            f"not {content!r:.80}"
+        )
+    return content
 
 
 def _named(skeleton: Skeleton, models: Sequence[str]) -> list[str]:
@@ -137,7 +213,7 @@ def chosen_recipe(
     else:
         settings: Any = preset or ("w8a8-dynamic" if bits is None else "w4-auto")
         if config is not None:
-            settings = json.loads(config.read_text(encoding="utf-8"))
+            settings = _read_config(config)
         content = {
             "title": "from the command line",
             "models": [skeleton.kind],

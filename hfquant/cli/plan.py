@@ -46,6 +46,7 @@ def plan(
         found = skeleton(model)
         wanted = options.chosen_recipe(found, component or found.denoisers, recipe, preset, config, skip or ())
         check_fits(wanted, found)
+        options.check_float(model, found, wanted.components)
         plans = {n: plan_model(found.models[n], part.quant_config()) for n, part in wanted.components.items()}
         sizes = {n: planned_size(found.models[n], plans[n], (asked or _dtype(found.models[n])).itemsize) for n in plans}
         costs: dict[str, Any] = {}

@@ -44,9 +44,11 @@ def quantize(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of the dataset; default: train, or the only split.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Sequences of text, or rows, to read; default: 128.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Sequences of text, or rows, to read; default: 128, or all of a set.")
+    ] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per sequence; default: 512.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed for the order of the data.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed for the order of the data; default: 0.")] = None,
     arg: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Argument of the pipeline call, such as num_inference_steps=20."),
@@ -66,13 +68,18 @@ def quantize(
     """
     call = options.call_arguments(arg or ())
     reading = options.given(
-        {"column": options.columns(column or ()), "name": name, "split": split, "samples": samples, "seqlen": seqlen}
+        {
+            **{"column": options.columns(column or ()), "name": name, "split": split},
+            **{"samples": samples, "seqlen": seqlen, "seed": seed},
+        }
     )
     if calibration is None and reading:
         raise typer.BadParameter(
             "says how to read --calibration, which is missing", param_hint=f"--{next(iter(reading))}"
         )
-    stream = None if calibration is None else {"dataset": calibration, "seed": seed, **reading}
+    if private and push is None:
+        raise typer.BadParameter("is for the repository of --push, which is missing", param_hint="--private")
+    stream = None if calibration is None else {"dataset": calibration, **reading}
     with errors_in_one_line(debug), log_shown():
         check_empty(out)
         from hfquant.integrations.hub import load
@@ -80,10 +87,13 @@ def quantize(
         from hfquant.recipes.run import check_fits, quantize_by, save
 
         found = skeleton(model)
+        if call and not found.is_pipeline:
+            raise typer.BadParameter(f"is for pipelines, and this is a {found.kind}", param_hint="--arg")
         wanted = options.chosen_recipe(
             found, component or found.denoisers, recipe, preset, config, skip or (), stream, call, bits
         )
         check_fits(wanted, found)
+        options.check_float(model, found, wanted.components)
         start = time.perf_counter()
         resume = out.absolute().with_name(f".{out.name}.resume")
         try:
@@ -97,14 +107,24 @@ def quantize(
         shutil.rmtree(resume, ignore_errors=True)
         summary = _summary(out, time.perf_counter() - start)
         if push is not None:
-            from hfquant.integrations.sharing import push_to_hub
-
-            push_to_hub(loaded, push, private=private)
+            _push(loaded, push, private, out)
             summary["pushed to"] = push
     if as_json:
         print_json(summary)
     else:
         print_table(("quantized", ""), [(key, _shown(key, value)) for key, value in summary.items()])
+
+
+def _push(loaded: Any, repo: str, private: bool, out: Path) -> None:
+    from hfquant.integrations.sharing import push_to_hub
+
+    try:
+        push_to_hub(loaded, repo, private=private)
+    except Exception as error:  # whatever it is, the work of hours is not lost
+        raise OSError(
+            f"--push: {error or type(error).__name__}. The result is saved in {out}: to push it later, load it "
+            f"from there and call hfquant.push_to_hub(model, {repo!r}{', private=True' if private else ''})"
+        ) from error
 
 
 def _summary(out: Path, seconds: float) -> dict[str, Any]:

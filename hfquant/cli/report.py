@@ -42,6 +42,7 @@ def report(
     with errors_in_one_line(debug):
         from hfquant.report.gather import Inputs, gather
 
+        options.check_no_set("--data", data)
         inputs = Inputs(data, None, samples, seqlen, prompt or (), call)
         page = gather(folder, reference, inputs, dtype, device)
         from hfquant.report.page import write

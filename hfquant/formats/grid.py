@@ -214,7 +214,9 @@ class GridRule:
         grid = Grid(form, self.columns, scale)
         if self.two_level:
             row = scales.row_scale(scale, amax > 0) if scale_row is None else scale_row
-            grid = Grid.two_level(form, self.columns, scales.encode(scale, row), row)
+            # Up to six bits, a slightly smaller scale clips the largest weight by less than half a step.
+            up = form.is_integer and form.bits > 6
+            grid = Grid.two_level(form, self.columns, scales.encode(scale, row, up), row)
         assert grid.scale is not None
         return grid if self.symmetric else replace(grid, zero_point=form.zero_point(low, grid.scale))
 

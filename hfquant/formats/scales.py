@@ -38,15 +38,17 @@ def row_scale(scale: Tensor, used: Tensor) -> Tensor:
     return (largest / LARGEST).clamp(min=MIN_SCALE)
 
 
-def encode(scale: Tensor, row: Tensor) -> Tensor:
-    """Return the bytes of the nearest scales, saturated.
+def encode(scale: Tensor, row: Tensor, up: bool = False) -> Tensor:
+    """Return the bytes of the nearest scales, or of the nearest that are not smaller, saturated.
 
     Args:
         scale: [out, G] float32, positive.
         row: [out, 1] float32, from :func:`row_scale`.
+        up: never round down, for formats of so many codes that 1/64 of the largest is more than rounding costs.
 
     Returns:
-        [out, G] uint8. ``values(bytes) * row`` is within 1/64 of ``scale`` down to about 1/256 of the row's largest.
+        [out, G] uint8. ``values(bytes) * row`` is within 1/64 of ``scale``, or up to 1/32 above it, down to about 1/256
+        of the row's largest.
     """
     bits = (scale / row).view(torch.int32) - _OFFSET
-    return ((bits + (1 << (_SHIFT - 1))) >> _SHIFT).clamp(0, 255).to(torch.uint8)
+    return ((bits + ((1 << _SHIFT) - 1 if up else 1 << (_SHIFT - 1))) >> _SHIFT).clamp(0, 255).to(torch.uint8)

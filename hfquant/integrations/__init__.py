@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from hfquant.calibration.batches import CalibrationError
+from hfquant.denoisers import refuse_cached
 from hfquant.integrations.apply import attached, inner_configs, quantize_attached
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.facts import facts_of
@@ -85,13 +86,15 @@ def quantize_model(
         A function that undoes this.
 
     Raises:
-        ValueError: ``model`` has adapters.
+        ValueError: ``model`` has adapters, or a cache is enabled and the config needs data.
     """
     if adapters := getattr(model, "peft_config", None):
         raise ValueError(
             f"{type(model).__name__} has adapters ({', '.join(adapters)}), whose own linears would be quantized as "
             "well: merge or unload them, or quantize first and load them afterwards"
         )
+    if config.needs_data:
+        refuse_cached(model, type(model).__name__, "calibrated")
     return quantize_attached(model, loader, config, model_facts(model), attach, settings)
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "allow_needs_hfquant",
     "apply_gate",
     "before_quantizer",
+    "cast_ip_adapters",
     "check_before_merging",
     "config_of_floats",
     "declares_experts",
@@ -134,15 +135,27 @@ def set_quantization_config(model: Any, config: Any) -> None:
 
 
 def save_as_named(model: PreTrainedModel) -> None:
-    """Make transformers save a model's tensors under the model's own names; keep plain renamings.
+    """Make transformers save a quantized model's tensors under names by which it finds them again.
 
-    Some architectures' original checkpoints fuse or split linears differently, which cannot be done to codes.
+    These are the model's own names, or plain renamings of them. Some architectures' original checkpoints fuse or split
+    linears differently, which cannot be done to codes. And some renamings are only right for float tensors.
     """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
     if any(isinstance(c, WeightConverter) for c in conversions):
         model._weight_conversions = [c for c in conversions if type(c) is WeightRenaming]
+    if conversions and _loses_names(model):
+        model._weight_conversions = []
+
+
+def _loses_names(model: PreTrainedModel) -> bool:
+    """Return whether a tensor that is saved now would be loaded under another name."""
+    keys = list(model.state_dict())
+    # Sizes that tell them apart.
+    saved = stored_names(model, {key: torch.empty(i, device="meta") for i, key in enumerate(keys)})
+    found = names_in_model(model, list(saved))
+    return any(found[name] != keys[len(tensor)] for name, tensor in saved.items())
 
 
 def saving_within(base: type, context: Callable[[Any, Any], AbstractContextManager[None]]) -> None:
@@ -205,7 +218,14 @@ def names_in_model(model: PreTrainedModel, keys: Sequence[str]) -> dict[str, str
     """Return transformers' names in ``model`` for each of a checkpoint's tensors."""
     renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
     own = model.state_dict()
-    return {key: rename_source_key(key, renamings, [], model.base_model_prefix, own)[0] for key in keys}
+
+    def name(key: str) -> str:
+        found: str = rename_source_key(key, renamings, [], model.base_model_prefix, own)[0]
+        if found not in own and key in own:  # transformers then does not rename it
+            found = rename_source_key(key, [], [], model.base_model_prefix, own)[0]
+        return found
+
+    return {key: name(key) for key in keys}
 
 
 def register_lora_layers(layers: Mapping[type[nn.Module], Callable[..., nn.Module]]) -> None:
@@ -253,13 +273,37 @@ def accept_own_dtype() -> None:
 
     @wraps(to)
     def without_own(self: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = type(getattr(self, "hf_quantizer", None)).__module__.startswith("hfquant.")
-        own = (None, self.dtype) if ours else (None,)
+        own = (None, self.dtype) if _is_ours(self) else (None,)
         kwargs = {key: value for key, value in kwargs.items() if key != "dtype" or value not in own}
         args = tuple(value for value in args if not (isinstance(value, torch.dtype) and value in own))
         return to(self, *args, **kwargs) if args or kwargs else self
 
     ModelMixin.to = without_own
+
+
+def _is_ours(model: Any) -> bool:
+    return type(getattr(model, "hf_quantizer", None)).__module__.startswith("hfquant.")
+
+
+def cast_ip_adapters() -> None:
+    """Make a UNet quantized by us cast an IP-Adapter that it loads to its own dtype.
+
+    diffusers calls ``to`` with the model's own dtype to do so. :func:`accept_own_dtype` ignores that, as it must for
+    modules that are deliberately in another dtype. So this only casts modules that loading has added.
+    """
+    from diffusers.loaders.unet import UNet2DConditionLoadersMixin
+
+    load = UNet2DConditionLoadersMixin._load_ip_adapter_weights
+
+    @wraps(load)
+    def load_and_cast(self: Any, *args: Any, **kwargs: Any) -> None:
+        dtype, present = self.dtype, set(self.modules())
+        load(self, *args, **kwargs)
+        if _is_ours(self):
+            for module in set(self.modules()) - present:
+                module.to(dtype)
+
+    UNet2DConditionLoadersMixin._load_ip_adapter_weights = load_and_cast
 
 
 def register_lora_base(kind: type[nn.Linear], floats: Callable[[Any], Tensor]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.self_made import SelfSpec
 from hfquant.calibration.sources import are_texts, is_source
-from hfquant.calibration.streams import calibration_batches, holds_set
+from hfquant.calibration.streams import calibration_batches, holds_set, names_set
 from hfquant.integrations.sharing.origin import places
 
 
@@ -48,7 +48,8 @@ def diffusers_batches(calibration: Any) -> Any:
     """
     if calibration is None or SelfSpec.of(calibration) is not None:
         raise _cannot_make_its_own()
-    if is_raw(calibration):
+    recorded = isinstance(calibration, Mapping) and names_set(calibration)
+    if is_raw(calibration) and not recorded:
         raise CalibrationError(
             "a pipeline's component cannot turn a dataset or prompts into its own inputs: use "
             "hfquant.quantize_pipeline(pipe, data, config), or record them with hfquant.generate_calibrate_set"

@@ -28,7 +28,7 @@ from hfquant.integrations.checkpoint import (
     stored_plans,
     tensor_names,
 )
-from hfquant.integrations.compat import set_quantization_config
+from hfquant.integrations.compat import cast_ip_adapters, set_quantization_config
 from hfquant.integrations.config import METHOD, HfQuantConfig
 from hfquant.integrations.data import check_component_data, diffusers_batches
 from hfquant.integrations.experts import layout_of
@@ -41,7 +41,7 @@ from hfquant.integrations.placement import (
     tensor_bytes,
     without_working_memory,
 )
-from hfquant.integrations.refusals import refuse_copying, refuse_fusing
+from hfquant.integrations.refusals import refuse_copying, refuse_copying_motion, refuse_free_noise, refuse_fusing
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.layer import QuantLayer
@@ -349,6 +349,9 @@ def attach(model: ModelMixin, config: HfQuantConfig) -> None:
 # diffusers has no public registration API.
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HfQuantConfig
 auto.AUTO_QUANTIZER_MAPPING[METHOD] = HfQuantDiffusersQuantizer
+after_import("diffusers.loaders.unet", cast_ip_adapters)
 # What diffusers itself does with weights, and cannot do with codes.
 refuse_copying((QuantLayer, QuantExperts))
 after_import("diffusers.models.attention", partial(refuse_fusing, (QuantLayer, QuantExperts)))
+after_import("diffusers.models.unets.unet_motion_model", partial(refuse_copying_motion, (QuantLayer, QuantExperts)))
+after_import("diffusers.pipelines.free_noise_utils", partial(refuse_free_noise, (QuantLayer, QuantExperts)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,17 @@ def is_pipeline_name(name: str) -> bool:
 
     Raises:
         FileNotFoundError: no such folder, or one without a pipeline or a model.
+        ValueError: a folder of a single component of a pipeline.
         OSError: any error of huggingface_hub's client.
     """
     folder = Path(name)
     if folder.is_dir():
-        if not any((folder / file).is_file() for file in (PIPELINE_FILE, MODEL_FILE)):
+        if (folder / PIPELINE_FILE).is_file():
+            return True
+        if not (folder / MODEL_FILE).is_file():
             raise FileNotFoundError(_no_model(name))
-        return (folder / PIPELINE_FILE).is_file()
+        _check_whole(folder)
+        return False
     # A hub id is at most "owner/name".
     if folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) > 2 or folder.exists():
         raise FileNotFoundError(f"{name} is not a folder.")
@@ -99,6 +104,21 @@ def is_pipeline_name(name: str) -> bool:
             raise FileNotFoundError(_no_model(name)) from None
         return False
     return True
+
+
+def _check_whole(folder: Path) -> None:
+    """Raise ValueError if a folder holds a single component of a diffusers pipeline."""
+    try:
+        config = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
+    except ValueError:  # transformers says what is wrong with it
+        return
+    if isinstance(config, dict) and "_class_name" in config and "model_type" not in config:
+        kind, whole, component = config["_class_name"], folder.absolute().parent, folder.absolute().name
+        where = f", {whole}," if (whole / PIPELINE_FILE).is_file() else ""
+        raise ValueError(
+            f"{folder} is a {kind}, one component of a pipeline: pass the folder of the pipeline{where} and, to a "
+            f"command that has the option, --component {component}"
+        )
 
 
 def _no_model(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hfquant.calibration.samplers import calls_of, fresh_call, inference, seeded
-from hfquant.denoisers import made_by
+from hfquant.denoisers import call_parameters, made_by, modular_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +26,15 @@ def picture(pipe: Any, batch: Any, arguments: Mapping[str, Any]) -> Tensor | Non
     Args:
         pipe: a pipeline.
         batch: a batch, as for :func:`~hfquant.generate_calibrate_set`.
-        arguments: arguments of every call; an output type among them is ignored.
+        arguments: arguments of every call; what they say about the output is ignored.
     """
-    args, kwargs = calls_of(batch)[0]
+    args, kwargs = calls_of(pipe, batch)[0]
     kwargs = fresh_call({**arguments, **kwargs})
-    if "output_type" in inspect.signature(type(pipe).__call__).parameters:
+    if "output_type" in call_parameters(pipe):
         kwargs["output_type"] = "np"
+    if (blocks := modular_blocks(pipe)) is not None:  # it would return everything that its blocks pass on
+        last = next(reversed(blocks.sub_blocks.values()), blocks)
+        kwargs["output"] = next((made.name for made in last.outputs), None)
     try:
         with seeded(0), inference(pipe):
             output = pipe(*args, **kwargs)

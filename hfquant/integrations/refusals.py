@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import wraps
+from fnmatch import fnmatchcase
+from functools import partial, wraps
 from inspect import isfunction
 from typing import Any
 
 from torch import nn
 
-__all__ = ["refuse_copying", "refuse_fusing", "refuse_resizing", "refuse_training"]
+__all__ = [
+    "refuse_copying",
+    "refuse_copying_motion",
+    "refuse_free_noise",
+    "refuse_fusing",
+    "refuse_resizing",
+    "refuse_training",
+]
 
 #: Attributes of an attention that diffusers concatenates when it fuses projections.
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -36,8 +44,8 @@ def refuse_fusing(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
         yield
 
     for kind in (Attention, AttentionModuleMixin):
-        _run_within(kind, "fuse_projections", unless_quantized)
-    _run_within(AttentionMixin, "fuse_qkv_projections", unless_quantized)
+        _run_within(kind, ["fuse_projections"], unless_quantized)
+    _run_within(AttentionMixin, ["fuse_qkv_projections"], unless_quantized)
 
 
 def _fuses(module: nn.Module) -> bool:
@@ -81,7 +89,51 @@ def refuse_copying(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None
             for handle in handles:
                 handle.remove()
 
-    _run_within(PushToHubMixin, ("from_unet", "from_transformer"), unless_quantized)  # a base of all models
+    _run_within(PushToHubMixin, ["from_unet*", "from_transformer*"], unless_quantized)  # a base of all models
+
+
+def refuse_copying_motion(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
+    """Make diffusers refuse to load or save motion modules on their own if they hold layers of these kinds.
+
+    It copies one state dict of floats after the other, so an error halfway would leave some modules changed.
+    """
+    from diffusers.models.unets.unet_motion_model import UNetMotionModel
+
+    @contextmanager
+    def unless_quantized(*given: Any) -> Iterator[None]:
+        for model in (each for each in given if isinstance(each, nn.Module)):
+            for name, module in model.named_modules():
+                if "motion_modules" in name and isinstance(module, kinds):
+                    raise ValueError(
+                        f"{type(model).__name__}: {name} is quantized, and motion modules are loaded and saved as "
+                        "floats: load or save them before quantizing, or dequantize first"
+                    )
+        yield
+
+    _run_within(UNetMotionModel, ["load_motion_modules", "save_motion_modules"], unless_quantized)
+
+
+def refuse_free_noise(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
+    """Make AnimateDiff refuse to enable or disable FreeNoise if it would replace blocks with layers of these kinds.
+
+    It puts in a new block with random weights, and only then copies the old block's state dict of floats.
+    """
+    from diffusers.models.attention import BasicTransformerBlock, FreeNoiseTransformerBlock
+    from diffusers.pipelines.free_noise_utils import AnimateDiffFreeNoiseMixin
+
+    @contextmanager
+    def unless_quantized(verb: str, replaced: type[nn.Module], pipe: Any, *_: Any) -> Iterator[None]:
+        for name, block in pipe.unet.named_modules():
+            copied = "motion_modules" in name and isinstance(block, replaced)
+            if copied and any(isinstance(layer, kinds) for layer in block.modules()):
+                raise ValueError(
+                    f"cannot {verb} FreeNoise: it copies the float weights of motion modules, and {name} is quantized: "
+                    f"{verb} it before quantizing, or call hfquant.dequantize(pipe.unet) first"
+                )
+        yield
+
+    for verb, replaced in (("enable", BasicTransformerBlock), ("disable", FreeNoiseTransformerBlock)):
+        _run_within(AnimateDiffFreeNoiseMixin, [f"{verb}_free_noise"], partial(unless_quantized, verb, replaced))
 
 
 def refuse_resizing(base: type, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
@@ -147,14 +199,12 @@ def _unless_holding(kinds: Any, init: Callable[..., None], option: str) -> Calla
     return unless_quantized
 
 
-def _run_within(
-    base: type, prefixes: str | tuple[str, ...], context: Callable[..., AbstractContextManager[None]]
-) -> None:
+def _run_within(base: type, names: Sequence[str], context: Callable[..., AbstractContextManager[None]]) -> None:
     """Run methods of a class and its subclasses within ``context(*arguments)``, also of classes that are defined later.
 
     Args:
         base: the class.
-        prefixes: how the names of the methods or class methods begin.
+        names: glob patterns on the names of the methods or class methods.
         context: called with the arguments of the call, including the object or the class itself.
     """
 
@@ -168,9 +218,11 @@ def _run_within(
 
     def adapt(kind: type) -> None:
         for name, method in list(vars(kind).items()):
-            if name.startswith(prefixes) and isinstance(method, classmethod):
+            if not any(fnmatchcase(name, pattern) for pattern in names):
+                continue
+            if isinstance(method, classmethod):
                 setattr(kind, name, classmethod(wrapped(method.__func__)))
-            elif name.startswith(prefixes) and isfunction(method):
+            elif isfunction(method):
                 setattr(kind, name, wrapped(method))
 
     def init_subclass(cls: type, **kwargs: Any) -> None:

@@ -5,10 +5,10 @@ The inputs that a pipeline needs are derived from its call's parameters. This mo
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hfquant.calibration.provenance import provenance
 from hfquant.calibration.recorder import find_layer
 from hfquant.calibration.self_made import SelfMade, SelfSpec, generator, pink_noise
 from hfquant.console import counted
-from hfquant.denoisers import find_denoiser
+from hfquant.denoisers import call_parameters, find_denoiser, modular_blocks
 from hfquant.digests import digest_of
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ _CLASSES = ("class_labels", "class_label")
 
 def own_calls(pipe: Any, count: int, seed: int, given: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return arguments for runs of a pipeline, in addition to those given for every run."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters, is_modular = call_parameters(pipe), modular_blocks(pipe) is not None
     calls: list[dict[str, Any]] = []
     for i in range(count):
         call: dict[str, Any] = {}
@@ -61,7 +61,8 @@ def own_calls(pipe: Any, count: int, seed: int, given: Mapping[str, Any]) -> lis
             default = parameters["num_inference_steps"].default
             call["num_inference_steps"] = min(default, STEPS) if isinstance(default, int) else STEPS
         for name in PICTURE_ARGUMENTS:
-            if name in parameters:
+            # With an image that it can do without, a modular pipeline runs other blocks, which may lack their models.
+            if name in parameters and (not is_modular or parameters[name].default is Parameter.empty):
                 call[name] = _picture(pipe, given, generator(seed, i))
         calls.append({name: value for name, value in call.items() if name not in given})
     return calls
@@ -112,8 +113,7 @@ def self_made_runs(
     spec = spec.settled(spec.samples or len(PROMPTS))
     assert spec.samples is not None
     given = arguments = dict(arguments)
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    if "vae" in pipe.components and "vae" not in names and "output_type" in parameters:
+    if "vae" in pipe.components and "vae" not in names and "output_type" in call_parameters(pipe):
         arguments = {"output_type": "latent", **given}  # the decoder is not recorded
     calls = own_calls(pipe, spec.samples + 1, spec.seed, arguments)
     _say(pipe, calls[:-1], names, arguments, asked)
@@ -155,7 +155,8 @@ def _recorded(
     if dump_path is not None:
         return generate_calibrate_set(pipe, sampler, calls, name, Path(dump_path) / name, **arguments)
     origin = provenance(pipe, find_layer(pipe, name), sampler, arguments, (0, 1))
-    place = folder() / digest_of(origin, list(calls))
+    blocks = modular_blocks(pipe)
+    place = folder() / digest_of(origin, list(calls), *([] if blocks is None else [_class_names(blocks)]))
     try:
         return generate_calibrate_set(pipe, sampler, calls, name, place, **arguments)
     except (OSError, RuntimeError) as error:  # a read-only home, a full disk, or another process is writing
@@ -163,6 +164,11 @@ def _recorded(
             raise
         logger.info("recorded inputs could not be cached: %s", error)
         return generate_calibrate_set(pipe, sampler, calls, name, **arguments)
+
+
+def _class_names(blocks: Any) -> list[Any]:
+    """Return the class of a modular pipeline's blocks and, nested, those of the blocks that they consist of."""
+    return [type(blocks).__qualname__, *map(_class_names, blocks.sub_blocks.values())]
 
 
 def _say(

@@ -18,6 +18,7 @@ from hfquant.nn.checked import See
 from hfquant.nn.float_modules import overridden
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
+from hfquant.nn.loading import TakesCodes
 
 if TYPE_CHECKING:  # circular: layer_plan imports the kinds of layers
     from hfquant.layer_plan import LayerPlan
@@ -28,7 +29,7 @@ def tensor_name(projection: str, key: str) -> str:
     return projection if key == "weight" else f"{projection}_{key.removeprefix('weight_')}"
 
 
-class QuantExperts(Experts):
+class QuantExperts(Experts, TakesCodes):
     """Fused experts with quantized weights: each expert's QuantLinear tensors, stacked along a new first dimension.
 
     A projection ``p`` keeps its name: ``p`` holds the codes [experts, out, ...] regardless of the float parameter's

@@ -16,13 +16,14 @@ from hfquant.kernels.op import linear
 from hfquant.nn.casts import cast_by, keeping_dtypes
 from hfquant.nn.checked import Checked
 from hfquant.nn.float_modules import first, hollow
+from hfquant.nn.loading import TakesCodes
 
 if TYPE_CHECKING:  # circular: layer_plan imports the kinds of layers
     from hfquant.layer_config import LayerConfig
     from hfquant.layer_plan import LayerPlan
 
 
-class QuantLayer(Checked):
+class QuantLayer(Checked, TakesCodes):
     """A layer with quantized weights and, if its plan says so, quantized activations.
 
     Any such layer multiplies rows [..., in] by a matrix [out, in]. A subclass is a kind of layer

@@ -96,7 +96,7 @@ def quantize_by(
         component = recipe.components[MODEL]
         quantize(
             loaded,
-            None if data is None else data.recorded or data.data,
+            None if data is None else data.data,
             component.quant_config(),
             verbose=verbose,
             resume_dir=resume_dir,

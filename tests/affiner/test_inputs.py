@@ -1,5 +1,6 @@
 """Rows of datasets of every kind become the arguments of calls."""
 
+import copy
 import itertools
 
 import datasets
@@ -9,9 +10,11 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from torch.utils.data import IterableDataset
 
+from hfquant import quantize
 from hfquant.affiner import inputs, load_affiner
 from hfquant.affiner.runs import DenoisingLoop
-from tests.affiner.pipelines import Recorder, Toy, noise, toy_config
+from tests.affiner.pipelines import W4A8, Recorder, Toy, noise, toy_config
+from tests.calibration.tiny_modular import tiny_modular
 
 
 class Stream(IterableDataset):
@@ -103,6 +106,21 @@ def test_rows_of_arrays_share_a_call():
 
     real, quant = Takes(), Takes(gain=[0.9, 1.1])
     load_affiner(toy_config(steps=2), rows, real, quant, latents=noise(3), shuffle=False)
+
+
+def test_prompts_of_a_modular_pipeline_are_passed_by_name():
+    real, quant = tiny_modular(), tiny_modular()
+    quant.update_components(unet=quantize(copy.deepcopy(real.unet), None, W4A8))
+    prompts = ["a cat", "two dogs", "a red car"]
+    config = {"stepper": {"max_timestep": 2, "batch_size": 2}, "solver": {"lambda1": 0.0, "lambda2": 0.0}}
+    found = []
+    for rows in ([{"prompt": p} for p in prompts], prompts, [{"text": p} for p in prompts]):
+        affiner = load_affiner(config, rows, real, quant, shuffle=False)
+        found.append(affiner.prediction.tensors("p"))
+    for other in found[1:]:
+        assert all(torch.equal(found[0][k], other[k]) for k in found[0])
+    with pytest.raises(ValueError, match=r"dataset\[0\]: ModularPipeline does not accept \['height'\].*'prompt'"):
+        load_affiner(config, [{"prompt": "a cat", "height": 8}], real, quant)
 
 
 def test_a_reloaded_config_has_lists_for_tuples():

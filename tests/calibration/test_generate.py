@@ -354,6 +354,14 @@ def test_shards_hold_what_one_process_holds(unbroken, tmp_path, world_size):
         load_calibrate_set(tmp_path)
 
 
+@pytest.mark.parametrize("shard", [(0, 1), (1, 2)])
+def test_a_folder_of_other_files_is_left_alone(tmp_path, shard):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="is not empty and holds no calibration set; choose another path"):
+        generate(tmp_path, shard=shard)
+    assert contents(tmp_path) == {"config.json": b"{}"}
+
+
 @pytest.mark.parametrize("begun", [1, 2, 4])
 def test_a_set_of_other_processes_is_in_the_way(tmp_path, begun):
     generate(tmp_path, shard=(0, begun))

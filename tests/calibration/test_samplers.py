@@ -18,6 +18,7 @@ from torch import nn
 
 from hfquant.calibration import BaseSampler, LanguageModelSampler, NormalSampler, UniformSampler
 from tests.calibration.tiny_models import tiny_dit, tiny_llama, tiny_pipeline, tiny_unet
+from tests.calibration.tiny_modular import tiny_modular
 
 PROMPTS = ["a cat", "dogs run fast"]
 
@@ -226,6 +227,19 @@ def test_batches_of_every_form():
     layer = nn.Linear(3, 2)
     recording, _ = BaseSampler().sample(layer, torch.ones(4, 3), layer)
     assert recording[0][0].shape == (4, 3)
+
+
+def test_prompts_of_a_modular_pipeline_are_passed_by_name():
+    """Its first input is an image, and the first parameter of its call is a state."""
+    pipe = tiny_modular()
+    named, _ = BaseSampler(None).sample(pipe, {"prompt": PROMPTS}, "unet", {"num_inference_steps": 2})
+    for batch in (PROMPTS, (PROMPTS,)):
+        recording, steps = BaseSampler(None).sample(pipe, batch, "unet", {"num_inference_steps": 2, "prompt": "other"})
+        assert steps == len(recording) == 2
+        assert torch.equal(recording[0]["encoder_hidden_states"], named[0]["encoder_hidden_states"])
+    assert recording[0]["encoder_hidden_states"].shape == (2, 3, 12)
+    with pytest.raises(TypeError, match=r"ModularPipeline takes its arguments by name.*got a tuple of 2"):
+        BaseSampler().sample(pipe, ("a cat", "a dog"), "unet")
 
 
 def test_language_model():

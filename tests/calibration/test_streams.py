@@ -196,6 +196,25 @@ def test_calibration_sets(tmp_path):
         calibration_batches(tmp_path / "shards")
 
 
+def test_the_first_samples_of_a_calibration_set(tmp_path):
+    BaseCalibSet.from_samples([{"x": torch.full((2,), i)} for i in range(5)]).save(tmp_path / "set", chunk_size=2)
+
+    def read(**spec) -> list[list[int]]:
+        batches = calibration_batches({"dataset": tmp_path / "set", **spec})
+        assert list(batches)  # and again
+        return [[int(sample["x"][0]) for sample in batch] for batch in batches]
+
+    assert read() == [[0], [1], [2], [3], [4]]
+    assert read(samples=3, column=None) == [[0], [1], [2]]
+    assert read(samples=3, batch_size=2) == [[0, 1], [2]]
+    assert read(samples=9, batch_size=5) == [[0, 1, 2, 3, 4]]
+    for path in (tmp_path / "set", str(tmp_path / "set")):
+        with pytest.raises(CalibrationError, match=r"set is a calibration set, .* 'seqlen' and 'seed' cannot apply"):
+            calibration_batches({"dataset": path, "samples": 3, "seqlen": 8, "seed": 0})
+    with pytest.raises(CalibrationError, match=r"'tokenizer' cannot apply to it; allowed are 'samples' and 'batch_"):
+        calibration_batches({"dataset": tmp_path / "set", "tokenizer": make_tokenizer()})
+
+
 def test_model_inputs_pass_through():
     loader = DataLoader(TensorDataset(torch.arange(4)))
     inputs = [{"input_ids": torch.ones(1, 2)}]

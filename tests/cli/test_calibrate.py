@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +21,8 @@ from hfquant.calibration import BaseSampler, CalibSetError, NormalSampler, stora
 from hfquant.cli import app
 from hfquant.integrations.hub import load
 from hfquant.nn.modules import quant_linears
+from tests.cli.conftest import lines
+from tests.integrations.test_pipelines import sd3
 
 
 def calibrate(*arguments: object) -> Result:
@@ -179,6 +183,41 @@ def test_a_missing_pipeline_class(digits, labels, tmp_path) -> None:
     assert "is a OddPipeline, which diffusers" in result.stderr
 
 
+def test_a_folder_of_other_files_is_left_alone(llama, text) -> None:
+    before = contents(llama)
+    result = calibrate(llama, "--source", text, "--out", llama)
+    assert result.exit_code == 1
+    assert "is not empty" in result.stderr
+    assert len(lines(result.stderr)) == 1, "it says so before it loads the model"
+    assert contents(llama) == before
+
+
+def test_a_set_is_no_source(llama, text, tmp_path) -> None:
+    assert calibrate(llama, "--source", text, "--out", tmp_path / "set", "--samples", 1, "--seqlen", 4).exit_code == 0
+    result = calibrate(llama, "--source", tmp_path / "set", "--out", tmp_path / "again")
+    assert result.exit_code == 1
+    assert "--source: " in result.stderr
+    assert "set is a calibration set, which `hfquant quantize` and `hfquant distill` read" in result.stderr
+    assert len(lines(result.stderr)) == 1
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_component_in_place_of_its_pipeline(tmp_path) -> None:
+    sd3().save_pretrained(tmp_path / "pipe")
+    alone = Path(shutil.copytree(tmp_path / "pipe" / "transformer", tmp_path / "alone"))
+    for folder, said in (
+        (tmp_path / "pipe" / "transformer", f"pass the folder of the pipeline, {tmp_path / 'pipe'}, and"),
+        (alone, "pass the folder of the pipeline and"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{folder} is a SD3Transformer2DModel, one component")) as error:
+            load(str(folder))
+        assert said in str(error.value)
+        assert f"--component {folder.name}" in str(error.value)
+    (alone / "config.json").write_text("{")
+    with pytest.raises((ValueError, OSError), match=r"config.json"):
+        load(str(alone))
+
+
 def test_another_set_is_not_overwritten(digits, labels, tmp_path) -> None:
     assert of_digits(digits, labels, tmp_path / "set").exit_code == 0
     before = contents(tmp_path / "set")
@@ -206,6 +245,7 @@ def test_debug_shows_the_traceback(how, digits, labels, tmp_path, monkeypatch) -
         (["--arg", "eta"], "is not KEY=VALUE"),
         (["--column", "second"], "is not KEY=VALUE"),
         (["--no-such-option"], "No such option"),
+        (["--device", "abacus"], "Invalid value for --device: 'abacus' cannot be used: "),
     ],
     ids=str,
 )

@@ -6,10 +6,12 @@ import json
 from typing import Any
 
 import pytest
+import torch
 import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from hfquant.calibration import BaseCalibSet
 from hfquant.cli import app, options
 from hfquant.demo.pipeline import DigitsPipeline
 from tests.cli.conftest import lines
@@ -72,7 +74,9 @@ def test_an_argument_that_a_pipeline_requires_is_named(digits, monkeypatch):
 
 
 def test_bad_input_is_one_line(digits, llama, text, tmp_path):
+    BaseCalibSet.from_samples([{"input_ids": torch.ones(1, 2, dtype=torch.long)}]).save(tmp_path / "set")
     for arguments, message in (
+        ((llama, llama, "--data", tmp_path / "set"), "--data: "),
         ((digits, llama), "one is a pipeline, the other is not"),
         ((llama, tmp_path / "none"), "is not a folder"),
         ((digits, digits, "--data", text), "a pipeline runs on prompts and arguments of its call"),

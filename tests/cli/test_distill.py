@@ -87,6 +87,20 @@ def test_a_pipeline_on_a_calibration_set(digits, labels, tmp_path):
     assert said["after"] < 0.9 * said["before"]
 
 
+def test_the_first_samples_of_a_calibration_set(llama, text, tmp_path):
+    made = run("calibrate", llama, "--source", text, "--out", tmp_path / "set", "--samples", 12, "--seqlen", 8)
+    assert made.exit_code == 0, made.output
+    student = quantized(llama, tmp_path / "student", "--calibration", text, "--samples", 4, "--seqlen", 8)
+    data = ("--calibration", tmp_path / "set", "--steps", 2)
+    result = run("distill", student, llama, "--out", tmp_path / "out", *data, "--samples", 8)
+    assert result.exit_code == 0, result.output
+    assert "2 steps on 6 samples, 2 held out" in result.output
+    result = run("distill", student, llama, "--out", tmp_path / "no", *data, "--seqlen", 4, "--column", "text")
+    assert result.exit_code == 1
+    assert "is a calibration set, ready to use, so 'column' and 'seqlen' cannot apply" in result.stderr
+    assert len(lines(result.stderr)) == 1
+
+
 def test_bad_input_is_one_line(digits, llama, text, tmp_path):
     student = quantized(llama, tmp_path / "student", "--calibration", text, "--samples", 4, "--seqlen", 8)
     pipeline, recorded = tmp_path / "pipeline", tmp_path / "set"

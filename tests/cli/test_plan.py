@@ -7,13 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 from diffusers import MultiControlNetModel
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
+import hfquant
 from hfquant.cli import app, options
 from hfquant.recipes.run import check_fits
 from hfquant.schema import ConfigError
 from tests.cli.conftest import lines
 from tests.integrations import small_models
+from tests.integrations.test_pipelines import sd3
 from tests.integrations.test_skeleton import audio_ldm2
 from tests.integrations.tiny_pipelines import CASES
 from tests.recipes.tiny import PUBLISHED
@@ -49,6 +52,28 @@ def test_full_precision_is_that_of_the_config(llama):
     assert before() == before("--dtype", "float32") == 2 * before("--dtype", "bfloat16")
 
 
+def test_what_is_quantized_is_not_planned(llama, tmp_path):
+    pipe = sd3()
+    hfquant.quantize(pipe.transformer, None, "w4a16")
+    pipe.save_pretrained(tmp_path / "pipe")
+    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=hfquant.HfQuantConfig("w4a16"))
+    hfquant.save_pretrained(model, tmp_path / "model")
+    for name, kind in (("model", "LlamaForCausalLM"), ("pipe", "SD3Transformer2DModel")):
+        for command in (["plan"], ["quantize", "--out", str(tmp_path / "q")]):
+            result = CliRunner().invoke(app, [*command, str(tmp_path / name), "--preset", "w8a16"])
+            assert result.exit_code == 1, result.output
+            assert f"{kind} is already quantized; pass the model in full precision" in result.stderr
+            assert len(lines(result.stderr)) == 1
+    result = plan(tmp_path / "pipe", "--preset", "w8a16", "--component", "text_encoder")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_key_that_matches_no_layer_is_named(llama, tmp_path, caplog):
+    (tmp_path / "config.json").write_text('{"defualt": {"weight_quant": {"type": "int4"}}}')
+    assert plan(llama, "--config", tmp_path / "config.json").exit_code == 0
+    assert "config['defualt'] matches no layer" in caplog.text
+
+
 def test_a_search_is_said_to_decide_later(llama):
     result = plan(llama, "--preset", "w4-auto")
     assert result.exit_code == 0, result.output
@@ -73,10 +98,11 @@ def test_one_or_all_of_several_controlnets(tmp_path):
 
 
 def test_a_denoiser_that_is_defined_in_the_module_of_a_pipeline(tmp_path):
-    audio_ldm2(tmp_path, "w8a16")
+    audio_ldm2(tmp_path)
     result = plan(tmp_path, "--preset", "w8a16", "--json")
     assert result.exit_code == 0, result.output
     assert set(json.loads(result.stdout)) == {"unet"}
+    audio_ldm2(tmp_path, "w8a16")
     result = CliRunner().invoke(app, ["inspect", str(tmp_path), "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["unet"]["class"] == "AudioLDM2UNet2DConditionModel"

@@ -88,6 +88,14 @@ def test_a_recorded_set(digits, llama, text, labels, tmp_path):
     found = quant_linears(AutoModelForCausalLM.from_pretrained(tmp_path / "q"))
     expected = quant_linears(hfquant.quantize(model, spec, "w8a8"))
     assert all(torch.equal(layer.input_scale, found[name].input_scale) for name, layer in expected.items())
+    result = quantize(llama, "--preset", "w8a8", "--calibration", path, "--samples", 1, "--out", tmp_path / "first")
+    assert result.exit_code == 0, result.output
+    found = quant_linears(AutoModelForCausalLM.from_pretrained(tmp_path / "first"))
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    first = [hfquant.load_calibrate_set(path)[0]]
+    alone = quant_linears(hfquant.quantize(model, first, "w8a8"))
+    assert all(torch.equal(layer.input_scale, found[name].input_scale) for name, layer in alone.items())
+    assert not all(torch.equal(layer.input_scale, found[name].input_scale) for name, layer in expected.items())
     result = quantize(digits, "--preset", "w8a8", "--calibration", path, "--out", tmp_path / "pipe")
     assert result.exit_code == 1
     assert "is a calibration set" in result.stderr
@@ -116,7 +124,86 @@ affiner: {{stepper: {{sample_size: 4}}, solver: {{blocksize: null}}}}
     assert tensors["proj_out_2.weight"].dtype == torch.float32
 
 
+def test_a_config_from_a_file(llama, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"default": {"input_quant": None}}), encoding="utf-8-sig")
+    result = quantize(
+        llama, "--config", tmp_path / "config.json", "--out", tmp_path / "q", "--skip", "model.layers.1.*"
+    )
+    assert result.exit_code == 0, result.output
+    (tmp_path / "config.json").write_text('"w4a16"')
+    result = CliRunner().invoke(app, ["plan", str(llama), "--config", str(tmp_path / "config.json")])
+    assert result.exit_code == 0, result.output
+    assert "14 x int4" in result.output
+
+
+def test_a_failed_push_says_where_the_result_is(llama, tmp_path, monkeypatch):
+    def refused(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no route")
+
+    monkeypatch.setattr("hfquant.integrations.sharing.push_to_hub", refused)
+    result = quantize(llama, "--preset", "w4a16", "--out", tmp_path / "q", "--push", "me/llm", "--private")
+    assert result.exit_code == 1
+    said = f"--push: no route. The result is saved in {tmp_path / 'q'}: to push it later, load it from there"
+    assert f"{said} and call hfquant.push_to_hub(model, 'me/llm', private=True)" in lines(result.stderr)[-1]
+    assert len(quant_linears(AutoModelForCausalLM.from_pretrained(tmp_path / "q"))) == 14
+
+
 class TestBadInput:
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"{", "config.json is not valid JSON: Expecting property name"),
+            (b"\xff\xfe{}", "config.json is not valid JSON: 'utf-8' codec can't decode"),
+            (b"[1]", 'config.json must hold a JSON object, such as {"default": ...}, or a preset\'s name in quotes, '),
+        ],
+    )
+    def test_a_config_file(self, llama, content, message, tmp_path):
+        (tmp_path / "config.json").write_bytes(content)
+        result = quantize(llama, "--config", tmp_path / "config.json", "--out", tmp_path / "q")
+        assert result.exit_code == 1
+        assert message in result.stderr
+        assert len(lines(result.stderr)) == 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--private",), "for --private: is for the repository of --push, which is missing"),
+            (("--arg", "height=8"), "for --arg: is for pipelines, and this is a LlamaForCausalLM"),
+            (("--device", "abacus"), "for --device: 'abacus' cannot be used: "),
+        ],
+    )
+    def test_options_that_do_not_apply(self, llama, arguments, message, tmp_path):
+        result = quantize(llama, "--out", tmp_path / "q", *arguments)
+        assert result.exit_code == 2, result.output
+        assert message in " ".join(result.stderr.replace("│", " ").split())
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_device_that_this_machine_lacks(self, llama, tmp_path, monkeypatch):
+        def refused(*args: object, **kwargs: object) -> None:
+            raise AssertionError("Torch not compiled with CUDA enabled")  # as torch says it
+
+        monkeypatch.setattr(torch, "empty", refused)
+        out = ("--out", str(tmp_path / "q"))
+        for words in (
+            ("quantize", "m", *out), ("calibrate", "m", "--source", "t", *out), ("compare", "m", "m"),
+            ("distill", "m", "m", *out), ("report", "m"), ("kernels",),
+        ):  # fmt: skip
+            result = CliRunner().invoke(app, [*words, "--device", "cuda"])
+            assert result.exit_code == 2, words
+            said = " ".join(result.stderr.replace("│", " ").split())
+            assert "for --device: 'cuda' cannot be used: Torch not compiled with CUDA enabled" in said
+
+    def test_settings_that_a_recorded_set_cannot_have(self, llama, text, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(llama)
+        batches = transformers_batches(model, {"dataset": str(text), "samples": 4, "seqlen": 8})
+        hfquant.generate_calibrate_set(model, LanguageModelSampler(), batches, "", tmp_path / "set")
+        for option, value in (("seqlen", 4), ("column", "text"), ("name", "a"), ("split", "train"), ("seed", 1)):
+            arguments = ("--calibration", tmp_path / "set", f"--{option}", value)
+            result = quantize(llama, "--preset", "w8a8", *arguments, "--out", tmp_path / "q")
+            assert result.exit_code == 1
+            assert f"set is a calibration set, ready to use, so '{option}' cannot apply to it" in result.stderr
+            assert len(lines(result.stderr)) == 1
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -138,7 +225,7 @@ class TestBadInput:
         assert len(lines(result.stderr)) == 1
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("option", ["--column", "--name", "--split", "--samples", "--seqlen"])
+    @pytest.mark.parametrize("option", ["--column", "--name", "--split", "--samples", "--seqlen", "--seed"])
     def test_how_to_read_data_that_is_not_given(self, llama, option, tmp_path):
         result = quantize(llama, "--preset", "w8a8", option, "4", "--out", tmp_path / "q")
         assert result.exit_code == 2

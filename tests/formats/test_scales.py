@@ -39,6 +39,14 @@ def test_the_byte_is_the_nearest(scales) -> None:
         assert distance[code] == distance.min()
 
 
+@given(st.lists(st.floats(2.0**-12, LARGEST, width=32), min_size=1, max_size=20))
+def test_rounded_up_the_byte_is_the_least_that_covers(scales) -> None:
+    codes = encode(torch.tensor([scales], dtype=torch.float32), torch.ones(1, 1), up=True)
+    for scale, code in zip(scales, codes[0].tolist(), strict=True):
+        assert ALL[code] >= scale
+        assert code == 0 or ALL[code - 1] < scale
+
+
 @given(st.lists(st.floats(2.0**-10, 1.0, width=32), min_size=1, max_size=12), st.floats(1e-20, 1e20))
 def test_within_a_64th_of_any_scale_that_is_not_tiny_beside_the_largest(scales, factor) -> None:
     scale = torch.tensor([scales], dtype=torch.float64).mul(factor).float()
@@ -95,11 +103,24 @@ def test_rows_of_zeros_and_groups_of_zeros() -> None:
     assert grid.scale[1, 0].item() == pytest.approx(1e-3, rel=1e-6)
 
 
-def test_it_costs_next_to_nothing() -> None:
-    weight = torch.randn(64, 1024)
-    for clip, most in (("amax", 1.002), ("mse", 1.01)):
-        errors = []
-        for two_level in (False, True):
-            grid = GridRule(FORMATS["int4"], (64,) * 16, None, False, clip, two_level).fit(weight)
-            errors.append((grid.round(weight) - weight).square().sum())
-        assert errors[1] <= most * errors[0]
+def error_beside_float32_scales(form: str, group: int, symmetric: bool, clip: str) -> float:
+    weight, columns = torch.randn(64, 1024), (group,) * (1024 // group)
+    errors = []
+    for two_level in (False, True):
+        grid = GridRule(FORMATS[form], columns, None, symmetric, clip, two_level).fit(weight)
+        errors.append((grid.round(weight) - weight).square().sum().item())
+    return errors[1] / errors[0]
+
+
+@pytest.mark.parametrize(("clip", "most"), [("amax", 1.002), ("mse", 1.01)])
+def test_it_costs_next_to_nothing(clip, most) -> None:
+    assert error_beside_float32_scales("int4", 64, False, clip) <= most
+
+
+@pytest.mark.parametrize("group", [16, 64])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("clip", ["amax", "mse"])
+@pytest.mark.parametrize("form", ["int7", "int8", "int16"])
+def test_many_codes_are_not_clipped(form, clip, symmetric, group) -> None:
+    """The more codes, the more of its steps the largest weight of a group loses by a scale that is too small."""
+    assert error_beside_float32_scales(form, group, symmetric, clip) <= 1.12

@@ -25,8 +25,9 @@ import hfquant
 from hfquant import PRESETS, HfQuantConfig, QuantLinear
 from hfquant.integrations.checkpoint import CheckpointError
 from hfquant.nn.modules import quant_linears
-from tests.integrations import lora_pipelines, small_models
+from tests.integrations import lora_pipelines, small_models, tiny_pipelines
 from tests.integrations.small_models import assert_same, denoiser_inputs, outputs, sqnr
+from tests.integrations.tiny_pipelines import CASES
 
 INT4 = {
     "opt": {"type": "default"},
@@ -352,3 +353,29 @@ def test_weights_read_outside_their_forward_stay_float_without_data(tmp_path):
     again = diffusers.HunyuanDiT2DModel.from_pretrained(tmp_path / "q")
     with torch.no_grad():
         assert torch.equal(again(**inputs).sample, quantized(**inputs).sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_ip_adapter_in_another_dtype_is_cast_to_that_of_its_quantized_unet(dtype: torch.dtype) -> None:
+    case = CASES["ip-adapter"]
+    pipe, exact = (tiny_pipelines.stable_diffusion("StableDiffusionPipeline").to(dtype) for _ in range(2))
+    hfquant.quantize(pipe.unet, None, "w8a16")
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    batch = {name: value.to(dtype) for name, value in tiny_pipelines.batches(case, 1)[0].items()}
+    embeds = [case.call["ip_adapter_image_embeds"][0].to(dtype)]
+    call = {**case.call, "ip_adapter_image_embeds": embeds, "num_inference_steps": 1}
+    for given in (torch.float32, torch.bfloat16, torch.float16):
+        for low in (True, False):
+            images = []
+            for each in (exact, pipe):
+                tiny_pipelines.with_ip_adapter(each, given, low_cpu_mem_usage=low)
+                images.append(each(**batch, **call, generator=torch.Generator().manual_seed(0))[0])
+            assert sqnr(*images) > 25, (given, low)
+            added = {name: value for name, value in pipe.unet.state_dict().items() if name not in before}
+            assert any("to_k_ip" in name for name in added)
+            assert any("encoder_hid_proj" in name for name in added)
+            assert {value.dtype for value in added.values()} == {dtype}
+    pipe.unload_ip_adapter()
+    after = pipe.unet.state_dict()
+    assert after.keys() == before.keys()
+    assert all(value.dtype == before[name].dtype and torch.equal(value, before[name]) for name, value in after.items())

@@ -18,6 +18,7 @@ from hfquant.demo.pipeline import DigitsPipeline
 from hfquant.guard import Mends
 from hfquant.integrations.image_check import compare, picture
 from tests.calibration.tiny_models import tiny_dit, tiny_pipeline
+from tests.calibration.tiny_modular import Decode, Denoise, Encode, tiny_modular
 
 DATA = [{"class_labels": [3]}, {"class_labels": [5]}]
 
@@ -101,6 +102,15 @@ def test_a_picture_is_decoded_and_repeats():
     again = picture(pipe, [DATA[0]], {"num_inference_steps": 2})
     assert torch.equal(first, again)
     assert picture(tiny_pipeline(DDIMScheduler()), ["a prompt"], {"num_inference_steps": 2}).shape == (1, 2, 8, 8)
+
+
+def test_the_picture_of_a_modular_pipeline_is_what_its_last_block_makes():
+    """Its call returns everything that its blocks have passed on, text embeddings among them."""
+    arguments = {"num_inference_steps": 2, "output_type": "pil", "output": "prompt_embeds"}
+    drawn = picture(tiny_modular(Encode, Denoise, Decode), ["a prompt"], arguments)
+    assert drawn.shape == (1, 8, 8, 2)
+    latents = picture(tiny_modular(), {"prompt": "a prompt"}, {"num_inference_steps": 2})
+    assert torch.equal(drawn, latents.movedim(1, -1))
 
 
 def test_a_pipeline_that_draws_nothing_is_let_be(caplog):

@@ -281,6 +281,17 @@ def test_group_offload_comes_after_quantizing(quantized, tmp_path):
     assert torch.equal(outputs(model, inputs), outputs(expected, inputs))
 
 
+@pytest.mark.parametrize("preset", ["w8a16", "w8a8-smooth"])
+def test_layerwise_casting_to_fp8_comes_after_quantizing(preset):
+    model = small_models.flux()
+    inputs = inputs_of(model)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    y = outputs(model, inputs)
+    with pytest.raises(ValueError, match=r"float8_e4m3fn: call enable_layerwise_casting after"):
+        hfquant.quantize(model, [inputs], preset)
+    assert torch.equal(outputs(model, inputs), y)
+
+
 def test_streams_are_refused_where_there_are_none(quantized):
     _, folder, expected = quantized("flux", "w8a16", torch.float32)
     model = load("flux", folder)

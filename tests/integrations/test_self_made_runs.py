@@ -31,6 +31,7 @@ from hfquant.integrations.self_made_runs import PROMPTS, own_calls
 from hfquant.nn.modules import quant_linears
 from tests.affiner.pipelines import _vae
 from tests.calibration.tiny_models import tiny_dit, tiny_unet
+from tests.calibration.tiny_modular import Denoise, Encode, EncodeImage, tiny_modular
 from tests.integrations.test_transformers_data import word_tokenizer
 
 FEW = {"source": "self", "samples": 2}
@@ -89,7 +90,10 @@ def unconditional() -> Any:
     return DDPMPipeline(unet.eval(), DDIMScheduler())
 
 
-PIPELINES = {"classes": classes, "text": text, "image": image, "unconditional": unconditional}
+PIPELINES = {
+    **{"classes": classes, "text": text, "image": image, "unconditional": unconditional},
+    **{"modular": tiny_modular, "modular image": lambda: tiny_modular(EncodeImage, Denoise)},
+}
 
 
 def denoiser(pipe: Any) -> nn.Module:
@@ -109,6 +113,16 @@ def test_every_kind_of_pipeline_runs_by_itself(name, caplog):
     assert denoiser(pipe).config["quantization_config"].calibration == {"source": "self", "seed": 0, "samples": 2}
     assert "2 runs of 3 steps" in caplog.text
     assert "PSNR of the quantized pipeline's image" in caplog.text
+
+
+@pytest.mark.parametrize("data", [["a cat", "two dogs"], [{"prompt": ["a cat"]}, {"prompt": ["two dogs"]}]])
+def test_a_modular_pipeline_is_calibrated_on_prompts_or_call_arguments(data):
+    pipe, same = tiny_modular(), tiny_modular()
+    quantize_pipeline(pipe, data, "w4a8-gptq", num_inference_steps=2)
+    quantize_pipeline(same, [{"prompt": "a cat"}, {"prompt": "two dogs"}], "w4a8-gptq", num_inference_steps=2)
+    assert quant_linears(pipe.unet)
+    tensors = same.unet.state_dict()
+    assert all(torch.equal(value, tensors[name]) for name, value in pipe.unet.state_dict().items())
 
 
 def test_a_pipeline_that_returns_no_latents_runs_without_asking_for_them(tmp_path):
@@ -140,6 +154,15 @@ def test_by_default_with_one_line_and_kept_for_the_next_time(caplog, monkeypatch
     assert all(torch.equal(tensors[k], v) for k, v in again.transformer.state_dict().items())
 
 
+def test_modular_pipelines_of_other_blocks_share_no_recordings():
+    class Slow(Denoise):
+        pass
+
+    for blocks in ((Encode, Denoise), (Encode, Slow), (Encode, Denoise)):
+        quantize_pipeline(tiny_modular(*blocks), FEW, "w8a8", num_inference_steps=2)
+    assert len([path for path in folder().iterdir() if path.is_dir()]) == 2
+
+
 def test_a_home_that_cannot_be_written_does_not_matter(home, caplog):
     home.write_text("a file where a folder would have to be")
     pipe = classes()
@@ -169,6 +192,15 @@ def test_calls_have_what_a_pipeline_takes():
     picture = own_calls(image(), 1, 0, {"height": 16, "width": 24})[0]["image"]
     assert picture.size == (24, 16)
     assert picture.tobytes() == own_calls(image(), 1, 0, {"height": 16, "width": 24})[0]["image"].tobytes()
+
+
+def test_calls_have_what_a_modular_pipeline_takes():
+    """With an image that it can do without, it would run other blocks, which may lack their models."""
+    expected = [{"prompt": prompt, "num_inference_steps": 20} for prompt in PROMPTS[:2]]
+    assert own_calls(tiny_modular(), 2, 0, {}) == expected
+    assert own_calls(tiny_modular(), 1, 0, {"num_inference_steps": 4, "prompt": "mine"}) == [{}]
+    with_image = tiny_modular(EncodeImage, Denoise)
+    assert own_calls(with_image, 1, 0, {"height": 16, "width": 24})[0]["image"].size == (24, 16)
 
 
 def test_a_pipeline_that_cannot_run_by_itself_says_so_and_is_left_alone():

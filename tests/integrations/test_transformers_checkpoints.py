@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, Llam
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import hfquant
+from benchmarks import tiny_transformers
 from hfquant import HfQuantConfig
 from hfquant.nn.modules import quant_linears, quant_modules
 from tests.integrations import small_models
@@ -233,3 +234,20 @@ def test_checkpoint_that_fuses_what_the_model_splits(tmp_path):
         for model in (loaded, in_memory):
             model.save_pretrained(tmp_path / "quantized")
             assert_same(AutoModel.from_pretrained(tmp_path / "quantized"), loaded, inputs)
+
+
+@pytest.mark.parametrize("preset", ["w8a16", "w4a16"])
+def test_renamings_of_an_architecture_that_would_lose_scales(preset, tmp_path):
+    """On loading, Inkling 2 adds ".weight" to names, also in the middle of longer ones."""
+    model = next(tiny_transformers.small("inkling2_text", 150_000_000)).eval()
+    model.save_pretrained(tmp_path / "float")
+    loaded = type(model).from_pretrained(tmp_path / "float", quantization_config=HfQuantConfig(preset))
+    at_once = hfquant.quantize(model, None, preset)
+    for i, quantized in enumerate((loaded, at_once)):
+        assert any(name.endswith("sconv.weight_proj") for name in quant_modules(quantized))
+        quantized.save_pretrained(tmp_path / f"quantized-{i}")
+        again = type(model).from_pretrained(tmp_path / f"quantized-{i}")
+        assert_same(again, quantized, {"input_ids": torch.arange(8)[None]})
+    floats = at_once.dequantize()
+    floats.save_pretrained(tmp_path / "dequantized")
+    assert_same(type(model).from_pretrained(tmp_path / "dequantized"), floats, {"input_ids": torch.arange(8)[None]})

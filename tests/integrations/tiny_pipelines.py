@@ -175,12 +175,18 @@ def flux(name: str, channels: int = 16, controlnet: bool = False) -> Any:
     return assembled(name, transformer=model, vae=image_vae(), scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
 
 
-def with_ip_adapter(pipe: Any) -> Any:
-    """Add an IP-Adapter to SD: image tokens enter each cross-attention through linears of their own."""
+def with_ip_adapter(pipe: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """Add an IP-Adapter to SD: image tokens enter each cross-attention through linears of their own.
+
+    Args:
+        pipe: the pipeline.
+        dtype: the dtype of the adapter's weights.
+        **options: of diffusers' ``load_ip_adapter``.
+    """
     generator = torch.Generator().manual_seed(45)
 
     def noise(*shape: int) -> Tensor:
-        return 0.3 * torch.randn(shape, generator=generator)
+        return (0.3 * torch.randn(shape, generator=generator)).to(dtype)
 
     keys: dict[str, Tensor] = {}
     for i, (name, _) in enumerate(n for n in pipe.unet.attn_processors.items() if "attn2" in n[0]):
@@ -193,7 +199,7 @@ def with_ip_adapter(pipe: Any) -> Any:
         "norm.weight": 1 + noise(TEXT),
         "norm.bias": noise(TEXT),
     }
-    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": keys}])
+    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": keys}], **options)
     pipe.set_ip_adapter_scale(0.7)
     return pipe
 

@@ -229,3 +229,24 @@ def test_a_cast_to_its_own_dtype_or_none_changes_nothing(monkeypatch: pytest.Mon
     for call in (lambda: ours.to(torch.float16), lambda: ours.to("cpu", torch.bfloat16)):
         with pytest.raises(ValueError, match="Casting a quantized model"):
             call()
+
+
+def test_an_ip_adapter_is_cast_and_modules_in_another_dtype_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.loaders.unet import UNet2DConditionLoadersMixin
+
+    name = "_load_ip_adapter_weights"
+
+    def load(self: nn.Module, weights: nn.Module) -> None:
+        self.encoder_hid_proj = weights
+
+    monkeypatch.setattr(UNet2DConditionLoadersMixin, name, load)
+    compat.cast_ip_adapters()
+    kinds = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "norm_num_groups": 4}
+    model = diffusers.UNet2DConditionModel(block_out_channels=(8,), **kinds).to(torch.bfloat16)
+    model.conv_norm_out.float()
+    model._load_ip_adapter_weights(nn.Linear(2, 2))
+    assert model.encoder_hid_proj.weight.dtype == torch.float32  # a float model is left to diffusers
+    hfquant.quantize(model, None, "w8a16")
+    model._load_ip_adapter_weights(nn.Sequential(nn.Linear(2, 2)))
+    assert model.encoder_hid_proj[0].weight.dtype == torch.bfloat16
+    assert model.conv_norm_out.weight.dtype == torch.float32

@@ -211,3 +211,100 @@ def test_classes_with_a_method_of_their_own_refuse_too() -> None:
     with pytest.raises(ValueError, match=r"BartForConditionalGeneration: model\.shared is quantized"):
         model.resize_token_embeddings(new_num_tokens=50)
     assert model.final_logits_bias.shape == (1, 40)
+
+
+def animate_diff() -> Any:
+    kinds = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "cross_attention_dim": 8}
+    small = diffusers.UNet2DConditionModel(8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, **kinds)
+    motion = {"motion_layers_per_block": 1, "motion_num_attention_heads": 2, "motion_norm_num_groups": 4}
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None, "scheduler": diffusers.DDIMScheduler()}
+    adapter = diffusers.MotionAdapter(block_out_channels=(8,), **motion)
+    return diffusers.AnimateDiffPipeline(unet=small, motion_adapter=adapter, **parts)
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Return the modules of a model, to compare by identity, and copies of its tensors."""
+    return {"modules": list(model.modules()), "tensors": {k: v.clone() for k, v in model.state_dict().items()}}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    after = state_of(model)
+    assert all(new is old for new, old in zip(after["modules"], before["modules"], strict=True))
+    assert after["tensors"].keys() == before["tensors"].keys()
+    assert all(torch.equal(value, before["tensors"][name]) for name, value in after["tensors"].items())
+
+
+def quantize_last_motion_modules(model: nn.Module) -> None:
+    """Leave all other blocks in float, so that something would change before codes are met."""
+    rule = {"weight_quant": {"type": "int8"}, "input_quant": None, "opt": {"type": "default"}, "enable": False}
+    hfquant.quantize(model, None, {"default": rule, "up_blocks.*.motion_modules.*": {"enable": True}})
+
+
+def free_noise_blocks(pipe: Any) -> int:
+    return sum(type(module).__name__ == "FreeNoiseTransformerBlock" for module in pipe.unet.modules())
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["enable", "disable"])
+def test_free_noise_is_switched_before_quantizing_and_not_after(enabled: bool) -> None:
+    """diffusers would put in new blocks with random weights, and only then fail to copy codes into them."""
+    pipe = animate_diff()
+    if enabled:
+        pipe.enable_free_noise(context_length=2, context_stride=1)
+    count = free_noise_blocks(pipe)
+    quantize_last_motion_modules(pipe.unet)
+    before = state_of(pipe.unet)
+    word, switch = ("disable", pipe.disable_free_noise) if enabled else ("enable", pipe.enable_free_noise)
+    with pytest.raises(ValueError, match=rf"cannot {word} FreeNoise: .*up_blocks\.0.* is quantized: {word} it before"):
+        switch()
+    assert_unchanged(pipe.unet, before)
+    assert pipe.free_noise_enabled == enabled
+    # Nothing is copied if it is as asked already.
+    if enabled:
+        pipe.enable_free_noise(context_length=4, context_stride=2)
+        assert {m.context_length for m in pipe.unet.modules() if hasattr(m, "context_length")} == {4}
+    else:
+        pipe.disable_free_noise()
+    assert_unchanged(pipe.unet, before)
+    hfquant.dequantize(pipe.unet)
+    switch()
+    assert free_noise_blocks(pipe) != count
+
+
+def test_free_noise_is_switched_if_motion_modules_are_in_float() -> None:
+    pipe = animate_diff()
+    hfquant.quantize(pipe.unet, None, HfQuantConfig("w8a16", modules_to_not_convert=["motion_modules"]))
+    codes = {name: layer.weight for name, layer in pipe.unet.named_modules() if isinstance(layer, hfquant.QuantLinear)}
+    pipe.enable_free_noise()
+    assert free_noise_blocks(pipe) > 0
+    pipe.disable_free_noise()
+    assert free_noise_blocks(pipe) == 0
+    assert codes
+    assert all(pipe.unet.get_submodule(name).weight is weight for name, weight in codes.items())
+
+
+def test_quantized_motion_modules_are_neither_loaded_nor_saved_as_floats(tmp_path: Path) -> None:
+    pipe = animate_diff()
+    quantize_last_motion_modules(pipe.unet)
+    before = state_of(pipe.unet)
+    for refused in (
+        lambda: pipe.unet.load_motion_modules(animate_diff().motion_adapter),
+        lambda: pipe.unet.save_motion_modules(str(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=r"up_blocks\.0\.motion_modules\S+ is quantized"):
+            refused()
+    assert_unchanged(pipe.unet, before)
+    assert not list(tmp_path.iterdir())
+    plain, adapter = animate_diff().unet, hfquant.quantize(animate_diff().motion_adapter, None, "w8a16")
+    before = state_of(plain)
+    with pytest.raises(ValueError, match=r"MotionAdapter: mid_block\.motion_modules\S+ is quantized"):
+        plain.load_motion_modules(motion_adapter=adapter)
+    assert_unchanged(plain, before)
+
+
+def test_motion_modules_in_float_are_loaded_and_saved(tmp_path: Path) -> None:
+    pipe, other = animate_diff(), animate_diff()
+    hfquant.quantize(pipe.unet, None, HfQuantConfig("w8a16", modules_to_not_convert=["motion_modules"]))
+    pipe.unet.load_motion_modules(other.motion_adapter)
+    pipe.unet.save_motion_modules(str(tmp_path))
+    saved = diffusers.MotionAdapter.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in other.motion_adapter.state_dict().items())
