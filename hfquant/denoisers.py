@@ -25,7 +25,8 @@ _FIRST_LOOP = ("prior_prior",)
 _HELD = ("nets", "adapters")
 #: Fields of pipelines' outputs that hold what was made, with what it is in words.
 OUTPUTS = {
-    **{"images": "images", "image": "images", "frames": "frames", "video": "frames", "audios": "audio"},
+    **{"images": "images", "image": "images", "frames": "frames", "video": "frames", "videos": "frames"},
+    "audios": "audio",
     **{"prediction": "predictions"},  # of depth or normals
     **{"image_embeds": "image embeddings", "image_embeddings": "image embeddings", "prompt_embeds": "text embeddings"},
 }
@@ -167,10 +168,21 @@ def with_tensor(output: Any, tensor: Tensor) -> Any:
     return changed
 
 
-def made_by(output: Any) -> tuple[str, Any]:
-    """Return what a pipeline has made, in the words of `OUTPUTS`, and its value; "" and the output if unknown."""
-    found = ((words, getattr(output, field, None)) for field, words in OUTPUTS.items())
-    return next((item for item in found if item[1] is not None), ("", output))
+def call_making(pipe: Any, *args: Any, **kwargs: Any) -> tuple[str, Any]:
+    """Call a pipeline and return what it has made, in the words of `OUTPUTS`, and its value.
+
+    If that is unknown, the first is "" and the second the whole output. What a modular pipeline makes is the first
+    output of its last block.
+    """
+    blocks = modular_blocks(pipe)
+    if blocks is None:
+        output = pipe(*args, **kwargs)
+        found = ((words, getattr(output, field, None)) for field, words in OUTPUTS.items())
+        return next((item for item in found if item[1] is not None), ("", output))
+    last = next(reversed(blocks.sub_blocks.values()), blocks)
+    name = next((output.name for output in last.outputs), None)
+    # Without a name, it returns everything that its blocks pass on.
+    return OUTPUTS.get(name or "", ""), pipe(*args, **{**kwargs, "output": name})
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 _ACCELERATE, _DIFFUSERS = "_hf_hook", "_diffusers_hook"
-_GROUP = "group_offloading"
+_GROUP, _CASTING = "group_offloading", "layerwise_casting"
 
 
 def has_hook(model: nn.Module) -> bool:
@@ -41,6 +41,13 @@ def refuse_group_offloaded(model: nn.Module) -> None:
             f"{type(model).__name__} uses group offloading, whose groups would not include the quantized layers: "
             "load it without, and call enable_group_offload afterwards"
         )
+
+
+def stored_dtype(layer: nn.Module) -> torch.dtype:
+    """Return the dtype of a layer's weight between calls, which diffusers' layerwise casting sets."""
+    hook = vars(layer)[_DIFFUSERS].get_hook(_CASTING) if _DIFFUSERS in vars(layer) else None
+    dtype: torch.dtype = layer.get_parameter("weight").dtype if hook is None else hook.storage_dtype
+    return dtype
 
 
 def execution_device(module: nn.Module) -> torch.device | str | int | None:

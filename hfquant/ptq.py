@@ -24,11 +24,10 @@ from hfquant.guard import Comparison, Mends, mend
 from hfquant.layer_plan import LayerPlan
 from hfquant.memory import release_free_memory
 from hfquant.nn.experts import fuse, plans_of
-from hfquant.nn.kinds import layers_in
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import log_share, quant_modules, tie
 from hfquant.observe import observe
-from hfquant.offload import refuse_group_offloaded
+from hfquant.offload import refuse_group_offloaded, stored_dtype
 from hfquant.planner import ModelFacts, Plan, warn_if_empty
 from hfquant.replacing import replace_modules
 from hfquant.report.layers import LayerReport, QuantReport, layer_report
@@ -96,13 +95,13 @@ def quantize(
     if quant_modules(model):
         raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
     refuse_group_offloaded(model)
-    _refuse_stored_in_8_bits(model)
     # Without data there is little to share, and the caller may be quantizing in one process only.
     sharing = processes() if rules.needs_data else nullcontext(Processes())
     shown = log_shown() if settings.verbose else nullcontext()
     # Codes and scales made as inference tensors would not pass gradients on.
     with torch.inference_mode(False), shown, sharing as group, unfused(model, facts.experts) as experts:
         run = prepared(model, loader, rules, settings, facts, group, experts)
+        _refuse_stored_in_8_bits(run)
         if not run.plan.layers:
             warn_if_empty(model, run.plan)
             plan = run.plan.fused(experts)
@@ -113,14 +112,18 @@ def quantize(
         return _applied(_folded(run), settings.verbose, finish)
 
 
-def _refuse_stored_in_8_bits(model: nn.Module) -> None:
-    """Reject weights that hooks cast for each call, as with diffusers' layerwise casting: codes cannot be cast."""
-    for name in layers_in(model):
-        weight = model.get_submodule(name).get_parameter("weight")
-        if weight.is_floating_point() and weight.dtype.itemsize == 1:
+def _refuse_stored_in_8_bits(run: Run) -> None:
+    """Reject layers stored as FP8, as under layerwise casting, which casts them for each call; codes cannot be cast.
+
+    Raises:
+        ValueError: a layer to quantize is stored so.
+    """
+    for name in run.plan.layers:
+        dtype = stored_dtype(run.module(name))
+        if dtype.itemsize == 1:
             raise ValueError(
-                f"layer {name!r} stores its weight as {weight.dtype}: call enable_layerwise_casting after quantizing, "
-                "or cast the model to float32 or bfloat16 first"
+                f"layer {name!r} stores its weight as {dtype}: load the model in float32 or bfloat16, and call "
+                "enable_layerwise_casting after quantizing"
             )
 
 

@@ -143,6 +143,8 @@ def _rerounded(weight: Tensor, codes: Tensor, grid: Grid, rule: GridRule) -> tup
 
 def check_finite(name: str, what: str, values: Tensor) -> None:
     """Raise ValueError, naming the layer, if values contain NaN or Inf."""
+    if values.dtype.itemsize == 1:  # torch has no isfinite for FP8
+        values = values.float()
     bad = values.numel() - int(values.isfinite().sum())
     if bad:
         raise ValueError(f"layer {name!r}: {bad} of {values.numel()} {what} are NaN or Inf")

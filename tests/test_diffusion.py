@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from contextlib import nullcontext
+from inspect import Parameter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from huggingface_hub import constants
 from torch import nn
 from transformers import (
@@ -40,6 +42,7 @@ from hfquant.affiner import load_affiner
 from hfquant.affiner.hooks import attach
 from hfquant.demo import DigitsPipeline, load_digits_pipeline
 from hfquant.denoisers import (
+    call_parameters,
     compute_dtype,
     denoiser_name,
     denoiser_names,
@@ -55,6 +58,7 @@ from hfquant.denoisers import (
 from hfquant.integrations.skeleton import skeleton
 from hfquant.nn.modules import quant_linears
 from tests.affiner import pipelines
+from tests.calibration.tiny_modular import Denoise, Encode, tiny_modular
 from tests.integrations import tiny_pipelines
 from tests.integrations.test_transformers_data import word_tokenizer
 from tests.integrations.tiny_pipelines import CASES
@@ -88,6 +92,8 @@ def test_bad_components_and_data_leave_the_pipeline_alone() -> None:
     before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
     with pytest.raises(ValueError, match=r"components: .*'vae'.*it has \['transformer'\]"):
         quantize_pipeline(pipe, None, "w8a16", components=["vae"])
+    with pytest.raises(TypeError, match="components: expected a list of names, got the string 'transformer'"):
+        quantize_pipeline(pipe, None, "w8a16", components="transformer")
     with pytest.raises(TypeError):
         quantize_pipeline(pipe, [{"no_such_argument": 3}], STATIC)
     assert all(torch.equal(v, before[k]) for k, v in pipe.transformer.state_dict().items())
@@ -393,3 +399,18 @@ def test_a_denoiser_is_quantized_without_data_while_its_cache_is_enabled() -> No
     quantize_pipeline(pipe, None, "w8a16")
     assert quant_linears(pipe.transformer)
     assert tiny_pipelines.run(pipe, CASES["ltx"]).isfinite().all()
+
+
+class Guided(Denoise):
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [*super().inputs, InputParam(kwargs_type="denoiser_input_fields")]
+
+
+def test_parameters_of_a_modular_pipeline_are_those_of_its_blocks() -> None:
+    found = call_parameters(tiny_modular(Encode, Guided))
+    assert next(iter(found)) == "prompt"
+    assert {"image", "num_inference_steps", "denoiser_input_fields", "state", "output"} <= found.keys()
+    assert found["prompt"].default is Parameter.empty
+    assert found["num_inference_steps"].default == 50
+    assert "kwargs" not in found

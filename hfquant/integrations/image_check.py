@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hfquant.calibration.samplers import calls_of, fresh_call, inference, seeded
-from hfquant.denoisers import call_parameters, made_by, modular_blocks
+from hfquant.denoisers import call_making, call_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +32,12 @@ def picture(pipe: Any, batch: Any, arguments: Mapping[str, Any]) -> Tensor | Non
     kwargs = fresh_call({**arguments, **kwargs})
     if "output_type" in call_parameters(pipe):
         kwargs["output_type"] = "np"
-    if (blocks := modular_blocks(pipe)) is not None:  # it would return everything that its blocks pass on
-        last = next(reversed(blocks.sub_blocks.values()), blocks)
-        kwargs["output"] = next((made.name for made in last.outputs), None)
     try:
         with seeded(0), inference(pipe):
-            output = pipe(*args, **kwargs)
+            _, found = call_making(pipe, *args, **kwargs)
     except Exception as error:  # noqa: BLE001 (a pipeline without its decoder can still record)
         logger.info("%s cannot generate an image to check (%s: %s)", type(pipe).__name__, type(error).__name__, error)
         return None
-    _, found = made_by(output)
     found = found[0] if isinstance(found, tuple) else found
     if not isinstance(found, (Tensor, np.ndarray)):
         return None

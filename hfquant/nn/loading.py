@@ -22,19 +22,25 @@ class TakesCodes(nn.Module):
         *_, error_msgs = args
         if foreign := self._foreign(state_dict, prefix):
             error_msgs.append(
-                f"dtype mismatch for {', '.join(foreign)}: the layer is quantized, so it takes no float weights; "
-                "it is left as it was. Load float weights before quantizing, or call hfquant.dequantize(model) first."
+                f"dtype mismatch for {', '.join(foreign)}: the layer is quantized, and left as it was. Load float "
+                "weights before quantizing, or call hfquant.dequantize(model) first; load the files of a quantized "
+                "checkpoint with from_pretrained."
             )
         else:
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _foreign(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
-        """Return what a state dict has in place of tensors whose dtype is set by the format."""
+        """Return what a state dict has in place of codes, or of other tensors whose dtype is set by the format."""
         own = {**self._parameters, **self._buffers}
         found = []
         for name, spec in self.specs().items():
             tensor, given = own.get(name), state_dict.get(prefix + name)
             if spec.dtype is None or tensor is None or not isinstance(given, Tensor) or given.dtype == tensor.dtype:
                 continue
-            found.append(f"{prefix}{name} ({given.dtype} instead of {tensor.dtype})")
+            if not (_is_wide_float(tensor) and _is_wide_float(given)):  # scales in another precision are no codes
+                found.append(f"{prefix}{name} ({given.dtype} instead of {tensor.dtype})")
         return found
+
+
+def _is_wide_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hfquant.denoisers import made_by
+from hfquant.denoisers import call_making, call_parameters
 from hfquant.integrations.self_made_runs import PICTURE_ARGUMENTS
 from hfquant.report.perceptual import perceptual_figures
 from hfquant.report.quality import Figure, MissingArguments, NothingToCompare, compare_signals, standard_error
@@ -88,7 +87,7 @@ def check_arguments(pipe: Any, call: Mapping[str, Any]) -> None:
         MissingArguments: names them.
     """
     named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    takes = inspect.signature(pipe.__call__).parameters.values()
+    takes = call_parameters(pipe).values()
     required = [p.name for p in takes if p.default is p.empty and p.kind in named]
     if missing := [name for name in required if name not in (*call, *_OWN_ARGUMENTS)]:
         options = " ".join(f"--arg {name}={'FILE' if name in PICTURE_ARGUMENTS else 'VALUE'}" for name in missing)
@@ -131,10 +130,10 @@ def _picture_figures(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Figure]:
 def _made(pipe: Any, call: Mapping[str, Any], seed: int) -> tuple[str, Tensor]:
     """Return what a call makes, in words, and its samples [samples, ...]."""
     options: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)}
-    takes = inspect.signature(pipe.__call__).parameters
+    takes = call_parameters(pipe)
     if "output_type" in takes or any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
         options["output_type"] = "pt"
-    what, found = made_by(pipe(**{**options, **call}))
+    what, found = call_making(pipe, **{**options, **call})
     if not what:
         raise NothingToCompare(f"{type(pipe).__name__} returns no images, frames, audio or embeddings")
     values = found if isinstance(found, Tensor) else torch.stack([torch.as_tensor(value) for value in found])

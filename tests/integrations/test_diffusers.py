@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import hfquant
-from hfquant import PRESETS, HfQuantConfig, QuantLinear
+from hfquant import PRESETS, BaseCalibSet, HfQuantConfig, QuantLinear
 from hfquant.integrations.checkpoint import CheckpointError
 from hfquant.nn.modules import quant_linears
 from tests.integrations import lora_pipelines, small_models, tiny_pipelines
@@ -379,3 +379,21 @@ def test_an_ip_adapter_in_another_dtype_is_cast_to_that_of_its_quantized_unet(dt
     after = pipe.unet.state_dict()
     assert after.keys() == before.keys()
     assert all(value.dtype == before[name].dtype and torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_a_dict_names_a_recorded_set(tmp_path):
+    model = small_models.flux()
+    inputs = [denoiser_inputs(model) for _ in range(2)]
+    inputs[1]["hidden_states"] = 100 * inputs[1]["hidden_states"]
+    model.save_pretrained(tmp_path / "float")
+    BaseCalibSet.from_samples(inputs).save(tmp_path / "set")
+
+    def quantized(calibration):
+        config = HfQuantConfig("w8a8", calibration=calibration)
+        return type(model).from_pretrained(tmp_path / "float", quantization_config=config)
+
+    first = quantized({"dataset": str(tmp_path / "set"), "samples": 1})
+    assert_same(first, quantized(inputs[:1]))
+    whole = quantized({"dataset": str(tmp_path / "set")})
+    assert_same(whole, quantized(inputs))
+    assert not torch.equal(outputs(first, inputs[0]), outputs(whole, inputs[0]))

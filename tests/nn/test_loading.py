@@ -51,6 +51,21 @@ def test_codes_are_loaded(preset: str) -> None:
         assert torch.equal(tensor.view(torch.uint8), other.state_dict()[name].view(torch.uint8)), name
 
 
+def test_scales_in_another_precision_are_cast() -> None:
+    model, other = quantized("w8a16"), quantized("w8a16")
+    cast = {name: t.bfloat16() if t.is_floating_point() else t for name, t in other.state_dict().items()}
+    model.load_state_dict(cast)
+    assert torch.equal(model[0].weight_scale, cast["0.weight_scale"].float())
+    assert model[0].weight_scale.dtype == torch.float32
+
+
+def test_codes_as_they_are_on_disk_are_refused() -> None:
+    model = quantized("fp8-dynamic")
+    codes = {"0.weight": model[0].codes_on_disk()[0]}
+    with pytest.raises(RuntimeError, match=r"0\.weight \(torch\.uint8 instead of torch\.int8\).* with from_pretrained"):
+        model.load_state_dict(codes, strict=False)
+
+
 def test_what_a_state_dict_lacks_is_left() -> None:
     model = quantized("w8a16")
     before = copy.deepcopy(model.state_dict())

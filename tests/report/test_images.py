@@ -9,11 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers.modular_pipelines import ModularPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from PIL import Image
 
 from hfquant.demo import load_digits_pipeline
 from hfquant.report.images import compare_pipelines, save_pairs
-from hfquant.report.quality import NothingToCompare
+from hfquant.report.quality import MissingArguments, NothingToCompare
+from tests.calibration.tiny_modular import Denoise, Encode, tiny_modular
 
 
 class Painter:
@@ -50,6 +53,34 @@ def test_a_pipeline_that_passes_its_arguments_on():
             return super().__call__(*args, **kwargs)
 
     assert compare_pipelines(Wrapped(), Painter(), [{"prompt": "a"}]).figures[0].value == math.inf
+
+
+class Paint(ModularPipelineBlocks):
+    @property
+    def inputs(self):
+        return [InputParam("latents", required=True), InputParam("output_type", default="pil")]
+
+    @property
+    def intermediate_outputs(self):
+        return [OutputParam("images")]
+
+    def __call__(self, components, state):
+        block = self.get_block_state(state)
+        assert block.output_type == "pt"
+        block.images = block.latents[:, :1].sigmoid()
+        self.set_block_state(state, block)
+        return components, state
+
+
+def test_modular_pipelines():
+    """Not what their blocks pass on, such as embeddings of the prompt, is compared."""
+    pipe, other = tiny_modular(Encode, Denoise, Paint), tiny_modular(Encode, Denoise, Paint)
+    other.unet.conv_out.weight.data.mul_(1.1)
+    call = {"prompt": "a", "num_inference_steps": 2}
+    assert compare_pipelines(pipe, pipe, [call]).figures[0].value == math.inf
+    assert 10 < compare_pipelines(pipe, other, [call]).figures[0].value < 100
+    with pytest.raises(MissingArguments, match="requires prompt: pass --arg prompt=VALUE"):
+        compare_pipelines(pipe, other, [{}])
 
 
 def test_what_cannot_be_had_is_named():

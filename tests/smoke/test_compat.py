@@ -107,6 +107,16 @@ def test_names_are_those_of_the_model(llama: transformers.LlamaForCausalLM) -> N
     assert compat.names_in_model(llama.model, [f"model.{name}"]) == {f"model.{name}": name}
 
 
+def test_names_that_a_renaming_would_take_out_of_the_model_stay() -> None:
+    """Legacy names of Swin's projections within MaskFormer are those of the model."""
+    each = {"depths": [1] * 4, "num_heads": [1] * 4, "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    swin = transformers.SwinConfig(embed_dim=8, image_size=32, window_size=2, **each)
+    with torch.device("meta"):
+        model = transformers.MaskFormerModel(transformers.MaskFormerConfig(backbone_config=swin))
+    names = list(model.state_dict())
+    assert compat.names_in_model(model, names) == {name: name for name in names}
+
+
 def test_tensors_are_stored_under_the_names_of_save_pretrained(llama: transformers.LlamaForCausalLM, tmp_path) -> None:
     assert compat.stored_names(llama, llama.state_dict()).keys() == llama.state_dict().keys()
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
