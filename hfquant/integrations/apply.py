@@ -210,6 +210,26 @@ def part_configs(model: nn.Module) -> list[tuple[Any, HfQuantConfig]]:
     return found
 
 
+def drop_other_names(config: HfQuantConfig, model: nn.Module) -> None:
+    """Drop entries that repeat one under the name that a layer has in another class.
+
+    :func:`part_configs` names layers as in the part and as in the whole. No other entry than one of a layer that the
+    model lacks can be mistaken for such a repetition.
+    """
+    names = {name for name, _ in model.named_modules()}
+    for entries in (config.layers, config.skipped):
+        own = names & entries.keys()
+        shorter = {ending for name in own for ending in _endings(name)}
+        for other in [name for name in entries if name not in own]:
+            if other in shorter or not own.isdisjoint(_endings(other)):
+                del entries[other]
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
 def _config(module: Any) -> Any:
     return getattr(module, "config", None)
 

@@ -11,7 +11,7 @@ from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.self_made import SelfSpec
 from hfquant.calibration.sources import are_texts, is_source
 from hfquant.calibration.streams import calibration_batches, holds_set, names_set
-from hfquant.integrations.sharing.origin import places
+from hfquant.integrations.sharing.origin import places, runs_own_code
 
 
 def transformers_batches(model: Any, calibration: Any, file: str | None = None) -> Any:
@@ -79,7 +79,8 @@ def _saved_with(model: Any, file: str | None = None) -> tuple[Any, Any]:
 def _saved(loader: Any, model: Any, file: str | None, usable: Callable[[Any], bool] = lambda found: True) -> Any:
     for name, options in places(model, file):
         with suppress(OSError, ValueError, KeyError, TypeError, ImportError):  # transformers' ways of saying no
-            found = loader.from_pretrained(name, **options)
+            # Left open, transformers would ask whether to run the code in the folder.
+            found = loader.from_pretrained(name, trust_remote_code=runs_own_code(model), **options)
             if usable(found):
                 return found
     return None

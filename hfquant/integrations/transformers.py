@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from hfquant.integrations.apply import inner_configs, own_config, quantize_attached
+from hfquant.integrations.apply import drop_other_names, inner_configs, own_config, quantize_attached
 from hfquant.integrations.checkpoint import (
     NOT_STORED,
     check_loaded,
@@ -225,7 +225,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             quantize_left(model, self.plan)
         check_loaded(model, self.pre_quantized)
         if self.pre_quantized and not _is_own(model):
-            _drop_other_names(config, model)
+            drop_other_names(config, model)
         finish_loading(model)
         self._recall_ties(model)
         set_quantized(model, True)
@@ -331,8 +331,13 @@ def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
     save_as_named(model)
 
 
-def _drop_those_of_parts(config: Any) -> None:
-    """Drop our configs for loading only a part, from the config of the whole, so that none is taken for the whole's."""
+def _prepare(config: Any) -> None:
+    """Make the config of a model to load one that transformers can read.
+
+    A model's own config holds ours as an object. Those for loading only a part would be taken for the whole's.
+    """
+    if isinstance(own := getattr(config, "quantization_config", None), HfQuantConfig):
+        config.quantization_config = own.to_dict()
     for inner in inner_configs(config):
         if is_of(METHOD, getattr(inner, "quantization_config", None)):
             vars(inner).pop("quantization_config", None)
@@ -356,26 +361,6 @@ def _still_tied(model: PreTrainedModel, *keys: str) -> bool:
     return one is other or (not one.is_meta and one.data_ptr() == other.data_ptr())
 
 
-def _drop_other_names(config: HfQuantConfig, model: PreTrainedModel) -> None:
-    """Drop entries that repeat one under the name that a layer has in another class.
-
-    Configs of parts name their layers as in the part and as in the whole. No other entry than one of a layer that the
-    model lacks can be mistaken for such a repetition.
-    """
-    names = {name for name, _ in model.named_modules()}
-    for entries in (config.layers, config.skipped):
-        own = names & entries.keys()
-        shorter = {ending for name in own for ending in _endings(name)}
-        for other in [name for name in entries if name not in own]:
-            if other in shorter or not own.isdisjoint(_endings(other)):
-                del entries[other]
-
-
-def _endings(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
-
-
 def _is_own(model: PreTrainedModel) -> bool:
     """Return whether the checkpoint was saved by ``model``'s own class; if so, it must be complete."""
     return type(model).__name__ in (model.config.architectures or ())
@@ -396,4 +381,4 @@ if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
     auto.register_quantization_config(METHOD)(HfQuantConfig)
     auto.register_quantizer(METHOD)(HfQuantTransformersQuantizer)
     allow_needs_hfquant()
-    before_quantizer(_drop_those_of_parts)
+    before_quantizer(_prepare)

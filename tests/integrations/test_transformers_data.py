@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hfquant
 from hfquant import HfQuantConfig
@@ -309,3 +310,55 @@ def test_rows_and_columns_of_text(tmp_path):
         made.append(hfquant.quantize(model, data, "w8a8"))
     for model in made[1:]:
         assert_same(model, made[0], ids())
+
+
+OWN_MODEL = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_tokenizer_with_code_of_its_own_is_trusted_if_the_model_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asks whether to run the code"))
+    model = small_models.llama_of_64()
+    model.save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "own_tokenizer.py").write_text(OWN_TOKENIZER)
+    names = {"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]}
+    edit(tmp_path / "tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map=names)
+    config = HfQuantConfig("w8a8", calibration=["a b c d", "b c a", "d a d a"])
+    with pytest.raises(hfquant.CalibrationError, match="text needs a tokenizer"):
+        LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+
+    (tmp_path / "own_model.py").write_text(OWN_MODEL)
+    names = {"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}
+    edit(tmp_path / "config.json", model_type="own_llama", architectures=["OwnModel"], auto_map=names)
+    trusted = {"trust_remote_code": True}
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, **trusted)
+    assert type(quantized).__name__ == "OwnModel"
+    assert quant_linears(quantized)
+    quantized.save_pretrained(tmp_path / "quantized")
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", **trusted), quantized, ids())
+
+
+def test_a_quantized_model_s_config_loads_its_checkpoint(tmp_path):
+    quantized = hfquant.quantize(small_models.llama(), None, "w8a16")
+    quantized.save_pretrained(tmp_path)
+    before = quantized.config.quantization_config
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path, config=quantized.config), quantized)
+    assert quantized.config.quantization_config is before

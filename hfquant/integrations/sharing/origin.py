@@ -127,6 +127,11 @@ def file_of(source: str, name: str, subfolder: str = "", **options: Any) -> Path
         return None
 
 
+def runs_own_code(model: Any) -> bool:
+    """Return whether a model's class comes from its repository, so that the user has agreed to run the code there."""
+    return type(model).__module__.startswith("transformers_modules.")
+
+
 def save_processor(model: Any, folder: Path) -> None:
     """Save the tokenizer or processor that a transformers model came with, unless the folder already has one."""
     from transformers import AutoProcessor
@@ -137,5 +142,6 @@ def save_processor(model: Any, folder: Path) -> None:
         if any(file_of(source, name, **options) for name in _PROCESSOR_FILES):
             # These are transformers' ways of saying that it cannot.
             with suppress(OSError, ValueError, KeyError, TypeError, ImportError):
-                AutoProcessor.from_pretrained(source, trust_remote_code=False, **options).save_pretrained(folder)
+                trusted = {"trust_remote_code": runs_own_code(model)}
+                AutoProcessor.from_pretrained(source, **trusted, **options).save_pretrained(folder)
                 return
