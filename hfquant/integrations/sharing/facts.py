@@ -186,8 +186,8 @@ def config_of(model: Any) -> HfQuantConfig:
     """Return the config that a quantized model of either library carries; a part of one is described by its layers."""
     if getattr(model, "hf_quantizer", None) is None:
         return described(model)
-    config = model.config
-    stored: HfQuantConfig = config["quantization_config"] if isinstance(config, Mapping) else config.quantization_config
+    # In diffusers, the item of this name is a dict once the model has been saved.
+    stored: HfQuantConfig = model.config.quantization_config
     return stored
 
 

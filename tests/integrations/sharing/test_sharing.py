@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 import hfquant
 from hfquant import BaseCalibSet, BlockwiseAffiner, HfQuantConfig
+from hfquant.integrations import note_distillation
 from hfquant.integrations.sharing.merge import CardError, sections
 from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
@@ -281,6 +282,36 @@ def test_what_the_data_was_outlives_a_reload(checkpoint: Checkpoint, tmp_path: P
     text = (tmp_path / "second" / "README.md").read_text()
     assert "## Measured while quantizing" not in text
     assert "## Calibration data" not in text
+
+
+@pytest.mark.parametrize("how", ["quantize", "from_pretrained", "reloaded"])
+@pytest.mark.parametrize("create", [small_models.flux, small_models.llama])
+def test_what_has_been_saved_is_saved_again(create: Callable[[], Any], how: str, tmp_path: Path) -> None:
+    """Saving changes diffusers' config: its item of our config becomes a dict."""
+    model = create()
+    model.save_pretrained(tmp_path / "float")
+    if how == "quantize":
+        hfquant.quantize(model, None, "w4a16")
+    else:
+        model = type(model).from_pretrained(tmp_path / "float", quantization_config=HfQuantConfig("w4a16"))
+    if how == "reloaded":
+        model.save_pretrained(tmp_path / "quantized")
+        model = type(model).from_pretrained(tmp_path / "quantized")
+    model.save_pretrained(tmp_path / "own")
+    for name in ("first", "second"):
+        hfquant.save_pretrained(model, tmp_path / name)
+        assert (tmp_path / name / "config.json").read_text() == (tmp_path / "own" / "config.json").read_text()
+    assert "w4a16" in (tmp_path / "second" / "README.md").read_text()
+
+
+def test_a_distilled_denoiser_that_has_been_saved_says_so(tmp_path: Path) -> None:
+    model = small_models.flux()
+    hfquant.quantize(model, None, "w4a16")
+    model.save_pretrained(tmp_path / "before")
+    note_distillation(model, {"steps": 3}, [small_models.denoiser_inputs(model)])
+    model.save_pretrained(tmp_path / "after")
+    found = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("before", "after")]
+    assert ["distilled" in str(config["quantization_config"].get("provenance")) for config in found] == [False, True]
 
 
 def test_what_cannot_be_shared(checkpoint: Checkpoint, tmp_path: Path) -> None:
