@@ -62,8 +62,9 @@ class Words:
 
 
 def vocabulary(model: Any) -> int:
-    """Return the size of a model's vocabulary."""
-    return int(text_config(model).vocab_size)
+    """Return the size of a model's vocabulary; of one that hashes characters, the number of different hashes."""
+    config = text_config(model)
+    return int(config.vocab_size if hasattr(config, "vocab_size") else config.num_hash_buckets)
 
 
 def _frame(tokenizer: Any, special: set[int]) -> tuple[list[int], list[int]]:

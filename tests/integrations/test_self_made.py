@@ -105,9 +105,19 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config).eval()
 
 
+def canine() -> nn.Module:
+    """It reads the code points of characters, and has no vocabulary."""
+    torch.manual_seed(0)
+    config = transformers.CanineConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=36, num_hash_buckets=64,
+        local_transformer_stride=16,
+    )  # fmt: skip
+    return transformers.CanineForSequenceClassification(config).eval()
+
+
 MODELS = {
     **{n: small_models.TRANSFORMERS[n] for n in ("llama", "bart", "bert", "clip_text", "vit")},
-    **{f.__name__: f for f in (whisper, masked_bert, llava, mamba, clip, wav2vec2, t5)},
+    **{f.__name__: f for f in (whisper, masked_bert, llava, mamba, clip, wav2vec2, t5, canine)},
 }
 
 

@@ -201,7 +201,8 @@ def _text(s: Sketch) -> Sketch:
 
 def _text_ids(s: Sketch) -> Tensor:
     """Return token ids; each row ends with its only end-of-text token, which some classifiers look for."""
-    vocabulary = s.field("vocab_size", default=_text(s).field("vocab_size"))
+    # CANINE reads the code points of characters, and hashes each into one of these.
+    vocabulary = s.field("vocab_size", "num_hash_buckets", default=_text(s).field("vocab_size"))
     if vocabulary is None:
         raise UnknownInput("its config has no vocab_size")
     made = ids(vocabulary, BATCH, TOKENS)
