@@ -229,7 +229,7 @@ def test_the_tokenizer_of_a_model_in_memory_is_that_of_its_revision(monkeypatch)
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
     hfquant.quantize(model, TEXT, "w8a8")
-    assert asked == [("me/llama", {"revision": "b" * 40})]
+    assert asked == [("me/llama", {"trust_remote_code": False, "revision": "b" * 40})]
 
 
 @pytest.mark.parametrize("column", [None, "input_ids", {"input_ids": "input_ids"}])
