@@ -24,6 +24,7 @@ inline Ints add_shorts(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
 inline Ints times(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
 inline Reals to_reals(Ints a) { return _mm256_cvtepi32_ps(a); }
 inline Reals as_reals(Ints a) { return _mm256_castsi256_ps(a); }
+inline Ints as_ints(Reals a) { return _mm256_castps_si256(a); }
 inline Reals add(Reals a, Reals b) { return _mm256_add_ps(a, b); }
 inline Reals mul(Reals a, Reals b) { return _mm256_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm256_fmadd_ps(a, b, c); }
@@ -95,6 +96,16 @@ inline bool any_above(Reals a, float limit) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a, repeat(limit), _CMP_GT_OQ));
 }
 inline Reals pick(const float* table, Ints lanes) { return _mm256_permutevar8x32_ps(load_reals(table), lanes); }
+inline Ints quad_totals(Ints a, Ints b, Ints c, Ints d) {
+  return _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+}
+inline Ints in_first_quad(Ints a) {
+  return _mm256_zextsi128_si256(_mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
+}
+inline void store_quads(float* p, Reals a, const float* scale) {
+  const __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  _mm_storeu_ps(p, _mm_mul_ps(sum, _mm_loadu_ps(scale)));
+}
 inline Ints flip(Ints bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
 inline Ints field(Ints v, int shift, int32_t sign, int32_t mask) {
   return _mm256_and_si256(_mm256_xor_si256(_mm256_srli_epi16(v, shift), repeat(sign)), repeat(mask));
@@ -104,6 +115,10 @@ inline Ints widen(const uint8_t* p) {
 }
 template <int BITS>
 inline Ints unpack(const uint8_t* p) {
+  if constexpr (BITS == 4) {
+    const Ints pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return field(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), 0, 0x08080808, 0x0f0f0f0f);
+  }
   static constexpr Halves<BITS> EVEN(0), ODD(1);
   auto sixteen = [p](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 2 * BITS * i)); };
   const Ints v = _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(0)), sixteen(1), 1);

@@ -29,6 +29,7 @@ inline Ints add_shorts(Ints a, Ints b) { return _mm512_add_epi16(a, b); }
 inline Ints times(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
 inline Reals to_reals(Ints a) { return _mm512_cvtepi32_ps(a); }
 inline Reals as_reals(Ints a) { return _mm512_castsi512_ps(a); }
+inline Ints as_ints(Reals a) { return _mm512_castps_si512(a); }
 inline Reals add(Reals a, Reals b) { return _mm512_add_ps(a, b); }
 inline Reals mul(Reals a, Reals b) { return _mm512_mul_ps(a, b); }
 inline Reals fma(Reals a, Reals b, Reals c) { return _mm512_fmadd_ps(a, b, c); }
@@ -90,6 +91,22 @@ inline int32_t total(Ints a) { return _mm512_reduce_add_epi32(a); }
 inline int32_t largest(Ints a) { return _mm512_reduce_max_epi32(a); }
 inline bool any_above(Reals a, float limit) { return _mm512_cmp_ps_mask(a, repeat(limit), _CMP_GT_OQ); }
 inline Reals pick(const float* table, Ints lanes) { return _mm512_permutexvar_ps(lanes, load_reals(table)); }
+// Lane r of each four lanes is the sum of those of vector r.
+inline Ints quad_totals(Ints a, Ints b, Ints c, Ints d) {
+  a = add(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  c = add(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  return add(_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c));
+}
+inline Ints in_first_quad(Ints a) {  // adds up quads; the others become zero
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+  return _mm512_zextsi128_si512(_mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
+// Stores the sums over quads of their four lanes, times `scale`.
+inline void store_quads(float* p, Reals a, const float* scale) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  const __m128 sum = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  _mm_storeu_ps(p, _mm_mul_ps(sum, _mm_loadu_ps(scale)));
+}
 inline Ints flip(Ints bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
 // Shifts each 16 bits right, then computes (v ^ sign) & mask.
 inline Ints field(Ints v, int shift, int32_t sign, int32_t mask) {
@@ -102,6 +119,10 @@ inline Ints widen(const uint8_t* p) {  // sign-extends half a vector of bytes to
 // hold a code to move it to the top of 16 bits, then shifts it down. May read up to BYTES bytes.
 template <int BITS>
 inline Ints unpack(const uint8_t* p) {
+  if constexpr (BITS == 4) {
+    const Ints pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return field(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), 0, 0x08080808, 0x0f0f0f0f);
+  }
   static constexpr Halves<BITS> EVEN(0), ODD(1);
   auto sixteen = [p](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 2 * BITS * i)); };
   Ints v = _mm512_castsi128_si512(sixteen(0));

@@ -4,8 +4,12 @@
 namespace hfquant {
 namespace HFQUANT_ISA {
 
-// Tokens from which packing panels pays over streaming rows as stored; fewer if codes need no unpacking.
-int64_t many(const Job& job) { return job.format == INTEGERS && job.bits == 8 ? 6 : 8; }
+// Tokens from which packing panels pays over streaming rows as stored: more if codes need no unpacking.
+int64_t many(const Job& job) {
+  if (job.format != INTEGERS) return 8;
+  if (job.bits == 8) return job.G == 1 && !long_codes(job) ? 17 : 12;
+  return LANES < 16 && long_codes(job) ? 5 : 8;
+}
 
 #if defined(__AVX512BF16__)
 // Tokens from which rounding weights to bfloat16 pays over converting inputs to 16-bit integers: groups cost nothing
@@ -14,15 +18,19 @@ constexpr int64_t ROUNDING = 64;
 #endif
 
 bool few_tokens(const Job& job, ParallelFor parallel_for) {
-  if (!EXACT_BYTES && job.bits == 8) return try_rows<Wide>(job, parallel_for);
+  const std::vector<Block> blocks = blocks_of(job);
+  if (!EXACT_BYTES && job.bits == 8) return try_rows<Wide>(job, blocks, parallel_for);
+  // Nibbles are unpacked fastest, but their quads are twice as wide.
+  const bool apart = job.bits == 4 && !fits_quads<Nibbles>(blocks) && fits_quads<Straddling<4>>(blocks);
   switch (job.bits) {
-    case 2: return try_rows<Straddling<2>>(job, parallel_for);
-    case 3: return try_rows<Straddling<3>>(job, parallel_for);
-    case 4: return try_rows<Nibbles>(job, parallel_for);
-    case 5: return try_rows<Straddling<5>>(job, parallel_for);
-    case 6: return try_rows<Straddling<6>>(job, parallel_for);
-    case 7: return try_rows<Straddling<7>>(job, parallel_for);
-    default: return try_rows<Eights>(job, parallel_for);
+    case 2: return try_rows<Straddling<2>>(job, blocks, parallel_for);
+    case 3: return try_rows<Straddling<3>>(job, blocks, parallel_for);
+    case 4:
+      return apart ? try_rows<Straddling<4>>(job, blocks, parallel_for) : try_rows<Nibbles>(job, blocks, parallel_for);
+    case 5: return try_rows<Straddling<5>>(job, blocks, parallel_for);
+    case 6: return try_rows<Straddling<6>>(job, blocks, parallel_for);
+    case 7: return try_rows<Straddling<7>>(job, blocks, parallel_for);
+    default: return try_rows<Eights>(job, blocks, parallel_for);
   }
 }
 

@@ -38,6 +38,7 @@ inline Ints add_shorts(Ints a, Ints b) { return (Ints)((Words)a + (Words)b); }
 inline Ints times(Ints a, Ints b) { return a * b; }
 inline Reals to_reals(Ints a) { return __builtin_convertvector(a, Reals); }
 inline Reals as_reals(Ints a) { return (Reals)a; }
+inline Ints as_ints(Reals a) { return (Ints)a; }
 inline Reals add(Reals a, Reals b) { return a + b; }
 inline Reals mul(Reals a, Reals b) { return a * b; }
 inline Reals fma(Reals a, Reals b, Reals c) { return a * b + c; }
@@ -82,6 +83,9 @@ inline bool any_above(Reals a, float limit) { return largest(a > limit ? repeat(
 inline Reals pick(const float* table, Ints lanes) {
   return Reals{table[lanes[0]], table[lanes[1]], table[lanes[2]], table[lanes[3]]};
 }
+inline Ints quad_totals(Ints a, Ints b, Ints c, Ints d) { return Ints{total(a), total(b), total(c), total(d)}; }
+inline Ints in_first_quad(Ints a) { return a; }
+inline void store_quads(float* p, Reals a, const float* scale) { store_reals(p, a * load_reals(scale)); }
 inline Ints flip(Ints bytes) { return (Ints)((Bytes)bytes ^ 128); }
 inline Ints field(Ints v, int shift, int32_t sign, int32_t mask) {
   return ((Ints)((Words)v >> shift) ^ sign) & mask;
@@ -93,6 +97,12 @@ inline Ints widen(const uint8_t* p) {
 }
 template <int BITS>
 inline Ints unpack(const uint8_t* p) {
+  if constexpr (BITS == 4) {
+    uint8_t __attribute__((vector_size(8))) bytes;
+    std::memcpy(&bytes, p, 8);
+    const Words pairs = __builtin_convertvector(bytes, Words);
+    return field((Ints)(pairs | pairs << 4), 0, 0x08080808, 0x0f0f0f0f);
+  }
   Bytes out;
   for (int i = 0; i < 2; ++i, p += BITS) {
     uint64_t v = 0;

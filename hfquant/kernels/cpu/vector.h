@@ -32,17 +32,5 @@ inline Reals scale_values(const uint8_t* p) {  // decodes bytes of scales, see s
   return as_reals(add(shift_left(widen_bytes(p), 18), repeat((127 - 7) << 23)));
 }
 
-// Horizontal sums of LANES vectors, one per lane; overwrites v.
-template <class Vector>
-inline Vector totals(Vector v[LANES]) {
-  Ints bits[LANES];
-  for (int i = 0; i < LANES; ++i) bits[i] = load(v + i);
-  transpose(bits);
-  for (int i = 0; i < LANES; ++i) store(v + i, bits[i]);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] = add(v[i], v[i + half]);
-  return v[0];
-}
-
 }  // namespace HFQUANT_ISA
 }  // namespace hfquant

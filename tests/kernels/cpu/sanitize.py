@@ -41,7 +41,8 @@ FP8 = InputQuant(type="fp8e4m3", dynamic=True, axis=-1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Columns and rows: below, at and beyond a vector, a group, a panel; never a multiple of all of them.
 SIZES = ((1, 1), (7, 5), (64, 48), (65, 33), (129, 17), (260, 101))
-#: Tiles begin at eight tokens; from 257 on, several float panels share a tile's tokens, and are refilled after 1024.
+#: Tiles begin at five to seventeen tokens; from 257 on, several float panels share a tile's tokens, and are refilled
+#: after 1024.
 TOKENS = (1, 7, 8, 33)
 MANY = 257
 #: From 64 tokens on, weights may be rounded to bfloat16 for bf16 inputs.
