@@ -4,6 +4,7 @@ Importing it registers ``quant_method: "hfquant"`` with transformers and diffuse
 quantized checkpoint.
 """
 
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -153,9 +154,24 @@ def _register_diffusers_lora() -> None:
     register_diffusers_lora()
 
 
+def _adapt_diffusers(module: str) -> None:
+    from hfquant.integrations import adapt_diffusers
+
+    adapt_diffusers(module)
+
+
 # This imports no library: hfquant registers with each once the module that loads its models or adapters is imported.
 after_import("transformers.modeling_utils", _adapt_transformers_models)
 after_import("diffusers.quantizers.auto", _register_diffusers)
 after_import("diffusers.models.modeling_utils", _adapt_diffusers_models)
 after_import("diffusers.loaders.lora_pipeline", _register_diffusers_lora)
 after_import("peft", _register_peft)
+# Here and not where diffusers is registered: importing one of these modules may be what imports diffusers.
+for _name in (
+    "diffusers.loaders.unet",
+    "diffusers.models.attention",
+    "diffusers.models.unets.unet_motion_model",
+    "diffusers.pipelines.free_noise_utils",
+    "diffusers.training_utils",
+):
+    after_import(_name, partial(_adapt_diffusers, _name))

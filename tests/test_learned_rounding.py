@@ -90,7 +90,7 @@ def codes(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.codes().clone() for name, layer in quant_linears(model).items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "config",
     [
@@ -304,7 +304,16 @@ def test_a_failure_after_the_rounding_restores_the_codes(monkeypatch: pytest.Mon
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
 
 
-@pytest.mark.parametrize("name", [*small_models.TRANSFORMERS, *small_models.DIFFUSERS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *small_models.TRANSFORMERS,
+        *(
+            name if name in ("unet", "flux") else pytest.param(name, marks=pytest.mark.slow)
+            for name in small_models.DIFFUSERS
+        ),
+    ],
+)
 def test_models_of_all_kinds(name: str) -> None:
     """Blocks with several outputs, encoders and decoders, skips from block to block, fused experts."""
     model = {**small_models.TRANSFORMERS, **small_models.DIFFUSERS}[name]()

@@ -85,6 +85,15 @@ def test_who_uses_transformers_alone_does_not_import_diffusers(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("module", ["loaders.unet", pytest.param("pipelines.free_noise_utils", marks=pytest.mark.slow)])
+def test_a_module_that_is_adapted_may_be_the_first_of_diffusers(module: str) -> None:
+    """It imports what registers with diffusers while it is still executing."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", f"import hfquant, diffusers.{module}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "known"),
     [

@@ -174,6 +174,26 @@ def register_saving(base: type) -> None:
     saving_within(base, saving)
 
 
+def adapt_diffusers(module: str) -> None:
+    """Adapt a module of diffusers to quantized models. Called once it is imported."""
+    from hfquant.integrations import compat, refusals
+    from hfquant.nn.experts import QuantExperts
+    from hfquant.nn.layer import QuantLayer
+
+    kinds = QuantLayer, QuantExperts
+    match module:
+        case "diffusers.loaders.unet":
+            compat.cast_ip_adapters()
+        case "diffusers.models.attention":
+            refusals.refuse_fusing(kinds)
+        case "diffusers.models.unets.unet_motion_model":
+            refusals.refuse_copying_motion(kinds)
+        case "diffusers.pipelines.free_noise_utils":
+            refusals.refuse_free_noise(kinds)
+        case "diffusers.training_utils":
+            refusals.refuse_averages()
+
+
 def register_diffusers_lora() -> None:
     """Register quantized linears with diffusers' LoRA loaders. Called once these are imported."""
     from hfquant.integrations.compat import register_lora_base

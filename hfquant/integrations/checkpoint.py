@@ -4,7 +4,7 @@ A model loaded without importing hfquant must fail instead of running on garbage
 methods. transformers only logs them and continues; config.json stops it
 (:data:`hfquant.integrations.compat.NEEDS_HFQUANT`). The weights are a second safeguard: transformers accepts any tensor
 named ``weight`` with the right shape, so codes on disk have a leading dimension of 1, one more than the float module's
-weight.
+weight. A state dict that was saved as it is, without ``save_pretrained``, lacks that dimension, and is read as well.
 """
 
 from __future__ import annotations
@@ -109,7 +109,10 @@ def _stored(config: HfQuantConfig, names: Sequence[str]) -> dict[str, Any] | Non
 
 
 def install_empty(
-    model: nn.Module, plans: Mapping[str, LayerPlan], layouts: Mapping[str, ExpertsLayout], on_disk: bool
+    model: nn.Module,
+    plans: Mapping[str, LayerPlan],
+    layouts: Mapping[str, ExpertsLayout],
+    stored: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, nn.Module]:
     """Replace float layers and expert modules with empty quantized ones on the meta device.
 
@@ -117,7 +120,9 @@ def install_empty(
         model: modified in place.
         plans: name -> plan.
         layouts: name of an expert module -> how it stores its experts.
-        on_disk: whether codes have their on-disk shape, so that a loader's own checks are exact.
+        stored: to load a quantized checkpoint, the shapes of its tensors as far as they are known, by name in the
+            model. Codes get their on-disk shape, or their in-memory shape where the checkpoint has that, so that a
+            loader's own checks are exact.
 
     Returns:
         The replaced modules, by name.
@@ -125,8 +130,10 @@ def install_empty(
     replaced: dict[str, nn.Module] = {}
     replacements: dict[nn.Module, nn.Module] = {}
     for name, layer in _empty_modules(model, plans, layouts):
-        for key in layer.code_names if on_disk else ():
-            setattr(layer, key, nn.Parameter(layer.codes_on_disk(key), requires_grad=False))
+        for key in layer.code_names:
+            # A plain state dict has codes in their in-memory shape.
+            if stored is not None and stored.get(f"{name}.{key}") != layer.specs()[key].shape:
+                setattr(layer, key, nn.Parameter(layer.codes_on_disk(key), requires_grad=False))
         # transformers initializes everything unmarked, including modules and tensors that stay on disk, and codes have
         # no random initialization. A missing tensor is replaced by one without the mark.
         if isinstance(layer, QuantLayer) and layer.plan.tied:
@@ -164,21 +171,21 @@ def _empty_modules(
         yield name, kind.replacing(module, plans[name])
 
 
-def tensor_names(files: Iterable[str | Path]) -> set[str]:
-    """Return the names of the tensors in safetensors files; ignore other files.
+def tensor_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in safetensors files, by name; ignore other files.
 
     Raises:
         CheckpointError: a file is damaged.
     """
-    names: set[str] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         if str(file).endswith(".safetensors"):
             try:
                 with safe_open(file, framework="pt") as opened:
-                    names.update(opened.keys())
+                    shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
             except SafetensorError as error:
                 raise CheckpointError(f"{file} is damaged: {error}") from error
-    return names
+    return shapes
 
 
 def check_names(model: nn.Module, names: Iterable[str]) -> None:
@@ -216,7 +223,7 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
 
     Args:
         model: the model as loaded by transformers.
-        on_disk: whether codes still have their on-disk shape.
+        on_disk: whether codes may have their on-disk shape.
 
     Raises:
         CheckpointError: names the tensors.
@@ -227,8 +234,10 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
     arrived = [tensor for tensor in codes if not tensor.is_meta and is_marked_initialized(tensor)]
     why = f": {ARE_FLOATS}" if arrived and all(tensor.is_floating_point() for tensor in arrived) else ""
     for name, layer in layers.items():
-        for key, (shape, dtype) in layer.specs(on_disk).items():
+        in_memory = layer.specs()
+        for key, spec in layer.specs(on_disk).items():
             tensor = getattr(layer, key)
+            shape, dtype = in_memory[key] if tensor.dim() == len(in_memory[key].shape) else spec
             if tensor.device.type == "meta":  # offloaded to disk
                 continue
             if not is_marked_initialized(tensor):

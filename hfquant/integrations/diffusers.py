@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,9 @@ from hfquant.integrations.checkpoint import (
     needs_no_data,
     quantized_experts,
     stored_plans,
-    tensor_names,
+    tensor_shapes,
 )
-from hfquant.integrations.compat import cast_ip_adapters, set_quantization_config
+from hfquant.integrations.compat import set_quantization_config
 from hfquant.integrations.config import METHOD, HfQuantConfig
 from hfquant.integrations.data import check_component_data, diffusers_batches
 from hfquant.integrations.experts import layout_of
@@ -41,13 +41,12 @@ from hfquant.integrations.placement import (
     tensor_bytes,
     without_working_memory,
 )
-from hfquant.integrations.refusals import refuse_copying, refuse_copying_motion, refuse_free_noise, refuse_fusing
+from hfquant.integrations.refusals import refuse_copying
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import dequantized, log_share, quant_modules
 from hfquant.planner import Plan, plan_layers, warn_if_empty
-from hfquant.registration import after_import
 from hfquant.replacing import replace_modules
 from hfquant.solver import solve
 
@@ -75,7 +74,9 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         self.plan: Plan | None = None
         #: On-disk form of the quantized linears' codes, for saving.
         self.disk_forms: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {}
+        #: Names of the checkpoint's tensors, and shapes of those whose files are safetensors.
         self._stored_names: set[str] = set()
+        self._shapes: Mapping[str, Sequence[int]] = {}
         self._files: list[str] = []
         #: While loading: the device map, the model's dtype, and the factor that :meth:`get_cuda_warm_up_factor`
         #: returns.
@@ -124,8 +125,9 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         """
         self._stored_names = set(loaded_keys)
         self._files = [file for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+        self._shapes = tensor_shapes(self._files)
         if self._files and len(self._files) == len(checkpoint_files):
-            lacking = sorted(self._stored_names - tensor_names(self._files))
+            lacking = sorted(self._stored_names - self._shapes.keys())
             if lacking:
                 some = ", ".join(lacking[:5])
                 raise CheckpointError(f"the index lists {counted(len(lacking), 'tensor')} that no file has: {some}")
@@ -137,8 +139,9 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         config, facts = self.quantization_config, facts_of(model)
         if state_dict is not None:  # only from_single_file passes it
             self._stored_names = set(state_dict)
+            self._shapes = {name: tensor.shape for name, tensor in state_dict.items()}
         if self.pre_quantized:
-            install_empty(model, stored_plans(model, config, facts), facts.experts, on_disk=True)
+            install_empty(model, stored_plans(model, config, facts), facts.experts, self._shapes)
             check_names(model, self._stored_names)
         elif not config.needs_data:
             # Keep the linears until their weights arrive: the loader checks float shapes against the model.
@@ -147,7 +150,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             warn_if_empty(model, self.plan)
             if isinstance(device_map, str):
                 # A device map is inferred from the sizes that the tensors will have.
-                replaced = install_empty(model, self.plan.layers, facts.experts, on_disk=False)
+                replaced = install_empty(model, self.plan.layers, facts.experts)
                 self._put_back = partial(put_back, model, replaced)
         if state_dict is not None:
             # from_single_file looks for no missing tensors, and fails without naming them.
@@ -179,7 +182,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         layers = quant_modules(model)
         for file in self._files:
             with safe_open(file, framework="pt") as opened:
-                for full_name in tensor_names([file]):
+                for full_name in tensor_shapes([file]):
                     name, _, tensor = full_name.rpartition(".")
                     current = layers[name]._buffers.get(tensor) if name in layers else None
                     if current is not None:
@@ -243,6 +246,8 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         # diffusers has cast param_value to the model's dtype; scales must keep their stored values.
         stored = state_dict[param_name]
         value = param_value if tensor in module._model_floats and stored.is_floating_point() else stored
+        if tensor in module.code_names and value.shape == module.specs()[tensor].shape:
+            value = value[None]  # codes of a plain state dict, in the form that is never ambiguous
         self._put(module, name, tensor, value.to(target_device))
 
     def _hold_experts(self, model: ModelMixin, module: nn.Module, key: str, weights: Tensor) -> None:
@@ -349,9 +354,5 @@ def attach(model: ModelMixin, config: HfQuantConfig) -> None:
 # diffusers has no public registration API.
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HfQuantConfig
 auto.AUTO_QUANTIZER_MAPPING[METHOD] = HfQuantDiffusersQuantizer
-after_import("diffusers.loaders.unet", cast_ip_adapters)
 # What diffusers itself does with weights, and cannot do with codes.
 refuse_copying((QuantLayer, QuantExperts))
-after_import("diffusers.models.attention", partial(refuse_fusing, (QuantLayer, QuantExperts)))
-after_import("diffusers.models.unets.unet_motion_model", partial(refuse_copying_motion, (QuantLayer, QuantExperts)))
-after_import("diffusers.pipelines.free_noise_utils", partial(refuse_free_noise, (QuantLayer, QuantExperts)))

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 __all__ = [
+    "refuse_averages",
     "refuse_copying",
     "refuse_copying_motion",
     "refuse_free_noise",
@@ -134,6 +135,42 @@ def refuse_free_noise(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> N
 
     for verb, replaced in (("enable", BasicTransformerBlock), ("disable", FreeNoiseTransformerBlock)):
         _run_within(AnimateDiffFreeNoiseMixin, [f"{verb}_free_noise"], partial(unless_quantized, verb, replaced))
+
+
+def refuse_averages() -> None:
+    """Make diffusers refuse to mix an average of a quantized model's parameters with those of a float one.
+
+    ``EMAModel`` knows parameters only by their order and copies them whatever their dtype: codes would pass for floats,
+    and floats would be truncated to codes. Its ``save_pretrained`` copies the average into a new float model.
+    """
+    from diffusers.training_utils import EMAModel
+
+    for name, kept in (("step", "shadow_params"), ("copy_to", "shadow_params"), ("restore", "temp_stored_params")):
+        setattr(EMAModel, name, _unless_mixed(getattr(EMAModel, name), kept))
+
+
+def _unless_mixed(method: Callable[..., None], kept: str) -> Callable[..., None]:
+    @wraps(method)
+    def unless_mixed(self: Any, parameters: Any) -> None:
+        if not isinstance(parameters, nn.Module):  # which is deprecated
+            parameters = list(parameters)
+        given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
+        for own, other in zip(getattr(self, kept) or (), given, strict=False):
+            if own.is_floating_point() == other.is_floating_point():
+                continue
+            if other.is_floating_point():
+                raise ValueError(
+                    f"EMAModel.{method.__name__}: this average belongs to a quantized model, and its codes are not "
+                    "float weights: copy it to that model (ema.copy_to(model.parameters())) and save the model with "
+                    "save_pretrained, or call hfquant.dequantize(model) before training"
+                )
+            raise ValueError(
+                f"EMAModel.{method.__name__}: this average belongs to a float model, and the parameters are those of a "
+                "quantized one: make an EMAModel of the quantized model, or call hfquant.dequantize(model) first"
+            )
+        method(self, parameters)
+
+    return unless_mixed
 
 
 def refuse_resizing(base: type, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:

@@ -25,7 +25,7 @@ from hfquant.integrations.checkpoint import (
     needs_no_data,
     quantized_tensors,
     stored_plans,
-    tensor_names,
+    tensor_shapes,
 )
 from hfquant.integrations.compat import (
     ConversionOps,
@@ -109,12 +109,16 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         config, facts = self.quantization_config, facts_of(model)
         self.file = next(iter(checkpoint_files or ()), None)
         if self.pre_quantized:
-            names = _stored_names(model, checkpoint_files)
-            known = None if names is None or _is_own(model) else {*names, *names.values()}
+            shapes = tensor_shapes(checkpoint_files or ())
+            names = names_in_model(model, sorted(shapes))
+            stored = {names[key]: shape for key, shape in shapes.items()}
+            # The checkpoint of another class has no tensors for a task head (or, without a pooler, for the pooler).
+            # Such linears stay float, for transformers to initialize and warn about.
+            known = None if not checkpoint_files or _is_own(model) else {*names, *stored}
             plans = stored_plans(model, config, facts, known)
-            install_empty(model, plans, facts.experts, on_disk=True)
+            install_empty(model, plans, facts.experts, stored)
             self._forget_ties(model)
-            check_names(model, (names or {}).values())
+            check_names(model, stored)
             self.exact = {
                 f"{name}.{tensor}"
                 for name, layer in quant_modules(model).items()
@@ -128,7 +132,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
             # A tied weight arrives under another name or not at all, so such linears are quantized after loading.
             tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
             arriving = {name: plan for name, plan in self.plan.layers.items() if name not in tied}
-            self._replaced = install_empty(model, arriving, facts.experts, on_disk=False)
+            self._replaced = install_empty(model, arriving, facts.experts)
             # transformers later reads offloaded tensors from the checkpoint's own file, so these linears must stay
             # float.
             self._put_back = partial(put_back, model, self._replaced)
@@ -364,17 +368,6 @@ def _still_tied(model: PreTrainedModel, *keys: str) -> bool:
 def _is_own(model: PreTrainedModel) -> bool:
     """Return whether the checkpoint was saved by ``model``'s own class; if so, it must be complete."""
     return type(model).__name__ in (model.config.architectures or ())
-
-
-def _stored_names(model: PreTrainedModel, checkpoint_files: list[str] | None) -> dict[str, str] | None:
-    """Return the names of the checkpoint's tensors: as stored -> as in ``model``. None if there are no files.
-
-    The checkpoint of another class has no tensors for a task head (or, without a pooler, for the pooler). Such linears
-    stay float, for transformers to initialize and warn about.
-    """
-    if not checkpoint_files:
-        return None
-    return names_in_model(model, sorted(tensor_names(checkpoint_files)))
 
 
 if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:

@@ -58,8 +58,9 @@ def hollow(module: nn.Module) -> nn.Module:
             vars(new)[key] = value
     forget_hook(new)
     new._buffers, new._non_persistent_buffers_set = dict(module._buffers), set(module._non_persistent_buffers_set)
-    for key in {"weight", "bias"} & module._parameters.keys():
-        param = module._parameters[key]
+    for key, param in module._parameters.items():
+        if key not in ("weight", "bias"):
+            continue
         empty = None if param is None else torch.empty(param.shape, dtype=param.dtype, device="meta")
         new._parameters[key] = None if empty is None else nn.Parameter(empty, requires_grad=False)
     return new.train(module.training)

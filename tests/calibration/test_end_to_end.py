@@ -43,7 +43,9 @@ def streamed() -> datasets.IterableDataset:
     return datasets.IterableDataset.from_generator(lambda: ({"label": i % 10} for i in range(20)))
 
 
-@pytest.mark.parametrize("source", [rows, streamed], ids=["Dataset", "IterableDataset"])
+@pytest.mark.parametrize(
+    "source", [pytest.param(rows, marks=pytest.mark.slow), streamed], ids=["Dataset", "IterableDataset"]
+)
 def test_a_new_process_draws_the_same_images(source: Callable[[], object], tmp_path: Path) -> None:
     noise = {"labels": torch.arange(5), "latents": torch.randn(5, 1, 8, 8)}
     save_file(noise, tmp_path / "noise.safetensors")

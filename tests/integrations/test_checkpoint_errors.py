@@ -1,4 +1,7 @@
-"""Anything wrong with a checkpoint gives one clear error, and leaves nothing half done."""
+"""Anything wrong with a checkpoint gives one clear error, and leaves nothing half done.
+
+A state dict that was saved as it is, without ``save_pretrained``, is not wrong.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, UNet1DModel
+from huggingface_hub import save_torch_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
@@ -20,9 +24,11 @@ import hfquant
 from hfquant import PRESETS, CalibrationError, ConfigError, HfQuantConfig
 from hfquant.integrations.apply import inner_configs
 from hfquant.integrations.checkpoint import CheckpointError
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_linears, quant_modules
 from tests.integrations import small_models
-from tests.integrations.small_models import denoiser_inputs, outputs, transformers_inputs
+from tests.integrations.small_models import assert_same, denoiser_inputs, inputs_of, outputs, transformers_inputs
+from tests.integrations.test_placement import MODELS as BLOCKS
+from tests.integrations.test_placement import device_map
 
 LIBRARIES = {"transformers": "llama", "diffusers": "dit"}
 CLASSES: dict[str, Any] = {"transformers": LlamaForCausalLM, "diffusers": DiTTransformer2DModel}
@@ -460,3 +466,67 @@ def test_floats_in_place_of_the_codes_of_one_layer(static_folders, tmp_path):
     )
     with pytest.raises(CheckpointError, match=rf"{key}: expected .* of torch.int8, got .*float32$"):
         LlamaForCausalLM.from_pretrained(folder)
+
+
+def saved_plainly(model: Any, library: str, folder: Path, **options: Any) -> Path:
+    """Save a ``state_dict()`` as it is, as accelerate's ``save_model`` does, and the model's config next to it."""
+    pattern = WEIGHTS[library].replace(".safetensors", "{suffix}.safetensors")
+    folder.mkdir()
+    save_torch_model(model, folder, filename_pattern=pattern, **options)
+    (model.config.save_pretrained if library == "transformers" else model.save_config)(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "preset"),
+    [
+        ("transformers", "llama", "w4a16"),
+        ("transformers", "mixtral", "w8a16"),
+        ("diffusers", "dit", "fp8-dynamic"),
+        ("diffusers", "unet", "w4a16"),
+    ],
+)
+@pytest.mark.parametrize("shard", ["10KB", "1GB"])
+def test_a_plain_state_dict_is_a_checkpoint(library, name, preset, shard, tmp_path):
+    model = hfquant.quantize(getattr(small_models, name)(), None, preset)
+    folder = saved_plainly(model, library, tmp_path / "plain", max_shard_size=shard)
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard == "10KB")
+    again = type(model).from_pretrained(folder)
+    assert_same(again, model)
+    again.save_pretrained(tmp_path / "again")
+    assert_same(type(model).from_pretrained(tmp_path / "again"), model)
+
+
+@pytest.mark.parametrize(("library", "name"), [("transformers", "llama"), ("diffusers", "flux")])
+def test_a_plain_state_dict_can_stay_on_disk(library, name, tmp_path):
+    model = hfquant.quantize(getattr(small_models, name)(), None, "w8a16")
+    folder, where = saved_plainly(model, library, tmp_path / "plain"), device_map(model, BLOCKS[name])
+    again = type(model).from_pretrained(folder, device_map=where, offload_folder=tmp_path / "offload")
+    assert any(layer.weight.is_meta for layer in quant_linears(again).values())
+    assert torch.equal(outputs(again, inputs_of(model)), outputs(model, inputs_of(model)))
+
+
+@both_libraries
+def test_a_plain_state_dict_must_fit(library, static_folders, tmp_path):
+    model, key = CLASSES[library].from_pretrained(static_folders[library]), f"{LAYER[library]}.weight"
+    folder = saved_plainly(model, library, tmp_path / "plain")
+    changes: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+        "narrow": lambda t: t.update({key: t[key][:, :-1].contiguous()}),
+        "turned": lambda t: t.update({key: t[key].T[:-1].contiguous()}),
+        "wrong dtype": lambda t: t.update({key: t[key].view(torch.uint8)}),
+        "float": lambda t: t.update({key: t[key].float()}),
+    }
+    for what, change in changes.items():
+        with pytest.raises(CheckpointError, match=LAYER[library]):
+            CLASSES[library].from_pretrained(damaged(folder, library, tmp_path / what, change))
+
+
+def test_a_plain_state_dict_has_a_layer_with_one_output(tmp_path):
+    """In memory, its codes have a leading dimension of 1, as all have on disk."""
+    blocks = {"down_block_types": ["DownBlock1D"] * 2, "up_block_types": ["UpBlock1D"] * 2}
+    sizes = {"in_channels": 2, "out_channels": 1, "block_out_channels": [8, 8], "extra_in_channels": 16}
+    rule = PRESETS["w8a16"]["default"] | {"include": ["edge_convs"]}
+    model = hfquant.quantize(UNet1DModel(16, **sizes, **blocks), None, {"default": rule})
+    assert any(tuple(layer.weight.shape) == (1, 40, 1) for layer in quant_modules(model).values())
+    again, tensors = UNet1DModel.from_pretrained(saved_plainly(model, "diffusers", tmp_path / "a")), model.state_dict()
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in again.state_dict().items())

@@ -26,8 +26,10 @@ FOUR = {"weight_quant": {"type": "int4", "group_size": 8}, "input_quant": None, 
 BLOCK, CONV = "down_blocks.*", "down_blocks.0.resnets.0.conv1"
 MIXTURES = ["MixtralForCausalLM", "Qwen3MoeForCausalLM"]
 EXPERTS = "model.layers.1.mlp.experts"
+#: Calibrated presets that differ most; the others are slow tests.
+DISTINCT = ("w8a8", "w8a8-gptq", "w4a4-gptq", "w3a16-gptq", "fp8")
 CALIBRATED = [
-    pytest.param(p, marks=[pytest.mark.slow] if p == "w4-auto" else [])
+    pytest.param(p, marks=[] if p in DISTINCT else [pytest.mark.slow])
     for p in hfquant.PRESETS
     if HfQuantConfig(p).needs_data
 ]

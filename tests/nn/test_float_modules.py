@@ -106,6 +106,13 @@ def test_hollow() -> None:
     assert hollow(nn.Embedding(3, 2)).weight.is_meta
 
 
+@pytest.mark.parametrize("names", [["weight", "bias"], ["bias", "weight"]])
+def test_hollow_keeps_the_order_of_parameters(names: list[str]) -> None:
+    linear = nn.Linear(3, 2)
+    linear._parameters = {name: linear._parameters[name] for name in names}
+    assert list(hollow(linear)._parameters) == names
+
+
 def test_first() -> None:
     assert first((1, 2), {}) == 1
     assert first((), {"hidden": 3, "other": 4}) == 3

@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +21,7 @@ import transformers
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from diffusers.models.transformers.transformer_wan import WanAttention
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 import hfquant
@@ -308,3 +312,89 @@ def test_motion_modules_in_float_are_loaded_and_saved(tmp_path: Path) -> None:
     pipe.unet.save_motion_modules(str(tmp_path))
     saved = diffusers.MotionAdapter.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(saved[name], value) for name, value in other.motion_adapter.state_dict().items())
+
+
+#: Quantizes layers without a bias, so that the parameters of both models have equal shapes in equal order.
+UNBIASED = {
+    "default": {"enable": False, "weight_quant": {"type": "int8"}, "input_quant": None, "opt": {"type": "default"}},
+    "*.attn1.to_q": {"enable": True},
+}
+
+
+def average_of(model: nn.Module, foreach: bool = False) -> EMAModel:
+    kind = {"model_cls": type(model), "model_config": model.config}
+    return EMAModel(model.parameters(), decay=0.5, foreach=foreach, **kind)
+
+
+@pytest.mark.parametrize("config", [UNBIASED, "w8a16"], ids=["unbiased", "all"])
+def test_an_average_of_a_quantized_model_is_not_saved_as_floats(config: Any, tmp_path: Path) -> None:
+    model = hfquant.quantize(unet(), None, config)
+    average, message = average_of(model), r"belongs to a quantized model.*copy it to that model.*save_pretrained"
+    with pytest.raises(ValueError, match=rf"EMAModel\.copy_to: .*{message}"):
+        average.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_average_of_a_dequantized_model_is_saved(tmp_path: Path) -> None:
+    model = hfquant.dequantize(hfquant.quantize(unet(), None, "w8a16"))
+    average_of(model).save_pretrained(tmp_path)
+    saved = diffusers.UNet2DConditionModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+
+
+IMPORTED_FIRST = """
+import hfquant
+from diffusers.training_utils import EMAModel
+import diffusers
+sizes = {"num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8}
+model = hfquant.quantize(diffusers.DiTTransformer2DModel(**sizes), None, "w8a16")
+try:
+    EMAModel(model.parameters(), model_cls=type(model), model_config=model.config).save_pretrained("x")
+except ValueError as error:
+    assert "belongs to a quantized model" in str(error), error
+else:
+    raise AssertionError("saved")
+"""
+
+
+def test_what_defines_averages_may_be_imported_first(tmp_path: Path) -> None:
+    """It imports all of diffusers, and so what registers with diffusers, while it is still executing."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", IMPORTED_FIRST]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["each", "foreach"])
+def test_averages_of_quantized_and_float_models_are_not_mixed(foreach: bool) -> None:
+    plain, quantized = unet(), hfquant.quantize(unet(), None, UNBIASED)
+    for model, other, message in ((quantized, plain, "to a quantized model"), (plain, quantized, "to a float model")):
+        average = average_of(model, foreach)
+        average.store(model.parameters())
+        before, shadows = state_of(other), [shadow.clone() for shadow in average.shadow_params]
+        for method in (average.copy_to, average.restore, average.step):
+            with pytest.raises(ValueError, match=rf"EMAModel\.{method.__name__}: this average belongs {message}"):
+                method(other.parameters())
+        assert_unchanged(other, before)
+        assert all(map(torch.equal, average.shadow_params, shadows))
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["each", "foreach"])
+@pytest.mark.parametrize("config", [None, "w8a16"], ids=["float", "quantized"])
+def test_a_model_uses_its_own_average(config: str | None, foreach: bool) -> None:
+    model = unet() if config is None else hfquant.quantize(unet(), None, config)
+    norm = model.conv_norm_out.weight.requires_grad_(True)
+    average, start = average_of(model, foreach), state_of(model)
+    with torch.no_grad():
+        norm += 1
+    for _ in range(2):  # the first sets the average to the parameters
+        average.step(parameters=model.parameters())
+        with torch.no_grad():
+            norm += 1
+    trained = state_of(model)
+    average.store(model.parameters())
+    average.copy_to(model.parameters())
+    assert (start["tensors"]["conv_norm_out.weight"] < norm).all()
+    assert (norm < trained["tensors"]["conv_norm_out.weight"]).all()
+    average.restore(model.parameters())
+    assert_unchanged(model, trained)

@@ -1,5 +1,5 @@
-// Products of few tokens. Each weight row is streamed once, as stored, one vector at a time along its columns; input
-// codes are reordered to match the order in which weight codes are unpacked from a vector.
+// Products of few tokens. Four weight rows at a time are streamed once, as stored, one vector along their columns after
+// another; input codes are reordered to match the order in which weight codes are unpacked from a vector.
 #pragma once
 
 #include "tiles.h"
@@ -36,7 +36,7 @@ struct Wide {
 // Four lanes: each adds up columns of a single block, so four rows' sums of a vector fit one vector.
 constexpr int QUAD = 4, QUADS = LANES / QUAD;
 
-// Consecutive visits over which sums stay integers, because they have the same blocks.
+// Consecutive vectors of a row that are visited with integer sums, because they have the same blocks.
 struct Part {
   int32_t step, visits;              // the first vector, and how many there are
   int32_t block[QUADS];              // of each quad

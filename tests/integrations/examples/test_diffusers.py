@@ -37,12 +37,15 @@ UNSEEN = {
     "SanaWMTransformer3DModel": ("_cam", "plucker"),  # for camera paths
 }
 
-# Classes that take more than four seconds to build and trace, of kinds that faster ones cover too.
+# Classes that take more than a second or two to build and trace, of kinds that faster ones cover too.
 SLOW = {
     *("AudioLDM2UNet2DConditionModel", "AutoencoderKLLTXVideo", "AutoencoderKLMiniMaxH3Audio", "AutoencoderKLMochi"),
     *("AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan", "AutoencoderSAME"),
     *("AutoencoderVidTok", "BriaFibo2Transformer2DModel", "BriaTransformer2DModel", "ConsistencyDecoderVAE"),
     *("DreamLiteUNetModel", "I2VGenXLUNet", "Kandinsky3UNet", "Kandinsky6SRVAE", "Kandinsky6Transformer3DModel"),
+    *("AutoencoderKLCosmos", "AutoencoderKLKVAEVideo", "AutoencoderKLLTX2Video", "AutoencoderKLMagvit"),
+    *("AutoencoderKLMiniMaxH3", "Kandinsky6SRLatentUpscalerBank", "MMAudioVocoder", "MotifVideoTransformer3DModel"),
+    *("RFD4ProteinaTransformer", "UNet3DConditionModel", "UNetControlNetXSModel", "WanVACETransformer3DModel"),
 }
 
 
