@@ -103,75 +103,26 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_LAZY[name]), name)
     if name == "HfQuantConfig":  # about to be passed to transformers, whichever of its modules are imported by now
-        _register_transformers()
+        _adapt("register_transformers")
     return value
 
 
-def _register_transformers() -> None:
-    from hfquant.integrations import register_transformers
-
-    register_transformers()
+def _adapt(name: str) -> None:
+    getattr(import_module("hfquant.integrations.adaptations"), name)()
 
 
-def _register_diffusers() -> None:
-    from hfquant.integrations import register_diffusers
-
-    _register_transformers()  # a PipelineQuantizationConfig looks the method up in both libraries
-    register_diffusers()
-
-
-def _adapt_transformers_models() -> None:
-    from transformers.modeling_utils import PreTrainedModel
-
-    from hfquant.integrations import register_saving
-    from hfquant.integrations.refusals import refuse_resizing
-    from hfquant.nn.layer import QuantLayer
-
-    _register_transformers()
-    register_saving(PreTrainedModel)
-    refuse_resizing(PreTrainedModel, QuantLayer)
-
-
-def _adapt_diffusers_models() -> None:
-    from diffusers.models.modeling_utils import ModelMixin
-
-    from hfquant.integrations import register_saving
-    from hfquant.integrations.compat import accept_own_dtype
-
-    accept_own_dtype()
-    register_saving(ModelMixin)
-
-
-def _register_peft() -> None:
-    from hfquant.integrations import register_peft
-
-    register_peft()
-
-
-def _register_diffusers_lora() -> None:
-    from hfquant.integrations import register_diffusers_lora
-
-    register_diffusers_lora()
-
-
-def _adapt_diffusers(module: str) -> None:
-    from hfquant.integrations import adapt_diffusers
-
-    adapt_diffusers(module)
-
-
-# This imports no library: hfquant registers with each once the module that loads its models or adapters is imported.
-after_import("transformers.modeling_utils", _adapt_transformers_models)
-after_import("diffusers.quantizers.auto", _register_diffusers)
-after_import("diffusers.models.modeling_utils", _adapt_diffusers_models)
-after_import("diffusers.loaders.lora_pipeline", _register_diffusers_lora)
-after_import("peft", _register_peft)
-# Here and not where diffusers is registered: importing one of these modules may be what imports diffusers.
-for _name in (
-    "diffusers.loaders.unet",
-    "diffusers.models.attention",
-    "diffusers.models.unets.unet_motion_model",
-    "diffusers.pipelines.free_noise_utils",
-    "diffusers.training_utils",
-):
-    after_import(_name, partial(_adapt_diffusers, _name))
+# This imports no library: each module is adapted once it is imported. Any of them may be the first of its library that
+# a program imports.
+for _module, _name in {
+    "transformers.modeling_utils": "adapt_transformers_models",
+    "diffusers.quantizers.auto": "register_diffusers",
+    "diffusers.models.modeling_utils": "adapt_diffusers_models",
+    "diffusers.loaders.lora_pipeline": "adapt_lora",
+    "diffusers.loaders.unet": "adapt_ip_adapters",
+    "diffusers.models.attention": "adapt_attention",
+    "diffusers.models.unets.unet_motion_model": "adapt_motion_modules",
+    "diffusers.pipelines.free_noise_utils": "adapt_free_noise",
+    "diffusers.training_utils": "adapt_averages",
+    "peft": "register_peft",
+}.items():
+    after_import(_module, partial(_adapt, _name))

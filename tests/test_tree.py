@@ -38,6 +38,7 @@ ELSEWHERE = {
     "importers/checkpoint.py": "importers/test_importers.py",
     "importers/layers.py": "importers/test_importers.py",
     "integrations/__init__.py": "integrations/test_config.py",
+    "integrations/adaptations.py": "test_registration.py",
     "integrations/compat.py": "smoke/test_compat.py",
     "integrations/checkpoint.py": "integrations/test_checkpoint_errors.py",
     "integrations/data.py": "integrations/test_transformers_data.py",

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from hfquant.calibration.batches import CalibrationError
 from hfquant.denoisers import refuse_cached
-from hfquant.integrations.apply import attached, inner_configs, quantize_attached
+from hfquant.integrations.apply import quantize_attached
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.facts import facts_of
 from hfquant.planner import ModelFacts
@@ -132,71 +129,3 @@ def note_distillation(model: nn.Module, facts: dict[str, Any], data: Any) -> Non
     if library(model) and getattr(model.config, "quantization_config", None) is not None:
         config = config_of(model)
         config.provenance = {**config.provenance, "distilled": {**facts, "data": data_provenance(data)}}
-
-
-# These modules register themselves at their end, so importing them is enough. If such a module is itself what imports
-# its library, it is only partly executed when the library asks for it.
-def register_transformers() -> None:
-    """Register "hfquant" with transformers, if installed; safe to call repeatedly."""
-    if find_spec("transformers") is not None:
-        import_module("hfquant.integrations.transformers")
-
-
-def register_diffusers() -> None:
-    """Register "hfquant" with diffusers, if installed; safe to call repeatedly."""
-    if find_spec("diffusers") is not None:
-        import_module("hfquant.integrations.diffusers")
-
-
-def register_peft() -> None:
-    """Register quantized linears with peft's LoRA. Called once peft is imported."""
-    import_module("hfquant.integrations.adapters")
-
-
-def register_saving(base: type) -> None:
-    """Make ``save_pretrained`` of a library's models also save parts of quantized models. Called once ``base`` exists.
-
-    A float model made from the config of a quantized one is saved without its ``quantization_config``.
-
-    Args:
-        base: the library's class of all models.
-    """
-    from hfquant.integrations.compat import config_of_floats, saving_within
-    from hfquant.integrations.config import METHOD
-    from hfquant.nn.modules import quant_modules
-
-    @contextmanager
-    def saving(model: Any, given: Any) -> Iterator[None]:
-        floats = None if quant_modules(model) else config_of_floats(model, inner_configs(model.config), METHOD)
-        with attached(model, attach, given), floats or nullcontext():
-            yield
-
-    saving_within(base, saving)
-
-
-def adapt_diffusers(module: str) -> None:
-    """Adapt a module of diffusers to quantized models. Called once it is imported."""
-    from hfquant.integrations import compat, refusals
-    from hfquant.nn.experts import QuantExperts
-    from hfquant.nn.layer import QuantLayer
-
-    kinds = QuantLayer, QuantExperts
-    match module:
-        case "diffusers.loaders.unet":
-            compat.cast_ip_adapters()
-        case "diffusers.models.attention":
-            refusals.refuse_fusing(kinds)
-        case "diffusers.models.unets.unet_motion_model":
-            refusals.refuse_copying_motion(kinds)
-        case "diffusers.pipelines.free_noise_utils":
-            refusals.refuse_free_noise(kinds)
-        case "diffusers.training_utils":
-            refusals.refuse_averages()
-
-
-def register_diffusers_lora() -> None:
-    """Register quantized linears with diffusers' LoRA loaders. Called once these are imported."""
-    from hfquant.integrations.compat import register_lora_base
-    from hfquant.nn.linear import QuantLinear
-
-    register_lora_base(QuantLinear, QuantLinear.effective_weight)
