@@ -56,15 +56,22 @@ TASKS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM",
 PER_LAYER = ("layer_types", "mlp_layer_types")
 #: Model types that rotate parts of each head by time, height and width, as wide as in their published sizes by default.
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "glm4v", "glm_ocr", "glm_image", "paddleocr_vl")
+_QWEN4 = {
+    **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16},
+    **{"indexer_compress_ratio": 4, "head_dim": 16, "ngram_vocab_size_base": 1000, "eos_token_id": 0},
+}
 #: Arguments that a config's class requires.
 WANTED: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "depth_pro": {"intermediate_hook_ids": [1, 0]},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "informer": {"prediction_length": 4},
+    "qwen4_exp": {"text_config": {"model_type": "qwen4_exp_text", **_QWEN4}},
+    "qwen4_exp_text": _QWEN4,
     "reformer": {"is_decoder": True},
     "time_series_transformer": {"prediction_length": 4},
     "wav2vec2-conformer": {"vocab_size": 32},

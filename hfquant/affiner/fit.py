@@ -40,8 +40,9 @@ def load_affiner(
 
     Args:
         config: See :class:`~hfquant.affiner.config.AffinerConfig`. A bare denoiser also needs `"scheduler"`, a
-            diffusers scheduler. `{"pretrained": folder or repository id}` loads an affiner; the other arguments are
-            then ignored.
+            diffusers scheduler. `{"pretrained": folder or repository id}` loads an affiner, from a subfolder of it if
+            `"subfolder"` names one ("affiner" in a pipeline's folder or repository); the other arguments are then
+            ignored.
         dataset: What to run: a `datasets.Dataset`, a list, a map-style dataset, or a stream (torch's or `datasets`'
             `IterableDataset`), which is read to its end unless `stepper.sample_size` limits it. A row is a prompt, a
             label, or a dict of arguments of the pipeline (for a bare denoiser: of its call).

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hfquant.calibration import files, storage
 from hfquant.calibration.batches import CalibrationError
 from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set, open_stored
 from hfquant.calibration.provenance import differences, provenance
-from hfquant.calibration.recorder import Recording, find_layer
+from hfquant.calibration.recorder import Recording, Target, find_layer
 from hfquant.calibration.samplers import BaseSampler, seeded
 from hfquant.calibration.sources import is_source
 from hfquant.calibration.storage import CalibSetError, Cursor, Index
@@ -125,7 +126,7 @@ def generate_shard(
     source = _Source(sample_dataloader, sampler.seed)
 
     def runs(start: Cursor) -> Iterator[tuple[Recording, int, Cursor]]:
-        return _samples(model, sampler, source, target.layer, call_kwargs, shard, start)
+        return _samples(model, sampler, source, target, call_kwargs, shard, start)
 
     if dump_path is None:
         # A single recording stores tensors shared by all batches once; several processes need one per batch to merge.
@@ -216,7 +217,7 @@ def _samples(
     model: Any,
     sampler: BaseSampler,
     source: _Source,
-    layer: nn.Module,
+    target: Target,
     call_kwargs: Mapping[str, Any],
     shard: tuple[int, int],
     start: Cursor,
@@ -236,7 +237,8 @@ def _samples(
                 raise CalibSetError(
                     "sample_dataloader yields different data than when this set was begun: choose another path"
                 )
-            recording, steps = sampler.sample(model, batch, layer, call_kwargs, index=number, steps=steps)
+            with _without_token_cache(target.component):
+                recording, steps = sampler.sample(model, batch, target.layer, call_kwargs, index=number, steps=steps)
             ran, found = True, found or len(recording) > 0
             for position in range(skip, len(recording)):
                 yield recording, position, Cursor(batch=number, taken=position + 1, source=digest)
@@ -248,6 +250,24 @@ def _samples(
         raise CalibrationError("calib_layer was never called with a timestep that is kept: nothing was recorded")
     if not source.count:
         raise CalibrationError("sample_dataloader is empty: nothing was recorded")
+
+
+@contextmanager
+def _without_token_cache(model: nn.Module) -> Iterator[None]:
+    """Within this context, a language model caches no keys and values, unless a call asks for it.
+
+    A cache cannot be recorded, and calls with one have only the last token. Pipelines leave this to the model's config.
+    """
+    names = ("config", "generation_config")
+    configs: list[Any] = [getattr(module, name, None) for module in model.modules() for name in names]
+    caching = [(config, config.use_cache) for config in configs if getattr(config, "use_cache", False) is not False]
+    try:
+        for config, _ in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config, use_cache in caching:
+            config.use_cache = use_cache
 
 
 def _length(loader: Iterable[Any]) -> int | None:

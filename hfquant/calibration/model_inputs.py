@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from inspect import signature
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hfquant.calibration.batches import CalibrationError
+from hfquant.calibration.self_made import generator, random_ids
 from hfquant.console import counted
 
 if TYPE_CHECKING:
@@ -22,6 +24,19 @@ logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 1 << 20  # tokenizers without a limit report 1e30
 _PARAGRAPH_CHARS = 1 << 16
+#: Steps of audio codes that a decoder reads along with a text.
+CODES = 128
+
+
+class MissingReaderError(CalibrationError):
+    """Data that cannot be read without a tokenizer or processor, which is ``argument``."""
+
+    def __init__(self, what: str, argument: str) -> None:
+        super().__init__(
+            f"calibration data: {what}; none was given or found with the model: pass one as "
+            f"{{'dataset': ..., {argument!r}: {argument}}}, or give batches of model inputs"
+        )
+        self.what, self.argument = what, argument
 
 
 class Reader(NamedTuple):
@@ -40,12 +55,17 @@ def is_image(value: Any) -> bool:
 
 def from_texts(values: Iterable[Any], spec: StreamSpec, reader: Reader, column: str, size: int) -> Iterator[Any]:
     """Convert texts, chats or token ids to token batches; without a tokenizer, texts become lists of prompts."""
+    if (codes := codes_of(reader.model)) and codes.argument == "input_ids":
+        raise CalibrationError(
+            f"calibration data: {type(reader.model).__name__} reads audio codes, not text or tokens; give batches of "
+            f"its inputs, with 'input_ids' [batch, {codes.books}, length]"
+        )
     tokenizer, texts = reader.tokenizer, iter(values)
     first = next(texts)
     texts = chain([first], texts)
     if isinstance(first, str) and tokenizer is None:
         if reader.model is not None:
-            raise _unreadable("text needs a tokenizer", "tokenizer")
+            raise MissingReaderError("text needs a tokenizer", "tokenizer")
         yield from grouped(islice(texts, spec.samples), size)
         return
     chats = is_chat(first)
@@ -61,13 +81,6 @@ def from_texts(values: Iterable[Any], spec: StreamSpec, reader: Reader, column: 
     else:
         sequences = (ids for ids in _token_ids(texts, tokenizer, seqlen, special=not chats) if ids)
     yield from _token_batches(_counted(sequences, spec.samples), size, reader.model)
-
-
-def _unreadable(what: str, argument: str) -> CalibrationError:
-    return CalibrationError(
-        f"calibration data: {what}; none was given or found with the model: pass one as "
-        f"{{'dataset': ..., {argument!r}: {argument}}}, or give batches of model inputs"
-    )
 
 
 def check_readable(column: str, value: Any, names: Sequence[str], reader: Reader) -> None:
@@ -201,7 +214,8 @@ def _token_batches(sequences: Iterable[list[int]], size: int, model: Any) -> Ite
 def with_decoder_inputs(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     """Return a model's inputs; for an encoder-decoder, let its decoder read the same tokens, behind its start token.
 
-    Some classes, such as BART, do so themselves. Others, such as T5, cannot run on the encoder's inputs alone.
+    Some classes, such as BART, do so themselves. Others, such as T5, cannot run on the encoder's inputs alone. A
+    decoder of audio codes reads random ones, always the same ones with the same text.
     """
     config = getattr(model, "config", None)
     halves = [getattr(getattr(config, half, None), "vocab_size", None) for half in ("encoder", "decoder")]
@@ -209,6 +223,9 @@ def with_decoder_inputs(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     given = inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds", "labels"}
     if "input_ids" not in inputs or "decoder_input_ids" not in takes or given:
         return inputs
+    if codes := codes_of(model):
+        generators = [generator(*row) for row in inputs["input_ids"].tolist()]
+        return {**inputs, "decoder_input_ids": codes.random(generators)}
     if halves[0] != halves[1]:
         raise CalibrationError("calibration data: the decoder has another vocabulary; give decoder_input_ids as well")
     starts = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos"))
@@ -224,12 +241,66 @@ def _shifted(rows: Tensor, first: int) -> Tensor:
     return torch.cat([torch.full_like(rows[:, :1], first), rows[:, :-1]], 1)
 
 
+class Codes(NamedTuple):
+    """The audio codes that a decoder reads: in each step, one of each codebook (MusicGen, Dia).
+
+    Attributes:
+        argument: the forward's argument for them.
+        books: number of codebooks.
+        config: the decoder's config.
+        last: whether the codebooks are the last dimension, [samples, length, books], not [samples, books, length].
+    """
+
+    argument: str
+    books: int
+    config: Any
+    last: bool = False
+
+    def arranged(self, ids: Tensor) -> Tensor:
+        """Return ids [samples, books, length] as the decoder reads them.
+
+        MusicGen's processor joins the first two dimensions; its decoder also takes them apart, as samples must be.
+        """
+        return ids.transpose(1, 2).contiguous() if self.last else ids
+
+    def random(self, generators: Sequence[torch.Generator], length: int = CODES) -> Tensor:
+        """Return random codes behind start tokens, as the decoder reads them, int64.
+
+        Args:
+            generators: one per sample.
+            length: steps; cut to the decoder's positions.
+        """
+        length = min(length, getattr(self.config, "max_position_embeddings", None) or length)
+        special = [getattr(self.config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "eos", "pad")]
+        ordinary = torch.tensor([i for i in range(self.config.vocab_size) if i not in special])
+        made = random_ids(ordinary, self.books * length, generators).unflatten(1, (self.books, length))
+        made[..., 0] = next((token for token in special[:2] if isinstance(token, int)), 0)
+        return self.arranged(made)
+
+
+def codes_of(model: Any) -> Codes | None:
+    """Return the audio codes that a model's decoder, or the model itself, reads; None if it reads one id per step."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        decoder = getattr(config, "decoder", None) or getattr(config, "decoder_config", None)
+        if books := getattr(decoder, "num_codebooks", None):
+            return Codes("decoder_input_ids", books, decoder)
+        books = getattr(decoder, "num_channels", None)
+        return Codes("decoder_input_ids", books, decoder, last=True) if books else None
+    books, tables = getattr(config, "num_codebooks", None), None
+    if books and hasattr(model, "get_input_embeddings"):
+        with suppress(NotImplementedError):  # of a codec
+            tables = model.get_input_embeddings()
+    # Others with codebooks read text with them, or have one table for all (Moshi, CSM, Higgs).
+    return Codes("input_ids", books, config) if isinstance(tables, nn.ModuleList) and len(tables) == books else None
+
+
 def images_batch(images: list[Any], reader: Reader) -> Any:
     """Return images as the processor's {"pixel_values": ...}, or as {"image": [...]} if there is no processor."""
     processor = reader.processor
     if processor is None:
         if reader.model is not None:
-            raise _unreadable("images need a processor", "processor")
+            raise MissingReaderError("images need a processor", "processor")
         return {"image": images}
     processor = getattr(processor, "image_processor", processor)
     return dict(processor(images=[image.convert("RGB") for image in images], return_tensors="pt"))
@@ -256,7 +327,10 @@ def grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def text_config(model: Any) -> Any:
-    """Return the config of a model's text part: the whole for most, and for those with several (MusicGen)."""
+    """Return the config of a model's text part: the whole for most; the encoder's, if the decoder reads audio codes."""
+    parts = [getattr(model.config, name, None) for name in ("text_encoder", "encoder_config")]
+    if codes_of(model) and any(parts):
+        return parts[0] or parts[1]
     try:
         return model.config.get_text_config()
     except (AttributeError, ValueError):

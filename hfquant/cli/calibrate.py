@@ -10,7 +10,9 @@ import typer
 
 from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.output import check_folder
 from hfquant.console import log_shown
+from hfquant.own_code import own_code
 
 if TYPE_CHECKING:
     from hfquant.calibration import BaseCalibSet, BaseSampler
@@ -77,6 +79,7 @@ def calibrate(
     ] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     debug: options.Debug = False,
 ) -> None:
     """Record what a layer sees while the model runs over a dataset, as a calibration set on disk.
@@ -99,7 +102,8 @@ def calibrate(
     }
     if made_itself:
         spec = {"source": source, "seed": seed, **options.given({"samples": samples, "seqlen": seqlen})}
-    with errors_in_one_line(debug), log_shown():
+    with errors_in_one_line(debug), log_shown(), own_code(trust_remote_code):
+        check_folder(out)
         from hfquant.calibration import calibration_batches, generate_calibrate_set, storage
         from hfquant.calibration.self_made import SelfSpec
         from hfquant.denoisers import denoiser_name, is_pipeline

@@ -9,7 +9,8 @@ import typer
 
 from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
-from hfquant.cli.output import console, print_json, print_table
+from hfquant.cli.output import check_folder, console, print_json, print_table
+from hfquant.own_code import own_code
 
 
 def compare(
@@ -28,13 +29,15 @@ def compare(
     arg: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=VALUE", help="Argument of the pipeline call, as JSON or a string; for an image, its file."
+            metavar="KEY=VALUE",
+            help="Argument of the pipeline call, as JSON or a string; for images, a file or a JSON list of files.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed for the noise of pipelines and the order of the data.")] = 0,
     images: Annotated[Path | None, typer.Option(help="Folder for the pairs of images, as PNG.")] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
@@ -44,7 +47,9 @@ def compare(
     score and FID if the weights that they need are available.
     """
     call = options.call_arguments(arg or ())
-    with errors_in_one_line(debug):
+    with errors_in_one_line(debug), own_code(trust_remote_code):
+        if images is not None:
+            check_folder(images, "--images")
         from hfquant.integrations.hub import load
         from hfquant.report.gather import Inputs, compared
 

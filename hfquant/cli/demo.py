@@ -9,6 +9,7 @@ import typer
 
 from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.output import check_folder
 
 
 def demo(
@@ -19,6 +20,7 @@ def demo(
 ) -> None:
     """Quantize a small diffusion pipeline that ships with hfquant, with and without data, and compare the results."""
     with errors_in_one_line(debug):
+        check_folder(out)
         try:
             import matplotlib  # noqa: F401
             import sklearn  # noqa: F401

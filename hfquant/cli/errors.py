@@ -16,5 +16,22 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
     except (ValueError, TypeError, OSError, ImportError) as error:
         if debug:
             raise
-        typer.echo(f"Error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        text = _unreadable(error) or str(error)
+        typer.echo(f"Error: {' '.join(text.split()) or type(error).__name__}", err=True)
         raise typer.Exit(1) from None
+
+
+def _unreadable(error: Exception) -> str:
+    """Return why a file that is there cannot be read; "" if the error does not call such a file missing.
+
+    safetensors calls every file missing that it fails to open.
+    """
+    file = str(error).partition("No such file or directory: ")[2].strip("'")
+    if isinstance(error, FileNotFoundError) and file:
+        try:
+            open(file, "rb").close()
+        except FileNotFoundError:
+            pass
+        except OSError as why:
+            return f"{file} cannot be read: {why.strerror}"
+    return ""

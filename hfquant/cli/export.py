@@ -10,6 +10,7 @@ import typer
 from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.cli.output import check_empty, staged
+from hfquant.own_code import own_code
 
 
 def export(
@@ -25,10 +26,11 @@ def export(
         bool, typer.Option("--requantize", help="Round layers again if the format cannot express them as they are.")
     ] = False,
     dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     debug: options.Debug = False,
 ) -> None:
     """Write a quantized model so that transformers, vLLM or diffusers load it without hfquant."""
-    with errors_in_one_line(debug):
+    with errors_in_one_line(debug), own_code(trust_remote_code):
         check_empty(out)
         from hfquant.denoisers import denoiser_name, is_pipeline
         from hfquant.exporters import export as write

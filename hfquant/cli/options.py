@@ -40,6 +40,9 @@ Dtype = Annotated[str | None, typer.Option(help="Dtype to load the model in, suc
 Device = Annotated[
     str | None, typer.Option(callback=_usable_if_given, help="Device to run the model on, such as cuda.")
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with a model, if you trust it.")
+]
 RecipeName = Annotated[
     str | None, typer.Option("--recipe", help="Name of a recipe (`hfquant recipe list`), or a YAML file.")
 ]
@@ -90,19 +93,22 @@ def call_arguments(values: Sequence[str]) -> dict[str, Any]:
     from hfquant.integrations.self_made_runs import PICTURE_ARGUMENTS
 
     found = {key: parsed(value) for key, value in pairs("--arg", values).items()}
-    return {
-        key: _picture(key, value) if key in PICTURE_ARGUMENTS and isinstance(value, str) else value
-        for key, value in found.items()
-    }
+    return {key: _pictures(key, value) if key in PICTURE_ARGUMENTS else value for key, value in found.items()}
 
 
-def _picture(name: str, file: str) -> Any:
+def _pictures(name: str, value: Any) -> Any:
+    """Read the file of an image, or each of a list of files; leave anything else as it is."""
     from PIL import Image
 
+    if isinstance(value, list):
+        return [_pictures(name, file) for file in value]
+    if not isinstance(value, str):
+        return value
     try:
-        return Image.open(file).convert("RGB")
+        return Image.open(value).convert("RGB")
     except OSError as error:
-        raise typer.BadParameter(f"{name}: cannot read {file!r} as an image", param_hint="--arg") from error
+        hint = '; a list of files is JSON, such as ["a.png", "b.png"]' if value.startswith("[") else ""
+        raise typer.BadParameter(f"{name}: cannot read {value!r} as an image{hint}", param_hint="--arg") from error
 
 
 def check_no_set(option: str, source: str | None) -> None:

@@ -10,6 +10,7 @@ from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.cli.output import console, print_json, print_table
 from hfquant.console import size
+from hfquant.own_code import own_code
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +32,12 @@ def plan(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Estimate time and memory of calibration by measuring one block.")
     ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
     """Show what quantizing a model would do: layers, bytes before and after, what stays in float. Reads no weights."""
-    with errors_in_one_line(debug):
+    with errors_in_one_line(debug), own_code(trust_remote_code):
         from hfquant.api import plan as plan_model
         from hfquant.integrations.hub import floating
         from hfquant.integrations.skeleton import skeleton

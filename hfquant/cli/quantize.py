@@ -11,8 +11,9 @@ import typer
 
 from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
-from hfquant.cli.output import check_empty, print_json, print_table, staged
+from hfquant.cli.output import beside, check_empty, print_json, print_table, staged
 from hfquant.console import log_shown, size
+from hfquant.own_code import own_code
 
 
 def quantize(
@@ -55,6 +56,7 @@ def quantize(
     ] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     push: Annotated[str | None, typer.Option(metavar="REPO", help="Push the result to this hub repository.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print each layer's decision and error.")] = False,
@@ -80,7 +82,7 @@ def quantize(
     if private and push is None:
         raise typer.BadParameter("is for the repository of --push, which is missing", param_hint="--private")
     stream = None if calibration is None else {"dataset": calibration, **reading}
-    with errors_in_one_line(debug), log_shown():
+    with errors_in_one_line(debug), log_shown(), own_code(trust_remote_code):
         check_empty(out)
         from hfquant.integrations.hub import load
         from hfquant.integrations.skeleton import skeleton
@@ -95,7 +97,7 @@ def quantize(
         check_fits(wanted, found)
         options.check_float(model, found, wanted.components)
         start = time.perf_counter()
-        resume = out.absolute().with_name(f".{out.name}.resume")
+        resume = beside(out, "resume")
         try:
             loaded = load(model, dtype, device)
             affiner = quantize_by(loaded, wanted, model, resume_dir=resume, verbose=verbose)
@@ -121,9 +123,11 @@ def _push(loaded: Any, repo: str, private: bool, out: Path) -> None:
     try:
         push_to_hub(loaded, repo, private=private)
     except Exception as error:  # whatever it is, the work of hours is not lost
+        with_affiner = getattr(loaded, "affiner", None) is not None
+        how = " with hfquant.affiner.load_pipeline" if with_affiner else ""
         raise OSError(
             f"--push: {error or type(error).__name__}. The result is saved in {out}: to push it later, load it "
-            f"from there and call hfquant.push_to_hub(model, {repo!r}{', private=True' if private else ''})"
+            f"from there{how} and call hfquant.push_to_hub(model, {repo!r}{', private=True' if private else ''})"
         ) from error
 
 

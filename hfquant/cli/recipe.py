@@ -11,6 +11,7 @@ from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.cli.output import print_json, print_table
 from hfquant.console import size
+from hfquant.own_code import own_code
 
 recipe = typer.Typer(no_args_is_help=True, help="List, show, check and import recipes.")
 
@@ -44,10 +45,11 @@ def check(
     model: Annotated[
         str | None, typer.Argument(help="Folder or hub id of a model to check it against; only configs are read.")
     ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     debug: options.Debug = False,
 ) -> None:
     """Check a recipe and, given a model, whether it fits: class, components, every glob, and the resulting sizes."""
-    with errors_in_one_line(debug):
+    with errors_in_one_line(debug), own_code(trust_remote_code):
         from hfquant import recipes
 
         found = recipes.load(name)

@@ -9,6 +9,8 @@ import typer
 
 from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.output import check_file
+from hfquant.own_code import own_code
 
 
 def report(
@@ -30,16 +32,19 @@ def report(
     arg: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=VALUE", help="Argument of the pipeline call, as JSON or a string; for an image, its file."
+            metavar="KEY=VALUE",
+            help="Argument of the pipeline call, as JSON or a string; for images, a file or a JSON list of files.",
         ),
     ] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     debug: options.Debug = False,
 ) -> None:
     """Write one self-contained HTML page: sizes, every layer's error, what to fix, and how far from full precision."""
     call = options.call_arguments(arg or ())
-    with errors_in_one_line(debug):
+    with errors_in_one_line(debug), own_code(trust_remote_code):
+        check_file(out)
         from hfquant.report.gather import Inputs, gather
 
         options.check_no_set("--data", data)

@@ -121,7 +121,9 @@ def _run(model: nn.Module, example: Any, watch: Callable[[nn.Module], Watch], fa
     cuda = sorted(
         {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
     )
-    with torch.random.fork_rng(cuda), torch.no_grad(), fake or contextlib.nullcontext(), _no_trace_left():
+    # Compiled functions within a forward, such as flex attention's masks, read data pointers, which fakes do not have.
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng(cuda), torch.no_grad(), eager, fake or contextlib.nullcontext(), _no_trace_left():
         twin = _twin(model, fake is not None)
         inputs = tree_map_only(
             Tensor, _clone if fake is None else _empty, dict(example) if isinstance(example, Mapping) else example

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hfquant.console import counted
 from hfquant.integrations import library
 from hfquant.integrations.compat import drop_needs_hfquant, stored_names
+from hfquant.integrations.sharing.origin import save_processor
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.linear import QuantLinear
 
@@ -90,6 +91,7 @@ def write(model: nn.Module, converted: Converted, folder: Path, max_shard_size: 
         state = {**float_tensors(model), **converted.tensors}
         if library(model) == "transformers":
             _write_transformers_config(model, converted.quantization_config, made)
+            save_processor(model, made)
             state = {**stored_names(model, state), **converted.of_experts}
             pattern = "model{suffix}.safetensors"
         else:
@@ -122,10 +124,14 @@ def float_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _write_transformers_config(model: Any, quantization_config: Mapping[str, Any], folder: Path) -> None:
+    from transformers.dynamic_module_utils import custom_object_save
+
     config = copy.deepcopy(model.config)
     drop_needs_hfquant(config)
     config.quantization_config = dict(quantization_config)
     config.architectures, config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
+    if model.is_remote_code():
+        custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from hfquant.calibration.batches import CalibrationError
+from hfquant.calibration.model_inputs import MissingReaderError
 from hfquant.calibration.self_made import SelfSpec
 from hfquant.calibration.sources import are_texts, is_source
-from hfquant.calibration.streams import calibration_batches, holds_set, names_set
-from hfquant.integrations.sharing.origin import places, runs_own_code
+from hfquant.calibration.streams import Batches, calibration_batches, holds_set, names_set
+from hfquant.integrations.sharing.origin import file_of, places, runs_own_code
+
+#: Files that name the code of what reads data.
+_READER_FILES = {"tokenizer": "tokenizer_config.json", "processor": "preprocessor_config.json"}
 
 
 def transformers_batches(model: Any, calibration: Any, file: str | None = None) -> Any:
@@ -36,7 +42,40 @@ def transformers_batches(model: Any, calibration: Any, file: str | None = None) 
     given = isinstance(calibration, Mapping) and (calibration.get("tokenizer") or calibration.get("processor"))
     if is_raw(calibration) and not given:
         tokenizer, processor = _saved_with(model, file)
-    return calibration_batches(calibration, tokenizer=tokenizer, processor=processor, model=model)
+    batches = calibration_batches(calibration, tokenizer=tokenizer, processor=processor, model=model)
+    if not isinstance(batches, Batches):
+        return batches
+    read = partial(_read, batches, model, file)
+    return Batches(read, "", batches.provenance, lambda: iter(batches.held_out))
+
+
+def _read(batches: Batches, model: Any, file: str | None) -> Iterator[Any]:
+    """Yield batches; if one needs a tokenizer or processor whose code may not run, say so.
+
+    Raises:
+        CalibrationError: names the option.
+    """
+    try:
+        yield from batches
+    except MissingReaderError as error:
+        name = None if runs_own_code(model) else _with_own_code(model, file, _READER_FILES[error.argument])
+        if name is None:
+            raise
+        raise CalibrationError(
+            f"calibration data: {error.what}, and that of {name} has code of its own, which would run on this machine: "
+            f"read it, and if you trust it, pass --trust-remote-code to a command, or in Python "
+            f"{{'dataset': ..., {error.argument!r}: {error.argument}}}"
+        ) from error
+
+
+def _with_own_code(model: Any, file: str | None, reader_file: str) -> str | None:
+    """Return the folder or hub id that has a reader with code of its own; None if there is none."""
+    for name, options in places(model, file):
+        path = file_of(name, reader_file, **options)
+        with suppress(OSError, ValueError):  # a file that cannot be read
+            if path is not None and "auto_map" in json.loads(path.read_text(encoding="utf-8")):
+                return name
+    return None
 
 
 def diffusers_batches(calibration: Any) -> Any:

@@ -12,12 +12,15 @@ from safetensors import SafetensorError, safe_open
 import hfquant  # noqa: F401 (registers)
 from hfquant.hub_errors import hub_errors
 from hfquant.integrations.checkpoint import CheckpointError
+from hfquant.own_code import own_code_allowed, own_code_errors
 
 PIPELINE_FILE, MODEL_FILE = "model_index.json", "config.json"
 
 
 def load(name: str, dtype: str | None = None, device: str | None = None) -> Any:
     """Load a diffusers pipeline, or a transformers model by the class that saved it.
+
+    Code that comes with it runs only if it is allowed (:mod:`hfquant.own_code`).
 
     Args:
         name: local folder or hub id. If it has a model_index.json, it is a pipeline, including those of
@@ -30,12 +33,12 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Any:
 
     Raises:
         FileNotFoundError: no such folder, or one without a pipeline or a model.
-        ValueError: an unknown dtype, or a pipeline class that diffusers lacks.
+        ValueError: an unknown dtype, a pipeline class that diffusers lacks, or code that is not allowed to run.
         OSError: the hub cannot provide it; the message says why (:mod:`hfquant.hub_errors`).
         CheckpointError: a safetensors file is damaged.
     """
     try:
-        with hub_errors(name):
+        with hub_errors(name), own_code_errors(name):
             return _load(name, dtype, device)
     except SafetensorError as error:
         file = next(filter(_is_damaged, sorted(Path(name).rglob("*.safetensors"))), name)
@@ -51,8 +54,11 @@ def _is_damaged(file: Path) -> bool:
 
 
 def _load(name: str, dtype: str | None, device: str | None) -> Any:
-    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": floating(dtype)}
-    if is_pipeline_name(name):
+    pipeline = is_pipeline_name(name)
+    options: dict[str, Any] = {"trust_remote_code": own_code_allowed()}
+    if dtype is not None:
+        options["torch_dtype" if pipeline else "dtype"] = floating(dtype)
+    if pipeline:
         import diffusers
 
         import hfquant.demo  # noqa: F401  # diffusers finds a pipeline's class once its module is imported
@@ -62,9 +68,7 @@ def _load(name: str, dtype: str | None, device: str | None) -> Any:
             raise ValueError(f"{name} is a {kind}, which diffusers {diffusers.__version__} does not have.")
         loaded = diffusers.DiffusionPipeline.from_pretrained(name, **options)
     else:
-        if dtype is not None:
-            options = {"dtype": options["torch_dtype"]}
-        loaded = _model_class(name).from_pretrained(name, **options).eval()
+        loaded = model_class(transformers_config(name)).from_pretrained(name, **options).eval()
     return loaded if device is None else loaded.to(device)
 
 
@@ -125,11 +129,28 @@ def _no_model(name: str) -> str:
     return f"{name} holds no model: it has neither {PIPELINE_FILE} nor {MODEL_FILE}."
 
 
-def _model_class(name: str) -> Any:
+def transformers_config(name: str, **options: Any) -> Any:
+    """Return the config of a transformers model, which may be of a class that comes with the model."""
     import transformers
 
-    names = transformers.AutoConfig.from_pretrained(name).architectures or ()
-    return next((found for n in names if (found := getattr(transformers, n, None))), transformers.AutoModel)
+    return transformers.AutoConfig.from_pretrained(name, trust_remote_code=own_code_allowed(), **options)
+
+
+def model_class(config: Any) -> Any:
+    """Return the class that saved a transformers model, or the auto class that loads it if it comes with the model.
+
+    If transformers has one of the same name as well, the model's own comes first where its code may run.
+    """
+    import transformers
+
+    names = config.architectures or ()
+    known = next((found for name in names if (found := getattr(transformers, name, None))), None)
+    auto_map = getattr(config, "auto_map", None) or {}
+    own = [auto for auto in auto_map if auto.startswith("AutoModel")]
+    fitting = next((auto for auto in own if auto_map[auto].rpartition(".")[2] in names), None)
+    if known is not None and not (fitting and own_code_allowed()):
+        return known
+    return getattr(transformers, fitting or next(iter(own), "AutoModel"))
 
 
 def floating(name: str) -> torch.dtype:

@@ -34,6 +34,16 @@ def device_for(name: str, device_map: Mapping[str, Any]) -> Any:
     return device_map.get(name)
 
 
+def refuse_meta(device_map: Any) -> None:
+    """Raise ValueError if a device map, in any form that transformers takes, sends weights to the meta device."""
+    devices = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
+    if any(str(device) == "meta" for device in devices):
+        raise ValueError(
+            "device_map: on the meta device, weights have no values to quantize; hfquant.plan(model, config) says how "
+            "each layer of a model on it would be quantized, and a quantized checkpoint can be loaded there"
+        )
+
+
 def put_back(model: nn.Module, linears: Mapping[str, nn.Module], device_map: Mapping[str, Any] | None = None) -> None:
     """Put linears back in place of the empty QuantLinears that replaced them.
 

@@ -1,4 +1,4 @@
-"""Self-generated calibration data of transformers models: text that they write, filled masks, noise.
+"""Self-generated calibration data of transformers models: text that they write, filled masks, audio codes, noise.
 
 A model's kind is determined by its capabilities and its forward's parameters, never by its name. Inputs other than text
 have the shapes of :mod:`hfquant.integrations.examples`, filled with noise.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hfquant.calibration.batches import CalibrationError, device_of, evaluating, forward, options_for
 from hfquant.calibration.kept import kept
+from hfquant.calibration.model_inputs import codes_of
 from hfquant.calibration.self_made import (
     HELD_OUT,
     SelfMade,
@@ -142,7 +143,9 @@ def _text(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
     rows = [(spec.seed, i) for i in range(spec.samples + HELD_OUT)] + [(spec.seed + 1, i) for i in range(HELD_OUT)]
     generators = [generator(*row) for row in rows]
     prompts = [words.prompt(i, g) for (_, i), g in zip(rows, generators, strict=True)]
-    writes, both = _can_write(model), _has_encoder(model)
+    codes, both = codes_of(model), _has_encoder(model)
+    # Audio codes are random: to write them, each class needs a `generate` of its own, which returns sounds.
+    writes = _can_write(model) and codes is None
     digest = xxhash.xxh3_128()
     update_with_weights(digest, model)
     versions = {name: importlib.metadata.version(name) for name in ("hfquant", "torch", "transformers")}
@@ -152,10 +155,14 @@ def _text(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
     def make() -> dict[str, Tensor]:
         if writes and not both:
             return {"input_ids": _written(model, prompts, length, generators, words)}
+        if codes and not both:
+            return {"input_ids": codes.random(generators, length)}
         made = {"input_ids": words.framed(_read(model, words, length, generators))}
         if both and writes:
             starts, most = [[words.start]] * len(rows), min(ANSWER, length)
             made["decoder_input_ids"] = _written(model, starts, most, generators, words, made["input_ids"])
+        elif codes:
+            made["decoder_input_ids"] = codes.random(generators, min(ANSWER, length))
         elif both:
             made["decoder_input_ids"] = random_ids(words.ordinary, min(ANSWER, length), generators)
         return made
@@ -309,7 +316,8 @@ def _filled(model: Any, shapes: dict[str, Any], reader: Reader, source: torch.Ge
         elif name == "input_features":
             made[name] = _features(value, reader.sounds, source)
         elif value.is_floating_point() and value.dim() > 1 and value.numel():
-            made[name] = pink_noise(value.shape, 1, source).to(value)
+            long = [size for size in value.shape if size > 1]  # one number per step has its noise along the steps
+            made[name] = pink_noise(long, 1, source).reshape(value.shape).to(value) if long else value
         elif name in ("input_ids", "decoder_input_ids"):
             made[name] = _tokens(model, value, source)
     if "decoder_input_ids" in made and _can_write(model):

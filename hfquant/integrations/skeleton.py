@@ -14,7 +14,8 @@ from torch import nn
 
 from hfquant.denoisers import DENOISERS, models_in
 from hfquant.hub_errors import hub_errors
-from hfquant.integrations.hub import MODEL_FILE, PIPELINE_FILE, is_pipeline_name
+from hfquant.integrations.hub import MODEL_FILE, PIPELINE_FILE, is_pipeline_name, model_class, transformers_config
+from hfquant.own_code import own_code, own_code_allowed, own_code_errors
 
 #: Name of the single component of anything that is not a pipeline.
 MODEL = "model"
@@ -45,17 +46,17 @@ class Skeleton:
 
 
 def skeleton(name: str) -> Skeleton:
-    """Read a folder or a hub repository; fetch only configs.
+    """Read a folder or a hub repository; fetch only configs, and code that comes with it if that is allowed to run.
 
     Args:
         name: local folder or hub id. If it has a model_index.json, it is a pipeline.
 
     Raises:
         FileNotFoundError: no such folder, or one without a pipeline or a model.
-        ValueError: a class that the libraries lack.
+        ValueError: a class that the libraries lack, or code that is not allowed to run (:mod:`hfquant.own_code`).
         OSError: the hub cannot provide it; the message says why (:mod:`hfquant.hub_errors`).
     """
-    with hub_errors(name):
+    with hub_errors(name), own_code_errors(name):
         return _skeleton(name)
 
 
@@ -72,12 +73,14 @@ def _skeleton(name: str) -> Skeleton:
         library, class_name = entry
         if library == "transformers":
             if _is_transformers_model(class_name):
-                found[component] = _transformers_model(name, component)
-        elif (kind := _diffusers_class(library, class_name)) is not None:
+                with own_code(False):  # diffusers loads it by this class
+                    found[component] = _transformers_model(name, component)
+        elif (kind := _diffusers_class(name, component, library, class_name)) is not None:
             found |= _diffusers_models(name, component, kind)
     if not found:
         raise ValueError(f"{name} has no model among its components {', '.join(index)}.")
-    return Skeleton(str(index.get("_class_name")), found)
+    kind = index.get("_class_name")  # of a class that comes with the pipeline: its file and its name
+    return Skeleton(str(kind[-1] if isinstance(kind, list) else kind), found)
 
 
 def _is_transformers_model(class_name: str) -> bool:
@@ -88,31 +91,37 @@ def _is_transformers_model(class_name: str) -> bool:
     return isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
 
 
-def _diffusers_class(library: str, class_name: str) -> Any:
+def _diffusers_class(name: str, component: str, library: str, class_name: str) -> Any:
     """Return a class of models of diffusers, or None for anything else (a scheduler, a class of another library).
 
     Args:
-        library: "diffusers", or the module of a pipeline in which the class is defined, such as "audioldm2".
+        name: folder or hub id of the pipeline.
+        component: name of the component.
+        library: "diffusers", the module of a pipeline in which the class is defined, such as "audioldm2", or the file
+            in the component's folder that defines it.
         class_name: name of the class.
     """
     import diffusers
     from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 
     module = diffusers if library == "diffusers" else getattr(diffusers.pipelines, library, None)
     kind = getattr(module, class_name, None)
+    if module is None and _has_file(name, f"{component}/{library}.py"):
+        folder = str(Path(_file(name, f"{component}/{library}.py")).parent)
+        kind = get_class_from_dynamic_module(
+            folder, f"{library}.py", class_name=class_name, trust_remote_code=own_code_allowed()
+        )
     return kind if isinstance(kind, type) and issubclass(kind, ModelMixin) else None
 
 
 def _transformers_model(name: str, subfolder: str) -> nn.Module:
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(name, subfolder=subfolder)
-    names = config.architectures or ()
-    kind: Any = next((found for n in names if (found := getattr(transformers, n, None))), None)
+    config = transformers_config(name, subfolder=subfolder)
+    kind = model_class(config)
     with torch.device("meta"):
-        if kind is None:
-            return transformers.AutoModel.from_config(config).eval()
-        return kind._from_config(config).eval()
+        if hasattr(kind, "_from_config"):
+            return kind._from_config(config).eval()
+        return kind.from_config(config, trust_remote_code=own_code_allowed()).eval()
 
 
 def _diffusers_models(name: str, component: str, kind: Any) -> dict[str, nn.Module]:
@@ -142,10 +151,14 @@ def subfolder(name: str) -> str:
 
 
 def _has_model(name: str, folder: str) -> bool:
+    return _has_file(name, f"{folder}/{MODEL_FILE}")
+
+
+def _has_file(name: str, path: str) -> bool:
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(_file(name, f"{folder}/{MODEL_FILE}")).is_file()
+        return Path(_file(name, path)).is_file()
     except EntryNotFoundError:
         return False
 

@@ -43,7 +43,13 @@ from hfquant.integrations.config import METHOD, HfQuantConfig
 from hfquant.integrations.conversion import transposing_floats
 from hfquant.integrations.data import transformers_batches
 from hfquant.integrations.facts import facts_of
-from hfquant.integrations.placement import check_offload_folder, put_back, quantize_left, without_working_memory
+from hfquant.integrations.placement import (
+    check_offload_folder,
+    put_back,
+    quantize_left,
+    refuse_meta,
+    without_working_memory,
+)
 from hfquant.integrations.sharing.facts import tags_of
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.layer import QuantLayer
@@ -86,7 +92,13 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         self._missing_left = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Keep linears that a device map sends to disk in float; called again if the map was inferred."""
+        """Keep linears that a device map sends to disk in float; called again if the map was inferred.
+
+        Raises:
+            ValueError: float weights are to be quantized on the meta device.
+        """
+        if not self.pre_quantized:
+            refuse_meta(device_map)
         if self._put_back is not None and isinstance(device_map, dict):
             self._put_back(device_map)
 

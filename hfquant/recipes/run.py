@@ -141,13 +141,13 @@ def save(loaded: Any, folder: Path, affiner: Any = None) -> None:
     Args:
         loaded: quantized model or pipeline.
         folder: folder to write to.
-        affiner: affiner of a pipeline; None for none.
+        affiner: affiner of a pipeline, which becomes its attribute of that name; None for none.
     """
+    if affiner is not None:
+        loaded.affiner = affiner
     save_pretrained(loaded, folder)
     for name, part in models_of(loaded).items():
         report = getattr(part, "quant_report", None)
         if report is not None:
             path = folder / subfolder(name) / REPORT_FILE
             path.write_text(json.dumps(report.to_dict(), indent=1, allow_nan=True) + "\n", encoding="utf-8")
-    if affiner is not None:
-        affiner.save_pretrained(folder / "affiner")

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 ROWS = 512
 #: Bytes of inputs kept for any other layer (convolutions).
 _MOST = 1 << 26
+#: Factors of the loss, tried in order: in float16, gradients above 65504 overflow.
+_SCALES = 1.0, 2.0**-12
 
 
 @dataclass
@@ -77,9 +79,23 @@ class Seen:
 def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any], seed: int = 0) -> dict[str, Seen]:
     """Run ``model`` forward and backward over the data; return a sample for each layer that ran on floats.
 
-    Where none arrives (the output does not depend on the layer, or is cut off from it), it is 0. If a backward is not
-    possible, the samples have no gradients (with one warning).
+    Where no gradient arrives (the output does not depend on the layer, or is cut off from it), it is 0. If a backward
+    is not possible, or gives NaN or Inf, the samples have no gradients (with one warning).
     """
+    for scale in _SCALES:
+        seen = _watched(model, layers, data, seed, scale)
+        if all(bool(squares.isfinite().all()) for found in seen.values() for squares in found.squares):
+            return seen
+    logger.warning("the gradients of the model's output are not finite: using forward differences instead")
+    for found in seen.values():
+        found.squares.clear()
+    return seen
+
+
+def _watched(
+    model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any], seed: int, scale: float
+) -> dict[str, Seen]:
+    """Do one attempt of :func:`watch`, with gradients of the loss times ``scale``."""
     seen: dict[str, Seen] = {}
     generator = torch.Generator().manual_seed(seed)
     each = -(-ROWS // max(len(data), 1))
@@ -115,7 +131,7 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
             def add(gradient: Tensor) -> None:
                 # Backward reaches later calls of a module first.
                 _extend(found.squares, place + 1)
-                found.squares[place] = picked(gradient).float().square()
+                found.squares[place] = (picked(gradient).float() / scale).square()
 
             output.register_hook(add)
             return output
@@ -129,7 +145,7 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
             parameter.requires_grad_(False)
         with evaluating(model), torch.enable_grad():
             for sample in data:
-                loss_of(model, forward(model, sample), generator).backward()
+                (scale * loss_of(model, forward(model, sample), generator)).backward()
         for found in seen.values():
             _extend(found.squares, len(found.inputs))
     except RuntimeError as error:

@@ -61,6 +61,7 @@ def test_a_pipelines_folder_brings_its_affiner(affiner, digits, tmp_path):
     digits[1].save_pretrained(tmp_path)
     assert load_pipeline(DigitsPipeline, tmp_path).affiner is None
     affiner.save_pretrained(tmp_path / "affiner")
+    assert load_affiner({"pretrained": tmp_path, "subfolder": "affiner"}).errors == affiner.errors
     pipe = load_pipeline(DigitsPipeline, tmp_path)
     pipe.set_progress_bar_config(disable=True)
     with affiner.attach(digits[1]):

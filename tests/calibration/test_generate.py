@@ -416,6 +416,36 @@ def test_text_encoder_of_a_pipeline():
     assert [sample[0].tolist() for sample in stored] == [[[1, 1, 0]], [[0, 0, 0]], [[1, 0, 0]], [[0, 0, 0]]]
 
 
+@pytest.mark.parametrize("generates", [False, True])
+def test_a_language_model_in_a_pipeline_is_recorded_without_a_cache(generates):
+    """Each call then has the whole text, and the same text is written. The settings are restored, also after errors."""
+
+    class Writer:
+        def __init__(self, model):
+            self.components = {"model": model}
+
+        def __call__(self, ids):
+            (model,) = self.components.values()
+            if generates:
+                return model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
+            cache = None
+            for _ in range(3):
+                output = model(ids if cache is None else ids[:, -1:], past_key_values=cache)
+                cache, ids = output.past_key_values, torch.cat([ids, output.logits[:, -1:].argmax(-1)], 1)
+            return ids
+
+    model = tiny_llama().eval()
+    pipe, ids = Writer(model), torch.tensor([[1, 2]])
+    before = vars(model.config) | vars(model.generation_config)
+    written = pipe(ids)
+    seen = generate_calibrate_set(pipe, BaseSampler(None), [(ids,)], "model")
+    texts = [sample["input_ids"] if isinstance(sample, dict) else sample[0] for sample in seen]
+    assert [text.tolist() for text in texts] == [written[:, :n].tolist() for n in (2, 3, 4)]
+    with pytest.raises(TypeError):
+        generate_calibrate_set(pipe, BaseSampler(None), [{"no_such": ids}], "model")
+    assert vars(model.config) | vars(model.generation_config) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

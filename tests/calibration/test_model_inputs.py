@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -12,10 +13,10 @@ from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
 from hfquant.calibration import calibration_batches
 from hfquant.calibration.batches import CalibrationError
-from hfquant.calibration.model_inputs import _packed, paragraphs
+from hfquant.calibration.model_inputs import _packed, codes_of, paragraphs, with_decoder_inputs
 from tests.calibration.tiny_models import tiny_llama
 from tests.calibration.word_texts import TEXTS, flat, ids_of, make_tokenizer
-from tests.integrations import small_models
+from tests.integrations import small_models, tiny_transformers
 
 
 def test_sequences_for_an_encoder_are_not_packed_or_padded():
@@ -194,3 +195,53 @@ def test_a_decoder_of_another_vocabulary_needs_its_own_tokens():
     rows = datasets.Dataset.from_dict({"input_ids": [[11, 12, 13]] * 2})
     with pytest.raises(CalibrationError, match="the decoder has another vocabulary"):
         next(iter(calibration_batches({"dataset": rows}, model=EncoderDecoderModel(config))))
+
+
+#: Models that read audio codes with a text: the shape of their codes for two texts, and the start token.
+CODES = {
+    "MusicgenForConditionalGeneration": ((2, 4, 64), 32),  # its tables have 64 positions
+    "MusicgenMelodyForConditionalGeneration": ((2, 4, 64), 32),
+    "DiaForConditionalGeneration": ((2, 128, 3), 35),
+}
+
+
+@pytest.mark.parametrize("name", CODES)
+@torch.no_grad()
+def test_a_decoder_of_audio_codes_reads_random_ones(name):
+    model, (shape, start) = tiny_transformers.build(name, "cpu"), CODES[name]
+    spec = {"dataset": ["w1 w2", "w3 w4"], "batch_size": 2, "pack": False}
+    batches = calibration_batches(spec, tokenizer=make_tokenizer(), model=model)
+    (batch,), (again,) = batches, batches
+    codes = batch["decoder_input_ids"]
+    assert codes.shape == shape
+    assert torch.equal(codes, again["decoder_input_ids"])
+    assert not torch.equal(*codes), "a text has its own"
+    steps = codes if name != "DiaForConditionalGeneration" else codes.transpose(1, 2)
+    assert (steps[..., 0] == start).all()
+    assert set(steps[..., 1:].flatten().tolist()) <= set(range(33)), "codes, without special tokens"
+    assert model(**batch).logits.isfinite().all()
+
+
+def test_codes_that_are_given_stay():
+    model = tiny_transformers.build("MusicgenForConditionalGeneration", "cpu")
+    for codes in (torch.ones(2, 4, 3), torch.ones(8, 3)):
+        batch = {"input_ids": torch.ones(2, 3), "decoder_input_ids": codes}
+        assert with_decoder_inputs(batch, model) is batch
+
+
+def test_a_decoder_of_audio_codes_alone_reads_no_text():
+    model = tiny_transformers.build("MusicgenMelodyForCausalLM", "cpu")
+    with pytest.raises(
+        CalibrationError, match=r"CausalLM reads audio codes, not text .*'input_ids' \[batch, 4, length"
+    ):
+        next(iter(calibration_batches(["w1 w2"], tokenizer=make_tokenizer(), model=model)))
+
+
+@pytest.mark.parametrize("name", ["Mimi", "Moshi"])
+def test_other_models_with_codebooks_read_no_codes_alone(name):
+    """A codec reads sounds; Moshi reads text next to codes."""
+    kind = {"Mimi": transformers.MimiModel, "Moshi": transformers.MoshiModel}[name]
+    with torch.device("meta"):
+        model = kind(kind.config_class(num_hidden_layers=1))
+    assert model.config.num_codebooks
+    assert codes_of(model) is None

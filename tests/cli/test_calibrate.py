@@ -13,15 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import typer
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 import hfquant
 from hfquant.calibration import BaseSampler, CalibSetError, NormalSampler, storage
 from hfquant.cli import app
+from hfquant.cli.errors import errors_in_one_line
 from hfquant.integrations.hub import load
+from hfquant.integrations.skeleton import skeleton
 from hfquant.nn.modules import quant_linears
-from tests.cli.conftest import lines
+from hfquant.own_code import own_code
+from tests.cli.conftest import lines, make_llama
+from tests.integrations.own_models import edit, own_model
 from tests.integrations.test_pipelines import sd3
 
 
@@ -290,3 +296,33 @@ def test_a_pipeline_and_a_model_make_their_own_data(digits, llama, tmp_path, mon
     result = calibrate(llama, "--source", "self", "--out", tmp_path / "no", "--column", "text")
     assert result.exit_code == 2
     assert "does not apply to --source self" in result.output
+
+
+def test_a_file_that_cannot_be_read_is_not_called_missing(tmp_path, capsys) -> None:
+    """safetensors calls every file missing that it fails to open."""
+    file = tmp_path / "model.safetensors"
+    with pytest.raises(FileNotFoundError) as found:
+        safe_open(file, "pt")
+    with pytest.raises(typer.Exit), errors_in_one_line(debug=False):
+        raise found.value
+    assert capsys.readouterr().err == f"Error: No such file or directory: {file}\n"
+    file.mkdir()  # instead of a file without permission: the tests may run as root, who may read any file
+    with pytest.raises(typer.Exit), errors_in_one_line(debug=False):
+        raise found.value
+    assert capsys.readouterr().err == f"Error: {file} cannot be read: Is a directory\n"
+
+
+@pytest.mark.parametrize("architecture", ["OwnModel", "LlamaForCausalLM", None])
+def test_the_class_that_comes_with_a_model(tmp_path, architecture) -> None:
+    """If transformers has a class of that name as well, it is the one without permission, as in transformers."""
+    own_model(make_llama(tmp_path))
+    if architecture == "LlamaForCausalLM":
+        with open(tmp_path / "own_model.py", "a", encoding="utf-8") as file:
+            file.write("LlamaForCausalLM = OwnModel\n")
+    auto_map = {"AutoModelForCausalLM": f"own_model.{architecture or 'OwnModel'}"}
+    edit(tmp_path / "config.json", model_type="llama", architectures=architecture and [architecture], auto_map=auto_map)
+    with own_code(True):
+        assert type(load(str(tmp_path))).__name__ == "OwnModel"
+        assert type(skeleton(str(tmp_path)).models["model"]).__name__ == "OwnModel"
+    for loaded in (load(str(tmp_path)), skeleton(str(tmp_path)).models["model"]):
+        assert type(loaded) is LlamaForCausalLM

@@ -62,6 +62,21 @@ def test_images_are_read_from_files(tmp_path):
             options.call_arguments([f"image={tmp_path / file}"])
 
 
+def test_lists_of_images_are_read_from_files(tmp_path):
+    files = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for i, file in enumerate(files):
+        Image.new("L", (2, 2), i).save(file)
+    found = options.call_arguments([f"image={json.dumps(files)}", f"prompt={json.dumps(files)}"])
+    assert [picture.getpixel((0, 0)) for picture in found["image"]] == [(0, 0, 0), (1, 1, 1)]
+    assert found["prompt"] == files
+    nested = options.call_arguments([f"image={json.dumps([files, files[:1]])}"])["image"]
+    assert [[picture.size for picture in pictures] for pictures in nested] == [[(2, 2)] * 2, [(2, 2)]]
+    with pytest.raises(typer.BadParameter, match=r"image: cannot read '.*none.png' as an image$"):
+        options.call_arguments([f"image={json.dumps([files[0], str(tmp_path / 'none.png')])}"])
+    with pytest.raises(typer.BadParameter, match=r"as an image; a list of files is JSON, such as \["):
+        options.call_arguments([f"image=[{', '.join(files)}]"])
+
+
 def test_an_argument_that_a_pipeline_requires_is_named(digits, monkeypatch):
     def call(self: DigitsPipeline, image: Any, num_inference_steps: int = 2) -> None:
         raise AssertionError("it cannot run")

@@ -48,6 +48,17 @@ def test_report_is_a_page(quantized, llama, text, tmp_path):
     assert "KL divergence" in (tmp_path / "r.html").read_text()
 
 
+def test_a_page_that_cannot_be_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    result = run("report", tmp_path / "none", "-o", tmp_path / "folder")
+    assert result.exit_code == 1
+    assert lines(result.stderr) == [f"Error: --out: {tmp_path / 'folder'} is a folder; pass the name of a file"]
+    page = tmp_path / "page.html"
+    page.write_text("mine")
+    assert "is not a folder" in run("report", tmp_path / "none", "-o", page).stderr
+    assert page.read_text() == "mine"
+
+
 def test_export(llama, tmp_path):
     assert run("quantize", llama, "--preset", "w8a16", "--out", tmp_path / "q").exit_code == 0
     result = run("export", tmp_path / "q", "--out", tmp_path / "exported")

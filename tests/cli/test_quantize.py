@@ -13,17 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import hfquant
 from hfquant.calibration import LanguageModelSampler
 from hfquant.cli import app
+from hfquant.cli.output import staged
 from hfquant.demo.pipeline import DigitsPipeline
 from hfquant.integrations.data import transformers_batches
 from hfquant.nn.modules import quant_linears
-from tests.cli.conftest import lines
+from tests.cli.conftest import lines, make_llama
+from tests.integrations.own_models import own_model, own_pipeline, own_tokenizer
 
 
 def quantize(*arguments: object) -> Result:
@@ -148,6 +151,79 @@ def test_a_failed_push_says_where_the_result_is(llama, tmp_path, monkeypatch):
     assert len(quant_linears(AutoModelForCausalLM.from_pretrained(tmp_path / "q"))) == 14
 
 
+def test_the_card_names_the_folder(llama, tmp_path):
+    result = quantize(llama, "--preset", "w4a16", "--out", tmp_path / "q")
+    assert result.exit_code == 0, result.output
+    assert '.from_pretrained("q")' in (tmp_path / "q" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["folder", "link", ".", "link to nowhere"])
+def test_an_empty_folder_is_filled(name, tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "link to nowhere").symlink_to(tmp_path / "new")
+    monkeypatch.chdir(folder if name == "." else tmp_path)
+    before = folder.stat()
+    with staged(Path(name)) as place:
+        assert place.name == ("new" if name == "link to nowhere" else "folder")
+        (place / "part").mkdir()
+        (place / "part" / "file").write_text("content")
+    assert (Path(name) / "part" / "file").read_text() == "content"
+    assert (folder.stat().st_ino, folder.stat().st_mode) == (before.st_ino, before.st_mode)
+    assert {path.name for path in tmp_path.iterdir()} <= {"folder", "link", "link to nowhere", "new"}
+
+
+def test_a_model_with_code_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asks whether to run the code"))
+    source = own_model(make_llama(tmp_path / "llama"))
+    result = quantize(source, "--preset", "w4a16", "--out", tmp_path / "q")
+    assert result.exit_code == 1
+    assert f"Error: {source} has code of its own" in result.stderr
+    assert "--trust-remote-code" in result.stderr
+    assert len(lines(result.stderr)) == 1
+    result = quantize(source, "--preset", "w4a16", "--trust-remote-code", "--out", tmp_path / "q")
+    assert result.exit_code == 0, result.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q", trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel"
+    assert len(quant_linears(model)) == 14
+    card = (tmp_path / "q" / "README.md").read_text()
+    assert 'AutoModelForCausalLM.from_pretrained("q", trust_remote_code=True)' in card
+    # A copy of its code is in the folder.
+    shutil.rmtree(source)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "q", trust_remote_code=True).state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_tokenizer_with_code_of_its_own(tmp_path, text):
+    source = own_tokenizer(make_llama(tmp_path / "llama"))
+    data = ("--preset", "w8a8", "--calibration", text, "--samples", 2, "--seqlen", 8)
+    result = quantize(source, *data, "--out", tmp_path / "q")
+    assert result.exit_code == 1
+    assert "text needs a tokenizer" in result.stderr
+    result = quantize(source, *data, "--trust-remote-code", "--out", tmp_path / "q")
+    assert result.exit_code == 0, result.output
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "q", trust_remote_code=True)
+    assert type(tokenizer).__name__ == "OwnTokenizer"
+
+
+def test_a_pipeline_with_code_of_its_own(tmp_path):
+    (tmp_path / "pipe").mkdir()
+    source = own_pipeline(tmp_path / "pipe")
+    result = quantize(source, "--out", tmp_path / "q")
+    assert result.exit_code == 1
+    assert "--trust-remote-code" in result.stderr
+    assert len(lines(result.stderr)) == 1
+    result = quantize(source, "--trust-remote-code", "--out", tmp_path / "q")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "q" / "own_pipeline.py").is_file()
+    assert (tmp_path / "q" / "transformer" / "own_denoiser.py").is_file()
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "q", trust_remote_code=True)
+    assert type(pipe).__name__ == "OwnPipeline"
+    assert len(quant_linears(pipe.transformer)) == 2
+    assert torch.isfinite(pipe()).all()
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -246,6 +322,7 @@ class TestBadInput:
         assert result.exit_code == 1
         assert "is not empty" in result.stderr
         assert (tmp_path / "q" / "mine").read_text() == "kept"
+        assert f"{tmp_path / 'q' / 'mine'} is a file" in quantize(llama, "--out", tmp_path / "q" / "mine").stderr
 
     def test_a_broken_safetensors_file(self, llama, tmp_path):
         copy = Path(shutil.copytree(llama, tmp_path / "copy"))
@@ -263,21 +340,48 @@ class TestBadInput:
         assert "neither model_index.json nor config.json" in result.stderr
         assert len(lines(result.stderr)) == 1
 
-    def test_no_permission_to_write(self, llama, tmp_path, monkeypatch):
+    def test_no_permission_to_write(self, tmp_path, monkeypatch):
         """Simulated in the system call, because tests may run as root, who may write anywhere."""
-        mkdir = Path.mkdir
+        opened = os.open
 
-        def refused(path: Path, *args: object, **kwargs: object) -> None:
-            if tmp_path in path.parents:
-                raise PermissionError(13, "Permission denied", str(path))
-            mkdir(path, *args, **kwargs)
+        def refused(path: str, *args: object, **kwargs: object) -> int:
+            if tmp_path in (Path(path), *Path(path).parents):
+                raise PermissionError(13, "Permission denied", path)
+            return opened(path, *args, **kwargs)
 
-        monkeypatch.setattr(Path, "mkdir", refused)
-        result = quantize(llama, "--preset", "w8a8-dynamic", "--out", tmp_path / "closed" / "q")
+        monkeypatch.setattr(os, "open", refused)
+        result = quantize("no/model", "--out", tmp_path / "closed" / "q")
         assert result.exit_code == 1
-        assert "Permission denied" in result.stderr
-        assert len(lines(result.stderr)) == 1
+        assert lines(result.stderr) == [f"Error: --out: nothing can be written in {tmp_path}: Permission denied"]
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ("quantize", "no/model", "--out"),
+            ("calibrate", "no/model", "--source", "self", "--out"),
+            ("distill", "no/model", "no/teacher", "--out"),
+            ("export", "no/model", "--out"),
+            ("report", "no-folder", "--out"),
+            ("compare", "no/model", "no/model", "--images"),
+            ("demo", "--out"),
+        ],
+        ids=lambda command: command[0],
+    )
+    def test_a_place_that_cannot_be_written_is_named_before_anything_is_read(self, command, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        result = CliRunner().invoke(app, [*command, str(tmp_path / "file" / "new" / "q")])
+        assert result.exit_code == 1
+        said = f"Error: {command[-1]}: nothing can be written in {tmp_path / 'file'}: Not a directory"
+        assert lines(result.stderr) == [said]
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+    def test_a_link_to_nowhere_in_a_place_that_cannot_be_written(self, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        (tmp_path / "link").symlink_to(tmp_path / "file" / "q")
+        result = quantize("no/model", "--out", tmp_path / "link")
+        assert result.exit_code == 1
+        assert f"nothing can be written in {tmp_path / 'file'}" in result.stderr
 
     def test_debug_shows_the_trace(self, tmp_path):
         result = quantize(tmp_path / "none", "--out", tmp_path / "q", "--debug")

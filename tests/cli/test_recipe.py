@@ -12,6 +12,8 @@ from typer.testing import CliRunner, Result
 
 from hfquant import recipes
 from hfquant.cli import app
+from tests.cli.conftest import make_llama
+from tests.integrations.own_models import own_model
 from tests.recipes.test_segquant import EXPERIMENTS
 from tests.recipes.tiny import PUBLISHED
 
@@ -98,6 +100,34 @@ def test_help_needs_no_torch():
         result = CliRunner().invoke(app, [command, "--help"])
         assert result.exit_code == 0
         assert "Usage" in result.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("quantize", "{}", "--out", "{}/q"),
+        ("plan", "{}"),
+        ("calibrate", "{}", "--source", "self", "--out", "{}/set"),
+        ("distill", "{}", "{}", "--out", "{}/q"),
+        ("inspect", "{}"),
+        ("compare", "{}", "{}"),
+        ("report", "{}", "--out", "{}/report.html"),
+        ("export", "{}", "--out", "{}/q"),
+        ("recipe", "check", "vit-w8a8", "{}"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_model_s_own_code_runs_only_if_it_is_allowed(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asks whether to run the code"))
+    folder = own_model(make_llama(tmp_path))
+    (folder / "own_config.py").write_text("raise NotImplementedError('it runs')")
+    arguments = [part.format(folder) for part in command]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert f"Error: {folder} has code of its own" in result.stderr
+    assert result.stderr.count("\n") == 1
+    result = CliRunner().invoke(app, [*arguments, "--trust-remote-code"])
+    assert repr(result.exception) == "NotImplementedError('it runs')"
 
 
 def test_the_demo_says_what_it_lacks(monkeypatch, tmp_path):

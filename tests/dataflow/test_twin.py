@@ -111,6 +111,32 @@ def test_failure_in_the_model_itself():
     assert "(in " not in said
 
 
+def test_functions_that_a_forward_compiles_run_uncompiled():
+    """The code that inductor generates would read the data pointers of fake tensors, and crash the process."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.double = torch.compile(lambda x: 2 * x, backend=backend)
+
+        def forward(self, x):
+            return torch.compile(F.relu, backend=backend)(self.double(self.linear(x)))
+
+    model = Model()
+    for fake in (True, False):
+        watched = twin.run_twin(model, X, lambda copy: contextlib.nullcontext(copy), [fake])
+        assert watched[1] is fake
+    assert not compiled
+    model(X)
+    assert len(compiled) == 2, "and only the twin's run is kept from compiling"
+
+
 class Holding(nn.Module):
     """Multiplies by tensors that are neither parameters nor buffers."""
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 import hfquant
 from hfquant.exporters import ExportError, checkpoint
-from tests.exporters.schemes import SCHEMES, quantized
+from tests.exporters.schemes import IDS, SCHEMES, quantized
 from tests.integrations import small_models
+from tests.integrations.own_models import own_model
 
 
 @pytest.mark.parametrize(
@@ -44,6 +49,36 @@ def test_only_an_empty_folder_is_written_to(tmp_path: Path) -> None:
         hfquant.export(model, str(tmp_path / name))
         files = {path.name for path in (tmp_path / name).iterdir()}
         assert files == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_a_model_with_code_of_its_own(tmp_path: Path) -> None:
+    small_models.llama_of_64().save_pretrained(tmp_path / "float")
+    load = partial(transformers.AutoModelForCausalLM.from_pretrained, trust_remote_code=True)
+    model = hfquant.quantize(load(own_model(tmp_path / "float")), None, "w8a16")
+    before = model.config.to_dict()
+    hfquant.export(model, tmp_path / "exported")
+    assert model.config.to_dict() == before
+    shutil.rmtree(tmp_path / "float")
+    loaded = load(tmp_path / "exported")
+    assert type(loaded).__name__ == "OwnModel"
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=0, atol=1e-4)
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")))
+    small_models.llama_of_64().save_pretrained(tmp_path / "float")
+    words.save_pretrained(tmp_path / "float")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float")
+    hfquant.export(hfquant.quantize(model, None, "w8a16"), tmp_path / "exported")
+    writer = transformers.pipeline("text-generation", str(tmp_path / "exported"))
+    assert writer.tokenizer is not None
+    assert writer.tokenizer.get_vocab() == words.get_vocab()
+    # A model that was saved as hfquant and loaded again has the tokenizer in its own folder.
+    model.save_pretrained(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "float")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    hfquant.export(again, tmp_path / "other")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "other").get_vocab() == words.get_vocab()
 
 
 def test_a_model_that_is_not_quantized(tmp_path: Path) -> None:

@@ -329,6 +329,21 @@ def test_what_diffusers_cannot_do_offloaded(quantized, tmp_path):
         model.save_pretrained(tmp_path / "again")
 
 
+@pytest.mark.parametrize("preset", ["w4a16", "w8a8"])
+@pytest.mark.parametrize("where", ["meta", torch.device("meta"), {"": "meta"}, {"model": "cpu", "lm_head": "meta"}])
+def test_weights_without_values_are_not_quantized(where, preset, checkpoint):
+    config = HfQuantConfig(preset)
+    with pytest.raises(ValueError, match=r"device_map: on the meta device.*hfquant\.plan"):
+        load("llama", checkpoint("llama"), quantization_config=config, device_map=where)
+
+
+def test_a_quantized_checkpoint_is_loaded_on_the_meta_device(quantized):
+    _, folder, _ = quantized("llama", "w8a16", torch.float32)
+    model = load("llama", folder, device_map="meta")
+    assert quant_linears(model)
+    assert {tensor.device.type for tensor in model.parameters()} == {"meta"}
+
+
 def test_room_to_quantize_the_largest_linear():
     plan = plan_layers(nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 7)), HfQuantConfig("w8a16").rules)
     assert without_working_memory({0: 5000, "cpu": 100}, plan) == {0: 5000 - 3 * 4 * 200, "cpu": 0}

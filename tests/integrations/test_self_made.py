@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hfquant.calibration.self_made import SelfSpec
 from hfquant.integrations import self_made as module
 from hfquant.integrations.data import transformers_batches
 from hfquant.nn.modules import quant_linears
-from tests.integrations import small_models
+from tests.integrations import small_models, tiny_transformers
 from tests.integrations.small_models import assert_same
 from tests.integrations.test_transformers_data import word_tokenizer
 
@@ -115,7 +116,28 @@ def canine() -> nn.Module:
     return transformers.CanineForSequenceClassification(config).eval()
 
 
+def other(name: str) -> Callable[[], nn.Module]:
+    """Return a maker of a model whose inputs have names or sizes that no other has."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return tiny_transformers.build(name, "cpu")
+
+    return make
+
+
+OTHERS = (
+    "Kosmos2ForConditionalGeneration",
+    "IdeficsForVisionText2Text",
+    "DepthProModel",
+    "DecisionTransformerModel",
+    "MusicgenForConditionalGeneration",
+    "MusicgenMelodyForConditionalGeneration",
+    "MusicgenMelodyForCausalLM",
+    "DiaForConditionalGeneration",
+)
 MODELS = {
+    **{n: other(n) for n in OTHERS},
     **{n: small_models.TRANSFORMERS[n] for n in ("llama", "bart", "bert", "clip_text", "vit")},
     **{f.__name__: f for f in (whisper, masked_bert, llava, mamba, clip, wav2vec2, t5, canine)},
 }
@@ -136,6 +158,54 @@ def test_every_kind_is_calibrated_without_data(name: str, caplog: pytest.LogCapt
     assert "cannot generate text" not in caplog.text
     stored = model.config.quantization_config.to_dict()["calibration"]
     assert (stored["source"], stored["seed"], stored["samples"]) == ("self", 0, 4)
+
+
+def audio_decoder() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.MusicgenForCausalLM(transformers.MusicgenDecoderConfig(**tiny_transformers.CODES)).eval()
+
+
+def test_a_decoder_of_audio_codes_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Only its layers that read a text, which it lacks, have no statistics."""
+    model = audio_decoder()
+    with caplog.at_level(logging.WARNING, "hfquant"):
+        hfquant.quantize(model, dict(ASKED), "w4a8-gptq")
+    quantized = quant_linears(model)
+    missed = {r.name for r in model.quant_report.layers if r.fallback}
+    assert missed == {name for name in quantized if "encoder_attn" in name} < quantized.keys()
+    assert "pattern detection failed" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["MusicgenForConditionalGeneration", "MusicgenMelodyForConditionalGeneration"])
+@pytest.mark.parametrize("preset", ["w8a8", "w4a8-gptq"])
+@pytest.mark.parametrize("data", [ASKED, {"dataset": ["a b c d e", "f g h"], "tokenizer": word_tokenizer()}])
+def test_a_decoder_of_audio_codes_is_calibrated_and_comes_back(
+    name: str, preset: str, data: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other(name)().save_pretrained(tmp_path / "float")
+    cls = getattr(transformers, name)
+    config = HfQuantConfig(preset, calibration=data)
+    with caplog.at_level(logging.WARNING, "hfquant"):
+        model = cls.from_pretrained(tmp_path / "float", quantization_config=config)
+    assert not [layer.name for layer in model.quant_report.layers if layer.fallback or layer.guard]
+    assert "pattern detection failed" not in caplog.text
+    model.save_pretrained(tmp_path / "quantized")
+    inputs = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 1]]), "decoder_input_ids": torch.arange(32).view(8, 4)}
+    assert_same(cls.from_pretrained(tmp_path / "quantized"), model, inputs)
+
+
+def test_audio_codes_that_a_model_makes() -> None:
+    """The encoder's text is of its vocabulary, which is larger; codes are of the decoder's."""
+    model = other("DiaForConditionalGeneration")()
+    first, again, others = made(model), made(model), made(model, seed=1)
+    for batch, same, different in zip(first, again, others, strict=True):
+        text, codes = batch["input_ids"], batch["decoder_input_ids"]
+        assert (text.shape, codes.shape) == ((4, 16), (4, 16, 3))
+        assert 36 < text.max() < 50
+        assert (codes[:, 0] == 35).all()
+        assert (codes[:, 1:] < 33).all()
+        assert torch.equal(codes, same["decoder_input_ids"])
+        assert not torch.equal(codes, different["decoder_input_ids"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -169,7 +239,7 @@ JOB = """
 import sys, torch
 torch.set_num_threads(1)
 import hfquant
-from tests.integrations import small_models
+from tests.integrations import small_models, tiny_transformers
 model = small_models.llama()
 data = {"source": "self", "samples": 4, "seqlen": 16, "seed": int(sys.argv[1])}
 hfquant.quantize(model, data, "w8a8").save_pretrained(sys.argv[2])

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from diffusers import (
+    AudioLDM2Pipeline,
+    AudioLDM2ProjectionModel,
+    AudioLDM2UNet2DConditionModel,
+    AutoencoderKL,
     DDIMScheduler,
     DDPMPipeline,
     MarigoldDepthPipeline,
@@ -94,6 +99,66 @@ PIPELINES = {
     **{"classes": classes, "text": text, "image": image, "unconditional": unconditional},
     **{"modular": tiny_modular, "modular image": lambda: tiny_modular(EncodeImage, Denoise)},
 }
+
+
+def audio() -> Any:
+    """AudioLDM2: a language model writes a part of the text embeddings, embedding by embedding."""
+    torch.manual_seed(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    roberta = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *letters])}
+    pieces = [*((token, 0.0) for token in ("<pad>", "</s>", "<unk>")), *((letter, -1.0) for letter in letters)]
+    text = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sounds = {
+        "spec_size": 64, "num_mel_bins": 16, "patch_size": 4, "patch_stride": [4, 4], "patch_embeds_hidden_size": 8,
+        "hidden_size": 16, "depths": [1, 1], "num_attention_heads": [2, 2], "window_size": 4, "projection_dim": 8,
+    }  # fmt: skip
+    clap = transformers.ClapConfig(
+        text_config={**text, "vocab_size": 40, "projection_dim": 8}, audio_config=sounds, projection_dim=8
+    )
+    t5 = transformers.T5Config(vocab_size=40, d_model=12, d_kv=6, d_ff=20, num_layers=1, num_heads=2)
+    gpt2 = transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    vocoder = transformers.SpeechT5HifiGanConfig(
+        model_in_dim=8, sampling_rate=16000, upsample_initial_channel=8, upsample_rates=[2, 2],
+        upsample_kernel_sizes=[4, 4], resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1]], normalize_before=False,
+    )  # fmt: skip
+    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+    parts = {
+        "text_encoder": transformers.ClapModel(clap),
+        "text_encoder_2": transformers.T5EncoderModel(t5),
+        "tokenizer": transformers.RobertaTokenizer(roberta, [], model_max_length=12),
+        "tokenizer_2": transformers.T5Tokenizer(pieces, extra_ids=0, model_max_length=12),
+        "feature_extractor": transformers.ClapFeatureExtractor(),
+        "projection_model": AudioLDM2ProjectionModel(8, 12, 16),
+        "language_model": transformers.GPT2LMHeadModel(gpt2).eval(),
+        "unet": AudioLDM2UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, attention_head_dim=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=([None, 16, 12], [None, 16, 12]), **blocks,
+        ),
+        "vae": AutoencoderKL(
+            in_channels=1, out_channels=1, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, **blocks,
+        ),
+        "vocoder": transformers.SpeechT5HifiGan(vocoder),
+        "scheduler": DDIMScheduler(),
+    }  # fmt: skip
+    parts["language_model"].config.max_new_tokens = 4
+    return AudioLDM2Pipeline(**parts)
+
+
+@pytest.mark.parametrize("data", [FEW, ["a fine day", "rain"]])
+def test_a_language_model_that_a_pipeline_runs_with_a_cache_is_calibrated(data: Any) -> None:
+    """The pipeline leaves it to the model's config; a cache cannot be recorded."""
+    pipe = audio()
+    pipe.set_progress_bar_config(disable=True)
+    model = pipe.language_model
+    call = {"num_inference_steps": 2, "audio_length_in_s": 0.016}
+    quantize_pipeline(pipe, data, "w8a8", components=["language_model"], **call)
+    assert quant_linears(model)
+    assert [r.name for r in model.quant_report.layers if r.fallback or r.guard] == []
+    assert model.config.use_cache
+    assert pipe("rain", **call).audios.any()
 
 
 def denoiser(pipe: Any) -> nn.Module:

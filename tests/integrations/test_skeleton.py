@@ -11,6 +11,8 @@ import torch
 
 import hfquant
 from hfquant.integrations.skeleton import skeleton, subfolder
+from hfquant.own_code import own_code
+from tests.integrations.own_models import own_pipeline
 from tests.integrations.tiny_pipelines import CASES
 from tests.recipes.tiny import PUBLISHED
 
@@ -107,6 +109,17 @@ def test_models_that_diffusers_could_not_have_saved_are_left_out(tmp_path):
     index = json.loads(file.read_text()) | {"controlnet": ["diffusers", "SD3MultiControlNetModel"]}
     file.write_text(json.dumps(index))
     assert set(skeleton(str(tmp_path)).models) == {"vae", "unet"}
+
+
+def test_a_pipeline_with_code_of_its_own(tmp_path):
+    own_pipeline(tmp_path)
+    with pytest.raises(ValueError, match=r"has code of its own.* pass --trust-remote-code"):
+        skeleton(str(tmp_path))
+    with own_code(True):
+        found = skeleton(str(tmp_path))
+    assert found.kind == "OwnPipeline"
+    assert {name: type(model).__name__ for name, model in found.models.items()} == {"transformer": "OwnDenoiser"}
+    assert all(p.is_meta for p in found.models["transformer"].parameters())
 
 
 def test_bad_folders(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hfquant
 from hfquant import HfQuantConfig
+from hfquant.integrations.data import transformers_batches
 from hfquant.nn.modules import quant_linears
 from tests.integrations import small_models
+from tests.integrations.own_models import own_model, own_tokenizer
 from tests.integrations.small_models import assert_same, transformers_inputs
 
 
@@ -319,48 +321,51 @@ def test_rows_and_columns_of_text(tmp_path):
         assert_same(model, made[0], ids())
 
 
-OWN_MODEL = """
-from transformers import LlamaConfig, LlamaForCausalLM
-
-class OwnConfig(LlamaConfig):
-    model_type = "own_llama"
-
-class OwnModel(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
-OWN_TOKENIZER = """
-from transformers import PreTrainedTokenizerFast
-
-class OwnTokenizer(PreTrainedTokenizerFast):
-    pass
-"""
-
-
-def edit(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
 def test_a_tokenizer_with_code_of_its_own_is_trusted_if_the_model_is(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asks whether to run the code"))
     model = small_models.llama_of_64()
     model.save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
-    (tmp_path / "own_tokenizer.py").write_text(OWN_TOKENIZER)
-    names = {"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]}
-    edit(tmp_path / "tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map=names)
+    own_tokenizer(tmp_path)
     config = HfQuantConfig("w8a8", calibration=["a b c d", "b c a", "d a d a"])
-    with pytest.raises(hfquant.CalibrationError, match="text needs a tokenizer"):
+    named = r"text needs a tokenizer, and that of .* has code of its own.* pass --trust-remote-code .* 'tokenizer': tok"
+    with pytest.raises(hfquant.CalibrationError, match=named):
         LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config)
 
-    (tmp_path / "own_model.py").write_text(OWN_MODEL)
-    names = {"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}
-    edit(tmp_path / "config.json", model_type="own_llama", architectures=["OwnModel"], auto_map=names)
+    own_model(tmp_path)
     trusted = {"trust_remote_code": True}
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, **trusted)
     assert type(quantized).__name__ == "OwnModel"
     assert quant_linears(quantized)
     quantized.save_pretrained(tmp_path / "quantized")
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", **trusted), quantized, ids())
+
+
+@pytest.mark.parametrize("kind", ["text", "rows", "images"])
+def test_what_reads_the_data_has_code_of_its_own(kind, tmp_path):
+    """A dataset may not need it, so it is asked for when it is read."""
+    model = small_models.llama()
+    model.save_pretrained(tmp_path)
+    model.name_or_path = str(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    own_tokenizer(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"auto_map": {"AutoImageProcessor": "own_images.OwnImages"}}')
+    rows = {
+        "text": datasets.Dataset.from_dict({"text": ["a b c", "d e f"]}),
+        "rows": datasets.Dataset.from_dict({"input_ids": [[3, 4, 5], [6, 7, 8]]}),
+        "images": datasets.Dataset.from_dict({"image": [Image.new("RGB", (2, 2))] * 2}),
+    }[kind]
+    batches = transformers_batches(model, rows)
+    if kind == "rows":
+        assert len(list(batches)) == 1
+        return
+    reader = {"text": "text needs a tokenizer", "images": "images need a processor"}[kind]
+    with pytest.raises(hfquant.CalibrationError, match=f"{reader}, and that of {tmp_path} has code of its own"):
+        next(iter(batches))
+    (tmp_path / "tokenizer_config.json").write_text("no JSON")
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(hfquant.CalibrationError, match=f"{reader}; none was given or found with the model"):
+        next(iter(transformers_batches(model, rows)))
 
 
 def test_a_quantized_model_s_config_loads_its_checkpoint(tmp_path):

@@ -37,6 +37,7 @@ MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000
 QWEN_TEXT = GQA | {"rope_parameters": MROPE}
 QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 IMAGE = {"image_token_id": 40, "video_token_id": 41, "vision_start_token_id": 42, "vision_end_token_id": 43}
+DEPTH_PATCHES = VISION | {"model_type": "dinov2", "num_hidden_layers": 2, "image_size": 64, "patch_size": 16}
 SPEECH = {
     "vocab_size": 50,
     "hidden_size": 16,
@@ -46,6 +47,12 @@ SPEECH = {
 }
 SPEECH |= {"conv_dim": (8, 8), "conv_kernel": (10, 8), "conv_stride": (5, 8), "num_conv_pos_embeddings": 4}
 SPEECH |= {"num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2, "feat_extract_norm": "layer"}
+SOUNDS = {"model_type": "encodec", "num_filters": 4, "hidden_size": 8, "upsampling_ratios": [4, 2]}
+SOUNDS |= {"codebook_size": 32, "codebook_dim": 8, "num_lstm_layers": 1}
+# Tokens up to 32 are codes; the decoder embeds one more.
+CODES = {"vocab_size": 32, "num_codebooks": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+CODES |= {"ffn_dim": 20, "max_position_embeddings": 64, "pad_token_id": 32, "bos_token_id": 32}
+DIA = GQA | {"num_hidden_layers": 1, "num_key_value_heads": 2}
 
 # Class: the class of its config, and the config's values.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -189,6 +196,63 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                 "window_size": 4,
             },
             "projection_dim": 6,
+        },
+    ),
+    "Kosmos2ForConditionalGeneration": (
+        "Kosmos2Config",
+        {
+            "text_config": {"vocab_size": 50, "embed_dim": 16, "layers": 1, "ffn_dim": 20, "attention_heads": 2},
+            "vision_config": VISION,
+            "latent_query_num": 3,
+        },
+    ),
+    "IdeficsForVisionText2Text": (
+        "IdeficsConfig",
+        {k: v for k, v in TEXT.items() if k != "num_hidden_layers"}
+        | {"num_hidden_layers": 1, "alpha_initializer": "ones", "vision_config": VISION | {"embed_dim": 16}},
+    ),
+    "DepthProModel": (
+        "DepthProConfig",
+        {f"{part}_model_config": DEPTH_PATCHES for part in ("image", "patch", "fov")}
+        | {"patch_size": 64, "fusion_hidden_size": 8, "merge_padding_value": 0, "intermediate_hook_ids": [1, 0]}
+        | {"intermediate_feature_dims": [8, 8], "scaled_images_feature_dims": [8, 8, 8]},
+    ),
+    "DecisionTransformerModel": (
+        "DecisionTransformerConfig",
+        {"state_dim": 5, "act_dim": 3, "hidden_size": 16, "n_layer": 1, "n_head": 2, "max_ep_len": 20},
+    ),
+    "MusicgenForConditionalGeneration": (
+        "MusicgenConfig",
+        {
+            "text_encoder": T5 | {"model_type": "t5"},
+            "audio_encoder": SOUNDS,
+            "decoder": CODES | {"model_type": "musicgen_decoder"},
+        },
+    ),
+    "MusicgenMelodyForConditionalGeneration": (
+        "MusicgenMelodyConfig",
+        {
+            "text_encoder": T5 | {"model_type": "t5"},
+            "audio_encoder": SOUNDS,
+            "decoder": CODES | {"model_type": "musicgen_melody_decoder"},
+            "chroma_length": 6,
+        },
+    ),
+    "MusicgenMelodyForCausalLM": ("MusicgenMelodyDecoderConfig", CODES),
+    "DiaForConditionalGeneration": (
+        "DiaConfig",
+        {
+            "encoder_config": DIA,
+            "decoder_config": DIA
+            | {"vocab_size": 36, "num_channels": 3, "cross_num_attention_heads": 2, "cross_num_key_value_heads": 2}
+            | {
+                "cross_head_dim": 8,
+                "cross_hidden_size": 16,
+                "eos_token_id": 33,
+                "pad_token_id": 34,
+                "bos_token_id": 35,
+            },
+            "delay_pattern": [0, 1, 2],
         },
     ),
 }

@@ -134,6 +134,44 @@ class Aside(Net):
         return super().forward(x)
 
 
+def tiny_scale() -> nn.Module:
+    """A model without a head whose residual stream is so small that normalizing it has huge gradients."""
+    model = small_llama().model
+    for norm in (module for module in model.modules() if hasattr(module, "variance_epsilon")):
+        norm.variance_epsilon = 1e-12
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("embed_tokens.weight", "o_proj.weight", "down_proj.weight")):
+                parameter.mul_(1e-3)
+    return model
+
+
+def test_gradients_that_overflow_in_float16_are_scaled():
+    model, data = tiny_scale(), [torch.arange(12).view(2, 6) for _ in range(2)]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found, half = (
+        watch(each, {name: each.get_submodule(name) for name in names}, data)
+        for each in (model, copy.deepcopy(model).half())
+    )
+    squares = {name: torch.cat(seen.squares).sum().item() for name, seen in found.items()}
+    assert max(torch.cat(seen.squares).max().item() for seen in found.values()) > 65504**2
+    assert {name: torch.cat(seen.squares).sum().item() for name, seen in half.items()} == pytest.approx(
+        squares, rel=0.05
+    )
+
+
+def test_gradients_that_are_not_finite_are_left_out(caplog):
+    class Steep(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + (0 * self.loud(x)).sqrt()
+
+    net = Steep()
+    found = watch(net, {"loud": net.loud, "quiet": net.quiet}, inputs())
+    assert not any(seen.squares for seen in found.values())
+    assert all(seen.inputs for seen in found.values())
+    assert caplog.text.count("gradients of the model's output are not finite: using forward differences") == 1
+
+
 def test_a_layer_that_no_gradient_reaches_does_no_harm(caplog):
     net = Aside()
     found = watch(net, {name: net.get_submodule(name) for name in ("loud", "quiet", "aside")}, inputs())

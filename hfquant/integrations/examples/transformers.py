@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, cast
@@ -10,12 +11,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hfquant.calibration.model_inputs import Codes, codes_of, text_config
 from hfquant.integrations.examples.sketch import BATCH, TOKENS, Rule, Sketch, UnknownInput, fixed, ids
 
 TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "decoder", "thinker_config")
 VISION_CONFIGS = ("vision_config", "vision_encoder_config", "encoder", "backbone_config")
 AUDIO_CONFIGS = ("audio_config", "audio_encoder_config", "encoder_config", "speech_encoder", "encoder")
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_patch_id")
+#: Mask of the places in a text that image features go to, for models without an image token (KOSMOS).
+IMAGE_PLACES = "image_embeds_position_mask"
+#: Inputs of models that read an episode of reinforcement learning.
+EPISODE = ("states", "actions", "rewards", "returns_to_go", "timesteps")
 
 
 def candidates_of_transformers(model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -46,10 +52,12 @@ def _all_rules(model: nn.Module) -> dict[str, Rule]:
     rules = _main_rules(model)
     s = Sketch(model, model.config)
     if "input_ids" not in s.parameters:
-        return rules | {n: RULES[n] for n in ("bbox",)}
+        return rules | {n: RULES[n] for n in ("bbox", *EPISODE)}
     rules["bbox"] = RULES["bbox"]
     two_towers = hasattr(model, "logit_scale") or (
-        hasattr(model, "text_model") and (hasattr(model, "vision_model") or hasattr(model, "audio_model"))
+        hasattr(model, "text_model")
+        and (hasattr(model, "vision_model") or hasattr(model, "audio_model"))
+        and _reads_apart(s)
     )
     if "pixel_values" in s.parameters and _has(s, VISION_CONFIGS):
         both = {"input_ids": _text_ids, "pixel_values": pixels}
@@ -65,8 +73,8 @@ def _all_rules(model: nn.Module) -> dict[str, Rule]:
 
 
 def _reads_apart(s: Sketch) -> bool:
-    """Return whether images do not go into a text at its image tokens, nor into an encoder alone."""
-    return _token(s) is None and not s.field("is_encoder_decoder")
+    """Return whether images go neither into a text, at its image tokens or marked places, nor into an encoder alone."""
+    return _token(s) is None and IMAGE_PLACES not in s.parameters and not s.field("is_encoder_decoder")
 
 
 def _patch_masks(s: Sketch) -> dict[str, Rule]:
@@ -78,7 +86,16 @@ def _patch_masks(s: Sketch) -> dict[str, Rule]:
 
 def _with_pictures(s: Sketch) -> dict[str, Rule]:
     """Return the rules for a vision-language model's text with images in it, or none if these are unknown."""
+    if "image_attention_mask" in s.parameters:  # IDEFICS: each token attends to images, which have a dimension
+        seen = torch.ones(BATCH, TOKENS, 1, dtype=torch.long)
+        return {
+            "input_ids": _text_ids,
+            "pixel_values": lambda s: pixels(s)[:, None],
+            "image_attention_mask": fixed(seen),
+        }
     token = _token(s)
+    if token is None and IMAGE_PLACES in s.parameters:
+        token = 0
     if token is None or (made := _pictures(s)) is None:
         return {}
     pictures, count = made
@@ -90,10 +107,9 @@ def _with_pictures(s: Sketch) -> dict[str, Rule]:
     row = torch.where(row == token, row, row % vocabulary)
     input_ids = row.expand(BATCH, -1).clone()
     made_all = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **pictures}
-    if "mm_token_type_ids" in s.parameters:
-        made_all["mm_token_type_ids"] = (input_ids == token).int()
-    if "token_type_ids" in s.parameters:
-        made_all["token_type_ids"] = (input_ids == token).long()
+    places = input_ids == token
+    marks = {"mm_token_type_ids": places.int(), "token_type_ids": places.long(), IMAGE_PLACES: places}
+    made_all |= {name: mark for name, mark in marks.items() if name in s.parameters}
     return {name: fixed(value) for name, value in made_all.items()}
 
 
@@ -106,7 +122,8 @@ def _pictures(s: Sketch) -> tuple[dict[str, Any], int] | None:
     size, patch = vision.field("image_size"), vision.field("patch_size")
     if not isinstance(size, int) or not isinstance(patch, int):
         return None
-    return {"pixel_values": pixels(s)}, s.field("num_query_tokens", default=(size // patch) ** 2)  # a guess
+    known = s.field("num_query_tokens", "latent_query_num")
+    return {"pixel_values": pixels(s)}, known or (size // patch) ** 2  # a guess
 
 
 def _layouts(s: Sketch) -> Iterator[dict[str, Any]]:
@@ -195,6 +212,8 @@ def _has(s: Sketch, names: tuple[str, ...]) -> bool:
 
 
 def _text(s: Sketch) -> Sketch:
+    if codes_of(s.model):
+        return Sketch(s.model, text_config(s.model))
     part = _within(s, TEXT_CONFIGS)
     return _within(part, TEXT_CONFIGS)  # for example a thinker's text
 
@@ -205,6 +224,9 @@ def _text_ids(s: Sketch) -> Tensor:
     vocabulary = s.field("vocab_size", "num_hash_buckets", default=_text(s).field("vocab_size"))
     if vocabulary is None:
         raise UnknownInput("its config has no vocab_size")
+    codes = codes_of(s.model)
+    if codes and codes.argument == "input_ids":
+        return _code_ids(codes)
     made = ids(vocabulary, BATCH, TOKENS)
     end = s.field("eos_token_id", default=_text(s).field("eos_token_id"))
     if isinstance(end, int) and 0 <= end < vocabulary:
@@ -216,13 +238,22 @@ def _text_ids(s: Sketch) -> Tensor:
 def _decoder_ids(s: Sketch) -> Tensor | None:
     if not s.field("is_encoder_decoder"):
         return None
+    if codes := codes_of(s.model):
+        return _code_ids(codes)
     vocabulary = s.field("decoder_vocab_size", "vocab_size") or _within(s, ("decoder", "text_config")).need(
         "vocab_size"
     )
     return ids(vocabulary, BATCH, TOKENS)
 
 
+def _code_ids(codes: Codes) -> Tensor:
+    return codes.arranged(ids(codes.config.vocab_size, BATCH, codes.books, TOKENS))
+
+
 def _size(vision: Sketch) -> tuple[int, int]:
+    if ratios := vision.field("scaled_images_ratios"):  # DepthPro: scaled by the least, an image is one patch
+        side = math.ceil(vision.need("patch_size") / min(ratios))
+        return side, side
     size = vision.field("image_size", "input_size", "crop_size", default=224)  # convolutional backbones accept any size
     if isinstance(size, dict):
         return size["height"], size["width"]
@@ -287,6 +318,15 @@ def _boxes(s: Sketch) -> Tensor:
     return torch.zeros(BATCH, TOKENS, 4, dtype=torch.float32 if s.field("is_encoder_decoder") else torch.long)
 
 
+def _episode(size: str | None = None) -> Rule:
+    """Return a rule for one vector per step of an episode, of the size in this config field, or for one number."""
+    return lambda s: torch.zeros(BATCH, TOKENS, 1 if size is None else s.need(size))
+
+
+def _steps(s: Sketch) -> Tensor:
+    return ids(s.need("max_ep_len"), TOKENS).expand(BATCH, -1).clone()
+
+
 def _past(s: Sketch) -> Tensor:
     """Return a series long enough for all lags of a time series model."""
     lags = s.field("lags_sequence", default=[0])
@@ -317,6 +357,11 @@ RULES: dict[str, Rule] = {
     "input_values": _waveform,
     "bbox": _boxes,
     "past_values": _past,
+    "states": _episode("state_dim"),
+    "actions": _episode("act_dim"),
+    "rewards": _episode(),
+    "returns_to_go": _episode(),
+    "timesteps": _steps,
 }
 
 NEEDED_RULES: dict[str, Rule] = RULES | {

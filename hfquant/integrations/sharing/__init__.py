@@ -30,7 +30,8 @@ def save_pretrained(
     """Save an hfquant object with a model card and the tokenizer or processor that the model came with.
 
     Args:
-        thing: a quantized model, a pipeline with quantized components, an affiner, or a calibration set.
+        thing: a quantized model, a pipeline with quantized components (and its ``affiner``, if it has one, as
+            :func:`hfquant.affiner.load_pipeline` sets it), an affiner, or a calibration set.
         save_directory: target folder. Text that a person wrote into an existing README.md is kept.
         base_model: hub id of the full-precision model; default: where ``thing`` was loaded from, if that is a hub id.
         **options: options of the object's own ``save_pretrained`` (``max_shard_size``, ``variant``...), or of

@@ -19,6 +19,7 @@ from hfquant.denoisers import module_names
 from hfquant.integrations import library
 from hfquant.integrations.apply import described
 from hfquant.integrations.config import HfQuantConfig
+from hfquant.integrations.sharing.origin import is_own_class
 from hfquant.layer_config import InputQuant, WeightQuant
 from hfquant.nn.modules import quant_modules
 from hfquant.presets import PRESETS
@@ -150,7 +151,22 @@ def of_models(thing: Any) -> Facts:
     tags = dict.fromkeys(tag for model in quantized.values() for tag in tags_of(model))
     recipe = _digest({name: config_of(model).to_dict() for name, model in quantized.items()})
     components = [_component(name, model) for name, model in quantized.items()]
-    return Facts(type(thing).__name__, library(thing) or "diffusers", list(tags), recipe, components)
+    affiner = affiner_of(thing)
+    values: dict[str, Any] = {} if affiner is None else dict(of_affiner(affiner).values)
+    # transformers sets the first where it loads a class that comes with the model.
+    values["loader"] = getattr(thing, "_auto_class", None) or type(thing).__name__
+    values["own_code"] = any(is_own_class(part) for part in (thing, *models_of(thing).values()))
+    return Facts(type(thing).__name__, library(thing) or "diffusers", list(tags), recipe, components, values)
+
+
+def affiner_of(thing: Any) -> BlockwiseAffiner | None:
+    """Return the affiner of a pipeline, its attribute of that name; None if it has none."""
+    found = getattr(thing, "affiner", None)
+    if found is None:
+        return None
+    from hfquant.affiner import BlockwiseAffiner
+
+    return found if isinstance(found, BlockwiseAffiner) else None
 
 
 def of_affiner(affiner: BlockwiseAffiner) -> Facts:

@@ -12,7 +12,7 @@ from hfquant.calibration import BaseCalibSet
 from hfquant.integrations import library
 from hfquant.integrations.sharing import facts
 from hfquant.integrations.sharing.facts import Facts
-from hfquant.integrations.sharing.origin import save_processor
+from hfquant.integrations.sharing.origin import save_code, save_processor
 from hfquant.nn.modules import quant_modules
 
 
@@ -81,12 +81,21 @@ def _save_model(model: Any, folder: Path, options: dict[str, Any]) -> None:
         save_processor(model, folder)
 
 
+def _save_pipeline(pipeline: Any, folder: Path, options: dict[str, Any]) -> None:
+    pipeline.save_pretrained(folder, **options)
+    save_code(pipeline, folder)
+    if (affiner := facts.affiner_of(pipeline)) is not None:
+        from hfquant.affiner.affiner import SUBFOLDER
+
+        affiner.save_pretrained(folder / SUBFOLDER)
+
+
 def _save_set(calibration_set: BaseCalibSet, folder: Path, options: dict[str, Any]) -> None:
     calibration_set.save(folder, **options)
 
 
 MODEL = Kind("model", _save_model, facts.of_models)
-PIPELINE = Kind("pipeline", _save, facts.of_models)
+PIPELINE = Kind("pipeline", _save_pipeline, facts.of_models)
 AFFINER = Kind("affiner", _save, facts.of_affiner)
 _CHUNKS = "chunk-[0-9]*.safetensors*", "shard-[0-9]*/*"
 CALIBRATION_SET = Kind("calibration set", _save_set, facts.of_set, "dataset", _CHUNKS, "save")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hfquant.integrations.sharing.merge import CardError, Generated, read_card
+from hfquant.own_code import own_code_allowed
 
 CARD_FILE = "README.md"
 #: Metadata that the card of a quantized model inherits from its base model's.
@@ -127,9 +131,38 @@ def file_of(source: str, name: str, subfolder: str = "", **options: Any) -> Path
         return None
 
 
+def is_own_class(thing: Any) -> bool:
+    """Return whether the class of a model, pipeline or component comes from the repository that it was loaded from."""
+    return type(thing).__module__.startswith(("transformers_modules.", "diffusers_modules."))
+
+
 def runs_own_code(model: Any) -> bool:
-    """Return whether a model's class comes from its repository, so that the user has agreed to run the code there."""
-    return type(model).__module__.startswith("transformers_modules.")
+    """Return whether the user has agreed to run the code in a model's repository, or already runs its class."""
+    return own_code_allowed() or is_own_class(model)
+
+
+def save_code(pipeline: Any, folder: Path) -> None:
+    """Save the code that a pipeline or its components came with, which diffusers does not save with them.
+
+    Args:
+        pipeline: a pipeline.
+        folder: where it has been saved.
+    """
+    parts = {"_class_name": (pipeline, folder)}
+    parts |= {name: (part, folder / name) for name, part in pipeline.components.items()}
+    own = {name: (type(part), place) for name, (part, place) in parts.items() if is_own_class(part)}
+    if not own:
+        return
+    from diffusers.utils.dynamic_modules_utils import get_relative_import_files
+
+    index_file = folder / "model_index.json"
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    for name, (kind, place) in own.items():
+        file = inspect.getfile(kind)
+        for source in (file, *get_relative_import_files(file)):
+            shutil.copy(source, place)
+        index[name] = [Path(file).stem, kind.__name__]
+    index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def save_processor(model: Any, folder: Path) -> None:

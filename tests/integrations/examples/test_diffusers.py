@@ -20,10 +20,7 @@ NONE = {
     "WanAnimate2Transformer3DModel": "only runs with a cache, which another forward fills",
 }
 # Classes with example inputs whose forward cannot be traced here, and the reason.
-UNWATCHED = {
-    "Kandinsky6SRTransformer3DModel": "flex attention does not run on fake tensors",
-    "LTX2VideoDiffusionDecoderModel": "flex attention does not run on fake tensors",
-}
+UNWATCHED: dict[str, str] = {}
 if not is_torchvision_available():
     UNWATCHED |= dict.fromkeys(("CosmosControlNetModel", "CosmosTransformer3DModel"), "needs torchvision")
 
@@ -46,6 +43,7 @@ SLOW = {
     *("AutoencoderKLCosmos", "AutoencoderKLKVAEVideo", "AutoencoderKLLTX2Video", "AutoencoderKLMagvit"),
     *("AutoencoderKLMiniMaxH3", "Kandinsky6SRLatentUpscalerBank", "MMAudioVocoder", "MotifVideoTransformer3DModel"),
     *("RFD4ProteinaTransformer", "UNet3DConditionModel", "UNetControlNetXSModel", "WanVACETransformer3DModel"),
+    "LTX2VideoDiffusionDecoderModel",
 }
 
 

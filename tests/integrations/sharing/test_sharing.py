@@ -12,15 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import hfquant
 from hfquant import BaseCalibSet, BlockwiseAffiner, HfQuantConfig
+from hfquant.affiner import load_pipeline
+from hfquant.cli import app
+from hfquant.demo import load_digits_pipeline
+from hfquant.demo.pipeline import DigitsPipeline
 from hfquant.integrations import note_distillation
 from hfquant.integrations.sharing.merge import CardError, sections
 from hfquant.nn.modules import quant_linears
@@ -114,6 +120,52 @@ def test_an_affiner_comes_back_by_its_id(hub: Hub) -> None:
     assert card(hub, "me/affiner").data.tags == ["hfquant", "affiner"]
     assert "mean squared error of predictions" in card(hub, "me/affiner").text
     assert {path for path in hub.repos["model", "me/pipe"] if path.endswith(".md")} == {"affiner/README.md"}
+
+
+def test_a_pipeline_comes_back_with_its_affiner(hub: Hub) -> None:
+    pipe = pipeline()
+    hfquant.quantize(pipe.transformer, None, "w8a8-dynamic")
+    pipe.affiner = BlockwiseAffiner({"solver": {"blocksize": 2}})
+    real = torch.randn(6, 4, 4, 4)
+    pipe.affiner.observe(10.0, real, real * 0.9 + 0.1)
+    pipe.affiner.solve(10.0)
+    hfquant.push_to_hub(pipe, "me/pipe", token=TOKEN)
+    assert len(hub.commits) == 1
+    loaded = load_pipeline(DiffusionPipeline, "me/pipe")
+    again = hfquant.load_affiner({"pretrained": "me/pipe", "subfolder": "affiner"})
+    hfquant.push_to_hub(loaded, "me/copy", token=TOKEN)  # with the affiner attached
+    for affiner in (loaded.affiner, again, load_pipeline(DiffusionPipeline, "me/copy").affiner):
+        assert torch.equal(affiner.correct(10.0, real), pipe.affiner.correct(10.0, real))
+    text = card(hub, "me/pipe").text
+    assert 'load_pipeline(DiffusionPipeline, "me/pipe")' in text
+    assert "## Affiner\n" in text
+    assert "mean squared error of predictions" in text
+
+
+def test_the_command_line_pushes_the_affiner_of_a_recipe(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    load_digits_pipeline().save_pretrained(tmp_path / "digits")
+    Dataset.from_dict({"label": list(range(4))}).to_parquet(tmp_path / "labels.parquet")
+    recipe = {
+        "title": "digits",
+        "models": ["digits"],
+        "loads": "DigitsPipeline",
+        "components": {"transformer": {"config": "w4a16"}},
+        "calibration": {
+            "data": {"dataset": str(tmp_path / "labels.parquet"), "column": "label", "samples": 4},
+            "call": {"num_inference_steps": 2},
+        },
+        "affiner": {"stepper": {"sample_size": 4}, "solver": {"blocksize": None}},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    out = ["--out", str(tmp_path / "q"), "--push", "me/digits"]
+    command = ["quantize", str(tmp_path / "digits"), "--recipe", str(tmp_path / "recipe.yaml"), *out]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    pipe = load_pipeline(DigitsPipeline, "me/digits")
+    assert pipe.affiner.timesteps == BlockwiseAffiner.from_pretrained(tmp_path / "q" / "affiner").timesteps
 
 
 def test_a_calibration_set_comes_back_by_its_id(hub: Hub, tmp_path: Path) -> None:
