@@ -180,14 +180,21 @@ def _error(expected: list[Tensor], found: list[Tensor]) -> float:
 
 
 def _noise(inputs: Any, seed: int) -> Any:
-    """Return inputs with float tensors of two or more dimensions replaced by noise; times, masks and the like stay."""
+    """Return inputs with float tensors of two or more dimensions replaced by noise; times, masks and the like stay.
+
+    Patches behind their row and column (Pix2Struct) stay too.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def noise(tensor: Tensor) -> Tensor:
         wide = tensor.is_floating_point() and tensor.dim() > 1
         return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) if wide else tensor
 
-    return {name: value if "mask" in name else tree_map_only(Tensor, noise, value) for name, value in inputs.items()}
+    kept = ("mask", "flattened_patches")
+    return {
+        name: value if any(part in name for part in kept) else tree_map_only(Tensor, noise, value)
+        for name, value in inputs.items()
+    }
 
 
 def _inputs(model: nn.Module) -> Any:

@@ -46,6 +46,7 @@ ELSEWHERE = {
     "integrations/examples/diffusers_exceptions.py": "integrations/examples/test_diffusers.py",
     "integrations/examples/diffusers_rules.py": "integrations/examples/test_diffusers.py",
     "integrations/examples/sketch.py": "integrations/examples/test_examples.py",
+    "integrations/examples/transformers_rules.py": "integrations/examples/test_transformers.py",
     "integrations/facts.py": "test_planner.py",
     "integrations/hub.py": "cli/test_calibrate.py",
     "integrations/refusals.py": "smoke/test_refusals.py",

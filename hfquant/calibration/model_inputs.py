@@ -58,7 +58,7 @@ def from_texts(values: Iterable[Any], spec: StreamSpec, reader: Reader, column: 
     if (codes := codes_of(reader.model)) and codes.argument == "input_ids":
         raise CalibrationError(
             f"calibration data: {type(reader.model).__name__} reads audio codes, not text or tokens; give batches of "
-            f"its inputs, with 'input_ids' [batch, {codes.books}, length]"
+            f"its inputs, with 'input_ids' {codes.shape}"
         )
     tokenizer, texts = reader.tokenizer, iter(values)
     first = next(texts)
@@ -246,7 +246,7 @@ class Codes(NamedTuple):
 
     Attributes:
         argument: the forward's argument for them.
-        books: number of codebooks.
+        books: number of codebooks; a text token in front of the codes counts as one (Kyutai's speech-to-text).
         config: the decoder's config.
         last: whether the codebooks are the last dimension, [samples, length, books], not [samples, books, length].
     """
@@ -255,6 +255,16 @@ class Codes(NamedTuple):
     books: int
     config: Any
     last: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different codes."""
+        return int(getattr(self.config, "codebook_vocab_size", None) or self.config.vocab_size)
+
+    @property
+    def shape(self) -> str:
+        """Shape of the argument, in words."""
+        return f"[batch, length, {self.books}]" if self.last else f"[batch, {self.books}, length]"
 
     def arranged(self, ids: Tensor) -> Tensor:
         """Return ids [samples, books, length] as the decoder reads them.
@@ -271,10 +281,11 @@ class Codes(NamedTuple):
             length: steps; cut to the decoder's positions.
         """
         length = min(length, getattr(self.config, "max_position_embeddings", None) or length)
-        special = [getattr(self.config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "eos", "pad")]
-        ordinary = torch.tensor([i for i in range(self.config.vocab_size) if i not in special])
+        starts, ends = ("decoder_start", "audio_bos", "bos"), ("eos", "pad")
+        special = [getattr(self.config, f"{name}_token_id", None) for name in (*starts, *ends)]
+        ordinary = torch.tensor([i for i in range(self.vocab_size) if i not in special])
         made = random_ids(ordinary, self.books * length, generators).unflatten(1, (self.books, length))
-        made[..., 0] = next((token for token in special[:2] if isinstance(token, int)), 0)
+        made[..., 0] = next((token for token in special[: len(starts)] if isinstance(token, int)), 0)
         return self.arranged(made)
 
 
@@ -291,6 +302,8 @@ def codes_of(model: Any) -> Codes | None:
     if books and hasattr(model, "get_input_embeddings"):
         with suppress(NotImplementedError):  # of a codec
             tables = model.get_input_embeddings()
+    if books and getattr(config, "codebook_vocab_size", None):
+        return Codes("input_ids", books + 1, config, last=True)
     # Others with codebooks read text with them, or have one table for all (Moshi, CSM, Higgs).
     return Codes("input_ids", books, config) if isinstance(tables, nn.ModuleList) and len(tables) == books else None
 

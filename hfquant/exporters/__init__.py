@@ -34,7 +34,8 @@ def export(
 
     Codes, zero points and scales are those of the model; two-level scales are written as floats. Fused experts are
     written as one linear per expert, as in published checkpoints of their class. transformers dequantizes them on load,
-    so their inputs are floats there; a log line says so.
+    so their inputs are floats there; a log line says so. The tokenizer or processor that a transformers model came with
+    is written as well.
 
     Args:
         model: a model quantized by hfquant, from transformers ("compressed-tensors") or diffusers ("nunchaku-lite").

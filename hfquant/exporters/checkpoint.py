@@ -76,7 +76,7 @@ def must_be_of(model: nn.Module, wanted: str, format: str) -> None:
 
 
 def write(model: nn.Module, converted: Converted, folder: Path, max_shard_size: int | str) -> None:
-    """Write config and weights; the folder appears only once it is complete.
+    """Write config, weights and a model's tokenizer or processor; the folder appears only once it is complete.
 
     Args:
         model: a model of transformers or diffusers.

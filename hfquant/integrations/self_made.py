@@ -315,6 +315,8 @@ def _filled(model: Any, shapes: dict[str, Any], reader: Reader, source: torch.Ge
             made[name] = _pictures(value, reader.images, source)
         elif name == "input_features":
             made[name] = _features(value, reader.sounds, source)
+        elif name == "flattened_patches":  # each behind its row and column
+            made[name] = torch.cat([value[..., :2], _pictures(value[..., 2:], reader.images, source)], -1)
         elif value.is_floating_point() and value.dim() > 1 and value.numel():
             long = [size for size in value.shape if size > 1]  # one number per step has its noise along the steps
             made[name] = pink_noise(long, 1, source).reshape(value.shape).to(value) if long else value

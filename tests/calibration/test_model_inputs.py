@@ -229,12 +229,27 @@ def test_codes_that_are_given_stay():
         assert with_decoder_inputs(batch, model) is batch
 
 
-def test_a_decoder_of_audio_codes_alone_reads_no_text():
-    model = tiny_transformers.build("MusicgenMelodyForCausalLM", "cpu")
-    with pytest.raises(
-        CalibrationError, match=r"CausalLM reads audio codes, not text .*'input_ids' \[batch, 4, length"
-    ):
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("MusicgenMelodyForCausalLM", r"\[batch, 4, length\]"),
+        ("KyutaiSpeechToTextForConditionalGeneration", r"\[batch, length, 4\]"),
+    ],
+)
+def test_a_decoder_of_audio_codes_alone_reads_no_text(name, shape):
+    model = tiny_transformers.build(name, "cpu")
+    with pytest.raises(CalibrationError, match=f"{name} reads audio codes, not text .*'input_ids' {shape}"):
         next(iter(calibration_batches(["w1 w2"], tokenizer=make_tokenizer(), model=model)))
+
+
+def test_text_tokens_next_to_codes_share_their_range():
+    """All are rows of one table, in which a larger code would be one of the next codebook's, or none."""
+    model = tiny_transformers.build("KyutaiSpeechToTextForConditionalGeneration", "cpu")
+    made = codes_of(model).random([torch.Generator().manual_seed(i) for i in range(2)], 100)
+    assert made.shape == (2, 100, 4)
+    assert (made[:, 0] == 19).all()
+    special = (2, 3, 19)
+    assert made[:, 1:].unique().tolist() == [i for i in range(20) if i not in special]
 
 
 @pytest.mark.parametrize("name", ["Mimi", "Moshi"])

@@ -65,6 +65,7 @@ def test_export(llama, tmp_path):
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert (tmp_path / "exported" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
     for arguments, message in (
         (("--format", "gguf"), "unknown export format 'gguf'"),
         (("--format", "nunchaku-lite"), "nunchaku-lite"),

@@ -73,9 +73,8 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     writer = transformers.pipeline("text-generation", str(tmp_path / "exported"))
     assert writer.tokenizer is not None
     assert writer.tokenizer.get_vocab() == words.get_vocab()
-    # A model that was saved as hfquant and loaded again has the tokenizer in its own folder.
-    model.save_pretrained(tmp_path / "saved")
-    shutil.rmtree(tmp_path / "float")
+    hfquant.save_pretrained(model, tmp_path / "saved")
+    shutil.rmtree(tmp_path / "float")  # so the tokenizer is that of the folder that the model is loaded from
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     hfquant.export(again, tmp_path / "other")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "other").get_vocab() == words.get_vocab()

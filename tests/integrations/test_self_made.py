@@ -135,6 +135,18 @@ OTHERS = (
     "MusicgenMelodyForConditionalGeneration",
     "MusicgenMelodyForCausalLM",
     "DiaForConditionalGeneration",
+    "SpeechEncoderDecoderModel",
+    "SpeechT5ForTextToSpeech",
+    "SpeechT5ForSpeechToSpeech",
+    "XCLIPModel",
+    "XCLIPVisionModel",
+    "Pix2StructForConditionalGeneration",
+    "LxmertForQuestionAnswering",
+    "TimesFmModel",
+    "TimesFmModelForPrediction",
+    "Sam2Model",
+    "VoxtralRealtimeForConditionalGeneration",
+    "KyutaiSpeechToTextForConditionalGeneration",
 )
 MODELS = {
     **{n: other(n) for n in OTHERS},

@@ -53,6 +53,30 @@ SOUNDS |= {"codebook_size": 32, "codebook_dim": 8, "num_lstm_layers": 1}
 CODES = {"vocab_size": 32, "num_codebooks": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 CODES |= {"ffn_dim": 20, "max_position_embeddings": 64, "pad_token_id": 32, "bos_token_id": 32}
 DIA = GQA | {"num_hidden_layers": 1, "num_key_value_heads": 2}
+SPEECHT5 = {k: v for k, v in BART.items() if k != "d_model"} | {
+    k: v for k, v in SPEECH.items() if k != "num_hidden_layers"
+}
+SPEECHT5 |= {"num_mel_bins": 8, "speaker_embedding_dim": 6}
+SPEECHT5 |= {
+    f"speech_decoder_{net}_{what}": n for net in ("prenet", "postnet") for what, n in (("layers", 2), ("units", 8))
+}
+LXMERT = {k: v for k, v in TEXT.items() if k != "num_hidden_layers"} | {f"{part}_layers": 1 for part in "lxr"}
+LXMERT |= {"visual_feat_dim": 10}
+TIMES = {"patch_length": 8, "context_length": 32, "horizon_length": 8, "hidden_size": 16, "num_hidden_layers": 1}
+TIMES |= {"num_attention_heads": 2, "head_dim": 8, "intermediate_size": 20}
+CLIP_FRAMES = VISION | {
+    "num_frames": 4,
+    "mit_hidden_size": 16,
+    "mit_num_attention_heads": 2,
+    "mit_intermediate_size": 20,
+}
+HIERA = {"model_type": "sam2_hiera_det_model", "hidden_size": 8, "num_attention_heads": 1, "image_size": [64, 64]}
+HIERA |= {"window_positional_embedding_background_size": [4, 4], "blocks_per_stage": [1, 1, 1, 1]}
+HIERA |= {"embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 1, 2, 2]}
+HIERA |= {"window_size_per_stage": [4, 4, 4, 4], "global_attention_blocks": []}
+MIMI = {"model_type": "mimi", "num_filters": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+MIMI |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 8, "codebook_size": 16, "codebook_dim": 4}
+MIMI |= {"vector_quantization_hidden_dimension": 4, "upsampling_ratios": [4, 2], "upsample_groups": 16}
 
 # Class: the class of its config, and the config's values.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -254,6 +278,79 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             },
             "delay_pattern": [0, 1, 2],
         },
+    ),
+    "SpeechEncoderDecoderModel": (
+        "SpeechEncoderDecoderConfig",
+        {
+            "encoder": SPEECH | {"model_type": "wav2vec2-bert", "feature_projection_input_dim": 8},
+            "decoder": TEXT | {"model_type": "bert", "is_decoder": True, "add_cross_attention": True},
+            "decoder_start_token_id": 1,
+            "pad_token_id": 0,
+        },
+    ),
+    "SpeechT5ForTextToSpeech": ("SpeechT5Config", SPEECHT5),
+    "SpeechT5ForSpeechToSpeech": ("SpeechT5Config", SPEECHT5),
+    "XCLIPModel": (
+        "XCLIPConfig",
+        {"text_config": TOWER_TEXT, "vision_config": CLIP_FRAMES, "projection_dim": 16}
+        | {"prompt_layers": 1, "prompt_num_attention_heads": 2},
+    ),
+    "XCLIPVisionModel": ("XCLIPVisionConfig", CLIP_FRAMES),
+    "Pix2StructForConditionalGeneration": (
+        "Pix2StructConfig",
+        {
+            "text_config": {"vocab_size": 50, "hidden_size": 16, "d_kv": 8, "d_ff": 20, "num_layers": 1, "num_heads": 2}
+            | {"decoder_start_token_id": 0},
+            "vision_config": {"hidden_size": 16, "patch_embed_hidden_size": 12, "d_ff": 20, "d_kv": 8, "seq_len": 8}
+            | {"num_hidden_layers": 1, "num_attention_heads": 2},
+        },
+    ),
+    "LxmertModel": ("LxmertConfig", LXMERT),
+    "LxmertForQuestionAnswering": ("LxmertConfig", LXMERT | {"num_qa_labels": 5}),
+    "TimesFmModel": ("TimesFmConfig", TIMES),
+    "TimesFmModelForPrediction": ("TimesFmConfig", TIMES),
+    "OneFormerForUniversalSegmentation": (
+        "OneFormerConfig",
+        {
+            "backbone_config": {"model_type": "swin", "image_size": 32, "embed_dim": 8, "depths": [1] * 4}
+            | {"num_heads": [1, 1, 2, 2], "window_size": 4, "out_features": [f"stage{i}" for i in range(1, 5)]},
+        }
+        | {"is_training": False, "task_seq_len": 6, "text_encoder_vocab_size": 50, "num_classes": 3, "num_queries": 5}
+        | {"hidden_dim": 32, "conv_dim": 32, "mask_dim": 32, "encoder_feedforward_dim": 20, "dim_feedforward": 20}
+        | {"num_attention_heads": 2, "encoder_layers": 1, "decoder_layers": 2},
+    ),
+    "Sam2Model": (
+        "Sam2Config",
+        {
+            "vision_config": {"backbone_config": HIERA, "backbone_channel_list": [64, 32, 16, 8], "fpn_hidden_size": 16}
+            | {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+            "prompt_encoder_config": {"hidden_size": 16, "image_size": 64, "mask_input_channels": 4},
+            "mask_decoder_config": {"hidden_size": 16, "num_attention_heads": 2, "mlp_dim": 20, "num_hidden_layers": 1}
+            | {"iou_head_hidden_dim": 16},
+        },
+    ),
+    "InstructBlipForConditionalGeneration": (
+        "InstructBlipConfig",
+        {
+            "vision_config": VISION,
+            "qformer_config": TOWER_TEXT | {"encoder_hidden_size": 16, "cross_attention_frequency": 1},
+            "text_config": T5 | {"model_type": "t5"},
+            "num_query_tokens": 3,
+            "image_token_index": 40,
+        },
+    ),
+    "VoxtralRealtimeForConditionalGeneration": (
+        "VoxtralRealtimeConfig",
+        {
+            "audio_config": {k: v for k, v in GQA.items() if not k.endswith("token_id")} | {"num_mel_bins": 8},
+            "text_config": GQA,
+        },
+    ),
+    "KyutaiSpeechToTextForConditionalGeneration": (
+        "KyutaiSpeechToTextConfig",
+        {k: v for k, v in GQA.items() if k != "intermediate_size"}
+        | {"num_hidden_layers": 1, "ffn_dim": 20, "num_codebooks": 3, "codebook_vocab_size": 20, "codec_config": MIMI}
+        | {"audio_bos_token_id": 19, "audio_pad_token_id": 110, "pad_token_id": 3, "bos_token_id": 90},
     ),
 }
 

@@ -13,6 +13,9 @@ from tests.integrations.tiny_transformers import GQA, MODELS, build
 
 # Forwards whose control flow depends on values, and so run on real tensors only.
 ON_VALUES = {"BartForSequenceClassification", "Siglip2VisionModel", "Siglip2Model", "Kosmos2ForConditionalGeneration"}
+ON_VALUES |= {"OneFormerForUniversalSegmentation"}
+# Parts that run on inputs that are not needed: masks from earlier clicks, and sounds (what is read are their codes).
+NOT_RUN = {"Sam2Model": "prompt_encoder.mask_embed", "KyutaiSpeechToTextForConditionalGeneration": "codec_model"}
 # Likewise for models that take images with the text; on meta they run on text alone.
 WITH_PICTURES = {
     name for name, (_, fields) in MODELS.items() if fields.keys() & {"image_token_id", "image_token_index"}
@@ -25,12 +28,13 @@ def test_every_linear_is_seen(name):
     model = build(name, "cpu" if real else "meta")
     found = trace(model, example_inputs(model))
     # An embedding that only shares its weight with others never runs.
-    missed = layers_in(model).keys() - found.keys()
+    missed = {n for n in layers_in(model).keys() - found.keys() if not n.startswith(NOT_RUN.get(name, "-"))}
     assert found.keys() <= layers_in(model).keys()
-    assert all(isinstance(model.get_submodule(name), nn.Embedding) for name in missed)
+    assert all(isinstance(model.get_submodule(n), nn.Embedding) for n in missed)
 
 
-@pytest.mark.parametrize("name", sorted(WITH_PICTURES))
+# InstructBLIP does not run without an image.
+@pytest.mark.parametrize("name", sorted(WITH_PICTURES - {"InstructBlipForConditionalGeneration"}))
 def test_text_alone_on_meta(name):
     model = build(name)
     example = example_inputs(model)
