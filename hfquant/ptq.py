@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -31,6 +31,7 @@ from hfquant.offload import refuse_group_offloaded, stored_dtype
 from hfquant.planner import ModelFacts, Plan, warn_if_empty
 from hfquant.replacing import replace_modules
 from hfquant.report.layers import LayerReport, QuantReport, layer_report
+from hfquant.resume import Measured
 from hfquant.run import Run, Settings, prepared
 from hfquant.solver import Solution, check_finite, solve
 from hfquant.statistics import SAMPLE_ROWS, LayerStats, stats_bytes
@@ -304,22 +305,22 @@ def _observed(run: Run, needs: Mapping[str, Collection[str]], owners: Mapping[st
     return run.group.merge(stats, owners, features, needs)
 
 
-def _known(run: Run, names: Sequence[str]) -> dict[str, Solution]:
-    """Return the layers that an interrupted run has already solved."""
+def _known(run: Run, names: Sequence[str]) -> dict[str, tuple[Solution, Measured | None]]:
+    """Return the layers that an interrupted run has already solved, and what it measured of them."""
     known = {}
     for name in names if run.cache is not None else ():
         plan = run.plan.layers[name]
         with align_module_device(run.module(name)):
             assert run.cache is not None
             weight = run.matrix(name)
-            solution = run.cache.find(name, run.cache.key(name, weight, plan), plan)
-        if solution is not None:
-            known[name] = solution
+            found = run.cache.find(name, run.cache.key(name, weight, plan), plan)
+        if found is not None:
+            known[name] = found
     return known
 
 
 def _solve_layer(
-    run: Run, name: str, stats: LayerStats | None, known: Solution | None
+    run: Run, name: str, stats: LayerStats | None, known: tuple[Solution, Measured | None] | None
 ) -> tuple[QuantLayer, LayerReport]:
     module, plan = run.module(name), run.plan.layers[name]
     start = time.perf_counter()
@@ -331,12 +332,15 @@ def _solve_layer(
             check_finite(name, "biases", bias)
         enough = name not in run.experts.parameters or (stats is not None and stats.count >= FEWEST_ROWS)
         dtype = module.get_parameter("weight").dtype
-        solution = known or solve(name, weight, plan, stats if enough else None, dtype)
-        if run.cache is not None and known is None:
-            run.cache.store(name, run.cache.key(name, weight, plan), solution)
+        solution, measured = known or (solve(name, weight, plan, stats if enough else None, dtype), None)
         layer = run.quantized(name, solution.plan, solution.tensors)
         seconds = time.perf_counter() - start
-        report = layer_report(name, weight, solution, layer, stats, seconds)
+        report = layer_report(name, weight, solution, layer, None if measured else stats, seconds)
+        if measured is not None:
+            report = replace(report, **asdict(measured))
+        if run.cache is not None and known is None:
+            measured = Measured(report.error, report.plain_error, report.seconds)
+            run.cache.store(name, run.cache.key(name, weight, plan), solution, measured)
     release_free_memory()
     return layer, report
 

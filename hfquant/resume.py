@@ -1,4 +1,4 @@
-"""Solved layers stored on disk, so that an interrupted quantization can resume.
+"""Solved layers stored on disk with what was measured of them, so that an interrupted quantization can resume.
 
 There is one safetensors file per layer. Its name is a digest of everything the solution depends on: the layer's name,
 its float weight, its plan, all weights of the model, the calibration data and the mode. So a layer of another model,
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,21 @@ from hfquant.layer_plan import LayerPlan
 from hfquant.solver import Solution
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a report states of a layer beyond its solution; resuming has no calibration rows to measure it again.
+
+    Attributes:
+        error: relative error of the layer as solved; None without data.
+        plain_error: the same with round-to-nearest only.
+        seconds: time to solve it.
+    """
+
+    error: float | None
+    plain_error: float | None
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class Cache:
         digest.update(content(weight.detach().cpu().contiguous()))
         return digest.hexdigest()
 
-    def store(self, name: str, key: str, solution: Solution) -> None:
+    def store(self, name: str, key: str, solution: Solution, measured: Measured) -> None:
         """Write a solved layer atomically: the file appears complete or not at all.
 
         Raises:
@@ -77,6 +92,7 @@ class Cache:
             "alphas": json.dumps(solution.alphas),
             "fallback": json.dumps(solution.fallback),
             "static": json.dumps(solution.plan.static_input),
+            "measured": json.dumps(asdict(measured)),
         }
         temporary = self.folder / f".{key}.{os.getpid()}.tmp"
         try:
@@ -86,8 +102,11 @@ class Cache:
             temporary.unlink(missing_ok=True)
             raise OSError(f"layer {name!r} cannot be written to {path}: {error}") from error
 
-    def find(self, name: str, key: str, plan: LayerPlan) -> Solution | None:
-        """Return the stored solution of a layer; None if it is missing, or damaged, which is logged."""
+    def find(self, name: str, key: str, plan: LayerPlan) -> tuple[Solution, Measured | None] | None:
+        """Return a layer's solution and measurements; None if it is missing, or damaged, which is logged.
+
+        The measurements are None in a file of an earlier version, which did not store them.
+        """
         path = self.folder / f"{key}.safetensors"
         if not path.is_file():
             return None
@@ -102,8 +121,9 @@ class Cache:
             if plan.static_input and not json.loads(metadata["static"]):
                 plan = plan.by_token()
             plan = replace(plan, dual=tuple(json.loads(metadata["dual"])))
-            return Solution(plan, tensors, json.loads(metadata["alphas"]), fallback)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            measured = Measured(**json.loads(metadata["measured"])) if "measured" in metadata else None
+            return Solution(plan, tensors, json.loads(metadata["alphas"]), fallback), measured
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s is damaged (%s): quantizing layer %r again", path, error, name)
             return None
 

@@ -179,3 +179,48 @@ def test_a_layer_that_took_scales_a_token_is_taken_as_it_was_solved(tmp_path: Pa
     assert again[0].plan == first[0].plan
     assert again.state_dict().keys() == first.state_dict().keys()
     assert torch.equal(again(rows), first(rows))
+
+
+def test_the_report_of_a_resumed_run_is_that_of_an_uninterrupted_one(
+    net: Net, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured of a solved layer is stored with it, including the time that solving took."""
+    whole = hfquant.quantize(copy.deepcopy(net), data, CONFIG).quant_report.to_dict()
+    solve = ptq.solve
+
+    def interrupted(name: str, *args: Any) -> Any:
+        if name == "out":
+            raise KeyboardInterrupt
+        return solve(name, *args)
+
+    monkeypatch.setattr(ptq, "solve", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path)
+    monkeypatch.setattr(ptq, "solve", solve)
+    first, second = (
+        hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path).quant_report.to_dict() for _ in range(2)
+    )
+    assert second == first
+    for report in (whole, first):
+        assert all(layer.pop("seconds") > 0 for layer in report["layers"])
+    assert first == whole
+    assert all(layer["error"] for layer in first["layers"])
+
+
+def test_a_file_without_measurements_is_still_taken(
+    net: Net, data: Any, tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions did not store them."""
+    save = resume.save_file
+
+    def without(tensors: Any, path: Path, metadata: dict[str, str]) -> None:
+        kept = {key: value for key, value in metadata.items() if key not in ("measured", "checksum")}
+        save(tensors, path, kept | {"checksum": resume._checksum(tensors, kept)})
+
+    monkeypatch.setattr(resume, "save_file", without)
+    straight = hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path)
+    solved.clear()
+    again = hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path)
+    assert not solved
+    assert same(again, straight)
+    assert [layer.error for layer in again.quant_report.layers] == [None] * 3

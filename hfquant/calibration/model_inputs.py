@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 1 << 20  # tokenizers without a limit report 1e30
 _PARAGRAPH_CHARS = 1 << 16
+_KINDS = {"input_features": "sounds", "input_values": "sounds", "pixel_values": "images"}
+_COLUMN_OF = {"sounds": "audio", "images": "image"}
 #: Steps of audio codes that a decoder reads along with a text.
 CODES = 128
 
@@ -63,6 +65,11 @@ def from_texts(values: Iterable[Any], spec: StreamSpec, reader: Reader, column: 
     tokenizer, texts = reader.tokenizer, iter(values)
     first = next(texts)
     texts = chain([first], texts)
+    if kind := _other_than_text(reader.model):
+        raise CalibrationError(
+            f"calibration data: {type(reader.model).__name__} reads {kind}, not text; give rows with them, such as "
+            f"{{{_COLUMN_OF[kind]!r}: ...}}, or batches of its inputs, {reader.model.main_input_name!r}"
+        )
     if isinstance(first, str) and tokenizer is None:
         if reader.model is not None:
             raise MissingReaderError("text needs a tokenizer", "tokenizer")
@@ -81,6 +88,13 @@ def from_texts(values: Iterable[Any], spec: StreamSpec, reader: Reader, column: 
     else:
         sequences = (ids for ids in _token_ids(texts, tokenizer, seqlen, special=not chats) if ids)
     yield from _token_batches(_counted(sequences, spec.samples), size, reader.model)
+
+
+def _other_than_text(model: Any) -> str:
+    """Return what a model reads, in words, if text is no part of it; else ""."""
+    if not isinstance(model, nn.Module) or "input_ids" in signature(model.forward).parameters:
+        return ""
+    return _KINDS.get(getattr(model, "main_input_name", ""), "")
 
 
 def check_readable(column: str, value: Any, names: Sequence[str], reader: Reader) -> None:
@@ -214,22 +228,29 @@ def _token_batches(sequences: Iterable[list[int]], size: int, model: Any) -> Ite
 def with_decoder_inputs(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     """Return a model's inputs; for an encoder-decoder, let its decoder read the same tokens, behind its start token.
 
-    Some classes, such as BART, do so themselves. Others, such as T5, cannot run on the encoder's inputs alone. A
-    decoder of audio codes reads random ones, always the same ones with the same text.
+    Some classes, such as BART, do so themselves. Others, such as T5, cannot run on the encoder's inputs alone. Next to
+    sounds or images the decoder reads its start token, unless it is given more. A decoder of audio codes reads random
+    ones, always the same ones with the same text.
     """
     config = getattr(model, "config", None)
     halves = [getattr(getattr(config, half, None), "vocab_size", None) for half in ("encoder", "decoder")]
     takes = signature(model.forward).parameters if getattr(config, "is_encoder_decoder", False) else {}
     given = inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds", "labels"}
-    if "input_ids" not in inputs or "decoder_input_ids" not in takes or given:
+    if "decoder_input_ids" not in takes or given:
         return inputs
+    starts = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos"))
+    start = next((token for token in starts if isinstance(token, int)), 0)
+    if "input_ids" not in inputs:
+        main = inputs.get(getattr(model, "main_input_name", ""))
+        if not isinstance(main, Tensor) or model.main_input_name not in _KINDS or codes_of(model):
+            return inputs
+        # Of the tokens to write for a sound or an image, only the one that comes first is known.
+        return {**inputs, "decoder_input_ids": torch.full((len(main), 1), start, device=main.device)}
     if codes := codes_of(model):
         generators = [generator(*row) for row in inputs["input_ids"].tolist()]
         return {**inputs, "decoder_input_ids": codes.random(generators)}
     if halves[0] != halves[1]:
         raise CalibrationError("calibration data: the decoder has another vocabulary; give decoder_input_ids as well")
-    starts = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos"))
-    start = next((token for token in starts if isinstance(token, int)), 0)
     added = {"decoder_input_ids": _shifted(inputs["input_ids"], start)}
     if "attention_mask" in inputs and "decoder_attention_mask" in takes:
         added["decoder_attention_mask"] = _shifted(inputs["attention_mask"], 1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hfquant.calibration.recorder import Target
 from hfquant.calibration.samplers import BaseSampler
 from hfquant.digests import update, update_with_weights
+from hfquant.hub_ids import shared_name
 
 _PACKAGES = ("hfquant", "torch", "transformers", "diffusers", "safetensors", "zstandard")
 _PROBES = 16
@@ -30,8 +31,9 @@ def provenance(
 ) -> dict[str, Any]:
     """Describe a set that is about to be generated, as JSON, without secrets.
 
-    The model's entry holds a digest of a few values of each weight and of the scheduler's config, so checkpoints with
-    the same name but different weights can be told apart.
+    The model is named by its hub id or its folder, without where the folder lies. Its entry also holds a digest of a
+    few values of each weight and of the scheduler's config, so checkpoints with the same name but different weights can
+    be told apart.
     """
     parts = model.components if not isinstance(model, nn.Module) else {"": model}
     weights = xxhash.xxh3_128()
@@ -45,7 +47,7 @@ def provenance(
     return {
         "model": {
             "class": type(model).__name__,
-            "name": without_secrets(str(getattr(model, "name_or_path", ""))),
+            "name": without_secrets(shared_name(str(getattr(model, "name_or_path", None) or ""))),
             "weights": weights.hexdigest(),
         },
         "layer": target.name,
@@ -69,6 +71,15 @@ def data_provenance(data: Any) -> dict[str, Any]:
     return _described({key: value for key, value in known.items() if key not in ("model", "shard", "versions")})
 
 
+def shareable(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a set's provenance without secrets and without where its model lies, which earlier versions recorded."""
+    shared: dict[str, Any] = without_secrets(dict(provenance))
+    model = shared.get("model")
+    if isinstance(model, Mapping) and isinstance(name := model.get("name"), str):
+        shared["model"] = {**model, "name": shared_name(name)}
+    return shared
+
+
 def without_secrets(value: Any) -> Any:
     """Return a value with everything that looks like a secret, by name or by form, redacted at any depth.
 
@@ -89,6 +100,7 @@ def _is_secret(name: Any, value: Any) -> bool:
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Describe the differences between a stored set's provenance and the wanted one. Versions are ignored."""
+    stored, wanted = shareable(stored), shareable(wanted)
     keys = sorted((stored.keys() | wanted.keys()) - {"versions"})
     return [f"{k} is {stored.get(k)!r} there, {wanted.get(k)!r} here" for k in keys if stored.get(k) != wanted.get(k)]
 

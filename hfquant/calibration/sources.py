@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from hfquant.calibration.batches import CalibrationError
+from hfquant.calibration.media_rows import is_sound
 from hfquant.calibration.model_inputs import is_chat
 
 #: Columns read by default: the first of these that there is.
@@ -37,7 +38,7 @@ def are_texts(value: Any) -> bool:
 
 
 def are_rows(value: Any) -> bool:
-    """Return whether ``value`` is a list of dicts as a dataset yields them: with text or chats, and without tensors.
+    """Return whether ``value`` is a list of dicts as a dataset yields them: of text, chats or sounds, not of tensors.
 
     Samples for a forward that takes a string among tokens are not rows.
     """
@@ -46,7 +47,7 @@ def are_rows(value: Any) -> bool:
     held = list(value[0].values())
     if any(isinstance(v, (Tensor, np.ndarray)) for v in held):
         return False
-    readable = "input_ids" not in value[0] and any(isinstance(v, str) or is_chat(v) for v in held)
+    readable = "input_ids" not in value[0] and any(isinstance(v, str) or is_chat(v) or is_sound(v) for v in held)
     return readable or not {"text", "messages"}.isdisjoint(value[0])
 
 

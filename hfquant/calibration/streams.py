@@ -23,6 +23,7 @@ from torch import nn
 from hfquant.calibration import storage
 from hfquant.calibration.batches import CalibrationData, CalibrationError
 from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set
+from hfquant.calibration.media_rows import media_batches, media_columns
 from hfquant.calibration.model_inputs import (
     MAX_LENGTH,
     Reader,
@@ -263,9 +264,6 @@ def holds_set(path: str | os.PathLike[str]) -> bool:
     return path.is_dir() and ((path / storage.INDEX).exists() or any(path.glob("shard-*-of-*")))
 
 
-# ------------------------------------------------------------------------------------------------- rows of a dataset
-
-
 def _from_spec(spec: StreamSpec, reader: Reader, size: int) -> Iterator[Any]:
     if are_texts(spec.dataset):
         texts = [spec.dataset[i] for i in _spread(len(spec.dataset), spec.seed)]
@@ -273,6 +271,9 @@ def _from_spec(spec: StreamSpec, reader: Reader, size: int) -> Iterator[Any]:
         return
     data, is_lines = _open(spec)
     names = list(data.features or next(iter(data), {}))
+    if together := media_columns(data, spec.column, reader.model):
+        yield from islice(media_batches(_rows(data.select_columns(together), spec), together, reader), spec.samples)
+        return
     columns = spec.column if isinstance(spec.column, dict) else {"": spec.column or _default_column(names, reader)}
     for column in columns.values():
         if column not in names:

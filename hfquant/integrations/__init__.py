@@ -57,7 +57,7 @@ def batches_of(model: nn.Module, data: Any) -> Any:
     made_itself = data is None or SelfSpec.of(data) is not None
     if isinstance(data, str) and data in PRESETS and not os.path.exists(data):
         raise CalibrationError(f"{data} is the name of a preset: pass it as config; calibration data come before it")
-    if not made_itself and not is_raw(data):
+    if not made_itself and not is_raw(data) and not (isinstance(data, list) and library(model) == "transformers"):
         # A path that is not raw data is that of a calibration set.
         return calibration_batches(data) if isinstance(data, (str, os.PathLike)) else data
     match library(model):

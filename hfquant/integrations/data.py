@@ -9,8 +9,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from hfquant.calibration.batches import CalibrationError
-from hfquant.calibration.model_inputs import MissingReaderError
+from hfquant.calibration.media_rows import SOUNDS, arguments_of
+from hfquant.calibration.model_inputs import MissingReaderError, with_decoder_inputs
 from hfquant.calibration.self_made import SelfSpec
 from hfquant.calibration.sources import are_texts, is_source
 from hfquant.calibration.streams import Batches, calibration_batches, holds_set, names_set
@@ -42,11 +45,23 @@ def transformers_batches(model: Any, calibration: Any, file: str | None = None) 
     given = isinstance(calibration, Mapping) and (calibration.get("tokenizer") or calibration.get("processor"))
     if is_raw(calibration) and not given:
         tokenizer, processor = _saved_with(model, file)
+        processor = _whole_of(model, file) or processor
     batches = calibration_batches(calibration, tokenizer=tokenizer, processor=processor, model=model)
     if not isinstance(batches, Batches):
-        return batches
+        started = [_started(batch, model) for batch in batches] if isinstance(batches, list) else []
+        return started if any(new is not old for new, old in zip(started, batches, strict=False)) else batches
     read = partial(_read, batches, model, file)
-    return Batches(read, "", batches.provenance, lambda: iter(batches.held_out))
+    return Batches(read, "", batches.provenance, lambda: (_started(b, model) for b in batches.held_out))
+
+
+def _started(batch: Any, model: Any) -> Any:
+    """Return a batch for a model that hears or sees and then writes with its decoder's start token, others as given."""
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "input_ids" or not isinstance(batch, (Mapping, Tensor)):
+        return batch
+    inputs = {main: batch} if isinstance(batch, Tensor) else dict(batch)
+    started = with_decoder_inputs(inputs, model)
+    return batch if started is inputs else started
 
 
 def _read(batches: Batches, model: Any, file: str | None) -> Iterator[Any]:
@@ -56,7 +71,8 @@ def _read(batches: Batches, model: Any, file: str | None) -> Iterator[Any]:
         CalibrationError: names the option.
     """
     try:
-        yield from batches
+        for batch in batches:
+            yield _started(batch, model)
     except MissingReaderError as error:
         name = None if runs_own_code(model) else _with_own_code(model, file, _READER_FILES[error.argument])
         if name is None:
@@ -113,6 +129,16 @@ def _saved_with(model: Any, file: str | None = None) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoTokenizer
 
     return _saved(AutoTokenizer, model, file, _has_words), _saved(AutoImageProcessor, model, file)
+
+
+def _whole_of(model: Any, file: str | None) -> Any:
+    """Return what reads sounds, or images next to text, of what is saved with a model; None if it reads neither."""
+    from transformers import AutoFeatureExtractor, AutoProcessor
+
+    arguments = arguments_of(model)
+    if {"input_ids", "pixel_values"} <= arguments or ("input_ids" in arguments and arguments & SOUNDS):
+        return _saved(AutoProcessor, model, file, lambda found: _has_words(getattr(found, "tokenizer", None)))
+    return _saved(AutoFeatureExtractor, model, file) if arguments & SOUNDS else None
 
 
 def _saved(loader: Any, model: Any, file: str | None, usable: Callable[[Any], bool] = lambda found: True) -> Any:

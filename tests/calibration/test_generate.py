@@ -81,6 +81,38 @@ def test_provenance(unbroken):
     assert origin["model"]["class"] == "TinyPipeline"
 
 
+def test_the_folder_that_a_model_lies_in_is_not_recorded(tmp_path, monkeypatch):
+    """A set is shared, so its model is named without where it lies; its weights say which model it is."""
+    ids = [{"input_ids": torch.arange(8).view(1, 8) + 1}]
+
+    def recorded(name, directory, model):
+        model.name_or_path = str(name)
+        return generate_calibrate_set(model, LanguageModelSampler(), ids, "model", directory)
+
+    model = tiny_llama()
+    for name, expected in (("org/llm", "org/llm"), (tmp_path / "mine" / "llm", "llm"), ("", "")):
+        assert recorded(name, None, model).provenance["model"]["name"] == expected
+    recorded(tmp_path / "mine" / "llm", tmp_path / "set", model)
+    assert str(tmp_path) not in (tmp_path / "set" / "index.json").read_text()
+    assert len(recorded(tmp_path / "other" / "llm", tmp_path / "set", model)) == 1
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    with pytest.raises(CalibSetError, match=r"another calibration set .*model is"):
+        recorded(tmp_path / "mine" / "llm", tmp_path / "set", model)
+
+
+def test_a_set_that_records_a_whole_path_is_the_same_set(tmp_path, monkeypatch):
+    """Earlier versions recorded the path as it was given."""
+    ids = [{"input_ids": torch.arange(8).view(1, 8) + 1}]
+    model = tiny_llama()
+    model.name_or_path = str(tmp_path / "llm")
+    with monkeypatch.context() as patched:
+        patched.setattr("hfquant.calibration.provenance.shared_name", str)
+        generate_calibrate_set(model, LanguageModelSampler(), ids, "model", tmp_path / "set")
+    assert model.name_or_path in (tmp_path / "set" / "index.json").read_text()
+    assert len(generate_calibrate_set(model, LanguageModelSampler(), ids, "model", tmp_path / "set")) == 1
+
+
 def test_global_random_state_plays_no_part(unbroken, tmp_path):
     pipe = tiny_pipeline(DDPMScheduler())
     torch.manual_seed(123)

@@ -260,3 +260,23 @@ def test_other_models_with_codebooks_read_no_codes_alone(name):
         model = kind(kind.config_class(num_hidden_layers=1))
     assert model.config.num_codebooks
     assert codes_of(model) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("WhisperForConditionalGeneration", "sounds"), ("ViTForImageClassification", "images")]
+)
+def test_text_for_a_model_that_reads_none(name, kind):
+    model = tiny_transformers.build(name)
+    with pytest.raises(CalibrationError, match=f"{name} reads {kind}, not text; .* '{model.main_input_name}'"):
+        list(calibration_batches(["w1 w2"], tokenizer=make_tokenizer(), model=model))
+
+
+def test_a_decoder_of_sounds_reads_its_start_token():
+    model = tiny_transformers.build("WhisperForConditionalGeneration")
+    inputs = {"input_features": torch.zeros(2, 8, 20)}
+    start = model.config.decoder_start_token_id
+    assert with_decoder_inputs(inputs, model)["decoder_input_ids"].tolist() == [[start], [start]]
+    for whole in ({**inputs, "labels": torch.ones(2, 3)}, {"encoder_outputs": inputs}):
+        assert with_decoder_inputs(whole, model) is whole
+    hears_only = tiny_transformers.build("WhisperForAudioClassification")
+    assert with_decoder_inputs(inputs, hears_only) is inputs

@@ -188,7 +188,13 @@ def test_a_decoder_of_audio_codes_alone(caplog: pytest.LogCaptureFixture) -> Non
     assert "pattern detection failed" not in caplog.text
 
 
-@pytest.mark.parametrize("name", ["MusicgenForConditionalGeneration", "MusicgenMelodyForConditionalGeneration"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MusicgenForConditionalGeneration",
+        pytest.param("MusicgenMelodyForConditionalGeneration", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("preset", ["w8a8", "w4a8-gptq"])
 @pytest.mark.parametrize("data", [ASKED, {"dataset": ["a b c d e", "f g h"], "tokenizer": word_tokenizer()}])
 def test_a_decoder_of_audio_codes_is_calibrated_and_comes_back(

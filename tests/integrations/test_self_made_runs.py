@@ -180,7 +180,10 @@ def test_every_kind_of_pipeline_runs_by_itself(name, caplog):
     assert "PSNR of the quantized pipeline's image" in caplog.text
 
 
-@pytest.mark.parametrize("data", [["a cat", "two dogs"], [{"prompt": ["a cat"]}, {"prompt": ["two dogs"]}]])
+@pytest.mark.parametrize(
+    "data",
+    [["a cat", "two dogs"], pytest.param([{"prompt": ["a cat"]}, {"prompt": ["two dogs"]}], marks=pytest.mark.slow)],
+)
 def test_a_modular_pipeline_is_calibrated_on_prompts_or_call_arguments(data):
     pipe, same = tiny_modular(), tiny_modular()
     quantize_pipeline(pipe, data, "w4a8-gptq", num_inference_steps=2)
@@ -219,6 +222,7 @@ def test_by_default_with_one_line_and_kept_for_the_next_time(caplog, monkeypatch
     assert all(torch.equal(tensors[k], v) for k, v in again.transformer.state_dict().items())
 
 
+@pytest.mark.slow
 def test_modular_pipelines_of_other_blocks_share_no_recordings():
     class Slow(Denoise):
         pass

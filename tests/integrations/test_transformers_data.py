@@ -23,7 +23,7 @@ import hfquant
 from hfquant import HfQuantConfig
 from hfquant.integrations.data import transformers_batches
 from hfquant.nn.modules import quant_linears
-from tests.integrations import small_models
+from tests.integrations import small_models, tiny_transformers
 from tests.integrations.own_models import own_model, own_tokenizer
 from tests.integrations.small_models import assert_same, transformers_inputs
 
@@ -374,3 +374,27 @@ def test_a_quantized_model_s_config_loads_its_checkpoint(tmp_path):
     before = quantized.config.quantization_config
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path, config=quantized.config), quantized)
     assert quantized.config.quantization_config is before
+
+
+@pytest.mark.parametrize("kind", ["rows", "list of features", "column of features"])
+def test_a_model_of_sounds_is_calibrated_with_what_is_saved_beside_it(kind, tmp_path):
+    tiny_transformers.build("WhisperForConditionalGeneration", "cpu").save_pretrained(tmp_path)
+    extractor = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1, n_fft=64, hop_length=800)
+    extractor.save_pretrained(tmp_path)
+    waves = np.random.default_rng(0).standard_normal((2, 320)).astype(np.float32)
+    features = [extractor(wave, sampling_rate=16000, return_tensors="pt")["input_features"] for wave in waves]
+    data = {
+        "rows": [{"audio": {"array": wave.tolist(), "sampling_rate": 16000}} for wave in waves],
+        "list of features": [{"input_features": feature} for feature in features],
+        "column of features": datasets.Dataset.from_dict({"input_features": [f[0].tolist() for f in features]}),
+    }[kind]
+    config = HfQuantConfig("w8a8", calibration=data)
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path, quantization_config=config)
+    assert all("input_scale" in dict(layer.named_buffers()) for layer in quant_linears(model).values())
+
+
+def test_features_of_sounds_need_no_start_token():
+    model = tiny_transformers.build("WhisperForConditionalGeneration", "cpu")
+    features = torch.randn(1, 8, 2 * model.config.max_source_positions)
+    hfquant.quantize(model, [{"input_features": features}], "w8a8")
+    assert quant_linears(model)

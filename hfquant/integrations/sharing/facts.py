@@ -6,6 +6,8 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +15,7 @@ import xxhash
 from torch import nn
 
 from hfquant.calibration import BaseCalibSet
-from hfquant.calibration.provenance import without_secrets
+from hfquant.calibration.provenance import shareable
 from hfquant.denoisers import models_of as parts_of
 from hfquant.denoisers import module_names
 from hfquant.integrations import library
@@ -180,9 +182,30 @@ def of_affiner(affiner: BlockwiseAffiner) -> Facts:
 
 def of_set(calibration_set: BaseCalibSet) -> Facts:
     """Return the facts of a calibration set."""
-    provenance = without_secrets(calibration_set.provenance)
-    values = {"samples": len(calibration_set), "provenance": provenance}
+    provenance = shareable(calibration_set.provenance)
+    values = {
+        "samples": len(calibration_set),
+        "provenance": provenance,
+        "recorded_from": _recorded_from(provenance),
+    }
     return Facts("BaseCalibSet", "hfquant", ["hfquant", "calibration"], _digest(provenance), values=values)
+
+
+def _recorded_from(provenance: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the library of a set's model, and code that loads the layer that was recorded; None if it is unknown."""
+    model, layer = provenance.get("model") or {}, str(provenance.get("layer", ""))
+    class_name, name = str(model.get("class", "")), str(model.get("name", ""))
+    for package in ("transformers", "diffusers"):
+        kind = getattr(import_module(package), class_name, None) if find_spec(package) else None
+        # A modular pipeline loads its components in a further step.
+        if not name or not hasattr(kind, "from_pretrained") or hasattr(kind, "load_components"):
+            continue
+        code = f"{class_name}.from_pretrained({json.dumps(name)})"
+        if hasattr(kind, "components"):
+            component, _, layer = layer.partition(".")
+            code += f".{component}"
+        return package, code + (f".get_submodule({json.dumps(layer)})" if layer else "")
+    return None
 
 
 def preset_of(config: HfQuantConfig) -> str | None:

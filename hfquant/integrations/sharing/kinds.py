@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfquant.calibration import BaseCalibSet
+from hfquant.calibration.provenance import shareable
 from hfquant.integrations import library
 from hfquant.integrations.sharing import facts
 from hfquant.integrations.sharing.facts import Facts
@@ -91,7 +92,8 @@ def _save_pipeline(pipeline: Any, folder: Path, options: dict[str, Any]) -> None
 
 
 def _save_set(calibration_set: BaseCalibSet, folder: Path, options: dict[str, Any]) -> None:
-    calibration_set.save(folder, **options)
+    shared = BaseCalibSet(calibration_set.chunks, provenance=shareable(calibration_set.provenance))
+    shared.save(folder, **options)
 
 
 MODEL = Kind("model", _save_model, facts.of_models)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hfquant.hub_ids import hub_id
 from hfquant.integrations.sharing.merge import CardError, Generated, read_card
 from hfquant.own_code import own_code_allowed
 
@@ -19,7 +20,6 @@ CARD_FILE = "README.md"
 #: Metadata that the card of a quantized model inherits from its base model's.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
-_SNAPSHOT = re.compile(r"models--((?:(?!--)[^/\\])+(?:--(?:(?!--)[^/\\])+)?)[/\\]snapshots[/\\]")
 #: A folder of weights in the hub's cache.
 _IN_CACHE = re.compile(
     r"(?P<cache>.*)[/\\]models--[^/\\]+[/\\]snapshots[/\\](?P<revision>[^/\\]+)(?:[/\\](?P<subfolder>.+))?"
@@ -91,22 +91,6 @@ def places(thing: Any, file: str | None = None) -> Iterator[tuple[str, dict[str,
         yield folder, {}
     if name:
         yield name, at
-
-
-def hub_id(source: str) -> str | None:
-    """Return the id of a repository, also for its folder in the cache; None for other folders."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if cached := _SNAPSHOT.search(source):
-        return cached[1].replace("--", "/", 1)
-    if not source or Path(source).exists() or Path(source).is_absolute():
-        return None
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return None
-    return source
 
 
 def file_of(source: str, name: str, subfolder: str = "", **options: Any) -> Path | None:

@@ -6,15 +6,18 @@ import importlib.metadata
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 
 import hfquant
+from hfquant.affiner import BlockwiseAffiner
+from hfquant.calibration import BaseCalibSet
 from hfquant.integrations import note_distillation
 from hfquant.integrations.sharing.card import _count, content_of
-from hfquant.integrations.sharing.facts import of_models
+from hfquant.integrations.sharing.facts import of_affiner, of_models, of_set
 from hfquant.integrations.sharing.merge import sections
 from hfquant.integrations.sharing.origin import Origin
 from tests.integrations import small_models
@@ -112,3 +115,57 @@ def test_distillation_of_a_part_of_a_model_is_not_recorded(make: Callable[[], to
     before = str(getattr(model, "config", None))
     note_distillation(model, {"steps": 1}, [])
     assert str(getattr(model, "config", None)) == before
+
+
+def snippet(text: str) -> str:
+    found = dict(sections(ModelCard(text).text.partition("<!--")[0]))
+    (code,) = re.findall(r"```python\n(.*?)```", found["How to load"], re.DOTALL)
+    return str(code)
+
+
+@pytest.mark.parametrize("layer", ["", "model.layers.0"])
+def test_the_snippet_of_a_calibration_set_runs(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_models.llama()
+    part = model.get_submodule(layer)
+    made = BaseCalibSet.from_samples([{"x": torch.ones(1)}])
+    made.provenance = {"layer": layer, "model": {"class": "LlamaForCausalLM", "name": "me/llama", "weights": "0a"}}
+    loaded: list[str] = []
+    monkeypatch.setattr(type(model), "from_pretrained", lambda name: loaded.append(name) or model)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: "calibration")
+    monkeypatch.setattr(hfquant, "load_calibrate_set", lambda folder: made)
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(hfquant, "quantize", lambda *args: calls.append(args))
+    exec(snippet(content_of(of_set(made), "calibration set", "me/set", Origin(), None)), {})  # noqa: S102
+    assert loaded == ["me/llama"]
+    ((quantized, _, preset),) = calls
+    assert quantized is part
+    assert preset in hfquant.presets.PRESETS
+
+
+def test_the_snippet_of_a_pipelines_calibration_set_takes_its_component() -> None:
+    made = BaseCalibSet.from_samples([{"x": torch.ones(1)}])
+    made.provenance = {"layer": "unet.mid_block", "model": {"class": "DDPMPipeline", "name": "me/ddpm", "weights": ""}}
+    code = snippet(content_of(of_set(made), "calibration set", "me/set", Origin(), None))
+    assert "from diffusers import DDPMPipeline\n" in code
+    assert 'model = DDPMPipeline.from_pretrained("me/ddpm").unet.get_submodule("mid_block")' in code
+
+
+@pytest.mark.parametrize("provenance", [{}, {"layer": "", "model": {"class": "Net", "name": "", "weights": ""}}])
+def test_the_snippet_of_a_set_of_an_unknown_model_says_what_to_load(provenance: dict[str, object]) -> None:
+    made = BaseCalibSet.from_samples([{"x": torch.ones(1)}])
+    made.provenance = provenance
+    code = snippet(content_of(of_set(made), "calibration set", "me/set", Origin(), None))
+    compile(code, "card", "exec")
+    assert re.search(r"^model = \.\.\.  # ", code, re.MULTILINE)
+
+
+def test_the_snippet_of_an_affiner_has_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, attached = object(), []
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda name: pipe)
+    affiner = SimpleNamespace(attach=attached.append)
+    monkeypatch.setattr(BlockwiseAffiner, "from_pretrained", lambda name: affiner)
+    trained = BlockwiseAffiner({"solver": {"blocksize": 2}})
+    trained.observe(10.0, torch.ones(1, 2, 2), torch.ones(1, 2, 2))
+    trained.solve(10.0)
+    exec(snippet(content_of(of_affiner(trained), "affiner", "me/affiner", Origin(), None)), {})  # noqa: S102
+    assert attached == [pipe]

@@ -7,31 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from hfquant.integrations.sharing.origin import Origin, file_of, hub_id, origin_of, places, source_of
+from hfquant.integrations.sharing.origin import Origin, file_of, origin_of, places, source_of
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("org/model", "org/model"),
-        ("gpt2", "gpt2"),
-        ("/root/.cache/hub/models--org--a-model/snapshots/0a1b/transformer", "org/a-model"),
-        ("/root/.cache/hub/models--gpt2/snapshots/0a1b", "gpt2"),
-        ("/somewhere/else", None),
-        ("./here", None),
-        ("a/b/c", None),
-        ("https://user:secret@host/a", None),
-        ("", None),
-    ],
-)
-def test_ids(source: str, expected: str | None) -> None:
-    assert hub_id(source) == expected
-
-
-def test_a_folder_is_no_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_of_a_folder_named_like_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("org/model").mkdir(parents=True)
-    assert hub_id("org/model") is None
     assert file_of("org/model", "README.md") is None
     Path("org/model/README.md").write_text("# A\n")
     assert file_of("org/model", "README.md") == Path("org/model/README.md")

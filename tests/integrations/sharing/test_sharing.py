@@ -184,6 +184,17 @@ def test_a_calibration_set_comes_back_by_its_id(hub: Hub, tmp_path: Path) -> Non
     assert "abcdefghijk" not in text
 
 
+def test_where_the_model_of_a_calibration_set_lies_is_not_published(hub: Hub) -> None:
+    """Not even if the set was recorded by a version that stored the path."""
+    made = BaseCalibSet.from_samples([{"x": torch.randn(2, 3)}])
+    made.provenance = {"layer": "", "model": {"class": "Net", "name": "/home/me/secret/llm", "weights": "0a"}}
+    hfquant.push_to_hub(made, "me/calib", token=TOKEN)
+    published = hub.repos["dataset", "me/calib"]
+    assert not [path for path, content in published.items() if b"secret" in content]
+    assert '"name": "llm"' in card(hub, "me/calib", "dataset").text
+    assert made.provenance["model"]["name"] == "/home/me/secret/llm"
+
+
 def test_the_librarys_own_push_has_our_tags_and_keeps_our_card(hub: Hub, checkpoint: Checkpoint) -> None:
     model = quantized(checkpoint("llama"), preset="w4a16")
     model.push_to_hub("me/own", token=TOKEN)
