@@ -271,13 +271,13 @@ def markdown(rows: Mapping[str, Mapping[str, str]]) -> str:
     lines += [f"| {outcome} | {' | '.join(str(counts[p][outcome]) for p in presets)} |" for outcome in outcomes]
     lines.append(f"| of the equal ones, without known inputs | {' | '.join(str(unrun[p]) for p in presets)} |")
     failures = [f"- `{k}`, {p}: {w}" for k, row in rows.items() for p, w in row.items() if w.startswith("fails")]
-    apart = [f"- `{k}`: {next(iter(row.values()))}" for k, row in rows.items() if _apart(row)]
+    apart = [f"- `{k}`: {words}" for k, row in rows.items() for words in dict.fromkeys(filter(_is_apart, row.values()))]
     parts = [lines, failures and ["Failures:", "", *failures], apart and ["Not counted:", "", *apart]]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def _apart(row: Mapping[str, str]) -> bool:
-    return any(words.startswith((NOT_BUILT, FLOAT_FAILS, NO_DATA)) for words in row.values())
+def _is_apart(words: str) -> bool:
+    return words.startswith((NOT_BUILT, FLOAT_FAILS, NO_DATA))
 
 
 if __name__ == "__main__":
