@@ -256,7 +256,13 @@ def test_a_folded_layer_left_in_float_keeps_what_was_folded_around_it(monkeypatc
     assert float((logits - expected).norm() / expected.norm()) < 0.1
 
 
-@pytest.mark.parametrize("preset", [p for p in hfquant.PRESETS if HfQuantConfig(p).needs_data])
+CALIBRATED = [p for p in hfquant.PRESETS if HfQuantConfig(p).needs_data]
+SEARCHING = "w4-auto"  # takes many times as long as the others
+
+
+@pytest.mark.parametrize(
+    "preset", [pytest.param(p, marks=[pytest.mark.slow] if p == SEARCHING else []) for p in CALIBRATED]
+)
 def test_healthy_models_are_left_alone(preset: str):
     """For each calibrated preset, on small models of several kinds."""
     for build in (small_models.llama_of_64, small_models.vit):

@@ -40,6 +40,7 @@ def run(*arguments: object) -> int:
     return algorithms.main([*small, *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_pieces_are_timed_and_leave_the_model_alone(
     llama: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
