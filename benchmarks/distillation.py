@@ -26,7 +26,7 @@ import torch
 import hfquant
 from benchmarks import models
 from benchmarks.ablation import SEARCHED, TWO_BITS
-from benchmarks.quality import Subject, digits, quantized, smollm2, store
+from benchmarks.quality import Settings, Subject, digits, quantized, smollm2, store
 
 WINDOWS = 96
 #: Steps by model; a step of the digits takes a twentieth of a second.
@@ -50,12 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=32, help="calibration windows, or images")
     parser.add_argument("--json", type=Path, help="file that rows are added to; a .md of the same name goes beside it")
     args = parser.parse_args(argv)
-    args.full = False
 
     stored = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     rows: dict[str, dict[str, Any]] = stored.get("rows", {})
     for name in args.models:
-        subject = {"smollm2": smollm2, "digits": digits}[name](args)
+        subject = {"smollm2": smollm2, "digits": digits}[name](Settings(args.samples))
         steps = STEPS[name] if args.steps is None else args.steps
         fresh = max(steps, args.rounding_steps + 16)  # windows to train on, or to judge the rounding by
         broad = name == "smollm2" and args.text == "broad"

@@ -23,7 +23,7 @@ from torch import nn
 
 import hfquant
 from benchmarks import metrics, second_denoiser
-from benchmarks.quality import SUBJECTS, Scores, Subject, store
+from benchmarks.quality import SUBJECTS, Scores, Settings, Subject, store
 from hfquant.presets import PRESETS
 
 Entry = dict[str, Any]
@@ -102,12 +102,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=32, help="calibration windows (images for digits)")
     parser.add_argument("--json", type=Path, help="file that rows are added to; a .md of the same name goes beside it")
     args = parser.parse_args(argv)
-    args.full = False
 
     stored = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     rows: dict[str, Scores] = stored.get("rows", {})
     for model in args.models:
-        subject = second() if model == "second" else SUBJECTS[model][0](args)
+        subject = second() if model == "second" else SUBJECTS[model][0](Settings(args.samples))
         for config in args.configs:
             for row, changed in configs(config).items():
                 if (name := f"{model}: {config}: {row}") in rows:

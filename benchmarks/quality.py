@@ -44,6 +44,20 @@ ROWS: dict[str, Row] = {
 }
 
 
+class Settings(NamedTuple):
+    """What a subject is built with.
+
+    Attributes:
+        samples: calibration windows, or images.
+        full: whether all windows of each evaluation text count, not only the first ones.
+        shuffle: seed of the order of SmolLM2's channels; None for the original order.
+    """
+
+    samples: int = 32
+    full: bool = False
+    shuffle: int | None = models.SHUFFLE
+
+
 class Subject(NamedTuple):
     """A model under test, with everything that a row needs."""
 
@@ -54,12 +68,12 @@ class Subject(NamedTuple):
     settings: dict[str, Any]  # what the figures depend on apart from the row
 
 
-def smollm2(args: argparse.Namespace) -> Subject:
+def smollm2(given: Settings) -> Subject:
     """Return SmolLM2, scored by perplexity, KL and top-1 agreement on the dataset descriptions."""
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = models.smollm2(args.shuffle)
-    windows = metrics.evaluation_windows(tokenizer, models.evaluation_texts(), full=args.full)
+    model, tokenizer = models.smollm2(given.shuffle)
+    windows = metrics.evaluation_windows(tokenizer, models.evaluation_texts(), full=given.full)
     ref = metrics.reference(model, windows)
 
     def score(quantized: nn.Module) -> Scores:
@@ -75,15 +89,15 @@ def smollm2(args: argparse.Namespace) -> Subject:
 
     return Subject(
         model,
-        lambda c: AutoModelForCausalLM.from_pretrained(models.smollm2_folder(args.shuffle), quantization_config=c),
-        models.token_batches(tokenizer, models.calibration_text(), count=args.samples),
+        lambda c: AutoModelForCausalLM.from_pretrained(models.smollm2_folder(given.shuffle), quantization_config=c),
+        models.token_batches(tokenizer, models.calibration_text(), count=given.samples),
         score,
-        {"evaluation tokens": sum(map(len, ref.states)), "calibration tokens": 512 * args.samples}
-        | ({"is the shuffle": args.shuffle} if args.shuffle != models.SHUFFLE else {}),
+        {"evaluation tokens": sum(map(len, ref.states)), "calibration tokens": 512 * given.samples}
+        | ({"is the shuffle": given.shuffle} if given.shuffle != models.SHUFFLE else {}),
     )
 
 
-def minilm(args: argparse.Namespace) -> Subject:
+def minilm(given: Settings) -> Subject:
     """Return MiniLM, scored by cosine similarity of sentence embeddings to full precision's, on description lines."""
     from transformers import AutoModel
 
@@ -99,13 +113,13 @@ def minilm(args: argparse.Namespace) -> Subject:
     return Subject(
         model,
         lambda config: AutoModel.from_pretrained(models.MINILM, quantization_config=config),
-        models.token_batches(tokenizer, models.calibration_text(), seqlen=128, count=args.samples),
+        models.token_batches(tokenizer, models.calibration_text(), seqlen=128, count=given.samples),
         score,
-        {"sentences": len(lines), "calibration tokens": 128 * args.samples},
+        {"sentences": len(lines), "calibration tokens": 128 * given.samples},
     )
 
 
-def digits(args: argparse.Namespace) -> Subject:
+def digits(given: Settings) -> Subject:
     """Return the digits denoiser, scored by PSNR of 64 final images from equal noise, not used for calibration."""
     from hfquant.demo import DIGITS_PATH, load_digits_pipeline
 
@@ -119,7 +133,7 @@ def digits(args: argparse.Namespace) -> Subject:
 
     calibration: list[dict[str, Tensor]] = []
     recorder = model.register_forward_pre_hook(lambda _m, _a, kwargs: calibration.append(kwargs), with_kwargs=True)
-    sample(args.samples, seed=1)
+    sample(given.samples, seed=1)
     recorder.remove()
     expected = sample(64, seed=2)
 
@@ -136,7 +150,7 @@ def digits(args: argparse.Namespace) -> Subject:
         lambda config: type(model).from_pretrained(DIGITS_PATH / "transformer", quantization_config=config),
         calibration,
         score,
-        {"images": 64, "calibration images": args.samples},
+        {"images": 64, "calibration images": given.samples},
     )
 
 
@@ -146,7 +160,7 @@ def _by_kind(rows: Mapping[str, Row]) -> dict[str, Row]:
     return dict(sorted(rows.items(), key=lambda row: kinds.index(row[0].partition("/")[0])))
 
 
-SUBJECTS: dict[str, tuple[Callable[[argparse.Namespace], Subject], Mapping[str, Row]]] = {
+SUBJECTS: dict[str, tuple[Callable[[Settings], Subject], Mapping[str, Row]]] = {
     "smollm2": (smollm2, _by_kind({**ROWS, **SEARCHED, **TWO_BITS})),
     "minilm": (minilm, _by_kind(ROWS)),
     "digits": (digits, _by_kind({**ROWS, **DIGITS_ABLATION})),
@@ -240,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if args.list else 2
     if args.threads:
         torch.set_num_threads(args.threads)
-    subject = build(args)
+    subject = build(Settings(args.samples, args.full, args.shuffle))
     result = {"settings": subject.settings, "environment": environment(), "rows": {}}
     if args.json and args.json.exists():
         stored = json.loads(args.json.read_text())

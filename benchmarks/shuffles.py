@@ -29,7 +29,7 @@ ROWS = ["preset/*[!o]", "w4a16/torchao*", "w8a16/torchao", "w8a8/torchao", "w4a1
 
 def subject(seed: int, samples: int) -> Subject:
     """Return SmolLM2 in one order of its channels, scored by KL on both texts."""
-    whole = quality.smollm2(argparse.Namespace(shuffle=seed, full=False, samples=samples))
+    whole = quality.smollm2(quality.Settings(samples, shuffle=seed))
     texts = two_texts(models.smollm2(seed)[1])
     references = {name: metrics.reference(whole.model, windows) for name, windows in texts.items()}
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaForCausalLM
 
-from benchmarks import options
+from benchmarks import metrics, models, options
 from hfquant.config import parse
+from tests.integrations import small_models
 
 
 def changed(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
@@ -58,3 +62,27 @@ def test_the_page_has_scores_beside_each_other() -> None:
     assert "| smollm2: only it | smollm2: all but it | minilm: only it | minilm: all but it |" in page
     assert "| nothing; everything | 1.0000 ± 0.1250 | 0.5000 ± 0.2500 |  |  |" in page
     assert "| rotation | 0.7500 ± 0.0625 |  |  | 0.8750 |" in page
+
+
+@pytest.fixture
+def llama(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
+    """A stand-in for SmolLM2, evaluated on one window."""
+    model = small_models.llama_of_64()
+    ids = small_models.transformers_inputs(model)["input_ids"]
+    monkeypatch.setattr(models, "smollm2", lambda *_: (model, None))
+    monkeypatch.setattr(models, "token_batches", lambda *_, count: [{"input_ids": ids}] * count)
+    monkeypatch.setattr(metrics, "evaluation_windows", lambda *_, **__: [ids[:1]])
+    return model
+
+
+def test_rows_are_added_to_a_file(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    file = tmp_path / "options.json"
+    run = ["--models", "smollm2", "--samples", "1", "--json", str(file), "--configs"]
+    assert options.main([*run, "fp8-dynamic"]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert rows.keys() == {f"smollm2: fp8-dynamic: {row}" for row in options.configs("fp8-dynamic")}
+    assert all(scores["KL"] > 0 for scores in rows.values())
+    assert options.main([*run, "fp8-dynamic", "w8a16"]) == 0
+    after = json.loads(file.read_text())["rows"]
+    assert rows.items() < after.items()
+    assert options.markdown(after) == file.with_suffix(".md").read_text()
