@@ -27,7 +27,7 @@ from hfquant.config import parse
 from hfquant.experts import Unfused
 from hfquant.integrations.facts import facts_of
 from hfquant.replacing import replace_modules
-from hfquant.search import Measured, choose, limit_of
+from hfquant.search import MeasuredChoices, choose, limit_of
 from hfquant.search.choices import rules_of
 from hfquant.search.measure import measure
 from hfquant.search.repair import TRIES, Judge
@@ -142,7 +142,7 @@ def run(subject: str, rounding: str, count: int, tries: int, wide: Sequence[int]
     return {"subject": subject, "rounding": rounding, "samples": len(data), "seconds": times, "rows": rows}
 
 
-def bits_of(measured: Measured, chosen: Mapping[str, str]) -> float:
+def bits_of(measured: MeasuredChoices, chosen: Mapping[str, str]) -> float:
     """Return the stored bits per weight of a choice, scales included."""
     sizes = {(unit, o.name): o.bytes for unit, options in measured.table.items() for o in options}
     return 8 * sum(sizes[pair] for pair in chosen.items()) / measured.weights

@@ -163,7 +163,8 @@ class Processes:
             dist.reduce(sums[name], owner, _OPERATIONS[STATISTICS[name].reduction], group=self.group)
         counts = self._collect(torch.tensor([part.count, len(part.sample.keys)]), owner)
         samples = [
-            self._collect(_padded(t.cpu()), owner) for t in (part.sample.rows, part.sample.keys, part.sample.fold)
+            self._collect(_padded(t.cpu()), owner)
+            for t in (part.sample.rows, part.sample.keys, part.sample.second_half)
         ]
         if counts is None:
             return None

@@ -4,7 +4,7 @@ A layer is off if its output has NaN or Inf where the float layer's output has n
 (:mod:`hfquant.layer_errors`) is
 
 - more than half of the output, and
-- more than :data:`TIMES` times what its number formats promise (their error on normally distributed values), and
+- more than :data:`TIMES` times the nominal error of its number formats (that on normally distributed values), and
 - more than :data:`TIMES` times the median error of its peers, the other layers with the same formats.
 
 A layer that is off moves down :data:`~hfquant.remedies.LADDER` until it is within bounds on the same rows. Experts that
@@ -28,7 +28,7 @@ from hfquant.calibration.self_made import SelfMade
 from hfquant.calibration.streams import Batches
 from hfquant.distributed import Processes
 from hfquant.folding import Folding
-from hfquant.formats.promise import bell_error
+from hfquant.formats.nominal_error import nominal_error
 from hfquant.layer_config import InputQuant, LayerConfig, WeightQuant
 from hfquant.layer_errors import LEAST, Seen, part_name, relative_error, row_errors, watch
 from hfquant.layer_plan import LayerPlan
@@ -42,7 +42,7 @@ from hfquant.report.layers import LayerReport, QuantReport
 
 logger = logging.getLogger(__name__)
 
-#: Factor over both its promise and its peers' median beyond which a layer's error is off.
+#: Factor over both its nominal error and its peers' median beyond which a layer's error is off.
 TIMES = 4.0
 #: The last remedy, after the whole ladder.
 FLOAT = "left in full precision"
@@ -279,7 +279,7 @@ def far_off(errors: Mapping[str, float], plans: Mapping[str, LayerPlan]) -> list
 
 def bound(plan: LayerPlan, peers: float) -> float:
     """Return the largest acceptable error, given a layer's formats and the median error of its peers."""
-    return TIMES * max(promise(plan.config), peers)
+    return TIMES * max(nominal_error_of(plan.config), peers)
 
 
 def _peers(errors: Mapping[str, float], plans: Mapping[str, LayerPlan]) -> dict[str, float]:
@@ -305,7 +305,7 @@ def _median_without(index: int, ascending: Sequence[float]) -> float:
     return (ascending[low] + ascending[high]) / 2
 
 
-def promise(config: LayerConfig) -> float:
+def nominal_error_of(config: LayerConfig) -> float:
     """Return the relative error of a product of normally distributed factors quantized in a config's formats."""
     formats = [config.weight_quant.format] + ([] if config.input_quant is None else [config.input_quant.format])
-    return sum(bell_error(form) ** 2 for form in formats) ** 0.5
+    return sum(nominal_error(form) ** 2 for form in formats) ** 0.5

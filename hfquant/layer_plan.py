@@ -99,7 +99,20 @@ class LayerPlan:
         return self.config.input_quant is not None and self.config.input_quant.static
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Return shape and dtype of each of the layer's tensors in memory, by name, except the bias."""
+        """Return shape and dtype of each of the layer's tensors in memory, by name, except the bias.
+
+        ===================== ============================= ==========================================================
+        weight                [out, packed width of in, 1s] the format's code dtype; as many 1s as a kernel has sides
+        weight_scale          [out, groups]                 float32, or uint8 if two-level; if the format has a scale
+        weight_scale_row      [out, 1]                      float32; if two-level
+        weight_zero_point     [out, packed width of groups] the format's code dtype; if asymmetric
+        input_scale           [row groups * input segments] float32; if the input is static
+        input_scale_neg       the same                      float32; if the input is static and a segment is dual
+        ===================== ============================= ==========================================================
+
+        `groups` is the number of :attr:`columns`. The transform adds its own tensors, such as `smooth` or `svd_down`
+        (see :meth:`hfquant.algorithms.Transform.tensors`).
+        """
         weight, rows = self.config.weight_quant, self.out_features
         form = weight.format
         shape = (rows, form.packed_width(self.in_features), *(1,) * (self.rank - 2))

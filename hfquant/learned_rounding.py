@@ -7,8 +7,8 @@ to that of the same block in the float model. This is SignRound (arXiv 2309.0551
 starting from the codes that are there.
 
 Blocks are trained in the order in which they run, a few neighbors at a time. Training all of them together does harm,
-because each then adapts to the unrest of those before it; training one at a time would run the blocks before it again
-for every step.
+because each would adapt to outputs of earlier blocks that are still changing; training one at a time would run the
+blocks before it again for every step.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _START = 0.49
 #: First rate times steps, in steps of the grid; the rate falls linearly to 0. With three times as much, rarely used
 #: weights of blocks with a small error are moved by noise.
 _REACH = 0.3
-#: Steps between a weight and its code that are too many, and the share of such weights that is.
+#: A layer is skipped if more than a share of _FEW of its weights are more than _FAR steps from their codes: it then
+#: holds other weights than the float model.
 _FAR, _FEW = 1.5, 0.05
 #: Rounds of scaling columns and rows to given norms.
 _BALANCED = 8

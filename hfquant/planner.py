@@ -29,9 +29,9 @@ from hfquant.experts import ExpertsLayout, Unfused, check_one_config, first_alon
 from hfquant.folding import Fold, plan_folds
 from hfquant.layer_config import OPTIONAL, LayerConfig
 from hfquant.layer_plan import LayerPlan, can_be_dual, input_parts, layer_plan
+from hfquant.mixed_precision import left_in_float, with_wider_inputs, with_wider_weights
 from hfquant.nn.kinds import layers_in, refusal
 from hfquant.ties import configs_together, tied_groups
-from hfquant.wider import left_in_float, with_wider_inputs, with_wider_weights
 
 logger = logging.getLogger(__name__)
 

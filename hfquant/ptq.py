@@ -31,7 +31,7 @@ from hfquant.offload import refuse_group_offloaded, stored_dtype
 from hfquant.planner import ModelFacts, Plan, warn_if_empty
 from hfquant.replacing import replace_modules
 from hfquant.report.layers import LayerReport, QuantReport, layer_report
-from hfquant.resume import Measured
+from hfquant.resume import LayerFigures
 from hfquant.run import Run, Settings, prepared
 from hfquant.solver import Solution, check_finite, solve
 from hfquant.statistics import SAMPLE_ROWS, LayerStats, stats_bytes
@@ -107,7 +107,7 @@ def quantize(
             warn_if_empty(model, run.plan)
             plan = run.plan.fused(experts)
             applied = Applied(plan, QuantReport([], plan.skipped))
-            if settings.or_nothing:
+            if settings.allow_empty:
                 finish(applied)
             return applied
         return _applied(_folded(run), settings.verbose, finish)
@@ -305,7 +305,7 @@ def _observed(run: Run, needs: Mapping[str, Collection[str]], owners: Mapping[st
     return run.group.merge(stats, owners, features, needs)
 
 
-def _known(run: Run, names: Sequence[str]) -> dict[str, tuple[Solution, Measured | None]]:
+def _known(run: Run, names: Sequence[str]) -> dict[str, tuple[Solution, LayerFigures | None]]:
     """Return the layers that an interrupted run has already solved, and what it measured of them."""
     known = {}
     for name in names if run.cache is not None else ():
@@ -320,7 +320,7 @@ def _known(run: Run, names: Sequence[str]) -> dict[str, tuple[Solution, Measured
 
 
 def _solve_layer(
-    run: Run, name: str, stats: LayerStats | None, known: tuple[Solution, Measured | None] | None
+    run: Run, name: str, stats: LayerStats | None, known: tuple[Solution, LayerFigures | None] | None
 ) -> tuple[QuantLayer, LayerReport]:
     module, plan = run.module(name), run.plan.layers[name]
     start = time.perf_counter()
@@ -339,7 +339,7 @@ def _solve_layer(
         if measured is not None:
             report = replace(report, **asdict(measured))
         if run.cache is not None and known is None:
-            measured = Measured(report.error, report.plain_error, report.seconds)
+            measured = LayerFigures(report.error, report.plain_error, report.seconds)
             run.cache.store(name, run.cache.key(name, weight, plan), solution, measured)
     release_free_memory()
     return layer, report

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Measured:
+class LayerFigures:
     """What a report states of a layer beyond its solution; resuming has no calibration rows to measure it again.
 
     Attributes:
@@ -78,7 +78,7 @@ class Cache:
         digest.update(content(weight.detach().cpu().contiguous()))
         return digest.hexdigest()
 
-    def store(self, name: str, key: str, solution: Solution, measured: Measured) -> None:
+    def store(self, name: str, key: str, solution: Solution, measured: LayerFigures) -> None:
         """Write a solved layer atomically: the file appears complete or not at all.
 
         Raises:
@@ -102,7 +102,7 @@ class Cache:
             temporary.unlink(missing_ok=True)
             raise OSError(f"layer {name!r} cannot be written to {path}: {error}") from error
 
-    def find(self, name: str, key: str, plan: LayerPlan) -> tuple[Solution, Measured | None] | None:
+    def find(self, name: str, key: str, plan: LayerPlan) -> tuple[Solution, LayerFigures | None] | None:
         """Return a layer's solution and measurements; None if it is missing, or damaged, which is logged.
 
         The measurements are None in a file of an earlier version, which did not store them.
@@ -121,7 +121,7 @@ class Cache:
             if plan.static_input and not json.loads(metadata["static"]):
                 plan = plan.by_token()
             plan = replace(plan, dual=tuple(json.loads(metadata["dual"])))
-            measured = Measured(**json.loads(metadata["measured"])) if "measured" in metadata else None
+            measured = LayerFigures(**json.loads(metadata["measured"])) if "measured" in metadata else None
             return Solution(plan, tensors, json.loads(metadata["alphas"]), fallback), measured
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s is damaged (%s): quantizing layer %r again", path, error, name)

@@ -32,7 +32,8 @@ class Settings:
     """The caller's settings besides the config; see :func:`hfquant.quantize`.
 
     Attributes:
-        or_nothing: whether to accept a model with nothing to quantize: a pipeline may load all parts with one config.
+        allow_empty: whether to accept a model with nothing to quantize, as when all parts of a pipeline load with one
+            config.
     """
 
     not_convert: Collection[str] = ()
@@ -43,7 +44,7 @@ class Settings:
     resume_dir: str | os.PathLike[str] | None = None
     guard: bool = True
     held_out: Any = None
-    or_nothing: bool = False
+    allow_empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def prepared(
         if example is None and data is not None and has_data:
             example = samples(data.first)[0]
         plan = plan_apart(model, rules, settings.not_convert, example, facts, experts)
-        may_be_empty = settings.or_nothing or {EXCLUDED, SWITCHED_OFF} & set(plan.skipped.values())
+        may_be_empty = settings.allow_empty or {EXCLUDED, SWITCHED_OFF} & set(plan.skipped.values())
         if not plan.layers and not may_be_empty:
             raise ValueError(f"{type(model).__name__} has nothing to quantize: {plan.why_skipped}")
         needing = [name for name, layer in plan.layers.items() if layer.config.needs_data]

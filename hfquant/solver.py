@@ -14,11 +14,11 @@ from torch import Tensor
 from hfquant.algorithms import Problem, Strength, block_slices, segment_ranges
 from hfquant.calibration.batches import CalibrationError
 from hfquant.formats import Grid, GridRule, expand_columns, range_columns
-from hfquant.formats.promise import bell_error
+from hfquant.formats.nominal_error import nominal_error
 from hfquant.layer_plan import LayerPlan
 from hfquant.statistics import LayerStats
 
-#: Error of a static scale, relative to what the format promises, beyond which a layer switches to per-token scales.
+#: Error of a static scale, relative to the format's nominal error, beyond which a layer switches to per-token scales.
 COARSE = 2.0
 #: Fewest rows to decide that: with fewer, it is chance whether a row exceeds the scale of the others.
 JUDGED_FROM = 128
@@ -190,8 +190,8 @@ def needs_token_scales(weight: Tensor, divisor: Tensor | None, plan: LayerPlan, 
     """Return whether one calibrated scale is too coarse for the inputs of some rows of a layer's weight.
 
     The criterion is the relative output error caused by rounding the inputs, averaged over input rows that the scale
-    was not computed from. It must be more than :data:`COARSE` times what the format promises, and per-token scales must
-    at least halve it. All rows count equally, so that a few huge ones do not hide the others. With fewer than
+    was not computed from. It must be more than :data:`COARSE` times the format's nominal error, and per-token scales
+    must at least halve it. All rows count equally, so that a few huge ones do not hide the others. With fewer than
     :data:`JUDGED_FROM` rows, the result is False.
 
     Args:
@@ -221,7 +221,7 @@ def needs_token_scales(weight: Tensor, divisor: Tensor | None, plan: LayerPlan, 
         static_error += float((error(*rule.quantize(x, *scales)) * counts).sum())
         token_error += float((error(*by_token.quantize(x)) * counts).sum())
         total += float(counts.sum())
-    limit = (COARSE * bell_error(rule.format)) ** 2 * total
+    limit = (COARSE * nominal_error(rule.format)) ** 2 * total
     return static_error > limit and static_error > 4 * token_error
 
 

@@ -20,7 +20,7 @@ from hfquant.formats.rotation import rotated
 
 #: Rows kept of each layer's input, for the alpha search and the error report.
 SAMPLE_ROWS = 192
-FOLDS = 2
+HALVES = 2
 
 
 class Reduction(Enum):
@@ -57,14 +57,14 @@ class Rows:
         return self.second_moment.diagonal().clone() if "hessian" in self.wanted else self.x.square().sum(0)
 
     @cached_property
-    def folds(self) -> list[Tensor]:
+    def halves(self) -> list[Tensor]:
         """The rows of each random half: element i holds those for which ``draw < 0.5`` equals bool(i)."""
         second = (self.draw < 0.5).to(self.x.device)
         return [self.x[~second], self.x[second]]
 
-    def over_folds(self, reduce: Callable[[Tensor], Tensor], empty: float) -> Tensor:
+    def over_halves(self, reduce: Callable[[Tensor], Tensor], empty: float) -> Tensor:
         """Reduce each half, [halves, in]; ``empty`` for a half without rows."""
-        return torch.stack([reduce(half) if len(half) else torch.full_like(self.x[0], empty) for half in self.folds])
+        return torch.stack([reduce(half) if len(half) else torch.full_like(self.x[0], empty) for half in self.halves])
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ class Statistic:
 
 STATISTICS: dict[str, Statistic] = {
     "low": Statistic(
-        lambda n: (FOLDS, n), Reduction.MIN, lambda r: r.over_folds(lambda x: x.amin(0), torch.inf), always=True
+        lambda n: (HALVES, n), Reduction.MIN, lambda r: r.over_halves(lambda x: x.amin(0), torch.inf), always=True
     ),
     "high": Statistic(
-        lambda n: (FOLDS, n), Reduction.MAX, lambda r: r.over_folds(lambda x: x.amax(0), -torch.inf), always=True
+        lambda n: (HALVES, n), Reduction.MAX, lambda r: r.over_halves(lambda x: x.amax(0), -torch.inf), always=True
     ),
     "power": Statistic(lambda n: (n,), Reduction.SUM, lambda r: r.power, always=True),
     "hessian": Statistic(lambda n: (n, n), Reduction.SUM, lambda r: r.second_moment),
@@ -124,12 +124,12 @@ class RowSample:
     Attributes:
         rows: [<= SAMPLE_ROWS, in] float32.
         keys: [<= SAMPLE_ROWS] float64, random draw divided by weight; the smallest keys of a union form its sample.
-        fold: [<= SAMPLE_ROWS] bool, which half each row belongs to.
+        second_half: [<= SAMPLE_ROWS] bool, whether each row belongs to the second half.
     """
 
     rows: Tensor
     keys: Tensor
-    fold: Tensor
+    second_half: Tensor
 
     @classmethod
     def empty(cls, features: int) -> RowSample:
@@ -144,13 +144,13 @@ class RowSample:
     def merge(self, *others: RowSample) -> RowSample:
         """Return the sample of the union."""
         parts = (self, *others)
-        joined = (torch.cat([getattr(p, name) for p in parts]) for name in ("rows", "keys", "fold"))
+        joined = (torch.cat([getattr(p, name) for p in parts]) for name in ("rows", "keys", "second_half"))
         return RowSample(*joined).trimmed()
 
     def trimmed(self) -> RowSample:
         """Return the sample sorted by key, cut to :data:`SAMPLE_ROWS`."""
         kept = self.keys.argsort(stable=True)[:SAMPLE_ROWS]
-        return RowSample(self.rows[kept.to(self.rows.device)], self.keys[kept], self.fold[kept])
+        return RowSample(self.rows[kept.to(self.rows.device)], self.keys[kept], self.second_half[kept])
 
     def weights(self, count: int) -> Tensor:
         """Return how many of ``count`` rows each row represents, [rows] float32: weighted sums estimate totals."""
@@ -162,7 +162,7 @@ class RowSample:
         return weights
 
     def to(self, device: torch.device) -> RowSample:
-        """Return the sample on another device; keys and folds stay on the CPU, where they are used."""
+        """Return the sample on another device; keys and halves stay on the CPU, where they are used."""
         return replace(self, rows=self.rows.to(device))
 
 
@@ -285,16 +285,16 @@ class LayerStats:
         set: all rows.
         """
         if not self.sums["low"].isfinite().all():
-            return [(self, torch.ones_like(self.sample.fold))]
+            return [(self, torch.ones_like(self.sample.second_half))]
         sets = []
-        for i in range(FOLDS):
+        for i in range(HALVES):
             ranges = {name: self.sums[name][i : i + 1] for name in ("low", "high")}
-            sets.append((replace(self, sums={**self.sums, **ranges}), self.sample.fold != bool(i)))
+            sets.append((replace(self, sums={**self.sums, **ranges}), self.sample.second_half != bool(i)))
         return sets
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _Shared:
     """Statistics of one tensor, measured once even if several layers read it, as q, k and v do."""
 
     of: weakref.ref[Tensor]
@@ -314,7 +314,7 @@ class Collector:
     def __init__(self, needs: Mapping[str, Collection[str]]) -> None:
         self.needs = {name: frozenset(n) for name, n in needs.items()}
         self.stats: dict[str, LayerStats] = {}
-        self._measured: dict[tuple[int, frozenset[str]], _Measured] = {}
+        self._measured: dict[tuple[int, frozenset[str]], _Shared] = {}
         self._draws: dict[int, Tensor] = {}
         self.seed = 0
 
@@ -351,7 +351,7 @@ class Collector:
 
     def _measure(
         self, name: str, x: Tensor, mask: Tensor | None, left_out: tuple[Tensor, Tensor] | None
-    ) -> _Measured | int | None:
+    ) -> _Shared | int | None:
         key = id(x), self.needs[name]
         known = self._measured.get(key)
         version = None if x.is_inference() else x._version  # inference tensors do not count their changes
@@ -366,7 +366,7 @@ class Collector:
         if not (new.low.isfinite().all() and new.high.isfinite().all()):
             return int((~rows.isfinite()).sum())
         # Dropped with the tensor: kept until the end of the batch, those of all layers would add up.
-        self._measured[key] = _Measured(weakref.ref(x, lambda _: self._measured.pop(key, None)), version, new, {})
+        self._measured[key] = _Shared(weakref.ref(x, lambda _: self._measured.pop(key, None)), version, new, {})
         return self._measured[key]
 
     def _draw(self, rows: int) -> Tensor:

@@ -30,7 +30,7 @@ from hfquant import ptq
 from hfquant.cli import app
 from hfquant.demo import load_digits_pipeline
 from hfquant.distributed import processes
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from hfquant.observe import observe
 from hfquant.statistics import STATISTICS, Reduction, Statistic
 from tests.calibration.tiny_models import tiny_pipeline, tiny_unet
@@ -154,7 +154,7 @@ def pipeline() -> dict[str, Tensor]:
     """Quantize a pipeline's denoiser on the inputs it sees while the pipeline runs."""
     pipe, sampler = tiny_pipeline(DDIMScheduler(), tiny_unet()), hfquant.UniformSampler(3)
     hfquant.quantize_pipeline(pipe, ["a", "b c", "d"], STATIC, sampler=sampler, num_inference_steps=6)
-    assert len(quant_linears(pipe.unet)) > 10
+    assert len(quant_layers(pipe.unet)) > 10
     return dict(pipe.unet.state_dict())
 
 
@@ -205,7 +205,7 @@ def loaded(out: Path) -> dict[str, Tensor]:
         model.save_pretrained(saved)
         group.gather(None)
         file = (saved / "model.safetensors").read_bytes()
-    assert len(quant_linears(model)) == 14
+    assert len(quant_layers(model)) == 14
     return {"file": torch.frombuffer(bytearray(file), dtype=torch.uint8)}
 
 

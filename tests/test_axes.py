@@ -26,7 +26,7 @@ from hfquant.formats import FORMATS, Grid, GridRule, NumberFormat
 from hfquant.formats.integer import IntegerFormat
 from hfquant.nn.kinds import KINDS
 from hfquant.nn.layer import QuantLayer
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from hfquant.statistics import STATISTICS, LayerStats, Reduction, Statistic
 
 # A format with few bits takes one line.
@@ -212,7 +212,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 def check_layers(model: nn.Module, count: int, run: Callable[[], Tensor], exact: Tensor) -> Tensor:
     """Check that all layers are quantized, close to the originals, and run on codes as on floats."""
-    layers = quant_linears(model)
+    layers = quant_layers(model)
     assert len(layers) == count
     for layer in layers.values():
         chosen = layer.plan.config
@@ -284,7 +284,7 @@ def test_a_denoiser_saved_and_loaded(config: dict[str, Any], tmp_path: Path) -> 
     batch = {"hidden_states": torch.randn(2, 2, 4, 4), "timestep": torch.tensor([3, 5])}
     batch["class_labels"] = torch.tensor([1, 2])
     hfquant.quantize(model, [batch], config)
-    assert len(quant_linears(model)) > 5
+    assert len(quant_layers(model)) > 5
     model.save_pretrained(tmp_path)
     loaded = DiTTransformer2DModel.from_pretrained(tmp_path)
     assert same(model, loaded)

@@ -56,7 +56,7 @@ from hfquant.denoisers import (
     to_grid,
 )
 from hfquant.integrations.skeleton import skeleton
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.affiner import pipelines
 from tests.calibration.tiny_modular import Denoise, Encode, tiny_modular
 from tests.integrations import tiny_pipelines
@@ -78,7 +78,7 @@ def test_from_a_dataset_to_a_saved_pipeline(tmp_path: Path) -> None:
     pipe = load_digits_pipeline()
     exact = draw(pipe)
     assert quantize_pipeline(pipe, rows, STATIC, num_inference_steps=4) is pipe
-    layers = quant_linears(pipe.transformer)
+    layers = quant_layers(pipe.transformer)
     assert layers
     assert all(layer.plan.static_input for layer in layers.values())
     images = draw(pipe)
@@ -98,7 +98,7 @@ def test_bad_components_and_data_leave_the_pipeline_alone() -> None:
         quantize_pipeline(pipe, [{"no_such_argument": 3}], STATIC)
     assert all(torch.equal(v, before[k]) for k, v in pipe.transformer.state_dict().items())
     quantize_pipeline(pipe, None, "w8a16")
-    assert quant_linears(pipe.transformer)
+    assert quant_layers(pipe.transformer)
 
 
 @pytest.mark.parametrize("guard", [True, False])
@@ -148,13 +148,13 @@ def test_wans_second_transformer_is_quantized_too() -> None:
     rows = [{k: v.expand(2, 6, 16) for k, v in row.items()} for row in wan_rows(2)]
     quantize_pipeline(pipe, rows, STATIC, **WAN_CALL)
     for part in (pipe.transformer, pipe.transformer_2):
-        layers = quant_linears(part)
+        layers = quant_layers(part)
         assert layers
         assert all(layer.plan.static_input for layer in layers.values())
     one = wan()
     quantize_pipeline(one, None, "w8a16", components=["transformer_2"])
-    assert not quant_linears(one.transformer)
-    assert quant_linears(one.transformer_2)
+    assert not quant_layers(one.transformer)
+    assert quant_layers(one.transformer_2)
     one.transformer = None
     assert find_denoiser(one) is one.transformer_2
 
@@ -163,7 +163,7 @@ def test_one_of_several_controlnets_is_quantized() -> None:
     pipe = CASES["sd-controlnet"].build()
     pipe.controlnet = MultiControlNetModel([pipe.controlnet, CASES["sd-controlnet"].build().controlnet])
     quantize_pipeline(pipe, None, "w8a16", components=["controlnet.nets.1"])
-    assert [bool(quant_linears(model)) for model in (pipe.unet, *pipe.controlnet.nets)] == [False, False, True]
+    assert [bool(quant_layers(model)) for model in (pipe.unet, *pipe.controlnet.nets)] == [False, False, True]
     with pytest.raises(ValueError, match=r"controlnet\.nets\.2.* is not a module"):
         quantize_pipeline(pipe, None, "w8a16", components=["controlnet.nets.2"])
 
@@ -174,7 +174,7 @@ def test_sdxl_casts_its_autoencoder_in_float16_alone() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         pipe = case.build().to(dtype)
         quantize_pipeline(pipe, None, "w8a16", components=["vae"])
-        assert quant_linears(pipe.vae)
+        assert quant_layers(pipe.vae)
         batch = {name: value.to(dtype) for name, value in tiny_pipelines.batches(case, 1)[0].items()}
         call = {**batch, **case.call, "output_type": "pt"}
         if dtype == torch.float16:
@@ -229,8 +229,8 @@ def test_the_prior_of_a_combined_pipeline_is_quantized_too(
     assert find_denoisers(pipe) == [pipe.unet]
     quantize_pipeline(pipe, data, STATIC, dump_path=tmp_path / "inputs", **KANDINSKY_CALL)
     for part in (pipe.unet, pipe.prior_prior):
-        assert quant_linears(part)
-        assert all(layer.plan.static_input for layer in quant_linears(part).values())
+        assert quant_layers(part)
+        assert all(layer.plan.static_input for layer in quant_layers(part).values())
     recorded = [load_calibrate_set(tmp_path / "inputs" / name) for name in ("unet", "prior_prior")]
     assert [len(found) for found in recorded] == [2 * 3, 2 * 4]
     assert skeleton_denoisers(pipe, tmp_path / "saved") == ["unet", "prior_prior"]
@@ -320,11 +320,11 @@ def test_a_component_that_fails_leaves_all_of_them_alone() -> None:
     assert [(repr(part), dict(part.config), list(vars(part))) for part in parts] == before
     for part, old in zip(parts, tensors, strict=True):
         assert all(p is old[name] for name, p in part.named_parameters())
-        assert not quant_linears(part)
+        assert not quant_layers(part)
     with torch.no_grad():
         pipe.transformer_2.blocks[0].ffn.net[2].weight[0, 0] = 0.0
     quantize_pipeline(pipe, None, "w8a16")
-    assert all(quant_linears(part) for part in parts)
+    assert all(quant_layers(part) for part in parts)
 
 
 @pytest.mark.parametrize("frames_first", [False, True])
@@ -355,9 +355,9 @@ def test_autoencoders_are_not_calibrated() -> None:
     pipe.set_progress_bar_config(disable=True)
     with pytest.raises(ValueError, match="vae: pipelines call its encode and decode"):
         quantize_pipeline(pipe, [row], STATIC, components=["unet", "vae"], **arguments)
-    assert not quant_linears(pipe.unet)
+    assert not quant_layers(pipe.unet)
     quantize_pipeline(pipe, None, "w8a16", components=["vae"])
-    assert quant_linears(pipe.vae)
+    assert quant_layers(pipe.vae)
 
 
 CACHES = {
@@ -384,12 +384,12 @@ def test_a_denoiser_is_not_calibrated_while_its_cache_is_enabled(cache: str) -> 
         hfquant.quantize(pipe.transformer, [{}], STATIC)
     with pytest.raises(ValueError, match=r"model_real's LTXVideoTransformer3DModel: .* cannot be a reference"):
         hfquant.load_affiner({}, data, pipe, case.build())
-    assert not quant_linears(pipe.transformer)
+    assert not quant_layers(pipe.transformer)
     assert pipe.transformer.is_cache_enabled
     pipe.transformer.disable_cache()
     quantize_pipeline(pipe, data, STATIC, **case.call)
     pipe.transformer.enable_cache(CACHES[cache])
-    assert quant_linears(pipe.transformer)
+    assert quant_layers(pipe.transformer)
     assert tiny_pipelines.run(pipe, case).isfinite().all()
 
 
@@ -397,7 +397,7 @@ def test_a_denoiser_is_quantized_without_data_while_its_cache_is_enabled() -> No
     pipe = CASES["ltx"].build()
     pipe.transformer.enable_cache(CACHES["first block"])
     quantize_pipeline(pipe, None, "w8a16")
-    assert quant_linears(pipe.transformer)
+    assert quant_layers(pipe.transformer)
     assert tiny_pipelines.run(pipe, CASES["ltx"]).isfinite().all()
 
 

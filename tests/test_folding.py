@@ -18,7 +18,7 @@ from hfquant.config import parse
 from hfquant.folding import Folding, _effective, find_folding
 from hfquant.integrations import model_facts
 from hfquant.layer_plan import layer_plan
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from hfquant.observe import observe
 from hfquant.planner import plan_layers
 from hfquant.replacing import replace_modules
@@ -175,11 +175,11 @@ def test_the_float_function_stays(name: str) -> None:
 
 def smoothed(model: nn.Module) -> set[str]:
     """Return the last parts of the names of the layers that divide at run time."""
-    return {n.rpartition(".")[2] for n, m in quant_linears(model).items() if "smooth" in m._buffers}
+    return {n.rpartition(".")[2] for n, m in quant_layers(model).items() if "smooth" in m._buffers}
 
 
 def folded(model: nn.Module) -> set[str]:
-    return {n for n, m in quant_linears(model).items() if m.plan.folded}
+    return {n for n, m in quant_layers(model).items() if m.plan.folded}
 
 
 def error(model: nn.Module, reference: nn.Module, data: list[Any]) -> float:
@@ -196,9 +196,9 @@ def test_folded_layers_store_no_divisor_and_are_as_good(name: str, per_layer_mod
     hfquant.quantize(model, data, config(), per_layer_mode=per_layer_mode)
     assert smoothed(plain) >= CASES[name][2]
     assert {n.rpartition(".")[2] for n in folded(model)} == CASES[name][2]
-    assert all(m.plan.folded != ("smooth" in m._buffers) for m in quant_linears(model).values())
+    assert all(m.plan.folded != ("smooth" in m._buffers) for m in quant_layers(model).values())
     assert error(model, reference, data) < 1.5 * error(plain, reference, data) < 0.1
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in quant_linears(model).values())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in quant_layers(model).values())
 
 
 @pytest.mark.parametrize("opt", [{"type": "svd", "low_rank": 2}, {"magnitude": "rms"}, SEARCH])
@@ -219,7 +219,7 @@ def test_a_branch_sees_the_divided_input() -> None:
     reference = copy.deepcopy(model)
     hfquant.quantize(model, data, config(type="svd", low_rank=20))
     assert error(model, reference, data) < 1e-5
-    effective = quant_linears(model)["blocks.1.one"].effective_weight()
+    effective = quant_layers(model)["blocks.1.one"].effective_weight()
     divisor = reference.blocks[1].norm2.weight / model.blocks[1].norm2.weight
     rows = model.blocks[1].one.bias / reference.blocks[1].one.bias
     expected = reference.blocks[1].one.weight * divisor * rows[:, None]
@@ -271,7 +271,7 @@ def test_dequantize_keeps_the_function() -> None:
     reference = copy.deepcopy(model)
     hfquant.quantize(model, data, config())
     hfquant.dequantize(model)
-    assert not quant_linears(model)
+    assert not quant_layers(model)
     assert error(model, reference, data) < 0.03
 
 
@@ -384,7 +384,7 @@ def test_a_linear_that_stays_in_float_can_give() -> None:
     reference, rules = copy.deepcopy(model), {**config(), "*.one": {"enable": False}}
     hfquant.quantize(model, data, rules)
     assert type(model.blocks[0].one) is nn.Linear
-    assert quant_linears(model)["blocks.0.two"].plan.folded
+    assert quant_layers(model)["blocks.0.two"].plan.folded
     assert not torch.equal(model.blocks[0].one.weight, reference.blocks[0].one.weight)
     assert error(model, reference, data) < 0.05
     plan = plan_layers(reference.bfloat16(), parse(rules), example=data[0].bfloat16())

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import hfquant
 from hfquant import CalibrationError, HfQuantConfig, guard, ptq
-from hfquant.guard import _peers, far_off, promise
+from hfquant.guard import _peers, far_off, nominal_error_of
 from hfquant.layer_config import LayerConfig, WeightQuant
 from hfquant.nn.linear import QuantLinear
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from hfquant.run import Settings
 from tests.integrations import small_models
 
@@ -178,7 +178,7 @@ def test_one_forward_and_hooks_are_gone():
         net.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         hfquant.quantize(net, batches(3), HfQuantConfig(STATIC, guard=on))
         counts.append(len(calls))
-        assert not any(layer._forward_hooks for layer in quant_linears(net).values())
+        assert not any(layer._forward_hooks for layer in quant_layers(net).values())
     assert counts[1] == counts[0] + 1
 
 
@@ -283,12 +283,12 @@ def plans(*types: str) -> dict[str, Any]:
     return found
 
 
-def test_off_is_beyond_promise_and_peers_and_a_half():
+def test_off_is_beyond_nominal_error_and_peers_and_a_half():
     four, eight = plans(*["int4"] * 5), plans(*["int8"] * 5)
     errors = dict(zip("01234", [0.02, 0.02, 0.02, 0.02, 0.6], strict=True))
     assert far_off(errors, eight) == ["4"]
-    # If four times the error that 4 bits promise is below 0.6, the layer is off.
-    assert (far_off(errors, four) == ["4"]) == (4 * promise(four["0"].config) < 0.6)
+    # If four times 4 bits' nominal error is below 0.6, the layer is off.
+    assert (far_off(errors, four) == ["4"]) == (4 * nominal_error_of(four["0"].config) < 0.6)
     assert far_off({**errors, "4": 0.45}, eight) == []
     # If its peers are no better, a layer is not blamed, unless its error exceeds the whole output.
     assert far_off(dict.fromkeys("01234", 0.6), eight) == []
@@ -308,9 +308,9 @@ def test_a_layer_is_no_peer_of_itself():
     assert _peers({"0": 0.1, "1": 0.9, "2": 0.3}, mixed) == {"0": 0.3, "1": 0, "2": 0.1}
 
 
-def test_promise_is_that_of_a_bell_curve():
+def test_nominal_error_is_that_of_normally_distributed_values():
     """A uniform quantizer's noise is step / sqrt(12), and the largest sample determines the step."""
     step = 3.49 / 127
     config = plans("int8")["0"].config
-    assert promise(config) == pytest.approx(step / 12**0.5, rel=0.05)
-    assert promise(plans("bf16")["0"].config) < 0.003
+    assert nominal_error_of(config) == pytest.approx(step / 12**0.5, rel=0.05)
+    assert nominal_error_of(plans("bf16")["0"].config) < 0.003

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import hfquant
 from hfquant.layer_errors import ROWS, part_name, relative_error, row_errors, watch
 from hfquant.nn.kinds import kind_of
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 
 
 def test_errors_are_relative_and_see_the_median_row():
@@ -50,7 +50,7 @@ def watched(spoilt: str, factor: float, batches: list[Tensor]):
     model = copy.deepcopy(net)
     config = {"opt": {"type": "default"}, "weight_quant": {"type": "int8", "axis": -1}, "input_quant": None}
     hfquant.quantize(model, None, {"default": config, "conv": {"enable": True}})
-    layers = quant_linears(model)
+    layers = quant_layers(model)
     assert [*layers] == ["conv", "linear"]
     layers[spoilt].weight_scale *= factor
 

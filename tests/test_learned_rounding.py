@@ -17,7 +17,7 @@ from hfquant.distillation import _frozen
 from hfquant.formats import expand_columns
 from hfquant.learned_rounding import learn_rounding, weight_gradient
 from hfquant.nn.linear import QuantLinear
-from hfquant.nn.modules import quant_linears, tie
+from hfquant.nn.modules import quant_layers, tie
 from tests.integrations import small_models
 
 WIDTH = 32
@@ -87,7 +87,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def codes(model: nn.Module) -> dict[str, Tensor]:
-    return {name: layer.codes().clone() for name, layer in quant_linears(model).items()}
+    return {name: layer.codes().clone() for name, layer in quant_layers(model).items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
@@ -113,7 +113,7 @@ def test_the_error_on_unseen_data_falls(config: Any, dtype: torch.dtype) -> None
     for name in first:
         assert (now[name].int() - first[name].int()).abs().max() <= 1
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*model.modules(), *net.modules()])
-    assert not any(p.requires_grad for m in quant_linears(model).values() for p in m.parameters())
+    assert not any(p.requires_grad for m in quant_layers(model).values() for p in m.parameters())
     restore()
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
 
@@ -187,7 +187,7 @@ def test_layers_with_folded_divisors_are_trained() -> None:
     data = [{"input_ids": torch.randint(5, 60, (2, 24), generator=source)} for _ in range(40)]
     smooth = {**INT3["default"], "opt": {"type": "smooth", "alpha": 0.5, "fold": True}}
     model = hfquant.quantize(copy.deepcopy(net), data[:8], {"default": smooth})
-    block, layers = "model.layers.0", quant_linears(model)
+    block, layers = "model.layers.0", quant_layers(model)
     # All that a norm's divisor alone was folded into; the rows of v_proj and up_proj are divided too.
     for norm, name in (
         ("input_layernorm", "q_proj"),
@@ -241,7 +241,7 @@ def test_padding_does_not_count() -> None:
 
 def test_layers_that_share_codes_are_left_alone() -> None:
     model, net = pair()
-    other = quant_linears(model)["blocks.2.first"]
+    other = quant_layers(model)["blocks.2.first"]
     other.plan = replace(other.plan, tied="blocks.0.first")
     tie(model)
     first = codes(model)

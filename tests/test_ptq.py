@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 import hfquant
 from hfquant import CalibrationError, QuantLinear, dequantize, ptq, quantize
 from hfquant.integrations.checkpoint import needs_no_data
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.schemes import SVDQUANT
 
 STATIC = {"default": {"opt": {"type": "default"}, "weight_quant": {"type": "int8", "axis": -1}}}
@@ -102,7 +102,7 @@ def test_quantizes_every_linear_in_place(net: Net, data: Any, config: Any, per_l
             config["default"]["opt"]["low_rank"] = 4
     result = quantize(net, data, config, per_layer_mode=per_layer_mode)
     assert result is net
-    assert len(quant_linears(net)) == 3 * 4 + 2
+    assert len(quant_layers(net)) == 3 * 4 + 2
     assert error(net, reference, data[0]) < 0.15
     assert net.training
 
@@ -298,7 +298,7 @@ def test_batches_of_different_shapes_and_kinds(net: Net) -> None:
 
 def test_data_loader_with_workers(net: Net, data: Any) -> None:
     quantize(net, DataLoader(torch.cat(data), batch_size=5, num_workers=1), STATIC)
-    assert quant_linears(net)["inp"].plan.static_input
+    assert quant_layers(net)["inp"].plan.static_input
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

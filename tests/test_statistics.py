@@ -45,7 +45,7 @@ def test_merging_does_not_depend_on_the_order(sizes: list[int], seed: int) -> No
     assert torch.equal(one.low, other.low)
     assert torch.equal(one.high, other.high)
     assert len(one.rows) == min(SAMPLE_ROWS, sum(sizes))
-    for name in ("rows", "keys", "fold"):
+    for name in ("rows", "keys", "second_half"):
         assert torch.equal(getattr(one.sample, name), getattr(other.sample, name))
     torch.testing.assert_close(one.hessian, other.hessian, rtol=1e-6, atol=1e-4)
 

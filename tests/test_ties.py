@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import hfquant
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from hfquant.ties import tied_groups
 
 INT8 = {"opt": {"type": "default"}, "weight_quant": {"type": "int8", "axis": -1}, "input_quant": None}
@@ -45,7 +45,7 @@ def test_tied_layers_share_codes() -> None:
     exact = model(ids)
     twin = copy.deepcopy(model)
     hfquant.quantize(model, None, {"default": {**INCLUDED, "input_quant": {"type": "int8", "dynamic": True}}})
-    layers = quant_linears(model)
+    layers = quant_layers(model)
     assert list(layers) == ["embed", "body", "head"] or sorted(layers) == ["body", "embed", "head"]
     assert model.head.weight is model.embed.weight
     assert model.head.weight_scale is model.embed.weight_scale

@@ -1,8 +1,8 @@
 """Rotate the inputs in blocks, which spreads each outlier over its block (QuaRot, arXiv 2404.00456).
 
 ``X W^T = (X R)(W R)^T`` for an orthogonal R. All entries of a Hadamard matrix have the same magnitude: a large value in
-one channel becomes small values in many, and the values of a block approach a bell curve, which low-bit formats
-represent best.
+one channel becomes small values in many, and the values of a block approach a normal distribution, which low-bit
+formats represent best.
 """
 
 from __future__ import annotations

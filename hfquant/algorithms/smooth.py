@@ -178,7 +178,7 @@ class Smooth(Transform):
         stats = problem.stats
         assert stats is not None
         row_weights = stats.row_weights
-        everything = [(stats, torch.ones_like(stats.sample.fold))]
+        everything = [(stats, torch.ones_like(stats.sample.second_half))]
         sets = stats.halves() if problem.input is not None and problem.input.static else everything
         # Mixed channels make each quantized segment depend on the others, so all share one alpha.
         blocks = [slice(None)] if self.rotation else problem.blocks()

@@ -110,7 +110,8 @@ def generator(*entropy: int) -> torch.Generator:
 def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Draw one token per row from softmax(logits), [rows, vocabulary] to [rows] int64, each with its own generator.
 
-    Of exponential waiting times whose rates are the probabilities, each token's is the shortest with its probability.
+    Each token waits for an exponentially distributed time whose rate is its probability; the probability that it is the
+    first to arrive is that probability too.
     """
     waits = torch.stack([torch.empty(logits.shape[1]).exponential_(generator=g) for g in generators])
     return (logits.float().cpu().softmax(1) / waits).argmax(1)

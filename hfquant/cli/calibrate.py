@@ -12,7 +12,7 @@ from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.cli.output import check_folder
 from hfquant.console import log_shown
-from hfquant.own_code import own_code
+from hfquant.remote_code import remote_code
 
 if TYPE_CHECKING:
     from hfquant.calibration import BaseCalibSet, BaseSampler
@@ -102,7 +102,7 @@ def calibrate(
     }
     if made_itself:
         spec = {"source": source, "seed": seed, **options.given({"samples": samples, "seqlen": seqlen})}
-    with errors_in_one_line(debug), log_shown(), own_code(trust_remote_code):
+    with errors_in_one_line(debug), log_shown(), remote_code(trust_remote_code):
         check_folder(out)
         from hfquant.calibration import calibration_batches, generate_calibrate_set, storage
         from hfquant.calibration.self_made import SelfSpec

@@ -10,7 +10,7 @@ import typer
 from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.cli.output import check_folder, console, print_json, print_table
-from hfquant.own_code import own_code
+from hfquant.remote_code import remote_code
 
 
 def compare(
@@ -47,7 +47,7 @@ def compare(
     score and FID if the weights that they need are available.
     """
     call = options.call_arguments(arg or ())
-    with errors_in_one_line(debug), own_code(trust_remote_code):
+    with errors_in_one_line(debug), remote_code(trust_remote_code):
         if images is not None:
             check_folder(images, "--images")
         from hfquant.integrations.hub import load

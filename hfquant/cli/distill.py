@@ -13,7 +13,7 @@ from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.cli.output import check_empty, print_json, print_table, staged
 from hfquant.console import log_shown
-from hfquant.own_code import own_code
+from hfquant.remote_code import remote_code
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def distill(
     """
     if not (steps or rounding_steps):
         raise typer.BadParameter("with 0 steps, --rounding-steps must say how many to take", param_hint="--steps")
-    with errors_in_one_line(debug), log_shown(), own_code(trust_remote_code):
+    with errors_in_one_line(debug), log_shown(), remote_code(trust_remote_code):
         check_empty(out)
         from hfquant import api
         from hfquant.calibration.streams import calibration_batches, holds_set

@@ -10,7 +10,7 @@ import typer
 from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.cli.output import check_empty, staged
-from hfquant.own_code import own_code
+from hfquant.remote_code import remote_code
 
 
 def export(
@@ -30,7 +30,7 @@ def export(
     debug: options.Debug = False,
 ) -> None:
     """Write a quantized model so that transformers, vLLM or diffusers load it without hfquant."""
-    with errors_in_one_line(debug), own_code(trust_remote_code):
+    with errors_in_one_line(debug), remote_code(trust_remote_code):
         check_empty(out)
         from hfquant.denoisers import denoiser_name, is_pipeline
         from hfquant.exporters import export as write

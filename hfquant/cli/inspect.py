@@ -11,7 +11,7 @@ from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.cli.output import console, print_json, print_table
 from hfquant.console import size
-from hfquant.own_code import own_code
+from hfquant.remote_code import remote_code
 
 
 def inspect(
@@ -22,7 +22,7 @@ def inspect(
     debug: options.Debug = False,
 ) -> None:
     """Show the bits, bytes, formats and error of every quantized layer, and what stayed in full precision and why."""
-    with errors_in_one_line(debug), own_code(trust_remote_code):
+    with errors_in_one_line(debug), remote_code(trust_remote_code):
         from hfquant.report.stored import read_folder
 
         models = read_folder(folder)[1]

@@ -10,7 +10,7 @@ from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.cli.output import console, print_json, print_table
 from hfquant.console import size
-from hfquant.own_code import own_code
+from hfquant.remote_code import remote_code
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def plan(
     debug: options.Debug = False,
 ) -> None:
     """Show what quantizing a model would do: layers, bytes before and after, what stays in float. Reads no weights."""
-    with errors_in_one_line(debug), own_code(trust_remote_code):
+    with errors_in_one_line(debug), remote_code(trust_remote_code):
         from hfquant.api import plan as plan_model
         from hfquant.integrations.hub import floating
         from hfquant.integrations.skeleton import skeleton

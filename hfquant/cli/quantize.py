@@ -13,7 +13,7 @@ from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.cli.output import beside, check_empty, print_json, print_table, staged
 from hfquant.console import log_shown, size
-from hfquant.own_code import own_code
+from hfquant.remote_code import remote_code
 
 
 def quantize(
@@ -82,7 +82,7 @@ def quantize(
     if private and push is None:
         raise typer.BadParameter("is for the repository of --push, which is missing", param_hint="--private")
     stream = None if calibration is None else {"dataset": calibration, **reading}
-    with errors_in_one_line(debug), log_shown(), own_code(trust_remote_code):
+    with errors_in_one_line(debug), log_shown(), remote_code(trust_remote_code):
         check_empty(out)
         from hfquant.integrations.hub import load
         from hfquant.integrations.skeleton import skeleton

@@ -11,7 +11,7 @@ from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.cli.output import print_json, print_table
 from hfquant.console import size
-from hfquant.own_code import own_code
+from hfquant.remote_code import remote_code
 
 recipe = typer.Typer(no_args_is_help=True, help="List, show, check and import recipes.")
 
@@ -49,7 +49,7 @@ def check(
     debug: options.Debug = False,
 ) -> None:
     """Check a recipe and, given a model, whether it fits: class, components, every glob, and the resulting sizes."""
-    with errors_in_one_line(debug), own_code(trust_remote_code):
+    with errors_in_one_line(debug), remote_code(trust_remote_code):
         from hfquant import recipes
 
         found = recipes.load(name)

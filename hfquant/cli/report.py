@@ -10,7 +10,7 @@ import typer
 from hfquant.cli import options
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.cli.output import check_file
-from hfquant.own_code import own_code
+from hfquant.remote_code import remote_code
 
 
 def report(
@@ -43,7 +43,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: sizes, every layer's error, what to fix, and how far from full precision."""
     call = options.call_arguments(arg or ())
-    with errors_in_one_line(debug), own_code(trust_remote_code):
+    with errors_in_one_line(debug), remote_code(trust_remote_code):
         check_file(out)
         from hfquant.report.gather import Inputs, gather
 

@@ -28,14 +28,14 @@ from hfquant.exporters.checkpoint import Converted, ExportError, must_be_of, ref
 from hfquant.exporters.experts import alike, as_read, expert_layers, log_inputs
 from hfquant.exporters.requantize import no_linear, plain, requantized
 from hfquant.formats import NumberFormat
-from hfquant.formats.words import to_words
+from hfquant.formats.int32_words import to_words
 from hfquant.integrations.compat import replaced_when_quantized, stored_names
 from hfquant.integrations.experts import StoredLinear, stored_linears
 from hfquant.layer_plan import LayerPlan
 from hfquant.nn.experts import QuantExperts, plans_of
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 
 #: Number formats that compressed-tensors also has, by hfquant's names.
 _TYPES = {**{f"int{bits}": "int" for bits in range(2, 9)}, "fp8e4m3": "float"}
@@ -92,7 +92,7 @@ def _named(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _plans_of_linears(model: nn.Module, requantize: bool) -> tuple[dict[str, LayerPlan], dict[str, str]]:
     """Return the plan to export each quantized layer with, and the problems of layers that cannot be exported."""
     plans, problems = {}, {}
-    for name, layer in quant_linears(model).items():
+    for name, layer in quant_layers(model).items():
         why = obstacle(layer.plan)
         plans[name] = plain(layer.plan) if why and requantize else layer.plan
         if why := no_linear(layer) or obstacle(plans[name]):

@@ -22,7 +22,7 @@ from hfquant.formats import NumberFormat
 from hfquant.layer_plan import LayerPlan
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.linear import QuantLinear
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 
 #: The only format of its SVDQuant weights and activations, and their group size.
 _FORMAT, _GROUP = "int4", 64
@@ -41,7 +41,7 @@ def convert(model: Any, requantize: bool) -> Converted:
         ExportError: the model is from another library, or some layers cannot be expressed.
     """
     must_be_of(model, "diffusers", "nunchaku-lite")
-    layers, problems = quant_linears(model), {}
+    layers, problems = quant_layers(model), {}
     for name, layer in layers.items():
         why = obstacle(layer.plan)
         if why and requantize:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hfquant.formats import FORMATS, Grid, NumberFormat, expand_columns, split_columns
-from hfquant.formats.words import from_words
+from hfquant.formats.int32_words import from_words
 from hfquant.integrations.checkpoint import CheckpointError
 
 
@@ -150,7 +150,7 @@ def take(tensors: dict[str, Tensor], name: str, keys: Mapping[str, torch.dtype |
 
 
 def words(name: str, tensor: Tensor, form: NumberFormat, columns: int) -> Tensor:
-    """Return signed codes [rows, columns] from int32 words [rows, ...]; see :mod:`hfquant.formats.words`.
+    """Return signed codes [rows, columns] from int32 words [rows, ...]; see :mod:`hfquant.formats.int32_words`.
 
     Raises:
         CheckpointError: the tensor, called ``name``, is too wide or too narrow.

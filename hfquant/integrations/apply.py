@@ -23,7 +23,7 @@ from hfquant.integrations.facts import facts_of
 from hfquant.layer_plan import LayerPlan
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.kinds import layers_in
-from hfquant.nn.modules import quant_linears, quant_modules
+from hfquant.nn.modules import quant_layers, quant_modules
 from hfquant.planner import ModelFacts, Plan
 from hfquant.run import Settings
 from hfquant.search import search
@@ -54,7 +54,7 @@ def quantize_attached(
     """
     if settings is None:
         not_convert = config.modules_to_not_convert or ()
-        settings = Settings(not_convert, config.per_layer_mode, guard=config.guard, or_nothing=True)
+        settings = Settings(not_convert, config.per_layer_mode, guard=config.guard, allow_empty=True)
     rules = _searched(model, loader, config, facts)
     restore = _snapshot(model)
 
@@ -262,7 +262,7 @@ def _describing(plans: dict[str, LayerPlan], left: Sequence[str]) -> HfQuantConf
 
 def _owners(model: nn.Module) -> dict[str, str]:
     """Return the name of each tied layer -> that of the layer whose codes it shares."""
-    layers = quant_linears(model)
+    layers = quant_layers(model)
     owners = {id(layer.weight): name for name, layer in layers.items() if not layer.plan.tied}
     found = {}
     for name, layer in layers.items():

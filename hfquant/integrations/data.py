@@ -17,7 +17,7 @@ from hfquant.calibration.model_inputs import MissingReaderError, with_decoder_in
 from hfquant.calibration.self_made import SelfSpec
 from hfquant.calibration.sources import are_texts, is_source
 from hfquant.calibration.streams import Batches, calibration_batches, holds_set, names_set
-from hfquant.integrations.sharing.origin import file_of, places, runs_own_code
+from hfquant.integrations.sharing.origin import file_of, places, runs_remote_code
 
 #: Files that name the code of what reads data.
 _READER_FILES = {"tokenizer": "tokenizer_config.json", "processor": "preprocessor_config.json"}
@@ -74,7 +74,7 @@ def _read(batches: Batches, model: Any, file: str | None) -> Iterator[Any]:
         for batch in batches:
             yield _started(batch, model)
     except MissingReaderError as error:
-        name = None if runs_own_code(model) else _with_own_code(model, file, _READER_FILES[error.argument])
+        name = None if runs_remote_code(model) else _with_remote_code(model, file, _READER_FILES[error.argument])
         if name is None:
             raise
         raise CalibrationError(
@@ -84,7 +84,7 @@ def _read(batches: Batches, model: Any, file: str | None) -> Iterator[Any]:
         ) from error
 
 
-def _with_own_code(model: Any, file: str | None, reader_file: str) -> str | None:
+def _with_remote_code(model: Any, file: str | None, reader_file: str) -> str | None:
     """Return the folder or hub id that has a reader with code of its own; None if there is none."""
     for name, options in places(model, file):
         path = file_of(name, reader_file, **options)
@@ -145,7 +145,7 @@ def _saved(loader: Any, model: Any, file: str | None, usable: Callable[[Any], bo
     for name, options in places(model, file):
         with suppress(OSError, ValueError, KeyError, TypeError, ImportError):  # transformers' ways of saying no
             # Left open, transformers would ask whether to run the code in the folder.
-            found = loader.from_pretrained(name, trust_remote_code=runs_own_code(model), **options)
+            found = loader.from_pretrained(name, trust_remote_code=runs_remote_code(model), **options)
             if usable(found):
                 return found
     return None

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 import hfquant  # noqa: F401 (registers)
 from hfquant.hub_errors import hub_errors
 from hfquant.integrations.checkpoint import CheckpointError
-from hfquant.own_code import own_code_allowed, own_code_errors
+from hfquant.remote_code import remote_code_allowed, remote_code_errors
 
 PIPELINE_FILE, MODEL_FILE = "model_index.json", "config.json"
 
@@ -20,7 +20,7 @@ PIPELINE_FILE, MODEL_FILE = "model_index.json", "config.json"
 def load(name: str, dtype: str | None = None, device: str | None = None) -> Any:
     """Load a diffusers pipeline, or a transformers model by the class that saved it.
 
-    Code that comes with it runs only if it is allowed (:mod:`hfquant.own_code`).
+    Code that comes with it runs only if it is allowed (:mod:`hfquant.remote_code`).
 
     Args:
         name: local folder or hub id. If it has a model_index.json, it is a pipeline, including those of
@@ -38,7 +38,7 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Any:
         CheckpointError: a safetensors file is damaged.
     """
     try:
-        with hub_errors(name), own_code_errors(name):
+        with hub_errors(name), remote_code_errors(name):
             return _load(name, dtype, device)
     except SafetensorError as error:
         file = next(filter(_is_damaged, sorted(Path(name).rglob("*.safetensors"))), name)
@@ -55,7 +55,7 @@ def _is_damaged(file: Path) -> bool:
 
 def _load(name: str, dtype: str | None, device: str | None) -> Any:
     pipeline = is_pipeline_name(name)
-    options: dict[str, Any] = {"trust_remote_code": own_code_allowed()}
+    options: dict[str, Any] = {"trust_remote_code": remote_code_allowed()}
     if dtype is not None:
         options["torch_dtype" if pipeline else "dtype"] = floating(dtype)
     if pipeline:
@@ -133,13 +133,13 @@ def transformers_config(name: str, **options: Any) -> Any:
     """Return the config of a transformers model, which may be of a class that comes with the model."""
     import transformers
 
-    return transformers.AutoConfig.from_pretrained(name, trust_remote_code=own_code_allowed(), **options)
+    return transformers.AutoConfig.from_pretrained(name, trust_remote_code=remote_code_allowed(), **options)
 
 
 def model_class(config: Any) -> Any:
     """Return the class that saved a transformers model, or the auto class that loads it if it comes with the model.
 
-    If transformers has one of the same name as well, the model's own comes first where its code may run.
+    If both transformers and the model's own code define it, the latter's is used where that code may run.
     """
     import transformers
 
@@ -148,7 +148,7 @@ def model_class(config: Any) -> Any:
     auto_map = getattr(config, "auto_map", None) or {}
     own = [auto for auto in auto_map if auto.startswith("AutoModel")]
     fitting = next((auto for auto in own if auto_map[auto].rpartition(".")[2] in names), None)
-    if known is not None and not (fitting and own_code_allowed()):
+    if known is not None and not (fitting and remote_code_allowed()):
         return known
     return getattr(transformers, fitting or next(iter(own), "AutoModel"))
 

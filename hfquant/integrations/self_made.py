@@ -17,7 +17,6 @@ import xxhash
 from torch import Tensor, nn
 
 from hfquant.calibration.batches import CalibrationError, device_of, evaluating, forward, options_for
-from hfquant.calibration.kept import kept
 from hfquant.calibration.model_inputs import codes_of
 from hfquant.calibration.self_made import (
     HELD_OUT,
@@ -29,6 +28,7 @@ from hfquant.calibration.self_made import (
     pink_noise,
     random_ids,
 )
+from hfquant.calibration.tensor_cache import kept
 from hfquant.console import counted
 from hfquant.digests import update, update_with_weights
 from hfquant.distributed import processes

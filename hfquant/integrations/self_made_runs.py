@@ -16,10 +16,10 @@ import torch
 
 from hfquant.calibration import BaseCalibSet, BaseSampler, UniformSampler, generate_calibrate_set
 from hfquant.calibration.batches import CalibrationError
-from hfquant.calibration.kept import folder
 from hfquant.calibration.provenance import provenance
 from hfquant.calibration.recorder import find_layer
 from hfquant.calibration.self_made import SelfMade, SelfSpec, generator, pink_noise
+from hfquant.calibration.tensor_cache import folder
 from hfquant.console import counted
 from hfquant.denoisers import call_parameters, find_denoiser, modular_blocks
 from hfquant.digests import digest_of

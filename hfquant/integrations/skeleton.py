@@ -15,7 +15,7 @@ from torch import nn
 from hfquant.denoisers import DENOISERS, models_in
 from hfquant.hub_errors import hub_errors
 from hfquant.integrations.hub import MODEL_FILE, PIPELINE_FILE, is_pipeline_name, model_class, transformers_config
-from hfquant.own_code import own_code, own_code_allowed, own_code_errors
+from hfquant.remote_code import remote_code, remote_code_allowed, remote_code_errors
 
 #: Name of the single component of anything that is not a pipeline.
 MODEL = "model"
@@ -53,10 +53,10 @@ def skeleton(name: str) -> Skeleton:
 
     Raises:
         FileNotFoundError: no such folder, or one without a pipeline or a model.
-        ValueError: a class that the libraries lack, or code that is not allowed to run (:mod:`hfquant.own_code`).
+        ValueError: a class that the libraries lack, or code that is not allowed to run (:mod:`hfquant.remote_code`).
         OSError: the hub cannot provide it; the message says why (:mod:`hfquant.hub_errors`).
     """
-    with hub_errors(name), own_code_errors(name):
+    with hub_errors(name), remote_code_errors(name):
         return _skeleton(name)
 
 
@@ -73,7 +73,7 @@ def _skeleton(name: str) -> Skeleton:
         library, class_name = entry
         if library == "transformers":
             if _is_transformers_model(class_name):
-                with own_code(False):  # diffusers loads it by this class
+                with remote_code(False):  # diffusers loads it by this class
                     found[component] = _transformers_model(name, component)
         elif (kind := _diffusers_class(name, component, library, class_name)) is not None:
             found |= _diffusers_models(name, component, kind)
@@ -110,7 +110,7 @@ def _diffusers_class(name: str, component: str, library: str, class_name: str) -
     if module is None and _has_file(name, f"{component}/{library}.py"):
         folder = str(Path(_file(name, f"{component}/{library}.py")).parent)
         kind = get_class_from_dynamic_module(
-            folder, f"{library}.py", class_name=class_name, trust_remote_code=own_code_allowed()
+            folder, f"{library}.py", class_name=class_name, trust_remote_code=remote_code_allowed()
         )
     return kind if isinstance(kind, type) and issubclass(kind, ModelMixin) else None
 
@@ -121,7 +121,7 @@ def _transformers_model(name: str, subfolder: str) -> nn.Module:
     with torch.device("meta"):
         if hasattr(kind, "_from_config"):
             return kind._from_config(config).eval()
-        return kind.from_config(config, trust_remote_code=own_code_allowed()).eval()
+        return kind.from_config(config, trust_remote_code=remote_code_allowed()).eval()
 
 
 def _diffusers_models(name: str, component: str, kind: Any) -> dict[str, nn.Module]:

@@ -86,8 +86,9 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         self._put_back: Callable[[Mapping[str, Any]], None] | None = None
         #: While loading: the layers that empty ones have replaced.
         self._replaced: dict[str, nn.Module] = {}
-        #: While loading: the names of the tensors that are to arrive; parts of the names of those split off from them.
+        #: While loading: the tensors that the checkpoint announced.
         self._arriving: set[str] = set()
+        #: While loading: parts of the names of tensors that are split off from announced ones.
         self._split_off: tuple[str, ...] = ()
         self._missing_left = False
 
@@ -350,7 +351,8 @@ def attach(model: PreTrainedModel, config: HfQuantConfig) -> None:
 def _prepare(config: Any) -> None:
     """Make the config of a model to load one that transformers can read.
 
-    A model's own config holds ours as an object. Those for loading only a part would be taken for the whole's.
+    A model's own config holds ours as an object. Those of its parts are for loading a part alone and are dropped:
+    transformers would apply one of them to the whole model.
     """
     if isinstance(own := getattr(config, "quantization_config", None), HfQuantConfig):
         config.quantization_config = own.to_dict()

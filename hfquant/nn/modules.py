@@ -18,7 +18,7 @@ from hfquant.replacing import replace_modules
 logger = logging.getLogger(__name__)
 
 
-def quant_linears(model: nn.Module) -> dict[str, QuantLayer]:
+def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """Return the quantized layers of ``model`` by name, of any kind."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
 
@@ -43,7 +43,7 @@ def set_real_quant(model: nn.Module, real_quant: bool = True) -> None:
 
 def tie(model: nn.Module) -> None:
     """Make each tied quantized layer share codes and scales with the layer that it is tied to."""
-    layers = quant_linears(model)
+    layers = quant_layers(model)
     for layer in layers.values():
         if layer.plan.tied:
             owner = layers[layer.plan.tied]
@@ -63,7 +63,7 @@ def dequantized(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     """
     refuse_group_offloaded(model)
     floats: dict[nn.Module, nn.Module] = {}
-    layers = quant_linears(model)
+    layers = quant_layers(model)
     for module in quant_modules(model).values():
         # Fetch offloaded weights temporarily.
         with align_module_device(module):
@@ -103,7 +103,7 @@ def log_share(model: nn.Module, uncounted: Collection[str] = ()) -> None:
     # Tied layers share their weights.
     layers = {
         name: 0 if layer.plan.tied else layer.plan.in_features * layer.plan.out_features
-        for name, layer in quant_linears(model).items()
+        for name, layer in quant_layers(model).items()
     }
     experts = {n: m for n, m in model.named_modules() if isinstance(m, QuantExperts)}
     for name, module in experts.items():

@@ -25,7 +25,7 @@ from hfquant.presets import PRESETS
 from hfquant.search.choices import Choice, rules_of
 from hfquant.search.data import apart
 from hfquant.search.knapsack import Option, cheapest, relaxed
-from hfquant.search.measure import Measured, measure, stored_bytes
+from hfquant.search.measure import MeasuredChoices, measure, stored_bytes
 from hfquant.search.repair import TRIES, Judge, repaired
 
 __all__ = ["BitSearch", "Choice", "choose", "search"]
@@ -107,12 +107,14 @@ def search(
     return _result(measured, chosen, config, limit, judged)
 
 
-def limit_of(measured: Measured, budget: float) -> int:
+def limit_of(measured: MeasuredChoices, budget: float) -> int:
     """Return a budget in bytes; numbers up to 32 are bits per weight."""
     return math.floor(budget * measured.weights / 8) if budget <= 32 else math.floor(budget)
 
 
-def choose(measured: Measured, judge: Judge, limit: int, tries: int = TRIES) -> tuple[dict[str, str], dict[str, float]]:
+def choose(
+    measured: MeasuredChoices, judge: Judge, limit: int, tries: int = TRIES
+) -> tuple[dict[str, str], dict[str, float]]:
     """Return a choice for each layer within ``limit`` bytes, and the held-out divergences of the candidates, by label.
 
     Raises:
@@ -153,8 +155,8 @@ def choose(measured: Measured, judge: Judge, limit: int, tries: int = TRIES) -> 
     return chosen, found
 
 
-def _cut_off(measured: Measured, judge: Judge) -> str:
-    """Return in words that layers without a gradient affect the output all the same; "" if they do not.
+def _cut_off(measured: MeasuredChoices, judge: Judge) -> str:
+    """Return a message if layers that no gradient reached affect the output all the same, else "".
 
     A model may run a part without gradients, or pass on a copy that is detached from it.
     """
@@ -169,7 +171,7 @@ def _one(judge: Judge) -> Judge:
     return replace(judge, data=judge.data[:1], expected=judge.expected[:1])
 
 
-def _by_differences(measured: Measured, judge: Judge) -> dict[str, list[Option]]:
+def _by_differences(measured: MeasuredChoices, judge: Judge) -> dict[str, list[Option]]:
     """Return the table with harm estimated by forward differences.
 
     A layer's smallest choice is measured by the divergence of the output with only that layer replaced; its other
@@ -186,7 +188,7 @@ def _by_differences(measured: Measured, judge: Judge) -> dict[str, list[Option]]
 
 def _config(
     rules: Mapping[str, QuantRules],
-    measured: Measured,
+    measured: MeasuredChoices,
     chosen: Mapping[str, str],
     planned: Mapping[str, LayerPlan],
     experts: Unfused,
@@ -204,14 +206,14 @@ def _config(
         given = measured.plans[default][name].config.model_dump(mode="json")
         differing = {key for key, value in wanted.items() if value != given[key]}
         if differing:
-            # The last match wins, so the entry goes to the end, with what holds there of the fields that it had.
+            # The last match wins, so the entry moves to the end; the fields that it had get the values in force.
             entry = config.pop(unit, {})
             config[unit] = {**entry, **{key: wanted[key] for key in wanted if key in differing or key in entry}}
     return config
 
 
 def _result(
-    measured: Measured,
+    measured: MeasuredChoices,
     chosen: dict[str, str],
     config: dict[str, dict[str, Any]],
     limit: int,

@@ -31,7 +31,7 @@ _GRADIENTS = 3
 
 
 @dataclass
-class Measured:
+class MeasuredChoices:
     """Measured choices by layer; a parameter that holds experts counts as one layer.
 
     Attributes:
@@ -60,10 +60,6 @@ class Measured:
         """Return the quantized layers of a combination of choices, by name."""
         return {name: self.solved[name][choice] for unit, choice in chosen.items() for name in self.members[unit]}
 
-    def only(self, choices: Sequence[str]) -> Measured:
-        """Return a copy restricted to the given choices."""
-        return replace(self, table={u: [o for o in options if o.name in choices] for u, options in self.table.items()})
-
 
 def measure(
     model: nn.Module,
@@ -72,7 +68,7 @@ def measure(
     facts: ModelFacts,
     experts: Unfused,
     not_convert: Sequence[str] = (),
-) -> Measured:
+) -> MeasuredChoices:
     """Measure choices on a model with unfused experts.
 
     This takes one pass for statistics (more if memory is short), and one forward and backward over a third of the data
@@ -105,7 +101,7 @@ def measure(
         table[unit] = [_option(model, label, found, plans[label], solved, seen) for label in plans]
     reached = {name for name, found in seen.items() if found.is_reached}
     unreached = [unit for unit, found in members.items() if reached.isdisjoint(found)]
-    return Measured(table, solved, members, plans, bool(reached), unreached)
+    return MeasuredChoices(table, solved, members, plans, bool(reached), unreached)
 
 
 def _groups(model: nn.Module, names: Sequence[str], plans: Mapping[str, Mapping[str, LayerPlan]]) -> list[list[str]]:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from hfquant.calibration import BaseCalibSet
 from hfquant.calibration.batches import CalibrationData, CalibrationError, forward, samples
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.calibration.test_recorder import identical
 
 
@@ -333,4 +333,4 @@ def test_float_data_for_a_half_precision_denoiser():
     seen = hfquant.generate_calibrate_set(unet, hfquant.calibration.BaseSampler(), [batch], "mid_block")
     assert seen[0]["hidden_states"].dtype is torch.bfloat16
     hfquant.quantize(unet, [batch], "w8a8")
-    assert quant_linears(unet)
+    assert quant_layers(unet)

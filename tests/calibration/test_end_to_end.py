@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import hfquant
 from hfquant.demo import load_digits_pipeline
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 
 STATIC = {"default": {"weight_quant": {"type": "int8", "axis": -1}, "input_quant": {"type": "int8"}}}
 
@@ -60,7 +60,7 @@ def test_a_new_process_draws_the_same_images(source: Callable[[], object], tmp_p
     linears = [name for name, module in pipe.transformer.named_modules() if type(module) is torch.nn.Linear]
     data = {"dataset": source(), "column": {"class_labels": "label"}, "samples": 12, "batch_size": 4}
     hfquant.quantize_pipeline(pipe, data, STATIC, num_inference_steps=4)
-    layers = quant_linears(pipe.transformer)
+    layers = quant_layers(pipe.transformer)
     assert layers.keys() <= set(linears)
     assert len(layers) > 0.8 * len(linears)
     assert all(layer.plan.static_input for layer in layers.values()), "the scales come from the data"

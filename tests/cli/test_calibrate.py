@@ -24,8 +24,8 @@ from hfquant.cli import app
 from hfquant.cli.errors import errors_in_one_line
 from hfquant.integrations.hub import load
 from hfquant.integrations.skeleton import skeleton
-from hfquant.nn.modules import quant_linears
-from hfquant.own_code import own_code
+from hfquant.nn.modules import quant_layers
+from hfquant.remote_code import remote_code
 from tests.cli.conftest import lines, make_llama
 from tests.integrations.own_models import edit, own_model
 from tests.integrations.test_pipelines import sd3
@@ -64,7 +64,7 @@ def test_a_pipeline_from_a_folder_to_a_quantized_denoiser(digits, labels, tmp_pa
     assert stored.provenance["sampler"] == {"class": "UniformSampler", "seed": 0, "timesteps": 4}
     pipe = load(str(digits))
     hfquant.quantize(pipe.transformer, stored.get_dataloader(batch_size=2), "w8a8")
-    assert quant_linears(pipe.transformer)
+    assert quant_layers(pipe.transformer)
 
 
 def test_the_same_set_as_from_the_library(digits, labels, tmp_path) -> None:
@@ -96,7 +96,7 @@ def test_a_language_model_records_its_tokens(llama, text, tmp_path) -> None:
     with torch.no_grad():
         before = model(ids).logits
         after = hfquant.quantize(model, stored.get_dataloader(), "w8a8-smooth")(ids).logits
-    assert len(quant_linears(model)) == 14
+    assert len(quant_layers(model)) == 14
     assert 0 < (after - before).norm() < 0.1 * before.norm()
 
     of_layer = calibrate(llama, "--source", text, "--out", tmp_path / "mlp", *more, "--layer", "model.layers.1.mlp")
@@ -321,7 +321,7 @@ def test_the_class_that_comes_with_a_model(tmp_path, architecture) -> None:
             file.write("LlamaForCausalLM = OwnModel\n")
     auto_map = {"AutoModelForCausalLM": f"own_model.{architecture or 'OwnModel'}"}
     edit(tmp_path / "config.json", model_type="llama", architectures=architecture and [architecture], auto_map=auto_map)
-    with own_code(True):
+    with remote_code(True):
         assert type(load(str(tmp_path))).__name__ == "OwnModel"
         assert type(skeleton(str(tmp_path)).models["model"]).__name__ == "OwnModel"
     for loaded in (load(str(tmp_path)), skeleton(str(tmp_path)).models["model"]):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 import hfquant
 from hfquant.cli import app
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.cli.conftest import lines
 
 
@@ -40,7 +40,7 @@ def test_a_language_model_on_a_text(llama, text, tmp_path):
     assert "model.norm.weight" in moved
     assert not any(name.endswith("proj.weight") for name in moved)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert len(quant_linears(model)) == 14
+    assert len(quant_layers(model)) == 14
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out"))
     assert (tmp_path / "out" / "README.md").exists()
 

@@ -24,7 +24,7 @@ from hfquant.cli import app
 from hfquant.cli.output import staged
 from hfquant.demo.pipeline import DigitsPipeline
 from hfquant.integrations.data import transformers_batches
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.cli.conftest import lines, make_llama
 from tests.integrations.own_models import own_model, own_pipeline, own_tokenizer
 
@@ -38,7 +38,7 @@ def test_a_model_without_data(llama, tmp_path):
     assert result.exit_code == 0, result.output
     assert "bits per weight" in result.output
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
-    assert len(quant_linears(model)) == 14
+    assert len(quant_layers(model)) == 14
     assert (tmp_path / "q" / "tokenizer.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["q"]
 
@@ -60,7 +60,7 @@ def test_bits_are_chosen_under_a_budget(llama, text, tmp_path):
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout[result.stdout.index("{") :])
     assert summary["bits per weight"]["model"] <= 8.5
-    layers = quant_linears(AutoModelForCausalLM.from_pretrained(tmp_path / "q")).values()
+    layers = quant_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "q")).values()
     assert len({layer.plan.config.weight_quant.type for layer in layers}) > 1
 
 
@@ -69,7 +69,7 @@ def test_a_pipeline(digits, labels, tmp_path):
     result = quantize(digits, "--preset", "w8a8", "--calibration", labels, "--out", tmp_path / "q", *more)
     assert result.exit_code == 0, result.output
     pipe = DigitsPipeline.from_pretrained(tmp_path / "q")
-    assert len(quant_linears(pipe.transformer)) == 19
+    assert len(quant_layers(pipe.transformer)) == 19
     assert pipe([1], num_inference_steps=2, output_type="np").images.shape[0] == 1
 
 
@@ -79,7 +79,7 @@ def test_a_pipeline_makes_its_own_data_in_the_calls_asked_for(digits, tmp_path, 
     assert result.exit_code == 0, result.output
     assert "8 runs of 3 steps" in result.stderr
     pipe = DigitsPipeline.from_pretrained(tmp_path / "q")
-    assert all(layer.plan.static_input for layer in quant_linears(pipe.transformer).values())
+    assert all(layer.plan.static_input for layer in quant_layers(pipe.transformer).values())
 
 
 def test_a_recorded_set(digits, llama, text, labels, tmp_path):
@@ -88,15 +88,15 @@ def test_a_recorded_set(digits, llama, text, labels, tmp_path):
     hfquant.generate_calibrate_set(model, LanguageModelSampler(), transformers_batches(model, spec), "", path)
     result = quantize(llama, "--preset", "w8a8", "--calibration", path, "--out", tmp_path / "q")
     assert result.exit_code == 0, result.output
-    found = quant_linears(AutoModelForCausalLM.from_pretrained(tmp_path / "q"))
-    expected = quant_linears(hfquant.quantize(model, spec, "w8a8"))
+    found = quant_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "q"))
+    expected = quant_layers(hfquant.quantize(model, spec, "w8a8"))
     assert all(torch.equal(layer.input_scale, found[name].input_scale) for name, layer in expected.items())
     result = quantize(llama, "--preset", "w8a8", "--calibration", path, "--samples", 1, "--out", tmp_path / "first")
     assert result.exit_code == 0, result.output
-    found = quant_linears(AutoModelForCausalLM.from_pretrained(tmp_path / "first"))
+    found = quant_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "first"))
     model = AutoModelForCausalLM.from_pretrained(llama)
     first = [hfquant.load_calibrate_set(path)[0]]
-    alone = quant_linears(hfquant.quantize(model, first, "w8a8"))
+    alone = quant_layers(hfquant.quantize(model, first, "w8a8"))
     assert all(torch.equal(layer.input_scale, found[name].input_scale) for name, layer in alone.items())
     assert not all(torch.equal(layer.input_scale, found[name].input_scale) for name, layer in expected.items())
     result = quantize(digits, "--preset", "w8a8", "--calibration", path, "--out", tmp_path / "pipe")
@@ -148,7 +148,7 @@ def test_a_failed_push_says_where_the_result_is(llama, tmp_path, monkeypatch):
     assert result.exit_code == 1
     said = f"--push: no route. The result is saved in {tmp_path / 'q'}: to push it later, load it from there"
     assert f"{said} and call hfquant.push_to_hub(model, 'me/llm', private=True)" in lines(result.stderr)[-1]
-    assert len(quant_linears(AutoModelForCausalLM.from_pretrained(tmp_path / "q"))) == 14
+    assert len(quant_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "q"))) == 14
 
 
 def test_the_card_names_the_folder(llama, tmp_path):
@@ -186,7 +186,7 @@ def test_a_model_with_code_of_its_own(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "q", trust_remote_code=True)
     assert type(model).__name__ == "OwnModel"
-    assert len(quant_linears(model)) == 14
+    assert len(quant_layers(model)) == 14
     card = (tmp_path / "q" / "README.md").read_text()
     assert 'AutoModelForCausalLM.from_pretrained("q", trust_remote_code=True)' in card
     # A copy of its code is in the folder.
@@ -220,7 +220,7 @@ def test_a_pipeline_with_code_of_its_own(tmp_path):
     assert (tmp_path / "q" / "transformer" / "own_denoiser.py").is_file()
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "q", trust_remote_code=True)
     assert type(pipe).__name__ == "OwnPipeline"
-    assert len(quant_linears(pipe.transformer)) == 2
+    assert len(quant_layers(pipe.transformer)) == 2
     assert torch.isfinite(pipe()).all()
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import hfquant
 from hfquant.exporters import ExportError
 from hfquant.nn.linear import QuantLinear
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.exporters.schemes import CHANNEL, GROUPS, IDS, SCHEMES, TOKEN, config, quantized
 from tests.integrations import small_models
 
@@ -75,7 +75,7 @@ def float_state(layer: QuantLinear) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", SCHEMES)
 def test_bytes_are_those_of_its_own_compressor(name: str, exported: Callable[[str], tuple[nn.Module, Path]]) -> None:
     model, folder = exported(name)
-    for layer_name, layer in quant_linears(model).items():
+    for layer_name, layer in quant_layers(model).items():
         scheme = scheme_of(folder, layer_name)
         assert scheme.format == infer_module_format(nn.Linear, scheme)
         expected = BaseCompressor.get_value_from_registry(scheme.format).compress(float_state(layer), scheme)
@@ -112,7 +112,7 @@ def test_plain_transformers_has_the_same_weights_and_outputs(
     assert not any(info.values())
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     logits = loaded(IDS).logits  # the first forward decompresses
-    for key, layer in quant_linears(model).items():
+    for key, layer in quant_layers(model).items():
         linear = loaded.get_submodule(key)
         assert torch.equal(linear.weight, layer.effective_weight()), key
         x = torch.randn(2, 5, layer.in_features)
@@ -137,7 +137,7 @@ def test_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     loaded(IDS)
     exact = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     exact(IDS)
-    for key, layer in quant_linears(model).items():
+    for key, layer in quant_layers(model).items():
         weight = layer.effective_weight()
         error = (loaded.get_submodule(key).weight.float() - weight).abs()
         assert (error <= 1.01 * torch.finfo(dtype).eps * weight.abs() + 1e-7).all(), key
@@ -152,7 +152,7 @@ def check_same_weights(folder: Path, model: nn.Module, kind: Any = None, prefix:
     for module in loaded.modules():
         if hasattr(module, "quantization_scheme"):  # the first forward does this for all modules at once
             BaseCompressor.get_value_from_registry(module.quantization_scheme.format.value).decompress_module(module)
-    for name, layer in quant_linears(model).items():
+    for name, layer in quant_layers(model).items():
         assert torch.equal(loaded.get_submodule(name.removeprefix(prefix)).weight, layer.effective_weight()), name
     own = loaded.state_dict()
     for name, tensor in model.state_dict().items():
@@ -202,7 +202,7 @@ def test_weights_that_are_a_mere_cast_are_float_weights(tmp_path: Path) -> None:
 def test_a_quantized_head_is_no_longer_tied(tmp_path: Path) -> None:
     model = quantized(SCHEMES["w4a16"], lm_head={"enable": True})
     hfquant.export(model, tmp_path)
-    assert "lm_head" in quant_linears(model)
+    assert "lm_head" in quant_layers(model)
     check_same_weights(tmp_path, model)
 
 
@@ -277,7 +277,7 @@ def test_what_it_lacks_is_refused_or_rounded_anew(
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made")
     loaded(IDS)
     floor = 14 if "int4" in json.dumps(settings) else 35
-    for name, layer in quant_linears(model).items():
+    for name, layer in quant_layers(model).items():
         weight = layer.effective_weight()
         error = loaded.get_submodule(name).weight - weight
         assert 10 * torch.log10(weight.square().sum() / error.square().sum().clamp(min=1e-30)) > floor, name
@@ -287,7 +287,7 @@ def test_what_it_lacks_is_refused_or_rounded_anew(
 def test_dual_scale_alone_keeps_the_codes(tmp_path: Path) -> None:
     settings = {"seglinear": False, "opt": {"type": "default"}, "weight_quant": CHANNEL, "input_quant": TOKEN}
     model = hfquant.quantize(small_models.bart(), None, {"default": settings})
-    dual = [name for name, layer in quant_linears(model).items() if any(layer.plan.dual)]
+    dual = [name for name, layer in quant_layers(model).items() if any(layer.plan.dual)]
     assert dual
     hfquant.export(model, tmp_path, requantize=True)
     check_same_weights(tmp_path, model)
@@ -297,7 +297,7 @@ def test_folded_smoothing_is_exported_as_it_is(tmp_path: Path) -> None:
     folding = {"type": "smooth", "fold": True}
     settings = config({**SMOOTH, "opt": folding}, **{"*.o_proj": {"enable": False}, "*.down_proj": {"enable": False}})
     model = hfquant.quantize(small_models.llama_of_64(), [{"input_ids": IDS}], settings)
-    assert all(layer.plan.folded for layer in quant_linears(model).values())
+    assert all(layer.plan.folded for layer in quant_layers(model).values())
     hfquant.export(model, tmp_path)
     check_same_weights(tmp_path, model)
 
@@ -353,7 +353,7 @@ def test_a_fresh_process_without_hfquant(tmp_path: Path) -> None:
     for folder, model in models.items():
         found = load_file(folder / "found.out")
         half = model.dtype == torch.bfloat16
-        for name, layer in quant_linears(model).items():
+        for name, layer in quant_layers(model).items():
             weight = layer.effective_weight()
             error = (found[f"{name}.weight"].float() - weight).abs()
             assert (error <= (1.01 * 2**-7 * weight.abs() if half else 0)).all(), (folder, name)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import hfquant
 from hfquant.exporters import ExportError
 from hfquant.nn.experts import QuantExperts
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.exporters.schemes import CHANNEL, SCHEMES, config
 from tests.exporters.test_compressed_tensors import activations
 from tests.integrations.mixtures import mixture, tokens
@@ -77,7 +77,7 @@ def test_plain_transformers_has_the_same_weights_and_outputs(name: str, scheme: 
         ours = hfquant.dequantize(copy.deepcopy(model))
         assert torch.equal(theirs(IDS).logits, ours(IDS).logits)
     # transformers quantizes the inputs of the linears too.
-    for key, layer in quant_linears(model).items():
+    for key, layer in quant_layers(model).items():
         x = torch.randn(2, 5, layer.in_features)
         exact = activations(x, layer) @ layer.effective_weight().double().T
         assert (theirs.get_submodule(key)(x) - exact).norm() < 2e-3 * exact.norm(), key
@@ -209,7 +209,7 @@ def test_what_is_left_in_floats(scheme: str, left: str, tmp_path: Path) -> None:
 
 def test_experts_alone(tmp_path: Path) -> None:
     model = quantized("OlmoeForCausalLM", config(SCHEMES["w8a16"], **{"*attn*": {"enable": False}}))
-    assert not quant_linears(model)
+    assert not quant_layers(model)
     hfquant.export(model, tmp_path)
     check_same_weights(model, loaded(tmp_path))
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import hfquant
 from hfquant.exporters import ExportError
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations.mixtures import nucleus
 
 INT4 = {"type": "int4", "axis": -1, "dynamic": True}
@@ -184,7 +184,7 @@ def test_diffusers_loads_and_runs_it(dtype: torch.dtype, tmp_path: Path) -> None
     hfquant.export(model, tmp_path, format="nunchaku-lite")
     loaded = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path)
     assert loaded.dtype == dtype
-    layers = quant_linears(model)
+    layers = quant_layers(model)
     assert len(layers) == 8
     eps = torch.finfo(dtype).eps
     for name, layer in layers.items():
@@ -228,7 +228,7 @@ def test_ranks_differ_and_layers_without_a_branch(tmp_path: Path) -> None:
     hfquant.export(model, tmp_path, format="nunchaku-lite")
     section = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["svdq_w4a4"]
     assert section["rank"] == 32
-    assert set(section["targets"]) == quant_linears(model).keys()
+    assert set(section["targets"]) == quant_layers(model).keys()
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     name = "transformer_blocks.0.attn1.to_q"
     layer = model.get_submodule(name)
@@ -295,7 +295,7 @@ def test_flux_and_shards(tmp_path: Path) -> None:
     loaded = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
     stored = {k: t for file in tmp_path.glob("*.safetensors") for k, t in load_file(file).items()}
     import_module("diffusers.quantizers.nunchaku.utils").check_strict_state_dict_match(loaded, stored)
-    for name, layer in quant_linears(model).items():
+    for name, layer in quant_layers(model).items():
         assert torch.equal(codes(loaded.get_submodule(name).qweight), layer.codes()), name
     hfquant.dequantize(model)
     expected = model(**batch).sample.float()

@@ -10,7 +10,7 @@ import pytest
 import hfquant
 from hfquant.importers import gptq
 from hfquant.integrations.checkpoint import CheckpointError
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.importers import written
 from tests.importers.written import GPTQ, Layer
 
@@ -20,7 +20,7 @@ def test_groups_in_another_order_are_put_in_order(tmp_path: Path) -> None:
         layer.index = (layer.codes.shape[1] // layer.group - 1) - layer.index
 
     layers = written.write(tmp_path, GPTQ | {"desc_act": True}, written.gptq, change=change)
-    for name, layer in quant_linears(hfquant.import_checkpoint(tmp_path)).items():
+    for name, layer in quant_layers(hfquant.import_checkpoint(tmp_path)).items():
         assert np.array_equal(layer.effective_weight().double().numpy(), layers[name].weight())
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import hfquant
 from hfquant.integrations.checkpoint import CheckpointError
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.importers import written
 from tests.importers.written import AWQ, GPTQ, Layer, compressed_section
 
@@ -43,8 +43,8 @@ FORMATS = {
 
 
 def check_weights(model: nn.Module, layers: dict[str, Layer]) -> None:
-    assert quant_linears(model).keys() == layers.keys()
-    for name, layer in quant_linears(model).items():
+    assert quant_layers(model).keys() == layers.keys()
+    for name, layer in quant_layers(model).items():
         expected, half = layers[name], 2 ** (layers[name].bits - 1)
         assert np.array_equal(layer.codes().numpy(), expected.codes - half), name
         grid = layer.grid()
@@ -63,9 +63,9 @@ def test_codes_zero_points_and_weights_are_exact(name: str, tmp_path: Path) -> N
     model = hfquant.import_checkpoint(tmp_path / "theirs")
     check_weights(model, layers)
     assert model.dtype == torch.float16
-    assert all(layer.real_quant for layer in quant_linears(model).values())
+    assert all(layer.real_quant for layer in quant_layers(model).values())
     # What the layers compute.
-    for key, layer in quant_linears(model).items():
+    for key, layer in quant_layers(model).items():
         x = torch.randn(5, layer.in_features)
         exact = x.double() @ torch.from_numpy(layers[key].weight()).T
         for real_quant, most in ((False, 1e-6), (True, 1e-4)):  # kernels take float inputs as 16-bit integers
@@ -145,7 +145,7 @@ def test_groups_that_half_precision_lost_are_zeros(tmp_path: Path) -> None:
         layer.scales[3, 1] = 0
 
     layers = written.write(tmp_path, GPTQ, written.gptq, change=change)
-    for name, layer in quant_linears(hfquant.import_checkpoint(tmp_path)).items():
+    for name, layer in quant_layers(hfquant.import_checkpoint(tmp_path)).items():
         assert np.array_equal(layer.effective_weight().double().numpy(), layers[name].weight())
 
 

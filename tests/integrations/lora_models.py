@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import hfquant
 from hfquant import PRESETS
 from hfquant.integrations.adapters import LoraQuantLinear
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import lora_pipelines, small_models
 from tests.integrations.small_models import inputs_of
 from tests.schemes import SVDQUANT
@@ -33,7 +33,7 @@ def quantized(name: str, preset: str, dtype: torch.dtype = torch.float32) -> nn.
 
 
 def targets_of(model: nn.Module) -> list[str]:
-    return [name.removesuffix(".base_layer") for name in quant_linears(model)]
+    return [name.removesuffix(".base_layer") for name in quant_layers(model)]
 
 
 def add_adapter(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import hfquant
 from hfquant.integrations import compat
 from hfquant.integrations.adapters import LoraQuantLinear
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import small_models
 from tests.integrations.lora_models import (
     add_adapter,
@@ -195,7 +195,7 @@ def test_dequantizing_keeps_adapters(dora: bool) -> None:
     inputs = inputs_of(model)
     adapted = outputs(model, inputs)
     hfquant.dequantize(model)
-    assert not quant_linears(model)
+    assert not quant_layers(model)
     assert sqnr(adapted, outputs(model, inputs)) > 80
     for layer in lora_layers(model):
         layer.merge()
@@ -212,11 +212,11 @@ def test_models_with_adapters_are_not_quantized() -> None:
     before = model.state_dict()
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has adapters \(style\)"):
         hfquant.quantize(model, None, "w4a16")
-    assert not quant_linears(model)
+    assert not quant_layers(model)
     assert model.state_dict().keys() == before.keys()
     model.delete_adapter("style")
     hfquant.quantize(model, None, "w4a16")
-    assert len(quant_linears(model)) == 14
+    assert len(quant_layers(model)) == 14
 
 
 def test_without_hfquants_layers_nothing_of_peft_changes() -> None:

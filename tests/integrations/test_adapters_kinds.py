@@ -17,7 +17,7 @@ from hfquant.integrations.adapters import OnCodes
 from hfquant.nn.conv import QuantConv
 from hfquant.nn.conv1d import QuantConv1D
 from hfquant.nn.embedding import QuantEmbedding
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import small_models
 from tests.integrations.lora_models import add_adapter, copy_adapter, cosine, gradients, quantized, targets_of
 from tests.integrations.mixtures import mixture, tokens
@@ -255,7 +255,7 @@ def test_options_at_bfloat16(option: str, preset: str) -> None:
         if isinstance(layer, OnCodes):
             layer.unmerge()
     assert_equal(state_of(ours), state)
-    assert len(quant_linears(ours)) == 14
+    assert len(quant_layers(ours)) == 14
 
 
 @pytest.mark.parametrize("tied", [True, False])

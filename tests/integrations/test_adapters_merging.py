@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from hfquant import QuantLinear
 from hfquant.integrations.adapters import LoraQuantLinear
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import small_models
 from tests.integrations.lora_models import (
     add_adapter,
@@ -124,7 +124,7 @@ def test_merge_and_unload_leaves_a_quantized_model_that_reloads(tmp_path) -> Non
     wanted = outputs(model, inputs)
     merged = adapted.merge_and_unload(safe_merge=True)
     assert not lora_layers(merged)
-    assert len(quant_linears(merged)) == 14
+    assert len(quant_layers(merged)) == 14
     result = outputs(merged, inputs)
     assert sqnr(wanted, result) > 5
     merged.save_pretrained(tmp_path)

@@ -21,7 +21,7 @@ import hfquant
 from benchmarks.adapters import train
 from hfquant import PRESETS
 from hfquant.integrations.adapters import LoraQuantLinear
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations.lora_models import (
     MODELS,
     add_adapter,
@@ -129,7 +129,7 @@ def test_preparing_for_kbit_training_keeps_codes_and_scales(recwarn) -> None:
     state = copy.deepcopy(model.state_dict())
     prepare_model_for_kbit_training(model)
     assert model.model.norm.weight.dtype == torch.float32
-    for name, layer in quant_linears(model).items():
+    for name, layer in quant_layers(model).items():
         for key, value in layer.state_dict().items():
             assert torch.equal(value, state[f"{name}.{key}"])
             assert value.dtype == state[f"{name}.{key}"].dtype

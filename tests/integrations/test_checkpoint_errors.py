@@ -24,7 +24,7 @@ import hfquant
 from hfquant import PRESETS, CalibrationError, ConfigError, HfQuantConfig
 from hfquant.integrations.apply import inner_configs
 from hfquant.integrations.checkpoint import CheckpointError
-from hfquant.nn.modules import quant_linears, quant_modules
+from hfquant.nn.modules import quant_layers, quant_modules
 from tests.integrations import small_models
 from tests.integrations.small_models import assert_same, denoiser_inputs, inputs_of, outputs, transformers_inputs
 from tests.integrations.test_placement import MODELS as BLOCKS
@@ -271,7 +271,7 @@ def test_a_failing_quantize_leaves_the_model_as_it_was(library, per_layer_mode, 
         last.weight[0, 0] = float("nan")
         fails([good], ValueError, "NaN or Inf")
         last.weight[0, 0] = weight
-    assert quant_linears(hfquant.quantize(model, [good], config, per_layer_mode))
+    assert quant_layers(hfquant.quantize(model, [good], config, per_layer_mode))
     assert all(m.training for m in model.modules() if m is not part and m not in set(part.modules()))
     assert not any(m.training for m in part.modules())
 
@@ -382,13 +382,13 @@ def test_a_user_pattern_is_a_pattern_and_a_skipped_name_is_exact(tmp_path):
     assert "model.layers.0.mlp.down_proj" in stored["skipped"]
     assert "model.layers.1.mlp.down_proj" not in stored["skipped"]
     again = LlamaForCausalLM.from_pretrained(tmp_path)
-    assert quant_linears(again).keys() == quant_linears(model).keys()
+    assert quant_layers(again).keys() == quant_layers(model).keys()
 
     def skip_bare_name(config: dict[str, Any]) -> None:
         config["skipped"]["down_proj"] = "its exact name, of another model"
 
     same = LlamaForCausalLM.from_pretrained(edited(tmp_path, tmp_path / "other", skip_bare_name))
-    assert quant_linears(same).keys() == quant_linears(model).keys()
+    assert quant_layers(same).keys() == quant_layers(model).keys()
 
 
 FLOATS = r"the checkpoint's weights are float, but .* remove quantization_config from the config \(config.json, or the"
@@ -412,7 +412,7 @@ def test_a_float_model_of_a_quantized_model_s_config_is_saved_as_what_it_is(libr
     stays = dict(model.config) if library == "diffusers" else model.config.to_dict()
     assert stays["quantization_config"]["quant_method"] == "hfquant"
     again = CLASSES[library].from_pretrained(tmp_path)
-    assert not quant_linears(again)
+    assert not quant_layers(again)
     assert torch.equal(outputs(again, inputs(library)), outputs(model.eval(), inputs(library)))
 
 
@@ -502,7 +502,7 @@ def test_a_plain_state_dict_can_stay_on_disk(library, name, tmp_path):
     model = hfquant.quantize(getattr(small_models, name)(), None, "w8a16")
     folder, where = saved_plainly(model, library, tmp_path / "plain"), device_map(model, BLOCKS[name])
     again = type(model).from_pretrained(folder, device_map=where, offload_folder=tmp_path / "offload")
-    assert any(layer.weight.is_meta for layer in quant_linears(again).values())
+    assert any(layer.weight.is_meta for layer in quant_layers(again).values())
     assert torch.equal(outputs(again, inputs_of(model)), outputs(model, inputs_of(model)))
 
 

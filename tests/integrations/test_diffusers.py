@@ -24,7 +24,7 @@ from torch import nn
 import hfquant
 from hfquant import PRESETS, BaseCalibSet, HfQuantConfig, QuantLinear
 from hfquant.integrations.checkpoint import CheckpointError
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import lora_pipelines, small_models, tiny_pipelines
 from tests.integrations.small_models import assert_same, denoiser_inputs, outputs, sqnr
 from tests.integrations.tiny_pipelines import CASES
@@ -43,12 +43,12 @@ def test_quantized_on_load_as_in_memory_and_after_reload(name, checkpoint, tmp_p
     cls = type(model := small_models.DIFFUSERS[name]())
     in_memory = hfquant.quantize(small_models.DIFFUSERS[name](), None, "w8a8-dynamic")
     loaded = cls.from_pretrained(checkpoint(name), quantization_config=HfQuantConfig("w8a8-dynamic"))
-    assert len(quant_linears(loaded)) == COUNTS[name]
+    assert len(quant_layers(loaded)) == COUNTS[name]
     assert loaded.config["quantization_config"].to_dict() == in_memory.config["quantization_config"].to_dict()
     inputs = denoiser_inputs(model)
     assert_same(loaded, in_memory, inputs)
     assert loaded.num_parameters() == model.num_parameters()
-    for layer_name, layer in quant_linears(loaded).items():
+    for layer_name, layer in quant_layers(loaded).items():
         assert sqnr(model.get_submodule(layer_name).weight, layer.to_float(torch.float32).weight) >= 35
     assert sqnr(outputs(model, inputs), outputs(loaded, inputs)) > 30
     assert model.get_memory_footprint() / loaded.get_memory_footprint() >= 1.2
@@ -71,7 +71,7 @@ def test_four_bits_in_bfloat16_and_shards(name, checkpoint, tmp_path):
     loaded = cls.from_pretrained(tmp_path / "float", quantization_config=config, torch_dtype=dtype)
     assert_same(loaded, hfquant.quantize(copy.deepcopy(model).to(dtype), None, config), inputs)
     assert loaded.dtype == dtype
-    layers = quant_linears(loaded)
+    layers = quant_layers(loaded)
     assert len(layers) == COUNTS[name] + (name == "flux")  # this config leaves no last projection in float
     for layer_name, layer in layers.items():
         assert layer.weight_scale.dtype == torch.float32
@@ -90,7 +90,7 @@ def test_four_bits_in_bfloat16_and_shards(name, checkpoint, tmp_path):
     # As in transformers, a wider dtype widens everything but codes and scales.
     wide = cls.from_pretrained(tmp_path / "sharded", torch_dtype=torch.float32)
     assert wide.dtype == torch.float32
-    for layer_name, layer in quant_linears(wide).items():
+    for layer_name, layer in quant_layers(wide).items():
         assert torch.equal(layer.weight, layers[layer_name].weight)
         assert torch.equal(layer.weight_scale, layers[layer_name].weight_scale)
     assert sqnr(outputs(wide, inputs), y) > 20
@@ -204,7 +204,7 @@ def test_device_map(device_map, checkpoint, tmp_path):
 def test_dequantized_model_is_a_plain_one(dtype, checkpoint, tmp_path):
     cls, config = type(small_models.pixart()), HfQuantConfig("w8a16")
     model = cls.from_pretrained(checkpoint("pixart"), quantization_config=config, torch_dtype=dtype)
-    weights = {name: layer.effective_weight().to(dtype) for name, layer in quant_linears(model).items()}
+    weights = {name: layer.effective_weight().to(dtype) for name, layer in quant_layers(model).items()}
     plain = model.dequantize()
     assert plain is model
     for name, weight in weights.items():
@@ -214,9 +214,9 @@ def test_dequantized_model_is_a_plain_one(dtype, checkpoint, tmp_path):
     plain.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     again = cls.from_pretrained(tmp_path, torch_dtype=dtype)
-    assert not quant_linears(again)
+    assert not quant_layers(again)
     assert_same(again, plain, denoiser_inputs(plain))
-    assert len(quant_linears(hfquant.quantize(plain.float(), None, "w8a16"))) == COUNTS["pixart"]
+    assert len(quant_layers(hfquant.quantize(plain.float(), None, "w8a16"))) == COUNTS["pixart"]
 
 
 def test_casting_a_quantized_model_is_refused(checkpoint):
@@ -230,8 +230,8 @@ def test_casting_a_quantized_model_is_refused(checkpoint):
     assert torch.equal(outputs(model.to("cpu"), inputs), y)
     # Casting a pipeline reaches the model through nn.Module's own method.
     inner = nn.ModuleList([copy.deepcopy(model)]).to(torch.bfloat16)[0]
-    assert all(layer.weight_scale.dtype == torch.float32 for layer in quant_linears(inner).values())
-    assert all(layer.weight.dtype == torch.int8 for layer in quant_linears(inner).values())
+    assert all(layer.weight_scale.dtype == torch.float32 for layer in quant_layers(inner).values())
+    assert all(layer.weight.dtype == torch.int8 for layer in quant_layers(inner).values())
     assert sqnr(y, outputs(inner, inputs)) > 20
     twin = copy.deepcopy(model)
     assert_same(twin, model, inputs)
@@ -263,7 +263,7 @@ def test_single_file_is_quantized_as_a_folder_is(preset, one_file, tmp_path):
     config = HfQuantConfig(preset, calibration=[inputs] if preset == "w8a8" else None)
     options = {"quantization_config": config, "torch_dtype": torch.bfloat16}
     loaded = QwenImageTransformer2DModel.from_single_file(file, config=str(folder), **options)
-    assert quant_linears(loaded)
+    assert quant_layers(loaded)
     assert_same(loaded, QwenImageTransformer2DModel.from_pretrained(folder, **options), inputs)
     loaded.save_pretrained(tmp_path / "quantized")
     dtype = {"torch_dtype": torch.bfloat16}

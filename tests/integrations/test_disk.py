@@ -15,7 +15,7 @@ import hfquant
 from hfquant import HfQuantConfig
 from hfquant.integrations.placement import tensor_bytes
 from hfquant.nn.experts import QuantExperts
-from hfquant.nn.modules import quant_linears, quant_modules
+from hfquant.nn.modules import quant_layers, quant_modules
 from hfquant.offload import on_disk
 from tests.integrations import small_models
 from tests.integrations.mixtures import mixture, nucleus, nucleus_inputs, tokens
@@ -59,7 +59,7 @@ def tied(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
             config = config_of(scheme, inputs)
             model = type(float_model).from_pretrained(checkpoint(name), quantization_config=config)
             owner, others = TIED[name]
-            layers = quant_linears(model)
+            layers = quant_layers(model)
             assert all(layers[n].weight is layers[owner].weight for n in others)
             folder = tmp_path_factory.mktemp(f"{name}-{scheme}")
             model.save_pretrained(folder)
@@ -84,7 +84,7 @@ def test_tied_layers_where_an_inferred_map_puts_them(
     model = type(expected).from_pretrained(
         source, quantization_config=given, device_map="auto", max_memory=memory, offload_folder=tmp_path
     )
-    assert any(layer.weight.is_meta for layer in quant_linears(model).values())
+    assert any(layer.weight.is_meta for layer in quant_layers(model).values())
     for _ in range(2):
         assert torch.equal(outputs(model, inputs), y)
 
@@ -104,7 +104,7 @@ def test_tied_layers_where_a_map_says(name: str, scheme: str, where: str, buffer
         offload_folder=tmp_path,
         offload_buffers=buffers,
     )
-    layers = quant_linears(model)
+    layers = quant_layers(model)
     assert layers[owner].weight.is_meta == (where != "others")
     for _ in range(2):
         assert torch.equal(outputs(model, inputs), y)
@@ -125,7 +125,7 @@ def test_tied_layers_are_quantized_on_their_way_to_disk(name: str, scheme: str, 
         model = type(expected).from_pretrained(
             checkpoint(name), quantization_config=config, device_map=where, offload_folder=tmp_path / str(i)
         )
-        assert quant_linears(model)[owner].weight.is_meta
+        assert quant_layers(model)[owner].weight.is_meta
         assert torch.equal(outputs(model, inputs), y)
 
 
@@ -144,7 +144,7 @@ def test_a_tied_bias_on_disk(tmp_path) -> None:
     loaded = BertForMaskedLM.from_pretrained(
         tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "folder"
     )
-    assert quant_linears(loaded)["cls.predictions.decoder"].bias.is_meta
+    assert quant_layers(loaded)["cls.predictions.decoder"].bias.is_meta
     assert torch.equal(outputs(loaded, inputs), y)
 
 

@@ -22,7 +22,7 @@ from transformers import pipeline
 
 from hfquant import HfQuantConfig, QuantLinear
 from hfquant.integrations.config import METHOD
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import small_models
 from tests.integrations.small_models import assert_same, inputs_of, outputs, sqnr
 from tests.integrations.test_pipelines import tokenizer
@@ -142,10 +142,10 @@ def test_inference(name, config, dtype, create):
 def test_every_linear_is_quantized(name, config, create):
     plain, model = create(name, None), create(name, config)
     expected = linears(plain).keys() - kept(plain) - (ENDS.get(name, set()) if config != "int4" else set())
-    assert quant_linears(model).keys() == expected
+    assert quant_layers(model).keys() == expected
     assert expected
     bits = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int8}[config]
-    for layer in quant_linears(model).values():
+    for layer in quant_layers(model).values():
         packed = (layer.in_features + 1) // 2 if config == "int4" else layer.in_features
         assert layer._stored_codes().dtype in (bits, torch.int8)
         assert tuple(layer.weight.shape) == (layer.out_features, packed)
@@ -158,7 +158,7 @@ def test_modules_to_not_convert(name, create):
     names = linears(model).keys()
     excluded = {n for n in names if f".{left}." in f".{n}."}
     assert excluded
-    assert quant_linears(model).keys() == quant_linears(whole).keys() - excluded
+    assert quant_layers(model).keys() == quant_layers(whole).keys() - excluded
     assert all(type(model.get_submodule(n)) is nn.Linear for n in excluded)
     assert model.get_memory_footprint() > whole.get_memory_footprint()
 
@@ -172,7 +172,7 @@ def test_modules_kept_in_float32(name, create, monkeypatch):
     for n, layer in linears(model).items():
         if left in n.split("."):
             assert (type(layer), layer.weight.dtype) == (nn.Linear, torch.float32), n
-        elif n in quant_linears(model):
+        elif n in quant_layers(model):
             assert layer.weight.dtype == torch.int8
     assert any(left in n.split(".") for n in linears(model))
     assert cls._keep_in_fp32_modules == [left]
@@ -193,8 +193,8 @@ def test_casts(name, create):
     assert torch.equal(outputs(model.to("cpu"), inputs), expected)
     if name in TRANSFORMERS:
         model.to(torch.bfloat16)
-        assert all(layer.weight.dtype == torch.int8 for layer in quant_linears(model).values())
-        assert all(layer.weight_scale.dtype == torch.float32 for layer in quant_linears(model).values())
+        assert all(layer.weight.dtype == torch.int8 for layer in quant_layers(model).values())
+        assert all(layer.weight_scale.dtype == torch.float32 for layer in quant_layers(model).values())
         y = outputs(model, inputs)
         assert y.dtype == torch.bfloat16
         assert sqnr(expected, y) > 15
@@ -257,7 +257,7 @@ def test_training_of_adapters(name, config, create):
     for gradient in gradients:
         assert gradient.isfinite().all()
         assert gradient.norm() > 0
-    assert all(layer.weight.grad is None for layer in quant_linears(model).values())
+    assert all(layer.weight.grad is None for layer in quant_layers(model).values())
 
 
 @every_pair
@@ -300,7 +300,7 @@ def test_device_map(name, device_map, create):
 @every_pair
 def test_dequantize(name, config, create):
     model = create(name, config, torch.bfloat16)
-    weights = {n: layer.effective_weight() for n, layer in quant_linears(model).items()}
+    weights = {n: layer.effective_weight() for n, layer in quant_layers(model).items()}
     model.dequantize()
     for n, layer in linears(model).items():
         assert not isinstance(layer, QuantLinear)
@@ -322,7 +322,7 @@ def test_generation_and_the_pipeline_of_transformers(create, checkpoint, tmp_pat
     quantized.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     text = pipeline("text-generation", model=str(tmp_path), device="cpu")
-    assert quant_linears(text.model).keys() == quant_linears(quantized).keys()
+    assert quant_layers(text.model).keys() == quant_layers(quantized).keys()
     (answer,) = text("a b c", max_new_tokens=3, do_sample=False)
     assert answer["generated_text"].startswith("a b c")
 

@@ -47,7 +47,7 @@ from transformers import (
 import hfquant
 from hfquant import PRESETS, HfQuantConfig
 from hfquant.nn.conv import QuantConv
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.schemes import SVDQUANT
 
 
@@ -156,7 +156,7 @@ def check_round_trip(model: Any, inputs: dict[str, Any], output: Tensor, folder:
 
 def check_layers(model: nn.Module, original: nn.Module, at_least: float) -> None:
     """Check that each convolution computes the same on codes as on floats, and is as accurate as its bits promise."""
-    for name, layer in quant_linears(model).items():
+    for name, layer in quant_layers(model).items():
         if not isinstance(layer, QuantConv):
             continue
         conv: Any = original.get_submodule(name)
@@ -180,7 +180,7 @@ def test_unets(name: str, scheme: str, at_least: float, tmp_path: Path) -> None:
     convs = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)} - {"conv_in", "conv_out"}
     # While loading, weight by weight.
     streamed = type(model).from_pretrained(tmp_path / "float", quantization_config=HfQuantConfig(scheme))
-    layers = quant_linears(streamed)
+    layers = quant_layers(streamed)
     assert {n for n, layer in layers.items() if isinstance(layer, QuantConv)} == convs
     assert share(hfquant.plan(model, scheme), model) > 0.95
     check_layers(streamed, model, at_least)
@@ -258,7 +258,7 @@ def test_a_dit_keeps_its_patches(tmp_path: Path) -> None:
     inputs["class_labels"] = torch.tensor([1, 2])
     assert not any(p.rank > 2 for p in hfquant.plan(model, "w8a8-dynamic").layers.values())
     hfquant.quantize(model, None, preset("w8a8-dynamic", "edge_convs", "embeddings"))
-    layers = quant_linears(model)
+    layers = quant_layers(model)
     assert {"pos_embed.proj", "transformer_blocks.0.norm1.emb.class_embedder.embedding_table"} <= layers.keys()
     check_round_trip(model, inputs, model(**inputs)[0], tmp_path)
 
@@ -349,7 +349,7 @@ def test_embeddings_and_heads(name: str, scheme: str, tmp_path: Path) -> None:
     quantized = type(model).from_pretrained(
         tmp_path / "float", quantization_config=HfQuantConfig(config, calibration=data)
     )
-    layers, (owner, others) = quant_linears(quantized), OWNERS[name]
+    layers, (owner, others) = quant_layers(quantized), OWNERS[name]
     assert {n: layer.plan.tied for n, layer in layers.items() if layer.plan.tied} == dict.fromkeys(others, owner)
     assert all(layers[n].weight is layers[owner].weight for n in others)
     output = quantized(**inputs).logits
@@ -362,7 +362,7 @@ def test_embeddings_and_heads(name: str, scheme: str, tmp_path: Path) -> None:
     assert not stored & {f"{n}.weight_scale" for n in others}
     loaded = type(model).from_pretrained(tmp_path / "quantized")
     assert torch.equal(loaded(**inputs).logits, output)
-    again = quant_linears(loaded)
+    again = quant_layers(loaded)
     assert all(again[n].weight is again[owner].weight for n in others)
     loaded.tie_weights()
     assert torch.equal(loaded(**inputs).logits, output)
@@ -385,7 +385,7 @@ def test_a_model_without_a_head_reads_the_checkpoint(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     body = AutoModel.from_pretrained(tmp_path)
     assert torch.equal(body(ids).last_hidden_state, model.model(ids).last_hidden_state)
-    assert "embed_tokens" in quant_linears(body)
+    assert "embed_tokens" in quant_layers(body)
 
 
 @torch.no_grad()
@@ -420,7 +420,7 @@ def test_convolutions_of_transformers() -> None:
     inputs = {"input_features": torch.randn(1, 16, 40), "decoder_input_ids": torch.tensor([[1, 2]])}
     exact = whisper(**inputs).last_hidden_state
     hfquant.quantize(whisper, None, "w8a8-dynamic")
-    assert {n for n, layer in quant_linears(whisper).items() if isinstance(layer, QuantConv)} == {
+    assert {n for n, layer in quant_layers(whisper).items() if isinstance(layer, QuantConv)} == {
         "encoder.conv1", "encoder.conv2",
     }  # fmt: skip
     assert error(whisper(**inputs).last_hidden_state, exact) < 0.05
@@ -458,6 +458,6 @@ def test_a_pipeline_of_both_libraries(tmp_path: Path) -> None:
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None, tokenizer=None)
     assert torch.equal(image(loaded), image(pipe))
     assert any(isinstance(m, QuantConv) for m in loaded.unet.modules())
-    assert not quant_linears(loaded.vae)
+    assert not quant_layers(loaded.vae)
     ids = torch.randint(0, 50, (1, 6))
     assert torch.equal(loaded.text_encoder(ids)[0], pipe.text_encoder(ids)[0])

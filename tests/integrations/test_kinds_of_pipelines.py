@@ -15,7 +15,7 @@ from hfquant import HfQuantConfig
 from hfquant.affiner import BlockwiseAffiner
 from hfquant.calibration import BaseSampler, generate_calibrate_set
 from hfquant.nn.kinds import layers_in
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import tiny_pipelines
 from tests.integrations.small_models import sqnr
 from tests.integrations.tiny_pipelines import CASES, batches, reloaded, rows, run
@@ -62,7 +62,7 @@ def test_quantized_by_static_scales_and_saved(name, tmp_path):
     known = {part: layers_in(getattr(pipe, part)).keys() for part in case.parts}
     hfquant.quantize_pipeline(pipe, batches(case, 2), STATIC, case.parts, **case.call)
     for part in case.parts:
-        layers = quant_linears(getattr(pipe, part))
+        layers = quant_layers(getattr(pipe, part))
         skipped = getattr(pipe, part).config["quantization_config"].skipped
         assert layers.keys() | skipped.keys() >= known[part]
         assert len(layers) > len(skipped)
@@ -122,12 +122,12 @@ def test_several_controlnets(tmp_path):
     pipe.controlnet = MultiControlNetModel([pipe.controlnet, case.build().controlnet])
     with pytest.raises(ValueError, match="one by one"):
         hfquant.quantize(pipe.controlnet, None, "w8a16")
-    assert not quant_linears(pipe.controlnet)
+    assert not quant_layers(pipe.controlnet)
     exact = image(pipe)
     hfquant.quantize_pipeline(pipe, twice(batches(case, 2)), STATIC, case.parts, **case.call)
     first, second = pipe.controlnet.nets
-    assert len(quant_linears(first)) == len(quant_linears(second)) > 0
-    assert all(layer.plan.static_input for net in (first, second) for layer in quant_linears(net).values())
+    assert len(quant_layers(first)) == len(quant_layers(second)) > 0
+    assert all(layer.plan.static_input for net in (first, second) for layer in quant_layers(net).values())
     y = image(pipe)
     assert sqnr(exact, y) > 8
     pipe.save_pretrained(tmp_path)
@@ -141,7 +141,7 @@ def test_an_adapter_is_loaded_before_its_model_is_quantized_or_after():
     exact = run(case.build(), case)
     pipe = case.build()
     hfquant.quantize_pipeline(pipe, None, "w8a16")
-    assert any("to_k_ip" in name for name in quant_linears(pipe.unet))
+    assert any("to_k_ip" in name for name in quant_layers(pipe.unet))
     assert sqnr(exact, run(pipe, case)) > 40
     plain = hfquant.dequantize(pipe.unet)
     assert plain.config.encoder_hid_dim_type == "ip_image_proj"
@@ -149,7 +149,7 @@ def test_an_adapter_is_loaded_before_its_model_is_quantized_or_after():
     pipe = tiny_pipelines.stable_diffusion("StableDiffusionPipeline")
     hfquant.quantize_pipeline(pipe, None, "w8a16")
     tiny_pipelines.with_ip_adapter(pipe)
-    assert not any("to_k_ip" in name for name in quant_linears(pipe.unet))
+    assert not any("to_k_ip" in name for name in quant_layers(pipe.unet))
     assert sqnr(exact, run(pipe, case)) > 40
 
 
@@ -171,7 +171,7 @@ def test_errors_and_warnings_name_what_to_do(tmp_path, caplog):
         loaded = load(unett=HfQuantConfig("w8a16"))
     finally:
         logging.getLogger("diffusers").removeHandler(caplog.handler)
-    assert not quant_linears(loaded.unet)
+    assert not quant_layers(loaded.unet)
     assert "unett" in caplog.text
     with pytest.raises(ValueError, match=r"'unett'.*it has \['vae', 'unet'\]"):
         hfquant.quantize_pipeline(loaded, None, "w8a16", ["unett"])

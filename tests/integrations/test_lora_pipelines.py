@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import hfquant
 from hfquant.integrations.adapters import LoraQuantLinear
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import small_models
 from tests.integrations.lora_pipelines import PIPELINES, denoiser_of, pipeline
 from tests.integrations.small_models import denoiser_inputs, outputs, sqnr
@@ -61,7 +61,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_load_fuse_and_unload(name: str, tmp_path: Path) -> None:
     adapter_file(tmp_path, name)
     pipe, model = quantized(name)
-    assert quant_linears(model)
+    assert quant_layers(model)
     inputs = denoiser_inputs(model)
     plain, state = outputs(model, inputs), state_of(model)
     # The same adapter on plain linears with the same weights.

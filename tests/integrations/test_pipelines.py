@@ -40,7 +40,7 @@ import hfquant
 from hfquant import HfQuantConfig
 from hfquant.demo import DIGITS_PATH, load_digits_pipeline
 from hfquant.integrations.compat import NEEDS_HFQUANT
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import small_models
 from tests.integrations.small_models import sqnr
 
@@ -173,8 +173,8 @@ def test_two_components_by_quant_mapping(name, folders, tmp_path):
     original = PIPELINES[name]()
     for component in (denoiser, encoder):
         in_memory = hfquant.quantize(getattr(original, component), None, mapping[component])
-        assert quant_linears(in_memory).keys() == quant_linears(getattr(pipe, component)).keys()
-    quantized = {n for n, c in pipe.components.items() if isinstance(c, nn.Module) and quant_linears(c)}
+        assert quant_layers(in_memory).keys() == quant_layers(getattr(pipe, component)).keys()
+    quantized = {n for n, c in pipe.components.items() if isinstance(c, nn.Module) and quant_layers(c)}
     assert quantized == {denoiser, encoder}
     # Quantizing in memory or on load gives the same pipeline.
     expected = images(original, name)
@@ -191,7 +191,7 @@ def test_every_component_by_quant_backend(folders, tmp_path, caplog):
     config = PipelineQuantizationConfig(quant_backend="hfquant", quant_kwargs={"config": "w8a8-dynamic"})
     with caplog.at_level(logging.INFO, "hfquant"):
         pipe = DiffusionPipeline.from_pretrained(folders["stable_diffusion"], quantization_config=config)
-    assert {n: len(quant_linears(getattr(pipe, n))) for n in ("unet", "text_encoder", "vae")} == {
+    assert {n: len(quant_layers(getattr(pipe, n))) for n in ("unet", "text_encoder", "vae")} == {
         "unet": 51,
         "text_encoder": 12,
         "vae": 8,
@@ -207,8 +207,8 @@ def test_every_component_by_quant_backend(folders, tmp_path, caplog):
         components_to_quantize=["text_encoder"],
     )
     pipe = DiffusionPipeline.from_pretrained(folders["stable_diffusion"], quantization_config=config)
-    assert len(quant_linears(pipe.text_encoder)) == 8
-    assert not quant_linears(pipe.unet)
+    assert len(quant_layers(pipe.text_encoder)) == 8
+    assert not quant_layers(pipe.unet)
 
 
 def test_pipeline_in_bfloat16(folders, tmp_path):
@@ -219,7 +219,7 @@ def test_pipeline_in_bfloat16(folders, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(folders["pixart"], quantization_config=config, **kwargs)
     for component in (pipe.transformer, pipe.text_encoder):
         assert component.dtype == torch.bfloat16
-        assert all(layer.weight_scale.dtype == torch.float32 for layer in quant_linears(component).values())
+        assert all(layer.weight_scale.dtype == torch.float32 for layer in quant_layers(component).values())
     expected = images(pipe, "pixart")
     assert expected.isfinite().all()
     pipe.save_pretrained(tmp_path)
@@ -305,8 +305,8 @@ def test_digits_pipeline_and_a_fresh_process(checkpoint, folders, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(DIGITS_PATH, quantization_config=config)
     original = load_digits_pipeline()
     linears = sum(type(m) is nn.Linear for m in original.transformer.modules())
-    assert len(quant_linears(pipe.transformer)) == linears - 1  # all but the last projection
-    for name, layer in quant_linears(pipe.transformer).items():
+    assert len(quant_layers(pipe.transformer)) == linears - 1  # all but the last projection
+    for name, layer in quant_layers(pipe.transformer).items():
         assert sqnr(original.transformer.get_submodule(name).weight, layer.effective_weight()) >= 35
     expected = [digits(pipe)]
     assert sqnr(digits(original), expected[0]) > 10

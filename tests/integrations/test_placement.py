@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import hfquant
 from hfquant import HfQuantConfig
 from hfquant.integrations.placement import device_for, put_back, tensor_bytes, without_working_memory
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from hfquant.offload import on_disk
 from hfquant.planner import plan_layers
 from tests.integrations import small_models
@@ -108,15 +108,15 @@ def test_weights_on_disk(name, preset, quantized, checkpoint, tmp_path):
         offload = tmp_path / source.name
         where = device_map(expected, MODELS[name])
         model = load(name, source, dtype, quantization_config=given, device_map=where, offload_folder=offload)
-        layers = quant_linears(model)
-        assert layers.keys() == quant_linears(expected).keys()
+        layers = quant_layers(model)
+        assert layers.keys() == quant_layers(expected).keys()
         assert {n for n, layer in layers.items() if layer.weight.is_meta} == {
             n for n in layers if n.startswith(f"{MODELS[name]}.0.")
         }
         for n, layer in layers.items():
             assert (on_disk(layer) is not None) == layer.weight.is_meta
             for key, buffer in layer.named_buffers(recurse=False):
-                other = getattr(quant_linears(expected)[n], key)
+                other = getattr(quant_layers(expected)[n], key)
                 assert torch.equal(buffer, other), f"{n}.{key}"
                 assert buffer.dtype == other.dtype, f"{n}.{key}"
         assert torch.equal(outputs(model, inputs), y)
@@ -135,7 +135,7 @@ def test_shards_on_disk(name, quantized, tmp_path):
             name, tmp_path / str(i), quantization_config=given, device_map=device_map(model, MODELS[name]),
             offload_folder=tmp_path / f"offload{i}",
         )  # fmt: skip
-        assert any(layer.weight.is_meta for layer in quant_linears(loaded).values())
+        assert any(layer.weight.is_meta for layer in quant_layers(loaded).values())
         assert torch.equal(outputs(loaded, inputs), outputs(expected, inputs))
 
 
@@ -148,11 +148,11 @@ def test_float_weights_do_not_stay_on_disk(name, checkpoint, tmp_path):
     model = load(name, checkpoint(name), quantization_config=config, device_map=where, offload_folder=tmp_path)
     stored = tensors_in(tmp_path)
     codes = [t for key, t in stored.items() if key.endswith(":weight")]
-    meta = [layer for layer in quant_linears(model).values() if layer.weight.is_meta]
+    meta = [layer for layer in quant_layers(model).values() if layer.weight.is_meta]
     assert meta
     assert len(codes) == len(meta)
     assert all(t.dtype == torch.int8 for t in codes)
-    assert not [f.name for f in tmp_path.glob("*.dat") if f.name.removesuffix(".weight.dat") in quant_linears(model)]
+    assert not [f.name for f in tmp_path.glob("*.dat") if f.name.removesuffix(".weight.dat") in quant_layers(model)]
 
 
 @pytest.mark.parametrize("name", ["llama", "t5_encoder", "vit"])
@@ -163,7 +163,7 @@ def test_buffers_on_disk(name, quantized, checkpoint, tmp_path):
             name, source, quantization_config=given, device_map={"": "disk"}, offload_buffers=True,
             offload_folder=tmp_path / source.name,
         )  # fmt: skip
-        assert all(layer.weight_scale.is_meta and layer.weight.is_meta for layer in quant_linears(model).values())
+        assert all(layer.weight_scale.is_meta and layer.weight.is_meta for layer in quant_layers(model).values())
         assert torch.equal(outputs(model, inputs_of(expected)), outputs(expected, inputs_of(expected)))
 
 
@@ -197,7 +197,7 @@ def test_dequantized_weights_go_to_disk_too(name, quantized, tmp_path):
     model = load(name, folder, device_map=where, offload_folder=tmp_path)
     plain = model.dequantize()
     assert plain is model
-    assert not quant_linears(plain)
+    assert not quant_layers(plain)
     assert sum(m.weight.is_meta for m in plain.modules() if type(m) is nn.Linear) >= 2
     assert torch.equal(outputs(plain, inputs), outputs(load(name, folder).dequantize(), inputs))
 
@@ -207,7 +207,7 @@ def test_dequantized_weights_go_to_disk_too(name, quantized, tmp_path):
 def test_an_inferred_device_map_counts_true_bytes(name, preset, on_load, quantized, checkpoint, tmp_path):
     config, folder, expected = quantized(name, preset, torch.float32)
     inputs, size = inputs_of(expected), tensor_bytes(expected)
-    largest = max(layer.in_features * layer.out_features for layer in quant_linears(expected).values())
+    largest = max(layer.in_features * layer.out_features for layer in quant_layers(expected).values())
     # If something does not fit, accelerate reserves room for the largest block, so test all of it and about half.
     needed = size + (12 * largest if on_load else 0)
     source, given = (checkpoint(name), config) if on_load else (folder, None)
@@ -219,7 +219,7 @@ def test_an_inferred_device_map_counts_true_bytes(name, preset, on_load, quantiz
         )  # fmt: skip
         resident = sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if not t.is_meta)
         assert resident == size if whole else resident < limit
-        assert any(layer.weight.is_meta for layer in quant_linears(model).values()) is not whole
+        assert any(layer.weight.is_meta for layer in quant_layers(model).values()) is not whole
         assert torch.equal(outputs(model, inputs), outputs(expected, inputs))
     assert size < tensor_bytes((small_models.DIFFUSERS | small_models.TRANSFORMERS)[name]()) / 1.2
 
@@ -244,7 +244,7 @@ def test_offloaded_by_accelerate(name, buffers, offload, quantized, tmp_path):
     model = load(name, folder, torch.bfloat16)
     kwargs = {"offload_dir": tmp_path} if offload is disk_offload else {}
     offload(model, execution_device=CPU, offload_buffers=buffers, **kwargs)
-    layers = quant_linears(model).values()
+    layers = quant_layers(model).values()
     assert all(layer.weight.is_meta and layer.weight_scale.is_meta == buffers for layer in layers)
     assert torch.equal(outputs(model, inputs), outputs(expected, inputs))
 
@@ -299,7 +299,7 @@ def test_layers_in_fp8_that_are_not_quantized_may_stay():
     model = small_models.flux()
     apply_layerwise_casting(model.proj_out, torch.float8_e4m3fn, torch.float32)
     config = hfquant.HfQuantConfig("w8a16", modules_to_not_convert=["proj_out"])
-    assert quant_linears(hfquant.quantize(model, None, config))
+    assert quant_layers(hfquant.quantize(model, None, config))
     assert model.proj_out.weight.dtype == torch.float8_e4m3fn
 
 
@@ -340,7 +340,7 @@ def test_weights_without_values_are_not_quantized(where, preset, checkpoint):
 def test_a_quantized_checkpoint_is_loaded_on_the_meta_device(quantized):
     _, folder, _ = quantized("llama", "w8a16", torch.float32)
     model = load("llama", folder, device_map="meta")
-    assert quant_linears(model)
+    assert quant_layers(model)
     assert {tensor.device.type for tensor in model.parameters()} == {"meta"}
 
 

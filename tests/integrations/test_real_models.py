@@ -24,7 +24,7 @@ from benchmarks.models import (
     token_batches,
 )
 from hfquant import PRESETS, HfQuantConfig
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.formats.test_rotation import by_hand
 
 
@@ -59,7 +59,7 @@ def assert_reloads(model: nn.Module, folder: Path, inputs: dict[str, Tensor]) ->
 def test_minilm_sentence_embeddings(tmp_path):
     float_model, tokenizer = minilm()
     model = AutoModel.from_pretrained(MINILM, quantization_config=HfQuantConfig("w8a8-dynamic"))
-    layers = quant_linears(model)
+    layers = quant_layers(model)
     assert len(layers) == 6 * 6 + 1
     floats = {name: float_model.get_submodule(name).weight.detach().double() for name in layers}
     for name, layer in layers.items():
@@ -86,7 +86,7 @@ def test_minilm_calibrated_on_strings_with_its_own_tokenizer(tmp_path):
     texts = [t[:200] for t in calibration_text().split("\n\n") if len(t) > 200][:8]
     config = HfQuantConfig("w8a8", calibration=texts)
     model = AutoModel.from_pretrained(MINILM, quantization_config=config)
-    layers = quant_linears(model).values()
+    layers = quant_layers(model).values()
     assert len(layers) >= 36
     assert all(("input_scale" in dict(layer.named_buffers())) == layer.plan.static_input for layer in layers)
     # With so few rows a smoothing vector gains little, and without one some inputs need per-token scales.
@@ -109,7 +109,7 @@ def test_smollm2_checkpoints_are_as_small_as_the_bits_promise(preset, tmp_path):
     floor, most = SIZES[preset]
     folder = smollm2_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=HfQuantConfig(preset))
-    layers = quant_linears(model)
+    layers = quant_layers(model)
     assert len(layers) == 210
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with safe_open(folder / "model.safetensors", framework="pt") as opened:
@@ -153,7 +153,7 @@ def test_smollm2_calibrated_from_a_sharded_checkpoint(tmp_path):
     data: list[dict[str, Any]] = token_batches(tokenizer, calibration_text(), seqlen=128, count=8, batch_size=4)
     config = HfQuantConfig("w8a8", calibration=data)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
-    assert len(quant_linears(model)) == 210
+    assert len(quant_layers(model)) == 210
     model.save_pretrained(tmp_path)
     again = assert_reloads(model, tmp_path, dict(tokenizer("The capital of France is", return_tensors="pt")))
     assert again.dtype == torch.bfloat16

@@ -23,7 +23,7 @@ from hfquant import CalibrationError, HfQuantConfig
 from hfquant.calibration.self_made import SelfSpec
 from hfquant.integrations import self_made as module
 from hfquant.integrations.data import transformers_batches
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import small_models, tiny_transformers
 from tests.integrations.small_models import assert_same
 from tests.integrations.test_transformers_data import word_tokenizer
@@ -165,7 +165,7 @@ def test_every_kind_is_calibrated_without_data(name: str, caplog: pytest.LogCapt
     model = MODELS[name]()
     with caplog.at_level(logging.WARNING, "hfquant"):
         hfquant.quantize(model, dict(ASKED), "w8a8")
-    assert quant_linears(model)
+    assert quant_layers(model)
     assert [r.name for r in model.quant_report.layers if r.fallback or r.guard] == []
     assert "cannot generate text" not in caplog.text
     stored = model.config.quantization_config.to_dict()["calibration"]
@@ -182,7 +182,7 @@ def test_a_decoder_of_audio_codes_alone(caplog: pytest.LogCaptureFixture) -> Non
     model = audio_decoder()
     with caplog.at_level(logging.WARNING, "hfquant"):
         hfquant.quantize(model, dict(ASKED), "w4a8-gptq")
-    quantized = quant_linears(model)
+    quantized = quant_layers(model)
     missed = {r.name for r in model.quant_report.layers if r.fallback}
     assert missed == {name for name in quantized if "encoder_attn" in name} < quantized.keys()
     assert "pattern detection failed" not in caplog.text
@@ -478,7 +478,7 @@ def test_inputs_without_elements_get_no_noise() -> None:
     )  # fmt: skip
     model = transformers.AutoformerForPrediction(config).eval()
     hfquant.quantize(model, "self", "w4a16-gptq")
-    assert quant_linears(model)
+    assert quant_layers(model)
 
 
 def test_wrong_wishes_are_refused_before_anything_is_loaded() -> None:

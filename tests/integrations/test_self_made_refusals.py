@@ -13,7 +13,7 @@ import hfquant
 from hfquant import CalibrationError
 from hfquant.integrations import self_made as module
 from hfquant.integrations.data import transformers_batches
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import small_models
 from tests.integrations.test_self_made import ASKED, home, llava  # noqa: F401 (home is a fixture)
 
@@ -34,7 +34,7 @@ def test_noise_that_a_forward_does_not_take_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "example_inputs", lambda model: shapes)
     with pytest.raises(CalibrationError, match=r"own: it fails on noise with ValueError: .*; pass batches of its"):
         hfquant.quantize(model, None, "w8a8")
-    assert not quant_linears(model)
+    assert not quant_layers(model)
 
 
 @pytest.mark.parametrize("inputs", ["unknown", "wrong", "not made"])
@@ -49,9 +49,9 @@ def test_a_language_model_whose_other_inputs_are_unknown_is_calibrated_on_text(
     model = llava()
     with caplog.at_level(logging.WARNING, "hfquant"):
         hfquant.quantize(model, dict(ASKED), "w4a16-gptq")
-    vision = {name for name in quant_linears(model) if "language_model" not in name and name != "lm_head"}
+    vision = {name for name in quant_layers(model) if "language_model" not in name and name != "lm_head"}
     assert vision
-    assert vision < quant_linears(model).keys()
+    assert vision < quant_layers(model).keys()
     assert {layer.name for layer in model.quant_report.layers if layer.fallback} == vision
     why = {
         "unknown": "the inputs of its forward are unknown",

@@ -29,11 +29,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import hfquant
 from hfquant import CalibrationError, HfQuantConfig, quantize_pipeline
-from hfquant.calibration.kept import folder
+from hfquant.calibration.tensor_cache import folder
 from hfquant.demo.pipeline import DigitsPipeline
 from hfquant.integrations import self_made_runs as module
 from hfquant.integrations.self_made_runs import PROMPTS, own_calls
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.affiner.pipelines import _vae
 from tests.calibration.tiny_models import tiny_dit, tiny_unet
 from tests.calibration.tiny_modular import Denoise, Encode, EncodeImage, tiny_modular
@@ -155,7 +155,7 @@ def test_a_language_model_that_a_pipeline_runs_with_a_cache_is_calibrated(data: 
     model = pipe.language_model
     call = {"num_inference_steps": 2, "audio_length_in_s": 0.016}
     quantize_pipeline(pipe, data, "w8a8", components=["language_model"], **call)
-    assert quant_linears(model)
+    assert quant_layers(model)
     assert [r.name for r in model.quant_report.layers if r.fallback or r.guard] == []
     assert model.config.use_cache
     assert pipe("rain", **call).audios.any()
@@ -171,7 +171,7 @@ def test_every_kind_of_pipeline_runs_by_itself(name, caplog):
     pipe.set_progress_bar_config(disable=True)
     with caplog.at_level(logging.INFO, "hfquant"):
         assert quantize_pipeline(pipe, FEW, "w8a8", num_inference_steps=3) is pipe
-    layers = quant_linears(denoiser(pipe))
+    layers = quant_layers(denoiser(pipe))
     assert layers
     reports = denoiser(pipe).quant_report.layers
     assert [r.name for r in reports if r.fallback or r.guard] == []
@@ -188,7 +188,7 @@ def test_a_modular_pipeline_is_calibrated_on_prompts_or_call_arguments(data):
     pipe, same = tiny_modular(), tiny_modular()
     quantize_pipeline(pipe, data, "w4a8-gptq", num_inference_steps=2)
     quantize_pipeline(same, [{"prompt": "a cat"}, {"prompt": "two dogs"}], "w4a8-gptq", num_inference_steps=2)
-    assert quant_linears(pipe.unet)
+    assert quant_layers(pipe.unet)
     tensors = same.unet.state_dict()
     assert all(torch.equal(value, tensors[name]) for name, value in pipe.unet.state_dict().items())
 
@@ -198,7 +198,7 @@ def test_a_pipeline_that_returns_no_latents_runs_without_asking_for_them(tmp_pat
     pipe = marigold()
     pipe.set_progress_bar_config(disable=True)
     quantize_pipeline(pipe, FEW, "w8a8", dump_path=tmp_path / "recorded", num_inference_steps=2)
-    assert quant_linears(pipe.unet)
+    assert quant_layers(pipe.unet)
     with pytest.raises(CalibrationError, match=r"MarigoldDepthPipeline cannot run on built-in inputs .*output_type"):
         quantize_pipeline(marigold(), FEW, "w8a8", num_inference_steps=2, output_type="latent")
 
@@ -237,7 +237,7 @@ def test_a_home_that_cannot_be_written_does_not_matter(home, caplog):
     pipe = classes()
     with caplog.at_level(logging.INFO, "hfquant"):
         quantize_pipeline(pipe, FEW, "w8a8", num_inference_steps=2)
-    assert quant_linears(pipe.transformer)
+    assert quant_layers(pipe.transformer)
     assert "could not be cached" in caplog.text
 
 
@@ -277,7 +277,7 @@ def test_a_pipeline_that_cannot_run_by_itself_says_so_and_is_left_alone():
     pipe.tokenizer = pipe.text_encoder = None
     with pytest.raises(CalibrationError, match=r"StableDiffusionPipeline cannot run on built-in inputs \(.*pass"):
         quantize_pipeline(pipe, None, "w8a8", num_inference_steps=2)
-    assert not quant_linears(pipe.unet)
+    assert not quant_layers(pipe.unet)
 
 
 def test_without_data_nothing_runs(home, caplog):

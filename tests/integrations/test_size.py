@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from hfquant import HfQuantConfig
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import small_models
 
 CASES = [
@@ -56,9 +56,9 @@ def test_the_footprint_is_the_bytes_that_are_stored(case: tuple[str, str, Any, A
 
 def test_parameters_are_counted_as_the_bytes_of_codes(case: tuple[str, str, Any, Any]) -> None:
     _, preset, original, model = case
-    weights = {name: original.get_submodule(name).weight for name in quant_linears(model)}
+    weights = {name: original.get_submodule(name).weight for name in quant_layers(model)}
     assert weights
-    bits = {name: layer.format.bits for name, layer in quant_linears(model).items()}
+    bits = {name: layer.format.bits for name, layer in quant_layers(model).items()}
     assert set(bits.values()) <= {BITS[preset], 8}
     packed = sum(w.shape[0] * math.ceil(w.shape[1] * bits[name] / 8) for name, w in weights.items())
     others = original.num_parameters() - sum(w.numel() for w in weights.values())

@@ -11,7 +11,7 @@ import torch
 
 import hfquant
 from hfquant.integrations.skeleton import skeleton, subfolder
-from hfquant.own_code import own_code
+from hfquant.remote_code import remote_code
 from tests.integrations.own_models import own_pipeline
 from tests.integrations.tiny_pipelines import CASES
 from tests.recipes.tiny import PUBLISHED
@@ -115,7 +115,7 @@ def test_a_pipeline_with_code_of_its_own(tmp_path):
     own_pipeline(tmp_path)
     with pytest.raises(ValueError, match=r"has code of its own.* pass --trust-remote-code"):
         skeleton(str(tmp_path))
-    with own_code(True):
+    with remote_code(True):
         found = skeleton(str(tmp_path))
     assert found.kind == "OwnPipeline"
     assert {name: type(model).__name__ for name, model in found.models.items()} == {"transformer": "OwnDenoiser"}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import hfquant
 from hfquant import PRESETS, HfQuantConfig
 from hfquant.integrations.compat import NEEDS_HFQUANT
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import small_models
 from tests.integrations.small_models import assert_same, outputs, sqnr, transformers_inputs
 from tests.schemes import SVDQUANT
@@ -46,7 +46,7 @@ def test_quantized_on_load_as_in_memory_and_after_reload(name, checkpoint, tmp_p
     in_memory = hfquant.quantize(small_models.TRANSFORMERS[name](), None, "w8a8-dynamic")
     loaded = cls.from_pretrained(checkpoint(name), quantization_config=HfQuantConfig("w8a8-dynamic"))
     linears = [m for m in loaded.modules() if isinstance(m, nn.Linear)]
-    assert (len(quant_linears(loaded)), len(linears)) == COUNTS[name]
+    assert (len(quant_layers(loaded)), len(linears)) == COUNTS[name]
     assert loaded.config.quantization_config.to_dict() == in_memory.config.quantization_config.to_dict()
     assert_same(loaded, in_memory)
     assert loaded.num_parameters() == model.num_parameters()
@@ -67,7 +67,7 @@ def test_every_data_free_preset(preset, checkpoint, tmp_path):
     assert_same(again, loaded)
 
     model = small_models.llama_of_64()
-    layers = quant_linears(again)
+    layers = quant_layers(again)
     assert len(layers) == 14
     floor = {"w8": 35, "w6": 24, "w4": 14, "fp": 28}[preset[:2]]
     for name, layer in layers.items():
@@ -128,7 +128,7 @@ def test_t5_keeps_wo_in_float32(checkpoint, tmp_path):
     # It also works when requested: the layer reads the weight's dtype and handles int8.
     asked = HfQuantConfig({"default": WEIGHT_ONLY, "*.wo": {"enable": True}})
     model = transformers.T5EncoderModel.from_pretrained(checkpoint("t5_encoder"), quantization_config=asked)
-    assert len(quant_linears(model)) == 14
+    assert len(quant_layers(model)) == 14
     assert outputs(model, transformers_inputs(model)).isfinite().all()
 
 
@@ -162,7 +162,7 @@ def test_quantized_checkpoint_offloaded_to_disk(offload_buffers, checkpoint, tmp
         model.save_pretrained(tmp_path / "again")
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "again"), expected)
     plain = model.dequantize()
-    assert not quant_linears(plain)
+    assert not quant_layers(plain)
     assert torch.equal(outputs(plain, ids()), outputs(expected.dequantize(), ids()))
 
 
@@ -237,7 +237,7 @@ def test_config_json_is_enough_and_holds_nothing_else(checkpoint, tmp_path):
     assert stored["config"] == PRESETS["w8a8"]
     assert stored["modules_to_not_convert"] is None
     assert stored["skipped"] == {"lm_head": "the model's output head", "model.embed_tokens": "an embedding"}
-    assert set(stored["layers"]) <= set(quant_linears(model))
+    assert set(stored["layers"]) <= set(quant_layers(model))
     rebuilt = HfQuantConfig.from_dict(stored)
     assert rebuilt.calibration is None
     assert rebuilt.to_dict() == model.config.quantization_config.to_dict()
@@ -263,7 +263,7 @@ def test_generation(checkpoint):
 def test_dequantized_model_is_a_plain_one(dtype, checkpoint, tmp_path):
     config = HfQuantConfig("w8a16")
     model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config, dtype=dtype)
-    weights = {name: layer.effective_weight().to(dtype) for name, layer in quant_linears(model).items()}
+    weights = {name: layer.effective_weight().to(dtype) for name, layer in quant_layers(model).items()}
     model.save_pretrained(tmp_path / "quantized")
     plain = model.dequantize()
     assert plain is model
@@ -277,10 +277,10 @@ def test_dequantized_model_is_a_plain_one(dtype, checkpoint, tmp_path):
     plain.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     again = LlamaForCausalLM.from_pretrained(tmp_path / "plain")
-    assert not quant_linears(again)
+    assert not quant_layers(again)
     assert_same(again, plain)
     # It can be cast and quantized again.
-    assert len(quant_linears(hfquant.quantize(plain.float(), None, "w8a16"))) == 14
+    assert len(quant_layers(hfquant.quantize(plain.float(), None, "w8a16"))) == 14
 
 
 def test_casting_moves_activations_and_never_codes_or_scales(checkpoint):
@@ -290,7 +290,7 @@ def test_casting_moves_activations_and_never_codes_or_scales(checkpoint):
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         cast = copy.deepcopy(model).to(dtype)
         assert cast.dtype == dtype
-        for name, layer in quant_linears(cast).items():
+        for name, layer in quant_layers(cast).items():
             original = model.get_submodule(name)
             assert torch.equal(layer.weight, original.weight)
             assert layer.weight_scale.dtype == torch.float32
@@ -313,11 +313,11 @@ def test_copies_and_training_flag(checkpoint):
         id(t) for t in twin.state_dict(keep_vars=True).values()
     }
     twin.dequantize()
-    assert len(quant_linears(model)) == 14
+    assert len(quant_layers(model)) == 14
     assert not any(m.training for m in model.modules())
     model.train()
-    assert all(layer.training for layer in quant_linears(model).values())
-    assert not any(p.requires_grad for layer in quant_linears(model).values() for p in layer.parameters())
+    assert all(layer.training for layer in quant_layers(model).values())
+    assert not any(p.requires_grad for layer in quant_layers(model).values() for p in layer.parameters())
     fresh = small_models.llama().train()
     assert all(m.training for m in hfquant.quantize(fresh, None, config).modules())
 
@@ -339,7 +339,7 @@ def test_pre_quantized_models_are_offloaded_to_disk(name, checkpoint, tmp_path):
     model.save_pretrained(tmp_path / "q")
     parts = {n: "disk" for n, _ in model.named_children()}
     again = kind.from_pretrained(tmp_path / "q", device_map=parts, offload_folder=tmp_path / "offload")
-    assert any(layer.weight.is_meta for layer in quant_linears(again).values())
+    assert any(layer.weight.is_meta for layer in quant_layers(again).values())
     inputs = transformers_inputs(model)
     assert torch.equal(outputs(again, inputs), outputs(model, inputs))
 
@@ -348,7 +348,7 @@ def test_low_rank_models_are_bit_identical_after_reload(checkpoint, tmp_path):
     model = LlamaForCausalLM.from_pretrained(
         checkpoint("llama"), quantization_config=HfQuantConfig(SVDQUANT, calibration=[ids()])
     )
-    for layer in quant_linears(model).values():
+    for layer in quant_layers(model).values():
         assert layer.svd_up.is_contiguous()
         assert layer.svd_down.is_contiguous()
     model.save_pretrained(tmp_path)
@@ -383,7 +383,7 @@ def test_tables_in_the_dtype_of_the_first_parameter_are_the_float_models(tmp_pat
     tables = {name: buffer for name, buffer in model.named_buffers() if name.endswith("relative_coords_table")}
     assert tables
     for other in (quantized, transformers.Swinv2Model.from_pretrained(tmp_path / "quantized")):
-        assert {name.rpartition(".")[0] + ".continuous_position_bias_mlp.0" for name in tables} <= quant_linears(
+        assert {name.rpartition(".")[0] + ".continuous_position_bias_mlp.0" for name in tables} <= quant_layers(
             other
         ).keys()
         assert all(torch.equal(other.get_buffer(name), table) for name, table in tables.items())

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import hfquant
 from benchmarks import tiny_transformers
 from hfquant import HfQuantConfig
-from hfquant.nn.modules import quant_linears, quant_modules
+from hfquant.nn.modules import quant_layers, quant_modules
 from tests.integrations import small_models
 from tests.integrations.small_models import assert_same, outputs, sqnr, transformers_inputs
 from tests.integrations.test_transformers import WEIGHT_ONLY, ids
@@ -27,10 +27,10 @@ def test_base_model_reads_a_task_models_checkpoint_and_back(checkpoint, tmp_path
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=HfQuantConfig(rules))
     model.save_pretrained(tmp_path / "causal")
     base = AutoModel.from_pretrained(tmp_path / "causal")
-    assert {f"model.{n}": m.real_quant for n, m in quant_linears(base).items()} == {
-        n: m.real_quant for n, m in quant_linears(model).items()
+    assert {f"model.{n}": m.real_quant for n, m in quant_layers(base).items()} == {
+        n: m.real_quant for n, m in quant_layers(model).items()
     }
-    assert len(quant_linears(base)) == 11
+    assert len(quant_layers(base)) == 11
     assert_same(base, model.model, ids())
     base.save_pretrained(tmp_path / "base")
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), model)
@@ -42,7 +42,7 @@ def test_base_model_reads_a_task_models_checkpoint_and_back(checkpoint, tmp_path
     # A head that the checkpoint does not contain stays float, for the user to train.
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "causal")
     assert type(classifier.score) is nn.Linear
-    assert len(quant_linears(classifier)) == 11
+    assert len(quant_layers(classifier)) == 11
     assert classifier.score.weight.isfinite().all()
     assert_comes_back(classifier, tmp_path / "classifier", ids())
 
@@ -55,7 +55,7 @@ def test_base_model_with_a_pooler_the_checkpoint_lacks(tmp_path):
     model.save_pretrained(tmp_path)
     base = AutoModel.from_pretrained(tmp_path)
     assert type(base.pooler.dense) is nn.Linear
-    assert len(quant_linears(base)) == 6
+    assert len(quant_layers(base)) == 6
     inputs = {"input_ids": torch.arange(3, 9)[None]}
     assert torch.equal(outputs(base, inputs), outputs(model.bert, inputs))
     assert_comes_back(base, tmp_path / "base", inputs)
@@ -122,7 +122,7 @@ def test_a_layer_that_a_float_checkpoint_lacks_stays_float(stored, loaded, confi
     assert info["missing_keys"] == {f"{lacking}.{key}" for key in layer.state_dict()}
     assert [name for name, why in model.config.quantization_config.skipped.items() if why == reason] == [lacking]
     experts = {f"{name}.{p}" for name, m in quant_modules(model).items() for p in getattr(m, "plans", ())}
-    assert {*quant_linears(model), *experts} == planned.keys() - {lacking}
+    assert {*quant_layers(model), *experts} == planned.keys() - {lacking}
     model.save_pretrained(tmp_path / "quantized")
     assert_same(cls.from_pretrained(tmp_path / "quantized"), model, transformers_inputs(model))
 
@@ -136,7 +136,7 @@ def test_names_mapped_by_the_user_are_not_missing(tmp_path):
     model = transformers.BertForQuestionAnswering.from_pretrained(
         tmp_path, quantization_config=HfQuantConfig({"default": WEIGHT_ONLY}), key_mapping={"^mine": "bert"}
     )
-    assert len(quant_linears(model)) == 6
+    assert len(quant_layers(model)) == 6
 
 
 @pytest.mark.parametrize("ignore", [True, False])
@@ -161,7 +161,7 @@ def test_a_head_for_other_labels(ignore, checkpoint):
     assert {key for key, *_ in info["mismatched_keys"]} == {"classifier.weight", "classifier.bias"}
     assert not info["missing_keys"]
     assert "another number of outputs" in model.config.quantization_config.skipped["classifier"]
-    assert len(quant_linears(model)) == 12
+    assert len(quant_layers(model)) == 12
 
 
 def test_base_model_whose_tensors_are_stored_under_older_names(checkpoint, tmp_path):
@@ -171,7 +171,7 @@ def test_base_model_whose_tensors_are_stored_under_older_names(checkpoint, tmp_p
     model.save_pretrained(tmp_path)
     assert any("encoder.layer" in name for name in load_file(tmp_path / "model.safetensors"))
     base = transformers.ViTModel.from_pretrained(tmp_path, add_pooling_layer=False)
-    assert len(quant_linears(base)) == 12
+    assert len(quant_layers(base)) == 12
     assert_same(base, model.vit, transformers_inputs(model))
 
 
@@ -180,7 +180,7 @@ def test_modules_to_not_convert_adds_to_the_defaults(checkpoint, tmp_path):
     model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
     expected = {f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qkvo"}
     expected -= {"model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.k_proj"}
-    assert set(quant_linears(model)) == expected
+    assert set(quant_layers(model)) == expected
     assert model.lm_head.weight is model.model.embed_tokens.weight
     model.save_pretrained(tmp_path)
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path), model)

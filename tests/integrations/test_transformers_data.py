@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import hfquant
 from hfquant import HfQuantConfig
 from hfquant.integrations.data import transformers_batches
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import small_models, tiny_transformers
 from tests.integrations.own_models import own_model, own_tokenizer
 from tests.integrations.small_models import assert_same, transformers_inputs
@@ -44,7 +44,7 @@ def test_users_config_is_left_alone_and_the_data_let_go(checkpoint):
     wide = LlamaForCausalLM.from_pretrained(checkpoint("llama_of_64"), quantization_config=config)
     assert config.to_dict() == before
     assert config.calibration is data
-    assert len(quant_linears(model)) == len(quant_linears(wide)) == 12
+    assert len(quant_layers(model)) == len(quant_layers(wide)) == 12
     assert model.config.quantization_config is not config
     held = weakref.ref(data)
     del config, data
@@ -66,7 +66,7 @@ def test_static_preset_with_data(kind, checkpoint, tmp_path):
     config = HfQuantConfig("w8a8", calibration=data)
     model = LlamaForCausalLM.from_pretrained(checkpoint("llama"), quantization_config=config)
     assert_same(model, hfquant.quantize(small_models.llama(), data, "w8a8"), ids())
-    assert all("input_scale" in dict(layer.named_buffers()) for layer in quant_linears(model).values())
+    assert all("input_scale" in dict(layer.named_buffers()) for layer in quant_layers(model).values())
     model.save_pretrained(tmp_path)
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path), model)
 
@@ -85,7 +85,7 @@ def test_a_calibration_set_by_its_path(how, checkpoint, tmp_path):
         case _:
             made = hfquant.quantize(small_models.llama(), batches, "w8a8")
             assert len(hfquant.distill(made, model, path, steps=2).losses) == 2
-    assert any("input_scale" in dict(layer.named_buffers()) for layer in quant_linears(made).values())
+    assert any("input_scale" in dict(layer.named_buffers()) for layer in quant_layers(made).values())
 
 
 def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -156,7 +156,7 @@ def test_the_empty_tokenizer_of_a_folder_without_one_is_none(tmp_path):
     with pytest.raises(hfquant.CalibrationError, match="text needs a tokenizer"):
         load(quantization_config=HfQuantConfig("w8a8", calibration=["a b c"]))
     made = load(quantization_config=HfQuantConfig("w8a8"))  # generates with the model's vocabulary
-    assert len(quant_linears(made)) == 7
+    assert len(quant_layers(made)) == 7
 
 
 def test_a_bare_path_is_a_dataset(tmp_path):
@@ -170,7 +170,7 @@ def test_a_bare_path_is_a_dataset(tmp_path):
         )
         for calibration in (str(path), path, {"dataset": str(path)})
     ]
-    assert len(quant_linears(made[0])) > 0
+    assert len(quant_layers(made[0])) > 0
     for model in made[1:]:
         assert_same(model, made[0], ids())
 
@@ -239,7 +239,7 @@ def test_tokens_need_no_tokenizer(column, tmp_path):
     small_models.llama().save_pretrained(tmp_path)
     rows = datasets.Dataset.from_dict({"input_ids": [[3, 4, 5, 6]] * 4})
     config = HfQuantConfig("w8a8", calibration={"dataset": rows, "column": column})
-    assert quant_linears(LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config))
+    assert quant_layers(LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config))
 
 
 def test_pixels_need_no_processor(checkpoint):
@@ -247,7 +247,7 @@ def test_pixels_need_no_processor(checkpoint):
     rows = datasets.Dataset.from_dict({"pixel_values": pixels.tolist()}).with_format("torch")
     config = HfQuantConfig("w8a8", calibration={"dataset": rows, "column": {"pixel_values": "pixel_values"}})
     model = transformers.ViTForImageClassification.from_pretrained(checkpoint("vit"), quantization_config=config)
-    assert quant_linears(model)
+    assert quant_layers(model)
 
 
 @functools.cache
@@ -282,7 +282,7 @@ def test_token_ids_of_a_single_text_get_a_batch_dimension(kind, how, checkpoint)
     assert_same(model, calibrated_on(tuple(encoded), 8), ids())
     if len(encoded) > 1:  # padding does not count
         short = calibrated_on(tuple(encoded), 5)
-        for name, layer in quant_linears(model).items():
+        for name, layer in quant_layers(model).items():
             torch.testing.assert_close(layer.input_scale, short.get_submodule(name).input_scale)
 
 
@@ -336,7 +336,7 @@ def test_a_tokenizer_with_code_of_its_own_is_trusted_if_the_model_is(tmp_path, m
     trusted = {"trust_remote_code": True}
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, **trusted)
     assert type(quantized).__name__ == "OwnModel"
-    assert quant_linears(quantized)
+    assert quant_layers(quantized)
     quantized.save_pretrained(tmp_path / "quantized")
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", **trusted), quantized, ids())
 
@@ -390,11 +390,11 @@ def test_a_model_of_sounds_is_calibrated_with_what_is_saved_beside_it(kind, tmp_
     }[kind]
     config = HfQuantConfig("w8a8", calibration=data)
     model = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path, quantization_config=config)
-    assert all("input_scale" in dict(layer.named_buffers()) for layer in quant_linears(model).values())
+    assert all("input_scale" in dict(layer.named_buffers()) for layer in quant_layers(model).values())
 
 
 def test_features_of_sounds_need_no_start_token():
     model = tiny_transformers.build("WhisperForConditionalGeneration", "cpu")
     features = torch.randn(1, 8, 2 * model.config.max_source_positions)
     hfquant.quantize(model, [{"input_features": features}], "w8a8")
-    assert quant_linears(model)
+    assert quant_layers(model)

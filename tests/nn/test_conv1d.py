@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import hfquant
 from hfquant.nn.conv1d import QuantConv1D
 from hfquant.nn.kinds import kind_of, size_of
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 
 
 def tiny() -> GPT2LMHeadModel:
@@ -38,7 +38,7 @@ def test_gpt2(preset, tmp_path) -> None:
     weights = {name: m.weight.clone() for name, m in model.named_modules() if isinstance(m, Conv1D)}
     exact = model(**ids).logits
     hfquant.quantize(model, [ids], preset)
-    layers = quant_linears(model)
+    layers = quant_layers(model)
     assert layers.keys() == weights.keys()
     for name, layer in layers.items():
         assert type(layer) is QuantConv1D

@@ -19,7 +19,7 @@ from hfquant.nn.conv import QuantConv
 from hfquant.nn.embedding import QuantEmbedding
 from hfquant.nn.kinds import KINDS, kind_of, layers_in, refusal, size_of
 from hfquant.nn.linear import QuantLinear
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 
 
 def weight_normed() -> nn.Module:
@@ -143,7 +143,7 @@ def test_an_overridden_layer_runs_as_before(preset) -> None:
         hfquant.quantize(model, [x, x * torch.nan], "w8a8")
     assert torch.equal(model(x), exact)
     hfquant.quantize(model, [x], preset)
-    assert list(quant_linears(model)) == ["2"]
+    assert list(quant_layers(model)) == ["2"]
     assert (model(x) - exact).norm() < 0.05 * exact.norm()
     assert [*model][:2] == [*layers][:2]
 
@@ -159,7 +159,7 @@ def test_a_quantized_layer_is_not_taken_again() -> None:
     assert list(layers_in(model)) == ["0", "1"]
     hfquant.quantize(model, None, "w8a16")
     assert layers_in(model) == {}
-    assert len(quant_linears(model)) == 2
+    assert len(quant_layers(model)) == 2
     assert all(not any(kind.takes(m) and kind_of(m) for kind in KINDS) for m in model)
 
 
@@ -170,7 +170,7 @@ def test_falcon() -> None:
     exact = model(ids).logits
     names = [name for name, m in model.named_modules() if isinstance(m, FalconLinear)]
     hfquant.quantize(model, None, "w8a8-dynamic")
-    assert list(quant_linears(model)) == names
+    assert list(quant_layers(model)) == names
     assert (model(ids).logits - exact).norm() < 0.05 * exact.norm()
     hfquant.dequantize(model)
     assert all(type(model.get_submodule(name)) is FalconLinear for name in names)

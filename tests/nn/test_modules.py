@@ -11,7 +11,7 @@ from torch import nn
 import hfquant
 from hfquant import QuantLinear, set_real_quant
 from hfquant.layer_config import InputQuant, WeightQuant
-from hfquant.nn.modules import dequantized, log_share, quant_linears, quant_modules
+from hfquant.nn.modules import dequantized, log_share, quant_layers, quant_modules
 from hfquant.replacing import replace_modules
 from tests.nn.linear_cases import IN, OUT, Case, layer_of, some_input
 
@@ -42,7 +42,7 @@ def test_replace_modules_everywhere() -> None:
     assert model.c[2] is new_last
     assert not new.training
     assert new_last.training
-    assert quant_linears(model) == {"a": new, "c.2": new_last}
+    assert quant_layers(model) == {"a": new, "c.2": new_last}
 
 
 class Listed(nn.Module):
@@ -93,7 +93,7 @@ def test_set_real_quant() -> None:
     x = some_input(3)
     fake = model(x)
     set_real_quant(model)
-    assert all(layer.real_quant for layer in quant_linears(model).values())
+    assert all(layer.real_quant for layer in quant_layers(model).values())
     torch.testing.assert_close(model(x), fake, rtol=1e-5, atol=1e-5)
     set_real_quant(model, False)
     assert torch.equal(model(x), fake)
@@ -134,9 +134,9 @@ def test_accelerate_hooks_move_along(how, tmp_path) -> None:
 def test_dequantized() -> None:
     model = Shared()
     replace_modules(model, {m: quantized_twin(m) for m in (model.a, model.c[2])})
-    before = {name: layer.effective_weight() for name, layer in quant_linears(model).items()}
+    before = {name: layer.effective_weight() for name, layer in quant_layers(model).items()}
     assert dequantized(model, torch.bfloat16) is model
-    assert quant_linears(model) == {}
+    assert quant_layers(model) == {}
     assert model.a is model.b is model.c[0]
     for name, weight in before.items():
         linear = model.get_submodule(name)

@@ -13,7 +13,7 @@ from hfquant import recipes
 from hfquant.config import ConfigError
 from hfquant.integrations.examples import example_inputs
 from hfquant.integrations.skeleton import skeleton
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from hfquant.recipes.run import check_fits, planned
 from hfquant.recipes.schema import Recipe
 from tests.recipes.tiny import PUBLISHED, tiny_model
@@ -92,7 +92,7 @@ def test_each_runs_on_a_small_model_of_its_class(name, tmp_path):
         inputs = random_like(example_inputs(model))
         config = part.quant_config()
         hfquant.quantize(model, [inputs] if config.needs_data else None, config)
-        layers = quant_linears(model)
+        layers = quant_layers(model)
         assert layers
         assert not [layer for layer in layers if any(layer == glob for glob in part.skip)]
         outputs = [_tensor(model(**inputs)), _reloaded(model, inputs, tmp_path / component)]

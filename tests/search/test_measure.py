@@ -14,12 +14,12 @@ from hfquant.experts import unfused
 from hfquant.integrations.facts import facts_of
 from hfquant.planner import ModelFacts
 from hfquant.search.choices import rules_of
-from hfquant.search.measure import Measured, measure
+from hfquant.search.measure import MeasuredChoices, measure
 from tests.integrations.mixtures import mixture, tokens
 from tests.search.nets import BASE, Net, inputs
 
 
-def measured(model: nn.Module, data: Any, choices: Any = ("int3", "int4", "int8"), base: Any = BASE) -> Measured:
+def measured(model: nn.Module, data: Any, choices: Any = ("int3", "int4", "int8"), base: Any = BASE) -> MeasuredChoices:
     facts = facts_of(model) if hasattr(model, "config") else ModelFacts()
     with unfused(model, facts.experts) as experts:
         return measure(model, rules_of(choices, parse(base)), data, facts, experts)

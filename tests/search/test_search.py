@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import hfquant
 from hfquant.config import ConfigError
 from hfquant.integrations.facts import facts_of
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from hfquant.search import search
 from tests.integrations.mixtures import mixture, tokens
 from tests.report.conftest import small_llama
@@ -225,20 +225,20 @@ def test_a_config_that_asks_for_a_search(kind, tmp_path):
     asked = hfquant.HfQuantConfig(config, calibration=ids)
     assert asked.needs_data
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=asked)
-    types = {name: layer.plan.config.weight_quant.type for name, layer in quant_linears(model).items()}
+    types = {name: layer.plan.config.weight_quant.type for name, layer in quant_layers(model).items()}
     assert len(set(types.values())) > 1
-    weights = sum(p.in_features * p.out_features for p in (x.plan for x in quant_linears(model).values()))
-    size = sum(t.nbytes for x in quant_linears(model).values() for t in x.solved_tensors().values())
+    weights = sum(p.in_features * p.out_features for p in (x.plan for x in quant_layers(model).values()))
+    size = sum(t.nbytes for x in quant_layers(model).values() for t in x.solved_tensors().values())
     if kind == "config":
         assert size <= 5.6 * weights / 8
     else:
         plain = hfquant.quantize(small_llama(), ids, "w4a16-gptq")
-        assert size <= sum(t.nbytes for x in quant_linears(plain).values() for t in x.solved_tensors().values())
+        assert size <= sum(t.nbytes for x in quant_layers(plain).values() for t in x.solved_tensors().values())
     model.save_pretrained(tmp_path / "saved")
     stored = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
     assert stored["config"] == asked.to_dict()["config"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    assert {name: x.plan.config.weight_quant.type for name, x in quant_linears(again).items()} == types
+    assert {name: x.plan.config.weight_quant.type for name, x in quant_layers(again).items()} == types
     assert torch.equal(again(**ids[0]).logits, model(**ids[0]).logits)
 
 

@@ -23,7 +23,7 @@ STATIC = {"default": {"weight_quant": {"type": "int8", "axis": -1}, "input_quant
 ADVANCED = {"default": {**STATIC["default"], "opt": {"type": "svd", "low_rank": 4}, "calib": {"type": "gptq"}}}
 
 
-def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
+def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
@@ -33,7 +33,7 @@ def test_plan_and_quantize_without_data(name: str, tmp_path: Path) -> None:
     planned = hfquant.plan(MODELS[name](), "w8a8-dynamic").layers
     in_memory = hfquant.quantize(MODELS[name](), None, "w8a8-dynamic")
     assert planned
-    assert quant_linears(in_memory).keys() == planned.keys()
+    assert quant_layers(in_memory).keys() == planned.keys()
     assert sqnr(outputs(exact, inputs_of(exact)), outputs(in_memory, inputs_of(exact))) > 30
 
     exact.save_pretrained(tmp_path / "float")
@@ -49,11 +49,11 @@ def test_quantize_with_data(name: str, config: dict[str, Any], tmp_path: Path) -
     exact = MODELS[name]()
     inputs = inputs_of(exact)
     model = hfquant.quantize(MODELS[name](), [inputs] * 2, config)
-    assert len(quant_linears(model)) > 10
+    assert len(quant_layers(model)) > 10
     assert sqnr(outputs(exact, inputs), outputs(model, inputs)) > 25
     model.save_pretrained(tmp_path)
     assert_same(type(exact).from_pretrained(tmp_path), model)
-    assert not quant_linears(hfquant.dequantize(model))
+    assert not quant_layers(hfquant.dequantize(model))
 
 
 def test_calibration_set_of_a_pipeline(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_pipeline_from_a_dataset(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
     again = type(pipe).from_pretrained(tmp_path)
     assert_same(again.transformer, pipe.transformer)
-    assert len(quant_linears(again.transformer)) > 10
+    assert len(quant_layers(again.transformer)) > 10
 
 
 def test_command_line(tmp_path: Path) -> None:

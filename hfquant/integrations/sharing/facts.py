@@ -56,7 +56,7 @@ class Left(NamedTuple):
     names: list[str]
 
 
-class Measured(NamedTuple):
+class MeasuredErrors(NamedTuple):
     """Median SQNR of layer outputs on sampled calibration rows, in dB: as solved, and with plain rounding."""
 
     sqnr: float
@@ -78,7 +78,7 @@ class Component:
     rows: list[Row]
     left: list[Left]
     float_bytes: int
-    measured: Measured | None
+    measured: MeasuredErrors | None
 
     @property
     def preset(self) -> str | None:
@@ -157,7 +157,7 @@ def of_models(thing: Any) -> Facts:
     values: dict[str, Any] = {} if affiner is None else dict(of_affiner(affiner).values)
     # transformers sets the first where it loads a class that comes with the model.
     values["loader"] = getattr(thing, "_auto_class", None) or type(thing).__name__
-    values["own_code"] = any(is_own_class(part) for part in (thing, *models_of(thing).values()))
+    values["remote_code"] = any(is_own_class(part) for part in (thing, *models_of(thing).values()))
     return Facts(type(thing).__name__, library(thing) or "diffusers", list(tags), recipe, components, values)
 
 
@@ -287,12 +287,12 @@ def _inputs(rule: InputQuant | None) -> str:
     return f"{rule.type}, {scale}, {'static' if rule.static else 'dynamic'}"
 
 
-def _measured(report: QuantReport | None) -> Measured | None:
+def _measured(report: QuantReport | None) -> MeasuredErrors | None:
     if report is None or not (layers := [layer for layer in report.layers if layer.sqnr is not None]):
         return None
     sqnr, plain = (median(getattr(layer, key) for layer in layers) for key in ("sqnr", "plain_sqnr"))
     never_ran = [layer.name for layer in report.layers if layer.fallback]
-    return Measured(sqnr, plain, worst(layers), never_ran, [layer for layer in report.layers if layer.guard])
+    return MeasuredErrors(sqnr, plain, worst(layers), never_ran, [layer for layer in report.layers if layer.guard])
 
 
 def _digest(value: Any) -> str:

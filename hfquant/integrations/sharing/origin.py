@@ -14,7 +14,7 @@ from typing import Any
 
 from hfquant.hub_ids import hub_id
 from hfquant.integrations.sharing.merge import CardError, Generated, read_card
-from hfquant.own_code import own_code_allowed
+from hfquant.remote_code import remote_code_allowed
 
 CARD_FILE = "README.md"
 #: Metadata that the card of a quantized model inherits from its base model's.
@@ -120,9 +120,9 @@ def is_own_class(thing: Any) -> bool:
     return type(thing).__module__.startswith(("transformers_modules.", "diffusers_modules."))
 
 
-def runs_own_code(model: Any) -> bool:
+def runs_remote_code(model: Any) -> bool:
     """Return whether the user has agreed to run the code in a model's repository, or already runs its class."""
-    return own_code_allowed() or is_own_class(model)
+    return remote_code_allowed() or is_own_class(model)
 
 
 def save_code(pipeline: Any, folder: Path) -> None:
@@ -159,6 +159,6 @@ def save_processor(model: Any, folder: Path) -> None:
         if any(file_of(source, name, **options) for name in _PROCESSOR_FILES):
             # These are transformers' ways of saying that it cannot.
             with suppress(OSError, ValueError, KeyError, TypeError, ImportError):
-                trusted = {"trust_remote_code": runs_own_code(model)}
+                trusted = {"trust_remote_code": runs_remote_code(model)}
                 AutoProcessor.from_pretrained(source, **trusted, **options).save_pretrained(folder)
                 return

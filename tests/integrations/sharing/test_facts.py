@@ -14,7 +14,7 @@ import torch
 import hfquant
 from hfquant import HfQuantConfig
 from hfquant.integrations.sharing.facts import of_models, preset_of, tags_of
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import small_models
 
 MIXED = {
@@ -38,7 +38,7 @@ def test_sizes_add_up(checkpoint: Callable[[str], Path], name: str, config: Any)
     stored = model.state_dict()
     computed = sum(buffer.nbytes for key, buffer in model.named_buffers() if key not in stored)
     assert component.bytes == model.get_memory_footprint() - computed
-    layers = quant_linears(model)
+    layers = quant_layers(model)
     assert sum(row.layers for row in component.rows) == len(layers)
     for row in component.rows:
         names = [n for n, layer in layers.items() if row.weights.startswith(f"{layer.plan.config.weight_quant.type},")]
@@ -54,7 +54,7 @@ def test_codes_that_two_layers_share_are_counted_once(preset: str) -> None:
     config = {"default": {**hfquant.PRESETS[preset]["default"], "include": ["embeddings", "output_heads"]}}
     parameters = original.num_parameters()
     model = hfquant.quantize(original, None, config)
-    assert "lm_head" in quant_linears(model)
+    assert "lm_head" in quant_layers(model)
     (component,) = of_models(model).components
     assert component.parameters == parameters
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
@@ -71,7 +71,7 @@ def test_rows_and_reasons(checkpoint: Callable[[str], Path]) -> None:
     assert component.preset is None
     reasons = {name: left.why for left in component.left for name in left.names}
     names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert names - quant_linears(model).keys() <= reasons.keys()
+    assert names - quant_layers(model).keys() <= reasons.keys()
     assert {reasons[name] for name in names if name.endswith("o_proj")} == {"enable=False"}
     assert "modules_to_not_convert" in reasons[next(name for name in names if name.endswith("v_proj"))]
     assert reasons["model.norm"] == "LlamaRMSNorm, not quantized"

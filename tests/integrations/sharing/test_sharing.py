@@ -29,7 +29,7 @@ from hfquant.demo import load_digits_pipeline
 from hfquant.demo.pipeline import DigitsPipeline
 from hfquant.integrations import note_distillation
 from hfquant.integrations.sharing.merge import CardError, sections
-from hfquant.nn.modules import quant_linears
+from hfquant.nn.modules import quant_layers
 from tests.integrations import small_models
 from tests.integrations.sharing.hub_server import TOKEN, Hub
 from tests.integrations.small_models import assert_same
@@ -70,7 +70,7 @@ def test_a_model_comes_back_by_its_id(
     assert url.startswith(f"{hub.endpoint}/me/model/commit/")
     assert hub.commits == [("me/model", "The first")]
     loaded = type(model).from_pretrained("me/model")
-    assert quant_linears(loaded).keys() == quant_linears(model).keys()
+    assert quant_layers(loaded).keys() == quant_layers(model).keys()
     assert_same(model, loaded)
     data = card(hub, "me/model").data
     assert data.library_name == ("diffusers" if name == "dit" else "transformers")
@@ -91,7 +91,7 @@ def test_a_pipeline_comes_back_by_its_id(hub: Hub) -> None:
     hfquant.push_to_hub(pipe, "me/pipe", token=TOKEN)
     loaded = DiffusionPipeline.from_pretrained("me/pipe")
     for name in ("transformer", "vae"):
-        assert quant_linears(getattr(loaded, name)).keys() == quant_linears(getattr(pipe, name)).keys()
+        assert quant_layers(getattr(loaded, name)).keys() == quant_layers(getattr(pipe, name)).keys()
     assert_same(pipe.transformer, loaded.transformer)
     pushed = card(hub, "me/pipe")
     assert pushed.data.library_name == "diffusers"

@@ -10,8 +10,8 @@ from hfquant.formats.base import NumberFormat
 
 
 @cache
-def bell_error(form: NumberFormat) -> float:
+def nominal_error(form: NumberFormat) -> float:
     """Return the relative L2 error on a normal distribution cut at 3.5 standard deviations, with a single scale."""
-    bell = torch.special.ndtri(torch.linspace(0, 1, 4099)[1:-1])
-    scale = form.scale_from_amax(bell.abs().max()) if form.has_scale else None
-    return float((form.round(bell, scale) - bell).norm() / bell.norm())
+    values = torch.special.ndtri(torch.linspace(0, 1, 4099)[1:-1])
+    scale = form.scale_from_amax(values.abs().max()) if form.has_scale else None
+    return float((form.round(values, scale) - values).norm() / values.norm())

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfquant.formats import FORMATS
-from hfquant.formats.words import from_words, to_words
+from hfquant.formats.int32_words import from_words, to_words
 
 
 @given(

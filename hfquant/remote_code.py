@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_allowed: ContextVar[bool] = ContextVar("own_code_allowed", default=False)
+_allowed: ContextVar[bool] = ContextVar("remote_code_allowed", default=False)
 
 
 @contextmanager
-def own_code(allowed: bool) -> Iterator[None]:
+def remote_code(allowed: bool) -> Iterator[None]:
     """Set whether models that are loaded in this context by name may run code of their own.
 
     Args:
@@ -24,13 +24,13 @@ def own_code(allowed: bool) -> Iterator[None]:
         _allowed.reset(token)
 
 
-def own_code_allowed() -> bool:
+def remote_code_allowed() -> bool:
     """Return whether models that are loaded by name may run code of their own."""
     return _allowed.get()
 
 
 @contextmanager
-def own_code_errors(name: str) -> Iterator[None]:
+def remote_code_errors(name: str) -> Iterator[None]:
     """Turn the libraries' refusal to run a model's own code into one sentence that names the option.
 
     Args:
@@ -42,7 +42,7 @@ def own_code_errors(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if own_code_allowed() or "trust_remote_code" not in str(error):
+        if remote_code_allowed() or "trust_remote_code" not in str(error):
             raise
         raise ValueError(
             f"{name} has code of its own, which would run on this machine: read it, and if you trust it, pass "

@@ -12,8 +12,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from hfquant.calibration import kept as module
-from hfquant.calibration.kept import folder, kept
+from hfquant.calibration import tensor_cache as module
+from hfquant.calibration.tensor_cache import folder, kept
 
 
 @pytest.fixture(autouse=True)
@@ -68,12 +68,12 @@ def test_what_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> No
 
 JOB = """
 import sys, torch
-from hfquant.calibration.kept import kept
+from hfquant.calibration.tensor_cache import folder, kept
 for i in range(40):
     found = kept("a" if i % 2 else f"{sys.argv[1]}-{i}", lambda: {"input_ids": torch.full((400, 50), 7)})
     assert found["input_ids"].eq(7).all()
     if i % 2:
-        (__import__("hfquant.calibration.kept").calibration.kept.folder() / "a.safetensors").unlink(missing_ok=True)
+        (folder() / "a.safetensors").unlink(missing_ok=True)
 """
 
 

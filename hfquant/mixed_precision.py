@@ -75,9 +75,10 @@ def _int8_share(quant: InputQuant | WeightQuant | None) -> float:
 
 
 def _smallest(shares: Mapping[str, float], sizes: Mapping[str, int], total: int) -> Iterator[tuple[str, float]]:
-    """Yield the smallest layers and each one's fraction of ``total``, while their sum is within each one's share of it.
+    """Take layers from the smallest up, and yield each one's name and its fraction of ``total``.
 
-    Of equal layers, the one listed first comes first.
+    A layer is skipped if with it, the sum of those taken would exceed its share of ``total``. Of equal layers, the one
+    listed first comes first.
     """
     taken = 0
     for name in sorted(shares, key=lambda name: sizes[name]):
