@@ -224,7 +224,9 @@ def _samples(
 ) -> Iterator[tuple[Recording, int, Cursor]]:
     """Yield the samples after `start`: a recording, the sample's position in it, and the cursor after it."""
     rank, world_size = shard
-    steps, ran, found = None, False, start.taken > 0
+    steps, found = None, start.taken > 0
+    calls: list[None] = []
+    ran = False
     progress = progress_bar(desc=f"Sampling {type(sampler).__name__}", unit="batch", total=_length(source.loader))
     try:
         for number, batch in enumerate(source):
@@ -237,7 +239,7 @@ def _samples(
                 raise CalibSetError(
                     "sample_dataloader yields different data than when this set was begun: choose another path"
                 )
-            with _without_token_cache(target.component):
+            with _without_token_cache(target.component), _counted(target.layer, calls):
                 recording, steps = sampler.sample(model, batch, target.layer, call_kwargs, index=number, steps=steps)
             ran, found = True, found or len(recording) > 0
             for position in range(skip, len(recording)):
@@ -247,9 +249,25 @@ def _samples(
     if start.taken and source.count <= start.batch:
         raise CalibSetError(f"sample_dataloader ends after {source.count} batches, fewer than when this set was begun")
     if ran and not found:
-        raise CalibrationError("calib_layer was never called with a timestep that is kept: nothing was recorded")
+        what = target.name or type(target.layer).__name__
+        if not calls:
+            raise CalibrationError(
+                f"{what}: the run never calls its forward, though it may call other methods of it, which are not "
+                "recorded: quantize it with a config that needs no data"
+            )
+        raise CalibrationError(f"{what} was never called with a timestep that is kept: nothing was recorded")
     if not source.count:
         raise CalibrationError("sample_dataloader is empty: nothing was recorded")
+
+
+@contextmanager
+def _counted(layer: nn.Module, calls: list[None]) -> Iterator[None]:
+    """Within this context, append an item to ``calls`` at each call of a layer."""
+    handle = layer.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

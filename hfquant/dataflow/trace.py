@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hfquant.dataflow.index_map import cuts_of, squash
 from hfquant.dataflow.scaling import ScaleWatch, Source
+from hfquant.dataflow.source import obstacles_in_training
 from hfquant.dataflow.tracker import Call, FeatureTracker, Slice
 from hfquant.dataflow.twin import PatternError, run_twin
 from hfquant.dataflow.weights import WeightWatch, find_obstacles
@@ -101,7 +102,7 @@ def trace(
     layers = layers_in(model)
     codes = dict.fromkeys(layers, torch.int8) if codes is None else codes
     run, fake = run_twin(model, example, functools.partial(_Watch, model, wanted, layers, codes))
-    obstacles = find_obstacles(model, example, run.weights, fake)
+    obstacles = {**obstacles_in_training(model), **find_obstacles(model, example, run.weights, fake)}
     calls: dict[str, list[Call]] = {}
     for call in run.features.calls:
         calls.setdefault(call.name, []).append(call)

@@ -88,6 +88,12 @@ def self_made(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMa
 
 
 def _made(model: Any, shapes: dict[str, Any] | None, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
+    if type(model).forward is nn.Module.forward:  # Qwen2.5-Omni: its generate calls those of its parts
+        parts = [name for name, part in model.named_children() if type(part).forward is not nn.Module.forward]
+        raise CalibrationError(
+            f"{type(model).__name__} has no forward, so no data can calibrate it: use a config that needs no data, or "
+            f"quantize its parts ({', '.join(parts)}) with hfquant.quantize"
+        )
     if shapes is not None and "input_ids" in shapes and shapes.keys() <= _TEXT:
         short = SelfMade([shapes], [], spec)
         if why := _tried(model, "text", lambda: short)[1]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hfquant.calibration import BaseCalibSet, BaseSampler, UniformSampler, generate_calibrate_set
 from hfquant.calibration.batches import CalibrationError
@@ -21,7 +22,7 @@ from hfquant.calibration.recorder import find_layer
 from hfquant.calibration.self_made import SelfMade, SelfSpec, generator, pink_noise
 from hfquant.calibration.tensor_cache import folder
 from hfquant.console import counted
-from hfquant.denoisers import call_parameters, find_denoiser, modular_blocks
+from hfquant.denoisers import call_parameters, find_denoiser, models_of, modular_blocks
 from hfquant.digests import digest_of
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,11 @@ PROMPTS = (
 STEPS = 20
 #: Calls recorded from one more run, for checking the result.
 CHECKS = 2
-#: Arguments of pipelines' calls that are images.
-PICTURE_ARGUMENTS = ("image", "control_image", "mask_image")
+#: Arguments of pipelines' calls that are images, or lists of frames.
+PICTURE_ARGUMENTS = ("image", "control_image", "mask_image", "example_image", "reference_image")
+VIDEO_ARGUMENTS = ("video", "conditioning_frames", "control_video", "pose_video", "face_video")
+#: Frames of a video if the pipeline does not say: video autoencoders take 4 k + 1 or 8 k + 1.
+FRAMES = 9
 _CLASSES = ("class_labels", "class_label")
 
 
@@ -61,11 +65,42 @@ def own_calls(pipe: Any, count: int, seed: int, given: Mapping[str, Any]) -> lis
             default = parameters["num_inference_steps"].default
             call["num_inference_steps"] = min(default, STEPS) if isinstance(default, int) else STEPS
         for name in PICTURE_ARGUMENTS:
-            # With an image that it can do without, a modular pipeline runs other blocks, which may lack their models.
-            if name in parameters and (not is_modular or parameters[name].default is Parameter.empty):
-                call[name] = _picture(pipe, given, generator(seed, i))
+            if _is_made(name, parameters, is_modular):
+                nets = _nets(pipe, name, parameters)
+                picture = _picture(pipe, given, generator(seed, i))
+                call[name] = picture if nets is None else [picture] * nets
+        for name in VIDEO_ARGUMENTS:
+            if _is_made(name, parameters, is_modular):
+                call[name] = _video(pipe, given, generator(seed, i), _frames(parameters, given))
         calls.append({name: value for name, value in call.items() if name not in given})
     return calls
+
+
+def _is_made(name: str, parameters: Mapping[str, Parameter], is_modular: bool) -> bool:
+    """Return whether calls have an argument that is an image or a video."""
+    if name not in parameters or parameters[name].default is Parameter.empty:
+        return name in parameters
+    # With an image that it can do without, a modular pipeline runs other blocks, which may lack their models. A
+    # pipeline that can choose the number of frames can do without a video.
+    return not is_modular and (name != "video" or "num_frames" not in parameters)
+
+
+def _nets(pipe: Any, name: str, parameters: Mapping[str, Parameter]) -> int | None:
+    """Return how many images an argument lists, one for each of several ControlNets or adapters; None if it is one."""
+    if name != ("control_image" if "control_image" in parameters else "image"):
+        return None
+    for part in ("controlnet", "adapter"):
+        if isinstance(pipe.components.get(part), nn.Module) and part not in (models := models_of(pipe, part)):
+            return len(models)
+    return None
+
+
+def _frames(parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> int:
+    if "controlnet_frame_indices" in parameters:  # SparseControlNet: those that are given
+        return len(given.get("controlnet_frame_indices", parameters["controlnet_frame_indices"].default))
+    default = parameters["num_frames"].default if "num_frames" in parameters else None
+    count = given.get("num_frames", default)
+    return count if isinstance(count, int) else FRAMES
 
 
 def _classes(pipe: Any) -> int:
@@ -83,6 +118,14 @@ def _picture(pipe: Any, given: Mapping[str, Any], source: torch.Generator) -> An
     height, width = (int(given.get(name) or side) for name in ("height", "width"))
     levels = (128 + 64 * pink_noise((3, height, width), 2, source)).clamp(0, 255).byte()
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
+
+
+def _video(pipe: Any, given: Mapping[str, Any], source: torch.Generator, count: int) -> list[Any]:
+    """Return frames of a picture that moves by a pixel per frame."""
+    from PIL import ImageChops
+
+    picture = _picture(pipe, given, source)
+    return [ImageChops.offset(picture, i, 0) for i in range(count)]
 
 
 def self_made_runs(
@@ -135,6 +178,8 @@ def self_made_runs(
                     raise
                 arguments = given  # some pipelines return no latents (Marigold's) and refuse to run
                 made[name] = made_for(name)
+        except CalibrationError:
+            raise  # no other data would help: nothing of the run can be recorded
         except Exception as error:
             raise CalibrationError(
                 f"{type(pipe).__name__} cannot run on built-in inputs ({type(error).__name__}: {error}): pass "

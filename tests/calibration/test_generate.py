@@ -487,7 +487,7 @@ def test_a_language_model_in_a_pipeline_is_recorded_without_a_cache(generates):
         ({"sampler": UniformSampler}, TypeError, "sampler must be a BaseSampler"),
         ({"generator": torch.Generator()}, ValueError, "generator: "),
         ({"model": nn.ReLU}, TypeError, "module or a diffusers pipeline"),
-        ({"calib_layer": "unet.unused"}, ValueError, "never called"),
+        ({"calib_layer": "unet.unused"}, ValueError, "never calls its forward"),
         ({"no_such": 1}, TypeError, "no_such"),
     ],
 )

@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hfquant.dataflow import obstacles_in_source
+import hfquant
+from hfquant.dataflow import obstacles_in_source, trace
+from hfquant.dataflow.source import obstacles_in_training
 from hfquant.dataflow.weights import CAST, READ
+from hfquant.nn.modules import quant_layers
 
 
 class Model(nn.Module):
@@ -82,3 +85,48 @@ def test_what_a_run_sees_is_in_the_source_too(kind):
             found = obstacles_in_source(Blip2ForImageTextRetrieval(config))
             names = ("vision_projection", "text_projection", "itm_head", "vision_model.embeddings.patch_embedding")
             assert found == dict.fromkeys(names, CAST)
+
+
+class Clamping(nn.Module):
+    """Works on the weight of ``a`` in training, and passes on or inspects those of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        if self.training and x.numel():
+            x = F.linear(x.to(self.b.weight.dtype), self.a.weight.clamp(-1, 1))
+            x = F.linear(x, self.b.weight)
+        if not self.training:
+            x = x + self.c.weight.sum()
+        return self.d(x)
+
+
+def test_weights_that_are_worked_on_in_training_alone():
+    assert obstacles_in_training(nn.Sequential(Clamping())) == {"0.a": READ}
+    assert trace(Clamping(), {"x": torch.ones(1, 8)})["a"].obstacle == READ
+
+
+def test_gemma3n_trains_with_quantized_linears():
+    """In training, it clamps two of its weights in place or as a tensor."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3nTextConfig(
+        vocab_size=64, vocab_size_per_layer_input=64, hidden_size=32, hidden_size_per_layer_input=16,
+        intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+        laurel_rank=8, num_kv_shared_layers=0, altup_num_inputs=2, activation_sparsity_pattern=[0.9, 0.0],
+        layer_types=["sliding_attention", "full_attention"], sliding_window=8,
+    )  # fmt: skip
+    model = hfquant.quantize(Gemma3nForCausalLM(config), None, "w4a16")
+    names = {name.rpartition(".")[2] for name in quant_layers(model)}
+    assert "q_proj" in names
+    assert not names & {"prediction_coefs", "correction_coefs"}
+    tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)).train()
+    ids = torch.arange(5, 13)[None]
+    tuned(input_ids=ids, labels=ids).loss.backward()
+    gradients = [p.grad for p in tuned.parameters() if p.requires_grad]
+    assert gradients
+    assert all(g is not None and g.abs().sum() > 0 for g in gradients)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 import hfquant
 from hfquant import CalibrationError
@@ -26,6 +28,25 @@ def test_a_plain_module_and_unknown_inputs_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "example_inputs", lambda model: None)
     with pytest.raises(CalibrationError, match="BertModel needs calibration data and cannot make its own: the inputs"):
         hfquant.quantize(small_models.TRANSFORMERS["bert"](), None, "w8a8")
+
+
+def test_a_model_without_a_forward_is_refused_with_its_parts() -> None:
+    """As Qwen2.5-Omni, whose `generate` calls the forwards of its parts."""
+
+    class Whole(LlamaPreTrainedModel):
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            self.thinker, self.voices = LlamaForCausalLM(config), nn.ModuleList()
+            self.post_init()
+
+    model = Whole(small_models.llama_of_64().config)
+    with pytest.raises(
+        CalibrationError, match=r"Whole has no forward, .* or quantize its parts \(thinker\)"
+    ):
+        hfquant.quantize(model, None, "w8a8")
+    assert not quant_layers(model)
+    hfquant.quantize(model.thinker, [small_models.transformers_inputs(model.thinker)], "w8a8")
+    assert quant_layers(model)
 
 
 def test_noise_that_a_forward_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

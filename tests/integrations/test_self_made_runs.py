@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import transformers
 from diffusers import (
+    AnimateDiffVideoToVideoPipeline,
     AudioLDM2Pipeline,
     AudioLDM2ProjectionModel,
     AudioLDM2UNet2DConditionModel,
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     DDPMPipeline,
     MarigoldDepthPipeline,
+    MotionAdapter,
+    MultiControlNetModel,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -32,7 +38,7 @@ from hfquant import CalibrationError, HfQuantConfig, quantize_pipeline
 from hfquant.calibration.tensor_cache import folder
 from hfquant.demo.pipeline import DigitsPipeline
 from hfquant.integrations import self_made_runs as module
-from hfquant.integrations.self_made_runs import PROMPTS, own_calls
+from hfquant.integrations.self_made_runs import FRAMES, PROMPTS, VIDEO_ARGUMENTS, own_calls
 from hfquant.nn.modules import quant_layers
 from tests.affiner.pipelines import _vae
 from tests.calibration.tiny_models import tiny_dit, tiny_unet
@@ -261,6 +267,78 @@ def test_calls_have_what_a_pipeline_takes():
     picture = own_calls(image(), 1, 0, {"height": 16, "width": 24})[0]["image"]
     assert picture.size == (24, 16)
     assert picture.tobytes() == own_calls(image(), 1, 0, {"height": 16, "width": 24})[0]["image"].tobytes()
+
+
+def test_a_picture_for_each_of_several_controlnets():
+    parts = text_parts()
+    net = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(4, 4))
+    pipe = StableDiffusionControlNetPipeline(**parts, controlnet=net.eval())
+    assert own_calls(pipe, 1, 0, {"height": 16, "width": 24})[0]["image"].size == (24, 16)
+    pipe.controlnet = MultiControlNetModel([pipe.controlnet])
+    assert [p.size for p in own_calls(pipe, 1, 0, {"height": 16, "width": 24})[0]["image"]] == [(24, 16)]
+    pipe.controlnet = MultiControlNetModel([pipe.controlnet.nets[0]] * 2)
+    pipe.set_progress_bar_config(disable=True)
+    quantize_pipeline(pipe, FEW, "w8a8", num_inference_steps=2, height=16, width=16)
+    assert quant_layers(pipe.unet)
+    assert [r.name for r in pipe.unet.quant_report.layers if r.fallback] == []
+
+
+def video_to_video() -> Any:
+    parts = text_parts()
+    channels = parts["unet"].config.block_out_channels
+    adapter = MotionAdapter(channels, motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=2)
+    names = ("text_encoder", "tokenizer", "vae", "unet", "scheduler")
+    return AnimateDiffVideoToVideoPipeline(**{name: parts[name] for name in names}, motion_adapter=adapter)
+
+
+def test_frames_for_a_pipeline_that_starts_from_a_video():
+    pipe = video_to_video()
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 16, "width": 24}
+    frames = own_calls(pipe, 1, 0, call)[0]["video"]
+    assert {frame.size for frame in frames} == {(24, 16)}
+    assert len({frame.tobytes() for frame in frames}) == len(frames) == FRAMES
+    config = HfQuantConfig("w8a8", guard=False)
+    quantize_pipeline(pipe, {**FEW, "samples": 1}, config, num_inference_steps=1, strength=1.0, height=8, width=8)
+    assert quant_layers(pipe.unet)
+    assert [r.name for r in pipe.unet.quant_report.layers if r.fallback] == []
+
+
+@pytest.mark.parametrize(
+    ("defaults", "expected"),
+    [
+        ({"video": None, "num_frames": 81}, {}),  # it can start from noise
+        ({"video": Parameter.empty, "num_frames": 5}, {"video": 5}),
+        ({"video": None}, {"video": FRAMES}),
+        ({"conditioning_frames": None, "num_frames": None}, {"conditioning_frames": FRAMES}),
+        ({"conditioning_frames": None, "num_frames": 16, "controlnet_frame_indices": [0]}, {"conditioning_frames": 1}),
+    ],
+)
+def test_which_pipelines_get_how_many_frames(defaults: dict[str, Any], expected: dict[str, int]):
+    class Pipe:
+        components: ClassVar = {}
+        unet = tiny_unet()
+
+        def __call__(self) -> None: ...
+
+    kind = Parameter.KEYWORD_ONLY
+    parameters = [Parameter(name, kind, default=default) for name, default in defaults.items()]
+    Pipe.__call__.__signature__ = Signature([Parameter("self", Parameter.POSITIONAL_ONLY), *parameters])
+    made = own_calls(Pipe(), 1, 0, {})[0]
+    assert {name: len(made[name]) for name in VIDEO_ARGUMENTS if name in made} == expected
+    if "num_frames" in defaults and "controlnet_frame_indices" not in defaults:
+        assert {len(frames) for frames in own_calls(Pipe(), 1, 0, {"num_frames": 9})[0].values()} <= {9}
+
+
+@pytest.mark.parametrize("data", [FEW, ["a fine day"]])
+def test_a_component_whose_forward_never_runs_is_named(data: Any):
+    """AudioLDM2 calls the `get_text_features` of its first text encoder."""
+    pipe = audio()
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "audio_length_in_s": 0.016}
+    with pytest.raises(CalibrationError, match=r"^text_encoder: the run never calls its forward.* needs no data$"):
+        quantize_pipeline(pipe, data, "w8a8", components=["unet", "text_encoder"], **call)
+    assert not quant_layers(pipe.unet)
 
 
 def test_calls_have_what_a_modular_pipeline_takes():

@@ -20,6 +20,8 @@ CARD_FILE = "README.md"
 #: Metadata that the card of a quantized model inherits from its base model's.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
+#: Files that models read from beside their weights and do not save with them, by model type: voices.
+_EXTRA_FILES = {"qwen2_5_omni": ("spk_dict.pt",)}
 #: A folder of weights in the hub's cache.
 _IN_CACHE = re.compile(
     r"(?P<cache>.*)[/\\]models--[^/\\]+[/\\]snapshots[/\\](?P<revision>[^/\\]+)(?:[/\\](?P<subfolder>.+))?"
@@ -150,9 +152,16 @@ def save_code(pipeline: Any, folder: Path) -> None:
 
 
 def save_processor(model: Any, folder: Path) -> None:
-    """Save the tokenizer or processor that a transformers model came with, unless the folder already has one."""
+    """Save the tokenizer or processor that a transformers model came with, unless the folder already has one.
+
+    Other files that its class cannot be loaded without are copied too.
+    """
     from transformers import AutoProcessor
 
+    for name in _EXTRA_FILES.get(getattr(model.config, "model_type", ""), ()):
+        found = (file_of(source, name, **options) for source, options in places(model))
+        if not (folder / name).exists() and (path := next(filter(None, found), None)):
+            shutil.copyfile(path, folder / name)
     if any((folder / name).is_file() for name in _PROCESSOR_FILES):
         return
     for source, options in places(model):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hfquant.integrations.sharing.origin import Origin, file_of, origin_of, places, source_of
+from hfquant.integrations.sharing.origin import Origin, file_of, origin_of, places, save_processor, source_of
 
 
 def test_the_files_of_a_folder_named_like_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,3 +36,17 @@ def test_a_source_with_a_broken_card_is_done_without(card: bytes, tmp_path: Path
     (tmp_path / "README.md").write_bytes(card)
     assert origin_of(SimpleNamespace(name_or_path=str(tmp_path)), None) == Origin()
     assert origin_of(SimpleNamespace(name_or_path=str(tmp_path)), "org/base") == Origin("org/base")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_omni", "llama"])
+def test_files_that_a_model_cannot_be_loaded_without_go_along(model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "spk_dict.pt").write_bytes(b"voices")
+    out = tmp_path / "out"
+    out.mkdir()
+    model = SimpleNamespace(name_or_path=str(tmp_path), config=SimpleNamespace(model_type=model_type))
+    save_processor(model, out)
+    assert [file.name for file in out.iterdir()] == (["spk_dict.pt"] if model_type == "qwen2_5_omni" else [])
+    if model_type == "qwen2_5_omni":
+        (out / "spk_dict.pt").write_bytes(b"other voices")
+        save_processor(model, out)
+        assert (out / "spk_dict.pt").read_bytes() == b"other voices"
