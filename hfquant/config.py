@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from hfquant.algorithms import ROUNDINGS, TRANSFORMS
 from hfquant.enums import SegPattern
 from hfquant.layer_config import InputQuant, LayerConfig, Quant, WeightQuant
 from hfquant.presets import PRESETS, SUCCEEDED
-from hfquant.schema import ConfigError, Section
+from hfquant.schema import ConfigError, Section, validated
 
 
 class SearchRule(Section):
@@ -75,9 +75,9 @@ class QuantRules:
             where = f"config[{key!r}]"
             if not isinstance(entry, dict):
                 raise ConfigError(f"{where}: expected a dict of fields, got {entry!r}")
+            checked: Section
             if key == "search":
-                checked: Section = _section(SearchRule, entry, where, patch=False)
-                self.search = cast(SearchRule, checked)
+                checked = self.search = validated(SearchRule, entry, where)
             else:
                 checked = _validate(entry, where, patch=key != "default")
             self.raw[key] = checked.model_dump(mode="json", exclude_unset=True)
@@ -188,12 +188,12 @@ def _validate(entry: Mapping[str, Any], where: str, patch: bool = False) -> Laye
             if isinstance(value, dict) and key in _TABLES:
                 fields[key] = _typed_section(key, value, f"{where}.{key}", patch)
             elif isinstance(value, dict) and key in _QUANTS:
-                fields[key] = _section(_QUANTS[key], value, f"{where}.{key}", patch)
+                fields[key] = validated(_QUANTS[key], value, f"{where}.{key}", patch)
         except ConfigError as error:
             errors.append(str(error))
             del fields[key]
     try:
-        config: LayerConfig = _section(LayerConfig, fields, where, patch)
+        config = validated(LayerConfig, fields, where, patch)
     except ConfigError as error:
         errors.append(str(error))
     if errors:
@@ -215,33 +215,12 @@ def _typed_section(key: str, entry: Mapping[str, Any], where: str, patch: bool) 
         if not others:
             allowed = dict.fromkeys(f for kind in table.values() for f in kind.model_fields)
             raise ConfigError(f"{where}.{field}: unknown key; allowed are {', '.join(allowed)}")
-        other = _section(table[others[0]], {field: entry[field]}, where, patch=True)
+        other = validated(table[others[0]], {field: entry[field]}, where, patch=True)
         if getattr(other, field) != table[others[0]].model_fields[field].default:
             needed = " or ".join(f'"{n}"' for n in others)
             raise ConfigError(f"{where}: {field}={entry[field]!r} needs type {needed}")
         del fields[field]
-    return _section(table[name], fields, where, patch)
-
-
-def _section(kind: type[Any], fields: Mapping[str, Any], where: str, patch: bool) -> Any:
-    try:
-        return kind.model_validate(fields, context={"patch": patch})
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, where, kind) for e in error.errors())) from None
-
-
-def _explain(error: Any, where: str, kind: type[Section]) -> str:
-    """Format a pydantic error as one line with the key, the value and what is allowed."""
-    path = [str(p) for p in error["loc"]]
-    key = ".".join([where, *path])
-    if error["type"] == "extra_forbidden":
-        for name in path[:-1]:
-            default = kind.model_fields[name].get_default(call_default_factory=True)
-            kind = type(default)
-        return f"{key}: unknown key; allowed are {', '.join(kind.model_fields)}"
-    if error["type"] in ("value_error", "assertion_error"):
-        return f"{key}: {error['ctx']['error']}"
-    return f"{key}: {error['msg']}, got {error['input']!r}"
+    return validated(table[name], fields, where, patch)
 
 
 def parse(config: str | Mapping[str, Any] | None) -> QuantRules:

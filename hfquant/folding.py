@@ -11,7 +11,7 @@ norm's divided gain is rounded to its dtype, and W is multiplied by the factor t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from hfquant.algorithms import Problem
 from hfquant.dataflow import LinearTrace, Source
 from hfquant.layer_config import LayerConfig
 from hfquant.offload import forget_hook
-from hfquant.statistics import LayerStats, stats_bytes
+from hfquant.statistics import LayerStats, stats_bytes, within_budget
 
 if TYPE_CHECKING:  # the planner imports this module
     from hfquant.planner import Plan
@@ -135,33 +135,21 @@ def find_folding(model: nn.Module, plan: Plan, observe: Observe, budget: int) ->
         observe: runs the model over the calibration data, given layer names and the statistics that each needs.
         budget: bytes of statistics to hold at once; if they need more, several passes are made.
     """
+
+    def size(fold: Fold) -> int:
+        layer = plan.layers[fold.readers[0]]
+        return stats_bytes(layer.in_features, layer.config.opt.needs)
+
     folding = Folding()
-    for folds in _passes(plan, budget):
+    # In reverse execution order, so that a linear that is both a source and a reader has its rows divided before its
+    # columns are considered.
+    for folds in within_budget(reversed(plan.folds), size, budget):
         stats = observe({name: plan.layers[name].config.opt.needs for fold in folds for name in fold.readers})
         for fold in folds:
             divisor = _common_divisor(model, plan, fold, stats, folding)
             if divisor is not None:
                 _place(model, plan, fold, divisor, folding)
     return folding
-
-
-def _passes(plan: Plan, budget: int) -> Iterator[list[Fold]]:
-    """Yield folds whose statistics fit the budget together, in reverse execution order.
-
-    In this order, a linear that is both a source and a reader has its rows divided before its columns are considered.
-    """
-    folds: list[Fold] = []
-    size = 0
-    for fold in reversed(plan.folds):
-        layer = plan.layers[fold.readers[0]]
-        takes = stats_bytes(layer.in_features, layer.config.opt.needs)
-        if folds and size + takes > budget:
-            yield folds
-            folds, size = [], 0
-        folds.append(fold)
-        size += takes
-    if folds:
-        yield folds
 
 
 def _common_divisor(

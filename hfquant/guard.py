@@ -34,7 +34,7 @@ from hfquant.layer_errors import LEAST, Seen, part_name, relative_error, row_err
 from hfquant.layer_plan import LayerPlan
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.float_modules import hollow
-from hfquant.nn.kinds import kind_of
+from hfquant.nn.kinds import kind_of, matrix_of
 from hfquant.nn.layer import QuantLayer
 from hfquant.planner import Plan
 from hfquant.remedies import LADDER, likely_cause, lowered
@@ -103,12 +103,10 @@ class Comparison:
     def exact(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Return a layer's float matrix [out, in] and bias, with folded divisors, to match the quantized model."""
         original = self.originals[name]
-        kind = kind_of(original)
-        assert kind is not None
         # Offloaded weights are fetched temporarily.
         with align_module_device(original):
-            weight = kind.matrix(original.get_parameter("weight").detach())
-            return self.folding.weight(name, weight), self.folding.bias(name, original._parameters.get("bias"))
+            bias = original._parameters.get("bias")
+            return self.folding.weight(name, matrix_of(original)), self.folding.bias(name, bias)
 
     def in_float(self, name: str) -> nn.Module:
         """Return a float module whose weights include the divisors folded around it."""
@@ -116,7 +114,6 @@ class Comparison:
         if name not in self.folding.inputs and name not in self.folding.outputs:
             return original
         kind = kind_of(original)
-        assert kind is not None
         shape, dtype = original.get_parameter("weight").shape, original.get_parameter("weight").dtype
         weight, bias = self.exact(name)
         new = hollow(original)

@@ -130,6 +130,15 @@ class LayerPlan:
                 spec["input_scale_neg"] = spec["input_scale"]
         return spec | self.transform.tensors(self.in_features, self.row_groups)
 
+    def nbytes(self, float_size: int) -> int:
+        """Return the bytes of the layer's tensors, except the bias.
+
+        Args:
+            float_size: bytes per float of the model's dtype.
+        """
+        specs = self.tensors().values()
+        return sum(math.prod(s.shape) * (float_size if s.dtype is None else s.dtype.itemsize) for s in specs)
+
     def differences(self, rule: LayerConfig) -> dict[str, Any]:
         """Return what :func:`layer_plan` cannot derive from ``rule``, as JSON."""
         found: dict[str, Any] = {}
@@ -183,9 +192,7 @@ def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mappin
             config = QuantRules({"default": stored.pop("config")}).default
         except ConfigError as error:
             raise ConfigError(f"layer {name!r}, stored plan: {error}") from None
-    kind = kind_of(module)
-    assert kind is not None
-    config, (in_features, out_features) = kind.fitted(config), size_of(module)
+    config, (in_features, out_features) = kind_of(module).fitted(config), size_of(module)
     folded = stored.pop("folded", False)
     if type(folded) is not bool:
         raise ConfigError(f"layer {name!r}: folded={folded!r} in the stored plan is neither True nor False")

@@ -61,7 +61,6 @@ def observe(
 
     def watch(name: str, module: nn.Module) -> RemovableHandle:
         kind = kind_of(module)
-        assert kind is not None
 
         def see(x: Tensor) -> None:
             rows, left_out = kind.rows(module, x, collector.seed)

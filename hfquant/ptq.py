@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -23,7 +23,7 @@ from hfquant.folding import Folding, find_folding
 from hfquant.guard import Comparison, Mends, mend
 from hfquant.layer_plan import LayerPlan
 from hfquant.memory import release_free_memory
-from hfquant.nn.experts import fuse, plans_of
+from hfquant.nn.experts import QuantExperts, fuse, plans_of
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import log_share, quant_modules, tie
 from hfquant.observe import observe
@@ -34,7 +34,7 @@ from hfquant.report.layers import LayerReport, QuantReport, layer_report
 from hfquant.resume import LayerFigures
 from hfquant.run import Run, Settings, prepared
 from hfquant.solver import Solution, check_finite, solve
-from hfquant.statistics import SAMPLE_ROWS, LayerStats, stats_bytes
+from hfquant.statistics import SAMPLE_ROWS, LayerStats, stats_bytes, within_budget
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def quantize(
             if settings.allow_empty:
                 finish(applied)
             return applied
-        return _applied(_folded(run), settings.verbose, finish)
+        return _solve_and_swap(_folded(run), settings.verbose, finish)
 
 
 def _refuse_stored_in_8_bits(run: Run) -> None:
@@ -148,18 +148,18 @@ def _folded(run: Run) -> Run:
     return replace(run, folding=Folding(**found), plan=replace(run.plan, layers=layers))
 
 
-def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Applied:
+def _solve_and_swap(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Applied:
     """Solve all layers, swap them in and finish, as one transaction."""
     originals: dict[str, nn.Module] = {name: run.module(name) for name in run.plan.layers}
     layers: dict[str, QuantLayer] = {}
     sources = run.folding.sources(run.model, run.plan)
     originals |= {name: run.model.get_submodule(name) for name in sources} | run.experts.modules
     finished: Mapping[str, nn.Module] = layers
-    handles: list[Any] = []
     reports: list[LayerReport] = []
     mended = Mends()
     try:
-        with progress_bar(total=len(run.plan.layers), desc="quantizing", shown=run.group.main) as progress:
+        bar = progress_bar(total=len(run.plan.layers), desc="quantizing", shown=run.group.main)
+        with ExitStack() as unfolded, bar as progress:
             for names in _groups(run):
                 for name, layer, report in _solve_group(run, names):
                     layers[name] = layer
@@ -169,9 +169,8 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
                         logger.info("%s", report)
                 if run.per_layer_mode:
                     replace_modules(run.model, {originals[name]: layers[name] for name in names})
-                    handles += [h for name in names for h in run.folding.unfolded(name, layers[name])]
-        for handle in handles:
-            handle.remove()
+                    for handle in (h for name in names for h in run.folding.unfolded(name, layers[name])):
+                        unfolded.callback(handle.remove)
         plan = replace(run.plan, layers={name: layer.plan for name, layer in layers.items()})
         fused = fuse(run.experts, layers, {report.name for report in reports if report.fallback})
         plan = plan.fused(run.experts, plans_of(fused))
@@ -181,17 +180,11 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
         tie(run.model)
         needing = {name for name, layer in run.plan.layers.items() if layer.config.needs_data}
         _log_unseen(run, needing, [r.name for r in reports if r.fallback and r.name in needing])
+        floats = originals | run.experts.originals
         if needing and run.checks is not None:
-            options = run.facts.options(layers.values())
-            # Tied layers share their codes with another layer, and keep them.
-            tied = {n for name, x in layers.items() if x.plan.tied for n in (name, x.plan.tied)}
-            modules = {name: module for name, module in (layers | fused).items() if name not in tied}
-            floats = originals | run.experts.originals
-            compared = Comparison(run.model, modules, floats, run.experts.parameters, run.folding)
-            mended = mend(compared, run.checks, options, run.group)
-            replace_modules(run.model, {modules[name]: module for name, module in mended.modules.items()})
-        before = originals | run.experts.originals
-        applied = Applied(*mended.outcome(plan, reports), {name: before[name] for name in finished})
+            mended = _mends(run, run.checks, layers, fused, floats)
+            replace_modules(run.model, {finished[name]: module for name, module in mended.modules.items()})
+        applied = Applied(*mended.outcome(plan, reports), {name: floats[name] for name in finished})
         finish(applied)
         if verbose and run.group.main:
             logger.info("\n%s", applied.report)
@@ -199,11 +192,24 @@ def _applied(run: Run, verbose: bool, finish: Callable[[Applied], None]) -> Appl
             log_share(run.model, run.facts.uncounted)
         return applied
     except BaseException:
-        for handle in handles:
-            handle.remove()
         back = [*finished.items(), *mended.modules.items()]
         replace_modules(run.model, {module: originals[name] for name, module in back if module is not originals[name]})
         raise
+
+
+def _mends(
+    run: Run,
+    checks: Sequence[Any],
+    layers: dict[str, QuantLayer],
+    fused: dict[str, QuantExperts],
+    floats: Mapping[str, nn.Module],
+) -> Mends:
+    """Compare the quantized modules with their float ones, and return the replacements of those that are off."""
+    # Tied layers share their codes with another layer, and keep them.
+    tied = {n for name, x in layers.items() if x.plan.tied for n in (name, x.plan.tied)}
+    modules = {name: module for name, module in (layers | fused).items() if name not in tied}
+    compared = Comparison(run.model, modules, floats, run.experts.parameters, run.folding)
+    return mend(compared, checks, run.facts.options(layers.values()), run.group)
 
 
 def _log_rounded(run: Run, plan: Plan) -> None:
@@ -229,19 +235,14 @@ def _log_unseen(run: Run, needing: Collection[str], unseen: Sequence[str]) -> No
 def _groups(run: Run) -> Iterator[list[str]]:
     """Yield layers whose statistics fit the budget together; in per-layer mode, only layers of one block."""
     layers = run.plan.layers
+
+    def size(name: str) -> int:
+        config = layers[name].config
+        return stats_bytes(layers[name].in_features, config.needs) if config.needs_data else 0
+
     blocks = groupby(layers, key=block_of) if run.per_layer_mode else [("", iter(layers))]
     for _, names in blocks:
-        group: list[str] = []
-        size = 0
-        for name in names:
-            config = layers[name].config
-            takes = stats_bytes(layers[name].in_features, config.needs) if config.needs_data else 0
-            if group and size + takes > run.budget:
-                yield group
-                group, size = [], 0
-            group.append(name)
-            size += takes
-        yield group
+        yield from within_budget(names, size, run.budget)
 
 
 def block_of(name: str) -> str:

@@ -19,7 +19,7 @@ from hfquant.folding import Folding
 from hfquant.guard import samples_to_check
 from hfquant.layer_plan import LayerPlan
 from hfquant.memory import free_memory
-from hfquant.nn.kinds import kind_of
+from hfquant.nn.kinds import kind_of, matrix_of
 from hfquant.nn.layer import QuantLayer
 from hfquant.planner import EXCLUDED, SWITCHED_OFF, ModelFacts, Plan, plan_apart
 from hfquant.resume import Cache
@@ -87,18 +87,13 @@ class Run:
 
     def matrix(self, name: str) -> Tensor:
         """Return a layer's float matrix [out, in] with divisors folded in; call within ``align_module_device``."""
-        module = self.module(name)
-        kind = kind_of(module)
-        assert kind is not None
-        return self.folding.weight(name, kind.matrix(module.get_parameter("weight").detach()))
+        return self.folding.weight(name, matrix_of(self.module(name)))
 
     def quantized(self, name: str, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantLayer:
         """Build the quantized layer from solved tensors; call within ``align_module_device`` of the float layer."""
         module = self.module(name)
-        kind = kind_of(module)
-        assert kind is not None
         bias = self.folding.bias(name, module._parameters.get("bias"))
-        return kind.from_tensors(plan, tensors, bias, module)
+        return kind_of(module).from_tensors(plan, tensors, bias, module)
 
 
 def prepared(

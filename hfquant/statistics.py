@@ -8,15 +8,18 @@ order or the split of the rows.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hfquant.formats.rotation import rotated
+
+T = TypeVar("T")
 
 #: Rows kept of each layer's input, for the alpha search and the error report.
 SAMPLE_ROWS = 192
@@ -111,6 +114,21 @@ def stats_bytes(features: int, needs: Collection[str]) -> int:
     """Return the maximum memory in bytes of the statistics of a layer with ``features`` inputs."""
     numbers = sum(torch.Size(STATISTICS[name].shape(features)).numel() for name in collected(needs))
     return 4 * (numbers + SAMPLE_ROWS * features)
+
+
+def within_budget(items: Iterable[T], size: Callable[[T], int], budget: int) -> Iterator[list[T]]:
+    """Yield groups of consecutive items that take at most ``budget`` bytes together; a larger item is on its own."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        takes = size(item)
+        if group and total + takes > budget:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += takes
+    if group:
+        yield group
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,6 @@ def watched(spoilt: str, factor: float, batches: list[Tensor]):
     def exact(name: str) -> tuple[Tensor, Tensor | None]:
         module = net.get_submodule(name)
         kind = kind_of(module)
-        assert kind is not None
         return kind.matrix(module.get_parameter("weight").detach()), module.bias
 
     return net, watch(model, layers, exact, batches)

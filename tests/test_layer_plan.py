@@ -15,6 +15,7 @@ from hfquant.config import QuantRules
 from hfquant.formats import FORMATS
 from hfquant.layer_config import InputQuant, LayerConfig, WeightQuant
 from hfquant.layer_plan import LayerPlan, input_parts, layer_plan
+from hfquant.nn.linear import QuantLinear
 
 A8 = {"opt": {"type": "default"}, "input_quant": {"type": "int8", "dynamic": True}, "weight_quant": {"axis": -1}}
 
@@ -163,6 +164,14 @@ def test_zero_points_and_groups() -> None:
         assert spec_exact["weight_scale"] == ((5, groups), torch.float32)
         assert not {"weight_scale_row", "weight_zero_point"} & spec_exact.keys()
         assert spec["smooth"] == ((columns,), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_the_layer(dtype) -> None:
+    config = LayerConfig(weight_quant=WeightQuant(type="int4", group_size=4), opt=LowRank(low_rank=3))
+    plan = LayerPlan(config, 13, 10, (13,), (10,), (False,))
+    layer = QuantLinear(plan, bias=False, device="meta", dtype=dtype)
+    assert plan.nbytes(dtype.itemsize) == sum(t.nbytes for t in [*layer.parameters(), *layer.buffers()])
 
 
 def test_rules_say_what_the_plan_decided() -> None:

@@ -17,6 +17,7 @@ from hfquant.statistics import (
     Statistic,
     collected,
     stats_bytes,
+    within_budget,
 )
 
 
@@ -142,6 +143,20 @@ def test_bytes_are_those_of_the_tensors(needs) -> None:
     held = sum(t.nbytes for t in stats.sums.values()) + stats.sample.rows.nbytes
     assert stats_bytes(40, needs) == held
     assert held == sum(t.nbytes for t in LayerStats.empty(40, needs).sums.values()) + 4 * 40 * SAMPLE_ROWS
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        ([], []),
+        ([3, 3, 4, 1], [[3, 3, 4], [1]]),
+        ([11, 2], [[11], [2]]),
+        ([9, 20, 0, 1], [[9], [20], [0, 1]]),
+        ([0, 10, 0, 1], [[0, 10, 0], [1]]),
+    ],
+)
+def test_groups_keep_to_the_budget_and_only_a_larger_item_is_on_its_own(sizes, groups) -> None:
+    assert list(within_budget(sizes, lambda size: size, 10)) == groups
 
 
 # Declared once.

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hfquant.affiner.blocks import BlockMap, hook_blocks
-from hfquant.affiner.config import AffinerConfig, Section, parse
+from hfquant.affiner.config import AffinerConfig, parse
 from hfquant.affiner.hooks import NoiseTarget, Step, attach
 from hfquant.affiner.maps import METHODS, checked_tensor
 from hfquant.config import ConfigError
 from hfquant.denoisers import find_denoiser
+from hfquant.schema import Section
 
 CONFIG_FILE, TENSORS_FILE = "affiner_config.json", "affiner.safetensors"
 SUBFOLDER = "affiner"

@@ -6,15 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from hfquant.config import ConfigError
-
-
-class Section(BaseModel):
-    """A strict, frozen section of a stored config."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+from hfquant.schema import Section, validated
 
 
 class StepperConfig(Section):
@@ -122,7 +116,7 @@ class AffinerConfig(Section):
     stepper: StepperConfig = StepperConfig()
     solver: SolverConfig = SolverConfig()
     blocks: BlocksConfig | None = None
-    extra_args: dict[str, Any] = {}
+    extra_args: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fields_fit_type(self) -> AffinerConfig:
@@ -152,24 +146,7 @@ def parse(config: AffinerConfig | Mapping[str, Any]) -> AffinerConfig:
         return config
     if not isinstance(config, Mapping):
         raise TypeError(f"an affiner's config is a dict, got {type(config).__name__}")
-    try:
-        return AffinerConfig.model_validate(dict(config))
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
-
-
-_SECTIONS: dict[str, type[Section]] = {"stepper": StepperConfig, "solver": SolverConfig, "blocks": BlocksConfig}
-
-
-def _explain(error: Any) -> str:
-    path = [str(p) for p in error["loc"]]
-    key = ".".join(["config", *path])
-    if error["type"] == "extra_forbidden":
-        section = _SECTIONS[path[0]] if len(path) > 1 else AffinerConfig
-        return f"{key}: unknown key; allowed are {', '.join(section.model_fields)}"
-    if error["type"] == "value_error":
-        return f"{key}: {error['ctx']['error']}"
-    return f"{key}: {error['msg']}, got {error['input']!r}"
+    return validated(AffinerConfig, dict(config), "config")
 
 
 def _is_json(value: Any) -> bool:

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hfquant.cli import options
-from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.errors import command
 from hfquant.cli.output import check_folder
-from hfquant.console import log_shown
-from hfquant.remote_code import remote_code
 
 if TYPE_CHECKING:
     from hfquant.calibration import BaseCalibSet, BaseSampler
@@ -55,12 +53,9 @@ def calibrate(
     layer: Annotated[
         str | None, typer.Option(help="Layer to record; default: a pipeline's denoiser, or the whole model.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of the dataset; default: train, or the only split.")] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(help="Column to read; repeat ARGUMENT=COLUMN for several; default: text, prompt or similar."),
-    ] = None,
+    name: options.DatasetName = None,
+    split: options.Split = None,
+    column: options.Column = None,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -97,12 +92,18 @@ def calibrate(
     if made_itself and (unread := options.given({"name": name, "split": split, "column": column or None})):
         raise typer.BadParameter("does not apply to --source self", param_hint=f"--{next(iter(unread))}")
     spec = {
-        **{"dataset": source, "name": name, "split": split, "column": options.columns(column or ())},
-        **{"samples": 128 if samples is None else samples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed},
+        "dataset": source,
+        "name": name,
+        "split": split,
+        "column": options.columns(column or ()),
+        "samples": 128 if samples is None else samples,
+        "seqlen": seqlen,
+        "batch_size": batch_size,
+        "seed": seed,
     }
     if made_itself:
         spec = {"source": source, "seed": seed, **options.given({"samples": samples, "seqlen": seqlen})}
-    with errors_in_one_line(debug), log_shown(), remote_code(trust_remote_code):
+    with command(debug, trust_remote_code, log=True):
         check_folder(out)
         from hfquant.calibration import calibration_batches, generate_calibrate_set, storage
         from hfquant.calibration.self_made import SelfSpec

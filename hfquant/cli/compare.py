@@ -8,31 +8,21 @@ from typing import Annotated, Any
 import typer
 
 from hfquant.cli import options
-from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.errors import command
 from hfquant.cli.output import check_folder, console, print_json, print_table
-from hfquant.remote_code import remote_code
 
 
 def compare(
     reference: Annotated[str, typer.Argument(help="Folder or hub id of the reference.")],
     other: Annotated[str, typer.Argument(help="Folder or hub id to compare with it, usually quantized.")],
-    data: Annotated[
-        str | None,
-        typer.Option(help="Text or dataset to compare language models on; default: Python's language reference."),
-    ] = None,
+    data: options.ComparisonData = None,
     column: Annotated[list[str] | None, typer.Option(help="Column of the dataset.")] = None,
     samples: Annotated[
         int | None, typer.Option(help="Number of text windows (default: 16) or images (default: one per prompt).")
     ] = None,
-    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
-    prompt: Annotated[list[str] | None, typer.Option(help="Prompt for a pipeline; repeatable.")] = None,
-    arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE",
-            help="Argument of the pipeline call, as JSON or a string; for images, a file or a JSON list of files.",
-        ),
-    ] = None,
+    seqlen: options.WindowLength = 512,
+    prompt: options.Prompts = None,
+    arg: options.CallArguments = None,
     seed: Annotated[int, typer.Option(help="Seed for the noise of pipelines and the order of the data.")] = 0,
     images: Annotated[Path | None, typer.Option(help="Folder for the pairs of images, as PNG.")] = None,
     dtype: options.Dtype = None,
@@ -47,7 +37,7 @@ def compare(
     score and FID if the weights that they need are available.
     """
     call = options.call_arguments(arg or ())
-    with errors_in_one_line(debug), remote_code(trust_remote_code):
+    with command(debug, trust_remote_code):
         if images is not None:
             check_folder(images, "--images")
         from hfquant.integrations.hub import load

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hfquant.cli import options
-from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.errors import command
 from hfquant.cli.output import check_folder
 
 
@@ -19,7 +19,7 @@ def demo(
     debug: options.Debug = False,
 ) -> None:
     """Quantize a small diffusion pipeline that ships with hfquant, with and without data, and compare the results."""
-    with errors_in_one_line(debug):
+    with command(debug):
         check_folder(out)
         try:
             import matplotlib  # noqa: F401

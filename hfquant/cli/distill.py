@@ -10,10 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from hfquant.cli import options
-from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.errors import command
 from hfquant.cli.output import check_empty, print_json, print_table, staged
-from hfquant.console import log_shown
-from hfquant.remote_code import remote_code
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +19,7 @@ logger = logging.getLogger(__name__)
 def distill(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the quantized model or pipeline.")],
     teacher: Annotated[str, typer.Argument(help="Folder or hub id of the same in full precision.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; must be empty or not exist yet.")],
+    out: options.NewFolder,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -34,7 +32,7 @@ def distill(
         int | None,
         typer.Option(help="Sequences or rows to read, a quarter of them held out; default: 128, or all of a set."),
     ] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per sequence; default: 512.")] = None,
+    seqlen: options.SequenceLength = None,
     component: Annotated[
         str | None, typer.Option(help="Component of a pipeline to train; default: its denoiser.")
     ] = None,
@@ -58,7 +56,7 @@ def distill(
     """
     if not (steps or rounding_steps):
         raise typer.BadParameter("with 0 steps, --rounding-steps must say how many to take", param_hint="--steps")
-    with errors_in_one_line(debug), log_shown(), remote_code(trust_remote_code):
+    with command(debug, trust_remote_code, log=True):
         check_empty(out)
         from hfquant import api
         from hfquant.calibration.streams import calibration_batches, holds_set

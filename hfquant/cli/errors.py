@@ -1,18 +1,28 @@
-"""Error handling that all commands share."""
+"""What all commands share while they run: how errors are shown, log lines, and whether a model's code may run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import typer
 
+from hfquant.console import log_shown
+from hfquant.remote_code import remote_code
+
 
 @contextmanager
-def errors_in_one_line(debug: bool) -> Iterator[None]:
-    """Turn errors from bad input into one line on stderr and exit code 1; any other error is a bug and propagates."""
+def command(debug: bool, trust_remote_code: bool = False, log: bool = False) -> Iterator[None]:
+    """Run a command: errors from bad input become one line on stderr and exit code 1; others are bugs and propagate.
+
+    Args:
+        debug: let errors from bad input propagate too, for their traceback.
+        trust_remote_code: whether models may run code of their own.
+        log: whether to show this package's INFO lines.
+    """
     try:
-        yield
+        with log_shown() if log else nullcontext(), remote_code(trust_remote_code):
+            yield
     except (ValueError, TypeError, OSError, ImportError) as error:
         if debug:
             raise

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hfquant.cli import options
-from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.errors import command
 from hfquant.cli.output import check_empty, staged
-from hfquant.remote_code import remote_code
 
 
 def export(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a model quantized with hfquant.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; must be empty or not exist yet.")],
+    out: options.NewFolder,
     form: Annotated[
         str, typer.Option("--format", help="compressed-tensors, or nunchaku-lite for a pipeline component.")
     ] = "compressed-tensors",
@@ -30,7 +28,7 @@ def export(
     debug: options.Debug = False,
 ) -> None:
     """Write a quantized model so that transformers, vLLM or diffusers load it without hfquant."""
-    with errors_in_one_line(debug), remote_code(trust_remote_code):
+    with command(debug, trust_remote_code):
         check_empty(out)
         from hfquant.denoisers import denoiser_name, is_pipeline
         from hfquant.exporters import export as write

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hfquant.cli import options
-from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.errors import command
 from hfquant.cli.output import console, print_json, print_table
 from hfquant.console import size
-from hfquant.remote_code import remote_code
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="Folder of a quantized model or pipeline.")],
+    folder: options.QuantizedFolder,
     layers: Annotated[bool, typer.Option("--layers/--summary", help="Print every layer, or only totals.")] = True,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
     """Show the bits, bytes, formats and error of every quantized layer, and what stayed in full precision and why."""
-    with errors_in_one_line(debug), remote_code(trust_remote_code):
+    with command(debug, trust_remote_code):
         from hfquant.report.stored import read_folder
 
         models = read_folder(folder)[1]

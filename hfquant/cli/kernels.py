@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hfquant.cli import options
-from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.errors import command
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ def kernels(
         typer.Option(metavar="MxKxN", help="Tokens x inputs x outputs to time; repeatable; default: three shapes."),
     ] = None,
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Time the shapes against F.linear.")] = True,
-    debug: Annotated[bool, typer.Option("--debug", envvar="HFQUANT_DEBUG", help="Show tracebacks.")] = False,
+    debug: options.Debug = False,
 ) -> None:
     """List the kernels, show which products each can compute on this machine or why it cannot, and time them.
 
@@ -59,7 +59,7 @@ def kernels(
         raise typer.BadParameter(f"{dtype!r} is not a floating-point dtype of torch", param_hint="--dtype")
     place = torch.device(options.usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    with errors_in_one_line(debug):
+    with command(debug):
         _print_kernels(console, place.type)
         if timed:
             _print_times(console, place, number, shapes)

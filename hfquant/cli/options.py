@@ -43,6 +43,9 @@ Device = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that comes with a model, if you trust it.")
 ]
+Model = Annotated[str, typer.Argument(help="Folder or hub id of a transformers model or a diffusers pipeline.")]
+QuantizedFolder = Annotated[Path, typer.Argument(help="Folder of a quantized model or pipeline.")]
+NewFolder = Annotated[Path, typer.Option(help="Folder to write; must be empty or not exist yet.")]
 RecipeName = Annotated[
     str | None, typer.Option("--recipe", help="Name of a recipe (`hfquant recipe list`), or a YAML file.")
 ]
@@ -56,6 +59,26 @@ Components = Annotated[
 ]
 Skip = Annotated[
     list[str] | None, typer.Option("--skip", help="Glob of layers to leave in full precision; repeatable.")
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(help="Column to read; repeat ARGUMENT=COLUMN for several; default: text, prompt or similar."),
+]
+DatasetName = Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")]
+Split = Annotated[str | None, typer.Option(help="Split of the dataset; default: train, or the only split.")]
+SequenceLength = Annotated[int | None, typer.Option(help="Tokens per sequence; default: 512.")]
+WindowLength = Annotated[int, typer.Option(help="Tokens per window.")]
+ComparisonData = Annotated[
+    str | None,
+    typer.Option(help="Text or dataset to compare language models on; default: Python's language reference."),
+]
+Prompts = Annotated[list[str] | None, typer.Option(help="Prompt for a pipeline; repeatable.")]
+CallArguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="Argument of the pipeline call, as JSON or a string; for images, a file or a JSON list of files.",
+    ),
 ]
 
 

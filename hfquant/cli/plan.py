@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hfquant.cli import options
-from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.errors import command
 from hfquant.cli.output import console, print_json, print_table
 from hfquant.console import size
-from hfquant.remote_code import remote_code
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a transformers model or a diffusers pipeline.")],
+    model: options.Model,
     recipe: options.RecipeName = None,
     preset: options.Preset = None,
     config: options.ConfigFile = None,
@@ -37,7 +36,7 @@ def plan(
     debug: options.Debug = False,
 ) -> None:
     """Show what quantizing a model would do: layers, bytes before and after, what stays in float. Reads no weights."""
-    with errors_in_one_line(debug), remote_code(trust_remote_code):
+    with command(debug, trust_remote_code):
         from hfquant.api import plan as plan_model
         from hfquant.integrations.hub import floating
         from hfquant.integrations.skeleton import skeleton

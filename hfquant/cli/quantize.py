@@ -10,15 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from hfquant.cli import options
-from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.errors import command
 from hfquant.cli.output import beside, check_empty, print_json, print_table, staged
-from hfquant.console import log_shown, size
-from hfquant.remote_code import remote_code
+from hfquant.console import size
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a transformers model or a diffusers pipeline.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; must be empty or not exist yet.")],
+    model: options.Model,
+    out: options.NewFolder,
     recipe: options.RecipeName = None,
     preset: options.Preset = None,
     config: options.ConfigFile = None,
@@ -39,16 +38,13 @@ def quantize(
             "also a calibration set (`hfquant calibrate`). Default: the recipe's, else the model makes its own."
         ),
     ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(help="Column to read; repeat ARGUMENT=COLUMN for several; default: text, prompt or similar."),
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of the dataset; default: train, or the only split.")] = None,
+    column: options.Column = None,
+    name: options.DatasetName = None,
+    split: options.Split = None,
     samples: Annotated[
         int | None, typer.Option(help="Sequences of text, or rows, to read; default: 128, or all of a set.")
     ] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per sequence; default: 512.")] = None,
+    seqlen: options.SequenceLength = None,
     seed: Annotated[int | None, typer.Option(help="Seed for the order of the data; default: 0.")] = None,
     arg: Annotated[
         list[str] | None,
@@ -71,8 +67,12 @@ def quantize(
     call = options.call_arguments(arg or ())
     reading = options.given(
         {
-            **{"column": options.columns(column or ()), "name": name, "split": split},
-            **{"samples": samples, "seqlen": seqlen, "seed": seed},
+            "column": options.columns(column or ()),
+            "name": name,
+            "split": split,
+            "samples": samples,
+            "seqlen": seqlen,
+            "seed": seed,
         }
     )
     if calibration is None and reading:
@@ -82,7 +82,7 @@ def quantize(
     if private and push is None:
         raise typer.BadParameter("is for the repository of --push, which is missing", param_hint="--private")
     stream = None if calibration is None else {"dataset": calibration, **reading}
-    with errors_in_one_line(debug), log_shown(), remote_code(trust_remote_code):
+    with command(debug, trust_remote_code, log=True):
         check_empty(out)
         from hfquant.integrations.hub import load
         from hfquant.integrations.skeleton import skeleton

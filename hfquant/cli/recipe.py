@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from hfquant.cli import options
-from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.errors import command
 from hfquant.cli.output import print_json, print_table
 from hfquant.console import size
-from hfquant.remote_code import remote_code
 
 recipe = typer.Typer(no_args_is_help=True, help="List, show, check and import recipes.")
 
@@ -19,7 +18,7 @@ recipe = typer.Typer(no_args_is_help=True, help="List, show, check and import re
 @recipe.command("list")
 def list_recipes(as_json: options.AsJson = False, debug: options.Debug = False) -> None:
     """List the recipes that ship with hfquant."""
-    with errors_in_one_line(debug):
+    with command(debug):
         from hfquant import recipes
 
         found = {name: recipes.load(name) for name in recipes.names()}
@@ -32,7 +31,7 @@ def list_recipes(as_json: options.AsJson = False, debug: options.Debug = False) 
 @recipe.command("show")
 def show(name: Annotated[str, typer.Argument(help="Name of a recipe.")], debug: options.Debug = False) -> None:
     """Print a recipe's YAML, as a starting point for your own."""
-    with errors_in_one_line(debug):
+    with command(debug):
         from hfquant import recipes
 
         recipes.load(name)
@@ -49,7 +48,7 @@ def check(
     debug: options.Debug = False,
 ) -> None:
     """Check a recipe and, given a model, whether it fits: class, components, every glob, and the resulting sizes."""
-    with errors_in_one_line(debug), remote_code(trust_remote_code):
+    with command(debug, trust_remote_code):
         from hfquant import recipes
 
         found = recipes.load(name)
@@ -78,7 +77,7 @@ def import_recipe(
     debug: options.Debug = False,
 ) -> None:
     """Convert a YAML file of the SegQuant reference implementation, and list what cannot be converted."""
-    with errors_in_one_line(debug):
+    with command(debug):
         from hfquant.recipes import segquant
         from hfquant.schema import ConfigError
 

@@ -8,34 +8,24 @@ from typing import Annotated
 import typer
 
 from hfquant.cli import options
-from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.errors import command
 from hfquant.cli.output import check_file
-from hfquant.remote_code import remote_code
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of a quantized model or pipeline.")],
+    folder: options.QuantizedFolder,
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
     reference: Annotated[
         str | None,
         typer.Option(help="Full-precision folder or hub id: adds quality, speed, and images or next tokens."),
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Text or dataset to compare language models on; default: Python's language reference."),
-    ] = None,
+    data: options.ComparisonData = None,
     samples: Annotated[
         int | None, typer.Option(help="Number of text windows (default: 8) or images (default: one per prompt).")
     ] = None,
-    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
-    prompt: Annotated[list[str] | None, typer.Option(help="Prompt for a pipeline; repeatable.")] = None,
-    arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE",
-            help="Argument of the pipeline call, as JSON or a string; for images, a file or a JSON list of files.",
-        ),
-    ] = None,
+    seqlen: options.WindowLength = 256,
+    prompt: options.Prompts = None,
+    arg: options.CallArguments = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -43,7 +33,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: sizes, every layer's error, what to fix, and how far from full precision."""
     call = options.call_arguments(arg or ())
-    with errors_in_one_line(debug), remote_code(trust_remote_code):
+    with command(debug, trust_remote_code):
         check_file(out)
         from hfquant.report.gather import Inputs, gather
 

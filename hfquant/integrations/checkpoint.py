@@ -166,9 +166,7 @@ def _empty_modules(
             yield name, experts
     for name in [n for n in plans if n not in parameters]:
         module = model.get_submodule(name)
-        kind = kind_of(module)
-        assert kind is not None
-        yield name, kind.replacing(module, plans[name])
+        yield name, kind_of(module).replacing(module, plans[name])
 
 
 def tensor_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:

@@ -236,7 +236,6 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             return
         if self.plan is not None:
             kind = kind_of(module)
-            assert kind is not None
             solved = solve(name, kind.matrix(param_value.to(target_device)), self.plan.layers[name], None)
             layer = kind.from_tensors(solved.plan, solved.tensors, None, module)
             layer.bias = module._parameters.get("bias")  # on meta if it is still to come, perhaps from another shard

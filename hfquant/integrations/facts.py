@@ -12,7 +12,7 @@ from hfquant.experts import ExpertsLayout
 from hfquant.integrations.compat import keep_in_fp32
 from hfquant.integrations.examples import example_inputs
 from hfquant.integrations.experts import experts_of
-from hfquant.nn.kinds import kind_of
+from hfquant.nn.kinds import find_kind
 from hfquant.planner import ModelFacts, matches
 
 
@@ -26,7 +26,7 @@ def facts_of(model: nn.Module) -> ModelFacts:
     skips = {
         name: "in the model's _keep_in_fp32_modules"
         for name, module in model.named_modules()
-        if kind_of(module) is not None and matches([name, f"{name}.weight"], keep)
+        if find_kind(module) is not None and matches([name, f"{name}.weight"], keep)
     }
     experts = experts_of(model)
     for name in [f"{n}.{p}".lstrip(".") for n, layout in experts.items() for p in layout.projections]:

@@ -15,7 +15,7 @@ from hfquant.integrations.compat import mark_initialized
 from hfquant.integrations.experts import layout_of
 from hfquant.layer_plan import LayerPlan
 from hfquant.nn.experts import QuantExperts
-from hfquant.nn.kinds import kind_of
+from hfquant.nn.kinds import find_kind, kind_of
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import quant_modules
 from hfquant.offload import forget_weights, on_disk
@@ -73,8 +73,7 @@ def tensor_bytes(model: nn.Module, plan: Plan | None = None) -> int:
             total += tensor.nbytes
             continue
         experts = tensor.numel() // (layer.in_features * layer.out_features) if name in layers else 1
-        for shape, dtype in layer.tensors().values():
-            total += experts * torch.Size(shape).numel() * (dtype or tensor.dtype).itemsize
+        total += experts * layer.nbytes(tensor.dtype.itemsize)
     return total
 
 
@@ -98,7 +97,7 @@ def check_offload_folder(model: nn.Module, experts: Collection[nn.Module] = ()) 
     Raises:
         ValueError: there is no offload folder.
     """
-    layers = [module for module in model.modules() if isinstance(module, QuantLayer) or kind_of(module)]
+    layers = [module for module in model.modules() if isinstance(module, QuantLayer) or find_kind(module)]
     lacking, several = (
         sum((place := on_disk(module)) is not None and place.folder is None for module in modules)
         for modules in (layers, experts)
@@ -134,7 +133,6 @@ def quantize_left(model: nn.Module, plan: Plan) -> None:
             continue
         original = module._float if isinstance(module, QuantLayer) else module
         kind = kind_of(original)
-        assert kind is not None
         with align_module_device(module):
             bias, weight = module._parameters.get("bias"), module.get_parameter("weight").detach()
             solved = solve(name, kind.matrix(weight), layer_plan, None)

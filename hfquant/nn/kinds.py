@@ -6,7 +6,7 @@ To add a kind, write a subclass of :class:`~hfquant.nn.layer.QuantLayer` in one 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hfquant.nn.conv import QuantConv
@@ -28,10 +28,28 @@ _OTHERS = {
 }
 
 
-def kind_of(module: nn.Module) -> type[QuantLayer] | None:
+def find_kind(module: nn.Module) -> type[QuantLayer] | None:
     """Return the kind of layer that ``module`` can be quantized as; None if it cannot be quantized."""
     kind = _taken(module)
     return None if kind is None or _refused(kind, module) else kind
+
+
+def kind_of(module: nn.Module) -> type[QuantLayer]:
+    """Return the kind of layer that ``module`` can be quantized as.
+
+    Raises:
+        TypeError: it cannot be quantized; use :func:`find_kind` if that may be.
+    """
+    kind = find_kind(module)
+    if kind is None:
+        why = refusal(module) or "none of the kinds in hfquant.nn.kinds takes it"
+        raise TypeError(f"{type(module).__name__} cannot be quantized: {why}")
+    return kind
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """Return the weight of a module that can be quantized as its matrix [out, in], a detached view."""
+    return kind_of(module).matrix(module.get_parameter("weight").detach())
 
 
 def refusal(module: nn.Module) -> str:
@@ -44,15 +62,14 @@ def refusal(module: nn.Module) -> str:
 
 def layers_in(model: nn.Module) -> dict[str, type[QuantLayer]]:
     """Return the modules of ``model`` that can be quantized, as name -> kind."""
-    kinds = {name: kind_of(module) for name, module in model.named_modules()}
+    kinds = {name: find_kind(module) for name, module in model.named_modules()}
     return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
 def size_of(module: nn.Module) -> tuple[int, int]:
     """Return in_features and out_features of the matrix of a module that can be quantized."""
-    kind, weight = kind_of(module), module.get_parameter("weight")
-    assert kind is not None
-    out, columns = kind.matrix(torch.empty(weight.shape, device="meta")).shape
+    shape = module.get_parameter("weight").shape
+    out, columns = kind_of(module).matrix(torch.empty(shape, device="meta")).shape
     return columns, out
 
 

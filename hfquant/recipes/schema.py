@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from hfquant.affiner.config import AffinerConfig
 from hfquant.affiner.config import parse as parse_affiner
@@ -14,7 +14,7 @@ from hfquant.calibration.streams import holds_set, parse_spec
 from hfquant.config import QuantRules, parse
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.skeleton import MODEL
-from hfquant.schema import ConfigError, Section
+from hfquant.schema import ConfigError, Section, validated
 
 SAMPLERS: dict[str, type[BaseSampler]] = {
     "uniform": UniformSampler,
@@ -188,21 +188,4 @@ def parsed(content: Any, where: str = "recipe") -> Recipe:
     """
     if not isinstance(content, Mapping):
         raise ConfigError(f"{where}: expected a mapping with {', '.join(Recipe.model_fields)}")
-    try:
-        return Recipe.model_validate(dict(content))
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explained(error, where))) from None
-
-
-def _explained(error: ValidationError, where: str) -> Iterator[str]:
-    for found in error.errors():
-        key = ".".join(str(part) for part in (where, *found["loc"]))
-        match found["type"]:
-            case "extra_forbidden":
-                yield f"{key}: unknown key"
-            case "missing":
-                yield f"{key}: is missing"
-            case "value_error":
-                yield f"{key}: {found['ctx']['error']}"
-            case _:
-                yield f"{key}: {found['msg']}, got {found['input']!r}"
+    return validated(Recipe, dict(content), where)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import nn
 
 from hfquant.integrations.experts import holds_experts
 from hfquant.integrations.facts import facts_of
-from hfquant.layer_plan import LayerPlan
 from hfquant.nn.modules import quantized_share
 from hfquant.planner import Plan
 
@@ -41,7 +39,7 @@ def planned_size(model: nn.Module, plan: Plan, width: int) -> PlannedSize:
     counts = {name: matrices(model, name) for name, layer in plan.layers.items() if not layer.tied}
     layers = {name: plan.layers[name] for name in counts}
     sizes = {name: counts[name] * layer.in_features * layer.out_features for name, layer in layers.items()}
-    stored = sum(counts[name] * layer_bytes(layer, width) for name, layer in layers.items())
+    stored = sum(counts[name] * layer.nbytes(width) for name, layer in layers.items())
     share, _ = quantized_share(model, sizes, facts_of(model).uncounted)
     return PlannedSize(before, before - width * sum(sizes.values()) + stored, share)
 
@@ -49,16 +47,3 @@ def planned_size(model: nn.Module, plan: Plan, width: int) -> PlannedSize:
 def matrices(model: nn.Module, name: str) -> int:
     """Return how many matrices an entry of a plan covers: one per expert of a parameter, or one for a layer."""
     return len(model.get_parameter(name)) if holds_experts(model, name) else 1
-
-
-def layer_bytes(layer: LayerPlan, width: int) -> int:
-    """Return the bytes of a layer's tensors, except the bias.
-
-    Args:
-        layer: its plan.
-        width: bytes per float of the model's dtype.
-    """
-    return sum(
-        math.prod(spec.shape) * (width if spec.dtype is None else spec.dtype.itemsize)
-        for spec in layer.tensors().values()
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,14 +16,14 @@ from hfquant.console import progress_bar
 from hfquant.experts import Unfused
 from hfquant.layer_plan import LayerPlan
 from hfquant.memory import free_memory
-from hfquant.nn.kinds import kind_of
+from hfquant.nn.kinds import kind_of, matrix_of
 from hfquant.nn.layer import QuantLayer
 from hfquant.observe import observe
 from hfquant.planner import ModelFacts, plan_apart
 from hfquant.search.knapsack import Option
 from hfquant.search.sensitivity import Seen, watch
 from hfquant.solver import solve
-from hfquant.statistics import LayerStats, stats_bytes
+from hfquant.statistics import LayerStats, stats_bytes, within_budget
 
 #: Gradients are computed for one in this many samples, since a backward takes as long as two forwards.
 _GRADIENTS = 3
@@ -90,9 +89,14 @@ def measure(
     members = {unit: found for unit, found in members.items() if any(name in seen for name in found)}
     if not members:
         raise CalibrationError("none of the layers that could be quantized ran during calibration")
+
+    def size(name: str) -> int:
+        return stats_bytes(first[name].in_features, _needs(name, plans))
+
+    measured = [name for found in members.values() for name in found]
     solved: dict[str, dict[str, QuantLayer]] = {}
-    with progress_bar(total=sum(map(len, members.values())), desc="measuring choices") as progress:
-        for group in _groups(model, [name for found in members.values() for name in found], plans):
+    with progress_bar(total=len(measured), desc="measuring choices") as progress:
+        for group in within_budget(measured, size, free_memory() // 4):
             for name, stats in _observed(model, group, plans, data, facts).items():
                 solved[name] = {label: _solved(model, name, plans[label][name], stats) for label in plans}
                 progress.update()
@@ -102,21 +106,6 @@ def measure(
     reached = {name for name, found in seen.items() if found.is_reached}
     unreached = [unit for unit, found in members.items() if reached.isdisjoint(found)]
     return MeasuredChoices(table, solved, members, plans, bool(reached), unreached)
-
-
-def _groups(model: nn.Module, names: Sequence[str], plans: Mapping[str, Mapping[str, LayerPlan]]) -> list[list[str]]:
-    """Split layers into groups whose statistics fit into memory together."""
-    budget, size = free_memory() // 4, 0
-    groups: list[list[str]] = [[]]
-    for name in names:
-        plan = next(iter(plans.values()))[name]
-        takes = stats_bytes(plan.in_features, _needs(name, plans))
-        if groups[-1] and size + takes > budget:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += takes
-    return groups
 
 
 def _needs(name: str, plans: Mapping[str, Mapping[str, LayerPlan]]) -> frozenset[str]:
@@ -145,13 +134,14 @@ def _solved(model: nn.Module, name: str, plan: LayerPlan, stats: LayerStats | No
     In that case the search for its strength would take most of the time, and it affects all choices alike.
     """
     module: Any = model.get_submodule(name)
-    kind = kind_of(module)
-    assert kind is not None
-    plan = replace(plan, folded=plan.config.input_quant is None)
+    plan = replace(plan, folded=False)  # the layer is solved alone: no module before it takes its divisor
+    if plan.config.input_quant is None and stats is not None:  # without statistics, nothing is smoothed anyway
+        unsmoothed = plan.config.model_copy(update={"opt": plan.config.opt.folded()})
+        plan = replace(plan, config=unsmoothed)
     with align_module_device(module):
-        weight = kind.matrix(module.get_parameter("weight").detach())
-        solution = solve(name, weight, plan, stats, module.weight.dtype)
-        layer: QuantLayer = kind.from_tensors(solution.plan, solution.tensors, module._parameters.get("bias"), module)
+        solution = solve(name, matrix_of(module), plan, stats, module.weight.dtype)
+        bias = module._parameters.get("bias")
+        layer = kind_of(module).from_tensors(solution.plan, solution.tensors, bias, module)
     return layer.eval()
 
 
@@ -174,6 +164,4 @@ def _option(
 
 def stored_bytes(model: nn.Module, plan: LayerPlan) -> int:
     """Return the bytes of a layer's tensors, excluding the bias."""
-    width = next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
-    specs = plan.tensors().values()
-    return sum(math.prod(s.shape) * (width if s.dtype is None else s.dtype.itemsize) for s in specs)
+    return plan.nbytes(next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4))

@@ -11,6 +11,11 @@ from hfquant.config import ConfigError
     [
         ({"kind": "blockwise"}, r"config.kind: unknown key; allowed are type, stepper, solver, blocks, extra_args"),
         ({"stepper": {"steps": 3}}, r"config.stepper.steps: unknown key; allowed are max_timestep"),
+        (
+            {"blocks": {"module": ["x"], "modules": ["x"]}},
+            r"blocks.module: unknown key; allowed are modules",
+        ),
+        ({"blocks": {}}, r"config.blocks.modules: is missing"),
         ({"type": "gan"}, r"config.type: .*'blockwise', 'ptqd' or 'tac', got 'gan'"),
         ({"solver": {"type": "lad"}}, r"config.solver.type: .*'mserel'"),
         ({"solver": {"blocksize": 0}}, r"config.solver.blocksize: .*greater than or equal to 1, got 0"),

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 import hfquant
 from hfquant.calibration import BaseSampler, CalibSetError, NormalSampler, storage
 from hfquant.cli import app
-from hfquant.cli.errors import errors_in_one_line
+from hfquant.cli.errors import command
 from hfquant.integrations.hub import load
 from hfquant.integrations.skeleton import skeleton
 from hfquant.nn.modules import quant_layers
@@ -303,11 +303,11 @@ def test_a_file_that_cannot_be_read_is_not_called_missing(tmp_path, capsys) -> N
     file = tmp_path / "model.safetensors"
     with pytest.raises(FileNotFoundError) as found:
         safe_open(file, "pt")
-    with pytest.raises(typer.Exit), errors_in_one_line(debug=False):
+    with pytest.raises(typer.Exit), command(debug=False):
         raise found.value
     assert capsys.readouterr().err == f"Error: No such file or directory: {file}\n"
     file.mkdir()  # instead of a file without permission: the tests may run as root, who may read any file
-    with pytest.raises(typer.Exit), errors_in_one_line(debug=False):
+    with pytest.raises(typer.Exit), command(debug=False):
         raise found.value
     assert capsys.readouterr().err == f"Error: {file} cannot be read: Is a directory\n"
 

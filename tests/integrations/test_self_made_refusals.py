@@ -40,9 +40,7 @@ def test_a_model_without_a_forward_is_refused_with_its_parts() -> None:
             self.post_init()
 
     model = Whole(small_models.llama_of_64().config)
-    with pytest.raises(
-        CalibrationError, match=r"Whole has no forward, .* or quantize its parts \(thinker\)"
-    ):
+    with pytest.raises(CalibrationError, match=r"Whole has no forward, .* or quantize its parts \(thinker\)"):
         hfquant.quantize(model, None, "w8a8")
     assert not quant_layers(model)
     hfquant.quantize(model.thinker, [small_models.transformers_inputs(model.thinker)], "w8a8")

@@ -79,7 +79,6 @@ def test_rows_of_the_input_give_rows_of_the_output(name: str, config: dict[str, 
     assert part == ""
     assert torch.equal(output, y)
     kind = kind_of(original)
-    assert kind is not None
     right = layer.float_output(seen, kind.matrix(original.weight.double()), getattr(original, "bias", None))
     assert right.dtype == torch.float32
     torch.testing.assert_close(right, original(x), rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ from hfquant.kernels import dequantize
 from hfquant.kernels.table import pick
 from hfquant.nn import conv as conv_file
 from hfquant.nn.conv import QuantConv, quantized_class
-from hfquant.nn.kinds import kind_of, refusal
+from hfquant.nn.kinds import find_kind, kind_of, refusal
 from hfquant.observe import observe
 
 WEIGHTS = {"opt": {"type": "default"}, "input_quant": None, "weight_quant": {"type": "int8", "axis": -1}}
@@ -294,7 +294,7 @@ def test_causal_convolutions_keep_their_cache() -> None:
 def test_which_subclasses_leave_their_weight_to_torch() -> None:
     assert kind_of(CogVideoXSafeConv3d(8, 8, 3)) is QuantConv
     for other in (MMAudioMPConv1d(8, 8, 3), WeightStandardizedConv2d(8, 8, 3)):
-        assert kind_of(other) is None
+        assert find_kind(other) is None
         assert f"whose class, {type(other).__name__}, uses the weight directly" in refusal(other)
 
     class Scaled(nn.Conv2d):
@@ -312,7 +312,7 @@ def test_which_subclasses_leave_their_weight_to_torch() -> None:
         def _conv_forward(self, input, weight, bias):
             return super()._conv_forward(input, weight * 2, bias)
 
-    assert all(kind_of(kind(8, 8, 3)) is None for kind in (Scaled, Hidden, Other))
+    assert all(find_kind(kind(8, 8, 3)) is None for kind in (Scaled, Hidden, Other))
 
 
 # As a module.

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hfquant
 from hfquant.nn.conv1d import QuantConv1D
-from hfquant.nn.kinds import kind_of, size_of
+from hfquant.nn.kinds import find_kind, kind_of, size_of
 from hfquant.nn.modules import quant_layers
 
 
@@ -26,9 +26,9 @@ def test_it_is_known_by_what_it_stores() -> None:
     assert not QuantConv1D.takes(nn.Conv1d(4, 4, 1))
     other = Conv1D(6, 4)
     other.nf = 5
-    assert kind_of(other) is None
+    assert find_kind(other) is None
     other = type("Conv1D", (nn.Module,), {})()
-    assert kind_of(other) is None
+    assert find_kind(other) is None
 
 
 @pytest.mark.parametrize("preset", ["w8a8-dynamic", "w4a16", "w4a16-gptq", "w8a8"])

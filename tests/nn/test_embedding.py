@@ -12,7 +12,7 @@ from transformers.models.gemma.modeling_gemma import GemmaTextScaledWordEmbeddin
 
 import hfquant
 from hfquant.nn.embedding import QuantEmbedding
-from hfquant.nn.kinds import kind_of, refusal
+from hfquant.nn.kinds import find_kind, kind_of, refusal
 
 QUANTS = {
     "int8": {"type": "int8", "axis": -1},
@@ -122,7 +122,7 @@ def test_scaled_embeddings(dtype) -> None:
 
 def test_what_is_no_plain_lookup() -> None:
     for other in (BartLearnedPositionalEmbedding(8, 8), nn.Embedding(8, 8, max_norm=1.0)):
-        assert kind_of(other) is None
+        assert find_kind(other) is None
         assert refusal(other)
 
 

@@ -17,7 +17,7 @@ import hfquant
 from hfquant.calibration.batches import CalibrationError
 from hfquant.nn.conv import QuantConv
 from hfquant.nn.embedding import QuantEmbedding
-from hfquant.nn.kinds import KINDS, kind_of, layers_in, refusal, size_of
+from hfquant.nn.kinds import KINDS, find_kind, kind_of, layers_in, matrix_of, refusal, size_of
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_layers
 
@@ -101,9 +101,12 @@ def no_longer_tiled(module: nn.Conv2d) -> nn.Conv2d:
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_what_is_taken(module, kind, size, device) -> None:
     module = module.to(device)
-    assert kind_of(module) is kind
+    assert find_kind(module) is kind_of(module) is kind
     assert size_of(module) == size
     assert refusal(module) == ""
+    matrix = matrix_of(module)
+    assert tuple(matrix.shape) == size[::-1]
+    assert not matrix.requires_grad
     # ``float_weight`` inverts ``matrix`` for any shape.
     weight = torch.arange(float(torch.Size(module.weight.shape).numel())).view(module.weight.shape)
     assert torch.equal(kind.float_weight(kind.matrix(weight), weight.shape), weight)
@@ -129,8 +132,10 @@ def test_what_is_taken(module, kind, size, device) -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_refused(module, why) -> None:
-    assert kind_of(module) is None
+    assert find_kind(module) is None
     assert refusal(module) == why
+    with pytest.raises(TypeError, match=f"^{type(module).__name__} cannot be quantized: {why}$"):
+        kind_of(module)
 
 
 @torch.no_grad()
@@ -150,8 +155,10 @@ def test_an_overridden_layer_runs_as_before(preset) -> None:
 
 @pytest.mark.parametrize("module", [nn.LayerNorm(4), nn.ReLU(), nn.ModuleList([nn.Linear(4, 4)]), nn.GRU(4, 4)])
 def test_what_is_no_layer(module) -> None:
-    assert kind_of(module) is None
+    assert find_kind(module) is None
     assert refusal(module) == ""
+    with pytest.raises(TypeError, match=f"^{type(module).__name__} cannot be quantized: none of the kinds"):
+        kind_of(module)
 
 
 def test_a_quantized_layer_is_not_taken_again() -> None:
@@ -160,7 +167,7 @@ def test_a_quantized_layer_is_not_taken_again() -> None:
     hfquant.quantize(model, None, "w8a16")
     assert layers_in(model) == {}
     assert len(quant_layers(model)) == 2
-    assert all(not any(kind.takes(m) and kind_of(m) for kind in KINDS) for m in model)
+    assert all(not any(kind.takes(m) and find_kind(m) for kind in KINDS) for m in model)
 
 
 @torch.no_grad()

@@ -141,10 +141,15 @@ class TestBadRecipes:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"titel": "x"}, "titel: unknown key"),
+            ({"titel": "x"}, "titel: unknown key; allowed are title, models, loads"),
             ({"models": []}, "models: "),
             ({"loads": 3}, r"loads: .*got 3"),
             ({"components": {}}, "components: "),
+            ({"components": {"model": {}}}, "components.model.config: is missing"),
+            (
+                {"components": {"model": {"config": "w8a16", "expected": {"bytes": 9, "size": "9 MB", "share": 0.5}}}},
+                "components.model.expected.bytes: unknown key; allowed are size, share",
+            ),
             ({"components": {"text": {"config": "w8a16"}}}, 'its only component is "model"'),
             ({"components": {"model": {"config": "w8a9"}}}, "unknown preset 'w8a9' .did you mean"),
             ({"components": {"model": {"config": {"default": {"bits": 3}}}}}, "bits: unknown key"),

@@ -73,6 +73,16 @@ def test_convolutions_take_part_and_layers_that_never_run_do_not():
     assert "never" in found.plans["int4"]
 
 
+@pytest.mark.parametrize(("input_quant", "smooths"), [({"type": "int8"}, True), (None, False)])
+def test_layers_are_smoothed_on_their_own_where_inputs_are_quantized(input_quant, smooths):
+    net = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64))
+    opt = {"opt": {"type": "smooth", "fold": True}, "input_quant": input_quant}
+    found = measured(net, inputs(), base={"default": {**BASE["default"], **opt}})
+    assert all(plans["1"].folded for plans in found.plans.values())
+    layers = found.solved["1"].values()
+    assert all(("smooth" in layer.solved_tensors()) == smooths for layer in layers)
+
+
 def test_experts_of_one_parameter_are_one_layer():
     model = mixture("MixtralForCausalLM")
     found = measured(model, [{"input_ids": tokens(seed=i)} for i in range(3)])
