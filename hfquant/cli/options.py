@@ -77,7 +77,7 @@ CallArguments = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY=VALUE",
-        help="Argument of the pipeline call, as JSON or a string; for images, a file or a JSON list of files.",
+        help="Argument of the pipeline call, as JSON or a string; for images or frames, a file or a JSON list of files.",
     ),
 ]
 
@@ -113,10 +113,11 @@ def parsed(value: str) -> Any:
 
 def call_arguments(values: Sequence[str]) -> dict[str, Any]:
     """Return the values of `--arg`, arguments of a pipeline's call: JSON, strings, and images read from files."""
-    from hfquant.integrations.self_made_runs import PICTURE_ARGUMENTS
+    from hfquant.integrations.self_made_runs import PICTURE_ARGUMENTS, VIDEO_ARGUMENTS
 
     found = {key: parsed(value) for key, value in pairs("--arg", values).items()}
-    return {key: _pictures(key, value) if key in PICTURE_ARGUMENTS else value for key, value in found.items()}
+    files = (*PICTURE_ARGUMENTS, *VIDEO_ARGUMENTS)
+    return {key: _pictures(key, value) if key in files else value for key, value in found.items()}
 
 
 def _pictures(name: str, value: Any) -> Any:

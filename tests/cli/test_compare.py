@@ -69,6 +69,8 @@ def test_lists_of_images_are_read_from_files(tmp_path):
     found = options.call_arguments([f"image={json.dumps(files)}", f"prompt={json.dumps(files)}"])
     assert [picture.getpixel((0, 0)) for picture in found["image"]] == [(0, 0, 0), (1, 1, 1)]
     assert found["prompt"] == files
+    video = options.call_arguments([f"video={json.dumps(files)}"])["video"]
+    assert [frame.getpixel((0, 0)) for frame in video] == [(0, 0, 0), (1, 1, 1)]
     nested = options.call_arguments([f"image={json.dumps([files, files[:1]])}"])["image"]
     assert [[picture.size for picture in pictures] for pictures in nested] == [[(2, 2)] * 2, [(2, 2)]]
     with pytest.raises(typer.BadParameter, match=r"image: cannot read '.*none.png' as an image$"):
