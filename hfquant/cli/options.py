@@ -77,7 +77,7 @@ CallArguments = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY=VALUE",
-        help="Argument of the pipeline call, as JSON or a string; for images or frames, a file or a JSON list of files.",
+        help="Argument of the pipeline call, as JSON or a string; for images and frames, a file or JSON list of files.",
     ),
 ]
 

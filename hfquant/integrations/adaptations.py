@@ -69,7 +69,8 @@ def _save_quantized_parts(base: type) -> None:
 
     @contextmanager
     def saving(model: Any, given: Any) -> Iterator[None]:
-        floats = None if quant_modules(model) else compat.config_of_floats(model, inner_configs(model.config), METHOD)
+        inner = inner_configs(getattr(model, "config", None))
+        floats = None if quant_modules(model) else compat.config_of_floats(model, inner, METHOD)
         with attached(model, attach, given), floats or nullcontext():
             yield
 

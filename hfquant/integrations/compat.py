@@ -186,7 +186,7 @@ def config_of_floats(model: Any, inner: Sequence[Any], method: str) -> Iterator[
         inner: the configs that a transformers model's config holds for its parts.
         method: the ``quant_method``.
     """
-    config = model.config
+    config = getattr(model, "config", None)  # a few have none, such as the watermarker of DeepFloyd IF
     if isinstance(config, Mapping):  # of diffusers, whose configs are frozen
         held = config.get("quantization_config")
         if not is_of(method, held):

@@ -43,7 +43,7 @@ STEPS = 20
 #: Calls recorded from one more run, for checking the result.
 CHECKS = 2
 #: Arguments of pipelines' calls that are images, or lists of frames.
-PICTURE_ARGUMENTS = ("image", "control_image", "mask_image", "example_image", "reference_image")
+PICTURE_ARGUMENTS = ("image", "control_image", "mask_image", "original_image", "example_image", "reference_image")
 VIDEO_ARGUMENTS = ("video", "conditioning_frames", "control_video", "pose_video", "face_video")
 #: Frames of a video if the pipeline does not say: video autoencoders take 4 k + 1 or 8 k + 1.
 FRAMES = 9

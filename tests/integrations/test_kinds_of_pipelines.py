@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, MultiControlNetModel, PipelineQuantizationConfig
+from diffusers.pipelines.deepfloyd_if.watermark import IFWatermarker
 from torch import nn
 
 import hfquant
@@ -175,3 +176,11 @@ def test_errors_and_warnings_name_what_to_do(tmp_path, caplog):
     assert "unett" in caplog.text
     with pytest.raises(ValueError, match=r"'unett'.*it has \['vae', 'unet'\]"):
         hfquant.quantize_pipeline(loaded, None, "w8a16", ["unett"])
+
+
+def test_a_model_without_a_config_is_saved_as_by_diffusers_alone(tmp_path: Path):
+    """DeepFloyd IF has one in its pipelines."""
+    watermarker = IFWatermarker()
+    watermarker.watermark_image.fill_(0.5)
+    watermarker.save_pretrained(tmp_path)
+    assert torch.equal(IFWatermarker.from_pretrained(tmp_path).watermark_image, watermarker.watermark_image)
