@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from inspect import Parameter
 from typing import Any
 
@@ -185,8 +184,11 @@ def call_making(pipe: Any, *args: Any, **kwargs: Any) -> tuple[str, Any]:
     return OUTPUTS.get(name or "", ""), pipe(*args, **{**kwargs, "output": name})
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Return the device of a module's first loaded parameter, or the CPU if there is none."""
+def weights_device(module: nn.Module) -> torch.device:
+    """Return the device of a module's first loaded parameter, or the CPU if there is none.
+
+    Where accelerate offloads weights, this is not the device that the module runs on.
+    """
     return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
 
 
@@ -201,22 +203,8 @@ def run_denoiser(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     """Return the prediction of one call, with its arguments moved to the denoiser's device."""
     from accelerate.utils import send_to_device
 
-    args, kwargs = send_to_device((args, dict(kwargs)), device_of(denoiser))
+    args, kwargs = send_to_device((args, dict(kwargs)), weights_device(denoiser))
     return output_tensor(denoiser(*args, **kwargs))
-
-
-@contextmanager
-def eval_mode(model: Any) -> Iterator[None]:
-    """Put a module, or all modules of a pipeline, into eval mode, and restore each one's mode afterwards."""
-    parts = [getattr(model, name) for name in module_names(model)] if is_pipeline(model) else find_denoisers(model)
-    training = {module for part in parts for module in part.modules() if module.training}
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def to_grid(latents: Tensor, frames_first: bool = False) -> Tensor:
@@ -275,3 +263,8 @@ def has_frames_first(latents: Tensor, denoiser: nn.Module) -> bool:
 def module_names(pipe: Any) -> list[str]:
     """Return the names of a pipeline's components that are modules."""
     return [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
+
+
+def modules_of(model: Any) -> list[nn.Module]:
+    """Return a pipeline's components that are modules; of anything else, what :func:`find_denoisers` returns."""
+    return [model.components[name] for name in module_names(model)] if is_pipeline(model) else find_denoisers(model)

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from pydantic import Field, PositiveInt, ValidationError
 from torch import nn
 
 from hfquant.algorithms import TensorSpec, Transform
@@ -16,9 +17,26 @@ from hfquant.config import ConfigError, QuantRules
 from hfquant.formats import GridRule, InputRule, split_columns
 from hfquant.layer_config import LayerConfig
 from hfquant.nn.kinds import kind_of, size_of
+from hfquant.schema import Section
 
 #: Minimum width in columns of the parts that an input is split into: what one vector instruction multiplies.
 NARROWEST = 64
+
+
+class StoredPlan(Section):
+    """The fields of a :class:`LayerPlan` that a checkpoint's config.json stores because the config's rule differs.
+
+    A field that follows from the rule is empty here and absent from the file.
+    """
+
+    # strict=False admits tuples as well as JSON's lists; elements are checked strictly all the same.
+    config: dict[str, Any] = Field({})
+    input_segments: list[PositiveInt] = Field([], strict=False, min_length=1)
+    output_segments: list[PositiveInt] = Field([], strict=False, min_length=1)
+    dual: list[bool] = Field([], strict=False, min_length=1)
+    folded: bool = False
+    rounded: list[int] = Field([], strict=False)
+    tied: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,23 @@ class LayerPlan:
         return self.config.group_size is not None and self.config.weight_quant.scale == "two_level"
 
     @property
+    def weight_in_words(self) -> str:
+        """The weight's number format and group size, such as "int4 g64"."""
+        group = self.config.group_size
+        return self.config.weight_quant.type + (f" g{group}" if group else "")
+
+    @property
+    def input_in_words(self) -> str:
+        """The input's number format, such as "int8 dynamic"; "-" if it is not quantized."""
+        quant = self.config.input_quant
+        return "-" if quant is None else quant.type + (" dynamic" if quant.dynamic else "")
+
+    @property
+    def method(self) -> str:
+        """Transform and rounding method, such as "smooth/gptq"."""
+        return f"{self.transform.type}/{self.config.calib.type}"
+
+    @property
     def static_input(self) -> bool:
         """Whether activations have a static, calibrated scale."""
         return self.config.input_quant is not None and self.config.input_quant.static
@@ -141,22 +176,18 @@ class LayerPlan:
 
     def differences(self, rule: LayerConfig) -> dict[str, Any]:
         """Return what :func:`layer_plan` cannot derive from ``rule``, as JSON."""
-        found: dict[str, Any] = {}
-        if self.config != rule:
-            found["config"] = self.config.model_dump(mode="json")
-        if self.input_segments != input_parts((self.in_features,), self.config):
-            found["input_segments"] = list(self.input_segments)
-        if len(self.output_segments) > 1:
-            found["output_segments"] = list(self.output_segments)
-        if any(self.dual):
-            found["dual"] = list(self.dual)
-        if self.folded:
-            found["folded"] = True
-        if self.rounded:
-            found["rounded"] = list(self.rounded)
-        if self.tied:
-            found["tied"] = self.tied
-        return found
+        parts = input_parts((self.in_features,), self.config)
+        # Not validated: a file has no empty lists.
+        stored = StoredPlan.model_construct(
+            config={} if self.config == rule else self.config.model_dump(mode="json"),
+            input_segments=[] if self.input_segments == parts else list(self.input_segments),
+            output_segments=[] if len(self.output_segments) == 1 else list(self.output_segments),
+            dual=list(self.dual) if any(self.dual) else [],
+            folded=self.folded,
+            rounded=list(self.rounded),
+            tied=self.tied,
+        )
+        return stored.model_dump(exclude_defaults=True)
 
     def without_data(self) -> LayerPlan:
         """Return the fallback plan of a layer that never ran in calibration.
@@ -186,41 +217,42 @@ def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mappin
     Raises:
         ConfigError: ``stored`` does not fit the layer.
     """
-    stored = dict(stored or {})
-    if "config" in stored:
+    found = _read(name, stored or {})
+    if "config" in found.model_fields_set:
         try:
-            config = QuantRules({"default": stored.pop("config")}).default
+            config = QuantRules({"default": found.config}).default
         except ConfigError as error:
             raise ConfigError(f"layer {name!r}, stored plan: {error}") from None
     config, (in_features, out_features) = kind_of(module).fitted(config), size_of(module)
-    folded = stored.pop("folded", False)
-    if type(folded) is not bool:
-        raise ConfigError(f"layer {name!r}: folded={folded!r} in the stored plan is neither True nor False")
-    tied = stored.pop("tied", "")
-    if not isinstance(tied, str):
-        raise ConfigError(f"layer {name!r}: tied={tied!r} in the stored plan is not a name")
-    if odd := {k: v for k, v in stored.items() if not isinstance(v, (list, tuple))}:
-        raise ConfigError(f"layer {name!r}: expected lists in the stored plan, got {odd}")
-    inputs = tuple(stored.pop("input_segments", input_parts((in_features,), config)))
-    outputs = tuple(stored.pop("output_segments", (out_features,)))
-    dual = tuple(stored.pop("dual", (False,) * len(inputs)))
-    rounded = tuple(stored.pop("rounded", ()))
-    if stored:
-        raise ConfigError(f"layer {name!r}: unknown keys {sorted(stored)} in the stored plan")
+    inputs = tuple(found.input_segments) or input_parts((in_features,), config)
+    outputs = tuple(found.output_segments) or (out_features,)
+    dual = tuple(found.dual) or (False,) * len(inputs)
     for what, sizes, total in (("input", inputs, in_features), ("output", outputs, out_features)):
-        if not all(type(s) is int and s > 0 for s in sizes) or sum(sizes) != total:
+        if sum(sizes) != total:
             raise ConfigError(f"layer {name!r}: {what}_segments={list(sizes)} do not sum to {what}_features={total}")
-    if len(dual) != len(inputs) or not all(type(d) is bool for d in dual):
+    if len(dual) != len(inputs):
         raise ConfigError(f"layer {name!r}: dual={list(dual)} does not fit {len(inputs)} input segments")
     if any(dual) and not can_be_dual(config):
         quant = config.input_quant
         raise ConfigError(
             f"layer {name!r}: dual scale needs an input_quant.type of at most 15 bits, not {quant and quant.type}"
         )
-    if not all(type(i) is int and i >= 0 for i in rounded):
-        raise ConfigError(f"layer {name!r}: rounded={list(rounded)} in the stored plan are not expert indices")
+    if any(i < 0 for i in found.rounded):
+        raise ConfigError(f"layer {name!r}: rounded={found.rounded} in the stored plan are not expert indices")
     rank = module.get_parameter("weight").dim()
-    return LayerPlan(config, in_features, out_features, inputs, outputs, dual, folded, rank, tied, rounded)
+    rounded = tuple(found.rounded)
+    return LayerPlan(config, in_features, out_features, inputs, outputs, dual, found.folded, rank, found.tied, rounded)
+
+
+def _read(name: str, stored: Mapping[str, Any]) -> StoredPlan:
+    """Validate the types of a stored plan; whether it fits the layer is for :func:`layer_plan` to check."""
+    try:
+        return StoredPlan.model_validate(dict(stored))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = str(problem["loc"][0])
+        why = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        raise ConfigError(f"layer {name!r}: {key}={stored[key]!r} in the stored plan: {why}") from None
 
 
 def input_parts(segments: tuple[int, ...], config: LayerConfig) -> tuple[int, ...]:

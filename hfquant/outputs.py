@@ -60,6 +60,11 @@ def divergence(output: Tensor, expected: Tensor, are_logits: bool, mask: Tensor 
     return (each * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
+def decibels(signal: Tensor, noise: Tensor) -> Tensor:
+    """Return the ratio of two sums of squares in dB; infinite without noise, even where there is no signal either."""
+    return (10 * (signal / noise).log10()).where(noise != 0, math.inf)
+
+
 def better(one: Tensor, other: Tensor) -> bool:
     """Return whether ``one``'s divergences are less than ``other``'s by more than two standard errors of the mean.
 

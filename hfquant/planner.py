@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from inspect import signature
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from hfquant.layer_config import OPTIONAL, LayerConfig
 from hfquant.layer_plan import LayerPlan, can_be_dual, input_parts, layer_plan
 from hfquant.mixed_precision import left_in_float, with_wider_inputs, with_wider_weights
 from hfquant.nn.kinds import layers_in, refusal
+from hfquant.nn.layer import QuantLayer
 from hfquant.ties import configs_together, tied_groups
 
 logger = logging.getLogger(__name__)
@@ -113,15 +114,13 @@ class Plan:
     def __str__(self) -> str:
         rows = [("layer", "in x out", "weight", "input", "opt", "segments in | out", "dual", "why")]
         for name, p in self.layers.items():
-            w, i = p.config.weight_quant, p.config.input_quant
-            grouped = f" g{p.config.group_size}" if p.config.group_size else ""
             rows.append(
                 (
                     name,
                     f"{p.in_features} x {p.out_features}",
-                    f"{w.type}{grouped}",
-                    "-" if i is None else f"{i.type}{' dynamic' if i.dynamic else ''}",
-                    f"{p.transform.type}/{p.config.calib.type}",
+                    p.weight_in_words,
+                    p.input_in_words,
+                    p.method,
                     f"{_short(p.input_segments)} | {_short(p.output_segments)}",
                     "yes" if any(p.dual) else "",
                     "; ".join(p.evidence),
@@ -187,7 +186,7 @@ def plan_apart(
     experts: Unfused,
 ) -> Plan:
     """Do what :func:`plan_layers` does, for a model with unfused experts: each is a separate linear."""
-    chosen, skipped, ties = _chosen(model, rules, not_convert, facts, experts)
+    chosen, skipped, ties = _choose(model, rules, not_convert, facts, experts)
     with first_alone(experts):
         traces = _traces(model, chosen, example, facts)
     share_traces(traces, experts)
@@ -213,72 +212,111 @@ def plan_apart(
     return Plan(layers, skipped, tuple(folds))
 
 
-def _chosen(
-    model: nn.Module, rules: QuantRules, not_convert: Collection[str], facts: ModelFacts, experts: Unfused
-) -> tuple[dict[str, LayerConfig], dict[str, str], dict[str, str]]:
-    """Decide which layers are quantized; warn about names that match none.
+class _Choice(NamedTuple):
+    """Which layers are quantized.
 
-    Returns:
-        The configs of the layers to quantize, why each other one is not, and for each tied layer the one it is tied to.
+    Attributes:
+        configs: configs of the layers to quantize.
+        skipped: names of the other layers -> why they stay in full precision.
+        ties: names of layers that share another layer's codes -> that layer.
     """
+
+    configs: dict[str, LayerConfig]
+    skipped: dict[str, str]
+    ties: dict[str, str]
+
+
+def _choose(
+    model: nn.Module, rules: QuantRules, not_convert: Collection[str], facts: ModelFacts, experts: Unfused
+) -> _Choice:
+    """Decide which layers are quantized; warn about names in the config that match none."""
     kinds, groups = layers_in(model), tied_groups(model, facts.tied)
     tied = {name: next(n for n in reversed(group) if n != name) for group in groups for name in group}
-    codec = autoencoder_convs(model, kinds)
+    needed, fused = _needed_entries(model, kinds, facts), experts.parameters
+    # All names by which the config may address a module, starting with its own.
+    names = {n: facts.aliases(n) + (facts.aliases(fused[n]) if n in fused else ()) for n, _ in model.named_modules()}
+    refused = {name: why for name, module in model.named_modules() if (why := refusal(module))}
+    layers = [name for name in names if name in kinds or name in refused]
     open_to: dict[str, LayerConfig] = {}
-    chosen: dict[str, LayerConfig] = {}
-    skipped: dict[str, str] = dict(experts.skipped)
-    idle, unused = dict.fromkeys(rules.patterns), dict.fromkeys(not_convert)
-    for name, module in model.named_modules():
-        fused = experts.parameters.get(name, "")
-        names = facts.aliases(name) + (facts.aliases(fused) if fused else ())
-        for key in [k for k in unused if matches(names, [k])]:
-            del unused[key]
-        kind, refused = kinds.get(name), refusal(module)
-        if kind is None and not refused:
-            continue
-        globs = rules.matching(*names)
-        for glob in globs:
-            idle.pop(glob, None)
-        asked = _asked(rules, names)
-        layer = rules.resolve(*names)
-        if fused and layer.input_quant is not None:
-            # All experts of a parameter have one config, so none may switch to per-token scales on its own.
-            static = layer.input_quant.model_copy(update={"token_fallback": False})
-            layer = layer.model_copy(update={"input_quant": static})
-        options = [] if kind is None else [facts.optional.get(name, ""), kind.optional(module)]
-        options += ["autoencoder_convs"] if name in codec else []
-        closed = [option for option in options if option and option not in layer.include]
-        if kind is None:
-            skipped[name] = refused
-        elif not name:
-            skipped[name] = "it is the whole model, so no parent can hold its replacement; wrap it in nn.Sequential"
-        elif matches(names, not_convert):
-            skipped[name] = EXCLUDED
-        elif not layer.enable:
-            skipped[name] = SWITCHED_OFF
-        elif (why := facts.skipped.get(name) or facts.skipped.get(fused)) and not asked:
-            skipped[name] = why
-        elif closed and not asked:
-            skipped[name] = OPTIONAL[closed[0]]
-        else:
-            open_to[name] = kind.fitted(layer)
+    chosen = _Choice({}, dict(experts.skipped), {})
+    for name in layers:
+        config, asked = _config_of(names[name], rules, name in fused), _asked(rules, names[name])
+        known = facts.skipped.get(name) or facts.skipped.get(fused.get(name, ""), "")
+        why = refused.get(name) or _why_float(names[name], config, asked, not_convert, known, needed[name])
+        if not why:
+            open_to[name] = kinds[name].fitted(config)
             if name in tied and not asked:
-                skipped[name] = f"its weight is tied to {tied[name]}"
-            else:
-                chosen[name] = layer
-    ties: dict[str, str] = {}
+                why = f"its weight is tied to {tied[name]}"
+        if why:
+            chosen.skipped[name] = why
+        else:
+            chosen.configs[name] = config
     for group in groups:
         together = configs_together(group, open_to, kinds)
-        chosen |= together
-        skipped = {name: why for name, why in skipped.items() if name not in together}
-        ties |= {name: group[0] for name in group[1:] if name in together}
-    who = type(model).__name__
-    for glob in idle:
-        logger.warning("%s: config[%r] matches no layer (those of a block are %r)", who, glob, f"{glob}.*")
-    for key in unused:
-        logger.warning("%s: modules_to_not_convert: %r matches no module", who, key)
-    check_one_config(chosen, experts)
-    return chosen, skipped, ties
+        chosen.configs.update(together)
+        chosen.ties.update({name: group[0] for name in group[1:] if name in together})
+        for name in together:
+            chosen.skipped.pop(name, None)
+    _warn_if_unmatched(type(model).__name__, rules, not_convert, names, layers)
+    check_one_config(chosen.configs, experts)
+    return chosen
+
+
+def _config_of(names: tuple[str, ...], rules: QuantRules, is_expert: bool) -> LayerConfig:
+    config = rules.resolve(*names)
+    if not is_expert or config.input_quant is None:
+        return config
+    # All experts of a parameter have one config, so none may switch to per-token scales on its own.
+    static = config.input_quant.model_copy(update={"token_fallback": False})
+    return config.model_copy(update={"input_quant": static})
+
+
+def _needed_entries(model: nn.Module, kinds: Mapping[str, type[QuantLayer]], facts: ModelFacts) -> dict[str, list[str]]:
+    """Return the entries of ``include`` that each layer needs to be quantized, unless it is explicitly enabled."""
+    needed = {n: [facts.optional.get(n, ""), kind.optional(model.get_submodule(n))] for n, kind in kinds.items()}
+    for name in autoencoder_convs(model, kinds):
+        needed[name].append("autoencoder_convs")
+    return {name: [entry for entry in entries if entry] for name, entries in needed.items()}
+
+
+def _why_float(
+    names: tuple[str, ...],
+    config: LayerConfig,
+    asked: bool,
+    not_convert: Collection[str],
+    known: str,
+    needed: list[str],
+) -> str:
+    """Return why a layer of a supported kind stays in full precision, ties aside; "" if it does not.
+
+    What the library says (``known``) and missing ``needed`` entries do not count if the user ``asked`` for the layer.
+    """
+    if not names[0]:
+        return "it is the whole model, so no parent can hold its replacement; wrap it in nn.Sequential"
+    if matches(names, not_convert):
+        return EXCLUDED
+    if not config.enable:
+        return SWITCHED_OFF
+    if asked:
+        return ""
+    return known or next((OPTIONAL[entry] for entry in needed if entry not in config.include), "")
+
+
+def _warn_if_unmatched(
+    who: str,
+    rules: QuantRules,
+    not_convert: Collection[str],
+    names: Mapping[str, tuple[str, ...]],
+    layers: Iterable[str],
+) -> None:
+    """Log one line per glob of the config that matches none of ``layers``, and per name that matches no module."""
+    matched = {glob for layer in layers for glob in rules.matching(*names[layer])}
+    for glob in rules.patterns:
+        if glob not in matched:
+            logger.warning("%s: config[%r] matches no layer (those of a block are %r)", who, glob, f"{glob}.*")
+    for key in dict.fromkeys(not_convert):
+        if not any(matches(module, [key]) for module in names.values()):
+            logger.warning("%s: modules_to_not_convert: %r matches no module", who, key)
 
 
 def _asked(rules: QuantRules, names: Iterable[str]) -> bool:

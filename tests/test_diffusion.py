@@ -46,12 +46,12 @@ from hfquant.denoisers import (
     compute_dtype,
     denoiser_name,
     denoiser_names,
-    eval_mode,
     find_denoiser,
     find_denoisers,
     from_grid,
     has_frames_first,
     is_pipeline,
+    modules_of,
     time_reader,
     to_grid,
 )
@@ -283,6 +283,7 @@ def test_what_a_pipeline_and_its_denoiser_are() -> None:
     assert not is_pipeline(pipe.transformer)
     assert denoiser_name(pipe) == "transformer"
     assert find_denoiser(pipe) is find_denoiser(pipe.transformer) is pipe.transformer
+    assert modules_of(pipe) == modules_of(pipe.transformer) == [pipe.transformer]
     with pytest.raises(ValueError, match="SimpleNamespace has none of the denoisers transformer, transformer_2"):
         find_denoiser(SimpleNamespace(scheduler=None))
     assert compute_dtype(nn.Linear(2, 2).bfloat16()) == torch.bfloat16
@@ -297,14 +298,6 @@ def test_the_timestep_is_read_from_any_call() -> None:
     assert read is not None
     assert (read((1, 2), {}), read((1,), {"timestep_ratio": 3}), read((1,), {})) == (2, 3, None)
     assert time_reader(nn.Linear(2, 2)) is None
-
-
-def test_eval_mode_puts_each_module_back() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
-    model[0].eval()
-    with eval_mode(model):
-        assert not any(m.training for m in model.modules())
-    assert [m.training for m in model.modules()] == [True, False, True]
 
 
 def test_a_component_that_fails_leaves_all_of_them_alone() -> None:

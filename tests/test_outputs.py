@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hfquant.outputs import better, divergence, is_distribution, main_tensor, padding_mask
+from hfquant.outputs import better, decibels, divergence, is_distribution, main_tensor, padding_mask
 from tests.report.conftest import small_llama
 
 
@@ -23,6 +23,11 @@ def test_outputs_without_tensors():
     assert torch.equal(main_tensor({"a": None, "b": [torch.ones(2)]}), torch.ones(2))
     with pytest.raises(ValueError, match="a dict holds no tensor of floats to compare"):
         main_tensor({"a": None})
+
+
+def test_decibels():
+    signal, noise = torch.tensor([100.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 0.0, 1.0])
+    assert decibels(signal, noise).tolist() == [20, torch.inf, torch.inf, -torch.inf]
 
 
 def test_divergence_of_logits():

@@ -19,10 +19,11 @@ from hfquant.affiner.hooks import NEEDS_CFG, Affiner, corrected, half, run_step
 from hfquant.affiner.inputs import Samples, as_pipeline, call_batches, check_alike
 from hfquant.affiner.judge import fresh_samples, gain, pays
 from hfquant.affiner.runs import Event, Run
+from hfquant.calibration.batches import evaluating
 from hfquant.calibration.samplers import fresh_call, seeded
 from hfquant.config import ConfigError
 from hfquant.console import progress_bar
-from hfquant.denoisers import compute_dtype, eval_mode, find_denoiser, find_denoisers, has_frames_first, refuse_cached
+from hfquant.denoisers import compute_dtype, find_denoiser, find_denoisers, has_frames_first, modules_of, refuse_cached
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +105,7 @@ def _align(affiner: Any, config: AffinerConfig, real: Any, quant: Any, samples: 
     fit = _Fit(affiner, config.stepper, real, quant)
     with ExitStack() as stack:
         stack.enter_context(seeded(config.stepper.seed))
-        for model in (real, quant):
-            stack.enter_context(eval_mode(model))
+        stack.enter_context(evaluating(*modules_of(real), *modules_of(quant), gradients=True))
         if config.blocks is not None:
             calls = _denoiser_calls(real, samples, config.blocks.timesteps)
             affiner.blocks = fit_blocks(find_denoiser(real), find_denoiser(quant), calls, config.blocks)
@@ -118,7 +118,8 @@ def _align(affiner: Any, config: AffinerConfig, real: Any, quant: Any, samples: 
 def _judge(fit: _Fit, affiner: BlockwiseAffiner, samples: Samples) -> None:
     """Reset all maps unless they bring the final latents of runs from other noise closer to the real model's."""
     gains = []
-    with seeded(fit.stepper.seed, 1), eval_mode(fit.real), eval_mode(fit.quant):
+    models = (*modules_of(fit.real), *modules_of(fit.quant))
+    with seeded(fit.stepper.seed, 1), evaluating(*models, gradients=True):
         for sample in progress_bar(samples, "judging the affiner"):
             real, plain = fit.last_latents(fit.real, sample), fit.last_latents(fit.quant, sample)
             with ExitStack() as stack:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hfquant.affiner.hooks import Step, intercept, refuse_intercepted, timestep_reader
-from hfquant.denoisers import compute_dtype, device_of, find_denoisers, output_tensor, with_tensor
+from hfquant.denoisers import compute_dtype, find_denoisers, output_tensor, weights_device, with_tensor
 
 
 class Event(NamedTuple):
@@ -83,7 +83,7 @@ class Run:
         intercept(self.pipeline.scheduler, self._around_step)  # never released: the copy ends with the run
         self.timesteps: list[float] = []
         self._finish, self._kwargs = finish, dict(kwargs)
-        devices = {"cpu", *(device_of(denoiser).type for denoiser in find_denoisers(self.pipeline))}
+        devices = {"cpu", *(weights_device(denoiser).type for denoiser in find_denoisers(self.pipeline))}
         self._autocasts = [(d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d)]
         self._replies: SimpleQueue[Any] = SimpleQueue()
         self._events: SimpleQueue[Any] = SimpleQueue()
@@ -217,7 +217,7 @@ class DenoisingLoop:
         Raises:
             ValueError: There are no latents, and the config does not define their shape.
         """
-        device = device_of(self.transformer)
+        device = weights_device(self.transformer)
         if latents is None:
             config = getattr(self.transformer, "config", None)
             size, channels = (getattr(config, key, None) for key in ("sample_size", "in_channels"))

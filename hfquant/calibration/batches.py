@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from itertools import islice, zip_longest
 from typing import Any
@@ -287,12 +287,19 @@ def device_of(model: nn.Module) -> torch.device | str | int:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode without gradients; restore the training flags afterwards."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+def evaluating(*models: nn.Module, gradients: bool = False) -> Iterator[None]:
+    """Run models in eval mode; restore the mode of each of their modules afterwards.
+
+    Args:
+        models: any number of models.
+        gradients: whether to leave gradients as they are, rather than disable them.
+    """
+    training = {module: module.training for model in models for module in model.modules()}
     try:
-        with torch.no_grad():
+        for model in models:
+            if any(training[module] for module in model.modules()):
+                model.eval()  # rather than the attribute alone, since some models prepare for eval mode in it
+        with nullcontext() if gradients else torch.no_grad():
             yield
     finally:
         for module, flag in training.items():

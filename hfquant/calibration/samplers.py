@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfquant.calibration.batches import applicable, options_for, placed, samples
+from hfquant.calibration.batches import applicable, evaluating, options_for, placed, samples
 from hfquant.calibration.recorder import Recording, Target, find_layer, record
 from hfquant.calibration.self_made import generator, seed_of
-from hfquant.denoisers import call_parameters, is_pipeline, modular_blocks, time_reader
+from hfquant.denoisers import call_parameters, is_pipeline, modular_blocks, modules_of, time_reader
 
 
 class BaseSampler:
@@ -285,20 +285,11 @@ def seeded(*entropy: int) -> Iterator[None]:
 @contextmanager
 def inference(model: Any) -> Iterator[None]:
     """Run in eval mode, without gradients or per-run progress bars; restore everything afterwards."""
-    parts = (
-        [model] if isinstance(model, nn.Module) else [p for p in model.components.values() if isinstance(p, nn.Module)]
-    )
-    training = [module for part in parts for module in part.modules() if module.training]
     bar = getattr(model, "_progress_bar_config", {})
-    try:
-        for module in training:
-            module.training = False
-        if hasattr(model, "set_progress_bar_config"):
-            model.set_progress_bar_config(**{**bar, "disable": True})
-        with torch.no_grad():
+    configure = getattr(model, "set_progress_bar_config", lambda **_: None)
+    with evaluating(*modules_of(model)):
+        try:
+            configure(**{**bar, "disable": True})
             yield
-    finally:
-        for module in training:
-            module.training = True
-        if hasattr(model, "set_progress_bar_config"):
-            model.set_progress_bar_config(**bar)
+        finally:
+            configure(**bar)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import replace
 
 from torch import nn
@@ -12,6 +11,7 @@ from hfquant.algorithms import Identity
 from hfquant.layer_plan import LayerPlan
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
+from hfquant.outputs import decibels
 from hfquant.solver import solve
 
 logger = logging.getLogger(__name__)
@@ -81,5 +81,5 @@ def rounded_anew(name: str, layer: QuantLinear, plan: LayerPlan) -> tuple[QuantL
         return QuantLinear.from_tensors(plan, {key: getattr(layer, key) for key in plan.tensors()}, bias), None
     weight = layer.effective_weight()
     new = QuantLinear.from_tensors(plan, solve(name, weight, plan, None).tensors, bias)
-    error = (new.dequantize() - weight).square().sum().item()
-    return new, 10 * math.log10(weight.square().sum().item() / error) if error else math.inf
+    signal, noise = (x.square().sum() for x in (weight, new.dequantize() - weight))
+    return new, decibels(signal, noise).item()

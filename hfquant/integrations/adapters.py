@@ -26,6 +26,7 @@ from hfquant.nn.embedding import QuantEmbedding
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
+from hfquant.outputs import decibels
 from hfquant.solver import requantize
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class OnCodes:
             "%s: merged %s; SQNR of the weight %.1f dB, %.0f %% of what the adapters change kept",
             self.target_name,
             ", ".join(names),
-            _decibels(wanted, found - wanted),
+            decibels(*(x.double().square().sum() for x in (wanted, found - wanted))).item(),
             100 * _share(found - layer.matrix(base), change),
         )
 
@@ -276,10 +277,6 @@ def _put(layer: QuantLayer, tensors: Mapping[str, Tensor]) -> None:
 def _share(found: Tensor, change: Tensor) -> float:
     """Return the fraction of ``change`` contained in ``found``: 1 if they differ only by uncorrelated noise."""
     return float((found.double() * change.double()).sum() / change.double().square().sum())
-
-
-def _decibels(signal: Tensor, noise: Tensor) -> float:
-    return float(10 * torch.log10(signal.double().square().sum() / noise.double().square().sum()))
 
 
 register_lora_layers(

@@ -51,12 +51,12 @@ class LayerReport:
     @property
     def sqnr(self) -> float | None:
         """Signal-to-quantization-noise ratio of the output, in dB; None without data, infinite without error."""
-        return decibels(self.error)
+        return sqnr_of(self.error)
 
     @property
     def plain_sqnr(self) -> float | None:
         """The value of :attr:`sqnr` with round-to-nearest only."""
-        return decibels(self.plain_error)
+        return sqnr_of(self.plain_error)
 
     def __str__(self) -> str:
         name, *figures, what = _row(self)
@@ -64,7 +64,7 @@ class LayerReport:
         return f"{name}: {', '.join(f'{title} {figure}' for title, figure in head if figure != '-')}; {what}"
 
 
-def decibels(error: float | None) -> float | None:
+def sqnr_of(error: float | None) -> float | None:
     """Return the signal-to-noise ratio in dB of a relative L2 error; None for None, infinite for no error."""
     return None if error is None else (-20 * math.log10(error) if error else math.inf)
 

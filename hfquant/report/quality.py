@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hfquant.calibration.batches import device_of, evaluating, forward
+from hfquant.outputs import decibels
 
 
 class NothingToCompare(ValueError):
@@ -98,7 +99,7 @@ def compare_models(
     """
     scores: list[dict[str, Tensor]] = []
     changes: list[tuple[float, TokenChange]] = []
-    with evaluating(reference), evaluating(other):
+    with evaluating(reference, other):
         for batch in batches:
             outputs = [forward(model, batch) for model in (reference, other)]
             name = next((n for n in ("logits", "last_hidden_state") if getattr(outputs[0], n, None) is not None), None)
@@ -178,16 +179,11 @@ def _signal_scores(p: Tensor, q: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _decibels(signal: Tensor, noise: Tensor) -> Tensor:
-    """Return the ratio in dB; infinite without noise, even where there is no signal either."""
-    return (10 * (signal / noise).log10()).where(noise != 0, math.inf)
-
-
 def _figures(scores: Sequence[Mapping[str, Tensor]], what: str = "hidden states") -> tuple[Figure, ...]:
     total = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
     if "signal" in total:
-        ratio = _decibels(total["signal"].sum(), total["noise"].sum())
-        each = _decibels(total["signal"], total["noise"])
+        ratio = decibels(total["signal"].sum(), total["noise"].sum())
+        each = decibels(total["signal"], total["noise"])
         cosine = total["cosine"]
         return (
             Figure(f"SQNR of {what}", ratio.item(), standard_error(each), "dB"),

@@ -18,7 +18,7 @@ from hfquant.integrations.facts import facts_of
 from hfquant.integrations.skeleton import MODEL, Skeleton, skeleton, subfolder
 from hfquant.layer_plan import LayerPlan
 from hfquant.nn.experts import tensor_name
-from hfquant.report.layers import decibels
+from hfquant.report.layers import sqnr_of
 
 #: The report of a quantization, stored next to its weights.
 REPORT_FILE = "quant_report.json"
@@ -152,19 +152,17 @@ def _stored_model(path: Path, model: Any, config: Any) -> StoredModel:
 
 
 def _layer(name: str, plan: LayerPlan, taken: int, measured: Mapping[str, Any], experts: int) -> StoredLayer:
-    weight, given = plan.config.weight_quant, plan.config.input_quant
-    group = f" g{plan.config.group_size}" if plan.config.group_size else ""
     return StoredLayer(
         name,
         (experts * plan.out_features, plan.in_features),
-        f"{weight.type}{group}{'' if weight.symmetric else ' asymmetric'}",
-        "-" if given is None else f"{given.type}{' dynamic' if given.dynamic else ''}",
-        f"{plan.transform.type}/{plan.config.calib.type}",
+        plan.weight_in_words + ("" if plan.config.weight_quant.symmetric else " asymmetric"),
+        plan.input_in_words,
+        plan.method,
         (plan.input_segments, plan.output_segments),
         plan.dual,
         taken,
-        decibels(measured.get("error")),
-        decibels(measured.get("plain_error")),
+        sqnr_of(measured.get("error")),
+        sqnr_of(measured.get("plain_error")),
         tuple(measured.get("alphas", ())),
         measured.get("rank", 0),
     )

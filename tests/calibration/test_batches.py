@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict
+from contextlib import suppress
 from typing import Any
 
 import datasets
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from hfquant.calibration import BaseCalibSet
-from hfquant.calibration.batches import CalibrationData, CalibrationError, forward, samples
+from hfquant.calibration.batches import CalibrationData, CalibrationError, evaluating, forward, samples
 from hfquant.nn.modules import quant_layers
 from tests.calibration.test_recorder import identical
 
@@ -334,3 +335,29 @@ def test_float_data_for_a_half_precision_denoiser():
     assert seen[0]["hidden_states"].dtype is torch.bfloat16
     hfquant.quantize(unet, [batch], "w8a8")
     assert quant_layers(unet)
+
+
+class Prepares(nn.Linear):
+    """A layer that computes a matrix for eval mode when it enters it, as some vision models do."""
+
+    def train(self, mode: bool = True) -> Prepares:
+        self.matrix = None if mode else self.weight.detach().T
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_evaluating_puts_each_module_back(gradients: bool) -> None:
+    one = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), Prepares(2, 2)).train()
+    other = nn.Sequential(nn.Linear(2, 2)).eval()
+    one[0].eval()
+    with suppress(KeyError), evaluating(one, other, gradients=gradients):
+        assert not any(m.training for model in (one, other) for m in model.modules())
+        assert one[2].matrix is not None
+        assert torch.is_grad_enabled() is gradients
+        other.train()
+        raise KeyError
+    assert [m.training for m in one.modules()] == [True, False, True, True]
+    assert not any(m.training for m in other.modules())
+    assert torch.is_grad_enabled()
+    with torch.no_grad(), evaluating(one, gradients=gradients):
+        assert not torch.is_grad_enabled()
