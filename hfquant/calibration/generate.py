@@ -252,8 +252,8 @@ def _samples(
         what = target.name or type(target.layer).__name__
         if not calls:
             raise CalibrationError(
-                f"{what}: the run never calls its forward, though it may call other methods of it, which are not "
-                "recorded: quantize it with a config that needs no data"
+                f"{what}: the run never calls its forward. Either it has no steps (a low strength), or it calls other "
+                "methods, which are not recorded; then, use a config that needs no data"
             )
         raise CalibrationError(f"{what} was never called with a timestep that is kept: nothing was recorded")
     if not source.count:
