@@ -29,13 +29,13 @@ class StoredPlan(Section):
     A field that follows from the rule is empty here and absent from the file.
     """
 
-    # strict=False admits tuples as well as JSON's lists; elements are checked strictly all the same.
+    # strict=False admits JSON's lists; elements are checked strictly all the same.
     config: dict[str, Any] = Field({})
-    input_segments: list[PositiveInt] = Field([], strict=False, min_length=1)
-    output_segments: list[PositiveInt] = Field([], strict=False, min_length=1)
-    dual: list[bool] = Field([], strict=False, min_length=1)
+    input_segments: tuple[PositiveInt, ...] = Field((), strict=False, min_length=1)
+    output_segments: tuple[PositiveInt, ...] = Field((), strict=False, min_length=1)
+    dual: tuple[bool, ...] = Field((), strict=False, min_length=1)
     folded: bool = False
-    rounded: list[int] = Field([], strict=False)
+    rounded: tuple[int, ...] = Field((), strict=False)
     tied: str = ""
 
 
@@ -180,14 +180,14 @@ class LayerPlan:
         # Not validated: a file has no empty lists.
         stored = StoredPlan.model_construct(
             config={} if self.config == rule else self.config.model_dump(mode="json"),
-            input_segments=[] if self.input_segments == parts else list(self.input_segments),
-            output_segments=[] if len(self.output_segments) == 1 else list(self.output_segments),
-            dual=list(self.dual) if any(self.dual) else [],
+            input_segments=() if self.input_segments == parts else self.input_segments,
+            output_segments=() if len(self.output_segments) == 1 else self.output_segments,
+            dual=self.dual if any(self.dual) else (),
             folded=self.folded,
-            rounded=list(self.rounded),
+            rounded=self.rounded,
             tied=self.tied,
         )
-        return stored.model_dump(exclude_defaults=True)
+        return stored.model_dump(mode="json", exclude_defaults=True)
 
     def without_data(self) -> LayerPlan:
         """Return the fallback plan of a layer that never ran in calibration.
@@ -224,9 +224,9 @@ def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mappin
         except ConfigError as error:
             raise ConfigError(f"layer {name!r}, stored plan: {error}") from None
     config, (in_features, out_features) = kind_of(module).fitted(config), size_of(module)
-    inputs = tuple(found.input_segments) or input_parts((in_features,), config)
-    outputs = tuple(found.output_segments) or (out_features,)
-    dual = tuple(found.dual) or (False,) * len(inputs)
+    inputs = found.input_segments or input_parts((in_features,), config)
+    outputs = found.output_segments or (out_features,)
+    dual = found.dual or (False,) * len(inputs)
     for what, sizes, total in (("input", inputs, in_features), ("output", outputs, out_features)):
         if sum(sizes) != total:
             raise ConfigError(f"layer {name!r}: {what}_segments={list(sizes)} do not sum to {what}_features={total}")
@@ -238,10 +238,10 @@ def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mappin
             f"layer {name!r}: dual scale needs an input_quant.type of at most 15 bits, not {quant and quant.type}"
         )
     if any(i < 0 for i in found.rounded):
-        raise ConfigError(f"layer {name!r}: rounded={found.rounded} in the stored plan are not expert indices")
+        raise ConfigError(f"layer {name!r}: rounded={list(found.rounded)} in the stored plan are not expert indices")
     rank = module.get_parameter("weight").dim()
-    rounded = tuple(found.rounded)
-    return LayerPlan(config, in_features, out_features, inputs, outputs, dual, found.folded, rank, found.tied, rounded)
+    tied, rounded = found.tied, found.rounded
+    return LayerPlan(config, in_features, out_features, inputs, outputs, dual, found.folded, rank, tied, rounded)
 
 
 def _read(name: str, stored: Mapping[str, Any]) -> StoredPlan:
