@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hfquant.console import counted
 from hfquant.integrations import library
 from hfquant.integrations.compat import drop_needs_hfquant, stored_names
-from hfquant.integrations.sharing.origin import save_processor
+from hfquant.integrations.sharing.origin import save_extra_files, save_processor
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.linear import QuantLinear
 
@@ -92,6 +92,7 @@ def write(model: nn.Module, converted: Converted, folder: Path, max_shard_size: 
         if library(model) == "transformers":
             _write_transformers_config(model, converted.quantization_config, made)
             save_processor(model, made)
+            save_extra_files(model, made)
             state = {**stored_names(model, state), **converted.of_experts}
             pattern = "model{suffix}.safetensors"
         else:

@@ -13,7 +13,7 @@ from hfquant.calibration.provenance import shareable
 from hfquant.integrations import library
 from hfquant.integrations.sharing import facts
 from hfquant.integrations.sharing.facts import Facts
-from hfquant.integrations.sharing.origin import save_code, save_processor
+from hfquant.integrations.sharing.origin import save_code, save_extra_files, save_processor
 from hfquant.nn.modules import quant_modules
 
 
@@ -80,6 +80,7 @@ def _save_model(model: Any, folder: Path, options: dict[str, Any]) -> None:
     model.save_pretrained(folder, **options)
     if library(model) == "transformers":
         save_processor(model, folder)
+        save_extra_files(model, folder)
 
 
 def _save_pipeline(pipeline: Any, folder: Path, options: dict[str, Any]) -> None:

@@ -151,17 +151,18 @@ def save_code(pipeline: Any, folder: Path) -> None:
     index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def save_processor(model: Any, folder: Path) -> None:
-    """Save the tokenizer or processor that a transformers model came with, unless the folder already has one.
-
-    Other files that its class cannot be loaded without are copied too.
-    """
-    from transformers import AutoProcessor
-
+def save_extra_files(model: Any, folder: Path) -> None:
+    """Copy the files that a transformers model cannot be loaded without and does not save, unless they are there."""
     for name in _EXTRA_FILES.get(getattr(model.config, "model_type", ""), ()):
         found = (file_of(source, name, **options) for source, options in places(model))
         if not (folder / name).exists() and (path := next(filter(None, found), None)):
             shutil.copyfile(path, folder / name)
+
+
+def save_processor(model: Any, folder: Path) -> None:
+    """Save the tokenizer or processor that a transformers model came with, unless the folder already has one."""
+    from transformers import AutoProcessor
+
     if any((folder / name).is_file() for name in _PROCESSOR_FILES):
         return
     for source, options in places(model):

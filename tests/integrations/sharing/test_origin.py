@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hfquant.integrations.sharing.origin import Origin, file_of, origin_of, places, save_processor, source_of
+from hfquant.integrations.sharing.origin import Origin, file_of, origin_of, places, save_extra_files, source_of
 
 
 def test_the_files_of_a_folder_named_like_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,9 +44,9 @@ def test_files_that_a_model_cannot_be_loaded_without_go_along(model_type: str, t
     out = tmp_path / "out"
     out.mkdir()
     model = SimpleNamespace(name_or_path=str(tmp_path), config=SimpleNamespace(model_type=model_type))
-    save_processor(model, out)
+    save_extra_files(model, out)
     assert [file.name for file in out.iterdir()] == (["spk_dict.pt"] if model_type == "qwen2_5_omni" else [])
     if model_type == "qwen2_5_omni":
         (out / "spk_dict.pt").write_bytes(b"other voices")
-        save_processor(model, out)
+        save_extra_files(model, out)
         assert (out / "spk_dict.pt").read_bytes() == b"other voices"
