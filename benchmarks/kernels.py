@@ -252,7 +252,7 @@ def report(results: Mapping[str, Measured], rows: list[str], absent: Mapping[str
             "", columns, {n: [m.kernels.get(n, "-") for m in found] for n in rows if n.startswith("hfquant")}
         ),
     ]
-    notes = [f"- {package} is not installed" for package in dict.fromkeys(absent.values())]
+    notes = [f"- {why}" for why in dict.fromkeys(absent.values())]
     notes += [f"- {name} at {shape}: {why}" for shape, m in results.items() for name, why in m.faults.items()]
     return "\n".join([*parts, *(["Not measured:\n", *notes, ""] if notes else [])])
 
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     shapes = args.shapes or (QUICK if args.quick else SHAPES)
     first = next(iter(ROWS))
     wanted = [name for name in ROWS if name == first or any(fnmatchcase(name, glob) for glob in args.rows)]
-    absent = {name: package for name in wanted if (package := missing(name))}
+    absent = {name: why for name in wanted if (why := missing(name))}
     rows = {name: ROWS[name] for name in wanted if name not in absent}
     results: dict[str, Measured] = {}
     for shape in shapes:

@@ -142,12 +142,14 @@ def peer_rows() -> dict[str, tuple[str, torch.dtype]]:
 
 
 def missing(row: str) -> str:
-    """Return the module that a row needs if it is not installed, else ""."""
+    """Return what a row needs that this machine lacks, else ""."""
     package = _PACKAGES.get(row.partition(" ")[0].partition("-")[0], "torch")
+    if package == "zentorch" and not torch.cpu._is_vnni_supported():
+        return "zentorch cannot run: this CPU has no AVX512-VNNI"  # without it, zentorch exits the process
     try:
-        return "" if find_spec(package) else package
+        return "" if find_spec(package) else f"{package} is not installed"
     except ModuleNotFoundError:  # the parent package is missing
-        return package
+        return f"{package} is not installed"
 
 
 @contextmanager

@@ -300,8 +300,8 @@ def main(argv: list[str] | None = None) -> int:
 
     first = next(iter(ROWS))
     wanted = [name for name in ROWS if name == first or any(fnmatchcase(name, glob) for glob in args.rows)]
-    absent = {name: package for name in wanted if (package := missing(name))}
-    notes = [f"- {package} is not installed" for package in dict.fromkeys(absent.values())]
+    absent = {name: why for name in wanted if (why := missing(name))}
+    notes = [f"- {why}" for why in dict.fromkeys(absent.values())]
     results: dict[str, Measured] = {}
     failed = False
     for name, make in (QUICK if args.quick else SUBJECTS).items():

@@ -68,9 +68,13 @@ inline Ints add_in_place(Ints sum, Ints more) {
   asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(more));
   return sum;
 }
-inline Ints dot_bytes(Ints sum, Ints weights, Ints x) {
-  return add_in_place(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1)));
+// Adds products of two bytes each to sums in 16 bits, and such sums to sums in 32 bits.
+inline Ints dot_pairs(Ints sum, Ints weights, Ints x) {
+  asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(_mm256_maddubs_epi16(weights, x)));
+  return sum;
 }
+inline Ints add_pairs(Ints sum, Ints pairs) { return add_in_place(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
+inline Ints dot_bytes(Ints sum, Ints weights, Ints x) { return add_pairs(sum, _mm256_maddubs_epi16(weights, x)); }
 inline Ints dot_shorts(Ints sum, Ints weights, Ints x) { return add_in_place(sum, _mm256_madd_epi16(weights, x)); }
 #endif
 inline Ints widen_bytes(const uint8_t* p) {

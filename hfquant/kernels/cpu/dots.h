@@ -9,9 +9,10 @@ namespace HFQUANT_ISA {
 // Dot products of words: four unsigned 8-bit weight codes by signed input codes, two signed 16-bit codes by two, or two
 // bfloat16 numbers by two. `real` converts sums to float32; `encode` makes a token's codes [K] and scales, and
 // `unpack_row` the codes of a weight row; `packed` finishes words of unpacked codes, whose rows have the scales `scale`.
-// If SCALED, codes include the scales of their groups.
+// If SCALED, codes include the scales of their groups. RUN words are multiplied before their sums are added in 32 bits.
 struct IntegersDot {
   static constexpr bool SCALED = false;
+  static constexpr int RUN = 1;
   static Reals real(Ints sum) { return to_reals(sum); }
   static void encode(const Job& job, int64_t token, const std::vector<Range>& shared, float* buffer, int16_t* codes,
                      float* scales) {
@@ -29,6 +30,14 @@ struct BytesDot : IntegersDot {
   static Ints packed(Ints words, Ints by, const float*) { return add_bytes(words, by); }
   static constexpr int32_t word_of(int32_t code) { return static_cast<int32_t>((code & 0xff) * 0x01010101u); }
 };
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+// Bytes with so few bits that the sums of RUN words fit 16 bits: one instruction multiplies a word instead of two.
+template <int WORDS>
+struct PairsDot : BytesDot {
+  static constexpr int RUN = WORDS;
+  static Ints dot(Ints sum, Ints weights, int32_t x) { return dot_pairs(sum, weights, repeat(x)); }
+};
+#endif
 struct ShortsDot : IntegersDot {
   using Code = int16_t;
   static Ints dot(Ints sum, Ints weights, int32_t x) { return dot_shorts(sum, weights, repeat(x)); }
@@ -38,6 +47,7 @@ struct ShortsDot : IntegersDot {
 #if defined(__AVX512BF16__)
 struct Bfloat16sDot {
   static constexpr bool SCALED = false;
+  static constexpr int RUN = 1;
   using Code = int16_t;
   using Stored = int16_t;
   static Ints dot(Ints sum, Ints weights, int32_t x) { return dot_bfloat16s(sum, weights, repeat(x)); }

@@ -34,6 +34,17 @@ bool few_tokens(const Job& job, ParallelFor parallel_for) {
   }
 }
 
+// Computes the job by tiles of bytes. Sums of two words in 16 bits would be slower than none.
+void by_byte_tiles(const Job& job, ParallelFor parallel_for) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+  const int most_weight = (job.zero ? 2 << job.bits : 1 << job.bits) - 1, most_input = (1 << (job.input_bits - 1)) - 1;
+  const int words = INT16_MAX / (2 * most_weight * most_input);
+  if (words >= 8) return by_tiles<PairsDot<8>>(job, parallel_for);
+  if (words >= 4) return by_tiles<PairsDot<4>>(job, parallel_for);
+#endif
+  by_tiles<BytesDot>(job, parallel_for);
+}
+
 void multiply(const Job& given, ParallelFor parallel_for) {
   if (given.M < many(given)) {
     if (given.format != INTEGERS) return by_float_rows(given, parallel_for);
@@ -52,7 +63,7 @@ void multiply(const Job& given, ParallelFor parallel_for) {
   else if (long_codes(job) || (!EXACT_BYTES && job.bits == 8))
     by_tiles<ShortsDot>(job, parallel_for);
   else
-    by_tiles<BytesDot>(job, parallel_for);
+    by_byte_tiles(job, parallel_for);
 }
 
 // Returns the job of the low-rank branch's first product, x down^T with the raw x; it writes y [M, rank].

@@ -229,10 +229,22 @@ template <class Dot, int T, int V>
   const uint32_t* x = tokens.codes + m * pitch + layout.start[block];
   const uint32_t* weights = panel.words + layout.start[block] * V * LANES;
   const uint32_t* const end = panel.words + layout.start[block + 1] * V * LANES;
-  for (; weights < end; ++x, weights += V * LANES) {
+  auto step = [&](Ints (&sums)[T][V]) {
     UNROLL for (int i = 0; i < T; ++i) {
       const int32_t word = static_cast<int32_t>(x[i * pitch]);
-      UNROLL for (int j = 0; j < V; ++j) exact[i][j] = Dot::dot(exact[i][j], load(weights + j * LANES), word);
+      UNROLL for (int j = 0; j < V; ++j) sums[i][j] = Dot::dot(sums[i][j], load(weights + j * LANES), word);
+    }
+    ++x, weights += V * LANES;
+  };
+  if constexpr (Dot::RUN == 1) {
+    while (weights < end) step(exact);
+  } else {
+    while (weights < end) {
+      const uint32_t* const stop = std::min(weights + Dot::RUN * V * LANES, end);
+      Ints few[T][V] = {};
+      while (weights < stop) step(few);
+      UNROLL for (int i = 0; i < T; ++i)
+        UNROLL for (int j = 0; j < V; ++j) exact[i][j] = add_pairs(exact[i][j], few[i][j]);
     }
   }
 }
