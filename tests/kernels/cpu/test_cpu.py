@@ -161,6 +161,24 @@ def test_sums_do_not_overflow(kernel, bits, tokens) -> None:
                 assert (y == float(127 * sign * (code - zero) * width)).all()
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_sums_of_words_do_not_overflow(kernel, bits, asymmetric) -> None:
+    """The largest magnitudes: sums of bytes in 16 bits, which only some instruction sets have, hold few words."""
+    half, rows, width = 2 ** (bits - 1), 3, 352
+    edges = ((-half, half - 1), (half - 1, -half)) if asymmetric else ((1 - half, 0), (half - 1, 0))
+    for group, tokens in itertools.product((0, 32, 64), (1, 9, 20)):
+        spec = Spec(bits, (width,), group, "token", asymmetric, out=rows)
+        made = sample(spec, tokens)
+        form, groups = made.product.weight, -(-width // group) if group else 1
+        for (code, zero), sign in itertools.product(edges, (1, -1)):
+            codes, zeros = (torch.full((rows, n), v).to(torch.int8) for n, v in ((width, code), (groups, zero)))
+            zero_point = form.pack(zeros) if asymmetric else None
+            operands = Operands(form.pack(codes), torch.ones(rows, groups), zero_point=zero_point)
+            y = linear(torch.full((tokens, width), 127.0 * sign), operands, made.product, True)
+            assert (y == float(127 * sign * (code - zero) * width)).all()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_sums_of_long_codes_do_not_overflow(kernel, bits) -> None:
     """Extreme 16-bit input codes, 127 * 2^8 with dual scale, or floats, against extreme weights."""
