@@ -270,6 +270,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
 
     device = torch.device(args.device)
     shapes = args.shapes or (QUICK if args.quick else SHAPES)
@@ -277,19 +279,19 @@ def main(argv: list[str] | None = None) -> int:
     wanted = [name for name in ROWS if name == first or any(fnmatchcase(name, glob) for glob in args.rows)]
     absent = {name: why for name in wanted if (why := missing(name))}
     rows = {name: ROWS[name] for name in wanted if name not in absent}
+    name = torch.cuda.get_device_name(device) + ", " if device.type == "cuda" else ""
     results: dict[str, Measured] = {}
+    text = ""
     for shape in shapes:
         start = time.perf_counter()
         tokens, columns, out = map(int, shape.split("x"))
         with torch.no_grad():
             results[shape] = measure((tokens, columns, out), rows, 0 if args.quick else args.seconds, device, 8)
         print(f"{shape}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    name = torch.cuda.get_device_name(device) + ", " if device.type == "cuda" else ""
-    text = report(results, wanted, absent, name + timing.machine())
+        text = report(results, wanted, absent, name + timing.machine())
+        if args.out:  # a run that is interrupted leaves what it has measured
+            args.out.write_text(text)
     print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
     own = [name for m in results.values() for name in m.faults if name.startswith(("fp32", "bf16", "hfquant"))]
     return int(bool(own))
 

@@ -297,6 +297,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
 
     first = next(iter(ROWS))
     wanted = [name for name in ROWS if name == first or any(fnmatchcase(name, glob) for glob in args.rows)]
@@ -322,13 +324,14 @@ def main(argv: list[str] | None = None) -> int:
                 start = time.perf_counter()
                 results[title] = measure(workload, ready, 0 if args.quick else args.seconds, faults)
                 print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+                if args.out:  # a run that is interrupted leaves what it has measured
+                    args.out.write_text(report(results, wanted, notes))
             del ready
         notes += [f"- {row} on {name}: {why}" for row, why in faults.items()]
         failed |= any(row.startswith(("fp32", "bf16", "hfquant")) for row in faults)
     text = report(results, wanted, notes)
     print(text)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text)
     return int(failed)
 
