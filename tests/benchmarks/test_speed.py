@@ -68,7 +68,7 @@ def test_kernels_has_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_peers_have_rows_or_a_note(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "missing", lambda row: "package" if row in peer_rows() else "")
+    monkeypatch.setattr(kernels, "missing", lambda row: "package is not installed" if row in peer_rows() else "")
     assert kernels.main(["--quick", "--shapes", "2x64x64", "--rows", "ark*", "zentorch*"]) == 0
     text = capsys.readouterr().out
     found = table(text, "more is faster")
@@ -76,6 +76,13 @@ def test_peers_have_rows_or_a_note(capsys: pytest.CaptureFixture[str], monkeypat
     assert list(found) == ["fp32 F.linear", *wanted]
     assert all(found[name] == ["-"] for name in wanted)
     assert text.count("package is not installed") == 1
+
+
+def test_a_peer_that_would_exit_the_process_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for vnni in (False, True):
+        monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda vnni=vnni: vnni)
+        reasons = {missing(row) for row in peer_rows() if row.startswith("zentorch")}
+        assert (reasons == {"zentorch cannot run: this CPU has no AVX512-VNNI"}) != vnni
     assert {name for name, _ in peer_rows().values()} <= set(ALL_PEERS)
     assert set(peer_rows()) <= set(kernels.ROWS)
 
