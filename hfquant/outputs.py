@@ -13,6 +13,8 @@ from hfquant.calibration.batches import mask_name, mask_of
 
 #: Config attributes with the number of tokens or labels.
 _COUNTS = ("vocab_size", "num_labels")
+#: Relative differences of divergences that rounding causes.
+_ROUNDING = 1e-6
 
 
 def main_tensor(output: Any) -> Tensor:
@@ -68,10 +70,14 @@ def decibels(signal: Tensor, noise: Tensor) -> Tensor:
 def better(one: Tensor, other: Tensor) -> bool:
     """Return whether ``one``'s divergences are less than ``other``'s by more than two standard errors of the mean.
 
-    A single divergence is too few to tell, so the result is then False.
+    A single divergence is too few to tell, so the result is then False, as it is if the difference is of the size of
+    float32's rounding, which can be the same in all divergences.
     """
     difference = one - other
-    return len(difference) > 1 and difference.mean().item() < -2 * difference.std().item() / math.sqrt(len(difference))
+    if len(difference) < 2:
+        return False
+    error = 2 * difference.std().item() / math.sqrt(len(difference))
+    return difference.mean().item() < -max(error, _ROUNDING * other.mean().item())
 
 
 def padding_mask(model: nn.Module, sample: Any, output: Tensor, module: nn.Module | None = None) -> Tensor | None:

@@ -68,3 +68,7 @@ def test_better_is_beyond_noise():
     assert not better(ones + noise - noise.mean() - 0.1, ones)  # lower by 0.4 standard errors
     assert better(ones + noise - noise.mean() - 1, ones)
     assert not better(torch.zeros(1), torch.ones(1))
+    for few in (2, 3):  # rounding, which may have the same effect on all
+        lowest = torch.nextafter(ones[:few], torch.zeros(few))
+        assert not better(lowest, ones[:few])
+        assert better((1 - 1e-5) * ones[:few], ones[:few])
