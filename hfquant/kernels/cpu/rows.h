@@ -230,7 +230,8 @@ void fill_factors(const Job& job, int64_t n, int64_t count, Factors& factors) {
   }
 }
 
-// How far weights are prefetched, in bytes, into L2: the hardware prefetcher starts anew on each page.
+// How far weights are prefetched, in bytes, into L2: the hardware prefetcher starts anew on each page. At least as far as
+// the four rows that are read side by side, or the last of them would come too late.
 constexpr int64_t AHEAD = 8192;
 
 // Micro-kernel: multiplies four weight rows, `pitch` bytes apart, by T tokens from m; the rows' scales and zero points
@@ -243,7 +244,7 @@ template <class Format, int PLANES, int T>
   const int64_t plane = lines.bytes, stride = PLANES * plane, edges = lines.parts.size();
   const int8_t* x = lines.codes + m * stride;
   const Edge* edge = lines.edges + m * edges;
-  const uint8_t* ahead = rows + AHEAD;
+  const uint8_t* ahead = rows + std::max(AHEAD, QUAD * pitch);
   Reals sums[T];
   UNROLL for (int t = 0; t < T; ++t) sums[t] = repeat(0.0f);
   for (; part != end; ++part, ++edge) {
