@@ -14,7 +14,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +33,34 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.self_made", description=__doc__.partition("\n")[0])
     parser.add_argument("--presets", nargs="+", default=PRESETS, choices=hfquant.PRESETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of what the model writes")
+    parser.add_argument(
+        "--orders", nargs="+", type=int, default=[0], help="of the channels; benchmarks.shuffles says why"
+    )
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
     parser.add_argument("--json", type=Path, help="file that rows are added to; a .md of the same name goes beside it")
     args = parser.parse_args(argv)
 
-    model, tokenizer = models.smollm2()
-    references = {name: metrics.reference(model, windows) for name, windows in two_texts(tokenizer).items()}
-    real = models.token_batches(tokenizer, models.calibration_text())
-    arms: dict[str, Any] = {"real text": real, **{f"self-made, seed {s}": own(s) for s in args.seeds}}
+    arms: dict[str, Any] = {"real text": None, **{f"self-made, seed {s}": own(s) for s in args.seeds}}
     stored = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     rows: dict[str, dict[str, float]] = stored.get("rows", {})
-    for preset in args.presets:
-        for arm, data in arms.items():
-            name = f"{preset}, {arm}"
+    for order in args.orders:
+        model, tokenizer = models.smollm2(order)
+        references = {name: metrics.reference(model, windows) for name, windows in two_texts(tokenizer).items()}
+        real = models.token_batches(tokenizer, models.calibration_text())
+        for preset, (arm, data) in product(args.presets, arms.items()):
+            name = f"{preset}, {arm}" + (f", order {order}" if order else "")
             if name in rows or (args.only and not any(part in name for part in args.only)):
                 continue
             start = time.process_time()
-            quantized = hfquant.quantize(copy.deepcopy(model), data, preset)
+            quantized = hfquant.quantize(copy.deepcopy(model), data or real, preset)
             rows[name] = {"seconds": time.process_time() - start}
             for text, reference in references.items():
                 scores = metrics.language_scores(quantized, reference)
                 rows[name] |= {f"{text}: KL": scores.kl, f"{text}: error": scores.kl_error}
             print(name, rows[name], file=sys.stderr, flush=True)
             if args.json:
-                store(args.json, rows, markdown(rows, references))
-    print(markdown(rows, references))
+                store(args.json, rows, markdown(rows))
+    print(markdown(rows))
     return 0
 
 
@@ -75,9 +78,9 @@ def own(seed: int) -> dict[str, Any]:
     return {"source": "self", "seed": seed}
 
 
-def markdown(rows: dict[str, dict[str, float]], texts: Iterable[str]) -> str:
+def markdown(rows: dict[str, dict[str, float]]) -> str:
     """Return a table of KL to full precision in nats per token, with standard errors, and CPU seconds to quantize."""
-    texts = list(texts)
+    texts = [key.removesuffix(": KL") for key in next(iter(rows.values())) if key.endswith(": KL")]
     lines = ["| KL to full precision | " + " | ".join(texts) + " | seconds |", "| --- |" + " ---: |" * (len(texts) + 1)]
     for name, row in rows.items():
         cells = [f"{row[f'{text}: KL']:.4f} ± {row[f'{text}: error']:.4f}" for text in texts]
