@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt
 from torch import nn
 
 from hfquant.algorithms import TensorSpec, Transform
@@ -17,7 +17,7 @@ from hfquant.config import ConfigError, QuantRules
 from hfquant.formats import GridRule, InputRule, split_columns
 from hfquant.layer_config import LayerConfig
 from hfquant.nn.kinds import kind_of, size_of
-from hfquant.schema import Section
+from hfquant.schema import Section, validated
 
 #: Minimum width in columns of the parts that an input is split into: what one vector instruction multiplies.
 NARROWEST = 64
@@ -217,7 +217,8 @@ def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mappin
     Raises:
         ConfigError: ``stored`` does not fit the layer.
     """
-    found = _read(name, stored or {})
+    # Checks types; whether they fit the layer is checked below.
+    found = validated(StoredPlan, dict(stored or {}), f"layer {name!r}: stored plan")
     if "config" in found.model_fields_set:
         try:
             config = QuantRules({"default": found.config}).default
@@ -242,17 +243,6 @@ def layer_plan(name: str, module: nn.Module, config: LayerConfig, stored: Mappin
     rank = module.get_parameter("weight").dim()
     tied, rounded = found.tied, found.rounded
     return LayerPlan(config, in_features, out_features, inputs, outputs, dual, found.folded, rank, tied, rounded)
-
-
-def _read(name: str, stored: Mapping[str, Any]) -> StoredPlan:
-    """Validate the types of a stored plan; whether it fits the layer is for :func:`layer_plan` to check."""
-    try:
-        return StoredPlan.model_validate(dict(stored))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = str(problem["loc"][0])
-        why = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
-        raise ConfigError(f"layer {name!r}: {key}={stored[key]!r} in the stored plan: {why}") from None
 
 
 def input_parts(segments: tuple[int, ...], config: LayerConfig) -> tuple[int, ...]:

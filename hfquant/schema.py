@@ -37,7 +37,7 @@ def validated(kind: type[_Section], data: Mapping[str, Any], where: str, patch: 
     try:
         return kind.model_validate(data, context={"patch": patch})
     except ValidationError as error:
-        raise ConfigError("\n".join(_explained(problem, where, kind) for problem in error.errors())) from None
+        raise ConfigError(explained(error, kind, where)) from None
 
 
 def is_patch(info: ValidationInfo) -> bool:
@@ -45,12 +45,26 @@ def is_patch(info: ValidationInfo) -> bool:
     return bool(info.context and info.context.get("patch"))
 
 
-def _explained(problem: Any, where: str, kind: type[Section]) -> str:
+def explained(error: ValidationError, kind: type[BaseModel], where: str = "", also: Sequence[str] = ()) -> str:
+    """Return one line per problem, with the key, the value and what is allowed; unknown keys first.
+
+    Args:
+        error: what pydantic found.
+        kind: the validated class.
+        where: its name; keys are appended to it.
+        also: keys that the caller takes besides the fields.
+    """
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    return "\n".join(_explained(problem, kind, where, also) for problem in problems)
+
+
+def _explained(problem: Any, kind: type[BaseModel], where: str, also: Sequence[str]) -> str:
     path = [str(part) for part in problem["loc"]]
-    key = ".".join([where, *path])
+    key = ".".join([where, *path] if where else path)
     match problem["type"]:
         case "extra_forbidden":
-            return f"{key}: unknown key; allowed are {', '.join(_section_at(path[:-1], kind).model_fields)}"
+            allowed = [*_model_at(path[:-1], kind).model_fields, *also]
+            return f"{key}: unknown key; allowed are {', '.join(allowed)}"
         case "missing":
             return f"{key}: is missing"
         case "value_error" | "assertion_error":
@@ -59,17 +73,17 @@ def _explained(problem: Any, where: str, kind: type[Section]) -> str:
             return f"{key}: {problem['msg']}, got {problem['input']!r}"
 
 
-def _section_at(path: Sequence[str], kind: type[Section]) -> type[Section]:
-    """Return the class of the section at a path, which may lead through dicts of sections."""
+def _model_at(path: Sequence[str], kind: type[BaseModel]) -> type[BaseModel]:
+    """Return the class of the model at a path, which may lead through dicts of models."""
     for name in path:
         if name in kind.model_fields:
-            kind = next(_sections(kind.model_fields[name].annotation), kind)
+            kind = next(_models(kind.model_fields[name].annotation), kind)
     return kind
 
 
-def _sections(annotation: Any) -> Iterator[type[Section]]:
-    """Yield the sections that a field's annotation names."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the models that a field's annotation names."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):
-        yield from _sections(part)
+        yield from _models(part)

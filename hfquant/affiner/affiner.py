@@ -20,7 +20,7 @@ from hfquant.affiner.hooks import NoiseTarget, Step, attach
 from hfquant.affiner.maps import METHODS, checked_tensor
 from hfquant.config import ConfigError
 from hfquant.denoisers import find_denoiser
-from hfquant.schema import Section
+from hfquant.schema import Section, explained
 
 CONFIG_FILE, TENSORS_FILE = "affiner_config.json", "affiner.safetensors"
 SUBFOLDER = "affiner"
@@ -194,9 +194,9 @@ class BlockwiseAffiner:
             affiner = cls(stored.config)
             affiner._load(stored, load_file(tensors_path))
         except ValidationError as error:
-            reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise ValueError(
-                f"{config_path} is damaged, of another version, or not the config of an affiner: {reason}"
+                f"{config_path} is damaged, of another version, or not the config of an affiner: "
+                + explained(error, _Stored)
             ) from error
         except (ConfigError, ValueError, SafetensorError) as error:
             raise ValueError(f"{config_path.parent} is damaged: {error}") from error

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from hfquant.calibration.batches import CalibrationError
+from hfquant.schema import explained
 
 SELF = "self"
 #: Windows held out for checks: this many from the same seed, and this many from the next seed.
@@ -56,11 +57,7 @@ class SelfSpec(BaseModel):
         try:
             return cls.model_validate(dict(calibration))
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            raise CalibrationError(
-                f"calibration[{key!r}]: {first['msg']}; 'source': 'self' only allows seed, samples and seqlen"
-            ) from None
+            raise CalibrationError(explained(error, cls, "calibration")) from None
 
     def settled(self, samples: int, seqlen: int | None = None) -> SelfSpec:
         """Return a copy with the actual values in place of defaults and limits."""

@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from hfquant.calibration.files import INDEX, CalibSetError, open_file, read_file, write_whole
 from hfquant.calibration.recorder import Recording, layout, placeholders, size_of
 from hfquant.console import counted
+from hfquant.schema import explained
 
 _FORMAT = "hfquant.calibration"
 _VERSION = 1
@@ -282,8 +283,7 @@ def read_index(directory: Path) -> Index | None:
     try:
         index = Index.model_validate_json(json.dumps(body))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise CalibSetError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise CalibSetError(f"{path}: {explained(error, Index)}") from error
     if checksum != _checksum(body):
         raise CalibSetError(f"{path} is damaged: its checksum does not match")
     try:

@@ -42,6 +42,7 @@ from hfquant.calibration.model_inputs import (
 from hfquant.calibration.sources import COLUMNS, are_rows, are_texts, is_source, of_datasets, openable
 from hfquant.console import counted
 from hfquant.hub_errors import hub_errors
+from hfquant.schema import explained
 
 logger = logging.getLogger(__name__)
 
@@ -215,12 +216,7 @@ def parse_spec(spec: Mapping[str, Any]) -> StreamSpec:
     try:
         return StreamSpec.model_validate(spec)
     except ValidationError as error:
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # report unknown keys first
-        key = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            allowed = [*StreamSpec.model_fields, "tokenizer", "processor"]
-            raise CalibrationError(f"calibration: unknown key {key!r}; allowed are {allowed}") from None
-        raise CalibrationError(f"calibration[{key!r}]: {first['msg'].removeprefix('Value error, ')}") from None
+        raise CalibrationError(explained(error, StreamSpec, "calibration", ("tokenizer", "processor"))) from None
 
 
 def _provenance(spec: StreamSpec) -> dict[str, Any]:
@@ -340,7 +336,7 @@ def _open(spec: StreamSpec) -> tuple[Any, bool]:
         return datasets.load_dataset(str(path), spec.name, **options), texts
     is_path = isinstance(source, os.PathLike) or path.is_absolute() or str(source).startswith(".")
     if is_path or path.suffix.lower() in _BUILDERS:
-        raise FileNotFoundError(f"calibration['dataset']: {source} does not exist")
+        raise FileNotFoundError(f"calibration.dataset: {source} does not exist")
     with hub_errors(str(source), "dataset"):
         return datasets.load_dataset(str(source), spec.name, **options), False
 
@@ -350,7 +346,7 @@ def _split(data: Any, spec: StreamSpec) -> Any:
         return data
     wanted = spec.split or ("train" if len(data) != 1 else next(iter(data)))
     if wanted not in data:
-        raise CalibrationError(f"calibration['split']: choose one of {list(data)}, there is no {wanted!r}")
+        raise CalibrationError(f"calibration.split: choose one of {list(data)}, there is no {wanted!r}")
     return data[wanted]
 
 
@@ -358,7 +354,7 @@ def _default_column(names: list[str], reader: Reader) -> str:
     order = COLUMNS if reader.tokenizer is None else ("text", "messages", *COLUMNS)
     found = next((name for name in order if name in names), names[0] if len(names) == 1 else None)
     if found is None:
-        raise CalibrationError(f"calibration['column']: choose one of {names}")
+        raise CalibrationError(f"calibration.column: choose one of {names}")
     return found
 
 

@@ -158,7 +158,7 @@ def test_an_interrupted_set_is_continued(digits, labels, tmp_path, monkeypatch) 
         ({"--source": "{tmp}/odd.bin"}, "unknown kind of file"),
         ({"--column": "nope"}, r"has no column 'nope'; it has ['label']"),
         ({"--layer": "transformer.nope"}, "no layer 'transformer.nope'; did you mean"),
-        ({"--samples": 0}, "calibration['samples']"),
+        ({"--samples": 0}, "calibration.samples"),
         ({"--chunk-size": 0}, "chunk_size must be a positive integer"),
         ({"--timesteps": 0}, "timesteps must be a positive integer"),
         ({"--dtype": "int8"}, "'int8' is not a floating-point dtype"),
@@ -292,7 +292,7 @@ def test_a_pipeline_and_a_model_make_their_own_data(digits, llama, tmp_path, mon
     assert sample["input_ids"].shape == (2, 9)
     result = calibrate(digits, "--source", "self", "--out", tmp_path / "no", "--samples", 0)
     assert result.exit_code == 1
-    assert "calibration['samples']" in result.output
+    assert "calibration.samples" in result.output
     result = calibrate(llama, "--source", "self", "--out", tmp_path / "no", "--column", "text")
     assert result.exit_code == 2
     assert "does not apply to --source self" in result.output
