@@ -70,7 +70,6 @@ def quantize(
     if getattr(model, "is_quantized", False):
         raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
     settings = Settings(
-        config.modules_to_not_convert or (),
         per_layer_mode or config.per_layer_mode,
         verbose,
         example,
@@ -98,7 +97,7 @@ def plan(model: nn.Module, config: Any = None, example: Any = None) -> Plan:
     """
     config = HfQuantConfig.of(config)
     _check_module(model)
-    return plan_layers(model, config.rules, config.modules_to_not_convert or (), example, model_facts(model))
+    return plan_layers(model, config.rules, example, model_facts(model))
 
 
 def _check_module(model: Any) -> None:
@@ -202,5 +201,4 @@ def search_bits(
         raise ValueError(f"{type(model).__name__} is already quantized; call hfquant.dequantize(model) first")
     config = HfQuantConfig.of(base)
     data = batches_for(model, calibration, config)
-    not_convert = config.modules_to_not_convert or ()
-    return search(model, data, budget, choices, config.rules, model_facts(model), not_convert).config
+    return search(model, data, budget, choices, config.rules, model_facts(model)).config

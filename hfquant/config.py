@@ -8,7 +8,7 @@ Hugging Face's ``from_pretrained`` is :class:`hfquant.integrations.config.HfQuan
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -56,9 +56,13 @@ class QuantRules:
     An entry overrides only the fields it names; a sub-dict that names another ``type`` replaces the whole sub-dict. If
     several globs match a module, they are applied in the order listed, so the last one wins. "search" is not a glob but
     a :class:`SearchRule`.
+
+    Args:
+        config: the entries; None for the reference implementation's defaults.
+        excluded: names, path components or globs of layers to leave alone, in addition to the default ones.
     """
 
-    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, config: Mapping[str, Any] | None = None, excluded: Iterable[str] = ()) -> None:
         raw = _plain({} if config is None else config, "config")
         if not isinstance(raw, dict):
             raise TypeError(f"a quantization config is a dict, got {type(config).__name__}")
@@ -67,6 +71,7 @@ class QuantRules:
                 f"config: {fields[0]!r} is a field, not the name of a layer; wrap the fields: "
                 '{"default": {...}, "<glob>": {...}}'
             )
+        self.excluded = list(excluded)
         #: The entries as given, in JSON types, with enum members replaced by their values.
         self.raw: dict[str, dict[str, Any]] = {}
         #: How to search for each layer's config; None if the entries define it.
@@ -223,8 +228,10 @@ def _typed_section(key: str, entry: Mapping[str, Any], where: str, patch: bool) 
     return validated(table[name], fields, where, patch)
 
 
-def parse(config: str | Mapping[str, Any] | None) -> QuantRules:
+def parse(config: str | Mapping[str, Any] | None, excluded: Iterable[str] = ()) -> QuantRules:
     """Validate a config dict, the name of a preset, or None (the reference's defaults: W8A8, SMOOTH, static).
+
+    ``excluded`` is that of :class:`QuantRules`.
 
     Raises:
         ConfigError: unknown preset, key or value, or an invalid combination.
@@ -237,5 +244,5 @@ def parse(config: str | Mapping[str, Any] | None) -> QuantRules:
             near = difflib.get_close_matches(config.lower(), PRESETS, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ConfigError(f"unknown preset {config!r}{hint}; available: {', '.join(PRESETS)}")
-        return QuantRules(PRESETS[config])
-    return QuantRules(config)
+        config = PRESETS[config]
+    return QuantRules(config, excluded)

@@ -100,8 +100,7 @@ def quantize_pipeline(
     try:
         for name, loader in loaders.items():
             resume = None if resume_dir is None else Path(resume_dir) / name
-            not_convert = config.modules_to_not_convert or ()
-            settings = Settings(not_convert, config.per_layer_mode, verbose, resume_dir=resume, guard=config.guard)
+            settings = Settings(config.per_layer_mode, verbose, resume_dir=resume, guard=config.guard)
             undone.append(quantize_model(models[name], loader, config, settings))
         if image is not None:
             compare(type(pipe).__name__, image, picture(pipe, first, kwargs))

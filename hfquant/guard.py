@@ -30,9 +30,9 @@ from hfquant.distributed import Processes
 from hfquant.folding import Folding
 from hfquant.formats.nominal_error import nominal_error
 from hfquant.layer_config import InputQuant, LayerConfig, WeightQuant
-from hfquant.layer_errors import LEAST, Seen, part_name, relative_error, row_errors, watch
+from hfquant.layer_errors import LEAST, Observed, part_name, relative_error, row_errors, watch
 from hfquant.layer_plan import LayerPlan
-from hfquant.nn.experts import QuantExperts
+from hfquant.nn.base import QuantModule
 from hfquant.nn.float_modules import hollow
 from hfquant.nn.kinds import kind_of, matrix_of
 from hfquant.nn.layer import QuantLayer
@@ -88,7 +88,7 @@ class Comparison:
     """
 
     model: nn.Module
-    modules: Mapping[str, QuantLayer | QuantExperts]
+    modules: Mapping[str, QuantModule]
     originals: Mapping[str, nn.Module]
     stacks: Mapping[str, str] = field(default_factory=dict)
     folding: Folding = field(default_factory=Folding)
@@ -247,7 +247,7 @@ def guard(compared: Comparison, batches: Iterable[Any], options: Mapping[str, An
     return mended
 
 
-def _remedy(compared: Comparison, seen: Mapping[str, Seen]) -> tuple[str, dict[str, float]]:
+def _remedy(compared: Comparison, seen: Mapping[str, Observed]) -> tuple[str, dict[str, float]]:
     """Return the first remedy that brings all of these layers within bounds, and each one's error with it."""
     for remedy in LADDER:
         errors: dict[str, float] = {}

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hfquant.calibration.batches import evaluating, forward
-from hfquant.nn.checked import See
-from hfquant.nn.experts import QuantExperts
+from hfquant.nn.base import QuantModule, See
 from hfquant.nn.layer import QuantLayer
 
 #: Relative error above which an output counts as lost, and up to which it is never off: a static scale on text of
@@ -32,7 +31,7 @@ Exact = Callable[[str], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observed:
     """What was observed of a layer in the forward.
 
     Attributes:
@@ -53,11 +52,11 @@ def part_name(module: str, part: str) -> str:
 
 def watch(
     model: nn.Module,
-    modules: Mapping[str, QuantLayer | QuantExperts],
+    modules: Mapping[str, QuantModule],
     exact: Exact,
     batches: Iterable[Any],
     options: Mapping[str, Any] | None = None,
-) -> dict[str, Seen]:
+) -> dict[str, Observed]:
     """Run the model once on each sample and compare each layer with its float version; the worst error counts.
 
     Args:
@@ -70,7 +69,7 @@ def watch(
     Returns:
         Observations by name, of the parts that ran and whose error is not 0.
     """
-    seen: dict[str, Seen] = {}
+    seen: dict[str, Observed] = {}
 
     def watcher(module_name: str, parts: Mapping[str, QuantLayer]) -> See:
         def compare(part: str, x: Tensor, y: Tensor) -> Tensor | None:
@@ -82,7 +81,7 @@ def watch(
             lost = error > LEAST
             if error and (name not in seen or error > seen[name].error):
                 index = _kept(errors) if lost else errors.new_zeros(0, dtype=torch.long)
-                seen[name] = Seen(error, layer.input_rows(x, index), right_rows[index])
+                seen[name] = Observed(error, layer.input_rows(x, index), right_rows[index])
             return right.to(y.dtype) if lost else None
 
         return compare

@@ -90,7 +90,7 @@ class _Offsets:
         codes = self.first
         if trained:
             codes = self.values.detach().round().add_(self.first).clamp_(*self.range).to(self.first.dtype)
-        self.layer.weight.data.copy_(self.layer.stored("weight", codes))
+        self.layer.weight.data.copy_(self.layer.in_memory("weight", codes))
 
 
 def _with_norms_of(held: Tensor, weight: Tensor) -> Tensor:

@@ -153,7 +153,6 @@ def matches(names: Iterable[str], keys: Collection[str]) -> bool:
 def plan_layers(
     model: nn.Module,
     rules: QuantRules,
-    not_convert: Collection[str] = (),
     example: Any = None,
     facts: ModelFacts | None = None,
 ) -> Plan:
@@ -164,7 +163,6 @@ def plan_layers(
     Args:
         model: any module; :mod:`hfquant.nn.kinds` defines which layers can be quantized.
         rules: the validated config.
-        not_convert: names, path components or globs to skip, in addition to the default ones.
         example: model inputs for pattern detection: a tensor, positional arguments, or a dict of keyword arguments;
             None uses those of ``facts``.
         facts: what a library knows about the model.
@@ -174,19 +172,18 @@ def plan_layers(
     """
     facts = facts or ModelFacts()
     with unfused(model, facts.experts) as experts:
-        return plan_apart(model, rules, not_convert, example, facts, experts).fused(experts)
+        return plan_apart(model, rules, example, facts, experts).fused(experts)
 
 
 def plan_apart(
     model: nn.Module,
     rules: QuantRules,
-    not_convert: Collection[str],
     example: Any,
     facts: ModelFacts,
     experts: Unfused,
 ) -> Plan:
     """Do what :func:`plan_layers` does, for a model with unfused experts: each is a separate linear."""
-    chosen, skipped, ties = _choose(model, rules, not_convert, facts, experts)
+    chosen, skipped, ties = _choose(model, rules, facts, experts)
     with first_alone(experts):
         traces = _traces(model, chosen, example, facts)
     share_traces(traces, experts)
@@ -226,9 +223,7 @@ class _Choice(NamedTuple):
     ties: dict[str, str]
 
 
-def _choose(
-    model: nn.Module, rules: QuantRules, not_convert: Collection[str], facts: ModelFacts, experts: Unfused
-) -> _Choice:
+def _choose(model: nn.Module, rules: QuantRules, facts: ModelFacts, experts: Unfused) -> _Choice:
     """Decide which layers are quantized; warn about names in the config that match none."""
     kinds, groups = layers_in(model), tied_groups(model, facts.tied)
     tied = {name: next(n for n in reversed(group) if n != name) for group in groups for name in group}
@@ -242,7 +237,7 @@ def _choose(
     for name in layers:
         config, asked = _config_of(names[name], rules, name in fused), _asked(rules, names[name])
         known = facts.skipped.get(name) or facts.skipped.get(fused.get(name, ""), "")
-        why = refused.get(name) or _why_float(names[name], config, asked, not_convert, known, needed[name])
+        why = refused.get(name) or _why_float(names[name], config, asked, rules.excluded, known, needed[name])
         if not why:
             open_to[name] = kinds[name].fitted(config)
             if name in tied and not asked:
@@ -257,7 +252,7 @@ def _choose(
         chosen.ties.update({name: group[0] for name in group[1:] if name in together})
         for name in together:
             chosen.skipped.pop(name, None)
-    _warn_if_unmatched(type(model).__name__, rules, not_convert, names, layers)
+    _warn_if_unmatched(type(model).__name__, rules, names, layers)
     check_one_config(chosen.configs, experts)
     return chosen
 
@@ -283,7 +278,7 @@ def _why_float(
     names: tuple[str, ...],
     config: LayerConfig,
     asked: bool,
-    not_convert: Collection[str],
+    excluded: Collection[str],
     known: str,
     needed: list[str],
 ) -> str:
@@ -293,7 +288,7 @@ def _why_float(
     """
     if not names[0]:
         return "it is the whole model, so no parent can hold its replacement; wrap it in nn.Sequential"
-    if matches(names, not_convert):
+    if matches(names, excluded):
         return EXCLUDED
     if not config.enable:
         return SWITCHED_OFF
@@ -305,7 +300,6 @@ def _why_float(
 def _warn_if_unmatched(
     who: str,
     rules: QuantRules,
-    not_convert: Collection[str],
     names: Mapping[str, tuple[str, ...]],
     layers: Iterable[str],
 ) -> None:
@@ -314,7 +308,7 @@ def _warn_if_unmatched(
     for glob in rules.patterns:
         if glob not in matched:
             logger.warning("%s: config[%r] matches no layer (those of a block are %r)", who, glob, f"{glob}.*")
-    for key in dict.fromkeys(not_convert):
+    for key in dict.fromkeys(rules.excluded):
         if not any(matches(module, [key]) for module in names.values()):
             logger.warning("%s: modules_to_not_convert: %r matches no module", who, key)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,6 @@ class Settings:
             config.
     """
 
-    not_convert: Collection[str] = ()
     per_layer_mode: bool = False
     verbose: bool = False
     example: Any = None
@@ -114,7 +113,7 @@ def prepared(
         example = settings.example
         if example is None and data is not None and has_data:
             example = samples(data.first)[0]
-        plan = plan_apart(model, rules, settings.not_convert, example, facts, experts)
+        plan = plan_apart(model, rules, example, facts, experts)
         may_be_empty = settings.allow_empty or {EXCLUDED, SWITCHED_OFF} & set(plan.skipped.values())
         if not plan.layers and not may_be_empty:
             raise ValueError(f"{type(model).__name__} has nothing to quantize: {plan.why_skipped}")

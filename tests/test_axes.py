@@ -228,6 +228,7 @@ def check_layers(model: nn.Module, count: int, run: Callable[[], Tensor], exact:
     return output
 
 
+@pytest.mark.sampled(3)
 @torch.no_grad()
 @pytest.mark.parametrize("per_layer_mode", [False, True])
 def test_a_plain_module(config: dict[str, Any], per_layer_mode: bool) -> None:
@@ -246,6 +247,7 @@ def test_a_plain_module(config: dict[str, Any], per_layer_mode: bool) -> None:
     assert (model(x) - exact).norm() < 0.4 * exact.norm()
 
 
+@pytest.mark.sampled(3)
 @torch.no_grad()
 def test_a_plain_module_is_resumed(config: dict[str, Any], tmp_path: Path) -> None:
     model, twin, data = nn.Sequential(Block()), nn.Sequential(Block()), [torch.randn(4, 24)]
@@ -256,6 +258,7 @@ def test_a_plain_module_is_resumed(config: dict[str, Any], tmp_path: Path) -> No
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
+@pytest.mark.sampled(3)
 @torch.no_grad()
 def test_a_llama_saved_and_loaded(config: dict[str, Any], tmp_path: Path) -> None:
     model, inputs = llama(), ids()
@@ -275,6 +278,7 @@ def test_a_llama_saved_and_loaded(config: dict[str, Any], tmp_path: Path) -> Non
     assert (again / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
+@pytest.mark.sampled(3)
 @torch.no_grad()
 def test_a_denoiser_saved_and_loaded(config: dict[str, Any], tmp_path: Path) -> None:
     model = DiTTransformer2DModel(
@@ -291,6 +295,7 @@ def test_a_denoiser_saved_and_loaded(config: dict[str, Any], tmp_path: Path) -> 
     assert torch.equal(loaded(**batch).sample, model(**batch).sample)
 
 
+@pytest.mark.sampled(3)
 @torch.no_grad()
 def test_a_llama_quantized_while_loading(config: dict[str, Any], tmp_path: Path) -> None:
     """Its tensors equal those of a model quantized in memory."""
@@ -303,6 +308,7 @@ def test_a_llama_quantized_while_loading(config: dict[str, Any], tmp_path: Path)
     assert same(model, loaded)
 
 
+@pytest.mark.sampled(3)
 def test_a_checkpoint_of_unknown_names_says_so(config: dict[str, Any], tmp_path: Path) -> None:
     hfquant.quantize(llama(), [ids()], config).save_pretrained(tmp_path)
     for table in (FORMATS, TRANSFORMS, ROUNDINGS):

@@ -185,6 +185,7 @@ with processes() as group:
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("launcher", "expected"),
     [
@@ -229,7 +230,7 @@ with processes() as group:
 """
 
 
-@pytest.mark.parametrize("how", ["late", "gone"])
+@pytest.mark.parametrize("how", [pytest.param("late", marks=pytest.mark.slow), "gone"])
 def test_a_process_that_does_not_come_is_named_within_the_time_that_is_set(how: str, tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(SLOW)

@@ -32,7 +32,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Number of blocks per page that cannot run in a test; a comment before each says why: ``<!-- not run: reason -->``.
 NOT_RUN = {"README.md": 1, "calibration.md": 1, "sharing.md": 1}
 #: Pages that take more than a few seconds.
-SLOW = {"pipelines.md"}
+SLOW = {"pipelines.md", "calibration.md", "choosing-bits.md", "distillation.md"}
 #: Shell commands that set up a machine; tests run on one that is set up.
 SET_UP = ("pip", "make", "git", "python")
 MODELS = ("path/to/llm", "HuggingFaceTB/SmolLM2-135M-Instruct")

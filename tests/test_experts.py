@@ -132,7 +132,7 @@ def test_globs_name_the_parameter_or_its_experts() -> None:
         types = {name: layer.config.weight_quant.type for name, layer in plan.layers.items()}
         assert types == {"first": "int8", "experts.gate_up_proj": "int4", "experts.down_proj": "int8"}
         assert not plan.skipped
-    plan = plan_layers(model, parse("w8a16"), ["experts.down_proj"], facts=model.facts)
+    plan = plan_layers(model, parse("w8a16", ["experts.down_proj"]), facts=model.facts)
     assert plan.skipped == {"experts.down_proj": "in modules_to_not_convert"}
     one = QuantRules({"experts.gate_up_proj.3": {"weight_quant": {"type": "int4"}}})
     message = r"'experts.gate_up_proj.0' and 'experts.gate_up_proj.3' are slices .* address .* 'experts.gate_up_proj'"

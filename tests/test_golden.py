@@ -11,7 +11,7 @@ from tests.golden import CASES, FILE, figures, is_data_free
 RECORDED = json.loads(FILE.read_text())
 
 # SmolLM2 takes 10 to 25 s a case; one with a scale per channel and one with groups always run.
-SLOW = {case for case in CASES if case.startswith("smollm2/")} - {"smollm2/w4a16", "smollm2/w8a8-dynamic"}
+SLOW = {case for case in CASES if case.startswith("smollm2/")} - {"smollm2/w4a16"}
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,7 @@ CALIBRATED = [p for p in hfquant.PRESETS if HfQuantConfig(p).needs_data]
 SEARCHING = "w4-auto"  # takes many times as long as the others
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "preset", [pytest.param(p, marks=[pytest.mark.slow] if p == SEARCHING else []) for p in CALIBRATED]
 )

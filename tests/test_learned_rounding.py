@@ -90,6 +90,7 @@ def codes(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.codes().clone() for name, layer in quant_layers(model).items()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "config",
@@ -304,6 +305,7 @@ def test_a_failure_after_the_rounding_restores_the_codes(monkeypatch: pytest.Mon
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name",
     [

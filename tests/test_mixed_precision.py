@@ -122,6 +122,7 @@ def test_a_tied_weight_does_not_stay_in_float_for_one_of_its_layers():
     assert not any("float_share" in why for why in hfquant.plan(model, config).skipped.values())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("preset", hfquant.PRESETS)
 def test_presets_give_ends_more_bits(preset):
     """Float if the other layers' error is small or inputs are rounded too; otherwise INT8."""

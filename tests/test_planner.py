@@ -214,7 +214,7 @@ def test_weights_that_rwkv_changes_when_it_first_runs(tmp_path) -> None:
     ],
 )
 def test_modules_to_not_convert(names, skipped) -> None:
-    found = plan_layers(Net(), QuantRules(OFF), names, facts=ModelFacts(prefix="model"))
+    found = plan_layers(Net(), QuantRules(OFF, names), facts=ModelFacts(prefix="model"))
     assert found.skipped == dict.fromkeys(skipped, "in modules_to_not_convert")
     assert list(found.layers) == [n for n in NAMES if n not in skipped]
 

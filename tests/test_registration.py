@@ -94,6 +94,7 @@ def test_a_module_that_is_adapted_may_be_the_first_of_diffusers(module: str) -> 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "known"),
     [

@@ -104,6 +104,7 @@ assert torch.equal(other(x), model(x))
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("task", TASKS)
 def test_without_either_library(task: str) -> None:
     script = HIDDEN + TASKS[task] + "\nassert not {'transformers', 'diffusers'} & sys.modules.keys()\n"

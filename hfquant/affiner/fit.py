@@ -18,7 +18,7 @@ from hfquant.affiner.config import AffinerConfig, StepperConfig, parse
 from hfquant.affiner.hooks import NEEDS_CFG, Affiner, corrected, half, run_step
 from hfquant.affiner.inputs import Samples, as_pipeline, call_batches, check_alike
 from hfquant.affiner.judge import fresh_samples, gain, pays
-from hfquant.affiner.runs import Event, Run
+from hfquant.affiner.runs import Event, PausedRun
 from hfquant.calibration.batches import evaluating
 from hfquant.calibration.samplers import fresh_call, seeded
 from hfquant.config import ConfigError
@@ -141,9 +141,9 @@ def _judge(fit: _Fit, affiner: BlockwiseAffiner, samples: Samples) -> None:
 class _Batch:
     """The runs of both models on one batch, and the latents from which both continue."""
 
-    real: Run
-    quant: Run
-    free: Run | None  # the real model's own undisturbed run
+    real: PausedRun
+    quant: PausedRun
+    free: PausedRun | None  # the real model's own undisturbed run
     latents: Any = None  # a tensor after the first step
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class _Fit:
     def last_latents(self, pipeline: Any, sample: dict[str, Any], use_affiner: bool = False) -> Tensor:
         """Return the final latents of a run, on the CPU."""
         finish = {"finish": partial(run_step, self.affiner, self.target)} if use_affiner else {}
-        run = Run(pipeline, self._call(pipeline, sample), at_denoiser=self.target != "all", **finish)
+        run = PausedRun(pipeline, self._call(pipeline, sample), at_denoiser=self.target != "all", **finish)
         point, latents = "predicted" if self.target == "all" else "denoised", getattr(self.affiner, "latents", None)
         try:
             event = run.resume()
@@ -206,9 +206,9 @@ class _Fit:
         behind = self.target != "all"
         finish = {"finish": partial(run_step, self.affiner, self.target)} if self.stepper.recurrent else {}
         batch = _Batch(
-            Run(self.real, fresh_call(sample), at_denoiser=behind),
-            Run(self.quant, self._call(self.quant, sample), at_denoiser=behind, **finish),
-            None if self.latents is None else Run(self.real, fresh_call(sample)),
+            PausedRun(self.real, fresh_call(sample), at_denoiser=behind),
+            PausedRun(self.quant, self._call(self.quant, sample), at_denoiser=behind, **finish),
+            None if self.latents is None else PausedRun(self.real, fresh_call(sample)),
         )
         torch.rand(())  # make the next batch's runs draw different noise
         return batch
@@ -276,7 +276,7 @@ class _Fit:
         `s (first + v (second - first))`, v = w > 1 if the first half is the unconditional one, and v = 1 - w < 0 if it
         is the second.
         """
-        run = Run(self.real, fresh_call(sample), at_denoiser=True)
+        run = PausedRun(self.real, fresh_call(sample), at_denoiser=True)
         try:
             behind = run.resume()
             guided = run.resume() if behind is not None else None
@@ -298,7 +298,7 @@ class _Fit:
         return 0 if v > 1 else 1
 
 
-def _advance(run: Run, value: Tensor) -> Event:
+def _advance(run: PausedRun, value: Tensor) -> Event:
     """Continue with a prediction until the latents after the step."""
     event = run.resume(value)
     while event is not None and event.kind == "predicted":
@@ -346,7 +346,7 @@ def _denoiser_calls(pipeline: Any, samples: Samples, count: int) -> list[Call]:
 
     for sample in progress_bar(samples, "recording denoiser calls"):
         held.clear()
-        run = Run(pipeline, fresh_call(sample))
+        run = PausedRun(pipeline, fresh_call(sample))
         handle = find_denoiser(pipeline).register_forward_pre_hook(keep, with_kwargs=True)
         try:
             while run.resume() is not None:

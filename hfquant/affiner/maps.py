@@ -18,7 +18,7 @@ from torch import Tensor
 from hfquant.affiner import solvers
 from hfquant.affiner.config import AffinerConfig
 from hfquant.affiner.hooks import Step, step_coefficients
-from hfquant.affiner.solvers import Grid, Moments
+from hfquant.affiner.solvers import BlockLayout, Moments
 from hfquant.denoisers import from_grid, to_grid
 
 Maps = tuple[Tensor, Tensor]
@@ -195,9 +195,9 @@ class AffineMaps:
         self.table = dict(zip(self._order, zip(scale, shift, strict=True), strict=True))
         self.errors = {t: (before, after) for t, (before, after) in zip(self._order, errors.tolist(), strict=True)}
 
-    def _grid(self) -> Grid:
+    def _grid(self) -> BlockLayout:
         assert self.size is not None
-        return Grid(*self.size, self.blocksize or max(self.size))
+        return BlockLayout(*self.size, self.blocksize or max(self.size))
 
     def _stretched(self, blocks: Tensor, size: tuple[int, int]) -> Tensor:
         pixels = solvers.expand(blocks, self._grid(), self.interpolate)

@@ -23,7 +23,7 @@ from hfquant.denoisers import compute_dtype, find_denoisers, output_tensor, weig
 
 
 class Event(NamedTuple):
-    """The point where a run has paused, and the tensor it continues with unless :meth:`Run.resume` gets another.
+    """The point where a run has paused, and the tensor it continues with unless :meth:`PausedRun.resume` gets another.
 
     "denoised": `value` is the denoiser's output (only if the run pauses there). "predicted": the guided prediction
     passed to the scheduler. "stepped": the latents after the step. `sample` is the latents before it.
@@ -54,7 +54,7 @@ def set_random_state(state: RandomState) -> None:
         torch.cuda.set_rng_state(values, device)
 
 
-class Run:
+class PausedRun:
     """One call of a pipeline that pauses at every step.
 
     Runs created at the same state of torch's global generators draw the same numbers from them, in whatever order they

@@ -59,7 +59,7 @@ def held_out_strength(folds: Sequence[Moments], maps: Sequence[tuple[Tensor, Ten
     return min(max(2 * along / across, 0.0), 1.0) if across > 0 else 1.0
 
 
-class Grid(NamedTuple):
+class BlockLayout(NamedTuple):
     """Layout of `h x w` blocks of `blocksize` pixels on a grid of `height x width`; the last blocks may be smaller."""
 
     height: int
@@ -106,7 +106,7 @@ def solve_blocks(sums: Moments, alpha: float, lambda1: float, lambda2: float) ->
 
 
 def solve_interpolated(
-    sums: Moments, grid: Grid, alpha: float, lambda1: float, lambda2: float
+    sums: Moments, grid: BlockLayout, alpha: float, lambda1: float, lambda2: float
 ) -> tuple[Tensor, Tensor]:
     """Return K and b at block centers, `[C, h, w]`, that minimize the objective of the maps interpolated between them.
 
@@ -165,7 +165,7 @@ def objective(
     alpha: float,
     lambda1: float,
     lambda2: float,
-    grid: Grid | None = None,
+    grid: BlockLayout | None = None,
 ) -> float:
     """Return the objective `sum A S((K q + b - r)^2) + lambda1 sum (K - 1)^2 + lambda2 sum b^2`.
 
@@ -184,7 +184,7 @@ def objective(
     return float(error.sum() + lambda1 * (scale - 1).square().sum() + lambda2 * shift.square().sum())
 
 
-def expand(values: Tensor, grid: Grid, interpolate: bool) -> Tensor:
+def expand(values: Tensor, grid: BlockLayout, interpolate: bool) -> Tensor:
     """Return values per pixel, `[C, H, W]`, from values per block, `[C, h, w]`.
 
     They are constant on blocks, or linear between block centers and constant beyond the outermost ones.
@@ -205,7 +205,7 @@ def _block_sums(values: Tensor, blocksize: int | None) -> Tensor:
     return F.avg_pool2d(values, blocksize, ceil_mode=True, count_include_pad=False, divisor_override=1)
 
 
-def _pixel_weights(sums: Moments, grid: Grid, alpha: float) -> Tensor:
+def _pixel_weights(sums: Moments, grid: BlockLayout, alpha: float) -> Tensor:
     """Return the weight of each pixel's block, `[C, H, W]`, from sums of pixels."""
     return expand(weights(Moments(*(_block_sums(x, grid.blocksize) for x in sums)), alpha), grid, False)
 

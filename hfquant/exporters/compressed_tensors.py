@@ -32,10 +32,10 @@ from hfquant.formats.int32_words import to_words
 from hfquant.integrations.compat import replaced_when_quantized, stored_names
 from hfquant.integrations.experts import StoredLinear, stored_linears
 from hfquant.layer_plan import LayerPlan
-from hfquant.nn.experts import QuantExperts, plans_of
+from hfquant.nn.experts import plans_of
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
-from hfquant.nn.modules import quant_layers
+from hfquant.nn.modules import quant_experts, quant_layers
 
 #: Number formats that compressed-tensors also has, by hfquant's names.
 _TYPES = {**{f"int{bits}": "int" for bits in range(2, 9)}, "fp8e4m3": "float"}
@@ -48,7 +48,7 @@ def convert(model: Any, requantize: bool) -> Converted:
         ExportError: the model is from another library, or some layers cannot be expressed.
     """
     must_be_of(model, "transformers", "compressed-tensors")
-    experts = {name: m for name, m in model.named_modules() if isinstance(m, QuantExperts)}
+    experts = quant_experts(model)
     own_plans = plans_of(experts)
     sizes = {p: (experts[p.rpartition(".")[0]].expert_count, plan.out_features) for p, plan in own_plans.items()}
     linears = stored_linears(model, {name: module.layout for name, module in experts.items()}, sizes)

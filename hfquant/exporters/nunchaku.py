@@ -20,9 +20,8 @@ from hfquant.exporters.checkpoint import Converted, must_be_of, refuse
 from hfquant.exporters.requantize import no_linear, plain, requantized
 from hfquant.formats import NumberFormat
 from hfquant.layer_plan import LayerPlan
-from hfquant.nn.experts import QuantExperts
 from hfquant.nn.linear import QuantLinear
-from hfquant.nn.modules import quant_layers
+from hfquant.nn.modules import quant_experts, quant_layers
 
 #: The only format of its SVDQuant weights and activations, and their group size.
 _FORMAT, _GROUP = "int4", 64
@@ -49,7 +48,7 @@ def convert(model: Any, requantize: bool) -> Converted:
         if why := no_linear(layer) or why:
             problems[name] = why
     fused = "it is not a linear but fused experts"
-    problems |= {name: fused for name, module in model.named_modules() if isinstance(module, QuantExperts)}
+    problems |= dict.fromkeys(quant_experts(model), fused)
     refuse(problems, "nunchaku-lite", requantize)
     dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     rank = max(_RANK, *(-(-_rank(layer.plan) // _RANK) * _RANK for layer in layers.values()))

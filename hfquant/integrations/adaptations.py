@@ -14,12 +14,8 @@ from typing import Any
 from hfquant.integrations import attach, compat, refusals
 from hfquant.integrations.apply import attached, inner_configs
 from hfquant.integrations.config import METHOD
-from hfquant.nn.experts import QuantExperts
-from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
 from hfquant.nn.modules import quant_modules
-
-_QUANTIZED = QuantLayer, QuantExperts
 
 
 # Three modules of hfquant register themselves at their end, so importing them is enough. If such a module is itself
@@ -47,7 +43,7 @@ def adapt_transformers_models() -> None:
 
     register_transformers()
     _save_quantized_parts(PreTrainedModel)
-    refusals.refuse_resizing(PreTrainedModel, QuantLayer)
+    refusals.refuse_resizing(PreTrainedModel)
 
 
 def adapt_diffusers_models() -> None:
@@ -89,17 +85,17 @@ def adapt_ip_adapters() -> None:
 
 def adapt_attention() -> None:
     """Refuse to fuse quantized projections."""
-    refusals.refuse_fusing(_QUANTIZED)
+    refusals.refuse_fusing()
 
 
 def adapt_motion_modules() -> None:
     """Refuse to load or save quantized motion modules on their own."""
-    refusals.refuse_copying_motion(_QUANTIZED)
+    refusals.refuse_copying_motion()
 
 
 def adapt_free_noise() -> None:
     """Refuse FreeNoise on quantized motion modules."""
-    refusals.refuse_free_noise(_QUANTIZED)
+    refusals.refuse_free_noise()
 
 
 def adapt_averages() -> None:

@@ -288,4 +288,4 @@ register_lora_layers(
     }
 )
 check_before_merging(check_mergeable)
-refuse_training((QuantLayer, QuantExperts))
+refuse_training()

@@ -21,9 +21,9 @@ from hfquant.integrations.checkpoint import stored_config
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.integrations.facts import facts_of
 from hfquant.layer_plan import LayerPlan
-from hfquant.nn.experts import QuantExperts
+from hfquant.nn.experts import plans_of
 from hfquant.nn.kinds import layers_in
-from hfquant.nn.modules import quant_layers, quant_modules
+from hfquant.nn.modules import quant_experts, quant_layers, quant_modules
 from hfquant.planner import ModelFacts, Plan
 from hfquant.run import Settings
 from hfquant.search import search
@@ -53,8 +53,7 @@ def quantize_attached(
         A function that undoes this.
     """
     if settings is None:
-        not_convert = config.modules_to_not_convert or ()
-        settings = Settings(not_convert, config.per_layer_mode, guard=config.guard, allow_empty=True)
+        settings = Settings(config.per_layer_mode, guard=config.guard, allow_empty=True)
     rules = _searched(model, loader, config, facts)
     restore = _snapshot(model)
 
@@ -87,10 +86,9 @@ def _searched(model: nn.Module, loader: Any, config: HfQuantConfig, facts: Model
         return config.rules
     with processes() as group:
         with group.together():
-            not_convert = config.modules_to_not_convert or ()
-            found = search(model, loader, rule.budget, rule.choices, config.rules, facts, not_convert)
+            found = search(model, loader, rule.budget, rule.choices, config.rules, facts)
         # Each process saw its own data; use the first one's result for all.
-        return QuantRules(group.gather(found.config)[0])
+        return QuantRules(group.gather(found.config)[0], config.rules.excluded)
 
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:
@@ -236,18 +234,13 @@ def _config(module: Any) -> Any:
 
 def _plans_in(model: nn.Module) -> dict[str, LayerPlan]:
     """Return the plans of a model's quantized layers and expert parameters, by name."""
-    plans: dict[str, LayerPlan] = {}
-    for name, layer in quant_modules(model).items():
-        if isinstance(layer, QuantExperts):
-            plans |= {f"{name}.{projection}".lstrip("."): plan for projection, plan in layer.plans.items()}
-        else:
-            plans[name] = layer.plan
+    plans = {name: layer.plan for name, layer in quant_layers(model).items()} | plans_of(quant_experts(model))
     return plans | {name: replace(plans[name], tied=owner) for name, owner in _owners(model).items()}
 
 
 def _left_in(model: nn.Module, plans: Mapping[str, LayerPlan]) -> list[str]:
     """Return the names of the layers and expert parameters that could be quantized but are in float."""
-    layouts = {name: m.layout for name, m in quant_modules(model).items() if isinstance(m, QuantExperts)}
+    layouts = {name: m.layout for name, m in quant_experts(model).items()}
     layouts |= facts_of(model).experts
     experts = [f"{name}.{p}".lstrip(".") for name, layout in layouts.items() for p in layout.projections]
     return [name for name in (*layers_in(model), *experts) if name not in plans]

@@ -25,6 +25,7 @@ from hfquant.integrations.compat import is_marked_initialized, mark_initialized
 from hfquant.integrations.config import HfQuantConfig
 from hfquant.layer_config import LayerConfig
 from hfquant.layer_plan import LayerPlan, layer_plan
+from hfquant.nn.base import QuantModule
 from hfquant.nn.experts import QuantExperts, stacked, tensor_name
 from hfquant.nn.kinds import kind_of, layers_in
 from hfquant.nn.layer import QuantLayer
@@ -99,7 +100,7 @@ def stored_config(config: HfQuantConfig, names: Sequence[str]) -> LayerConfig | 
 
 def _is_left(config: HfQuantConfig, names: Sequence[str]) -> bool:
     """Return whether a model's own config says that a layer with these names is in float."""
-    left = config.skipped.keys() & set(names) or matches(names, config.modules_to_not_convert or ())
+    left = config.skipped.keys() & set(names) or matches(names, config.rules.excluded)
     return bool(left) or not config.rules.resolve(*names).enable
 
 
@@ -152,7 +153,7 @@ def install_empty(
 
 def _empty_modules(
     model: nn.Module, plans: Mapping[str, LayerPlan], layouts: Mapping[str, ExpertsLayout]
-) -> Iterator[tuple[str, QuantLayer | QuantExperts]]:
+) -> Iterator[tuple[str, QuantModule]]:
     """Yield the names of the modules to replace, each with its replacement."""
     parameters: set[str] = set()
     for name, layout in layouts.items():
@@ -251,7 +252,7 @@ def check_loaded(model: nn.Module, on_disk: bool) -> None:
         raise missing_tensors(missing)
 
 
-def check_values(name: str, layer: QuantLayer | QuantExperts) -> None:
+def check_values(name: str, layer: QuantModule) -> None:
     """Check that a loaded layer's scales are finite and positive, and its other floats finite.
 
     Codes, zero points and the bytes of two-level scales have no out-of-range values.
@@ -329,7 +330,7 @@ def quantized_experts(name: str, layer: QuantExperts, plan: LayerPlan, weights: 
     return stacked([QuantLinear.from_tensors(plan, tensors, None) for tensors in solved], ())[1]
 
 
-def quantized_tensors(key: str, layer: QuantLayer | QuantExperts, weight: Tensor) -> dict[str, Tensor]:
+def quantized_tensors(key: str, layer: QuantModule, weight: Tensor) -> dict[str, Tensor]:
     """Quantize a checkpoint's float tensor ``key`` without data; return the tensors of its layer, by checkpoint name.
 
     Raises:
@@ -340,11 +341,12 @@ def quantized_tensors(key: str, layer: QuantLayer | QuantExperts, weight: Tensor
     if isinstance(layer, QuantExperts):
         stacks = quantized_experts(key, layer, layer.plans[tensor], weight)
         return {f"{name}.{tensor_name(tensor, k)}": stack for k, stack in stacks.items()}
+    assert isinstance(layer, QuantLayer)
     expected = layer.float_shape
     if weight.shape != expected:
         raise CheckpointError(f"{key}: expected shape {tuple(expected)}, got {tuple(weight.shape)}")
     tensors = solve(name, layer.matrix(weight), layer.plan, None).tensors
-    return {f"{name}.{k}": layer.stored(k, v) for k, v in tensors.items()}
+    return {f"{name}.{k}": layer.in_memory(k, v) for k, v in tensors.items()}
 
 
 def needs_no_data(plan: Plan) -> None:

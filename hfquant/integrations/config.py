@@ -63,17 +63,14 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         per_layer_mode: bool = False,
         guard: bool = True,
     ) -> None:
-        names = [] if modules_to_not_convert is None else modules_to_not_convert
-        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"modules_to_not_convert: expected a list of names, got {modules_to_not_convert!r}")
         for key, value in (("per_layer_mode", per_layer_mode), ("guard", guard)):
             if not isinstance(value, bool):
                 raise ConfigError(f"{key}: expected True or False, got {value!r}")
         self.quant_method = QuantMethod.HFQUANT
         self.rules = rules.parse("w8a8-dynamic" if config is None else config)
+        self.modules_to_not_convert = modules_to_not_convert
         SelfSpec.of(calibration)  # validates it
         self.calibration = calibration
-        self.modules_to_not_convert = list(names) or None
         self.per_layer_mode, self.guard = per_layer_mode, guard
         #: What the plan decided for each layer beyond the rules; only set in a model's own copy.
         self.layers: dict[str, dict[str, Any]] = {}
@@ -93,6 +90,23 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         raise TypeError(
             f"config: expected a dict, a preset's name, an HfQuantConfig or None, got {type(config).__name__}"
         )
+
+    @property
+    def modules_to_not_convert(self) -> list[str] | None:
+        """Names (whole, a path component, or globs) to leave alone; None without any.
+
+        Raises:
+            ConfigError: set to something else.
+        """
+        return self.rules.excluded or None
+
+    @modules_to_not_convert.setter
+    def modules_to_not_convert(self, names: Sequence[str] | None) -> None:
+        if names is not None and (
+            not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names)
+        ):
+            raise ConfigError(f"modules_to_not_convert: expected a list of names, got {names!r}")
+        self.rules.excluded = list(names or ())
 
     @property
     def needs_data(self) -> bool:
@@ -180,8 +194,7 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
         # transformers deep-copies configs; the data may be large, or impossible to copy.
         new = copy.copy(self)
         memo[id(self)] = new
-        new.rules = QuantRules(self.rules.raw)
-        new.modules_to_not_convert = copy.copy(self.modules_to_not_convert)
+        new.rules = QuantRules(self.rules.raw, self.rules.excluded)
         new.layers, new.skipped = copy.deepcopy(self.layers), dict(self.skipped)
         new.provenance = copy.deepcopy(self.provenance)
         return new

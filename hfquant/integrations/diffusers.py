@@ -42,6 +42,7 @@ from hfquant.integrations.placement import (
     without_working_memory,
 )
 from hfquant.integrations.refusals import refuse_copying
+from hfquant.nn.base import QuantModule
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.kinds import kind_of
 from hfquant.nn.layer import QuantLayer
@@ -145,7 +146,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             check_names(model, self._stored_names)
         elif not config.needs_data:
             # Keep the linears until their weights arrive: the loader checks float shapes against the model.
-            self.plan = plan_layers(model, config.rules, config.modules_to_not_convert or (), facts=facts)
+            self.plan = plan_layers(model, config.rules, facts=facts)
             needs_no_data(self.plan)
             warn_if_empty(model, self.plan)
             if isinstance(device_map, str):
@@ -194,7 +195,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         name = key.rpartition(".")[0]
         if self.plan is not None:
             return name in self.plan.layers or key in self.plan.layers
-        return isinstance(model.get_submodule(name), (QuantLayer, QuantExperts))
+        return isinstance(model.get_submodule(name), QuantModule)
 
     def check_if_quantized_param(
         self, model: ModelMixin, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -241,7 +242,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
             layer.bias = module._parameters.get("bias")  # on meta if it is still to come, perhaps from another shard
             replace_modules(model, {module: layer})
             return
-        assert isinstance(module, (QuantLayer, QuantExperts))
+        assert isinstance(module, QuantModule)
         # diffusers has cast param_value to the model's dtype; scales must keep their stored values.
         stored = state_dict[param_name]
         value = param_value if tensor in module._model_floats and stored.is_floating_point() else stored
@@ -261,7 +262,7 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         module.hold(key.rpartition(".")[2], plan, quantized_experts(key, module, plan, weights))
 
     def _put(self, layer: nn.Module, name: str, tensor: str, value: Tensor) -> None:
-        assert isinstance(layer, (QuantLayer, QuantExperts))
+        assert isinstance(layer, QuantModule)
         try:
             layer.set_tensor(tensor, value)
         except ValueError as error:
@@ -354,4 +355,4 @@ def attach(model: ModelMixin, config: HfQuantConfig) -> None:
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HfQuantConfig
 auto.AUTO_QUANTIZER_MAPPING[METHOD] = HfQuantDiffusersQuantizer
 # What diffusers itself does with weights, and cannot do with codes.
-refuse_copying((QuantLayer, QuantExperts))
+refuse_copying()

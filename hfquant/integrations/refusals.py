@@ -12,6 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from hfquant.nn.base import QuantModule
+from hfquant.nn.modules import quant_layers
+
 __all__ = [
     "refuse_averages",
     "refuse_copying",
@@ -26,8 +29,8 @@ __all__ = [
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
-def refuse_fusing(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
-    """Make diffusers refuse to fuse projections that are layers of these kinds, before it changes anything.
+def refuse_fusing() -> None:
+    """Make diffusers refuse to fuse quantized projections, before it changes anything.
 
     It concatenates weights without looking at their kind. A model whose projections stay in float is fused as usual.
     """
@@ -37,7 +40,7 @@ def refuse_fusing(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
     @contextmanager
     def unless_quantized(module: nn.Module, *_: Any) -> Iterator[None]:
         for name, attention in module.named_modules():
-            if _fuses(attention) and _holds(attention, kinds):
+            if _fuses(attention) and _holds(attention):
                 raise ValueError(
                     f"{type(module).__name__}: the projections of {name or 'this attention'} are quantized, so they "
                     "cannot be fused: fuse the projections before quantizing, or dequantize first"
@@ -54,13 +57,13 @@ def _fuses(module: nn.Module) -> bool:
     return able and not getattr(module, "fused_projections", False)
 
 
-def _holds(attention: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
+def _holds(attention: nn.Module) -> bool:
     found = (getattr(attention, name, None) for name in _PROJECTIONS)
-    return any(isinstance(part, kinds) for layer in found if layer is not None for part in layer.modules())
+    return any(isinstance(part, QuantModule) for layer in found if layer is not None for part in layer.modules())
 
 
-def refuse_copying(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
-    """Make diffusers refuse to copy weights from layers of these kinds into a new float model.
+def refuse_copying() -> None:
+    """Make diffusers refuse to copy weights from quantized layers into a new float model.
 
     Class methods such as ``ControlNetModel.from_unet`` do that with state dicts, partly with ``strict=False``, so that
     codes might pass for floats. Those that only read a config, or share the modules themselves, work as usual.
@@ -80,7 +83,7 @@ def refuse_copying(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None
                 )
 
         sources = (model for model in given if isinstance(model, nn.Module))
-        layers = [item for model in sources for item in model.named_modules() if isinstance(item[1], kinds)]
+        layers = [item for model in sources for item in model.named_modules() if isinstance(item[1], QuantModule)]
         names = defaultdict(lambda: "a layer", {layer: name for name, layer in layers})
         handles = [layer.register_state_dict_pre_hook(refuse) for _, layer in layers]
         try:
@@ -93,8 +96,8 @@ def refuse_copying(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None
     _run_within(PushToHubMixin, ["from_unet*", "from_transformer*"], unless_quantized)  # a base of all models
 
 
-def refuse_copying_motion(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
-    """Make diffusers refuse to load or save motion modules on their own if they hold layers of these kinds.
+def refuse_copying_motion() -> None:
+    """Make diffusers refuse to load or save motion modules on their own if they are quantized.
 
     It copies one state dict of floats after the other, so an error halfway would leave some modules changed.
     """
@@ -104,7 +107,7 @@ def refuse_copying_motion(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) 
     def unless_quantized(*given: Any) -> Iterator[None]:
         for model in (each for each in given if isinstance(each, nn.Module)):
             for name, module in model.named_modules():
-                if "motion_modules" in name and isinstance(module, kinds):
+                if "motion_modules" in name and isinstance(module, QuantModule):
                     raise ValueError(
                         f"{type(model).__name__}: {name} is quantized, and motion modules are loaded and saved as "
                         "floats: load or save them before quantizing, or dequantize first"
@@ -114,8 +117,8 @@ def refuse_copying_motion(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) 
     _run_within(UNetMotionModel, ["load_motion_modules", "save_motion_modules"], unless_quantized)
 
 
-def refuse_free_noise(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
-    """Make AnimateDiff refuse to enable or disable FreeNoise if it would replace blocks with layers of these kinds.
+def refuse_free_noise() -> None:
+    """Make AnimateDiff refuse to enable or disable FreeNoise if it would replace blocks with quantized layers.
 
     It puts in a new block with random weights, and only then copies the old block's state dict of floats.
     """
@@ -126,7 +129,7 @@ def refuse_free_noise(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> N
     def unless_quantized(verb: str, replaced: type[nn.Module], pipe: Any, *_: Any) -> Iterator[None]:
         for name, block in pipe.unet.named_modules():
             copied = "motion_modules" in name and isinstance(block, replaced)
-            if copied and any(isinstance(layer, kinds) for layer in block.modules()):
+            if copied and any(isinstance(layer, QuantModule) for layer in block.modules()):
                 raise ValueError(
                     f"cannot {verb} FreeNoise: it copies the float weights of motion modules, and {name} is quantized: "
                     f"{verb} it before quantizing, or call hfquant.dequantize(pipe.unet) first"
@@ -173,14 +176,13 @@ def _unless_mixed(method: Callable[..., None], kept: str) -> Callable[..., None]
     return unless_mixed
 
 
-def refuse_resizing(base: type, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
-    """Make models of transformers refuse to resize embeddings or heads of these kinds, before it changes anything.
+def refuse_resizing(base: type) -> None:
+    """Make models of transformers refuse to resize quantized embeddings or heads, before it changes anything.
 
     It copies rows of weights into new float ones. Subclasses that override the method call that of ``base`` first.
 
     Args:
         base: transformers' class of all models.
-        kinds: classes of quantized layers.
     """
     resize: Callable[..., Any] = base.resize_token_embeddings  # type: ignore[attr-defined]
 
@@ -188,11 +190,10 @@ def refuse_resizing(base: type, kinds: type[nn.Module] | tuple[type[nn.Module], 
     def resize_token_embeddings(
         self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        layers = (getattr(self, get, lambda: None)() for get in _WITH_VOCABULARY)
+        found = (getattr(self, get, lambda: None)() for get in _WITH_VOCABULARY)
         # A decoder of audio has a list of embeddings.
-        parts = (part for layer in layers if layer is not None for part in layer.modules() if isinstance(part, kinds))
-        for part in parts:
-            rows = len(part.weight)  # type: ignore[arg-type]
+        for part in (part for layer in found if layer is not None for part in quant_layers(layer).values()):
+            rows = len(part.weight)
             if rows != _rounded_up(new_num_tokens, pad_to_multiple_of, rows):
                 name = next((name for name, module in self.named_modules() if module is part), "its embedding")
                 raise ValueError(
@@ -213,19 +214,19 @@ def _rounded_up(wanted: int | None, multiple: int | None, present: int) -> int:
     return count if multiple is None else -(-count // multiple) * multiple
 
 
-def refuse_training(kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
-    """Make peft refuse to train weights of these kinds themselves, instead of an adapter next to them."""
+def refuse_training() -> None:
+    """Make peft refuse to train quantized weights themselves, instead of an adapter next to them."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils import ModulesToSaveWrapper
 
     for wrapper, option in ((ModulesToSaveWrapper, "modules_to_save"), (TrainableTokensLayer, "trainable tokens")):
-        wrapper.__init__ = _unless_holding(kinds, wrapper.__init__, option)
+        wrapper.__init__ = _unless_quantized(wrapper.__init__, option)
 
 
-def _unless_holding(kinds: Any, init: Callable[..., None], option: str) -> Callable[..., None]:
+def _unless_quantized(init: Callable[..., None], option: str) -> Callable[..., None]:
     @wraps(init)
     def unless_quantized(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if found := next((part for part in module.modules() if isinstance(part, kinds)), None):
+        if found := next((part for part in module.modules() if isinstance(part, QuantModule)), None):
             raise ValueError(
                 f"{option}: this would train the weight of a {type(found).__name__}, whose codes are integers: leave "
                 "the layer in float (out of `include`, or in modules_to_not_convert), or train a LoRA on it by naming "

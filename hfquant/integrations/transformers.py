@@ -51,6 +51,7 @@ from hfquant.integrations.placement import (
     without_working_memory,
 )
 from hfquant.integrations.sharing.facts import tags_of
+from hfquant.nn.base import QuantModule
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.modules import dequantized, log_share, quant_modules
@@ -139,7 +140,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
                 if spec.dtype is not None
             }
         elif not config.needs_data:
-            self.plan = plan_layers(model, config.rules, config.modules_to_not_convert or (), facts=facts)
+            self.plan = plan_layers(model, config.rules, facts=facts)
             needs_no_data(self.plan)
             warn_if_empty(model, self.plan)
             # A tied weight arrives under another name or not at all, so such linears are quantized after loading.
@@ -184,7 +185,7 @@ class HfQuantTransformersQuantizer(HfQuantizer):
         """
         name, _, tensor = param_name.rpartition(".")
         if self.pre_quantized:
-            return isinstance(model.get_submodule(name), (QuantLayer, QuantExperts))
+            return isinstance(model.get_submodule(name), QuantModule)
         self._arriving.add(param_name)  # transformers asks about all tensors before it converts any
         module = model.get_submodule(name)
         if isinstance(module, QuantExperts):
@@ -309,7 +310,7 @@ class QuantizeWeight(ConversionOps):
                 why = "the checkpoint's weight has another number of outputs"
                 self.quantizer.leave(model, name, why, kwargs["missing_keys"])
                 layer = model.get_submodule(name)
-            if not isinstance(layer, (QuantLayer, QuantExperts)) or tensor not in layer.code_names:
+            if not isinstance(layer, QuantModule) or tensor not in layer.code_names:
                 converted[key] = weight
                 continue
             try:

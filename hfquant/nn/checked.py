@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hfquant.nn.base import See
 from hfquant.nn.float_modules import first
 
 if TYPE_CHECKING:
     from hfquant.nn.layer import QuantLayer
-
-See = Callable[[str, Tensor, Tensor], Tensor | None]
-"""Called with each product's part name, input and output; may return a replacement for the output."""
 
 
 class Checked(nn.Module):

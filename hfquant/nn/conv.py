@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from hfquant.algorithms import Transform
 from hfquant.kernels import dequantize
 from hfquant.kernels.table import pick
-from hfquant.nn.checked import See
+from hfquant.nn.base import See
 from hfquant.nn.float_modules import overridden
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.unfold import channels_first, channels_last, draw, ranges, tiles, windows

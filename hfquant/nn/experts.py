@@ -13,12 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 from hfquant.algorithms import TensorSpec, block_slices
 from hfquant.experts import Experts, ExpertsLayout, Unfused, fused_like
-from hfquant.nn.casts import cast_by, keeping_dtypes
-from hfquant.nn.checked import See
+from hfquant.nn.base import QuantModule, See
+from hfquant.nn.casts import cast_by
 from hfquant.nn.float_modules import overridden
 from hfquant.nn.layer import QuantLayer
 from hfquant.nn.linear import QuantLinear
-from hfquant.nn.loading import TakesCodes
 
 if TYPE_CHECKING:  # circular: layer_plan imports the kinds of layers
     from hfquant.layer_plan import LayerPlan
@@ -29,7 +28,7 @@ def tensor_name(projection: str, key: str) -> str:
     return projection if key == "weight" else f"{projection}_{key.removeprefix('weight_')}"
 
 
-class QuantExperts(Experts, TakesCodes):
+class QuantExperts(Experts, QuantModule):
     """Fused experts with quantized weights: each expert's QuantLinear tensors, stacked along a new first dimension.
 
     A projection ``p`` keeps its name: ``p`` holds the codes [experts, out, ...] regardless of the float parameter's
@@ -51,9 +50,7 @@ class QuantExperts(Experts, TakesCodes):
         self._names: dict[str, dict[str, str]] = {}
         #: Modules that run the products. They own no tensors; each expert's tensors are slices of the stacks.
         self._linears: dict[str, QuantLinear] = {}
-        #: Names of quantized projections' tensors in the model's float dtype; the other tensors keep their dtype in
-        #: casts.
-        self._model_floats: set[str] = set()
+        self._model_floats = set()
 
     def hold(self, projection: str, plan: LayerPlan, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Replace a float projection with codes.
@@ -77,6 +74,7 @@ class QuantExperts(Experts, TakesCodes):
                 self.register_buffer(name, value)
             if spec.dtype is None:
                 self._model_floats.add(name)
+        self._model_floats.add(f"{projection}_bias")
         bias = self._parameters.get(f"{projection}_bias")
         if bias is not None:
             setattr(self, f"{projection}_bias", nn.Parameter(bias.detach(), requires_grad=False))
@@ -109,10 +107,6 @@ class QuantExperts(Experts, TakesCodes):
             found.append((plan, self.expert_count, tensors if bias is None else {**tensors, "bias": bias}))
         return found
 
-    def disk_dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of codes on disk."""
-        return self.plans[name].config.weight_quant.format.disk_dtype
-
     def specs(self, on_disk: bool = False) -> dict[str, TensorSpec]:
         """Return shape and dtype (None for floats) of each tensor of the quantized projections, including biases."""
         found = {}
@@ -121,43 +115,19 @@ class QuantExperts(Experts, TakesCodes):
                 found[tensor_name(projection, key)] = TensorSpec((self.expert_count, *shape), dtype)
             if on_disk:
                 shape, _ = found[projection]
-                found[projection] = TensorSpec((1, *shape), self.disk_dtype(projection))
+                found[projection] = TensorSpec((1, *shape), plan.config.weight_quant.format.disk_dtype)
             if self._parameters.get(f"{projection}_bias") is not None:
                 found[f"{projection}_bias"] = TensorSpec((self.expert_count, plan.out_features), None)
         return found
 
-    def set_tensor(self, name: str, value: Tensor) -> None:
-        """Replace parameter or buffer ``name`` with ``value``; codes may be in their on-disk form.
-
-        Raises:
-            ValueError: there is no such tensor, or its shape or dtype does not fit.
-        """
-        spec = self.specs().get(name)
-        if spec is None:
-            raise ValueError(f"{self._get_name()} has no tensor {name!r}; available: {', '.join(self.specs())}")
-        if name in self.plans:
-            value = self._codes(name, value)
-        fits = value.is_floating_point() if spec.dtype is None else value.dtype == spec.dtype
-        if tuple(value.shape) != spec.shape or not fits:
-            raise ValueError(
-                f"tensor {name!r}: expected shape {spec.shape} of {spec.dtype or 'floats'}, "
-                f"got {tuple(value.shape)} of {value.dtype}"
-            )
-        if name in self._parameters:
-            setattr(self, name, nn.Parameter(value, requires_grad=False))
-        else:
-            self._buffers[name] = value
+    def in_memory(self, name: str, value: Tensor) -> Tensor:
+        """Return a solved or stored tensor in its in-memory form; offloaded codes come straight from disk."""
+        return self._codes(name, value) if name in self.plans else value
 
     def _codes(self, projection: str, codes: Tensor) -> Tensor:
-        """Return codes [experts, out, ...] in their in-memory form; offloaded codes come straight from disk."""
         form = self.plans[projection].config.weight_quant.format
         codes = codes.squeeze(0) if codes.dim() == 4 and len(codes) == 1 else codes
         return codes.view(form.code_dtype) if codes.dtype == form.disk_dtype else codes
-
-    def codes_on_disk(self, projection: str) -> Tensor:
-        """Return codes in their checkpoint form, [1, experts, out, ...], which the float class cannot load."""
-        codes = self.get_parameter(projection).data
-        return codes.view(1, *codes.shape[-3:]).view(self.disk_dtype(projection))
 
     def tensors_of(self, projection: str, expert: int) -> dict[str, Tensor]:
         """Return one expert's tensors by their QuantLinear names, without the bias."""
@@ -237,10 +207,7 @@ class QuantExperts(Experts, TakesCodes):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantExperts:
         for name, linear in self._linears.items():
             linear.dtype = cast_by(fn, linear.dtype, self.get_parameter(name))
-        return super()._apply(keeping_dtypes(self, fn, self.specs().keys() - self._floats()), recurse)
-
-    def _floats(self) -> set[str]:
-        return self._model_floats | {f"{projection}_bias" for projection in self.plans}
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Return the number of experts and a description of each projection."""

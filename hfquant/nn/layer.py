@@ -13,17 +13,17 @@ from hfquant.algorithms import TensorSpec, block_slices
 from hfquant.formats import Grid, NumberFormat
 from hfquant.kernels.base import Operands, Product
 from hfquant.kernels.op import linear
-from hfquant.nn.casts import cast_by, keeping_dtypes
+from hfquant.nn.base import QuantModule
+from hfquant.nn.casts import cast_by
 from hfquant.nn.checked import Checked
 from hfquant.nn.float_modules import first, hollow
-from hfquant.nn.loading import TakesCodes
 
 if TYPE_CHECKING:  # circular: layer_plan imports the kinds of layers
     from hfquant.layer_config import LayerConfig
     from hfquant.layer_plan import LayerPlan
 
 
-class QuantLayer(Checked, TakesCodes):
+class QuantLayer(Checked, QuantModule):
     """A layer with quantized weights and, if its plan says so, quantized activations.
 
     Any such layer multiplies rows [..., in] by a matrix [out, in]. A subclass is a kind of layer
@@ -71,7 +71,6 @@ class QuantLayer(Checked, TakesCodes):
         # Created first, since some models take `next(module.parameters()).dtype` for their dtype (Swin v2's tables).
         bias_tensor = torch.empty(plan.out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if bias_tensor is None else nn.Parameter(bias_tensor, requires_grad=False)
-        #: Names of the tensors in the model's float dtype; the others keep their dtype when the model is cast.
         self._model_floats = {"bias"}
         for name, spec in plan.tensors().items():
             tensor = torch.empty(spec.shape, dtype=spec.dtype or dtype, device=device)
@@ -186,63 +185,23 @@ class QuantLayer(Checked, TakesCodes):
         """Return all tensors except the bias, by name, as :meth:`from_tensors` takes them."""
         return {name: getattr(self, name) for name in self.plan.tensors()}
 
-    def set_tensor(self, name: str, value: Tensor) -> None:
-        """Replace parameter or buffer ``name`` with ``value``.
-
-        Codes may be packed or unpacked, and in their on-disk form.
-
-        Raises:
-            ValueError: the plan has no such tensor, or its shape or dtype does not fit.
-        """
-        current = self._parameters.get(name, self._buffers.get(name))
-        if current is None:
-            there = [*self._parameters, *self._buffers]
-            raise ValueError(f"{self._get_name()} has no tensor {name!r}; available: {', '.join(there)}")
-        expected, dtype = current.shape, current.dtype
-        if name == "weight":
-            expected, dtype = torch.Size(self.plan.tensors()["weight"].shape), self.format.code_dtype
-            value = self.stored(name, value)
-        both_floats = name in self._model_floats and value.is_floating_point()
-        if value.shape != expected or (value.dtype != dtype and not both_floats):
-            raise ValueError(
-                f"tensor {name!r}: expected shape {tuple(expected)} of {dtype}, "
-                f"got {tuple(value.shape)} of {value.dtype}"
-            )
-        if name in self._parameters:
-            setattr(self, name, nn.Parameter(value, requires_grad=False))
-        else:
-            self._buffers[name] = value
-
-    def stored(self, name: str, codes: Tensor) -> Tensor:
-        """Return a solved tensor in its in-memory form: codes that fit are packed, with the right rank and dtype."""
+    def in_memory(self, name: str, value: Tensor) -> Tensor:
+        """Return a solved or stored tensor in its in-memory form: codes that fit are packed, with the right rank."""
         if name != "weight":
-            return codes
+            return value
         form, shape = self.format, self.plan.tensors()["weight"].shape
-        if (codes.dim() == 1 + self.plan.rank and codes.shape[0] == 1) or codes.dim() == 3:
-            codes = codes.squeeze(0)
-        if form.disk_dtype != form.code_dtype and codes.dtype == form.disk_dtype:
-            codes = codes.view(form.code_dtype)
-        if codes.dtype == form.code_dtype and codes.shape == (self.plan.out_features, self.plan.in_features):
-            codes = form.pack(codes)
-        return codes.view(shape) if tuple(codes.shape) == shape[:2] else codes
-
-    def codes_on_disk(self, name: str = "weight") -> Tensor:
-        """Return the codes in their checkpoint form: with a leading dimension of 1, in the format's on-disk dtype.
-
-        No float module accepts them, so a model loaded without hfquant fails instead of producing garbage.
-        """
-        shape, dtype = self.disk_form
-        return self.get_parameter(name).data.view(shape).view(dtype)
+        if (value.dim() == 1 + self.plan.rank and value.shape[0] == 1) or value.dim() == 3:
+            value = value.squeeze(0)
+        if form.disk_dtype != form.code_dtype and value.dtype == form.disk_dtype:
+            value = value.view(form.code_dtype)
+        if value.dtype == form.code_dtype and value.shape == (self.plan.out_features, self.plan.in_features):
+            value = form.pack(value)
+        return value.view(shape) if tuple(value.shape) == shape[:2] else value
 
     @property
     def float_shape(self) -> torch.Size:
         """Shape of the replaced float weight."""
         return self._float.get_parameter("weight").shape
-
-    @property
-    def disk_form(self) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of the codes in a checkpoint."""
-        return (1, *self.plan.tensors()["weight"].shape), self.format.disk_dtype
 
     def held(self) -> list[tuple[LayerPlan, int, dict[str, Tensor]]]:
         """Return the quantized content: plan, number of matrices, and all tensors by name, including the bias."""
@@ -257,7 +216,7 @@ class QuantLayer(Checked, TakesCodes):
         """Return shape and dtype (None for floats) of each tensor, in memory or on disk, including the bias."""
         found = self.plan.tensors() | {"bias": TensorSpec((self.plan.out_features,), None)}
         if on_disk:
-            found["weight"] = TensorSpec(*self.disk_form)
+            found["weight"] = TensorSpec((1, *found["weight"].shape), self.format.disk_dtype)
         there = {**self._parameters, **self._buffers}
         return {name: spec for name, spec in found.items() if there.get(name) is not None}
 
@@ -353,9 +312,8 @@ class QuantLayer(Checked, TakesCodes):
         return module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        fixed = {*self._parameters, *self._buffers} - self._model_floats
         self.dtype = cast_by(fn, self.dtype, self._parameters["weight"])
-        return super()._apply(keeping_dtypes(self, fn, fixed), recurse)
+        return super()._apply(fn, recurse)
 
     def reset_parameters(self) -> None:
         """Do nothing: codes have no random initialization."""

@@ -10,6 +10,7 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 from hfquant.console import counted
+from hfquant.nn.base import QuantModule
 from hfquant.nn.experts import QuantExperts
 from hfquant.nn.layer import QuantLayer
 from hfquant.offload import lend, refuse_group_offloaded
@@ -23,9 +24,14 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
 
 
-def quant_modules(model: nn.Module) -> dict[str, QuantLayer | QuantExperts]:
+def quant_experts(model: nn.Module) -> dict[str, QuantExperts]:
+    """Return the modules of quantized experts of ``model`` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantExperts)}
+
+
+def quant_modules(model: nn.Module) -> dict[str, QuantModule]:
     """Return all modules of ``model`` with quantized weights by name, including fused experts."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, (QuantLayer, QuantExperts))}
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
 
 
 def set_real_quant(model: nn.Module, real_quant: bool = True) -> None:
@@ -105,7 +111,7 @@ def log_share(model: nn.Module, uncounted: Collection[str] = ()) -> None:
         name: 0 if layer.plan.tied else layer.plan.in_features * layer.plan.out_features
         for name, layer in quant_layers(model).items()
     }
-    experts = {n: m for n, m in model.named_modules() if isinstance(m, QuantExperts)}
+    experts = quant_experts(model)
     for name, module in experts.items():
         layers |= {f"{name}.{p}".lstrip("."): size for p, size in module.sizes().items()}
     count = len(layers) + sum((module.expert_count - 1) * len(module.plans) for module in experts.values())

@@ -22,7 +22,7 @@ _RUNNING = ("verbose", "cpu_storage", "precision")
 _SECTIONS = ("opt", "calib", "input_quant", "weight_quant")
 
 
-class Converted(NamedTuple):
+class SegQuantRecipe(NamedTuple):
     """One experiment as a recipe.
 
     Attributes:
@@ -65,7 +65,7 @@ def family_of(file: Path) -> str | None:
     return next((part for part in reversed(file.absolute().parts[:-1]) if part in FAMILIES), None)
 
 
-def convert(name: str, config: Mapping[str, Any], family: str) -> Converted:
+def convert(name: str, config: Mapping[str, Any], family: str) -> SegQuantRecipe:
     """Convert one experiment.
 
     Args:
@@ -96,7 +96,7 @@ def convert(name: str, config: Mapping[str, Any], family: str) -> Converted:
     left.append("the COCO images and prompts that the reference calibrates on: calibration.data names other prompts")
     if affiners:
         recipe["affiner"] = {"type": affiners[0] if affiners[0] in ("ptqd", "tac") else "blockwise"}
-    return Converted(recipe, left)
+    return SegQuantRecipe(recipe, left)
 
 
 def _entry(key: str, entry: Any, left: list[str], affiners: list[str]) -> dict[str, Any]:

@@ -66,7 +66,6 @@ def search(
     choices: Sequence[Choice] = ("int4", "int6", "int8"),
     base: QuantRules | str | Mapping[str, Any] = "w4a16-gptq",
     facts: ModelFacts | None = None,
-    not_convert: Sequence[str] = (),
 ) -> BitSearch:
     """Choose a format for each layer, leaving the model unchanged.
 
@@ -78,7 +77,6 @@ def search(
         choices: choices for each layer.
         base: config for everything that a choice does not set.
         facts: what the model's library knows about the model.
-        not_convert: names, path components or globs of layers to leave alone.
 
     Raises:
         ConfigError: unknown choices, or choices that do not fit the base.
@@ -93,11 +91,11 @@ def search(
     with unfused(model, facts.experts) as experts:
 
         def planned(found: QuantRules) -> dict[str, LayerPlan]:
-            return plan_apart(model, found, not_convert, seen[0], facts, experts).layers
+            return plan_apart(model, found, seen[0], facts, experts).layers
 
-        measured = measure(model, rules, seen, facts, experts, not_convert)
+        measured = measure(model, rules, seen, facts, experts)
         if isinstance(budget, str):
-            plans = planned(parse(budget))
+            plans = planned(parse(budget, base.excluded))
             names = [name for found in measured.members.values() for name in found if name in plans]
             limit = sum(stored_bytes(model, plans[name]) for name in names)
         else:
@@ -134,8 +132,8 @@ def choose(
         logger.info("%s: estimating harm by forward differences", why)
         table = _by_differences(measured, judge)
     weightings: dict[str, Callable[[str, Option], float]] = {
-        "output": lambda _, option: option.error,
-        "both": lambda _, option: math.sqrt(option.error * option.relative),
+        "output": lambda _, option: option.harm,
+        "both": lambda _, option: math.sqrt(option.harm * option.relative),
     }
     starts = {how: cheapest(table, limit, weigh) for how, weigh in weightings.items()}
     found = {how: judged(chosen).mean().item() for how, chosen in starts.items()}
@@ -226,7 +224,7 @@ def _result(
         chosen,
         8 * size / measured.weights,
         size,
-        sum(option.error for option in picked),
+        sum(option.harm for option in picked),
         relaxed(measured.table, limit),
         judged,
     )

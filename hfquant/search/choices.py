@@ -32,7 +32,7 @@ def rules_of(choices: Sequence[Choice], base: QuantRules) -> dict[str, QuantRule
     entries = {key: entry for key, entry in base.raw.items() if key != "search"}
     for i, choice in enumerate(choices):
         try:
-            rules = QuantRules({**entries, "default": _default(choice, base.raw.get("default", {}))})
+            rules = QuantRules({**entries, "default": _default(choice, base.raw.get("default", {}))}, base.excluded)
         except ConfigError as error:
             raise ConfigError(f"choices[{i}]: {error}") from None
         if any(rules.raw == other.raw for other in found.values()):

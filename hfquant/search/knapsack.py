@@ -22,13 +22,13 @@ class Option:
     Attributes:
         name: label of the choice.
         bytes: size of the layer's tensors.
-        error: estimated harm to the model's output.
+        harm: estimated error that it causes at the model's output.
         relative: squared error of the layer's own output, relative to its squared norm.
     """
 
     name: str
     bytes: int
-    error: float
+    harm: float
     relative: float
 
 
@@ -79,13 +79,13 @@ def relaxed(table: Table, limit: int) -> float:
     spare = float(limit)
     for options in table.values():
         hull: list[Option] = []
-        for option in sorted(options, key=lambda o: (o.bytes, o.error)):
-            if hull and option.error >= hull[-1].error:
+        for option in sorted(options, key=lambda o: (o.bytes, o.harm)):
+            if hull and option.harm >= hull[-1].harm:
                 continue
             while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-2], option):
                 hull.pop()
             hull.append(option)
-        total += hull[0].error
+        total += hull[0].harm
         spare -= hull[0].bytes
         steps += [(_slope(a, b), b.bytes - a.bytes) for a, b in pairwise(hull)]
     for gain, size in sorted(steps, reverse=True):
@@ -96,4 +96,4 @@ def relaxed(table: Table, limit: int) -> float:
 
 
 def _slope(a: Option, b: Option) -> float:
-    return (a.error - b.error) / max(b.bytes - a.bytes, 1)
+    return (a.harm - b.harm) / max(b.bytes - a.bytes, 1)

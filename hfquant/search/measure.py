@@ -21,7 +21,7 @@ from hfquant.nn.layer import QuantLayer
 from hfquant.observe import observe
 from hfquant.planner import ModelFacts, plan_apart
 from hfquant.search.knapsack import Option
-from hfquant.search.sensitivity import Seen, watch
+from hfquant.search.sensitivity import Sample, watch
 from hfquant.solver import solve
 from hfquant.statistics import LayerStats, stats_bytes, within_budget
 
@@ -66,7 +66,6 @@ def measure(
     data: Sequence[Any],
     facts: ModelFacts,
     experts: Unfused,
-    not_convert: Sequence[str] = (),
 ) -> MeasuredChoices:
     """Measure choices on a model with unfused experts.
 
@@ -76,9 +75,7 @@ def measure(
     Raises:
         CalibrationError: no layer ran.
     """
-    plans = {
-        label: plan_apart(model, found, not_convert, data[0], facts, experts).layers for label, found in rules.items()
-    }
+    plans = {label: plan_apart(model, found, data[0], facts, experts).layers for label, found in rules.items()}
     first = next(iter(plans.values()))
     shared = {plan.tied for plan in first.values()}
     names = [name for name, plan in first.items() if not plan.tied and name not in shared]
@@ -151,7 +148,7 @@ def _option(
     names: Sequence[str],
     plans: Mapping[str, LayerPlan],
     solved: Mapping[str, Mapping[str, QuantLayer]],
-    seen: Mapping[str, Seen],
+    seen: Mapping[str, Sample],
 ) -> Option:
     """Return the option that a choice gives for a layer, or for all experts of a parameter."""
     harm = relative = 0.0

@@ -34,7 +34,7 @@ _SCALES = 1.0, 2.0**-12
 
 
 @dataclass
-class Seen:
+class Sample:
     """A sample of a layer's inputs, and the squared gradients of the loss at its outputs.
 
     Attributes:
@@ -76,7 +76,7 @@ class Seen:
         return (harm * self.rows / max(self.kept, 1) if has_gradients else relative), relative
 
 
-def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any], seed: int = 0) -> dict[str, Seen]:
+def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any], seed: int = 0) -> dict[str, Sample]:
     """Run ``model`` forward and backward over the data; return a sample for each layer that ran on floats.
 
     Where no gradient arrives (the output does not depend on the layer, or is cut off from it), it is 0. If a backward
@@ -94,9 +94,9 @@ def watch(model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any]
 
 def _watched(
     model: nn.Module, layers: Mapping[str, nn.Module], data: Sequence[Any], seed: int, scale: float
-) -> dict[str, Seen]:
+) -> dict[str, Sample]:
     """Do one attempt of :func:`watch`, with gradients of the loss times ``scale``."""
-    seen: dict[str, Seen] = {}
+    seen: dict[str, Sample] = {}
     generator = torch.Generator().manual_seed(seed)
     each = -(-ROWS // max(len(data), 1))
 
@@ -110,7 +110,7 @@ def _watched(
                 if torch.is_grad_enabled():
                     # Neither a leaf nor a regular view: autograd rejects in-place operations on both.
                     output = torch.ops.aten._unsafe_view(output, output.shape)
-            found = seen.setdefault(name, Seen())
+            found = seen.setdefault(name, Sample())
             # A convolution's rows are windows, even if the shapes match a row-wise layer's: keep whole samples.
             by_rows = x.shape[:-1] == output.shape[:-1] and not isinstance(module, CONVS)
             rows = x[..., 0].numel() if by_rows else len(x)

@@ -342,6 +342,7 @@ def state(pipe):
     return hooks, type(pipe.scheduler), part.training, repr(vars(pipe.scheduler)), pipe._progress_bar_config
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "recurrent"), [*((name, True) for name in BUILDERS), ("sd3", False)])
 def test_real_pipelines_attach_run_detach(name, recurrent, tmp_path):
     real, quant, rows, arguments = real_and_quant(name)

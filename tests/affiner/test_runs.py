@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from hfquant.affiner.runs import DenoisingLoop, Run
+from hfquant.affiner.runs import DenoisingLoop, PausedRun
 from tests.affiner.pipelines import Toy, noise
 
 
@@ -18,7 +18,7 @@ def test_a_finished_run_keeps_no_tensors():
     try:
         loop, latents = DenoisingLoop(Toy(), DDIMScheduler()), noise(2)
         alive = weakref.ref(latents)
-        run = Run(loop, {"latents": latents, "class_labels": torch.arange(2), "num_inference_steps": 2})
+        run = PausedRun(loop, {"latents": latents, "class_labels": torch.arange(2), "num_inference_steps": 2})
         while run.resume() is not None:
             pass
         del latents, run
@@ -30,7 +30,7 @@ def test_a_finished_run_keeps_no_tensors():
 def test_a_run_goes_on_with_what_it_is_given_and_can_be_left():
     loop = DenoisingLoop(Toy(), DDIMScheduler(clip_sample=False))
     arguments = {"latents": noise(2), "class_labels": torch.arange(2), "num_inference_steps": 3}
-    run = Run(loop, arguments)
+    run = PausedRun(loop, arguments)
     first = run.resume()
     assert (first.kind, first.timestep) == ("predicted", 666)
     assert run.resume(torch.zeros_like(first.value)).kind == "stepped"
@@ -48,14 +48,14 @@ def test_the_callers_autocast_holds_in_runs():
     arguments = {"latents": noise(2), "class_labels": torch.arange(2), "num_inference_steps": 2}
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            run = Run(DenoisingLoop(denoiser, DDIMScheduler()), arguments)
+            run = PausedRun(DenoisingLoop(denoiser, DDIMScheduler()), arguments)
         while run.resume() is not None:
             pass
     assert seen == [True, True, False, False]
 
 
 def test_what_the_pipeline_raises_reaches_the_caller():
-    run = Run(DenoisingLoop(Toy(), DDIMScheduler()), {"class_labels": torch.arange(2)})
+    run = PausedRun(DenoisingLoop(Toy(), DDIMScheduler()), {"class_labels": torch.arange(2)})
     with pytest.raises(ValueError, match="pass latents"):
         run.resume()
     assert run.resume() is None
@@ -70,7 +70,7 @@ def test_runs_draw_alike_from_the_global_generator():
 
     arguments = {"class_labels": torch.arange(2), "num_inference_steps": 2}
     torch.manual_seed(3)
-    runs = [Run(Careless(Toy(), DDIMScheduler()), arguments) for _ in range(2)]
+    runs = [PausedRun(Careless(Toy(), DDIMScheduler()), arguments) for _ in range(2)]
     events = []
     for turn in ((0, 1), (1, 0), (0, 1)):
         for i in turn:

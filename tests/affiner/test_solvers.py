@@ -11,7 +11,7 @@ from hfquant.affiner.config import parse
 from hfquant.affiner.maps import PTQD, TAC, MeanShift
 from hfquant.affiner.solvers import (
     EPS,
-    Grid,
+    BlockLayout,
     expand,
     held_out_strength,
     limit,
@@ -61,7 +61,7 @@ def test_blocks_equal_least_squares(size, alpha, lambda1, lambda2):
 @pytest.mark.parametrize("size", [2, 3])
 def test_interpolated_equals_least_squares(size):
     real, quant = predictions()
-    grid = Grid(5, 7, size)
+    grid = BlockLayout(5, 7, size)
     alpha, lambda1, lambda2 = 0.4, 0.1, 0.02
     scale, shift = solve_interpolated(moments(real, quant, 1), grid, alpha, lambda1, lambda2)
     nodes = grid.shape[0] * grid.shape[1]
@@ -83,7 +83,7 @@ def test_interpolated_equals_least_squares(size):
 
 
 def test_interpolation_is_linear_between_centres():
-    grid = Grid(1, 10, 4)  # centres at 1.5, 5.5 and (a block of two) 8.5
+    grid = BlockLayout(1, 10, 4)  # centres at 1.5, 5.5 and (a block of two) 8.5
     row = expand(torch.tensor([[[0.0, 4.0, 1.0]]], dtype=torch.float64), grid, True)[0, 0]
     expected = [0, 0, 0.5, 1.5, 2.5, 3.5, 3.5, 2.5, 1.5, 1]
     torch.testing.assert_close(row, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -92,7 +92,7 @@ def test_interpolation_is_linear_between_centres():
 @pytest.mark.parametrize("interpolate", [False, True])
 def test_planted_map_is_recovered(interpolate):
     real, _ = predictions(batch=6)
-    grid = Grid(5, 7, 3)
+    grid = BlockLayout(5, 7, 3)
     draw = torch.Generator().manual_seed(1)
     scale = 1 + 0.3 * torch.randn(2, *grid.shape, generator=draw, dtype=torch.float64)
     shift = torch.randn(2, *grid.shape, generator=draw, dtype=torch.float64)
@@ -110,7 +110,7 @@ def test_equal_predictions_give_the_identity(ridge):
     real, _ = predictions()
     for scale, shift in (
         solve_blocks(moments(real, real, 2), 0.5, ridge, ridge),
-        solve_interpolated(moments(real, real, 1), Grid(5, 7, 2), 0.5, ridge, ridge),
+        solve_interpolated(moments(real, real, 1), BlockLayout(5, 7, 2), 0.5, ridge, ridge),
         TAC(parse({})).fit(moments(real, real, None)),
         MeanShift(parse({})).fit(moments(real, real, None)),
     ):
@@ -138,7 +138,7 @@ def test_objective_never_rises(seed, size, alpha, lambda1, lambda2, percentile, 
     if constant:
         quant[:, 0] = 0.25
     sums = moments(real, quant, size)
-    grid = Grid(5, 7, size)
+    grid = BlockLayout(5, 7, size)
     scale, shift = solve_blocks(sums, alpha, lambda1, lambda2)
     start = objective(sums, torch.ones_like(scale), torch.zeros_like(shift), alpha, lambda1, lambda2)
     solved = objective(sums, scale, shift, alpha, lambda1, lambda2)
@@ -161,7 +161,7 @@ def test_constant_predictions_without_ridge_keep_the_scale():
 
 def test_limited_nodes_never_do_worse_than_no_correction():
     """Nodes share pixels, so limiting some of them may do worse; the timestep is then left uncorrected."""
-    terms, grid, gone = (0.5, 0.0, 0.0), Grid(5, 7, 2), 0
+    terms, grid, gone = (0.5, 0.0, 0.0), BlockLayout(5, 7, 2), 0
     solver = {"blocksize": 2, "lambda1": 0.0, "lambda2": 0.0, "percentile": 50.0, "scale": 0.0}
     for seed in range(20):
         draw = torch.Generator().manual_seed(seed)

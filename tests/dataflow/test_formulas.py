@@ -82,6 +82,7 @@ ACTIVATIONS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(name):
     run, activation = ACTIVATIONS[name]

@@ -150,6 +150,7 @@ def found(model: nn.Module) -> dict[str, Any]:
     return {name: t.source for name, t in trace(model, X).items() if t.source is not None}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", FOUND)
 def test_a_source_takes_what_its_readers_give(case: str) -> None:
     forward, expected = FOUND[case]
@@ -177,6 +178,7 @@ def test_a_source_takes_what_its_readers_give(case: str) -> None:
     assert (after - before).abs().max() <= 1e-12 * before.abs().max()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", LOST)
 def test_what_cannot_be_divided_is_left(case: str) -> None:
     assert found(Toy(LOST[case]).double()) == {}

@@ -101,6 +101,7 @@ SPLITS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SPLITS)
 def test_output_segments(name):
     split, sizes, pattern = SPLITS[name]
@@ -243,6 +244,7 @@ JOINS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", JOINS)
 def test_input_segments(name):
     join, sizes, pattern = JOINS[name]

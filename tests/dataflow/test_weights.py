@@ -77,6 +77,7 @@ CASTS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASTS)
 def test_dtype_of_a_weight_that_makes_tensors(name):
     assert obstacles(Toy(CASTS[name])) == {"a": CAST}
@@ -96,6 +97,7 @@ HARMLESS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", HARMLESS)
 def test_dtype_of_a_weight_that_is_only_looked_at(name):
     assert obstacles(Toy(HARMLESS[name])) == {}

@@ -72,6 +72,7 @@ def float_state(layer: QuantLinear) -> dict[str, Tensor]:
     return state
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_bytes_are_those_of_its_own_compressor(name: str, exported: Callable[[str], tuple[nn.Module, Path]]) -> None:
     model, folder = exported(name)

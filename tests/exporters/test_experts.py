@@ -65,6 +65,7 @@ def check_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
         assert torch.equal(found[name], parameter), name
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scheme", ["w8a16", "w4a16", "w8a8-dynamic", "fp8-dynamic"])
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_transformers_has_the_same_weights_and_outputs(name: str, scheme: str, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def assert_comes_back(part: Any, folder: Path, *inputs: Any, ours: bool = False,
     assert torch.equal(output(loaded, *inputs, **kwargs), output(part, *inputs, **kwargs))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("preset", ["w8a8-dynamic", "w4a16"])
 def test_parts_of_a_model_come_back(preset: str, ours: bool, tmp_path: Path) -> None:
@@ -210,6 +211,7 @@ def two_towers(kind: str) -> Any:
     return getattr(transformers, f"{kind}Model")(config).eval()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("preset", ["w8a16", "w8a8", "w4a8-gptq"])
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
 def test_a_tower_is_loaded_from_the_folder_of_the_whole(kind: str, preset: str, tmp_path: Path) -> None:

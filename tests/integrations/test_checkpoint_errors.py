@@ -230,6 +230,7 @@ def snapshot(model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[str, int, 
     return {k: v.clone() for k, v in model.state_dict().items()}, modules, attributes
 
 
+@pytest.mark.sampled(2)
 @both_libraries
 @pytest.mark.parametrize("per_layer_mode", [False, True])
 def test_a_failing_quantize_leaves_the_model_as_it_was(library, per_layer_mode, tmp_path):

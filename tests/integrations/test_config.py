@@ -9,6 +9,7 @@ import pytest
 import transformers.quantizers.auto
 from diffusers import PipelineQuantizationConfig
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
+from torch import nn
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersMixin
 
@@ -145,6 +146,19 @@ def test_a_stored_config_without_its_rules_is_refused() -> None:
 def test_modules_to_not_convert_is_a_list_of_names(wrong) -> None:
     with pytest.raises(ConfigError, match="modules_to_not_convert: expected a list of names"):
         HfQuantConfig(modules_to_not_convert=wrong)
+    config = HfQuantConfig(modules_to_not_convert=["head"])
+    with pytest.raises(ConfigError, match="modules_to_not_convert: expected a list of names"):
+        config.modules_to_not_convert = wrong
+    assert config.modules_to_not_convert == config.rules.excluded == ["head"]
+
+
+def test_modules_to_not_convert_can_be_set_later() -> None:
+    config = HfQuantConfig("w8a16")
+    config.modules_to_not_convert = ["0"]
+    plan = hfquant.plan(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), config)
+    assert list(plan.layers) == ["1"]
+    config.modules_to_not_convert = None
+    assert config.to_dict()["modules_to_not_convert"] is None
 
 
 def test_needs_data() -> None:

@@ -61,6 +61,7 @@ def outputs(model: nn.Module, ids: Tensor) -> Tensor:
     return logits
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", [n for n in MIXTURES if "VL" not in n])
 def test_from_a_float_checkpoint_and_back(name: str, tmp_path: Path) -> None:
     """Fused while loading from one tensor per expert, quantized as they are built, equal to quantizing in memory."""
@@ -139,6 +140,7 @@ def model_weight(experts: QuantExperts, projection: str, number: int) -> Tensor:
     return layer.effective_weight()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["GptOssForCausalLM", "Qwen3MoeForCausalLM"])
 @pytest.mark.parametrize("preset", ["w8a8", "w4a16-gptq", pytest.param(SVDQUANT, id="svdquant")])
 def test_calibrated(name: str, preset: str | dict[str, Any], tmp_path: Path) -> None:
@@ -185,6 +187,7 @@ def test_few_rows_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         type(model).from_pretrained(tmp_path)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("preset", ["w8a16", "w4a16"])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_a_checkpoint_that_is_transposed_on_the_way_in(transposed: bool, preset: str, tmp_path: Path) -> None:

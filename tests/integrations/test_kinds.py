@@ -335,6 +335,7 @@ OWNERS = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("scheme", ["w8a8", pytest.param("w4a16", marks=pytest.mark.slow)])
 @torch.no_grad()

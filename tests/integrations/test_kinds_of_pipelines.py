@@ -56,6 +56,7 @@ def tensors(output: Any) -> list[torch.Tensor]:
     return [tensor for value in values if value is not None for tensor in tensors(value)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_quantized_by_static_scales_and_saved(name, tmp_path):
     case = CASES[name]

@@ -57,6 +57,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_load_fuse_and_unload(name: str, tmp_path: Path) -> None:
     adapter_file(tmp_path, name)

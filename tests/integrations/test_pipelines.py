@@ -159,6 +159,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_two_components_by_quant_mapping(name, folders, tmp_path):
     denoiser = "unet" if name == "stable_diffusion" else "transformer"

@@ -159,6 +159,7 @@ def made(model: nn.Module, **asked: Any) -> list[dict[str, Tensor]]:
     return list(transformers_batches(model, {**ASKED, **asked}))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_kind_is_calibrated_without_data(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """No layer lacks statistics: each part of the model runs on the data generated for it."""
@@ -482,7 +483,7 @@ def test_inputs_without_elements_get_no_noise() -> None:
 
 
 def test_wrong_wishes_are_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(CalibrationError, match=r"calibration\['samples'\]"):
+    with pytest.raises(CalibrationError, match=r"calibration.samples"):
         HfQuantConfig("w8a8", calibration={"source": "self", "samples": -1})
 
 

@@ -171,6 +171,7 @@ def denoiser(pipe: Any) -> nn.Module:
     return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_kind_of_pipeline_runs_by_itself(name, caplog):
     pipe = PIPELINES[name]()

@@ -258,6 +258,7 @@ def calibrated_on(names: tuple[str, ...], tokens: int) -> LlamaForCausalLM:
     return hfquant.quantize(small_models.llama(), [batch], "w8a8")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("how", ["quantize", "from_pretrained", "sampler"])
 @pytest.mark.parametrize("kind", ["lists", "arrays", "tensors", "alone", "tuple"])
 def test_token_ids_of_a_single_text_get_a_batch_dimension(kind, how, checkpoint):

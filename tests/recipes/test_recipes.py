@@ -84,6 +84,7 @@ def test_size_and_share_of_one(skeletons):
     assert sizes.after == pytest.approx(expected.size, rel=0.01)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", by_family())
 def test_each_runs_on_a_small_model_of_its_class(name, tmp_path):
     recipe = recipes.load(name)
@@ -154,7 +155,7 @@ class TestBadRecipes:
             ({"components": {"model": {"config": "w8a9"}}}, "unknown preset 'w8a9' .did you mean"),
             ({"components": {"model": {"config": {"default": {"bits": 3}}}}}, "bits: unknown key"),
             ({"components": {"model": {"config": "w8a16", "expected": {"size": "9", "share": 0.5}}}}, "such as"),
-            ({"calibration": {"data": {"colum": "x", "dataset": "y"}}}, "unknown key 'colum'"),
+            ({"calibration": {"data": {"colum": "x", "dataset": "y"}}}, "calibration.colum: unknown key"),
             (
                 {"calibration": {"data": {"dataset": "y"}, "sampler": {"type": "uniform", "mean": 0.3}}},
                 "normal sampler",

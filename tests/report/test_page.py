@@ -22,7 +22,7 @@ from hfquant.demo.pipeline import DigitsPipeline
 from hfquant.recipes.run import save
 from hfquant.report.gather import Inputs, gather
 from hfquant.report.images import PipelineComparison
-from hfquant.report.page import Report, block_of, columns, kind_of, override, page, quoted, worst
+from hfquant.report.page import Report, block_of, columns, override, page, quoted, role_of, worst
 from hfquant.report.quality import Figure, ModelComparison, TokenChange
 from hfquant.report.stored import StoredLayer, read_folder
 from tests.integrations import small_models
@@ -138,8 +138,8 @@ class TestOverrides:
     def test_blocks_and_kinds(self):
         assert block_of("model.layers.3.mlp.up_proj") == "model.layers.3"
         assert block_of("proj_out") == "proj_out"
-        assert kind_of("blocks.1.ff.net.2") == "net"
-        assert kind_of("7") == "7"
+        assert role_of("blocks.1.ff.net.2") == "net"
+        assert role_of("7") == "7"
 
 
 def run_in_browser(text: str, script: str, folder: Path) -> dict[str, object]:

@@ -11,6 +11,7 @@ import hfquant
 from hfquant.report.sizes import planned_size
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("preset", ["w8a8-dynamic", "w4a16", "w6a16", "fp8-dynamic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_size_is_that_of_the_file(preset, dtype, tmp_path):

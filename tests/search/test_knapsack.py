@@ -24,12 +24,12 @@ def test_the_choice_is_the_best_that_there_is(layers, spare):
         for i, options in enumerate(layers)
     }
     limit = sum(min(size for size, _ in options) for options in layers) + spare
-    every = [(sum(o.bytes for o in picks), sum(o.error for o in picks)) for picks in itertools.product(*table.values())]
+    every = [(sum(o.bytes for o in picks), sum(o.harm for o in picks)) for picks in itertools.product(*table.values())]
     best = min(error for size, error in every if size <= limit)
-    chosen = cheapest(table, limit, lambda _, option: option.error)
+    chosen = cheapest(table, limit, lambda _, option: option.harm)
     picked = [next(o for o in table[name] if o.name == label) for name, label in chosen.items()]
     assert sum(o.bytes for o in picked) <= limit
-    assert sum(o.error for o in picked) == pytest.approx(best, abs=1e-9)
+    assert sum(o.harm for o in picked) == pytest.approx(best, abs=1e-9)
     assert relaxed(table, limit) <= best + 1e-9
 
 
@@ -40,7 +40,7 @@ def test_what_one_layer_takes_the_others_do_not_get():
     }
 
     def harm(_: str, option: Option) -> float:
-        return option.error
+        return option.harm
 
     assert cheapest(table, 14, harm) == {"first": "small", "second": "small", "third": "large"}
     assert cheapest(table, 24, harm) == {"first": "small", "second": "large", "third": "large"}
@@ -49,10 +49,10 @@ def test_what_one_layer_takes_the_others_do_not_get():
 def test_a_layer_may_weigh_more_than_it_says():
     table = {name: [Option("small", 1, 2.0, 0), Option("large", 11, 0.0, 0)] for name in ("first", "second")}
     for heavy in table:
-        chosen = cheapest(table, 12, lambda name, option, heavy=heavy: option.error * (1 + (name == heavy)))
+        chosen = cheapest(table, 12, lambda name, option, heavy=heavy: option.harm * (1 + (name == heavy)))
         assert [name for name, label in chosen.items() if label == "large"] == [heavy]
 
 
 def test_a_budget_that_nothing_fits():
     with pytest.raises(ValueError, match=r"budget: 4 bytes is too small; the smallest .* take 5 bytes"):
-        cheapest({"layer": [Option("small", 5, 1.0, 1.0)]}, 4, lambda _, option: option.error)
+        cheapest({"layer": [Option("small", 5, 1.0, 1.0)]}, 4, lambda _, option: option.harm)

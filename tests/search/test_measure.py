@@ -32,12 +32,12 @@ def test_sizes_and_errors():
     assert found.weights == 2 * 64 * 64
     for name, options in found.table.items():
         assert [o.bytes for o in options] == sorted(o.bytes for o in options)
-        assert [o.error for o in options] == sorted((o.error for o in options), reverse=True)
+        assert [o.harm for o in options] == sorted((o.harm for o in options), reverse=True)
         for option in options:
             layer = found.solved[name][option.name]
             assert option.bytes == sum(t.nbytes for t in layer.solved_tensors().values())
     # 1000 times the gain means a million times the harm.
-    assert found.table["loud"][0].error / found.table["quiet"][0].error == pytest.approx(1e6, rel=0.5)
+    assert found.table["loud"][0].harm / found.table["quiet"][0].harm == pytest.approx(1e6, rel=0.5)
     assert found.table["loud"][0].relative == pytest.approx(found.table["quiet"][0].relative, rel=0.3)
     assert net.loud.weight.requires_grad
 
@@ -49,7 +49,7 @@ def test_roundings_and_quantized_inputs_are_measured_as_they_are():
     static = {"input_quant": {"type": "int4"}, "weight_quant": {"type": "int8", "axis": -1, "group_size": None}}
     found = measured(Net(), data, [*both, static])
     nearest, gptq, inputs4 = found.table["loud"]
-    assert gptq.error < 0.9 * nearest.error
+    assert gptq.harm < 0.9 * nearest.harm
     assert gptq.bytes == nearest.bytes
     assert inputs4.relative > 1e-3  # weight-only INT8 errs by less than 1e-4
 
@@ -69,7 +69,7 @@ def test_convolutions_take_part_and_layers_that_never_run_do_not():
     assert list(found.table) == ["first", "second"]
     assert found.weights == 16 * 9 * 32 + 32 * 16
     for options in found.table.values():
-        assert options[0].error > options[1].error > options[2].error > 0
+        assert options[0].harm > options[1].harm > options[2].harm > 0
     assert "never" in found.plans["int4"]
 
 
@@ -93,7 +93,7 @@ def test_experts_of_one_parameter_are_one_layer():
     for name in fused:
         sizes = [(p.in_features, p.out_features) for p in (found.plans["int4"][n] for n in found.members[name])]
         assert sum(i * o for i, o in sizes) == whole[name].numel()
-        assert found.table[name][0].error > found.table[name][-1].error
+        assert found.table[name][0].harm > found.table[name][-1].harm
     assert set(found.modules(dict.fromkeys(found.table, "int8"))) == {n for ns in found.members.values() for n in ns}
 
 

@@ -79,13 +79,13 @@ def test_a_role_that_is_thought_little_of_gets_its_bits():
 
     def judged(chosen: dict[str, str]) -> torch.Tensor:
         calls.append(chosen)
-        harm = sum(truth[n] * next(o.error for o in table[n] if o.name == label) for n, label in chosen.items())
+        harm = sum(truth[n] * next(o.harm for o in table[n] if o.name == label) for n, label in chosen.items())
         return harm * torch.tensor([0.9, 1.0, 1.1])
 
     limit = 12 * 4 + 6
-    start = cheapest(table, limit, lambda _, o: o.error)
-    best = cheapest(table, limit, lambda name, o: truth[name] * o.error)
-    chosen, divergences = repaired(table, limit, lambda _, o: o.error, judged, tries=12)
+    start = cheapest(table, limit, lambda _, o: o.harm)
+    best = cheapest(table, limit, lambda name, o: truth[name] * o.harm)
+    chosen, divergences = repaired(table, limit, lambda _, o: o.harm, judged, tries=12)
     assert len(calls) <= 13
     assert sum(int(label[3:]) for label in chosen.values()) <= limit
     first, least = judged(start).mean(), judged(best).mean()
@@ -97,8 +97,8 @@ def test_a_role_that_is_thought_little_of_gets_its_bits():
 def test_noise_changes_nothing():
     table = {f"{i}.{role}": options(1.0) for i in range(4) for role in ("up", "down")}
     generator = torch.Generator().manual_seed(0)
-    start = cheapest(table, 34, lambda _, o: o.error)
+    start = cheapest(table, 34, lambda _, o: o.harm)
     chosen, _ = repaired(
-        table, 34, lambda _, o: o.error, lambda _: torch.rand(8, generator=generator) * 1e-3 + 1, tries=5
+        table, 34, lambda _, o: o.harm, lambda _: torch.rand(8, generator=generator) * 1e-3 + 1, tries=5
     )
     assert chosen == start

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import hfquant
-from hfquant.config import ConfigError
+from hfquant.config import ConfigError, parse
 from hfquant.integrations.facts import facts_of
 from hfquant.nn.modules import quant_layers
 from hfquant.search import search
@@ -131,6 +131,18 @@ def test_the_bytes_of_a_preset_are_a_budget():
     plan = hfquant.plan(net, "w4a16").layers
     most = sum(math.prod(t.shape) * t.dtype.itemsize for p in plan.values() for t in p.tensors().values())
     assert most - 64 * 16 < found.bytes <= most
+
+
+@pytest.mark.parametrize("budget", [6.5, "w8a16"])
+def test_excluded_layers_are_neither_chosen_for_nor_counted(budget):
+    model = small_llama()
+    rules = parse(BASE, ["*.down_proj"])
+    data = [{"input_ids": torch.randint(50, (2, 12))} for _ in range(4)]
+    found = search(model, data, budget, ("int4", "int6", "int8"), rules, facts_of(model))
+    names = [name for name in hfquant.plan(model, BASE).layers if not name.endswith("down_proj")]
+    assert sorted(found.chosen) == sorted(names)
+    weights = sum(model.get_parameter(f"{name}.weight").numel() for name in names)
+    assert found.bytes == round(found.bits * weights / 8)
 
 
 def test_layers_that_are_not_chosen_for_keep_what_the_base_says():

@@ -164,7 +164,7 @@ def _bounds(sizes: tuple[int, ...]) -> tuple[list[int], list[int]]:
     return [end - size for end, size in zip(ends, sizes, strict=True)], ends
 
 
-class Branch(NamedTuple):
+class NarrowBranch(NamedTuple):
     """The low-rank branch, as the epilogue of a product takes it.
 
     Attributes:
@@ -178,16 +178,16 @@ class Branch(NamedTuple):
     rank: int
 
 
-def branch(x: Tensor, operands: Operands) -> Branch:
+def branch(x: Tensor, operands: Operands) -> NarrowBranch:
     """Return the low-rank branch for ``x`` [tokens, in]."""
     down, up = operands.down, operands.up
     if down is None or up is None or not len(down):
-        return Branch(None, None, 0)
+        return NarrowBranch(None, None, 0)
     if x.is_cuda and x.dtype == down.dtype != torch.float32:
         narrow = torch.mm(x, down.T, out_dtype=torch.float32)
     else:
         narrow = x.float() @ down.float().T
-    return Branch(narrow, rows_contiguous(up), len(down))
+    return NarrowBranch(narrow, rows_contiguous(up), len(down))
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def few_tokens(
     input_scale: Tensor | None,
     divisor: Tensor | None,
     operands: Operands,
-    low: Branch,
+    low: NarrowBranch,
     y: Tensor,
     product: Product,
 ) -> None:

@@ -62,7 +62,7 @@ def page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": size, "number": number, "kind": kind_of, "block": block_of, "quoted": quoted}
+    environment.filters |= {"size": size, "number": number, "kind": role_of, "block": block_of, "quoted": quoted}
     comparison = report.comparison
     images = getattr(comparison, "images", ())[: report.images]
     errors = {} if report.affiner is None else report.affiner.errors
@@ -127,7 +127,7 @@ def override(layer: StoredLayer) -> str:
     return json.dumps({layer.name: entry})
 
 
-def kind_of(name: str) -> str:
+def role_of(name: str) -> str:
     """Return a layer's role within its block: the last part of its name that is not a number."""
     return next((part for part in reversed(name.split(".")) if not part.isdecimal()), name)
 

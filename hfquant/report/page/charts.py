@@ -15,19 +15,19 @@ COLOURS = 8
 
 def error_chart(layers: Sequence[StoredLayer]) -> str:
     """Chart the signal-to-noise ratio of each layer in order, as dots colored by kind; "" if none was measured."""
-    from hfquant.report.page import kind_of
+    from hfquant.report.page import role_of
 
     points = [(i, layer) for i, layer in enumerate(layers) if layer.sqnr is not None and math.isfinite(layer.sqnr)]
     if not points:
         return ""
     values = [layer.sqnr or 0.0 for _, layer in points]
     low, high, ticks = _scale(min(values), max(values))
-    kinds = list(dict.fromkeys(kind_of(layer.name) for _, layer in points))
+    kinds = list(dict.fromkeys(role_of(layer.name) for _, layer in points))
     dots = []
     for i, layer in points:
         x = _LEFT + (i + 0.5) / len(layers) * (_WIDTH - _LEFT - 10)
         y = _y(layer.sqnr or 0.0, low, high)
-        colour = min(kinds.index(kind_of(layer.name)), COLOURS - 1)
+        colour = min(kinds.index(role_of(layer.name)), COLOURS - 1)
         dots.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="c{colour}">'
             f"<title>{escape(layer.name)}: {layer.sqnr:.1f} dB</title></circle>"

@@ -272,6 +272,7 @@ CLASSES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("build", CLASSES, ids=lambda f: f.__name__)
 def test_real_classes(build):
     """Every linear is seen on the meta device, and likewise with real weights, which run on the example inputs."""

@@ -22,6 +22,7 @@ WITH_PICTURES = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_linear_is_seen(name):
     real = name in ON_VALUES | WITH_PICTURES
@@ -34,6 +35,7 @@ def test_every_linear_is_seen(name):
 
 
 # InstructBLIP does not run without an image.
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", sorted(WITH_PICTURES - {"InstructBlipForConditionalGeneration"}))
 def test_text_alone_on_meta(name):
     model = build(name)
@@ -53,6 +55,7 @@ def test_inputs_fit_real_weights_in_their_dtype(name):
         model(**example)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "kind",
     [

@@ -347,6 +347,7 @@ def test_what_the_data_was_outlives_a_reload(checkpoint: Checkpoint, tmp_path: P
     assert "## Calibration data" not in text
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", ["quantize", "from_pretrained", "reloaded"])
 @pytest.mark.parametrize("create", [small_models.flux, small_models.llama])
 def test_what_has_been_saved_is_saved_again(create: Callable[[], Any], how: str, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def test_products_of_numbers_that_bfloat16_holds_are_exact(bits, columns, monkey
             assert bits_equal(y, made.expected), (spec, tokens)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("transform", [Identity(), Smooth(), LowRank(low_rank=5)])
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_outputs_are_those_of_weights_and_inputs_in_bfloat16(kernel, bits, transform: Transform) -> None:

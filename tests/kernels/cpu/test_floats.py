@@ -147,6 +147,7 @@ def test_denormal_inputs_beside_others(kernel) -> None:
 # Layers of every plan, with arbitrary scales: sums of floats differ in their last bits.
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_layers_against_float64(kernel, dtype) -> None:
     static, token = InputQuant(), InputQuant(dynamic=True, axis=-1)
@@ -185,6 +186,7 @@ def test_every_code_of_other_formats(kernel, dtype) -> None:
         np.testing.assert_array_equal(y, values[::step].float().expand(tokens, -1))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("weight", "inputs"), [("fp8e4m3", "fp8e4m3"), ("fp8e5m2", "fp8e4m3"), ("fp8e4m3", None), ("fp16", None)]
 )

@@ -72,6 +72,7 @@ def extreme(shape: tuple[int, int], low: int, high: int, kind: str) -> torch.Ten
     return codes
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("tokens", "kind"), [(1, "equal"), (1, "random"), (19, "equal"), (19, "alternating")])
 @pytest.mark.parametrize(
     ("weight", "dual", "columns"),
