@@ -68,7 +68,8 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
                 raise ConfigError(f"{key}: expected True or False, got {value!r}")
         self.quant_method = QuantMethod.HFQUANT
         self.rules = rules.parse("w8a8-dynamic" if config is None else config)
-        self.modules_to_not_convert = modules_to_not_convert
+        if modules_to_not_convert is not None:
+            self.modules_to_not_convert = modules_to_not_convert
         SelfSpec.of(calibration)  # validates it
         self.calibration = calibration
         self.per_layer_mode, self.guard = per_layer_mode, guard
@@ -102,11 +103,10 @@ class HfQuantConfig(*_BASES):  # type: ignore[misc]
 
     @modules_to_not_convert.setter
     def modules_to_not_convert(self, names: Sequence[str] | None) -> None:
-        if names is not None and (
-            not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names)
-        ):
+        names = [] if names is None else names
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"modules_to_not_convert: expected a list of names, got {names!r}")
-        self.rules.excluded = list(names or ())
+        self.rules = QuantRules(self.rules.raw, names)  # a shallow copy of this config may share the former rules
 
     @property
     def needs_data(self) -> bool:

@@ -153,8 +153,10 @@ def test_modules_to_not_convert_is_a_list_of_names(wrong) -> None:
 
 
 def test_modules_to_not_convert_can_be_set_later() -> None:
-    config = HfQuantConfig("w8a16")
+    original = HfQuantConfig("w8a16")
+    config = copy.copy(original)
     config.modules_to_not_convert = ["0"]
+    assert original.modules_to_not_convert is None
     plan = hfquant.plan(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), config)
     assert list(plan.layers) == ["1"]
     config.modules_to_not_convert = None
