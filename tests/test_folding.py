@@ -161,6 +161,7 @@ def fold_in_float(model: nn.Module, plan: Any, folding: Folding) -> None:
         linear.bias = folding.bias(name, linear.bias)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 def test_the_float_function_stays(name: str) -> None:
     model, data = case(name, torch.float64)
@@ -202,6 +203,7 @@ def test_folded_layers_store_no_divisor_and_are_as_good(name: str, per_layer_mod
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in quant_layers(model).values())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("opt", [{"type": "svd", "low_rank": 2}, {"magnitude": "rms"}, SEARCH])
 @pytest.mark.parametrize("per_layer_mode", [False, True])
 def test_every_way_of_smoothing_folds(opt: dict[str, Any], per_layer_mode: bool) -> None:
@@ -276,6 +278,7 @@ def test_dequantize_keeps_the_function() -> None:
     assert error(model, reference, data) < 0.03
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["llama", "opt", "bert", "t5", "dit"])
 def test_saved_and_loaded_without_data(name: str, tmp_path: Path) -> None:
     model, data = case(name)
@@ -299,6 +302,7 @@ def assert_untouched(model: nn.Module, before: Any) -> None:
     assert all(torch.equal(after[0][k], v) for k, v in before[0].items())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("per_layer_mode", [False, True])
 @pytest.mark.parametrize("at", [0, 3, 9, "swapped"])

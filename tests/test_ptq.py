@@ -90,6 +90,7 @@ def assert_untouched(model: nn.Module, before: Any) -> None:
     assert all(torch.equal(v, after[0][k]) for k, v in before[0].items())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("per_layer_mode", [False, True])
 @pytest.mark.parametrize("config", [STATIC, FULL, "w4a16", "w8a8", "w4a8-gptq", "w4a16-gptq"])
 def test_quantizes_every_linear_in_place(net: Net, data: Any, config: Any, per_layer_mode: bool) -> None:

@@ -172,6 +172,7 @@ COMPOSITIONS = list(
 )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("opt", "calib", "weight_type", "quant"), COMPOSITIONS)
 def test_every_composition_with_segments_and_dual(
     opt: dict[str, Any], calib: str, weight_type: str, quant: dict[str, Any] | None

@@ -298,6 +298,7 @@ def test_learned_variance_is_left_alone():
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["unet", "sd3"])
 @pytest.mark.parametrize("given", [True, False])
 def test_models_of_two_dtypes(name, given, unjudged):

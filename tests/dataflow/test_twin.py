@@ -172,6 +172,7 @@ HELD = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("fake", [True, False])
 @pytest.mark.parametrize("held", HELD)
 def test_tensors_are_copied_wherever_a_module_holds_them(held, fake):

@@ -85,6 +85,7 @@ def test_samples_are_recognisable(pipe):
 SCHEDULERS = sorted({s.name for s in KarrasDiffusionSchedulers} - {"EDMEulerScheduler", "DPMSolverSDEScheduler"})
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_samples_with_every_scheduler(pipe, scheduler):
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)

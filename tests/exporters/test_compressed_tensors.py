@@ -215,6 +215,7 @@ def test_shards(tmp_path: Path) -> None:
     check_same_weights(tmp_path, model, transformers.AutoModel, "model.")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w8a16"])
 @pytest.mark.parametrize("name", ["llama", "phi3", "t5_encoder", "bart"])
 def test_architectures_of_odd_widths(name: str, scheme: str, tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def test_what_inputs_are_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert not any("experts" in k and "input" in k for k in load_file(tmp_path / "both" / "model.safetensors"))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("preset", "width", "floor"),
     [
@@ -200,6 +201,7 @@ def test_another_scheme_than_that_of_linears(tmp_path: Path) -> None:
     check_same_weights(model, loaded(tmp_path))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("left", ["*.down_proj", "*.layers.1.*", "*.experts.*", "*attn*"])
 @pytest.mark.parametrize("scheme", ["w8a16", "w8a8-dynamic", "fp8-dynamic"])
 def test_what_is_left_in_floats(scheme: str, left: str, tmp_path: Path) -> None:
@@ -241,6 +243,7 @@ def test_formats_without_a_scale_are_refused(tmp_path: Path) -> None:
         hfquant.export(model, tmp_path)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a8-dynamic", "fp8-dynamic"])
 def test_half_precision_and_shards(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:

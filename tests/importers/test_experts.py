@@ -29,6 +29,7 @@ def exported(folder: Path, name: str, settings: Any) -> Any:
     return model
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_export_comes_back(name: str, scheme: str, tmp_path: Path) -> None:

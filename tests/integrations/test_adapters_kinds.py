@@ -221,6 +221,7 @@ def test_experts_that_stay_in_float_take_one() -> None:
 OPTIONS = {"dora": {"use_dora": True}, "rank-stabilised": {"use_rslora": True, "lora_alpha": 3}}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("preset", ["w8a16", "w4a16"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_at_bfloat16(option: str, preset: str) -> None:

@@ -38,6 +38,7 @@ INT4 = {
 COUNTS = {"unet": 51, "sd3": 31, "flux": 33, "pixart": 26, "dit": 20, "wan": 24}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", small_models.DIFFUSERS)
 def test_quantized_on_load_as_in_memory_and_after_reload(name, checkpoint, tmp_path):
     cls = type(model := small_models.DIFFUSERS[name]())

@@ -113,6 +113,7 @@ def kept(model: nn.Module) -> set[str]:
     return {n for n, m in linears(model).items() if m is head or set(lists) & set(n.split("."))}
 
 
+@pytest.mark.sampled(2)
 @every_pair
 def test_number_of_parameters(name, config, create):
     plain, quantized = create(name, None).num_parameters(), create(name, config).num_parameters()
@@ -127,6 +128,7 @@ def test_memory_footprint(name, config, create):
     assert plain / tensors >= (2.0 if config == "int4" else 1.2)
 
 
+@pytest.mark.sampled(2)
 @every_pair
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_inference(name, config, dtype, create):
@@ -151,6 +153,7 @@ def test_every_linear_is_quantized(name, config, create):
         assert tuple(layer.weight.shape) == (layer.out_features, packed)
 
 
+@pytest.mark.sampled(2)
 @every_model
 def test_modules_to_not_convert(name, create):
     left = LEFT_ALONE[name]
@@ -163,6 +166,7 @@ def test_modules_to_not_convert(name, create):
     assert model.get_memory_footprint() > whole.get_memory_footprint()
 
 
+@pytest.mark.sampled(2)
 @every_model
 def test_modules_kept_in_float32(name, create, monkeypatch):
     """The class lists them, as a model or a test may do."""
@@ -283,6 +287,7 @@ def test_the_config_of_a_model(name, create):
         assert model.config["_pre_quantization_dtype"] == torch.bfloat16
 
 
+@pytest.mark.sampled(2)
 @every_model
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
 def test_device_map(name, device_map, create):

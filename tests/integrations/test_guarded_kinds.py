@@ -154,6 +154,7 @@ def test_a_convolution_left_in_float_is_the_float_one(monkeypatch, tmp_path) -> 
     small_models.assert_same(type(model).from_pretrained(tmp_path), model, data[0])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("preset", CALIBRATED)
 def test_sound_convolutions_are_left_alone(preset: str) -> None:
     """For each calibrated preset, including the one that searches for bits."""
@@ -245,6 +246,7 @@ def test_two_experts_go_as_far_as_the_worse_has_to(monkeypatch) -> None:
     assert found[f"{EXPERTS}.gate_up_proj.3"].startswith("NaN or Inf")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("preset", CALIBRATED)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_sound_experts_are_left_alone(name: str, preset: str) -> None:

@@ -95,6 +95,7 @@ PRESETS = ("w8a16", "int4", "svdquant", "fp8")
 SLOW = [(name, preset) for name in ("flux", "unet", "llama", "vit", "sd3") for preset in PRESETS]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "preset"), [*FAST, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW if c not in FAST)]
 )

@@ -40,6 +40,7 @@ def ids() -> dict[str, torch.Tensor]:
     return transformers_inputs(small_models.llama())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", small_models.TRANSFORMERS)
 def test_quantized_on_load_as_in_memory_and_after_reload(name, checkpoint, tmp_path):
     cls = type(model := small_models.TRANSFORMERS[name]())
@@ -57,6 +58,7 @@ def test_quantized_on_load_as_in_memory_and_after_reload(name, checkpoint, tmp_p
     assert_same(cls.from_pretrained(tmp_path), loaded)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("preset", DATA_FREE)
 def test_every_data_free_preset(preset, checkpoint, tmp_path):
     folder = checkpoint("llama_of_64")

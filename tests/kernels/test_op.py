@@ -174,6 +174,7 @@ def arguments(case: str, quant: str, real: bool, dtype: str = "int4"):
     return layer.operands(0, slice(None)), layer.product
 
 
+@pytest.mark.sampled(2)
 @both_modes
 @pytest.mark.parametrize("quant", INPUTS)
 @pytest.mark.parametrize("case", ["dual", "svd"])

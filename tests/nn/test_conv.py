@@ -144,6 +144,7 @@ def test_weights_as_good_as_the_bits_promise(type_, at_least, kernel) -> None:
     assert sqnr > at_least - 4
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "config",
     [

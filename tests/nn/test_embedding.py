@@ -34,6 +34,7 @@ def quantized(module: nn.Module, weight_quant=QUANTS["int8"], **fields) -> Quant
     return model[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", QUANTS)
 @torch.no_grad()
 def test_rows_of_the_dequantized_table(case) -> None:

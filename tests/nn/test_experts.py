@@ -40,6 +40,7 @@ def expert_of(experts: QuantExperts, projection: str, number: int) -> QuantLinea
     return layer
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("real", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_expert_is_what_its_linear_would_be(name: str, real: bool) -> None:

@@ -34,6 +34,7 @@ def refuse(*args, **kwargs):
     raise AssertionError("the real path used dequantized weights")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", cases("int8"))
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_fake_and_real_against_oracle(dtype, case, monkeypatch) -> None:

@@ -54,6 +54,7 @@ def test_each_is_valid_and_says_what_comes_of_it(name):
     assert recipe.affiner is None or recipe.is_pipeline
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_each_fits_the_published_configs(name, skeletons):
     recipe = recipes.load(name)

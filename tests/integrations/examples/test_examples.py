@@ -439,6 +439,7 @@ INPUTS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", INPUTS)
 def test_example_inputs_fit_the_forward(name):
     model = INPUTS[name]().eval()

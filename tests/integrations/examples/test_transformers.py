@@ -44,6 +44,7 @@ def test_text_alone_on_meta(name):
     assert any("language_model" in n or "text_model" in n for n in trace(model, example))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", sorted(WITH_PICTURES | {"WhisperForConditionalGeneration", "SiglipModel", "ViTForImageClassification"})
 )

@@ -21,6 +21,7 @@ __all__ = ["kernel"]
 TOKENS = (64, 77, 130)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_products_of_numbers_that_bfloat16_holds_are_exact(bits, columns, monkeypatch) -> None:

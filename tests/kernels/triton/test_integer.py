@@ -30,6 +30,7 @@ def test_layers(number, quant) -> None:
     assert_close(run_layer(integer.run, layer, x), *forward_by_hand(plan, tensors, x))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("tokens", [1, 3, 20, 70])
 @pytest.mark.parametrize("group", [16, 32, 128])
 def test_groups_of_a_wide_layer(group, tokens) -> None:

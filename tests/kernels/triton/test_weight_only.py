@@ -13,6 +13,7 @@ from tests.nn.linear_cases import Case, assert_close, cases, forward_by_hand, la
 pytest.importorskip("triton")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", ["int2", "int3", "int4", "int5", "int6", "int8"])
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("name", cases("int8"))
