@@ -63,18 +63,20 @@ inline Ints dot_shorts(Ints sum, Ints weights, Ints x) {
 #else
 // vpmaddubsw saturates sums of two products to 16 bits, so it is exact only for weights of up to 7 bits.
 constexpr bool EXACT_BYTES = false;
+#define HFQUANT_PAIRS  // so products of few bits are added in pairs, see dot_pairs
 // Addition in assembly: GCC would do all multiplications first and run out of registers.
 inline Ints add_in_place(Ints sum, Ints more) {
   asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(more));
   return sum;
 }
-// Adds products of two bytes each to sums in 16 bits, and such sums to sums in 32 bits.
+// Multiplies pairs of bytes to sums in 16 bits, adds more of them to such sums, and adds those to sums in 32 bits.
+inline Ints pairs_of(Ints weights, Ints x) { return _mm256_maddubs_epi16(weights, x); }
 inline Ints dot_pairs(Ints sum, Ints weights, Ints x) {
-  asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(_mm256_maddubs_epi16(weights, x)));
+  asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(pairs_of(weights, x)));
   return sum;
 }
 inline Ints add_pairs(Ints sum, Ints pairs) { return add_in_place(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
-inline Ints dot_bytes(Ints sum, Ints weights, Ints x) { return add_pairs(sum, _mm256_maddubs_epi16(weights, x)); }
+inline Ints dot_bytes(Ints sum, Ints weights, Ints x) { return add_pairs(sum, pairs_of(weights, x)); }
 inline Ints dot_shorts(Ints sum, Ints weights, Ints x) { return add_in_place(sum, _mm256_madd_epi16(weights, x)); }
 #endif
 inline Ints widen_bytes(const uint8_t* p) {
@@ -113,6 +115,12 @@ inline void store_quads(float* p, Reals a, const float* scale) {
 inline Ints flip(Ints bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
 inline Ints field(Ints v, int shift, int32_t sign, int32_t mask) {
   return _mm256_and_si256(_mm256_xor_si256(_mm256_srli_epi16(v, shift), repeat(sign)), repeat(mask));
+}
+// Unpacks nibbles to unsigned bytes, the low ones of all bytes first.
+inline void unpack_nibbles(Ints v, Ints w[2]) {
+  v = _mm256_xor_si256(v, repeat(static_cast<int32_t>(0x88888888)));
+  w[0] = _mm256_and_si256(v, repeat(0x0f0f0f0f));
+  w[1] = _mm256_and_si256(_mm256_srli_epi16(v, 4), repeat(0x0f0f0f0f));
 }
 inline Ints widen(const uint8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

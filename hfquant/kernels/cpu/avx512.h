@@ -112,6 +112,11 @@ inline Ints flip(Ints bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-
 inline Ints field(Ints v, int shift, int32_t sign, int32_t mask) {
   return _mm512_ternarylogic_epi32(_mm512_srli_epi16(v, shift), repeat(sign), repeat(mask), 0x28);
 }
+// Unpacks nibbles to unsigned bytes, the low ones of all bytes first.
+inline void unpack_nibbles(Ints v, Ints w[2]) {
+  w[0] = field(v, 0, 0x08080808, 0x0f0f0f0f);
+  w[1] = field(v, 4, 0x08080808, 0x0f0f0f0f);
+}
 inline Ints widen(const uint8_t* p) {  // sign-extends half a vector of bytes to 16 bits
   return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }

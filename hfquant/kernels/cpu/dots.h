@@ -30,7 +30,7 @@ struct BytesDot : IntegersDot {
   static Ints packed(Ints words, Ints by, const float*) { return add_bytes(words, by); }
   static constexpr int32_t word_of(int32_t code) { return static_cast<int32_t>((code & 0xff) * 0x01010101u); }
 };
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+#if defined(HFQUANT_PAIRS)
 // Bytes with so few bits that the sums of RUN words fit 16 bits: one instruction multiplies a word instead of two.
 template <int WORDS>
 struct PairsDot : BytesDot {

@@ -36,7 +36,7 @@ bool few_tokens(const Job& job, ParallelFor parallel_for) {
 
 // Computes the job by tiles of bytes. Sums of two words in 16 bits would be slower than none.
 void by_byte_tiles(const Job& job, ParallelFor parallel_for) {
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+#if defined(HFQUANT_PAIRS)
   const int most_weight = (job.zero ? 2 << job.bits : 1 << job.bits) - 1, most_input = (1 << (job.input_bits - 1)) - 1;
   const int words = INT16_MAX / (2 * most_weight * most_input);
   if (words >= 8) return by_tiles<PairsDot<8>>(job, parallel_for);

@@ -90,6 +90,11 @@ inline Ints flip(Ints bytes) { return (Ints)((Bytes)bytes ^ 128); }
 inline Ints field(Ints v, int shift, int32_t sign, int32_t mask) {
   return ((Ints)((Words)v >> shift) ^ sign) & mask;
 }
+// Unpacks nibbles to unsigned bytes, the low ones of all bytes first.
+inline void unpack_nibbles(Ints v, Ints w[2]) {
+  w[0] = field(v, 0, 0x08080808, 0x0f0f0f0f);
+  w[1] = field(v, 4, 0x08080808, 0x0f0f0f0f);
+}
 inline Ints widen(const uint8_t* p) {
   int16_t out[8];
   for (int i = 0; i < 8; ++i) out[i] = static_cast<int8_t>(p[i]);

@@ -11,11 +11,7 @@ namespace HFQUANT_ISA {
 // Nibbles: first the low codes of all bytes, then the high ones, so the input's even codes come before the odd ones.
 struct Nibbles {
   static constexpr int CODES = 2 * BYTES, STORED = BYTES, VECTORS = 2;
-  static void read(const uint8_t* p, Ints w[]) {
-    const Ints bytes = load(p);
-    w[0] = field(bytes, 0, 0x08080808, 0x0f0f0f0f);
-    w[1] = field(bytes, 4, 0x08080808, 0x0f0f0f0f);
-  }
+  static void read(const uint8_t* p, Ints w[]) { unpack_nibbles(load(p), w); }
 };
 // Codes of other widths, which may straddle bytes, unpacked in order.
 template <int BITS>
@@ -110,6 +106,11 @@ struct Lines {
 // Dot product accumulate of one unpacked vector w of the weight and a plane of a token's codes.
 template <class Format>
 inline Ints dot(const Ints w[Format::VECTORS], const int8_t* x, Ints sum) {
+#if defined(HFQUANT_PAIRS)
+  if constexpr (std::is_same_v<Format, Nibbles>) {  // 16 bits hold four products
+    return add_pairs(sum, dot_pairs(pairs_of(w[0], load(x)), w[1], load(x + BYTES)));
+  }
+#endif
   UNROLL for (int v = 0; v < Format::VECTORS; ++v) {
     const Ints codes = load(x + v * BYTES);
     sum = std::is_same_v<Format, Wide> ? dot_shorts(sum, w[v], codes) : dot_bytes(sum, w[v], codes);
