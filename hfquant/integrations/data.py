@@ -37,10 +37,10 @@ def transformers_batches(model: Any, calibration: Any, file: str | None = None) 
     """
     spec = SelfSpec() if calibration is None else SelfSpec.of(calibration)
     if spec is not None:
-        from hfquant.integrations.self_made import Reader, self_made
+        from hfquant.integrations.self_made import Processors, self_made
 
-        reader = Reader(*_saved_with(model, file), _extractor_of(model, file))
-        return self_made(model, spec, reader, asked=calibration is not None)
+        processors = Processors(*_saved_with(model, file), _extractor_of(model, file))
+        return self_made(model, spec, processors, asked=calibration is not None)
     tokenizer = processor = None
     given = isinstance(calibration, Mapping) and (calibration.get("tokenizer") or calibration.get("processor"))
     if is_raw(calibration) and not given:

@@ -48,7 +48,7 @@ _SPECIAL = ("_token_id", "_token_index", "_patch_id")
 _TEXT = {"input_ids", "decoder_input_ids", "attention_mask", "token_type_ids"}
 
 
-class Reader(NamedTuple):
+class Processors(NamedTuple):
     """Saved processors that turn text, images and audio into a model's inputs; None for each that is missing."""
 
     tokenizer: Any = None
@@ -56,7 +56,7 @@ class Reader(NamedTuple):
     sounds: Any = None
 
 
-def self_made(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
+def self_made(model: Any, spec: SelfSpec, processors: Processors, asked: bool) -> SelfMade:
     """Make a transformers model generate its own calibration data.
 
     Under `accelerate launch`, the first process generates it for all.
@@ -64,7 +64,7 @@ def self_made(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMa
     Args:
         model: the model in full precision.
         spec: what to generate.
-        reader: the processors saved with the model.
+        processors: the processors saved with the model.
         asked: True if the user requested it, False if the user gave no data.
 
     Raises:
@@ -77,7 +77,7 @@ def self_made(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMa
             if group.main:
                 try:
                     with evaluating(model):
-                        made = _made(model, shapes, spec, reader, asked)
+                        made = _made(model, shapes, spec, processors, asked)
                 except CalibrationError:
                     raise
                 except Exception as error:  # whatever the model's own code raises
@@ -87,7 +87,7 @@ def self_made(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMa
     return found
 
 
-def _made(model: Any, shapes: dict[str, Any] | None, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
+def _made(model: Any, shapes: dict[str, Any] | None, spec: SelfSpec, processors: Processors, asked: bool) -> SelfMade:
     if type(model).forward is nn.Module.forward:  # Qwen2.5-Omni: its generate calls those of its parts
         parts = [name for name, part in model.named_children() if type(part).forward is not nn.Module.forward]
         raise CalibrationError(
@@ -98,17 +98,17 @@ def _made(model: Any, shapes: dict[str, Any] | None, spec: SelfSpec, reader: Rea
         short = SelfMade([shapes], [], spec)
         if why := _tried(model, "text", lambda: short)[1]:
             raise _cannot(model, why)
-        return _text(model, spec, reader, asked)
+        return _text(model, spec, processors, asked)
     noise, why = None, "the inputs of its forward are unknown"
     if shapes is not None:
-        noise, why = _tried(model, "noise", lambda: _noise(model, shapes, spec, reader))
+        noise, why = _tried(model, "noise", lambda: _noise(model, shapes, spec, processors))
     if not _can_write(model) or _has_encoder(model) or (shapes is not None and "input_ids" not in shapes):
         if noise is None:
             raise _cannot(model, why)
         _say(model, f"{counted(noise.spec.samples or 0, 'sample')} of noise", "", asked)
         return noise
     # A language model with image or audio inputs: calibrate on its own text and on noise.
-    text, fault = _tried(model, "text", lambda: _text(model, spec, reader, asked))
+    text, fault = _tried(model, "text", lambda: _text(model, spec, processors, asked))
     if text is not None and noise is not None:
         return SelfMade([*text.batches, *noise.batches], [*text.held_out, *noise.held_out], text.spec)
     one = text or noise
@@ -139,8 +139,8 @@ def _cannot(model: Any, why: str) -> CalibrationError:
 # ------------------------------------------------------------------------------------------------------------- text
 
 
-def _text(model: Any, spec: SelfSpec, reader: Reader, asked: bool) -> SelfMade:
-    words = Words(model, reader.tokenizer)
+def _text(model: Any, spec: SelfSpec, processors: Processors, asked: bool) -> SelfMade:
+    words = Words(model, processors.tokenizer)
     spec = spec.settled(spec.samples or WINDOWS, min(spec.seqlen or WINDOW, words.limit))
     assert spec.samples is not None
     assert spec.seqlen is not None
@@ -301,28 +301,28 @@ def _say(model: Any, what: str, cost: str, asked: bool) -> None:
 # ------------------------------------------------------------------------------------------------------------ noise
 
 
-def _noise(model: nn.Module, shapes: dict[str, Any], spec: SelfSpec, reader: Reader) -> SelfMade:
+def _noise(model: nn.Module, shapes: dict[str, Any], spec: SelfSpec, processors: Processors) -> SelfMade:
     rows = max(len(v) for v in shapes.values() if isinstance(v, Tensor) and v.dim())
     spec = spec.settled(spec.samples or NOISE)
     assert spec.samples is not None
     count = -(-spec.samples // rows)
-    batches = [_filled(model, shapes, reader, generator(spec.seed, i)) for i in range(count + 1)]
-    other = _filled(model, shapes, reader, generator(spec.seed + 1, 0))
+    batches = [_filled(model, shapes, processors, generator(spec.seed, i)) for i in range(count + 1)]
+    other = _filled(model, shapes, processors, generator(spec.seed + 1, 0))
     return SelfMade(batches[:count], [batches[count], other], spec)
 
 
-def _filled(model: Any, shapes: dict[str, Any], reader: Reader, source: torch.Generator) -> dict[str, Any]:
+def _filled(model: Any, shapes: dict[str, Any], processors: Processors, source: torch.Generator) -> dict[str, Any]:
     """Return example inputs with noise for values: images, audio and tokens."""
     made = dict(shapes)
     for name, value in shapes.items():
         if not isinstance(value, Tensor):
             continue
         if name.startswith("pixel_values"):
-            made[name] = _pictures(value, reader.images, source)
+            made[name] = _pictures(value, processors.images, source)
         elif name == "input_features":
-            made[name] = _features(value, reader.sounds, source)
+            made[name] = _features(value, processors.sounds, source)
         elif name == "flattened_patches":  # each behind its row and column
-            made[name] = torch.cat([value[..., :2], _pictures(value[..., 2:], reader.images, source)], -1)
+            made[name] = torch.cat([value[..., :2], _pictures(value[..., 2:], processors.images, source)], -1)
         elif value.is_floating_point() and value.dim() > 1 and value.numel():
             long = [size for size in value.shape if size > 1]  # one number per step has its noise along the steps
             made[name] = pink_noise(long, 1, source).reshape(value.shape).to(value) if long else value
@@ -330,7 +330,7 @@ def _filled(model: Any, shapes: dict[str, Any], reader: Reader, source: torch.Ge
             made[name] = _tokens(model, value, source)
     if "decoder_input_ids" in made and _can_write(model):
         main = made[model.main_input_name]
-        words, rows = Words(model, reader.tokenizer), len(made["decoder_input_ids"])
+        words, rows = Words(model, processors.tokenizer), len(made["decoder_input_ids"])
         length = min(ANSWER, getattr(model.config, "max_target_positions", ANSWER))
         made["decoder_input_ids"] = _written(model, [[words.start]] * rows, length, [source] * rows, words, main)
     return made
