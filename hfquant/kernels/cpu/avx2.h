@@ -105,6 +105,9 @@ inline Reals pick(const float* table, Ints lanes) { return _mm256_permutevar8x32
 inline Ints quad_totals(Ints a, Ints b, Ints c, Ints d) {
   return _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
 }
+inline Reals quad_totals(Reals a, Reals b, Reals c, Reals d) {
+  return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+}
 inline Ints in_first_quad(Ints a) {
   return _mm256_zextsi128_si256(_mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
 }

@@ -97,6 +97,11 @@ inline Ints quad_totals(Ints a, Ints b, Ints c, Ints d) {
   c = add(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
   return add(_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c));
 }
+inline Reals quad_totals(Reals a, Reals b, Reals c, Reals d) {
+  a = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  c = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  return add(_mm512_shuffle_ps(a, c, 0x44), _mm512_shuffle_ps(a, c, 0xee));
+}
 inline Ints in_first_quad(Ints a) {  // adds up quads; the others become zero
   const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
   return _mm512_zextsi128_si512(_mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));

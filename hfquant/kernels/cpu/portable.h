@@ -84,6 +84,7 @@ inline Reals pick(const float* table, Ints lanes) {
   return Reals{table[lanes[0]], table[lanes[1]], table[lanes[2]], table[lanes[3]]};
 }
 inline Ints quad_totals(Ints a, Ints b, Ints c, Ints d) { return Ints{total(a), total(b), total(c), total(d)}; }
+inline Reals quad_totals(Reals a, Reals b, Reals c, Reals d) { return Reals{total(a), total(b), total(c), total(d)}; }
 inline Ints in_first_quad(Ints a) { return a; }
 inline void store_quads(float* p, Reals a, const float* scale) { store_reals(p, a * load_reals(scale)); }
 inline Ints flip(Ints bytes) { return (Ints)((Bytes)bytes ^ 128); }

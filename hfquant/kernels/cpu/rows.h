@@ -285,22 +285,42 @@ template <class Format, int PLANES, int T>
   UNROLL for (int t = 0; t < T; ++t) out[t] = sums[t];
 }
 
-// Epilogue: adds the low-rank branch and the bias to outputs [M][pitch] of `count` rows from n, and stores them.
-[[gnu::noinline]] inline void finish(const Job& job, int64_t n, int64_t count, float* y, int64_t pitch) {
-  static thread_local Scratch of_up, of_bias;
-  float *up = of_up.get<float>(job.rank), *bias = of_bias.get<float>(count);
-  for (int64_t i = 0; job.rank && i < count; ++i) {
-    to_floats(job.up, (n + i) * job.rank, job.rank, up);
+// Adds the low-rank branch to outputs [M][pitch] of `count` rows from n.
+inline void add_branch(const Job& job, int64_t n, int64_t count, float* y, int64_t pitch) {
+  static thread_local Scratch of_up;
+  constexpr float ONES[QUAD] = {1, 1, 1, 1};
+  for (int64_t i = 0; i < count; i += QUAD) {
+    const int64_t rows = std::min<int64_t>(QUAD, count - i), at = (n + i) * job.rank;
+    const float* up = static_cast<const float*>(job.up.data) + at;
+    if (job.up.type != FLOAT32) {
+      float* converted = of_up.get<float>(QUAD * job.rank);
+      to_floats(job.up, at, rows * job.rank, converted);
+      up = converted;
+    }
     for (int64_t m = 0; m < job.M; ++m) {
       const float* narrow = job.narrow + m * job.rank;
-      Reals sums = repeat(0.0f);
-      int64_t r = 0;
-      for (; r + LANES <= job.rank; r += LANES) sums = fma(load_reals(narrow + r), load_reals(up + r), sums);
-      float sum = total(sums);
-      for (; r < job.rank; ++r) sum += narrow[r] * up[r];
-      y[m * pitch + i] += sum;
+      Reals sums[QUAD];
+      for (int64_t r = 0; r < QUAD; ++r) {
+        const float* line = up + std::min(r, rows - 1) * job.rank;
+        sums[r] = repeat(0.0f);
+        int64_t k = 0;
+        for (; k + LANES <= job.rank; k += LANES)
+          sums[r] = fma(load_reals(narrow + k), load_reals(line + k), sums[r]);
+        if (const int64_t left = job.rank - k)
+          sums[r] = fma(as_reals(load_lanes(narrow + k, left)), as_reals(load_lanes(line + k, left)), sums[r]);
+      }
+      float total[QUAD];
+      store_quads(total, quad_totals(sums[0], sums[1], sums[2], sums[3]), ONES);
+      for (int64_t r = 0; r < rows; ++r) y[m * pitch + i + r] += total[r];
     }
   }
+}
+
+// Epilogue: adds the low-rank branch and the bias to outputs [M][pitch] of `count` rows from n, and stores them.
+[[gnu::noinline]] inline void finish(const Job& job, int64_t n, int64_t count, float* y, int64_t pitch) {
+  static thread_local Scratch of_bias;
+  float* bias = of_bias.get<float>(count);
+  if (job.rank) add_branch(job, n, count, y, pitch);
   bias_of(job, n, count, bias);
   store_sums(job, 0, job.M, n, count, bias, y, pitch);
 }

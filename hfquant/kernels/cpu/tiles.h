@@ -34,6 +34,7 @@ struct Layout {
   std::vector<int64_t> runs;   // first block of each run that shares an input scale, and the end
   int64_t words;               // per row, padded to whole vectors
   bool as_stored;              // whether each stored word of the weight lies within a block
+  std::vector<int32_t> group;  // of each stored word if so, padded to whole vectors
 
   Layout(const Job& job, int codes) : blocks(blocks_of(job)) {
     as_stored = job.format == INTEGERS && (job.bits == 4 || job.bits == 8);
@@ -49,7 +50,11 @@ struct Layout {
     for (size_t b = 0; b < blocks.size(); ++b)
       if (!b || blocks[b].segment != blocks[b - 1].segment) runs.push_back(b);
     runs.push_back(blocks.size());
-    words = (at + LANES - 1) / LANES * LANES;
+    if (as_stored) {
+      for (const Block& b : blocks) group.resize((b.start + b.size + stored - 1) / stored, b.group);
+      group.resize((group.size() + LANES - 1) / LANES * LANES, blocks.back().group);
+    }
+    words = std::max<int64_t>((at + LANES - 1) / LANES * LANES, group.size() * (stored / codes));
   }
 
   // All columns as one block, for codes that include their scales.
@@ -153,7 +158,6 @@ template <class Dot, int BITS>
 void fill_stored(const Job& job, const Layout& layout, int64_t n, int64_t width, const int32_t* zero,
                  const float* scale, uint32_t* words) {
   constexpr int32_t SIGN = Dot::word_of(1 << (BITS - 1)), MASK = Dot::word_of((1 << BITS) - 1);
-  size_t block = 0;
   for (int64_t at = 0; at < job.row_bytes; at += BYTES) {
     const int64_t size = std::min<int64_t>(BYTES, job.row_bytes - at);
     Ints tile[LANES];
@@ -163,13 +167,13 @@ void fill_stored(const Job& job, const Layout& layout, int64_t n, int64_t width,
       tile[lane] = size == BYTES ? load(from) : load_first(from, size);
     }
     transpose(tile);
-    for (int w = 0; w < LANES && 4 * w < size; ++w) {
-      const int64_t first = (at / 4 + w) * EACH<Dot, BITS>;
-      while (layout.start[block + 1] <= first) ++block;
-      const int64_t group = layout.blocks[block].group * width;
-      const Ints by = zero ? load(zero + group) : zeros();
-      UNROLL for (int i = 0; i < EACH<Dot, BITS>; ++i)
-        store(words + (first + i) * width, Dot::packed(field(tile[w], i * BITS, SIGN, MASK), by, scale + group));
+    const int32_t* group = layout.group.data() + at / 4;
+    uint32_t* to = words + at / 4 * EACH<Dot, BITS> * width;
+    UNROLL for (int w = 0; w < LANES; ++w) {
+      const int64_t of_group = group[w] * width;
+      const Ints by = zero ? load(zero + of_group) : zeros();
+      UNROLL for (int i = 0; i < EACH<Dot, BITS>; ++i, to += width)
+        store(to, Dot::packed(field(tile[w], i * BITS, SIGN, MASK), by, scale + of_group));
     }
   }
 }
