@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,14 @@ def update_with_weights(digest: xxhash.xxh3_128, module: nn.Module) -> None:
         with align_module_device(part):
             digest.update(name.encode())
             update(digest, getattr(part, key))
+
+
+def digest_of_each(values: Iterable[Any]) -> str:
+    """Return the hexadecimal digest of values that are taken one at a time."""
+    digest = xxhash.xxh3_128()
+    for value in values:
+        update(digest, (value,))
+    return digest.hexdigest()
 
 
 def digest_of(*values: Any) -> str:

@@ -144,7 +144,7 @@ def weight_gradient(layer: QuantLinear, x: Tensor, grad: Tensor) -> Tensor:
     if divisor is not None or layer.product.rotation:
         x = x.float() if divisor is None else x.float() / divisor
         x = rotated(x, layer.product.rotation)
-    return grad.flatten(0, -2).to(dtype).T @ x.flatten(0, -2).to(dtype)
+    return grad.reshape(-1, grad.shape[-1]).to(dtype).T @ x.reshape(-1, x.shape[-1]).to(dtype)
 
 
 class _Block:

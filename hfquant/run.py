@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
+import torch
 import xxhash
 from torch import Tensor, nn
 
 from hfquant.calibration.batches import CalibrationData, CalibrationError, samples
 from hfquant.config import QuantRules
-from hfquant.digests import digest_of, update_with_weights
+from hfquant.digests import digest_of, digest_of_each, update_with_weights
 from hfquant.distributed import Processes, check_models_agree, shard_of
 from hfquant.experts import Unfused
 from hfquant.folding import Folding
@@ -141,9 +143,15 @@ def prepared(
             mode = (facts.prefix, repr((plan.layers, plan.folds)) if settings.per_layer_mode else "")
             weights = xxhash.xxh3_128()
             update_with_weights(weights, model)
-            context = digest_of(mode, weights.hexdigest(), digest_of(*(() if data is None else data)))
+            # Another release may solve a layer differently.
+            context = digest_of(
+                version("hfquant"), mode, weights.hexdigest(), digest_of_each(() if data is None else data)
+            )
             cache = Cache.open(settings.resume_dir, digest_of(group.gather(context)))
-    budget = min(group.gather(settings.memory_budget or free_memory() // (4 * group.on_this_machine)))
+        checks = samples_to_check(loader, data, settings.held_out) if settings.guard else None
+    # Statistics lie where the model is: processes share a machine's memory, but not a GPU's.
+    device = next(model.parameters(), torch.empty(0)).device
+    sharing = 1 if device.type == "cuda" else group.on_this_machine
+    budget = min(group.gather(settings.memory_budget or free_memory(device) // (4 * sharing)))
     shard = shard_of(None if data is None else data.first, group)
-    checks = samples_to_check(loader, data, settings.held_out) if settings.guard else None
     return Run(model, plan, data, shard, group, cache, budget, facts, settings.per_layer_mode, experts, checks=checks)

@@ -354,7 +354,8 @@ class Collector:
             left_out: ranges of the rows left out of ``x`` if it is a sample; see :meth:`LayerStats.widened`.
 
         Returns:
-            How many values are NaN or Inf; if there are any, nothing is added.
+            How many values of ``x`` are NaN or Inf, or 1 if only rows left out of it have some; if there are any,
+            nothing is added.
         """
         measured = self._measure(name, x, mask, left_out)
         if measured is None:
@@ -382,7 +383,7 @@ class Collector:
         if left_out is not None:
             new = new.widened(*left_out)
         if not (new.low.isfinite().all() and new.high.isfinite().all()):
-            return int((~rows.isfinite()).sum())
+            return max(1, int((~rows.isfinite()).sum()))  # rows that were left out have some if these have none
         # Dropped with the tensor: kept until the end of the batch, those of all layers would add up.
         self._measured[key] = _Shared(weakref.ref(x, lambda _: self._measured.pop(key, None)), version, new, {})
         return self._measured[key]

@@ -1,6 +1,8 @@
 """Digests: equal for equal content, and different for anything that could change a result."""
 
 import enum
+import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from accelerate import cpu_offload
 from PIL import Image
 from torch import nn
 
-from hfquant.digests import digest_of, update_with_weights
+from hfquant.digests import digest_of, digest_of_each, update_with_weights
 
 
 class Color(enum.Enum):
@@ -135,3 +137,18 @@ def test_a_module_s_names_parameters_and_buffers_count() -> None:
 
 def test_object_arrays_are_told_by_their_type_alone() -> None:
     assert digest_of(np.array([object()])) == digest_of(np.array([object(), 1]))
+
+
+def test_values_are_taken_one_at_a_time() -> None:
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+
+    def batches(count: int) -> Iterator[torch.Tensor]:
+        for number in range(count):
+            assert len(alive) <= 1
+            batch = torch.full((4,), float(number))
+            alive.add(batch)
+            yield batch
+            del batch
+
+    assert digest_of_each(batches(5)) == digest_of_each(torch.full((4,), float(number)) for number in range(5))
+    assert digest_of_each(batches(5)) != digest_of_each(batches(4)) != digest_of_each(())

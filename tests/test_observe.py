@@ -220,6 +220,15 @@ def test_nan_and_inf_name_layer_batch_and_count(bad: float) -> None:
     assert not net.linear._forward_pre_hooks
 
 
+def test_a_nan_is_noticed_wherever_it_is_in_an_image() -> None:
+    conv, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 300, 300)  # too many windows to keep: most are left out
+    for place in range(0, 300, 37):
+        poisoned = x.clone()
+        poisoned[0, 1, place, place] = float("nan")
+        with pytest.raises(CalibrationError, match="are NaN or Inf in calibration batch 0"):
+            observe(conv, {"": conv}, [poisoned])
+
+
 def test_stop_early_runs_no_further_than_needed() -> None:
     net = Net()
     ran = []

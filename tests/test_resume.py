@@ -92,6 +92,16 @@ def test_other_data_or_mode_takes_nothing(net: Net, data: Any, tmp_path: Path, s
         assert not solved
 
 
+def test_another_release_takes_nothing(
+    net: Net, data: Any, tmp_path: Path, solved: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path)
+    solved.clear()
+    monkeypatch.setattr("hfquant.run.version", lambda package: "99.0")
+    hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path)
+    assert solved == ["one", "two", "out"]
+
+
 def test_another_model_takes_nothing(net: Net, data: Any, tmp_path: Path, solved: list[str]) -> None:
     """The inputs of `out` depend on the weights before it."""
     hfquant.quantize(copy.deepcopy(net), data, CONFIG, resume_dir=tmp_path)

@@ -20,7 +20,6 @@ ELSEWHERE = {
     "cli/errors.py": "cli/test_calibrate.py",
     "cli/export.py": "cli/test_inspect.py",
     "cli/options.py": "cli/test_quantize.py",
-    "cli/output.py": "cli/test_quantize.py",
     "cli/report.py": "cli/test_inspect.py",
     "denoisers.py": "test_diffusion.py",
     "dataflow/functions.py": "dataflow/test_tracker.py",

@@ -21,12 +21,23 @@ _TENSOR_ARGUMENTS = {
     *("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "inputs_embeds"),
     *("pixel_values", "input_features", "input_values", "decoder_input_ids", "decoder_attention_mask"),
 }
-# Names of arguments that keep their precision: a timestep of 999 becomes 1000 in bfloat16.
-_PRECISE = re.compile(r"time|sigma|ids$|rot|rope|freq|coord|pos")
+# Names of arguments that keep their precision: a timestep of 999 becomes 1000 in bfloat16. Features of a time series do
+# not, nor does a pose.
+_PRECISE = re.compile(
+    r"ids$|(^|_)(time[a-z]*|sigmas?|rot(ary|ations?)?|rope|freq[a-z]*|coord[a-z]*|pos|positions?)(_(?!features$)|$)"
+)
 
 
 class CalibrationError(ValueError):
     """Calibration data that cannot be used. The message names the layer and the batch."""
+
+
+def length_of(loader: Any) -> int | None:
+    """Return the number of batches of a loader; None if it is unknown, as of a DataLoader over a stream."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
 
 
 class CalibrationData:

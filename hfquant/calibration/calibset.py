@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -99,12 +100,13 @@ class BaseCalibSet(Dataset):
         """Write the set to a new or empty directory and return the stored set.
 
         Raises:
-            FileExistsError: the directory already holds a set.
+            FileExistsError: the directory holds a set or other files. What is left of an interrupted save is replaced.
         """
         directory = Path(dump_path)
         directory.mkdir(parents=True, exist_ok=True)
         with files.exclusive(directory):
-            if storage.read_index(directory) is not None:
+            storage.check_unmixed(directory)
+            if storage.read_index(directory) is not None or storage.shards(directory):
                 raise FileExistsError(f"{directory} already holds a calibration set; choose another path")
             index = Index(chunk_size=chunk_size, compress=compress, provenance=self.provenance)
             writer = storage.Writer(directory, index)
@@ -118,7 +120,7 @@ class BaseCalibSet(Dataset):
     def get_dataloader(self, batch_size: int = 1, shuffle: bool = False, *, seed: int = 0, **kwargs: Any) -> DataLoader:
         """Return a loader whose batches are lists of ``batch_size`` samples, in the same order on every pass.
 
-        A sample that is a bare tensor is returned as a 1-tuple, since a list of tensors means one sample.
+        A sample that is a bare tensor or array is returned as a 1-tuple, since a list of tensors means one sample.
 
         Args:
             batch_size: samples per batch.
@@ -136,7 +138,7 @@ class BaseCalibSet(Dataset):
 
 
 def _as_batch(samples: list[Any]) -> list[Any]:
-    return [(sample,) if isinstance(sample, torch.Tensor) else sample for sample in samples]
+    return [(sample,) if isinstance(sample, (torch.Tensor, np.ndarray)) else sample for sample in samples]
 
 
 class _ChunkwiseShuffle(Sampler[int]):

@@ -14,7 +14,7 @@ import xxhash
 from torch import nn
 
 from hfquant.calibration import files, storage
-from hfquant.calibration.batches import CalibrationError
+from hfquant.calibration.batches import CalibrationError, length_of
 from hfquant.calibration.calibset import BaseCalibSet, load_calibrate_set, open_stored
 from hfquant.calibration.provenance import differences, provenance
 from hfquant.calibration.recorder import Recording, Target, find_layer
@@ -227,7 +227,7 @@ def _samples(
     steps, found = None, start.taken > 0
     calls: list[None] = []
     ran = False
-    progress = progress_bar(desc=f"Sampling {type(sampler).__name__}", unit="batch", total=_length(source.loader))
+    progress = progress_bar(desc=f"Sampling {type(sampler).__name__}", unit="batch", total=length_of(source.loader))
     try:
         for number, batch in enumerate(source):
             progress.update()
@@ -286,10 +286,3 @@ def _without_token_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config, use_cache in caching:
             config.use_cache = use_cache
-
-
-def _length(loader: Iterable[Any]) -> int | None:
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        return None

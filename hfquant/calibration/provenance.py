@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 from torch import Tensor, nn
 
+from hfquant.calibration.batches import length_of
 from hfquant.calibration.recorder import Target
 from hfquant.calibration.samplers import BaseSampler
 from hfquant.digests import update, update_with_weights
@@ -66,7 +67,8 @@ def data_provenance(data: Any) -> dict[str, Any]:
     """
     known = getattr(getattr(data, "dataset", data), "provenance", None)
     if not isinstance(known, Mapping):
-        return {"class": type(data).__name__} | ({"batches": len(data)} if hasattr(data, "__len__") else {})
+        batches = length_of(data)
+        return {"class": type(data).__name__} | ({} if batches is None else {"batches": batches})
     # For a calibration set, keep what was recorded; it was recorded from the model that is being quantized.
     return _described({key: value for key, value in known.items() if key not in ("model", "shard", "versions")})
 

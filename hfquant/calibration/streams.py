@@ -332,8 +332,9 @@ def _open(spec: StreamSpec) -> tuple[Any, bool]:
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _split(datasets.load_from_disk(str(path)), spec), False
-        texts = any(file.suffix == ".txt" for file in path.iterdir())
-        return datasets.load_dataset(str(path), spec.name, **options), texts
+        # Which files count is up to `datasets`: a folder of tables can hold a LICENSE.txt, one of texts subfolders.
+        found = datasets.load_dataset(str(path), spec.name, **options)
+        return found, found.info.builder_name == "text"
     is_path = isinstance(source, os.PathLike) or path.is_absolute() or str(source).startswith(".")
     if is_path or path.suffix.lower() in _BUILDERS:
         raise FileNotFoundError(f"calibration.dataset: {source} does not exist")

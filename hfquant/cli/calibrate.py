@@ -59,7 +59,7 @@ def calibrate(
     samples: Annotated[
         int | None,
         typer.Option(
-            help="Sequences of text, or rows, to read (default: 128); with self, windows (16) or pipeline runs (8)."
+            help="Sequences of text, or rows, to read (default: 128); with self, windows (32) or pipeline runs (8)."
         ),
     ] = None,
     seqlen: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,

@@ -143,6 +143,8 @@ def _timed(reference: Any, other: Any, inputs: Inputs, repeats: int = 3) -> tupl
             for times, run in zip(seconds, runs, strict=True):
                 start = time.perf_counter()
                 run()
+                if torch.accelerator.is_available():
+                    torch.accelerator.synchronize()
                 times.append(time.perf_counter() - start)
     return what, min(seconds[0]), min(seconds[1])
 

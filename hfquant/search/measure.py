@@ -93,7 +93,7 @@ def measure(
     measured = [name for found in members.values() for name in found]
     solved: dict[str, dict[str, QuantLayer]] = {}
     with progress_bar(total=len(measured), desc="measuring choices") as progress:
-        for group in within_budget(measured, size, free_memory() // 4):
+        for group in within_budget(measured, size, free_memory(next(model.parameters()).device) // 4):
             for name, stats in _observed(model, group, plans, data, facts).items():
                 solved[name] = {label: _solved(model, name, plans[label][name], stats) for label in plans}
                 progress.update()

@@ -122,7 +122,7 @@ def _watched(
             index = torch.randperm(rows, generator=generator)[:count].to(x.device)
 
             def picked(tensor: Tensor) -> Tensor:
-                return (tensor.detach().flatten(0, -2) if by_rows and tensor.dim() > 1 else tensor.detach())[index]
+                return (tensor.detach().reshape(-1, tensor.shape[-1]) if by_rows else tensor.detach())[index]
 
             place = len(found.inputs)
             found.inputs.append(picked(x))

@@ -306,6 +306,16 @@ def test_floats_are_cast_to_the_model_s_dtype_where_that_loses_nothing():
     assert sample["hidden_states"].dtype is torch.float32
 
 
+def test_a_name_within_a_word_keeps_no_precision():
+    class Poses(nn.Linear):
+        def forward(self, past_time_features, pose_hidden_states=None, composed_image=None, rotary_pos_emb=None):
+            self.seen = past_time_features, pose_hidden_states, composed_image, rotary_pos_emb
+
+    net = Poses(2, 2, dtype=torch.bfloat16)
+    forward(net, (A, A, A, A))
+    assert [x.dtype for x in net.seen] == [torch.bfloat16] * 3 + [torch.float32]
+
+
 @pytest.mark.parametrize(
     ("dtypes", "expected"),
     [

@@ -5,6 +5,7 @@ import pickle
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -172,6 +173,19 @@ def test_saving_does_not_overwrite(stored, tmp_path):
         stored.save(tmp_path / "set")
     again = stored.save(tmp_path / "copy", chunk_size=5, compress=False)
     assert identical(list(again), list(stored))
+    for name, message in (("shard-00000-of-00002", "already holds a calibration set"), ("notes", "is not empty")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).mkdir()
+        with pytest.raises(FileExistsError, match=message):
+            stored.save(tmp_path / name)
+        assert [path.name for path in (tmp_path / name).iterdir()] == [name]
+
+
+def test_bare_arrays_are_samples_of_their_own():
+    arrays = [np.full((2, 3), i, dtype=np.float32) for i in range(3)]
+    first, second = BaseCalibSet.from_samples(arrays).get_dataloader(batch_size=2)
+    assert [len(sample) for sample in (*first, *second)] == [1, 1, 1]
+    assert [float(sample[0].mean()) for sample in (*first, *second)] == [0, 1, 2]
 
 
 # ------------------------------------------------------------------------------------------------------------- damage

@@ -94,6 +94,21 @@ def test_local_text(tmp_path, kind):
     assert flat(other) != flat(shuffled)
 
 
+def test_what_a_folder_holds_is_up_to_its_data_files(tmp_path):
+    def read(name: str) -> list[int]:
+        spec = {"dataset": str(tmp_path / name), "samples": None, "seqlen": 8, "seed": None}
+        return flat(calibration_batches(spec, tokenizer=make_tokenizer()))
+
+    (tmp_path / "tables").mkdir()
+    for number, text in enumerate(TEXTS[:3]):
+        datasets.Dataset.from_dict({"text": [text]}).to_parquet(tmp_path / "tables" / f"train-{number}.parquet")
+    (tmp_path / "tables" / "LICENSE.txt").write_text("not data\n")
+    assert read("tables") == ids_of(TEXTS[:3])
+    (tmp_path / "texts" / "train").mkdir(parents=True)
+    (tmp_path / "texts" / "train" / "a.txt").write_text("w1\nw2\n\nw3\n")
+    assert read("texts") == ids_of(["w1 w2", "w3"])
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_datasets_objects(streaming, caplog):
     data = datasets.Dataset.from_dict({"text": [*TEXTS, None]})
@@ -350,6 +365,11 @@ def test_a_stream_says_what_it_is_and_not_where_it_lies(tmp_path):
     batches = calibration_batches({"dataset": str(file), **spec})
     assert data_provenance(batches) == {"dataset": "texts.txt", **spec}
     assert data_provenance(calibration_batches(["a", "b"])) == {"dataset": "2 texts", "seqlen": 512}
+    # A DataLoader has a length only if its dataset has one.
+    rows = datasets.Dataset.from_dict({"x": [1, 2, 3]})
+    for data, known in ((rows, {"batches": 3}), (rows.to_iterable_dataset(), {})):
+        loader = torch.utils.data.DataLoader(data, batch_size=None)
+        assert data_provenance(calibration_batches(loader)) == {"class": "DataLoader", **known}
     rows = datasets.Dataset.from_dict({"text": ["a"]})
     assert data_provenance(calibration_batches(rows))["dataset"] == "Dataset"
     stored = BaseCalibSet.from_samples([torch.ones(2)])

@@ -40,6 +40,16 @@ def test_harm_is_the_squared_change_of_the_output():
     assert found.errors(net.loud, net.loud) == (0.0, 0.0)
 
 
+def test_an_input_without_leading_dimensions_is_one_row():
+    linear, x = nn.Linear(6, 4), torch.randn(6)
+    found = watch(linear, {"": linear}, [x])[""]
+    assert (found.kept, found.rows) == (1, 1)
+    other = copy.deepcopy(linear)
+    with torch.no_grad():
+        other.weight += 0.01
+    assert found.errors(linear, other)[0] > 0
+
+
 class Masked(nn.Module):
     """A net whose first row is a thousand times as large as the others and reaches no output."""
 
