@@ -291,8 +291,10 @@ inline void add_branch(const Job& job, int64_t n, int64_t count, float* y, int64
   constexpr float ONES[QUAD] = {1, 1, 1, 1};
   for (int64_t i = 0; i < count; i += QUAD) {
     const int64_t rows = std::min<int64_t>(QUAD, count - i), at = (n + i) * job.rank;
-    const float* up = static_cast<const float*>(job.up.data) + at;
-    if (job.up.type != FLOAT32) {
+    const float* up = static_cast<const float*>(job.up.data);
+    if (job.up.type == FLOAT32) {
+      up += at;
+    } else {
       float* converted = of_up.get<float>(QUAD * job.rank);
       to_floats(job.up, at, rows * job.rank, converted);
       up = converted;
