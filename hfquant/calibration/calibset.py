@@ -100,12 +100,11 @@ class BaseCalibSet(Dataset):
         """Write the set to a new or empty directory and return the stored set.
 
         Raises:
-            FileExistsError: the directory holds a set or other files. What is left of an interrupted save is replaced.
+            FileExistsError: the directory already holds a set, or shards of one.
         """
         directory = Path(dump_path)
         directory.mkdir(parents=True, exist_ok=True)
         with files.exclusive(directory):
-            storage.check_unmixed(directory)
             if storage.read_index(directory) is not None or storage.shards(directory):
                 raise FileExistsError(f"{directory} already holds a calibration set; choose another path")
             index = Index(chunk_size=chunk_size, compress=compress, provenance=self.provenance)
